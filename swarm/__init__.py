@@ -1,0 +1,66 @@
+"""Peer-to-peer distribution of model weights: replicas feed each other, every chunk verified.
+
+    weights = swarm.fetch("org/model")                   # mapping: tensor name -> torch.Tensor
+    path = swarm.fetch("org/model", out="dir").path      # a model directory
+    with swarm.serve("dir", model_id="org/model"): ...   # or a state_dict
+
+Importing this imports neither torch nor anything that opens a socket: the names below load on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from swarm.errors import (
+    FetchError,
+    FetchTimeout,
+    ManifestConflict,
+    ManifestError,
+    ManifestInvalid,
+    ManifestNotFound,
+    SettingsError,
+    SourceChanged,
+    Stalled,
+    StoreConflict,
+    StoreError,
+    StoreFull,
+    SwarmError,
+)
+from swarm.settings import Settings
+
+if TYPE_CHECKING:
+    from swarm.api import HUB_CACHE, Served, Weights, fetch, fetch_async, serve
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HUB_CACHE",
+    "FetchError",
+    "FetchTimeout",
+    "ManifestConflict",
+    "ManifestError",
+    "ManifestInvalid",
+    "ManifestNotFound",
+    "Served",
+    "Settings",
+    "SettingsError",
+    "SourceChanged",
+    "Stalled",
+    "StoreConflict",
+    "StoreError",
+    "StoreFull",
+    "SwarmError",
+    "Weights",
+    "__version__",
+    "fetch",
+    "fetch_async",
+    "serve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from swarm import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'swarm' has no attribute {name!r}")

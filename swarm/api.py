@@ -1,0 +1,286 @@
+"""`swarm.fetch` and `swarm.serve`: the library as its users meet it.
+
+Synchronous calls that work anywhere: in plain scripts, in several threads, inside a running event loop (where
+`fetch_async` does not block it). The work happens on the runtime's own loop. Sources and stores are chosen here;
+nothing else in the package knows both what a user passed and how it is stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from swarm import build, hub
+from swarm.errors import SettingsError, StoreConflict
+from swarm.manifest import Manifest
+from swarm.messages import Origin
+from swarm.node import Fetched, Node
+from swarm.resolving import resolve
+from swarm.runtime import runtime
+from swarm.settings import Settings
+from swarm.store import Source, Store
+from swarm.store.directory import DirectoryStore
+from swarm.store.tensors import IntoStore, MemoryStore
+
+if TYPE_CHECKING:
+    import torch
+
+
+log = logging.getLogger("swarm")
+
+
+class _HubCache:
+    def __repr__(self) -> str:
+        return "swarm.HUB_CACHE"
+
+
+HUB_CACHE: Final = _HubCache()  # `fetch(..., out=HUB_CACHE)`: where every library that loads by model id looks
+
+
+class Weights(Mapping[str, "torch.Tensor"]):
+    """What `fetch` returns: tensors by name if they are in memory, else the directory at `path`.
+
+    The node goes on to serve it until `close()`, the end of a `with` block, or the end of the process.
+    """
+
+    def __init__(
+        self, fetched: Fetched, tensors: Mapping[str, torch.Tensor], path: Path | None, settings: Settings
+    ) -> None:
+        self.fetched = fetched
+        self.path = path
+        self._tensors = tensors
+        self._settings: Settings | None = settings
+
+    @property
+    def digest(self) -> str:
+        """The artifact's identity, to pin it with `digest=`."""
+        return self.fetched.digest
+
+    def close(self) -> None:
+        """Stops serving. Tensors and files stay valid."""
+        settings, self._settings = self._settings, None
+        if settings is not None:
+            runtime().run(_withdraw(settings, self.digest))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        where = self.path or f"{len(self._tensors)} tensors"
+        return f"<Weights {self.fetched.model_id} {self.digest[:12]} {where}>"
+
+
+class Served:
+    """What `serve` returns: an artifact that others can fetch until `close()` or the end of a `with` block."""
+
+    def __init__(self, model_id: str, digest: str, address: str, settings: Settings) -> None:
+        self.model_id = model_id
+        self.digest = digest
+        self.address = address
+        self._settings: Settings | None = settings
+
+    def close(self) -> None:
+        """Stops serving."""
+        settings, self._settings = self._settings, None
+        if settings is not None:
+            runtime().run(_withdraw(settings, self.digest))
+
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Served {self.model_id} {self.digest[:12]} at {self.address}>"
+
+
+def fetch(
+    model_id: str,
+    *,
+    out: str | Path | _HubCache | None = None,
+    into: Mapping[str, torch.Tensor] | None = None,
+    device: str = "cpu",
+    digest: str | None = None,
+    timeout_s: float | None = None,
+    settings: Settings | None = None,
+) -> Weights:
+    """Gets a model from whoever serves it, verified, and serves it on.
+
+    By default into new CPU tensors; with `into` into these very tensors (names, shapes and dtypes must match; on an
+    error their contents are undefined); with `out` into a directory, or into the local Hugging Face cache
+    (`out=swarm.HUB_CACHE`). `digest` pins the exact content. `settings` default to `Settings.load()`.
+
+    Raises SettingsError, ManifestNotFound, ManifestConflict, Stalled, FetchTimeout, and StoreError with its kinds.
+    """
+    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load())
+    return runtime().run(_fetch(want))
+
+
+async def fetch_async(
+    model_id: str,
+    *,
+    out: str | Path | _HubCache | None = None,
+    into: Mapping[str, torch.Tensor] | None = None,
+    device: str = "cpu",
+    digest: str | None = None,
+    timeout_s: float | None = None,
+    settings: Settings | None = None,
+) -> Weights:
+    """`fetch` for coroutines: the caller's event loop goes on meanwhile."""
+    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load())
+    return await asyncio.wrap_future(runtime().submit(_fetch(want)))
+
+
+def serve(
+    what: str | Path | Mapping[str, torch.Tensor],
+    *,
+    model_id: str | None = None,
+    settings: Settings | None = None,
+) -> Served:
+    """Serves a model directory, a model id out of the local Hugging Face cache, or tensors, until closed.
+
+    Tensors need a `model_id`; they must not change while they are served. Returns once others can fetch.
+    Raises SettingsError, ManifestInvalid and StoreError.
+    """
+    settings = settings or Settings.load()
+    name, source, origin = open_source(what, model_id=model_id, settings=settings)
+
+    async def start() -> Served:
+        node = await runtime().acquire(settings)
+        node.serve(name, source, origin=origin)
+        return Served(name, source.manifest.digest, node.address, settings)
+
+    return runtime().run(start())
+
+
+def open_source(
+    what: str | Path | Mapping[str, torch.Tensor], *, model_id: str | None, settings: Settings
+) -> tuple[str, Source, Origin | None]:
+    """Model id, source and origin of something to serve, hashed. Raises as `serve` does."""
+    if isinstance(what, Mapping):
+        if model_id is None:
+            raise SettingsError("model_id", "tensors have no name of their own; say model_id='org/model'")
+        return model_id, build.tensors(what, chunk_bytes=settings.chunk_bytes, leaf_bytes=settings.leaf_bytes), None
+    path = _locate(what)
+    _, source, skipped = build.checkpoint(
+        path, chunk_bytes=settings.chunk_bytes, leaf_bytes=settings.leaf_bytes, cache_dir=settings.cache
+    )
+    for entry in skipped:
+        log.info("not served: %s (%s)", entry.path, entry.why)
+    return model_id or hub.model_id_of(path) or path.resolve().name, source, hub.origin(path)
+
+
+def _locate(what: str | Path) -> Path:
+    path = Path(what)
+    if path.exists():
+        return path
+    if isinstance(what, str) and hub.is_model_id(what):
+        if found := hub.snapshot(what):
+            return found
+        raise SettingsError("path", f"{what!r} is neither a path here nor a model in the local Hugging Face cache")
+    raise SettingsError("path", f"{path} does not exist")
+
+
+@dataclass(frozen=True)
+class _Want:
+    model_id: str
+    out: str | Path | _HubCache | None
+    into: Mapping[str, Any] | None
+    device: str
+    digest: str | None
+    timeout_s: float | None
+    settings: Settings
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise SettingsError("device", f"{self.device!r} is not supported; only 'cpu' is")
+        if self.out is not None and self.into is not None:
+            raise SettingsError("out", "cannot be combined with into: a fetch lands in one place")
+        if self.out is HUB_CACHE and not hub.is_model_id(self.model_id):
+            raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
+
+
+async def _fetch(want: _Want) -> Weights:
+    node = await runtime().acquire(want.settings)
+    try:
+        fetched, store, path = await fetch_on(
+            node,
+            want.model_id,
+            out=want.out,
+            into=want.into,
+            digest=want.digest,
+            timeout_s=want.timeout_s if want.timeout_s is not None else want.settings.timeout_s,
+            settings=want.settings,
+        )
+        tensors = store.tensors() if isinstance(store, MemoryStore) else dict(want.into or {})
+        return Weights(fetched, tensors, path, want.settings)
+    except BaseException:
+        await runtime().release(want.settings)
+        raise
+
+
+async def fetch_on(
+    node: Node,
+    model_id: str,
+    *,
+    out: str | Path | _HubCache | None,
+    into: Mapping[str, Any] | None,
+    digest: str | None,
+    timeout_s: float | None,
+    settings: Settings,
+) -> tuple[Fetched, Store, Path | None]:
+    """Fetches on an open node: what came of it, the store, and the directory if there is one."""
+    began = node.now()
+    manifest, origin = await resolve(node, model_id, digest=digest, find_timeout_s=settings.find_timeout_s)
+    loop = asyncio.get_running_loop()
+    store, path = await loop.run_in_executor(None, lambda: _store(model_id, manifest, out, into, settings))
+    left_s = None if timeout_s is None else max(0.1, timeout_s - (node.now() - began))
+    fetched = await node.fetch(model_id, store, origin=origin, timeout_s=left_s)
+    if isinstance(out, _HubCache):
+        path = await loop.run_in_executor(None, hub.CacheEntry(model_id).publish, manifest, origin)
+    elif path is not None:
+        build.remember(settings.cache, path, manifest)
+    return fetched, store, path
+
+
+def _store(
+    model_id: str,
+    manifest: Manifest,
+    out: str | Path | _HubCache | None,
+    into: Mapping[str, Any] | None,
+    settings: Settings,
+) -> tuple[Store, Path | None]:
+    if into is not None:
+        return IntoStore(manifest, into), None
+    if out is None:
+        return MemoryStore(manifest), None
+    path = hub.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
+    if path.exists() and not path.is_dir():
+        raise StoreConflict(path, "is not a directory; fetch to another place")
+    return DirectoryStore(path, manifest, fsync=settings.fsync), path
+
+
+async def _withdraw(settings: Settings, digest: str) -> None:
+    node = await runtime().acquire(settings)
+    try:
+        node.release(digest)
+        await runtime().release(settings)  # what `serve` or `fetch` acquired
+    finally:
+        await runtime().release(settings)

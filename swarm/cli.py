@@ -1,0 +1,236 @@
+"""The `swarm` command. Owns flags, what is printed and exit codes; every command imports what it needs when it runs.
+
+Flags for settings are generated from the fields of `Settings`. An error prints one line and exits with its `exit_code`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import signal
+import sys
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from swarm import __version__
+from swarm.errors import StoreError, SwarmError
+from swarm.settings import Settings
+
+INTERRUPTED = 130
+PROBLEMS_FOUND = 1
+REDRAW_S = 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("swarm").setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    try:
+        return int(options.run(options))
+    except SwarmError as error:
+        print(f"swarm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("swarm: interrupted; what was verified is kept, run the same command again to go on", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("swarm", description="Peer-to-peer distribution of model weights.")
+    parser.add_argument("--version", action="version", version=f"swarm {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--verbose", action="store_true", help="say what happens in detail")
+    settings = argparse.ArgumentParser(add_help=False, parents=[common])
+    _add_settings(
+        settings.add_argument_group("settings", "each also as SWARM_NAME in the environment, or in swarm.toml")
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", parents=[settings], help="offer a model to others")
+    serve.add_argument("model", metavar="PATH|MODEL_ID", help="a model directory, or a model of the Hugging Face cache")
+    serve.add_argument("--model-id", metavar="ID", help="what others fetch it by; by default the hub's id or the name")
+    serve.set_defaults(run=_serve)
+
+    fetch = commands.add_parser("fetch", parents=[settings], help="get a model from whoever serves it")
+    fetch.add_argument("model_id", metavar="MODEL_ID")
+    fetch.add_argument("--out", type=Path, metavar="DIR", help="directory to fill; by default the Hugging Face cache")
+    fetch.add_argument("--digest", metavar="D", help="accept only this content")
+    fetch.add_argument("--json", action="store_true", help="print one JSON object at completion")
+    fetch.add_argument("--no-seed", action="store_true", help="exit at completion instead of serving it on")
+    fetch.set_defaults(run=_fetch)
+
+    status = commands.add_parser("status", parents=[common], help="show the swarm as a running node sees it")
+    status.add_argument("--peer", metavar="HOST:PORT", help="the node to ask; by default one on this machine")
+    status.add_argument("--json", action="store_true", help="print one JSON object")
+    status.add_argument("--watch", action="store_true", help="show it again every second")
+    status.set_defaults(run=_status)
+
+    verify = commands.add_parser("verify", parents=[common], help="hash a fetched directory again")
+    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.set_defaults(run=_verify)
+
+    demo = commands.add_parser("demo", parents=[common], help="one seed and three newcomers on this machine")
+    demo.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model directory; by default a made-up one")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_settings(group: argparse._ArgumentGroup) -> None:
+    for setting in dataclasses.fields(Settings):
+        if not setting.metadata["flag"]:
+            continue
+        flag = setting.name.removesuffix("_s").replace("_", "-")
+        text = setting.metadata["help"]
+        if setting.default is True:
+            group.add_argument(
+                f"--no-{flag}", dest=setting.name, action="store_const", const=False, help=f"do not {text}"
+            )
+        elif setting.default is False:
+            group.add_argument(f"--{flag}", dest=setting.name, action="store_const", const=True, help=text)
+        elif setting.default == ():
+            group.add_argument(f"--{flag[:-1]}", dest=setting.name, action="append", metavar="HOST:PORT", help=text)
+        else:
+            group.add_argument(f"--{flag}", dest=setting.name, metavar=flag.upper(), help=text)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    names = [setting.name for setting in dataclasses.fields(Settings) if setting.metadata["flag"]]
+    return Settings.load({name: getattr(options, name) for name in names})
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    """Runs a coroutine; Ctrl-C and SIGTERM cancel it, and it may clean up or end well all the same."""
+
+    async def run() -> int:
+        task = asyncio.current_task()
+        if task is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(run())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from swarm.api import open_source
+    from swarm.runtime import new_node
+    from swarm.status import running
+    from swarm.status.progress import size_text
+
+    settings = _settings(options)
+
+    async def serve() -> int:
+        node, _ = new_node(settings)
+        async with node:
+            name, source, origin = await asyncio.to_thread(
+                open_source, options.model, model_id=options.model_id, settings=settings
+            )
+            node.serve(name, source, origin=origin)
+            manifest = source.manifest
+            with running.note(settings.cache, node.address):
+                print(f"{node.address} ready: {name} {manifest.digest[:16]} {size_text(manifest.size)}", flush=True)
+                await _until_stopped()
+        return 0
+
+    return _run(serve())
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from swarm.api import HUB_CACHE, fetch_on
+    from swarm.runtime import new_node
+    from swarm.status import running
+    from swarm.status.progress import progress, size_text
+
+    settings = _settings(options)
+
+    async def fetch() -> int:
+        node, picture = new_node(settings)
+        async with node:
+            with running.note(settings.cache, node.address):
+                async with progress(picture, node.now, quiet=options.json):
+                    fetched, _, path = await fetch_on(
+                        node,
+                        options.model_id,
+                        out=options.out or HUB_CACHE,
+                        into=None,
+                        digest=options.digest,
+                        timeout_s=settings.timeout_s,
+                        settings=settings,
+                    )
+                if options.json:
+                    report = {
+                        **dataclasses.asdict(fetched),
+                        "rate_bytes_per_s": fetched.rate_bytes_per_s,
+                        "out": str(path),
+                    }
+                    print(json.dumps(report), flush=True)
+                else:
+                    sources = ", ".join(f"{name} {size_text(size)}" for name, size in fetched.sources.items())
+                    rate = f"{size_text(fetched.bytes)} in {fetched.seconds:.2f} s"
+                    print(f"{fetched.model_id}: {rate}, verified, from {sources or 'this disk'} -> {path}", flush=True)
+                if not options.no_seed:
+                    logging.getLogger("swarm").info("serving it on at %s; Ctrl-C to stop", node.address)
+                    await _until_stopped()
+        return 0
+
+    return _run(fetch())
+
+
+async def _until_stopped() -> None:
+    """Waits for Ctrl-C or SIGTERM, and returns then: stopping a seed is no failure."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.Event().wait()
+
+
+def _status(options: argparse.Namespace) -> int:
+    import time
+
+    from swarm.status import client, running
+
+    def once() -> None:
+        report = client.ask_any([options.peer] if options.peer else running.addresses(Settings.load().cache))
+        if options.json:
+            print(json.dumps(report), flush=True)
+        else:
+            client.show(report)
+
+    once()
+    while options.watch:
+        time.sleep(REDRAW_S)
+        once()
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from swarm import build
+
+    manifest = build.recall(Settings.load().cache, options.directory)
+    if manifest is None:
+        raise StoreError(
+            f"{options.directory}: not fetched by swarm on this machine, so there is nothing to compare with"
+        )
+    problems = build.verify(options.directory, manifest)
+    for problem in problems:
+        print(problem)
+    if not problems:
+        size = f"{len(manifest.files)} files, {manifest.size} bytes"
+        print(f"{options.directory}: {size}, as fetched ({manifest.digest[:16]})")
+    return PROBLEMS_FOUND if problems else 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from swarm.demo import demo
+
+    return demo(options.path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

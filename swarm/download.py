@@ -1,0 +1,400 @@
+"""The download of one artifact, as a state machine: events in, actions out, no socket and no clock.
+
+    chunk:      missing -> requested -> verified          back to missing when its transfer fails or its bytes are wrong
+    transfer:   asked   -> granted   -> ended             one transfer carries a batch of chunks from one peer
+    peer:       joined  -> left or banned                 rests after a failure, longer after each one in a row
+
+`schedule.plan` decides whom to ask for what; this machine keeps the view that `plan` looks at, and the rules about
+peers that fail, stay silent or send wrong bytes. `check()` states the invariants, and the simulation calls it after
+every event.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+
+from swarm import schedule
+from swarm.bitfield import Bitfield
+from swarm.errors import LocalProtocolError
+from swarm.manifest import Manifest
+from swarm.messages import REQUEST_CHUNKS_MAX
+
+CORRUPT_CHUNKS_MAX = 3  # one wrong chunk may be a flaky wire; this many from one peer is a broken or lying peer
+GRANT_PATIENCE_S = 10.0  # a peer that has not granted by then has more to do than it can say
+REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # pause after a failure, doubling with each one in a row
+RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
+
+
+@dataclass(frozen=True)
+class PeerJoined:
+    """A peer that holds some of the artifact can be asked from now on."""
+
+    peer: str
+    holds: Bitfield
+
+
+@dataclass(frozen=True)
+class PeerHas:
+    """A peer verified more chunks."""
+
+    peer: str
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PeerLeft:
+    """The link to a peer is gone; its transfers fail with it."""
+
+    peer: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Granted:
+    """A peer starts to send a transfer."""
+
+    peer: str
+    transfer: int
+
+
+@dataclass(frozen=True)
+class ChunkVerified:
+    """A chunk arrived, its digest is right, and it lies in its place."""
+
+    peer: str
+    transfer: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class ChunkCorrupt:
+    """A chunk arrived with the wrong digest."""
+
+    peer: str
+    transfer: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class TransferEnded:
+    """All bytes of a transfer arrived. Says nothing about their digests."""
+
+    peer: str
+    transfer: int
+
+
+@dataclass(frozen=True)
+class TransferFailed:
+    """A transfer broke off, was refused or fell silent; what of it did not arrive is missing again."""
+
+    peer: str
+    transfer: int
+    why: str
+    retry_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Tick:
+    """Time passed."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Ask a peer for these chunks as one transfer; `why` is the schedule's reason."""
+
+    peer: str
+    transfer: int
+    chunks: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Tell a peer that a transfer is not wanted any more, and stop receiving it."""
+
+    peer: str
+    transfer: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Announce:
+    """Tell everyone interested that these chunks can be had here."""
+
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ban:
+    """Have nothing to do with a peer any more."""
+
+    peer: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Complete:
+    """Every chunk is verified."""
+
+
+@dataclass(frozen=True)
+class GiveUp:
+    """Nothing has arrived for too long; `tried` says what each peer did last."""
+
+    missing: int
+    waited_s: float
+    tried: tuple[str, ...]
+
+
+Event: TypeAlias = (
+    PeerJoined | PeerHas | PeerLeft | Granted | ChunkVerified | ChunkCorrupt | TransferEnded | TransferFailed | Tick
+)
+Action: TypeAlias = Ask | Cancel | Announce | Ban | Complete | GiveUp
+
+
+@dataclass
+class _Transfer:
+    peer: str
+    chunks: set[int]  # not arrived yet
+    size: int
+    asked_at: float
+    granted_at: float | None = None
+
+
+@dataclass
+class _Peer:
+    holds: Bitfield
+    transfers: set[int] = field(default_factory=set)
+    rate_bytes_per_s: float = 0.0
+    received_bytes: int = 0
+    corrupt: int = 0
+    failures: int = 0
+    resting_until: float = 0.0
+    last_end: float = 0.0
+
+
+class Download:
+    """One artifact coming in. `held` is shared with whoever serves it on; only this machine adds to it."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        held: Bitfield,
+        *,
+        now: float,
+        stall_timeout_s: float,
+        transfer_ids: Iterator[int],
+        rng: random.Random,
+    ) -> None:
+        self.manifest = manifest
+        self.held = held
+        self.sources: dict[str, int] = {}  # bytes of verified chunks by peer
+        self.rejected_chunks = 0
+        self.done = False
+        self._stall_timeout_s = stall_timeout_s
+        self._rng = rng
+        self._now = now
+        self._progress_at = now
+        self._peers: dict[str, _Peer] = {}
+        self._banned: set[str] = set()
+        self._transfers: dict[int, _Transfer] = {}
+        self._requested = np.zeros(held.length, dtype=np.uint8)
+        self._transfer_ids = transfer_ids  # shared by all downloads of a node: unique on every link
+        self._last_words: dict[str, str] = {}
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        """What to do about one event. After Complete or GiveUp the machine is done and does nothing more."""
+        self._now = now
+        if self.done:
+            return []
+        actions = self._react(event)
+        if self.held.complete:
+            return [*actions, *self._finish("complete"), Complete()]
+        if (waited_s := now - self._progress_at) > self._stall_timeout_s:
+            missing = self.held.length - len(self.held)
+            return [*actions, *self._finish("stalled"), GiveUp(missing, waited_s, self._tried())]
+        return [*actions, *self._ask()]
+
+    def _react(self, event: Event) -> list[Action]:
+        match event:
+            case PeerJoined(peer, holds):
+                if peer not in self._banned:
+                    self._peers[peer] = _Peer(holds)
+            case PeerHas(peer, chunks):
+                if known := self._peers.get(peer):
+                    for chunk in chunks:
+                        known.holds.add(chunk)
+            case PeerLeft(peer, why):
+                self._leave(peer, why)
+            case Granted(_, number):
+                if transfer := self._transfers.get(number):
+                    transfer.granted_at = self._now
+            case ChunkVerified():
+                return self._verified(event)
+            case ChunkCorrupt():
+                return self._corrupt(event)
+            case TransferEnded(peer, number):
+                self._measure(peer, number)
+                self._end(number)
+            case TransferFailed(peer, number, why, retry_s):
+                self._fail(peer, number, why, retry_s)
+            case Tick():
+                return self._impatient()
+            case _:
+                raise LocalProtocolError(f"download cannot handle {event!r}")
+        return []
+
+    def _verified(self, event: ChunkVerified) -> list[Action]:
+        if event.chunk in self.held:
+            return []
+        size = self.manifest.chunks[event.chunk].size
+        self._progress_at = self._now
+        self.held.add(event.chunk)
+        self.sources[event.peer] = self.sources.get(event.peer, 0) + size
+        if peer := self._peers.get(event.peer):
+            peer.failures = 0
+            peer.received_bytes += size
+        self._arrived(event.transfer, event.chunk)
+        actions: list[Action] = [Announce((event.chunk,))]
+        for number, other in sorted(self._transfers.items()):  # the endgame's second copies lost
+            if number != event.transfer and other.chunks == {event.chunk}:
+                actions.append(Cancel(other.peer, number, "arrived from another peer"))
+                self._end(number)
+        return actions
+
+    def _corrupt(self, event: ChunkCorrupt) -> list[Action]:
+        self.rejected_chunks += 1
+        self._arrived(event.transfer, event.chunk)
+        peer = self._peers.get(event.peer)
+        if peer is None:
+            return []
+        peer.corrupt += 1
+        peer.failures += 1
+        self._rest(peer, 0.0)
+        why = self._last_words[event.peer] = f"sent {peer.corrupt} corrupt chunks"
+        if peer.corrupt < CORRUPT_CHUNKS_MAX:
+            return []
+        self._banned.add(event.peer)
+        cancels: list[Action] = [Cancel(event.peer, number, "banned") for number in sorted(peer.transfers)]
+        self._leave(event.peer, why)
+        return [*cancels, Ban(event.peer, why)]
+
+    def _impatient(self) -> list[Action]:
+        late = [
+            (number, transfer)
+            for number, transfer in sorted(self._transfers.items())
+            if transfer.granted_at is None and self._now - transfer.asked_at > GRANT_PATIENCE_S
+        ]
+        for number, transfer in late:
+            self._fail(transfer.peer, number, f"did not grant within {GRANT_PATIENCE_S:g} s", 0.0)
+        return [Cancel(transfer.peer, number, "not granted in time") for number, transfer in late]
+
+    def _ask(self) -> list[Action]:
+        actions: list[Action] = []
+        for ask in schedule.plan(self._view(), self._rng):
+            number = next(self._transfer_ids)
+            size = sum(self.manifest.chunks[chunk].size for chunk in ask.chunks)
+            self._transfers[number] = _Transfer(ask.peer, set(ask.chunks), size, self._now)
+            self._peers[ask.peer].transfers.add(number)
+            self._requested[list(ask.chunks)] += 1
+            actions.append(Ask(ask.peer, number, ask.chunks, ask.why))
+        return actions
+
+    def _view(self) -> schedule.View:
+        peers = [
+            schedule.PeerView(
+                name,
+                peer.holds.mask,
+                len(peer.transfers),
+                peer.rate_bytes_per_s,
+                frozenset(chunk for number in peer.transfers for chunk in self._transfers[number].chunks),
+            )
+            for name, peer in sorted(self._peers.items())
+            if peer.resting_until <= self._now
+        ]
+        return schedule.View(~self.held.mask, self._requested, self.manifest.chunk_bytes, REQUEST_CHUNKS_MAX, peers)
+
+    def _measure(self, name: str, number: int) -> None:
+        peer, transfer = self._peers.get(name), self._transfers.get(number)
+        if peer is None or transfer is None or transfer.granted_at is None:
+            return
+        # Transfers of one peer follow each other on one wire: this one began when the one before it ended.
+        seconds = self._now - max(transfer.granted_at, peer.last_end)
+        peer.last_end = self._now
+        if seconds > 0:
+            rate = transfer.size / seconds
+            old = peer.rate_bytes_per_s or rate
+            peer.rate_bytes_per_s = old + RATE_SMOOTHING * (rate - old)
+
+    def _arrived(self, number: int, chunk: int) -> None:
+        transfer = self._transfers.get(number)
+        if transfer and chunk in transfer.chunks:
+            transfer.chunks.remove(chunk)
+            self._requested[chunk] -= 1
+
+    def _fail(self, name: str, number: int, why: str, retry_s: float) -> None:
+        self._last_words[name] = why
+        if number in self._transfers and (peer := self._peers.get(name)):
+            peer.failures += 1
+            self._rest(peer, retry_s)
+        self._end(number)
+
+    def _rest(self, peer: _Peer, at_least_s: float) -> None:
+        pause_s = min(REST_FIRST_S * 2.0 ** (peer.failures - 1), REST_LONGEST_S)
+        peer.resting_until = self._now + max(pause_s, at_least_s)
+
+    def _leave(self, name: str, why: str) -> None:
+        self._last_words[name] = why
+        if peer := self._peers.pop(name, None):
+            for number in list(peer.transfers):
+                self._end(number)
+
+    def _end(self, number: int) -> None:
+        if transfer := self._transfers.pop(number, None):
+            self._requested[list(transfer.chunks)] -= 1
+            if peer := self._peers.get(transfer.peer):
+                peer.transfers.discard(number)
+
+    def _finish(self, why: str) -> list[Action]:
+        self.done = True
+        cancels: list[Action] = [Cancel(t.peer, number, why) for number, t in sorted(self._transfers.items())]
+        for number in list(self._transfers):
+            self._end(number)
+        return cancels
+
+    def _tried(self) -> tuple[str, ...]:
+        silent = dict.fromkeys(self._peers, "holds nothing that is missing")
+        return tuple(f"{name}: {words}" for name, words in sorted({**silent, **self._last_words}.items()))
+
+    @property
+    def rate_bytes_per_s(self) -> float:
+        """Measured rate of all peers together that something is asked of."""
+        return sum(peer.rate_bytes_per_s for peer in self._peers.values() if peer.transfers)
+
+    def check(self) -> None:
+        """Raises LocalProtocolError when an invariant does not hold."""
+        asked: Iterable[int] = (chunk for t in self._transfers.values() for chunk in t.chunks)
+        counts = np.bincount(np.fromiter(asked, dtype=np.int64), minlength=self.held.length)
+        holds = {
+            "requested counts add up": bool((counts == self._requested).all()),
+            "transfers belong to joined peers": all(t.peer in self._peers for t in self._transfers.values()),
+            "peers know their transfers": all(
+                n in self._peers[t.peer].transfers for n, t in self._transfers.items() if t.peer in self._peers
+            ),
+            "nobody banned is joined": not self._banned & set(self._peers),
+            "a finished machine asks for nothing": not (self.done and self._transfers),
+            "copies are bounded": bool((self._requested <= schedule.COPIES_MAX).all()),
+        }
+        if broken := [name for name, true in holds.items() if not true]:
+            raise LocalProtocolError(f"{self!r}: {', '.join(broken)}")
+
+    def __repr__(self) -> str:
+        return (
+            f"<Download {self.manifest.digest[:8]} {len(self.held)}/{self.held.length} chunks"
+            f" | {len(self._peers)} peers | {len(self._transfers)} in flight | {self.rate_bytes_per_s / 1e6:.1f} MB/s>"
+        )

@@ -1,0 +1,247 @@
+"""One fetch: the download machine of one artifact, driven by real transfers.
+
+Carries out what `Download` decides: asks peers, receives through their transports into the store, cancels, and turns
+everything that happens into events for the machine. Runs on the node's loop; only views are advanced on other threads.
+
+Must not know: links' messages beyond those it sends, HTTP, files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Coroutine, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from swarm import download, messages
+from swarm.bitfield import Bitfield
+from swarm.download import Download
+from swarm.errors import PeerError, Stalled, StoreError, SwarmError, TransportError
+from swarm.journal import Received
+from swarm.landing import Landed, Landings
+from swarm.peer import Peer
+from swarm.store import Store
+from swarm.transport import Transfer
+
+log = logging.getLogger("swarm")
+
+
+class Host(Protocol):
+    """What a node does for its fetches and its uploads."""
+
+    peers: dict[str, Peer]  # by node id
+
+    def now(self) -> float:
+        """Seconds on the node's clock; callable from any thread."""
+
+    def record(self, subject: str, what: object) -> None:
+        """Writes to the journal."""
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Runs something until the node closes."""
+
+
+@dataclass
+class _Receiving:
+    peer: Peer
+    touched_at: float
+    granted: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+class Fetching:
+    """A fetch in progress. `fresh` collects newly verified chunks until the node has told others about them."""
+
+    def __init__(
+        self,
+        model_id: str,
+        store: Store,
+        held: Bitfield,
+        *,
+        host: Host,
+        idle_timeout_s: float,
+        stall_timeout_s: float,
+        transfer_ids: Iterator[int],
+        rng: random.Random,
+    ) -> None:
+        self.machine = Download(
+            store.manifest,
+            held,
+            now=host.now(),
+            stall_timeout_s=stall_timeout_s,
+            transfer_ids=transfer_ids,
+            rng=rng,
+        )
+        self.fresh: list[int] = []
+        self.names: dict[str, str] = {}  # of everyone ever asked, who may be gone by the end
+        self._model_id = model_id
+        self._manifest = store.manifest
+        self._host = host
+        self._idle_timeout_s = idle_timeout_s
+        self._landings = Landings(store.manifest, store)
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._receiving: dict[int, _Receiving] = {}
+
+    async def run(self) -> None:
+        """Returns when every chunk is verified and nothing is written any more. Raises FetchError or StoreError."""
+        self.handle(download.Tick())
+        try:
+            await self._ended
+        finally:
+            tasks = [receiving.task for receiving in self._receiving.values() if receiving.task]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def sources(self) -> dict[str, int]:
+        """Bytes of verified chunks by the name of the peer that they came from."""
+        return {self.names[node]: size for node, size in self.machine.sources.items()}
+
+    def fail(self, error: SwarmError) -> None:
+        """Ends the fetch with this error, unless it has ended."""
+        if not self._ended.done():
+            self._ended.set_exception(error)
+
+    def handle(self, event: download.Event) -> None:
+        """Tells the machine, and does what it says."""
+        subject = self._manifest.digest[:12]
+        self._host.record(subject, event)
+        for action in self.machine.handle(event, self._host.now()):
+            self._host.record(subject, action)
+            match action:
+                case download.Ask(node, number, chunks):
+                    self._ask(self._host.peers[node], number, chunks)
+                case download.Cancel(node, number):
+                    self._cancel(node, number)
+                case download.Announce(chunks):
+                    self.fresh += chunks
+                case download.Ban(node, why):
+                    peer = self._host.peers[node]
+                    log.warning("banned %s (%s): %s", peer.name, peer.hello.address, why)
+                case download.Complete():
+                    if not self._ended.done():
+                        self._ended.set_result(None)
+                case download.GiveUp(missing, waited_s, tried):
+                    total = self.machine.held.length
+                    words = [self._with_name(text) for text in tried]
+                    self.fail(Stalled(self._model_id, missing=missing, total=total, waited_s=waited_s, tried=words))
+
+    def granted(self, peer: Peer, number: int) -> None:
+        """A peer says that a transfer starts."""
+        if receiving := self._of(peer, number):
+            receiving.granted, receiving.touched_at = True, self._host.now()
+            self.handle(download.Granted(peer.node, number))
+
+    def refused(self, peer: Peer, number: int, *, reason: str, retry_s: float) -> None:
+        """A peer says that a transfer will not happen."""
+        if receiving := self._of(peer, number):
+            self._abandon(receiving, number, f"refused: {reason}", retry_s)
+
+    def tick(self) -> None:
+        """Time passed: cuts transfers that were granted and then brought nothing, and tells the machine."""
+        now = self._host.now()
+        for number, receiving in list(self._receiving.items()):
+            if receiving.granted and now - receiving.touched_at > self._idle_timeout_s:
+                receiving.touched_at = now  # once is enough
+                receiving.peer.post(messages.Cancel(number))
+                self._abandon(receiving, number, f"sent nothing for {self._idle_timeout_s:g} s", 0.0)
+        self.handle(download.Tick())
+
+    def _ask(self, peer: Peer, number: int, chunks: tuple[int, ...]) -> None:
+        self.names[peer.node] = peer.name
+        receiving = self._receiving[number] = _Receiving(peer, self._host.now())
+        receiving.task = self._host.spawn(
+            self._receive(receiving, number, chunks), f"receive {number} from {peer.name}"
+        )
+        receiving.task.add_done_callback(lambda _: self._receiving.pop(number, None))
+
+    async def _receive(self, receiving: _Receiving, number: int, chunks: tuple[int, ...]) -> None:
+        """One transfer coming in; the machine is told how it ended, unless somebody cancelled it."""
+        peer = receiving.peer
+        size = sum(self._manifest.chunks[index].size for index in chunks)
+
+        def report(landed: Landed) -> None:
+            self._loop.call_soon_threadsafe(self._landed, peer, number, landed)
+
+        event: download.Event = download.TransferEnded(peer.node, number)
+        try:
+            session = await peer.session()
+            peer.post(messages.Request(peer.scheme, self._manifest.digest, number, chunks))
+            views = self._touched(receiving, self._landings.views(number, chunks, report))
+            await session.receive(Transfer(number, size, self._idle_timeout_s), views)
+        except (TransportError, PeerError) as error:
+            event = download.TransferFailed(peer.node, number, str(error))
+        except StoreError as error:
+            event = download.TransferFailed(peer.node, number, str(error))
+            self.fail(error)
+        self._loop.call_soon(self.handle, event)  # behind the chunks that the transfer's thread has reported
+
+    def _touched(
+        self, receiving: _Receiving, views: Generator[memoryview, None, None]
+    ) -> Generator[memoryview, None, None]:
+        """Notes when bytes last arrived."""
+        with contextlib.closing(views):
+            for view in views:
+                receiving.touched_at = self._host.now()
+                yield view
+
+    def _landed(self, peer: Peer, number: int, landed: Landed) -> None:
+        index = landed.chunk.index
+        if not landed.correct:
+            self.handle(download.ChunkCorrupt(peer.node, number, index))
+        elif landed.spare is None:
+            self._verified(peer, number, landed)
+        elif index not in self.machine.held:
+            self._host.spawn(self._settle(peer, number, landed), f"settle chunk {index}")
+
+    async def _settle(self, peer: Peer, number: int, landed: Landed) -> None:
+        """A second copy is right while the first is still on its way: the second takes its place."""
+        first = self._landings.holder(landed.chunk.index)
+        if first is not None and (slow := self._receiving.get(first)) and slow.task:
+            slow.peer.post(messages.Cancel(first))
+            await self._stop(slow)
+            self.handle(download.TransferFailed(slow.peer.node, first, "another peer was faster"))
+        try:
+            settled = await self._loop.run_in_executor(None, self._landings.settle, landed, number)
+        except StoreError as error:
+            self.fail(error)
+            return
+        if settled:
+            self._verified(peer, number, landed)
+
+    def _verified(self, peer: Peer, number: int, landed: Landed) -> None:
+        self._host.record(peer.node, Received(peer.node, self._manifest.digest, landed.chunk.size))
+        self.handle(download.ChunkVerified(peer.node, number, landed.chunk.index))
+
+    def _abandon(self, receiving: _Receiving, number: int, why: str, retry_s: float) -> None:
+        """Stops receiving; once the transfer's memory is free again, the machine hears that it failed."""
+
+        async def stop() -> None:
+            await self._stop(receiving)
+            self.handle(download.TransferFailed(receiving.peer.node, number, why, retry_s))
+
+        self._host.spawn(stop(), f"abandon {number}")
+
+    async def _stop(self, receiving: _Receiving) -> None:
+        if receiving.task:
+            receiving.task.cancel()
+            await asyncio.gather(receiving.task, return_exceptions=True)
+
+    def _cancel(self, node: str, number: int) -> None:
+        if peer := self._host.peers.get(node):
+            peer.post(messages.Cancel(number))
+        if (receiving := self._receiving.get(number)) and receiving.task:
+            receiving.task.cancel()
+
+    def _of(self, peer: Peer, number: int) -> _Receiving | None:
+        receiving = self._receiving.get(number)
+        return receiving if receiving and receiving.peer is peer else None
+
+    def _with_name(self, words: str) -> str:
+        node, _, rest = words.partition(":")
+        peer = self._host.peers.get(node)
+        return f"{peer.name if peer else self.names.get(node, node)}:{rest}"

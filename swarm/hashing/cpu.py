@@ -1,0 +1,69 @@
+"""Chunk digests on the CPU, from views of host memory as they arrive.
+
+    stream | leaf 0 | leaf 1 | ... | last leaf, maybe shorter |       chunk digest = XXH3-128(d0 d1 ... dn)
+
+The chunk digest is always the hash of leaf digests, for a chunk of one leaf too: a GPU hashes leaves and a CPU combines
+them, and both must agree without a special case.
+
+A leaf that lies in one view is hashed by one call straight from that view, which neither copies it nor, above 65,536
+bytes, holds the GIL. Only a leaf that straddles two views goes through a streaming hasher.
+
+Must not know: what the bytes are, where they came from, or what their digest should be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import xxhash
+
+from swarm.manifest import HashScheme
+
+
+class LeafHasher:
+    """Hashes the bytes of one chunk. Not for several threads at once."""
+
+    def __init__(self, scheme: HashScheme) -> None:
+        self._leaf_bytes = scheme.leaf_bytes
+        self._leaf_digests = xxhash.xxh3_128()
+        self._open_leaf = xxhash.xxh3_128()
+        self._open_bytes = 0
+
+    def update(self, view: memoryview | bytes) -> None:
+        """Takes the chunk's next bytes. A view must be contiguous; it is not needed any more after the call."""
+        data = memoryview(view)
+        if not data.nbytes:
+            return  # an empty view of wider elements cannot be cast
+        data = data.cast("B")
+        position = 0
+        while position < len(data):
+            end = min(position + self._leaf_bytes - self._open_bytes, len(data))
+            if end - position == self._leaf_bytes:
+                self._leaf_digests.update(xxhash.xxh3_128_digest(data[position:end]))
+            else:
+                self._continue_leaf(data[position:end])
+            position = end
+
+    def digest(self) -> bytes:
+        """The chunk digest of everything taken so far, 16 bytes. More may be taken afterwards."""
+        if not self._open_bytes:
+            return self._leaf_digests.digest()
+        digests = self._leaf_digests.copy()
+        digests.update(self._open_leaf.digest())
+        return digests.digest()
+
+    def _continue_leaf(self, data: memoryview) -> None:
+        self._open_leaf.update(data)
+        self._open_bytes += len(data)
+        if self._open_bytes == self._leaf_bytes:
+            self._leaf_digests.update(self._open_leaf.digest())
+            self._open_leaf.reset()
+            self._open_bytes = 0
+
+
+def chunk_digest(scheme: HashScheme, views: Iterable[memoryview | bytes]) -> bytes:
+    """The digest, 16 bytes, of the chunk that these views are in order."""
+    hasher = LeafHasher(scheme)
+    for view in views:
+        hasher.update(view)
+    return hasher.digest()

@@ -1,0 +1,108 @@
+"""Questions between two nodes before a fetch: what is the manifest of this digest, and where does the model come from.
+
+Answers come in messages, some in parts; each question has a deadline, and a peer that leaves has answered all of
+them. What a peer answers is bounded here and checked by whoever asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TypeAlias
+
+from swarm import messages
+from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
+from swarm.manifest import MANIFEST_BYTES_MAX, Manifest
+from swarm.messages import Origin
+from swarm.peer import Peer
+
+Question: TypeAlias = messages.ManifestRequest | messages.OriginRequest
+Answer: TypeAlias = messages.ManifestPart | messages.OriginReply
+
+
+class Inquiries:
+    """This node's open questions, and its answers to others'. `lookup` says what this node has of a digest."""
+
+    def __init__(self, lookup: Callable[[str], tuple[Manifest, Origin | None] | None]) -> None:
+        self._lookup = lookup
+        self._manifests: dict[tuple[str, str], _Manifest] = {}
+        self._origins: dict[tuple[str, str], asyncio.Future[Origin | None]] = {}
+
+    async def manifest(self, peer: Peer, digest: str, *, timeout_s: float) -> bytes:
+        """A manifest's bytes as one peer sends them: bounded, but not checked. Raises PeerError."""
+        inquiry = self._manifests[peer.node, digest] = _Manifest(peer)
+        peer.post(messages.ManifestRequest(digest))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await inquiry.done
+        except TimeoutError:
+            raise PeerTimeout(peer.name, f"did not send its manifest within {timeout_s:g} s") from None
+        finally:
+            self._manifests.pop((peer.node, digest), None)
+
+    async def origin(self, peer: Peer, digest: str, *, timeout_s: float) -> Origin | None:
+        """Where a peer says that a checkpoint came from; None when it does not know or does not answer."""
+        answer: asyncio.Future[Origin | None] = asyncio.get_running_loop().create_future()
+        self._origins[peer.node, digest] = answer
+        peer.post(messages.OriginRequest(digest))
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await answer
+        except TimeoutError:
+            return None
+        finally:
+            self._origins.pop((peer.node, digest), None)
+
+    async def answer(self, peer: Peer, question: Question) -> None:
+        """Answers a peer's question."""
+        found = self._lookup(question.digest)
+        if isinstance(question, messages.OriginRequest):
+            peer.post(messages.OriginReply(question.digest, found[1] if found else None))
+            return
+        data = found[0].encoded if found else b""
+        for offset in range(0, max(1, len(data)), messages.MANIFEST_PART_BYTES):
+            part = data[offset : offset + messages.MANIFEST_PART_BYTES]
+            peer.post(messages.ManifestPart(question.digest, len(data), offset, part))
+            await asyncio.sleep(0)  # other messages get in between
+
+    def hear(self, peer: Peer, answer: Answer) -> None:
+        """Takes (a part of) an answer. Raises RemoteProtocolError when the parts do not fit together."""
+        key = peer.node, answer.digest
+        if isinstance(answer, messages.ManifestPart):
+            if inquiry := self._manifests.get(key):
+                inquiry.add(answer)
+        elif (waiting := self._origins.get(key)) and not waiting.done():
+            waiting.set_result(answer.origin)
+
+    def left(self, node: str, why: str) -> None:
+        """A peer is gone."""
+        for (asked, _), inquiry in self._manifests.items():
+            if asked == node:
+                inquiry.fail(why)
+        for (asked, _), waiting in self._origins.items():
+            if asked == node and not waiting.done():
+                waiting.set_result(None)
+
+
+class _Manifest:
+    """A manifest on its way from one peer."""
+
+    def __init__(self, peer: Peer) -> None:
+        self.done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._peer = peer
+        self._data = bytearray()
+
+    def add(self, part: messages.ManifestPart) -> None:
+        end = part.offset + len(part.data)
+        if part.total == 0:
+            self.fail("does not have the manifest that it announced")
+        elif part.offset != len(self._data) or end > min(part.total, MANIFEST_BYTES_MAX) or not part.data:
+            raise RemoteProtocolError(self._peer.name, "sent parts of a manifest that do not fit together")
+        else:
+            self._data += part.data
+            if end == part.total and not self.done.done():
+                self.done.set_result(bytes(self._data))
+
+    def fail(self, why: str) -> None:
+        if not self.done.done():
+            self.done.set_exception(PeerError(self._peer.name, why))

@@ -1,0 +1,121 @@
+"""The journal: every event and action of a node, once, in order.
+
+Status, metrics, traces and test failures read it and nothing else. It keeps the latest entries in memory, and hands
+every entry to its subscribers as it happens. It is told the time; it has no clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from swarm.messages import Announcement
+
+ENTRIES_KEPT = 10_000  # a few MB; enough to see what led to a failure
+
+
+@dataclass(frozen=True)
+class Opened:
+    """This node listens."""
+
+    node: str
+    name: str
+    address: str
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A peer said hello; it is read through `scheme`."""
+
+    node: str
+    name: str
+    address: str
+    scheme: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A peer is gone."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a node (this one too) says that it holds."""
+
+    node: str
+    artifacts: tuple[Announcement, ...]
+
+
+@dataclass(frozen=True)
+class FetchStarted:
+    """A fetch of `size` bytes begins; `resumed_bytes` of them were here already."""
+
+    model_id: str
+    digest: str
+    size: int
+    resumed_bytes: int
+
+
+@dataclass(frozen=True)
+class FetchEnded:
+    """A fetch is over; `error` is None when it is complete."""
+
+    digest: str
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Received:
+    """A chunk of `size` bytes came from a peer and is verified."""
+
+    node: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A transfer of `size` bytes went out to a peer whole."""
+
+    node: str
+    digest: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """`what` (an event or action) happened at `at_s` on the node's clock; `subject` is a peer, an artifact or
+    'node'."""
+
+    at_s: float
+    subject: str
+    what: object
+
+    def __str__(self) -> str:
+        return f"{self.at_s:10.4f} {self.subject:<16} {self.what}"
+
+
+class Journal:
+    """Append-only; only the node's loop writes to it."""
+
+    def __init__(self) -> None:
+        self._entries: deque[Entry] = deque(maxlen=ENTRIES_KEPT)
+        self._subscribers: list[Callable[[Entry], None]] = []
+
+    def record(self, at_s: float, subject: str, what: object) -> None:
+        """Appends one entry."""
+        entry = Entry(at_s, subject, what)
+        self._entries.append(entry)
+        for subscriber in self._subscribers:
+            subscriber(entry)
+
+    def subscribe(self, subscriber: Callable[[Entry], None]) -> None:
+        """Calls `subscriber` with every entry from now on. It must be quick and must not raise."""
+        self._subscribers.append(subscriber)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(tuple(self._entries))

@@ -1,0 +1,212 @@
+"""The words two nodes say to each other over a link, and the limits on them.
+
+One message is one JSON object in one WebSocket frame, told apart by its `type`. `decode` is the only way in: unknown
+types, missing or unknown fields, wrong types and values beyond the limits below all raise ValueError.
+
+    newcomer                                    peer
+       | Hello                        Hello |           versions, names, transports, artifacts, a bulk token
+       | ManifestRequest  ->                |
+       |                  <-   ManifestPart |           until `offset + len(data) == total`
+       | Interest         ->                |
+       |                  <-       Holdings |           and Have, whenever more was verified
+       | Request          ->                |
+       |                  <-          Grant |           the transfer's bytes follow on the agreed transport
+       |                  <-         Refuse |           or they do not, and this says why
+       | Cancel           ->                |           not wanted any more
+       | Bye              <->           Bye |
+
+Pure: this module never sees a socket.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import msgspec
+
+from swarm.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, Digest
+
+PROTOCOL = 1
+
+# Limits, each with its reason. They are part of the protocol, not settings.
+FRAME_BYTES_MAX = 1 << 20  # a bitfield of CHUNKS_MAX chunks is 171 KiB in base64
+MANIFEST_PART_BYTES = 256 << 10  # small enough to let other messages through between two parts
+REQUEST_CHUNKS_MAX = 256  # chunks in one transfer: more would tie too much to one peer
+ANNOUNCED_MAX = 256  # artifacts one node serves
+ADDRESSES_MAX = 64  # members told in one message
+RUNS_MAX = 4096  # runs of chunks in one Have
+
+Text = Annotated[str, msgspec.Meta(max_length=256)]
+ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+NodeId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+Token = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+ChunkIndex = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
+TransferId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Scheme = Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,16}$")]
+RefusalReason = Literal["busy", "not_held", "unknown_artifact", "source_changed", "no_transport"]
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of everything that travels over a link."""
+
+
+class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One transport a node can be read through: `address` is in the scheme's own form."""
+
+    scheme: Scheme
+    address: Text
+
+
+class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One artifact a node holds in full or in part. `chunks` of `chunks_total` are verified."""
+
+    model_id: ModelId
+    digest: Digest
+    tier: Literal["checkpoint", "loaded"]
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
+    chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
+
+
+class Hello(Message, frozen=True):
+    """First message, both ways. `address` is where others may dial this node; `token` opens a bulk connection to it."""
+
+    protocol: int
+    software: Text
+    node: NodeId
+    name: Text
+    address: Text
+    token: Token
+    transports: Annotated[tuple[Offer, ...], msgspec.Meta(max_length=16)]
+    artifacts: Annotated[tuple[Announcement, ...], msgspec.Meta(max_length=ANNOUNCED_MAX)]
+
+
+class Announce(Message, frozen=True):
+    """Replaces the artifacts of the sender's Hello."""
+
+    artifacts: Annotated[tuple[Announcement, ...], msgspec.Meta(max_length=ANNOUNCED_MAX)]
+
+
+class Members(Message, frozen=True):
+    """Addresses of nodes the sender is connected to, so that one address is enough to join."""
+
+    addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
+
+
+class ManifestRequest(Message, frozen=True):
+    """Asks for a manifest's canonical bytes."""
+
+    digest: Digest
+
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where a checkpoint came from: the hub's commit, and the hub's name (etag) of each file's content."""
+
+    commit: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{40}$")]
+    etags: dict[str, Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")]]
+
+
+class ManifestPart(Message, frozen=True):
+    """Some of a manifest's canonical bytes. `total` 0: not here."""
+
+    digest: Digest
+    total: Annotated[int, msgspec.Meta(ge=0, le=MANIFEST_BYTES_MAX)]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=MANIFEST_BYTES_MAX)]
+    data: Annotated[bytes, msgspec.Meta(max_length=MANIFEST_PART_BYTES)]
+
+
+class OriginRequest(Message, frozen=True):
+    """Asks where a checkpoint came from."""
+
+    digest: Digest
+
+
+class OriginReply(Message, frozen=True):
+    """Where it came from, if the sender knows. A claim: whoever uses it compares the files with it."""
+
+    digest: Digest
+    origin: Origin | None
+
+
+class Interest(Message, frozen=True):
+    """The sender wants chunks of this artifact: asks for Holdings now, and Have from then on."""
+
+    digest: Digest
+
+
+class Holdings(Message, frozen=True):
+    """The chunks the sender holds, as a packed bitfield."""
+
+    digest: Digest
+    bits: Annotated[bytes, msgspec.Meta(max_length=CHUNKS_MAX // 8)]
+
+
+class Have(Message, frozen=True):
+    """Newly verified chunks, as (first, count) runs."""
+
+    digest: Digest
+    runs: Annotated[
+        tuple[tuple[ChunkIndex, Annotated[int, msgspec.Meta(ge=1, le=CHUNKS_MAX)]], ...],
+        msgspec.Meta(max_length=RUNS_MAX),
+    ]
+
+
+class Request(Message, frozen=True):
+    """Asks for these chunks, in this order, as one transfer over `scheme`. The id is the asker's own, unique on this
+    link."""
+
+    scheme: Scheme
+    digest: Digest
+    transfer: TransferId
+    chunks: Annotated[tuple[ChunkIndex, ...], msgspec.Meta(min_length=1, max_length=REQUEST_CHUNKS_MAX)]
+
+
+class Grant(Message, frozen=True):
+    """The transfer starts now. `sequence` counts the sender's grants on this link: both ends keep that order."""
+
+    transfer: TransferId
+    sequence: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Refuse(Message, frozen=True):
+    """The transfer will not happen, or broke off; worth asking again after `retry_s` seconds."""
+
+    transfer: TransferId
+    reason: RefusalReason
+    retry_s: Annotated[float, msgspec.Meta(ge=0, le=3600)]
+
+
+class Cancel(Message, frozen=True):
+    """The asker does not want this transfer any more."""
+
+    transfer: TransferId
+
+
+class Bye(Message, frozen=True):
+    """The sender is leaving, and why."""
+
+    reason: Text
+
+
+AnyMessage: TypeAlias = (
+    Hello | Announce | Members | ManifestRequest | ManifestPart | OriginRequest | OriginReply | Interest | Holdings
+    | Have | Request | Grant | Refuse | Cancel | Bye
+)  # fmt: skip
+
+_decoder: msgspec.json.Decoder[AnyMessage] = msgspec.json.Decoder(AnyMessage)
+_encoder = msgspec.json.Encoder()
+
+
+def encode(message: Message) -> bytes:
+    """The frame that carries this message."""
+    return _encoder.encode(message)
+
+
+def decode(frame: bytes) -> AnyMessage:
+    """The message in a frame. Raises ValueError, which says what is wrong with it."""
+    if len(frame) > FRAME_BYTES_MAX:
+        raise ValueError(f"frame of {len(frame)} bytes; at most {FRAME_BYTES_MAX} are allowed")
+    try:
+        return _decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error

@@ -1,0 +1,123 @@
+"""The background loop that nodes of this process live on, so that synchronous code, coroutines and threads can all
+use them.
+
+One daemon thread runs one event loop. Calls that want the same settings share a node, which closes when the last of
+them lets go, or as the process ends. Nothing here knows what a node does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from swarm.node import Node
+from swarm.settings import Settings
+from swarm.status.client import PATH as STATUS_PATH
+from swarm.status.picture import Picture
+from swarm.world import HostWorld
+
+T = TypeVar("T")
+EXIT_TIMEOUT_S = 2.0
+
+
+def new_node(settings: Settings) -> tuple[Node, Picture]:
+    """A node of this machine, not open yet, and the picture that its status page shows."""
+    picture = Picture()
+    world = HostWorld(settings, {STATUS_PATH: lambda: picture.report(node.now())})
+    node = Node(
+        world,
+        name=settings.name,
+        upload_slots=settings.upload_slots,
+        idle_timeout_s=settings.idle_timeout_s,
+        stall_timeout_s=settings.stall_timeout_s,
+    )
+    node.journal.subscribe(picture.apply)
+    return node, picture
+
+
+@dataclass
+class _Shared:
+    node: Node
+    opening: asyncio.Task[None]
+    users: int = field(default=0)
+
+
+class Runtime:
+    """A loop in a thread, and the nodes on it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="swarm", daemon=True)
+        self._nodes: dict[Settings, _Shared] = {}
+        self._thread.start()
+        atexit.register(self._close_all)
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Starts work on the loop, from any thread."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Does work on the loop and waits for it; Ctrl-C cancels the work and waits until it has cleaned up."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            if future.cancel():
+                concurrent.futures.wait([self.submit(self._idle())], timeout=EXIT_TIMEOUT_S)
+            raise
+
+    async def acquire(self, settings: Settings) -> Node:
+        """An open node with these settings; on the loop only. Raises SettingsError."""
+        shared = self._nodes.get(settings)
+        if shared is None:
+            node, _ = new_node(settings)
+            shared = self._nodes[settings] = _Shared(node, asyncio.ensure_future(node.open()))
+        shared.users += 1
+        try:
+            await asyncio.shield(shared.opening)
+        except BaseException:
+            await self.release(settings)
+            raise
+        return shared.node
+
+    async def release(self, settings: Settings) -> None:
+        """Undoes one `acquire`; on the loop only."""
+        shared = self._nodes[settings]
+        shared.users -= 1
+        if shared.users == 0:
+            del self._nodes[settings]
+            await shared.node.close()
+
+    async def _idle(self) -> None:
+        """Returns once the loop has gone through what was cancelled."""
+        await asyncio.sleep(0)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+
+    def _close_all(self) -> None:
+        async def close() -> None:
+            nodes = [shared.node for shared in self._nodes.values()]
+            self._nodes.clear()
+            await asyncio.gather(*(node.close() for node in nodes), return_exceptions=True)
+
+        concurrent.futures.wait([self.submit(close())], timeout=EXIT_TIMEOUT_S)
+
+
+_lock = threading.Lock()
+_runtime: Runtime | None = None
+
+
+def runtime() -> Runtime:
+    """This process's runtime, started on first use."""
+    global _runtime
+    with _lock:
+        if _runtime is None:
+            _runtime = Runtime()
+        return _runtime

@@ -1,0 +1,135 @@
+"""The header of a safetensors file: parsed, and validated as if a stranger had written it.
+
+    0        8                8 + N                                  size
+    | N: u64 | JSON, N bytes  | tensor data, without holes or overlap |
+
+Owns the rules of the format (https://github.com/huggingface/safetensors, 'Format') and nothing else: it is handed
+bytes and returns tensors. It does not open files and does not know torch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from swarm.errors import ManifestInvalid
+
+LENGTH_BYTES = 8
+HEADER_BYTES_MAX = 100_000_000  # the reference implementation's own limit
+RANK_MAX = 64  # torch's limit; no real tensor comes near it
+
+# Bits, because the 4- and 6-bit types of newer files pack several elements into a byte.
+DTYPE_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8,
+    "F8_E4M3FNUZ": 8, "F16": 16, "BF16": 16, "F32": 32, "F64": 64, "C64": 64,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor: `shape` in elements; `offset` and `size` in bytes, the offset counted from the file's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def header_bytes(prefix: bytes, *, subject: str, file_bytes: int) -> int:
+    """Bytes that header and length field take, from a file's first 8 bytes.
+
+    Raises ManifestInvalid when the length cannot be true of a file of `file_bytes`, before anything is allocated.
+    """
+    if len(prefix) < LENGTH_BYTES:
+        raise ManifestInvalid(subject, f"truncated safetensors file: {len(prefix)} bytes, not even a header length")
+    length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
+    if length > HEADER_BYTES_MAX:
+        raise ManifestInvalid(
+            subject, f"safetensors header claims {length} bytes; at most {HEADER_BYTES_MAX} are allowed"
+        )
+    if LENGTH_BYTES + length > file_bytes:
+        raise ManifestInvalid(
+            subject,
+            f"safetensors header claims {length} bytes but the file has {file_bytes}: it is truncated",
+        )
+    return LENGTH_BYTES + length
+
+
+def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
+    """Tensors in order of their offsets, and the file's `__metadata__`.
+
+    `header` is the JSON text alone, without the length field. Raises ManifestInvalid, naming `subject`.
+    """
+
+    def broken(why: str) -> NoReturn:
+        raise ManifestInvalid(subject, f"broken safetensors header: {why}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            names = [name for name, _ in pairs]
+            broken(f"name given twice: {next(n for n in names if names.count(n) > 1)!r}")
+        return table
+
+    try:
+        table = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        broken(f"not JSON ({error})")
+    if not isinstance(table, dict):
+        broken("not a JSON object")
+    metadata = table.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        broken("__metadata__ does not map text to text")
+
+    start = LENGTH_BYTES + len(header)
+    tensors = [_tensor(name, entry, start, broken) for name, entry in table.items()]
+    tensors.sort(key=lambda t: (t.offset, t.size))
+    end = start
+    for tensor in tensors:
+        if tensor.offset != end:
+            broken(
+                f"tensor {tensor.name!r} {'overlaps' if tensor.offset < end else 'leaves a gap after'} its neighbour"
+            )
+        end = tensor.offset + tensor.size
+    if end != file_bytes:
+        broken(f"tensors end at byte {end} but the file has {file_bytes}")
+    return tensors, metadata
+
+
+def _tensor(name: str, entry: Any, start: int, broken: Any) -> Tensor:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        broken(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPE_BITS:
+        broken(f"tensor {name!r} has unknown dtype {dtype!r}")
+    if not _naturals(shape) or len(shape) > RANK_MAX:
+        broken(f"tensor {name!r} has shape {shape!r}")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        broken(f"tensor {name!r} has data_offsets {offsets!r}")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        broken(f"tensor {name!r} of {dtype} {shape} needs {bits / 8:g} bytes but has {offsets[1] - offsets[0]}")
+    return Tensor(name, dtype, tuple(shape), start + offsets[0], offsets[1] - offsets[0])
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 60 for n in value)
+
+
+def compose(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The JSON header of a file that holds these `(name, dtype, shape, size in bytes)` one after another.
+
+    Padded with spaces so that tensor data starts at a multiple of 8 bytes, as the format recommends.
+    """
+    ends = itertools.accumulate(size for *_, size in tensors)
+    table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for (name, dtype, shape, size), end in zip(tensors, ends, strict=True):
+        table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end - size, end]}
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)

@@ -1,0 +1,151 @@
+"""Serving: the upload machine, driven by real transfers.
+
+Answers requests out of the artifacts a node shares, and withdraws one whose source turns out to have changed. Runs on
+the node's loop; only spans are advanced on other threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Protocol
+
+from swarm import messages, upload
+from swarm.bitfield import Bitfield
+from swarm.errors import RemoteProtocolError, StoreError, TransportError
+from swarm.fetching import Host
+from swarm.journal import Sent
+from swarm.manifest import Chunk, Manifest
+from swarm.messages import RefusalReason
+from swarm.peer import Peer
+from swarm.store import Source, Span
+from swarm.transport import Transfer, Transport
+from swarm.upload import Upload
+
+ACCEPT_TIMEOUT_S = 5.0  # a peer opens its session before it asks
+REFUSED_RETRY_S = 1.0
+
+log = logging.getLogger("swarm")
+
+
+class Servable(Protocol):
+    """An artifact, or as much of it as is verified."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What its chunks are."""
+
+    source: Source
+    held: Bitfield
+
+
+class Serving:
+    """Everything one node sends. `withdraw(digest, why)` is called for a source that changed."""
+
+    def __init__(
+        self,
+        *,
+        host: Host,
+        transports: Sequence[Transport],
+        shares: Mapping[str, Servable],
+        withdraw: Callable[[str, str], None],
+        slots: int,
+        idle_timeout_s: float,
+    ) -> None:
+        self.machine = Upload(slots=slots)
+        self._host = host
+        self._transports = {transport.scheme: transport for transport in transports}
+        self._shares = shares
+        self._withdraw = withdraw
+        self._idle_timeout_s = idle_timeout_s
+        self._requests: dict[tuple[str, int], messages.Request] = {}
+        self._sending: dict[tuple[str, int], tuple[asyncio.Task[None], str]] = {}  # and the digest
+
+    def requested(self, peer: Peer, request: messages.Request) -> None:
+        """A peer asks for chunks. Raises RemoteProtocolError when it uses a transfer's number twice."""
+        key = (peer.node, request.transfer)
+        if key in self._requests or key in self._sending:
+            raise RemoteProtocolError(peer.name, f"asked for transfer {request.transfer} twice")
+        share = self._shares.get(request.digest)
+        if share is None:
+            self._refuse(peer, request.transfer, "unknown_artifact", REFUSED_RETRY_S)
+        elif not all(index < share.held.length and index in share.held for index in request.chunks):
+            self._refuse(peer, request.transfer, "not_held", REFUSED_RETRY_S)
+        elif request.scheme not in self._transports:
+            self._refuse(peer, request.transfer, "no_transport", REFUSED_RETRY_S)
+        else:
+            self._requests[key] = request
+            size = sum(share.manifest.chunks[index].size for index in request.chunks)
+            self._handle(upload.Requested(peer.node, request.transfer, size))
+
+    def cancelled(self, peer: Peer, number: int) -> None:
+        """A peer does not want a transfer any more."""
+        self._requests.pop((peer.node, number), None)
+        self._handle(upload.Cancelled(peer.node, number))
+
+    def left(self, node: str) -> None:
+        """A peer is gone."""
+        self._requests = {key: request for key, request in self._requests.items() if key[0] != node}
+        self._handle(upload.PeerLeft(node))
+
+    async def stop(self, digest: str) -> None:
+        """Ends every transfer of an artifact that is on the wire; nobody reads its source afterwards."""
+        tasks = [task for task, sent in self._sending.values() if sent == digest]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _handle(self, event: upload.Event) -> None:
+        """Tells the machine, and does what it says."""
+        for action in self.machine.handle(event):
+            self._host.record("upload", action)
+            peer = self._host.peers.get(action.peer)
+            match action:
+                case upload.Grant(node, number, sequence):
+                    request = self._requests.pop((node, number))
+                    if peer:
+                        peer.post(messages.Grant(number, sequence))
+                        task = self._host.spawn(self._send(peer, request), f"send {number} to {peer.name}")
+                        self._sending[node, number] = task, request.digest
+                        task.add_done_callback(partial(self._sent, node, number))
+                case upload.Stop(node, number):
+                    if sending := self._sending.get((node, number)):
+                        sending[0].cancel()
+                case upload.Refuse(node, number, reason, retry_s):
+                    self._requests.pop((node, number))
+                    if peer:
+                        self._refuse(peer, number, reason, retry_s)
+
+    async def _send(self, peer: Peer, request: messages.Request) -> None:
+        """One transfer going out."""
+        number = request.transfer
+        try:
+            share = self._shares.get(request.digest)
+            if share is None:
+                self._refuse(peer, number, "unknown_artifact", REFUSED_RETRY_S)
+                return
+            chunks = [share.manifest.chunks[index] for index in request.chunks]
+            outbound = await self._transports[request.scheme].accept(peer.token, timeout_s=ACCEPT_TIMEOUT_S)
+            transfer = Transfer(number, sum(chunk.size for chunk in chunks), self._idle_timeout_s)
+            await outbound.send(transfer, _spans(share.source, chunks))
+            self._host.record("upload", Sent(peer.node, request.digest, transfer.size))
+        except TransportError as error:
+            log.debug("transfer %d to %s: %s", number, peer.name, error)
+        except StoreError as error:
+            log.error("%s", error)
+            self._refuse(peer, number, "source_changed", REFUSED_RETRY_S)
+            self._withdraw(request.digest, str(error))
+
+    def _sent(self, node: str, number: int, _: asyncio.Task[None]) -> None:
+        self._sending.pop((node, number), None)
+        self._handle(upload.Ended(node, number))
+
+    def _refuse(self, peer: Peer, number: int, reason: RefusalReason, retry_s: float) -> None:
+        peer.post(messages.Refuse(number, reason, retry_s))
+
+
+def _spans(source: Source, chunks: Sequence[Chunk]) -> Iterator[Span]:
+    for chunk in chunks:
+        yield from source.spans(chunk)

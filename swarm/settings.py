@@ -1,0 +1,223 @@
+"""Settings: one frozen dataclass, each field with its default, unit and help sentence.
+
+    defaults < swarm.toml < SWARM_* environment variables < flags or keyword arguments
+
+`None` is unset and 0 is 0. Unknown keys are errors that name the nearest known one. Nothing reads a setting globally:
+whoever needs a number is handed it. The command line's flags are generated from these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import os
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from swarm.errors import SettingsError
+
+ENVIRONMENT_PREFIX = "SWARM_"
+FILE_NAME = "swarm.toml"
+
+_RATE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]i?)?(B|bit)(?:/s|ps)\s*", re.ASCII)
+_SCALE = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY = {"Ki": 2**10, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "swarm"
+
+
+def _setting(default: Any, help_text: str, *, flag: bool = True) -> Any:
+    """One field. `flag` false: kept off the command line, which would drown in tunables."""
+    metadata = {"help": help_text, "flag": flag}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one node behaves. `Settings.load` reads them; `dataclasses.replace` changes them."""
+
+    name: str | None = _setting(None, "what others call this node; unset: the host's name and a part of its id")
+    listen: str = _setting("127.0.0.1:0", "HOST[:PORT] to listen on; port 0 lets the system choose")
+    peers: tuple[str, ...] = _setting((), "HOST:PORT of a node to join through; DNS names may have many addresses")
+    insecure: bool = _setting(False, "listen beyond this machine although no cluster key protects the node")
+    mdns: bool = _setting(True, "find and be found by nodes of the local network through multicast DNS")
+    upload_limit: float | None = _setting(None, "most bytes per second sent to all peers together, e.g. 150MB/s")
+    timeout_s: float | None = _setting(None, "seconds that a whole fetch may take; unset: as long as it progresses")
+    chunk_bytes: int | None = _setting(
+        None,
+        "most bytes in one chunk when serving; unset: a 1024th of the model, 256 KiB to 16 MiB",
+        flag=False,
+    )
+    leaf_bytes: int = _setting(128 << 10, "bytes hashed as one leaf when serving", flag=False)
+    cache: Path = _setting(_cache_dir, "directory for cached manifests", flag=False)
+    find_timeout_s: float = _setting(10.0, "seconds to look for somebody who serves the model", flag=False)
+    stall_timeout_s: float = _setting(
+        30.0, "seconds without one verified chunk after which a fetch gives up", flag=False
+    )
+    idle_timeout_s: float = _setting(
+        5.0, "seconds of silence on a granted transfer after which its chunks are asked elsewhere", flag=False
+    )
+    upload_slots: int = _setting(
+        8, "transfers sent at once; more share the same link, fewer leave it idle between two", flag=False
+    )
+    congestion: str | None = _setting(
+        None, "TCP congestion control for chunks; unset: the machine's own, cubic within a host", flag=False
+    )
+    fsync: bool = _setting(True, "force files to disk before they get their final names", flag=False)
+
+    def __post_init__(self) -> None:
+        host, _ = split_address("listen", self.listen, default_port=0)
+        if not self.insecure and not is_loopback(host):
+            raise SettingsError(
+                "listen",
+                f"{host} is reachable from other machines and no cluster key protects this node; "
+                "listen on 127.0.0.1, or accept the risk with --insecure",
+            )
+        for name in ("find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots", "leaf_bytes"):
+            if getattr(self, name) <= 0:
+                raise SettingsError(name, f"{getattr(self, name)} is not above zero")
+        for name in ("upload_limit", "timeout_s", "chunk_bytes"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SettingsError(name, f"{value} is not above zero; leave it out for no limit")
+
+    @classmethod
+    def load(
+        cls,
+        given: Mapping[str, Any] | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
+        file: Path | None = None,
+    ) -> Settings:
+        """Settings from every source. `given` holds flags or keyword arguments; its `None`s count as not given.
+
+        Raises SettingsError for an unknown key, a value of the wrong type, or a file that is not TOML.
+        """
+        environment = os.environ if environment is None else environment
+        values = _from_file(file or Path(FILE_NAME), required=file is not None)
+        for name, kind in _kinds().items():
+            if (text := environment.get(ENVIRONMENT_PREFIX + name.upper())) is not None:
+                values[name] = _parse(ENVIRONMENT_PREFIX + name.upper(), text, kind)
+        for name, value in (given or {}).items():
+            if value is not None:
+                values[_known(name)] = _parse(name, value, _kinds()[name])
+        return cls(**values)
+
+
+def split_address(setting: str, text: str, *, default_port: int | None = None) -> tuple[str, int]:
+    """HOST[:PORT] or [IPV6][:PORT] as (host, port). Raises SettingsError naming `setting`."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]]+))(?::([0-9]{1,5}))?", text.strip())
+    if match is None:
+        raise SettingsError(setting, f"{text!r} is not HOST:PORT (IPv6 in brackets, as in [::1]:7000)")
+    host = match[1] or match[2]
+    port = int(match[3]) if match[3] else default_port
+    if port is None or port > 65535:
+        raise SettingsError(setting, f"{text!r} needs a port from 0 to 65535, as in {host}:7000")
+    return host, port
+
+
+def join_address(host: str, port: int) -> str:
+    """(host, port) as text; the inverse of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address literal (or 'localhost') cannot be reached from another machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_rate(setting: str, text: str) -> float:
+    """Bytes per second from `150MB/s`, `1.2Gbit/s` or `64MiB/s`. Raises SettingsError."""
+    match = _RATE.fullmatch(text)
+    if match is None:
+        raise SettingsError(setting, f"{text!r} is not a rate such as 150MB/s, 64MiB/s or 1.2Gbit/s")
+    number, prefix, unit = match.groups()
+    scale = _BINARY.get(prefix or "") or _SCALE[prefix or ""]
+    return float(number) * scale / (8 if unit == "bit" else 1)
+
+
+def _kinds() -> dict[str, str]:
+    return {f.name: str(f.type) for f in dataclasses.fields(Settings)}
+
+
+def _known(name: str, where: str = "setting") -> str:
+    kinds = _kinds()
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1, cutoff=0)
+        raise SettingsError(name, f"unknown {where}; did you mean {near[0]!r}?")
+    return name
+
+
+def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if required:
+            raise SettingsError("config", f"{path} does not exist") from None
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(str(path), f"cannot be read: {error}") from error
+    return {_known(name, f"key in {path}"): _parse(name, value, _kinds()[name]) for name, value in table.items()}
+
+
+def _parse(name: str, value: Any, kind: str) -> Any:
+    """A value of any source as the field's type; text is parsed, everything else must already fit."""
+    if kind.startswith("tuple"):
+        items = value.split(",") if isinstance(value, str) else list(value)
+        return tuple(str(item).strip() for item in items if str(item).strip())
+    if name.lower().endswith("upload_limit") and isinstance(value, str):
+        return parse_rate(name, value)
+    if not isinstance(value, str):
+        return _checked(name, value, kind)
+    try:
+        return _READERS[kind.removesuffix(" | None")](value)
+    except (ValueError, KeyError):
+        raise SettingsError(name, f"{value!r} is not a valid {kind.removesuffix(' | None')}") from None
+
+
+def _checked(name: str, value: Any, kind: str) -> Any:
+    accepted: dict[str, tuple[type, ...]] = {
+        "bool": (bool,),
+        "int": (int,),
+        "float": (int, float),
+        "Path": (Path,),
+    }
+    kind = kind.removesuffix(" | None")
+    if not isinstance(value, accepted.get(kind, (str,))) or (isinstance(value, bool) and kind != "bool"):
+        raise SettingsError(name, f"{value!r} is not a valid {kind}")
+    return value
+
+
+def _read_bool(text: str) -> bool:
+    return {
+        "1": True,
+        "true": True,
+        "yes": True,
+        "on": True,
+        "0": False,
+        "false": False,
+        "no": False,
+        "off": False,
+    }[text.strip().lower()]
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "bool": _read_bool,
+    "int": int,
+    "float": float,
+    "Path": lambda text: Path(text).expanduser(),
+}

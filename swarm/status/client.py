@@ -1,0 +1,80 @@
+"""`swarm status`: asks a running node what it sees, and prints that.
+
+Needs no event loop and none of the node's libraries, so that it starts at once. A node of this user leaves a note
+with its address while it runs (`running.py`); another one is named with --peer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from swarm.errors import PeerUnreachable
+from swarm.settings import split_address
+
+TIMEOUT_S = 3.0
+REPORT_BYTES_MAX = 16 << 20
+PATH = "/status"
+
+
+def ask_any(addresses: Sequence[str]) -> dict[str, Any]:
+    """The report of the last of these nodes that answers. Raises PeerUnreachable."""
+    failure = PeerUnreachable("status", "no node of this user runs on this machine; name one with --peer HOST:PORT")
+    for address in reversed(addresses):
+        try:
+            return ask(address)
+        except PeerUnreachable as error:
+            failure = error
+    raise failure
+
+
+def ask(address: str) -> dict[str, Any]:
+    """The report of the node at HOST:PORT. Raises PeerUnreachable."""
+    host, port = split_address("peer", address)
+    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    try:
+        connection.request("GET", PATH)
+        answer = connection.getresponse()
+        data = answer.read(REPORT_BYTES_MAX)
+        if answer.status != http.HTTPStatus.OK:
+            raise PeerUnreachable(address, f"answers {answer.status} {answer.reason}; is it a swarm node?")
+        report = json.loads(data)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise PeerUnreachable(address, f"{error}; is a node running there?") from error
+    finally:
+        connection.close()
+    if not isinstance(report, dict) or not {"node", "members", "artifacts", "transfers"} <= report.keys():
+        raise PeerUnreachable(address, "answers something that is no swarm status")
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints a report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    node = report["node"]
+    console.print(f"[bold]{node['name']}[/] at {node['address']}, {len(report['members'])} members")
+    members = Table("member", "address", "state", "holds")
+    for member in report["members"]:
+        holds = [
+            f"{artifact['model_id']} {artifact['members'][member['name']]:.0%}"
+            for artifact in report["artifacts"]
+            if member["name"] in artifact["members"]
+        ]
+        members.add_row(member["name"], member["address"], member["state"], "\n".join(holds) or "nothing yet")
+    console.print(members)
+    names = {artifact["digest"]: artifact["model_id"] for artifact in report["artifacts"]}
+    moving = [transfer for transfer in report["transfers"] if transfer["rate_bytes_per_s"]]
+    if not moving:
+        console.print("nothing is moving")
+        return
+    transfers = Table("model", "direction", "peer", "MB", "MB/s")
+    for t in moving:
+        direction = "from" if t["direction"] == "down" else "to"
+        mb, rate = f"{t['bytes'] / 1e6:.1f}", f"{t['rate_bytes_per_s'] / 1e6:.1f}"
+        transfers.add_row(names.get(t["digest"], t["digest"][:12]), direction, t["peer"], mb, rate)
+    console.print(transfers)

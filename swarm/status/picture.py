@@ -1,0 +1,159 @@
+"""The picture that a journal draws: who is there, who holds what, what is moving and how fast.
+
+Folds journal entries, and nothing else, into what `status --json`, the table and the progress bar show. Bounded:
+members that left and fetches that ended are forgotten after a while.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Left, Opened, Received, Sent
+from swarm.messages import Announcement
+
+RATE_WINDOW_S = 2.0
+GONE_KEPT = 64  # members that left, kept to be looked at
+
+
+class Rate:
+    """Bytes per second over the last `RATE_WINDOW_S`."""
+
+    def __init__(self) -> None:
+        self._window: deque[tuple[float, int]] = deque()
+        self._bytes = 0
+
+    def add(self, at_s: float, size: int) -> None:
+        """Counts bytes that moved at a time."""
+        self._window.append((at_s, size))
+        self._bytes += size
+        self._forget(at_s)
+
+    def at(self, now: float) -> float:
+        """The rate now."""
+        self._forget(now)
+        if not self._window:
+            return 0.0
+        return self._bytes / max(now - self._window[0][0], RATE_WINDOW_S / 10)
+
+    def _forget(self, now: float) -> None:
+        while self._window and self._window[0][0] < now - RATE_WINDOW_S:
+            self._bytes -= self._window.popleft()[1]
+
+
+@dataclass
+class _Member:
+    name: str
+    address: str
+    transport: str
+    state: str = "alive"
+    artifacts: dict[str, Announcement] = field(default_factory=dict)
+
+
+@dataclass
+class _Flow:
+    bytes: int = 0
+    rate: Rate = field(default_factory=Rate)
+
+
+@dataclass
+class FetchPicture:
+    """One fetch of this node: bytes verified so far, resumed ones included, and who they come from."""
+
+    model_id: str
+    size: int
+    done_bytes: int
+    started_at_s: float
+    rate: Rate = field(default_factory=Rate)
+    sources: set[str] = field(default_factory=set)
+
+    def eta_s(self, now: float) -> float | None:
+        """Seconds until complete at the present rate; None while nothing moves."""
+        rate = self.rate.at(now)
+        return (self.size - self.done_bytes) / rate if rate > 0 else None
+
+
+class Picture:
+    """Subscribe `apply` to a journal; read `report` and `fetches`."""
+
+    def __init__(self) -> None:
+        self.fetches: dict[str, FetchPicture] = {}  # by digest, those that run
+        self._node = {"id": "", "name": "", "address": ""}
+        self._members: dict[str, _Member] = {}
+        self._flows: dict[tuple[str, str, str], _Flow] = {}  # (digest, direction, node)
+        self._now = 0.0
+
+    def apply(self, entry: Entry) -> None:
+        """Takes one more entry into account."""
+        self._now = entry.at_s
+        match entry.what:
+            case Opened(node, name, address):
+                self._node = {"id": node, "name": name, "address": address}
+                self._members[node] = _Member(name, address, "self")
+            case Joined(node, name, address, scheme):
+                self._members[node] = _Member(name, address, scheme)
+            case Left(node):
+                self._leave(node)
+            case Announced(node, artifacts):
+                if member := self._members.get(node):
+                    member.artifacts = {announced.digest: announced for announced in artifacts}
+            case FetchStarted(model_id, digest, size, resumed_bytes):
+                self.fetches[digest] = FetchPicture(model_id, size, resumed_bytes, entry.at_s)
+            case FetchEnded(digest):
+                self.fetches.pop(digest, None)
+            case Received(node, digest, size):
+                self._flow(digest, "down", node, size)
+                if fetch := self.fetches.get(digest):
+                    fetch.done_bytes += size
+                    fetch.rate.add(entry.at_s, size)
+                    fetch.sources.add(node)
+            case Sent(node, digest, size):
+                self._flow(digest, "up", node, size)
+
+    def report(self, now: float) -> dict[str, Any]:
+        """What `swarm status --json` prints: node, members, artifacts, transfers."""
+        return {
+            "node": self._node,
+            "members": [
+                {"id": node, "name": m.name, "address": m.address, "state": m.state, "transport": m.transport}
+                for node, m in self._members.items()
+            ],
+            "artifacts": self._artifacts(),
+            "transfers": [
+                {
+                    "digest": digest,
+                    "direction": direction,
+                    "peer": self._members[node].name if node in self._members else node,
+                    "bytes": flow.bytes,
+                    "rate_bytes_per_s": round(flow.rate.at(now)),
+                }
+                for (digest, direction, node), flow in self._flows.items()
+            ],
+        }
+
+    def _artifacts(self) -> list[dict[str, Any]]:
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for member in self._members.values():
+            if member.state != "alive":
+                continue
+            for a in member.artifacts.values():
+                row = found.setdefault(
+                    (a.model_id, a.digest),
+                    {"model_id": a.model_id, "digest": a.digest, "tier": a.tier, "bytes": a.size, "members": {}},
+                )
+                row["members"][member.name] = round(a.chunks / a.chunks_total, 4) if a.chunks_total else 1.0
+        return [found[key] for key in sorted(found)]
+
+    def _flow(self, digest: str, direction: str, node: str, size: int) -> None:
+        flow = self._flows.setdefault((digest, direction, node), _Flow())
+        flow.bytes += size
+        flow.rate.add(self._now, size)
+
+    def _leave(self, node: str) -> None:
+        if member := self._members.get(node):
+            member.state = "left"
+        gone = [name for name, member in self._members.items() if member.state == "left"]
+        for name in gone[: max(0, len(gone) - GONE_KEPT)]:
+            del self._members[name]
+            self._flows = {key: flow for key, flow in self._flows.items() if key[2] != name}

@@ -1,0 +1,396 @@
+"""Directories as stores: `DirectorySource` serves files where they lie, `DirectoryStore` fetches into a directory.
+
+    out/.swarm/<digest, 16 digits>/.swarm       lock; names the process that fetches (no artifact's path starts so)
+    out/.swarm/<digest, 16 digits>/<path>       a file still being filled, at its full size from the start
+    out/<path>                                  a verified file: nothing else ever gets its final name
+
+Rules:
+
+- Nothing is overwritten. A file that exists under a final name is only read: when it is whole it counts as
+  fetched, when it is not, that is a StoreConflict. Files that the manifest does not name are left alone.
+- All room is taken before the first byte is asked for: a fetch that cannot fit fails at once and leaves nothing behind.
+- Resuming needs no record of what was verified: room that was taken and never written reads as a hole, and whatever is
+  no hole is hashed again. A record could disagree with the disk after a crash; the disk cannot.
+- Files stay open until `close`. Spans lend descriptors to whoever sends them, and a descriptor closed too early may
+  already name another file. One per file is affordable: the soft limit of open files is raised when it would not do.
+
+What survives a power cut: with `fsync` (the default) every file's data is on the disk before it gets its final name,
+and the names are on the disk when `seal` returns. Waiting for all of it at the end would about double the time of a
+fetch to a slow disk, so every 64 MiB of a file start on their way to the disk while the next ones arrive.
+Without `fsync`, a process that is killed still loses nothing, but a power cut may leave a final name without contents.
+
+Must not know: hash functions, peers, transports. Whether a chunk is good is the caller's business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
+from swarm.manifest import Chunk, FileEntry, Manifest
+from swarm.store import FileSpan
+from swarm.store.disk import (
+    ConfinedDirectory,
+    Stamp,
+    Writeback,
+    holds_data,
+    lock_alone,
+    remove_if_empty,
+    reserve_descriptors,
+    store_errors,
+)
+
+PARTIAL = ".swarm"
+SCRATCH_BYTES = 1 << 20  # memory per chunk on its way in or out: a few of these fit a core's cache
+CLAIM_ATTEMPTS = 10  # each is lost only to a fetch that ends in the same moment
+CLOSE_TIMEOUT_S = 60.0
+
+
+class DirectorySource:
+    """Complete files, served where they lie. `paths[i]` is where the bytes of `manifest.files[i]` are.
+
+    `stamps` are those of the moment when the files were hashed; without them, those of now. Raises SourceChanged when a
+    file does not have its stamp, now or whenever one of its chunks is read.
+    """
+
+    def __init__(
+        self, root: Path, manifest: Manifest, *, paths: Sequence[Path], stamps: Sequence[Stamp] | None = None
+    ) -> None:
+        self.root = root
+        self.manifest = manifest
+        self._paths = tuple(paths)
+        self._stamps = tuple(stamps) if stamps is not None else tuple(Stamp.at(path) for path in paths)
+        for path, stamp, entry in zip(self._paths, self._stamps, manifest.files, strict=True):
+            if stamp.size != entry.size:
+                raise SourceChanged(path, f"{entry.size} bytes became {stamp.size}")
+        self._fds: dict[int, int] = {}
+        self._opening = threading.Lock()
+        self._closed = False
+        reserve_descriptors(len(self._paths))
+
+    def spans(self, chunk: Chunk) -> Iterator[FileSpan]:
+        """The chunk's bytes. Raises SourceChanged, before or after they were used, when the file is not what it was."""
+        path, stamp = self._paths[chunk.file], self._stamps[chunk.file]
+        fd = self._open(chunk.file)
+        stamp.check(path, fd)
+        yield FileSpan(fd, chunk.offset, chunk.size)
+        stamp.check(path, fd)
+
+    def read(self, chunk: Chunk) -> Iterator[memoryview]:
+        """The chunk's bytes; each view holds until the next one is asked for. Raises as `spans`, and StoreError."""
+        return _read(self.spans(chunk), chunk.size, self._paths[chunk.file])
+
+    def close(self) -> None:
+        """Closes the files. Spans lent before must not be used any more."""
+        with self._opening:
+            self._closed = True
+            while self._fds:
+                os.close(self._fds.popitem()[1])
+
+    def _open(self, number: int) -> int:
+        path = self._paths[number]
+        with self._opening:
+            if self._closed:
+                raise StoreError(f"{self.root} is not served any more")
+            if number not in self._fds:
+                try:
+                    self._fds[number] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                except FileNotFoundError as error:
+                    raise SourceChanged(path, "it is gone") from error
+                except OSError as error:
+                    raise StoreError(f"{path}: {error.strerror}") from error
+            return self._fds[number]
+
+    def __repr__(self) -> str:
+        return f"<DirectorySource {self.root} {len(self._paths)} files, {self.manifest.size} bytes>"
+
+
+@dataclass(slots=True)
+class _File:
+    """A file of the store: `final` once it has its final name; `stamp` is what it must look like from then on."""
+
+    entry: FileEntry
+    fd: int
+    path: Path
+    final: bool = False
+    stamp: Stamp | None = None
+
+
+class DirectoryStore:
+    """A fetch into the directory `out`, which is made if need be. Landings may run on several threads at once.
+
+    Raises, with `out` left as it was: StoreConflict when a file under a final name has the wrong size, something is in
+    the way, or another process fetches the same there; StoreFull when there is not enough room; StoreError.
+    """
+
+    def __init__(self, out: Path, manifest: Manifest, *, fsync: bool = True) -> None:
+        self.out = out.absolute()
+        self.manifest = manifest
+        self._fsync = fsync
+        self._name = manifest.digest[:16]
+        self._wrote = False
+        self._closed = False
+        self._users = 0  # threads that use descriptors right now
+        self._state = threading.Condition()
+        self._sealing = threading.Lock()
+        self._made: list[Path] = []  # `out` and its parents, as far as they were made here
+        self._writeback = Writeback()
+        reserve_descriptors(len(manifest.files))
+        with store_errors(self.out), ExitStack() as held, ExitStack() as undo:
+            self._final = self._open_out(held, undo)
+            self._partials, self._partial, fresh = self._claim(held, undo)
+            existing = self._existing()  # only now: whoever held the lock before may have added some
+            self._files = self._open_files(existing, held, undo)
+            self._held, self._undo = held.pop_all(), undo.pop_all()
+            if not fresh:
+                self._undo.pop_all()  # an earlier fetch left data here, which stays whatever this one does
+
+    def present(self) -> Iterator[Chunk]:
+        """Chunks that may be here: those of files with a final name, and those whose range is not a hole."""
+        for chunk in self.manifest.chunks:
+            file = self._files[chunk.file]
+            self._check(file)
+            if file.final or holds_data(file.fd, chunk.offset, chunk.size):
+                yield chunk
+
+    def spans(self, chunk: Chunk) -> Iterator[FileSpan]:
+        """The chunk's bytes, wherever its file is by now. Raises SourceChanged when a final file was changed."""
+        file = self._files[chunk.file]
+        self._check(file)
+        yield FileSpan(file.fd, chunk.offset, chunk.size)
+        self._check(file)
+
+    def read(self, chunk: Chunk) -> Iterator[memoryview]:
+        """The chunk's bytes; each view holds until the next one is asked for. Raises as `spans`, and StoreError."""
+        return _read(self.spans(chunk), chunk.size, self._files[chunk.file].path)
+
+    def landing(self, chunk: Chunk) -> Iterator[memoryview]:
+        """Scratch views, written to the chunk's place as the next one is asked for.
+
+        Raises StoreConflict when the file has its final name already, StoreFull and StoreError when a write fails.
+        """
+        file = self._files[chunk.file]
+        self._refuse_final(file)
+        scratch = memoryview(bytearray(min(chunk.size, SCRATCH_BYTES)))
+        for position in range(0, chunk.size, len(scratch)):
+            view = scratch[: chunk.size - position]
+            yield view
+            self._write(file, view, chunk.offset + position)
+
+    def seal(self) -> None:
+        """Gives every file its final name, and removes the traces of the fetch. Again is the same as once.
+
+        Raises StoreConflict when something appeared under a final name meanwhile, StoreFull and StoreError when the
+        disk fails. Files that got their final names before that keep them: they are whole, the next fetch finds them.
+        """
+        with self._in_use(), self._sealing, store_errors(self.out):
+            waiting = [file for file in self._files if not file.final]
+            for file in waiting:
+                if self._final.lstat(file.entry.path) is not None:
+                    raise _appeared(file)
+            if self._fsync:
+                self._writeback.flush([file.fd for file in waiting])
+            for file in waiting:
+                self._place(file)
+            if self._fsync:
+                self._flush_names()
+            self._undo.pop_all()
+            self._partials.remove_tree(self._name)
+            self._final.remove_if_empty(PARTIAL)
+
+    def close(self) -> None:
+        """Closes the files. What was written stays for the next fetch; when nothing was, nothing is left behind.
+
+        Raises StoreError when a write still hangs after `CLOSE_TIMEOUT_S`: closing its file could redirect it.
+        """
+        with self._state:
+            if self._closed:
+                return
+            self._closed = True
+            if not self._state.wait_for(lambda: self._users == 0, timeout=CLOSE_TIMEOUT_S):
+                raise StoreError(f"{self.out}: a write still hangs after {CLOSE_TIMEOUT_S:g} s; its files stay open")
+        self._writeback.close()
+        if self._wrote:
+            self._undo.pop_all()
+        self._undo.close()
+        self._held.close()
+
+    def _open_out(self, held: ExitStack, undo: ExitStack) -> ConfinedDirectory:
+        missing = [place for place in (self.out, *self.out.parents) if not place.exists()]
+        for place in reversed(missing):
+            place.mkdir(exist_ok=True)
+            undo.callback(remove_if_empty, place)
+            self._made.append(place)
+        return held.enter_context(contextlib.closing(ConfinedDirectory.open(self.out)))
+
+    def _existing(self) -> set[str]:
+        """Paths of files that have their final names already. Raises StoreConflict when one cannot be right."""
+        existing = set()
+        for entry in self.manifest.files:
+            status = self._final.lstat(entry.path)
+            if status is None:
+                continue
+            where = self.out / entry.path
+            if not stat.S_ISREG(status.st_mode):
+                raise StoreConflict(where, "is not a regular file; move it away or fetch to another directory")
+            if status.st_size != entry.size:
+                raise StoreConflict(
+                    where,
+                    f"exists with {status.st_size} bytes instead of {entry.size}; "
+                    "move it away or fetch to another directory",
+                )
+            existing.add(entry.path)
+        return existing
+
+    def _claim(self, held: ExitStack, undo: ExitStack) -> tuple[ConfinedDirectory, ConfinedDirectory, bool]:
+        """`.swarm`, this artifact's own directory in it, locked, and whether that was made now."""
+        for _ in range(CLAIM_ATTEMPTS):
+            with ExitStack() as attempt:
+                try:
+                    return self._try_claim(held, undo, attempt)
+                except FileNotFoundError:
+                    continue  # a fetch that ended in this moment removed the directories
+        raise StoreConflict(self.out / PARTIAL / self._name, "other fetches keep removing it")
+
+    def _try_claim(
+        self, held: ExitStack, undo: ExitStack, attempt: ExitStack
+    ) -> tuple[ConfinedDirectory, ConfinedDirectory, bool]:
+        if self._final.make(PARTIAL):
+            undo.callback(self._final.remove_if_empty, PARTIAL)
+        partials = attempt.enter_context(contextlib.closing(self._final.enter(PARTIAL)))
+        fresh = partials.make(self._name)
+        partial = attempt.enter_context(contextlib.closing(partials.enter(self._name)))
+        lock = partial.open_file(PARTIAL, os.O_RDWR | os.O_CREAT)
+        attempt.callback(os.close, lock)
+        lock_alone(lock, partial.path)
+        held.push(attempt.pop_all())
+        if fresh:
+            undo.callback(partials.remove_tree, self._name)
+        return partials, partial, fresh
+
+    def _open_files(self, existing: set[str], held: ExitStack, undo: ExitStack) -> list[_File]:
+        need_bytes = self._check_room(existing)
+        files = []
+        for entry in self.manifest.files:
+            if entry.path in existing:
+                fd = self._final.open_file(entry.path, os.O_RDONLY)
+                held.callback(os.close, fd)
+                stamp = Stamp.of(os.fstat(fd))
+                files.append(_File(entry, fd, self.out / entry.path, final=True, stamp=stamp))
+            else:
+                with store_errors(self.out, need_bytes=need_bytes):
+                    fd = self._allocate(entry, held, undo)
+                files.append(_File(entry, fd, self.out / entry.path))
+        return files
+
+    def _check_room(self, existing: set[str]) -> int:
+        """Bytes that files without their room still need. Raises StoreFull when there are fewer."""
+        need_bytes = 0
+        for entry in self.manifest.files:
+            if entry.path not in existing:
+                status = self._partial.lstat(entry.path)
+                taken = status.st_blocks * 512 if status else 0  # stat counts in 512s, whatever the disk's block is
+                need_bytes += max(0, entry.size - taken)
+        free_bytes = self._final.free_bytes()
+        if free_bytes is not None and need_bytes > free_bytes:
+            raise StoreFull(self.out, need_bytes=need_bytes, free_bytes=free_bytes)
+        return need_bytes
+
+    def _allocate(self, entry: FileEntry, held: ExitStack, undo: ExitStack) -> int:
+        known = self._partial.lstat(entry.path)
+        fd = self._partial.open_file(entry.path, os.O_RDWR | os.O_CREAT, make_parents=True)
+        held.callback(os.close, fd)
+        status = os.fstat(fd)
+        if status.st_nlink != 1:
+            raise StoreConflict(
+                self._partial.path / entry.path, "has a second name, which a write would reach; remove it"
+            )
+        if known is None:
+            undo.callback(self._partial.unlink, entry.path)
+        elif status.st_size < entry.size:
+            undo.callback(os.ftruncate, fd, status.st_size)
+        elif status.st_size > entry.size:
+            os.ftruncate(fd, entry.size)
+        if entry.size:
+            os.posix_fallocate(fd, 0, entry.size)
+        return fd
+
+    def _check(self, file: _File) -> None:
+        if self._closed:
+            raise StoreError(f"{self.out} is not served any more")
+        if file.stamp is not None:
+            file.stamp.check_open(file.path, file.fd)  # not by name: whoever fetched may move what is sealed
+
+    def _refuse_final(self, file: _File) -> None:
+        if file.final:
+            raise StoreConflict(file.path, "exists with other content; move it away or fetch to another directory")
+
+    def _write(self, file: _File, view: memoryview, offset: int) -> None:
+        with self._in_use(), store_errors(file.path, need_bytes=len(view)):
+            self._refuse_final(file)
+            self._wrote = True
+            rest = view
+            while rest:
+                written = os.pwrite(file.fd, rest, offset)
+                rest, offset = rest[written:], offset + written
+            if self._fsync:
+                self._writeback.wrote(file.fd, len(view))
+
+    def _place(self, file: _File) -> None:
+        try:
+            self._partial.move(file.entry.path, self._final)
+        except FileExistsError as error:
+            raise _appeared(file) from error
+        file.final = True
+        file.stamp = Stamp.of(os.fstat(file.fd))
+
+    def _flush_names(self) -> None:
+        parents = {str(parent) for entry in self.manifest.files for parent in PurePosixPath(entry.path).parents}
+        for parent in sorted(parents, reverse=True):  # the deepest first: a name is of use only when it leads somewhere
+            with contextlib.closing(self._final.enter("" if parent == "." else parent)) as directory:
+                os.fsync(directory.fd)
+        for made in self._made:
+            with contextlib.closing(ConfinedDirectory.open(made.parent)) as directory:
+                os.fsync(directory.fd)
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        with self._state:
+            if self._closed:
+                raise StoreError(f"{self.out}: this fetch was closed")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._users -= 1
+                self._state.notify_all()
+
+    def __repr__(self) -> str:
+        final = sum(file.final for file in self._files)
+        return f"<DirectoryStore {self.out} {final} of {len(self._files)} files final, {self.manifest.size} bytes>"
+
+
+def _read(spans: Iterator[FileSpan], size: int, subject: object) -> Iterator[memoryview]:
+    scratch = memoryview(bytearray(min(size, SCRATCH_BYTES)))
+    for span in spans:
+        for position in range(0, span.size, len(scratch)):
+            view = scratch[: span.size - position]
+            try:
+                filled = os.preadv(span.fd, [view], span.offset + position)
+            except OSError as error:
+                raise StoreError(f"{subject}: cannot be read at {span.offset + position}: {error.strerror}") from error
+            if filled != len(view):
+                raise SourceChanged(str(subject), f"it ends before byte {span.offset + position + len(view)}")
+            yield view
+
+
+def _appeared(file: _File) -> StoreConflict:
+    return StoreConflict(file.path, "appeared during the fetch; move it away and run the same fetch again")

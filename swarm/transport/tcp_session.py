@@ -1,0 +1,414 @@
+"""One TCP connection that carries transfers from a holder to an asker, after its preamble.
+
+    0            8         12     13      16
+    | transfer   | payload | kind | zeros | payload ...     DATA: 1 to 1 MiB of payload; END, ABORT: none
+    | u64        | u32     | u8   |       |                 numbers big-endian
+
+A transfer is DATA frames whose payloads are its bytes, then END; ABORT instead of any of them ends it early
+and keeps the session. Transfers do not interleave. The asker says nothing: what it wants travels on the link,
+so that anything readable at the holder means that the asker is gone.
+
+Sockets block, and work is done on pool threads: `recv_into` and `sendfile` release the GIL, and asyncio costs
+a quarter of the speed. Their timeouts (SO_RCVTIMEO, SO_SNDTIMEO) make a blocked thread look around every
+POLL_S. A session takes a thread only while bytes move: between transfers the loop watches the socket. The
+socket is closed on the loop, when no thread uses it: its number may belong to another connection a moment
+later.
+
+Must not know: tokens, addresses, how connections come about. `ends` knows when views may be touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from swarm.errors import LocalProtocolError, SourceChanged, TransportError
+from swarm.store import FileSpan, Span
+from swarm.transport import Pace, Transfer
+from swarm.transport.ends import Landing, call_on_loop, close_iterator, pieces, settle, settled, span_bytes
+
+HEADER = struct.Struct(">QIB3x")
+DATA, END, ABORT = 1, 2, 3
+FRAME_BYTES_MAX = 1 << 20  # a cancelled transfer stops within one frame; 1 MiB already hides the header's cost
+
+POLL_S = 0.25  # how soon a blocked thread notices that it is not wanted any more
+HEADER_TIMEOUT_S = 5.0  # for the rest of a header once its first byte is here
+UNPOSTED_WAIT_S = 5.0  # a `receive` that is late because its loop is busy; longer, and nobody will post it
+CANCEL_GRACE_S = 1.0  # for the rest of a frame whose transfer was cancelled; then the session goes instead
+CLOSE_TIMEOUT_S = 5.0  # for threads to let go of a socket that was shut down
+ABANDONED_MAX = 4096  # cancelled before their first frame; beyond that, the holder has long forgotten the oldest
+
+_scrap = memoryview(bytearray(256 << 10))  # where unwanted bytes go: written by all, read by nobody
+
+
+class _Session:
+    """A connected socket, at most one job on a pool thread, and how both end."""
+
+    def __init__(self, sock: socket.socket, *, peer: str, pool: ThreadPoolExecutor) -> None:
+        _set_timeouts(sock)
+        self.peer = peer
+        self._sock = sock
+        self._pool = pool
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Condition()
+        self._lost: str | None = None
+        self._job: asyncio.Future[None] | None = None
+        self._watch()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the session can carry another transfer."""
+        return self._lost is None
+
+    async def close(self) -> None:
+        """Ends the session; transfers in flight fail with TransportError. Takes at most CLOSE_TIMEOUT_S."""
+        self._lose("the session was closed")
+        if self._job is not None:
+            await asyncio.wait({self._job}, timeout=CLOSE_TIMEOUT_S)
+        self._retire()
+
+    def _readable(self) -> None:
+        raise NotImplementedError
+
+    def _drop_transfers(self) -> None:
+        """Called once, when the session is lost, on any thread."""
+        raise NotImplementedError
+
+    def _watch(self) -> None:
+        self._loop.add_reader(self._sock.fileno(), self._readable)
+
+    def _unwatch(self) -> None:
+        self._loop.remove_reader(self._sock.fileno())
+
+    def _start(self, job: Callable[[], None]) -> None:
+        self._job = self._loop.run_in_executor(self._pool, job)
+        self._job.add_done_callback(self._finished)
+
+    def _finished(self, job: asyncio.Future[None]) -> None:
+        self._job = None
+        if not job.cancelled() and (error := job.exception()) is not None:
+            self._lose(f"a bug: {error!r}")
+            self._loop.call_exception_handler({"message": f"{self!r} failed", "exception": error})
+        self._retire()
+
+    def _error(self) -> TransportError:
+        return TransportError(f"tcp session with {self.peer}: {self._lost}")
+
+    def _lose(self, why: str) -> None:
+        """Any thread. The first reason counts."""
+        with self._lock:
+            if self._lost is not None:
+                return
+            self._lost = why
+            self._lock.notify_all()
+        with contextlib.suppress(OSError):  # the other end may have been quicker
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._drop_transfers()
+        call_on_loop(self._loop, self._retire)
+
+    def _retire(self) -> None:
+        if self._lost is not None and self._job is None and self._sock.fileno() >= 0:
+            self._unwatch()
+            self._sock.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.peer} {self._lost or 'alive'}>"
+
+
+class TcpInbound(_Session):
+    """The asker's end: a pump, which runs while frames arrive, brings each to the landing of its transfer."""
+
+    def __init__(self, sock: socket.socket, *, peer: str, pool: ThreadPoolExecutor) -> None:
+        self._landings: dict[int, Landing] = {}  # until their END or ABORT, wanted or not
+        self._abandoned: deque[int] = deque()
+        self._current: Landing | None = None
+        self._header = memoryview(bytearray(HEADER.size))
+        self._quiet_s = 0.0
+        super().__init__(sock, peer=peer, pool=pool)
+
+    async def receive(self, transfer: Transfer, views: Iterator[memoryview]) -> None:
+        """See `Inbound`. Raises LocalProtocolError when the id is in use or the views are not `transfer.size` bytes."""
+        landing = Landing(transfer, views)
+        with self._lock:
+            if transfer.id in self._landings:
+                landing.stop(LocalProtocolError(f"transfer {transfer.id} was posted twice"))
+            elif self._lost is not None:
+                landing.stop(self._error())
+            else:
+                self._landings[transfer.id] = landing
+                self._lock.notify_all()
+        try:
+            await landing.outcome()
+        finally:
+            self._abandon(landing)
+
+    def _abandon(self, landing: Landing) -> None:
+        """A landing without END: its frames may still come, or never."""
+        with self._lock:
+            if self._landings.get(landing.transfer.id) is landing:
+                self._abandoned.append(landing.transfer.id)
+                if len(self._abandoned) > ABANDONED_MAX:
+                    self._landings.pop(self._abandoned.popleft(), None)
+
+    def _drop_transfers(self) -> None:
+        with self._lock:
+            landings = list(self._landings.values())
+            self._landings.clear()
+        for landing in landings:
+            landing.stop(self._error())
+
+    def _readable(self) -> None:
+        self._unwatch()
+        self._start(self._pump)
+
+    def _finished(self, job: asyncio.Future[None]) -> None:
+        super()._finished(job)
+        if self._lost is None:
+            self._watch()
+
+    def _pump(self) -> None:
+        self._quiet_s = 0.0
+        try:
+            while self._lost is None and self._read_header():
+                self._take_frame()
+        except TransportError as error:
+            self._lose(str(error))
+        except OSError as error:
+            self._lose(f"connection lost ({error})")
+
+    def _read_header(self) -> bool:
+        """False when nothing is on its way."""
+        read = 0
+        while read < HEADER.size:
+            got = self._receive_into(self._header[read:])
+            if not got and not read and self._current is None:
+                return False
+            read += got
+        return True
+
+    def _take_frame(self) -> None:
+        transfer_id, length, kind = HEADER.unpack(self._header)
+        good = 0 < length <= FRAME_BYTES_MAX if kind == DATA else kind in (END, ABORT) and length == 0
+        if not good:
+            raise TransportError(f"it sent a frame of kind {kind} with {length} bytes")
+        landing = self._current or self._find(transfer_id)
+        if landing.transfer.id != transfer_id:
+            raise TransportError(f"it sent transfer {transfer_id} within transfer {landing.transfer.id}")
+        if kind == DATA:
+            self._current = landing
+            self._fill(landing, length)
+            return
+        self._current = None
+        with self._lock:
+            self._landings.pop(transfer_id, None)
+        if kind == END:
+            landing.finish()
+        else:
+            landing.stop(TransportError(f"{self.peer} aborted transfer {transfer_id}"))
+
+    def _find(self, transfer_id: int) -> Landing:
+        with self._lock:
+            self._lock.wait_for(lambda: self._lost or transfer_id in self._landings, UNPOSTED_WAIT_S)
+            landing = self._landings.get(transfer_id)
+        if landing is None:
+            raise TransportError(f"it sent transfer {transfer_id}, which nobody asked for")
+        return landing
+
+    def _fill(self, landing: Landing, length: int) -> None:
+        while length:
+            room = landing.borrow(length)
+            if room is None:
+                length -= self._receive_into(_scrap[:length])
+                continue
+            got = 0
+            try:
+                got = self._receive_into(room)
+            finally:
+                landing.give_back(got)
+            length -= got
+
+    def _receive_into(self, room: memoryview) -> int:
+        """0: nothing came within POLL_S, so that the caller can look around."""
+        try:
+            got = self._sock.recv_into(room)
+        except BlockingIOError:
+            self._quiet_s += POLL_S
+            timeout_s = self._current.transfer.idle_timeout_s if self._current else HEADER_TIMEOUT_S
+            if self._quiet_s >= timeout_s:
+                raise TransportError(f"it was silent for {self._quiet_s:g} s in a transfer") from None
+            return 0
+        if not got:
+            raise TransportError("it closed the connection")
+        self._quiet_s = 0.0
+        return got
+
+
+class _Sending:
+    """One transfer on its way out. `stopped` cuts short every wait for it."""
+
+    def __init__(self, transfer: Transfer, spans: Iterator[Span]) -> None:
+        self.transfer = transfer
+        self.spans = spans
+        self.stopped = threading.Event()
+        self.begun = False
+        self._loop = asyncio.get_running_loop()
+        self.outcome: asyncio.Future[None] = self._loop.create_future()
+
+    def end(self, error: Exception | None) -> None:
+        """Any thread; nobody advances the spans any more."""
+        try:
+            close_iterator(self.spans)
+        except Exception as closing:  # whoever awaits the transfer hears of it
+            error = error or closing
+        call_on_loop(self._loop, lambda: settle(self.outcome, error))
+
+
+class _Lost(TransportError):
+    """The connection can not be written to any more. Tells its errors from those that come out of spans."""
+
+
+class TcpOutbound(_Session):
+    """The holder's end: one job at a time sends what is queued, in order."""
+
+    def __init__(self, sock: socket.socket, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
+        self._pace = pace
+        self._queue: deque[_Sending] = deque()
+        self._sending: _Sending | None = None
+        super().__init__(sock, peer=peer, pool=pool)
+
+    async def send(self, transfer: Transfer, spans: Iterator[Span]) -> None:
+        """See `Outbound`. Raises LocalProtocolError when the spans are not `transfer.size` bytes."""
+        sending = _Sending(transfer, spans)
+        with self._lock:
+            if self._lost is not None:
+                raise self._error()
+            self._queue.append(sending)
+        if self._job is None:
+            self._start(self._send_queued)
+        await settled(sending.outcome, stop=lambda: self._cancel(sending))
+
+    def _cancel(self, sending: _Sending) -> None:
+        sending.stopped.set()
+        with self._lock:
+            begun = sending.begun
+            sending.begun = True
+        if not begun:  # it stays in the queue: the asker is told when it is its turn
+            sending.end(TransportError("cancelled"))
+
+    def _drop_transfers(self) -> None:
+        with self._lock:
+            queued = list(self._queue)
+            self._queue.clear()
+            if self._sending is not None:
+                self._sending.stopped.set()  # it may be waiting for its turn
+        for sending in queued:
+            sending.end(self._error())
+
+    def _readable(self) -> None:
+        try:
+            said = self._sock.recv(1, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._lose(f"connection lost ({error})")
+            return
+        self._lose("it broke the protocol" if said else "it closed the connection")
+
+    def _finished(self, job: asyncio.Future[None]) -> None:
+        super()._finished(job)
+        if self._lost is None and self._queue:  # queued between the job's last look and now
+            self._start(self._send_queued)
+
+    def _send_queued(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    return
+                sending = self._queue.popleft()
+                begun, sending.begun = sending.begun, True
+                self._sending = sending
+            if begun:  # and cancelled: its outcome is known and its spans are closed
+                self._abort(sending)
+            else:
+                self._send(sending)
+
+    def _send(self, sending: _Sending) -> None:
+        error: Exception | None = None
+        slice_bytes = self._pace.slice_bytes if self._pace else None
+        most = min(slice_bytes or FRAME_BYTES_MAX, FRAME_BYTES_MAX)
+        try:
+            for piece in pieces(sending.spans, size=sending.transfer.size, most=most):
+                self._await_turn(sending, span_bytes(piece))
+                self._send_frame(sending, DATA, piece)
+            self._send_frame(sending, END)
+        except _Lost as lost:
+            error = lost
+            self._lose(str(lost))
+        except Exception as broken:
+            error = broken
+            self._abort(sending)
+        sending.end(error)
+
+    def _await_turn(self, sending: _Sending, size: int) -> None:
+        wait_s = self._pace.take(size) if self._pace and not sending.stopped.is_set() else 0.0
+        if sending.stopped.wait(wait_s) if wait_s else sending.stopped.is_set():
+            raise TransportError("cancelled") if self._lost is None else _Lost(str(self._error()))
+
+    def _abort(self, sending: _Sending) -> None:
+        try:
+            self._send_frame(sending, ABORT)
+        except _Lost as lost:
+            self._lose(str(lost))
+
+    def _send_frame(self, sending: _Sending, kind: int, piece: Span | None = None) -> None:
+        size = span_bytes(piece) if piece is not None else 0
+        header = memoryview(HEADER.pack(sending.transfer.id, size, kind))
+        flags = socket.MSG_MORE if size else 0
+        self._write(sending, len(header), lambda done: self._sock.send(header[done:], flags))
+        if isinstance(piece, FileSpan):
+            self._send_file(sending, piece)
+        elif piece is not None:
+            self._write(sending, size, lambda done: self._sock.send(piece[done:]))
+
+    def _send_file(self, sending: _Sending, span: FileSpan) -> None:
+        out, fd, offset, size = self._sock.fileno(), span.fd, span.offset, span.size
+        sent = self._write(sending, size, lambda done: os.sendfile(out, fd, offset + done, size - done))
+        if sent < size:  # the frame cannot be completed, so the stream cannot go on
+            self._lose("the file it was sent became shorter")
+            raise SourceChanged(os.readlink(f"/proc/self/fd/{fd}"), f"it ends before byte {offset + size}")
+
+    def _write(self, sending: _Sending, size: int, write: Callable[[int], int]) -> int:
+        """Less than `size` only when `write` has nothing more to give. Raises _Lost."""
+        done, quiet_s = 0, 0.0
+        while done < size:
+            if self._lost is not None:
+                raise _Lost(str(self._error()))
+            try:
+                wrote = write(done)
+            except BlockingIOError:
+                quiet_s += POLL_S
+                timeout_s = sending.transfer.idle_timeout_s
+                if quiet_s >= (min(timeout_s, CANCEL_GRACE_S) if sending.stopped.is_set() else timeout_s):
+                    raise _Lost(f"it did not read for {quiet_s:g} s") from None
+                continue
+            except OSError as error:
+                raise _Lost(f"connection lost ({error})") from error
+            if not wrote:
+                break
+            done, quiet_s = done + wrote, 0.0
+        return done
+
+
+def _set_timeouts(sock: socket.socket) -> None:
+    """Blocking, but never for longer than POLL_S: one system call per read, unlike Python's own timeouts."""
+    sock.setblocking(True)
+    poll = struct.pack("@ll", int(POLL_S), int(POLL_S % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, poll)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
