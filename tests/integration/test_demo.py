@@ -1,12 +1,12 @@
 """`swarm demo` as a user runs it: real processes on loopback."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ def scratch(tmp_path: Path) -> Path:
     return path
 
 
-@contextmanager
+@contextlib.contextmanager
 def running_demo(path: Path, scratch: Path) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
         [sys.executable, "-m", "swarm.cli", "demo", str(path)],
@@ -55,18 +55,24 @@ def running_demo(path: Path, scratch: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def nodes(scratch: Path, count: int) -> list[int]:
-    """Process ids of the demo's nodes, once there are so many."""
+def wait_for_nodes(scratch: Path, count: int) -> None:
+    """Returns once so many of the demo's nodes run."""
     deadline = time.monotonic() + DEADLINE_S
     while len(notes := list(scratch.glob("swarm-demo-*/cache/running/*-*"))) < count:
         if time.monotonic() > deadline:
             pytest.fail(f"only {len(notes)} nodes after {DEADLINE_S} s")
         time.sleep(0.01)
-    return [int(note.name.partition("-")[0]) for note in notes]
 
 
-def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}").exists()
+def processes_in(scratch: Path) -> list[str]:
+    """Command lines of processes that were given a path below `scratch`, or a working directory there."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended just now
+            words = (process / "cmdline").read_text()
+            if str(scratch) in words or str(scratch) in str((process / "cwd").readlink()):
+                found.append(words)
+    return found
 
 
 def test_do_three_newcomers_get_equal_copies_and_is_nothing_left_behind(model: Path, scratch: Path) -> None:
@@ -82,16 +88,18 @@ def test_do_three_newcomers_get_equal_copies_and_is_nothing_left_behind(model: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("count", [1, 2, 4])
 def test_does_an_interrupted_demo_end_its_processes_and_clean_up(
-    model: Path, scratch: Path, number: signal.Signals
+    model: Path, scratch: Path, number: signal.Signals, count: int
 ) -> None:
     with running_demo(model, scratch) as process:
-        pids = nodes(scratch, 1)
+        wait_for_nodes(scratch, count)  # with one, the newcomers are being started just now
         process.send_signal(number)
+        process.send_signal(number)  # an impatient user
         _, err = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert [pid for pid in pids if alive(pid)] == []
+    assert processes_in(scratch) == []
     assert list(scratch.iterdir()) == []
 
 
@@ -111,11 +119,9 @@ def test_is_every_kind_of_difference_found(model: Path, tmp_path: Path) -> None:
         (copy / file.name).write_bytes(file.read_bytes())
     found, _ = walk(model)
     assert differences(found, copy) == []
-    with (copy / "a.safetensors").open("r+b") as file:
-        file.seek(-1, os.SEEK_END)
-        last = file.read(1)
-        file.seek(-1, os.SEEK_END)
-        file.write(bytes([last[0] ^ 1]))
+    damaged = bytearray((copy / "a.safetensors").read_bytes())
+    damaged[-1] ^= 1
+    (copy / "a.safetensors").write_bytes(damaged)
     (copy / "b.safetensors").unlink()
     (copy / "left-over").touch()
     assert differences(found, copy) == [

@@ -1,0 +1,6 @@
+"""The simulation: real nodes, machines, landings and hashes under a virtual clock; only their world is made up.
+
+`clock` owns time, `network` hosts and wires, `content` what is distributed, `cluster` puts nodes on them and reports,
+`scenarios` are things that go wrong. A run is a function of its parameters: the same seed gives the same trace, to the
+last digit.
+"""

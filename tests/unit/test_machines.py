@@ -1,0 +1,595 @@
+"""The pure machines, by lists of events: what do `Download`, `Upload`, `Membership` and `plan` do about them?"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm import download, membership, schedule, upload
+from swarm.bitfield import Bitfield
+from swarm.download import (
+    Announce,
+    Ask,
+    Ban,
+    Cancel,
+    ChunkCorrupt,
+    ChunkVerified,
+    Complete,
+    Download,
+    GiveUp,
+    Granted,
+    PeerHas,
+    PeerJoined,
+    PeerLeft,
+    TransferEnded,
+    TransferFailed,
+)
+from swarm.errors import LocalProtocolError
+from swarm.membership import Dial, DialFailed, Drop, Found, LinkDown, LinkUp, Membership, Told, Welcome
+from swarm.schedule import PeerView, View, plan
+from swarm.simulation.content import Content
+from swarm.upload import Cancelled, Ended, Grant, Refuse, Requested, Stop, Upload
+
+STALL_S = 30.0
+
+# Download
+
+
+class Fetch:
+    """A download of `chunks` chunks of which `held` are here; every step is checked."""
+
+    def __init__(self, chunks: int, *, held: Sequence[int] = (), seed: int = 0) -> None:
+        self.machine = Download(
+            Content.random(0, chunks=chunks, chunk_bytes=64).manifest,
+            Bitfield(chunks, held),
+            now=0.0,
+            stall_timeout_s=STALL_S,
+            transfer_ids=itertools.count(),
+            rng=random.Random(seed),
+        )
+        self.now = 0.0
+
+    def tell(self, event: download.Event, *, at: float | None = None) -> list[download.Action]:
+        self.now = self.now if at is None else at
+        actions = self.machine.handle(event, self.now)
+        self.machine.check()
+        return actions
+
+    def joined(self, peer: str) -> list[Ask]:
+        return asks(self.tell(PeerJoined(peer, Bitfield.full(self.machine.held.length))))
+
+
+def asks(actions: Sequence[download.Action]) -> list[Ask]:
+    return [action for action in actions if isinstance(action, Ask)]
+
+
+def test_the_copy_that_loses_the_endgame_is_cancelled() -> None:
+    fetch = Fetch(2, held=[0])
+    (slow,) = fetch.joined("a")
+    (fast,) = fetch.joined("b")
+    assert (slow.chunks, fast.chunks, fast.why) == ((1,), (1,), "endgame")
+    actions = fetch.tell(ChunkVerified("b", fast.transfer, 1))
+    assert actions[:2] == [Announce((1,)), Cancel("a", slow.transfer, "arrived from another peer")]
+    assert actions[-1] == Complete()
+
+
+def test_a_third_copy_is_never_asked_for() -> None:
+    fetch = Fetch(2, held=[0])
+    assert [len(fetch.joined(peer)) for peer in "abcd"] == [1, 1, 0, 0]
+
+
+def test_a_chunk_that_arrives_twice_counts_once() -> None:
+    fetch = Fetch(4, held=[0])
+    fetch.joined("a")
+    ask = fetch.joined("b")[0]
+    fetch.tell(ChunkVerified("b", ask.transfer, ask.chunks[0]))
+    assert fetch.tell(ChunkVerified("a", 0, ask.chunks[0])) == []
+    assert sum(fetch.machine.sources.values()) == fetch.machine.manifest.chunks[ask.chunks[0]].size
+
+
+def test_the_third_corrupt_chunk_bans() -> None:
+    fetch = Fetch(8)
+    fetch.joined("liar")
+    for number in range(download.CORRUPT_CHUNKS_MAX):
+        fetch.now += 10.0
+        fetch.tell(download.Tick())
+        transfer = min(fetch.machine._transfers)
+        chunk = min(fetch.machine._transfers[transfer].chunks)
+        last = fetch.tell(ChunkCorrupt("liar", transfer, chunk))
+        assert any(isinstance(action, Ban) for action in last) == (number == download.CORRUPT_CHUNKS_MAX - 1)
+        fetch.tell(TransferEnded("liar", transfer))
+    assert last[-1] == Ban("liar", "sent 3 corrupt chunks")
+    assert all(isinstance(action, Cancel) for action in last[:-1])
+    assert fetch.machine.rejected_chunks == 3
+    assert fetch.joined("liar") == [], "who is banned stays banned"
+
+
+def test_a_refused_chunk_is_asked_elsewhere_and_the_peer_rests() -> None:
+    fetch = Fetch(2, held=[0])
+    (ask,) = fetch.joined("a")
+    assert fetch.tell(TransferFailed("a", ask.transfer, "refused: busy", retry_s=2.0)) == []
+    (elsewhere,) = fetch.joined("b")
+    assert (elsewhere.peer, elsewhere.chunks) == ("b", (1,))
+    fetch.tell(PeerLeft("b", "gone"))
+    assert fetch.tell(download.Tick(), at=1.9) == []
+    (again,) = asks(fetch.tell(download.Tick(), at=2.1))
+    assert again.peer == "a"
+
+
+def test_each_failure_in_a_row_doubles_the_rest_and_a_chunk_ends_it() -> None:
+    fetch = Fetch(64)
+    rests, number = [], fetch.joined("a")[0].transfer
+    for _ in range(7):
+        for transfer in list(fetch.machine._transfers):
+            if transfer != number:
+                fetch.machine._end(transfer)
+        fetch.tell(TransferFailed("a", number, "broke"))
+        began = fetch.now
+        while not (found := asks(fetch.tell(download.Tick(), at=fetch.now + 0.0625))):
+            pass
+        number = found[0].transfer
+        rests.append(fetch.now - began)
+    assert rests == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    fetch.tell(ChunkVerified("a", number, found[0].chunks[0]))
+    assert fetch.machine._peers["a"].failures == 0
+
+
+def test_who_leaves_gives_its_chunks_back() -> None:
+    fetch = Fetch(4)
+    of_a = {chunk for ask in fetch.joined("a") for chunk in ask.chunks}
+    assert of_a
+    fetch.tell(PeerLeft("a", "closed the link"))
+    of_b: set[int] = set()
+    found = fetch.joined("b")
+    while found:
+        of_b |= {chunk for ask in found for chunk in ask.chunks}
+        for ask in found:
+            for chunk in ask.chunks:
+                fetch.tell(ChunkVerified("b", ask.transfer, chunk))
+        found = [new for ask in found for new in asks(fetch.tell(TransferEnded("b", ask.transfer)))]
+    assert of_b >= of_a
+
+
+def test_what_is_not_granted_is_cancelled_in_time_and_what_is_granted_is_not() -> None:
+    fetch = Fetch(3, held=[0])
+    transfers = [ask.transfer for ask in fetch.joined("a")]
+    while len(transfers) < 2:
+        transfers += [ask.transfer for ask in asks(fetch.tell(download.Tick()))]
+    fetch.tell(Granted("a", transfers[0]))
+    assert fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S) == []
+    actions = fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S + 0.1)
+    assert actions == [Cancel("a", transfers[1], "not granted in time")]
+
+
+def test_a_stalled_download_gives_up_once_and_says_what_it_tried() -> None:
+    fetch = Fetch(4, held=[0])
+    ask = fetch.joined("a")[0]
+    fetch.tell(PeerJoined("b", Bitfield(4)))
+    fetch.tell(TransferFailed("a", ask.transfer, "refused: busy", retry_s=3600.0))
+    fetch.tell(PeerLeft("a", "closed the link"))
+    assert not any(isinstance(action, GiveUp) for action in fetch.tell(download.Tick(), at=STALL_S))
+    (giving_up,) = fetch.tell(download.Tick(), at=STALL_S + 1.0)
+    assert giving_up == GiveUp(3, STALL_S + 1.0, ("a: closed the link", "b: holds nothing that is missing"))
+    assert fetch.machine.done
+    assert fetch.tell(download.Tick(), at=STALL_S + 2.0) == []
+    assert fetch.joined("c") == []
+
+
+def test_a_transfer_that_fails_after_its_peer_left_does_not_hide_why_it_left() -> None:
+    fetch = Fetch(2)
+    ask = fetch.joined("a")[0]
+    fetch.tell(PeerLeft("a", "left: shutting down"))
+    fetch.tell(TransferFailed("a", ask.transfer, "the session broke"))
+    *_, giving_up = fetch.tell(download.Tick(), at=STALL_S + 1.0)
+    assert isinstance(giving_up, GiveUp)
+    assert giving_up.tried == ("a: left: shutting down",)
+
+
+def test_every_chunk_puts_the_stall_off() -> None:
+    fetch = Fetch(4)
+    (ask, *_) = fetch.joined("a")
+    fetch.tell(ChunkVerified("a", ask.transfer, ask.chunks[0]), at=STALL_S - 1.0)
+    assert not any(isinstance(action, GiveUp) for action in fetch.tell(download.Tick(), at=2 * STALL_S - 2.0))
+    assert isinstance(fetch.tell(download.Tick(), at=2 * STALL_S)[-1], GiveUp)
+
+
+def test_complete_comes_once_and_then_nothing() -> None:
+    fetch = Fetch(2, held=[0, 1])
+    assert fetch.tell(download.Tick()) == [Complete()]
+    for event in (download.Tick(), PeerHas("a", (1,)), PeerLeft("a", "x"), TransferEnded("a", 0)):
+        assert fetch.tell(event, at=1000.0) == []
+    assert fetch.joined("b") == []
+
+
+def test_have_makes_a_peer_worth_asking() -> None:
+    fetch = Fetch(4)
+    assert fetch.tell(PeerJoined("a", Bitfield(4))) == []
+    (ask,) = asks(fetch.tell(PeerHas("a", (2,))))
+    assert (ask.peer, ask.chunks) == ("a", (2,))
+
+
+def test_a_download_refuses_what_is_no_event() -> None:
+    with pytest.raises(LocalProtocolError, match="cannot handle"):
+        Fetch(1).machine.handle("hello", 0.0)  # type: ignore[arg-type]
+
+
+def test_a_download_reads_at_night() -> None:
+    fetch = Fetch(8, held=[0, 1, 2])
+    ask = fetch.joined("a")[0]
+    fetch.tell(Granted("a", ask.transfer), at=1.0)
+    fetch.machine._transfers[ask.transfer].size = 3_000_000
+    fetch.tell(TransferEnded("a", ask.transfer), at=2.0)
+    digest = fetch.machine.manifest.digest[:8]
+    in_flight = len(fetch.machine._transfers)
+    assert repr(fetch.machine) == f"<Download {digest} 3/8 chunks | 1 peers | {in_flight} in flight | 3.0 MB/s>"
+    assert in_flight > 0
+
+
+def test_check_sees_a_count_that_is_off() -> None:
+    fetch = Fetch(4)
+    fetch.joined("a")
+    fetch.machine._requested[:] = 0
+    with pytest.raises(LocalProtocolError, match="requested counts add up"):
+        fetch.machine.check()
+
+
+@given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 7), max_size=60))
+@settings(max_examples=60, deadline=None)
+def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int]) -> None:
+    fetch, dice = Fetch(9, seed=seed), random.Random(seed)
+    completed = 0
+    for step in steps:
+        peer = dice.choice("abc")
+        transfer = dice.choice([*fetch.machine._transfers] or [0])
+        if known := fetch.machine._transfers.get(transfer):
+            peer = known.peer
+        chunk = dice.choice(sorted(known.chunks) if known and known.chunks else [0])
+        events: list[download.Event] = [
+            PeerJoined(peer, Bitfield(9, dice.sample(range(9), 5))) if not known else Granted(peer, transfer),
+            PeerHas(peer, (dice.randrange(9),)),
+            PeerLeft(peer, "left"),
+            ChunkVerified(peer, transfer, chunk) if known and known.chunks else download.Tick(),
+            ChunkCorrupt(peer, transfer, chunk) if known and known.chunks else download.Tick(),
+            TransferEnded(peer, transfer),
+            TransferFailed(peer, transfer, "failed"),
+            download.Tick(),
+        ]
+        actions = fetch.tell(events[step], at=fetch.now + 0.1)
+        completed += actions.count(Complete())
+    todo = fetch.joined("honest")
+    for _ in range(200):
+        if fetch.machine.done:
+            break
+        actions = fetch.tell(download.Tick(), at=fetch.now + 0.1)
+        for ask in [*todo, *asks(actions)]:
+            if ask.peer == "honest":
+                for chunk in ask.chunks:
+                    actions += fetch.tell(ChunkVerified("honest", ask.transfer, chunk))
+                actions += fetch.tell(TransferEnded("honest", ask.transfer))
+        todo = asks(actions)
+        completed += actions.count(Complete())
+    assert completed == 1
+    assert fetch.machine.held.complete
+
+
+# Schedule
+
+
+def view(
+    holds: dict[str, str], *, missing: str, requested: Sequence[int] | None = None, busy: dict[str, int] | None = None
+) -> View:
+    """Masks as strings of 0 and 1."""
+    peers = [PeerView(name, _mask(bits), (busy or {}).get(name, 0), 0.0) for name, bits in holds.items()]
+    counts = np.array(requested or [0] * len(missing), dtype=np.uint8)
+    return View(_mask(missing), counts, 64, 64, peers)
+
+
+def _mask(bits: str) -> schedule.Mask:
+    return np.array([bit == "1" for bit in bits])
+
+
+@pytest.mark.parametrize(
+    ("what", "seen", "wanted"),
+    [
+        ("nobody is there", view({}, missing="11"), []),
+        ("nothing is missing", view({"a": "11"}, missing="00"), []),
+        ("nobody has it", view({"a": "10"}, missing="01"), []),
+        ("the only one", view({"a": "01"}, missing="11"), [("a", (1,), "rarest")]),
+        ("everybody is busy", view({"a": "11"}, missing="11", busy={"a": 2}), []),
+        ("the rarest first", view({"a": "111", "b": "110"}, missing="111", busy={"b": 2}), [("a", (2,), "rarest")]),
+        ("asked already", view({"a": "11"}, missing="11", requested=[1, 0], busy={"a": 1}), [("a", (1,), "rarest")]),
+        ("endgame", view({"a": "1", "b": "1"}, missing="1", requested=[1], busy={"a": 1}), [("b", (0,), "endgame")]),
+        ("two copies at most", view({"a": "1", "b": "1"}, missing="1", requested=[2]), []),
+        ("some are free", view({"a": "10", "b": "11"}, missing="11", requested=[1, 0], busy={"b": 2}), []),
+    ],
+)  # fmt: skip
+def test_plan_by_table(what: str, seen: View, wanted: list[tuple[str, tuple[int, ...], str]]) -> None:
+    assert [(ask.peer, ask.chunks, ask.why) for ask in plan(seen, random.Random(0))] == wanted, what
+
+
+def test_a_fast_peer_is_asked_for_a_run_and_a_slow_one_for_a_chunk() -> None:
+    holds = np.ones(100, dtype=np.bool_)
+    fast = PeerView("fast", holds, 0, 64 * 10 / schedule.BATCH_S)
+    slow = PeerView("slow", holds, 0, 64 / schedule.BATCH_S / 10)
+    seen = View(holds, np.zeros(100, dtype=np.uint8), 64, 64, [fast, slow])
+    sizes = {ask.peer: max(1, len(ask.chunks)) for ask in plan(seen, random.Random(1))}
+    assert sizes["slow"] == 1
+    assert 1 < sizes["fast"] <= 10
+
+
+@st.composite
+def views(draw: st.DrawFn) -> View:
+    chunks = draw(st.integers(1, 12))
+    masks = st.lists(st.booleans(), min_size=chunks, max_size=chunks).map(np.array)
+    missing = draw(masks)
+    requested = np.zeros(chunks, dtype=np.uint8)
+    peers = []
+    for name in "abcd"[: draw(st.integers(0, 4))]:
+        holds, outstanding = draw(masks), draw(st.integers(0, schedule.BATCHES_OUTSTANDING))
+        possible = np.flatnonzero(holds & missing & (requested < schedule.COPIES_MAX))
+        asked = [int(i) for i in possible[: draw(st.integers(0, 3))]] if outstanding else []
+        requested[asked] += 1
+        peers.append(PeerView(name, holds, outstanding, draw(st.floats(0, 1e6)), frozenset(asked)))
+    return View(missing, requested, 64, draw(st.integers(1, 5)), peers)
+
+
+@given(seen=views(), seed=st.integers(0, 1000))
+@settings(max_examples=200, deadline=None)
+def test_plan_never_asks_for_what_it_should_not(seen: View, seed: int) -> None:
+    peers = {peer.name: peer for peer in seen.peers}
+    outstanding = {peer.name: peer.outstanding for peer in seen.peers}
+    copies = seen.requested.copy()
+    for ask in plan(seen, random.Random(seed)):
+        peer, chunks = peers[ask.peer], list(ask.chunks)
+        assert chunks == sorted(set(chunks))
+        assert len(chunks) <= seen.batch_chunks_max
+        assert peer.holds[chunks].all(), "it lacks one of them"
+        assert seen.missing[chunks].all(), "one of them is here"
+        assert not peer.asked & set(chunks), "it was asked for one of them"
+        if ask.why != "endgame":
+            assert not copies[chunks].any(), "somebody else was asked for one of them"
+        copies[chunks] += 1
+        outstanding[ask.peer] += 1
+    assert (copies <= schedule.COPIES_MAX).all()
+    assert all(count <= schedule.BATCHES_OUTSTANDING for count in outstanding.values())
+
+
+@given(seen=views(), seed=st.integers(0, 1000))
+@settings(max_examples=200, deadline=None)
+def test_plan_leaves_nobody_idle_who_could_help(seen: View, seed: int) -> None:
+    asked = plan(seen, random.Random(seed))
+    taken = {chunk for ask in asked for chunk in ask.chunks}
+    free = seen.missing & (seen.requested == 0)
+    free[list(taken)] = False
+    idle = {peer.name for peer in seen.peers if not peer.outstanding} - {ask.peer for ask in asked}
+    assert not any((free & peer.holds).any() for peer in seen.peers if peer.name in idle)
+
+
+# Upload
+
+
+def told(machine: Upload, *events: upload.Event) -> list[upload.Action]:
+    actions = []
+    for event in events:
+        actions += machine.handle(event)
+        machine.check()
+    return actions
+
+
+def test_a_free_slot_goes_to_who_got_least() -> None:
+    machine = Upload(slots=1)
+    told(machine, *(Requested("greedy", number, 100) for number in range(4)), Requested("modest", 9, 100))
+    order: list[str] = ["greedy"]
+    done: upload.Event = Ended("greedy", 0)
+    while grants := told(machine, done):
+        assert isinstance(grants[0], Grant)
+        order.append(grants[0].peer)
+        done = Ended(grants[0].peer, grants[0].transfer)
+    assert order == ["greedy", "modest", "greedy", "greedy", "greedy"]
+
+
+def test_who_comes_late_is_not_served_alone_until_it_has_caught_up() -> None:
+    machine = Upload(slots=1)
+    told(machine, Requested("idle", 0, 1), Ended("idle", 0))
+    for number in range(100):
+        told(machine, Requested("old", number, 100), Ended("old", number))
+    told(machine, Requested("old", 100, 100), *(Requested("new", number, 100) for number in range(5)))
+    told(machine, Requested("old", 101, 100))
+    granted = [action.peer for action in told(machine, Ended("old", 100), Ended("new", 0), Ended("new", 1))]
+    assert "old" in granted, "it waits for a newcomer to get all that it has"
+    assert "new" in granted
+
+
+def test_slots_and_transfers_per_peer_are_limited() -> None:
+    machine = Upload(slots=3)
+    grants = told(machine, *(Requested(peer, number, 1) for peer in "abc" for number in range(3)))
+    assert grants == [Grant("a", 0, 0), Grant("a", 1, 1), Grant("b", 0, 0)]
+    assert repr(machine) == "<Upload 3/3 slots | 6 waiting | 3 peers>"
+
+
+def test_a_queue_that_is_full_refuses() -> None:
+    machine = Upload(slots=1)
+    most = 1 + upload.QUEUED_PER_PEER_MAX
+    assert told(machine, *(Requested("a", number, 1) for number in range(most))) == [Grant("a", 0, 0)]
+    assert told(machine, Requested("a", most, 1)) == [Refuse("a", most, "busy", upload.BUSY_RETRY_S)]
+
+
+def test_a_cancelled_transfer_is_not_granted() -> None:
+    machine = Upload(slots=1)
+    told(machine, Requested("a", 0, 1), Requested("a", 1, 1), Requested("a", 2, 1))
+    assert told(machine, Cancelled("a", 1)) == []
+    assert told(machine, Ended("a", 0)) == [Grant("a", 2, 1)]
+
+
+def test_a_cancelled_transfer_on_the_wire_is_stopped_and_keeps_its_slot_until_it_has() -> None:
+    machine = Upload(slots=1)
+    told(machine, Requested("a", 0, 1), Requested("b", 0, 1))
+    assert told(machine, Cancelled("a", 0)) == [Stop("a", 0)]
+    assert told(machine, Ended("a", 0)) == [Grant("b", 0, 0)]
+
+
+def test_who_leaves_is_stopped_and_the_others_go_on() -> None:
+    machine = Upload(slots=2)
+    told(machine, *(Requested("a", number, 1) for number in range(4)), Requested("b", 0, 1))
+    assert told(machine, upload.PeerLeft("a")) == [Stop("a", 0), Stop("a", 1), Grant("b", 0, 0)]
+    assert told(machine, Ended("a", 0), Ended("a", 1), Cancelled("a", 2), upload.PeerLeft("a")) == []
+
+
+@given(seed=st.integers(0, 2**32), slots=st.integers(1, 4))
+@settings(max_examples=60, deadline=None)
+def test_everything_asked_for_is_granted_once_and_in_order(seed: int, slots: int) -> None:
+    machine, dice = Upload(slots=slots), random.Random(seed)
+    wanted = {peer: list(range(dice.randrange(upload.QUEUED_PER_PEER_MAX))) for peer in "abcde"}
+    ahead = {peer: iter(numbers) for peer, numbers in wanted.items()}
+    active: list[Grant] = []
+    granted: dict[str, list[int]] = {peer: [] for peer in wanted}
+    for _ in range(1000):
+        peer = dice.choice("abcde")
+        number = next(ahead[peer], None)
+        events: list[upload.Event] = [] if number is None else [Requested(peer, number, dice.randrange(1, 100))]
+        if active and dice.random() < 0.5:
+            over = active.pop(dice.randrange(len(active)))
+            events.append(Ended(over.peer, over.transfer))
+        for action in told(machine, *events):
+            assert isinstance(action, Grant)
+            assert action.sequence == len(granted[action.peer])
+            granted[action.peer].append(action.transfer)
+            active.append(action)
+    assert granted == wanted
+
+
+def test_an_upload_refuses_what_is_no_event() -> None:
+    with pytest.raises(LocalProtocolError, match="cannot handle"):
+        Upload(slots=1).handle("hello")  # type: ignore[arg-type]
+
+
+# Membership
+
+SMALL, BIG = "1" * 16, "2" * 16
+
+
+class Knows:
+    """The membership machine of one node; every step is checked."""
+
+    def __init__(self, node: str = SMALL) -> None:
+        self.machine = Membership(node)
+        self.now = 0.0
+
+    def tell(self, event: membership.Event, *, at: float | None = None) -> list[membership.Action]:
+        self.now = self.now if at is None else at
+        actions = self.machine.handle(event, self.now)
+        self.machine.check()
+        return actions
+
+
+def test_a_found_address_is_dialled_once() -> None:
+    knows = Knows()
+    assert knows.tell(Found("b:1", True)) == [Dial("b:1")]
+    assert knows.tell(Found("b:1", False)) == []
+    assert knows.tell(membership.Tick(), at=60.0) == []
+    assert knows.machine.unanswered() == ["b:1"]
+
+
+def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
+    knows, pauses = Knows(), []
+    knows.tell(Found("b:1", True))
+    for _ in range(8):
+        knows.tell(DialFailed("b:1"))
+        began = knows.now
+        while not knows.tell(membership.Tick(), at=knows.now + 0.25):
+            pass
+        pauses.append(knows.now - began)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
+    assert knows.machine.tried() == ["b:1: no answer, tried 8 times"]
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_only_what_was_given_by_hand_is_never_forgotten(lasting: bool) -> None:
+    knows = Knows()
+    knows.tell(Found("b:1", lasting))
+    for number in range(1, membership.FAILURES_MAX + 1):
+        knows.tell(DialFailed("b:1"), at=100.0 * number)
+        knows.tell(membership.Tick(), at=100.0 * number + 50.0)
+    assert bool(knows.machine.tried()) is lasting
+
+
+@pytest.mark.parametrize("small_hears_first", ["own", "other"])
+@pytest.mark.parametrize("big_hears_first", ["own", "other"])
+def test_both_ends_keep_the_same_one_of_two_links(small_hears_first: str, big_hears_first: str) -> None:
+    kept = {}
+    for node, other, first in ((SMALL, BIG, small_hears_first), (BIG, SMALL, big_hears_first)):
+        knows = Knows(node)
+        own = LinkUp(1, other, f"{other}:1", dialled=f"{other}:1")
+        theirs = LinkUp(2, other, f"{other}:1", dialled=None)
+        events = [own, theirs] if first == "own" else [theirs, own]
+        actions = [action for event in events for action in knows.tell(event)]
+        (dropped,) = [action.link for action in actions if isinstance(action, Drop)]
+        kept[node] = "small dialled" if (dropped == 2) == (node == SMALL) else "big dialled"
+    assert kept == {SMALL: "small dialled", BIG: "small dialled"}
+
+
+def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    assert knows.tell(LinkUp(2, BIG, "b:1", dialled=None)) == [
+        Drop(1, "another link is open"),
+        Welcome(2, ()),
+    ]
+    assert knows.tell(LinkDown(1)) == []
+    assert repr(knows.machine) == "<Membership 11111111 1 links | 1 addresses>"
+
+
+def test_a_second_address_of_a_linked_node_is_not_dialled_again_and_again() -> None:
+    knows = Knows(BIG)
+    knows.tell(Found("alias:1", True))
+    assert knows.tell(LinkUp(1, SMALL, "a:1", dialled=None)) == [Welcome(1, ())]
+    assert knows.tell(LinkUp(2, SMALL, "a:1", dialled="alias:1")) == [Drop(2, "another link is open")]
+    assert knows.tell(membership.Tick(), at=60.0) == []
+    assert knows.tell(LinkDown(2)) == []
+    assert knows.tell(LinkDown(1)) == []
+    assert set(knows.tell(membership.Tick(), at=61.0)) == {Dial("a:1"), Dial("alias:1")}
+
+
+def test_the_own_address_is_dialled_once_and_never_again() -> None:
+    knows = Knows()
+    knows.tell(Found("me:1", True))
+    assert knows.tell(LinkUp(1, SMALL, "10.0.0.1:1", dialled="me:1")) == [Drop(1, "this is myself")]
+    for address in ("me:1", "10.0.0.1:1"):
+        assert knows.tell(Told((address,))) == []
+        assert knows.tell(Found(address, True)) == []
+
+
+def test_a_lost_link_is_dialled_again_after_a_moment() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    assert knows.tell(LinkDown(1)) == []
+    assert knows.tell(membership.Tick(), at=membership.RETRY_FIRST_S) == [Dial("b:1")]
+
+
+def test_one_address_is_enough_to_hear_of_the_others() -> None:
+    knows = Knows()
+    for number, name in enumerate("bcd"):
+        actions = knows.tell(LinkUp(number, name * 16, f"{name}:1", dialled=None))
+    assert actions == [Welcome(2, ("b:1", "c:1"))]
+    assert knows.tell(Told(("e:1", "b:1"))) == [Dial("e:1")]
+
+
+def test_links_and_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "LINKS_MAX", 1)
+    monkeypatch.setattr(membership, "KNOWN_MAX", 2)
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    assert knows.tell(LinkUp(2, "3" * 16, "c:1", dialled=None)) == [Drop(2, "too many links")]
+    assert knows.tell(Told(("d:1", "e:1", "f:1"))) == []
+    assert repr(knows.machine) == "<Membership 11111111 1 links | 2 addresses>"
+
+
+def test_a_membership_refuses_what_is_no_event() -> None:
+    with pytest.raises(LocalProtocolError, match="cannot handle"):
+        Knows().machine.handle("hello", 0.0)  # type: ignore[arg-type]
