@@ -8,14 +8,16 @@ nothing else in the package knows both what a user passed and how it is stored.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from swarm import build, hub
-from swarm.errors import SettingsError, StoreConflict
+from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.manifest import Manifest
 from swarm.messages import Origin
 from swarm.node import Fetched, Node
@@ -29,6 +31,8 @@ from swarm.store.tensors import IntoStore, MemoryStore
 if TYPE_CHECKING:
     import torch
 
+
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 log = logging.getLogger("swarm")
 
@@ -163,7 +167,11 @@ def serve(
     name, source, origin = open_source(what, model_id=model_id, settings=settings)
 
     async def start() -> Served:
-        node = await runtime().acquire(settings)
+        try:
+            node = await runtime().acquire(settings)
+        except BaseException:
+            source.close()
+            raise
         node.serve(name, source, origin=origin)
         return Served(name, source.manifest.digest, node.address, settings)
 
@@ -213,6 +221,8 @@ class _Want:
             raise SettingsError("device", f"{self.device!r} is not supported; only 'cpu' is")
         if self.out is not None and self.into is not None:
             raise SettingsError("out", "cannot be combined with into: a fetch lands in one place")
+        if self.out is None and importlib.util.find_spec("torch") is None:
+            raise SettingsError("out", "tensors in memory need torch, which is not installed; say out=DIR")
         if self.out is HUB_CACHE and not hub.is_model_id(self.model_id):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
 
@@ -247,16 +257,26 @@ async def fetch_on(
     settings: Settings,
 ) -> tuple[Fetched, Store, Path | None]:
     """Fetches on an open node: what came of it, the store, and the directory if there is one."""
+    if digest is not None and not _DIGEST.fullmatch(digest):
+        raise SettingsError("digest", f"{digest!r} is not a whole digest: 64 digits from 0 to 9 and a to f")
     began = node.now()
-    manifest, origin = await resolve(node, model_id, digest=digest, find_timeout_s=settings.find_timeout_s)
+    find_timeout_s = settings.find_timeout_s if timeout_s is None else min(settings.find_timeout_s, timeout_s)
+    manifest, origin = await resolve(node, model_id, digest=digest, find_timeout_s=find_timeout_s)
     loop = asyncio.get_running_loop()
     store, path = await loop.run_in_executor(None, lambda: _store(model_id, manifest, out, into, settings))
     left_s = None if timeout_s is None else max(0.1, timeout_s - (node.now() - began))
-    fetched = await node.fetch(model_id, store, origin=origin, timeout_s=left_s)
-    if isinstance(out, _HubCache):
-        path = await loop.run_in_executor(None, hub.CacheEntry(model_id).publish, manifest, origin)
-    elif path is not None:
-        build.remember(settings.cache, path, manifest)
+    try:
+        fetched = await node.fetch(model_id, store, origin=origin, timeout_s=left_s)
+    except FetchTimeout as error:
+        raise FetchTimeout(model_id, timeout_s=timeout_s or error.timeout_s, fraction=error.fraction) from error
+    try:
+        if isinstance(out, _HubCache):
+            path = await loop.run_in_executor(None, hub.CacheEntry(model_id).publish, manifest, origin)
+        elif path is not None:
+            await loop.run_in_executor(None, _remember, settings.cache, path, manifest)
+    except BaseException:
+        node.release(fetched.digest)
+        raise
     return fetched, store, path
 
 
@@ -275,6 +295,13 @@ def _store(
     if path.exists() and not path.is_dir():
         raise StoreConflict(path, "is not a directory; fetch to another place")
     return DirectoryStore(path, manifest, fsync=settings.fsync), path
+
+
+def _remember(cache: Path, path: Path, manifest: Manifest) -> None:
+    try:
+        build.remember(cache, path, manifest)
+    except StoreError as error:
+        log.warning("%s; the fetch is complete, but `swarm verify %s` will know nothing of it", error, path)
 
 
 async def _withdraw(settings: Settings, digest: str) -> None:

@@ -338,8 +338,8 @@ class Download:
             self._requested[chunk] -= 1
 
     def _fail(self, name: str, number: int, why: str, retry_s: float) -> None:
-        self._last_words[name] = why
-        if number in self._transfers and (peer := self._peers.get(name)):
+        if number in self._transfers and (peer := self._peers.get(name)):  # else the peer left, which says more
+            self._last_words[name] = why
             peer.failures += 1
             self._rest(peer, retry_s)
         self._end(number)

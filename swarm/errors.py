@@ -69,7 +69,7 @@ class ManifestConflict(ManifestError):
     """Two peers announce different contents under one model id."""
 
     def __init__(self, model_id: str, holders: Mapping[str, Sequence[str]]) -> None:
-        sides = "; ".join(f"{digest[:16]} at {', '.join(who)}" for digest, who in sorted(holders.items()))
+        sides = "; ".join(f"{digest} at {', '.join(who)}" for digest, who in sorted(holders.items()))
         super().__init__(
             f"{model_id!r} is served with {len(holders)} different contents ({sides}); "
             "choose one with --digest, or stop the wrong source"

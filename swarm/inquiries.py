@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import TypeAlias
+from functools import partial
+from typing import Generic, TypeAlias, TypeVar
 
 from swarm import messages
 from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
@@ -16,6 +17,7 @@ from swarm.manifest import MANIFEST_BYTES_MAX, Manifest
 from swarm.messages import Origin
 from swarm.peer import Peer
 
+T = TypeVar("T")
 Question: TypeAlias = messages.ManifestRequest | messages.OriginRequest
 Answer: TypeAlias = messages.ManifestPart | messages.OriginReply
 
@@ -26,32 +28,29 @@ class Inquiries:
     def __init__(self, lookup: Callable[[str], tuple[Manifest, Origin | None] | None]) -> None:
         self._lookup = lookup
         self._manifests: dict[tuple[str, str], _Manifest] = {}
-        self._origins: dict[tuple[str, str], asyncio.Future[Origin | None]] = {}
+        self._origins: dict[tuple[str, str], _Open[Origin | None]] = {}
 
     async def manifest(self, peer: Peer, digest: str, *, timeout_s: float) -> bytes:
         """A manifest's bytes as one peer sends them: bounded, but not checked. Raises PeerError."""
-        inquiry = self._manifests[peer.node, digest] = _Manifest(peer)
-        peer.post(messages.ManifestRequest(digest))
+        key = peer.node, digest
+        if key not in self._manifests:
+            self._manifests[key] = _Manifest(peer, partial(self._manifests.pop, key))
+            peer.post(messages.ManifestRequest(digest))
         try:
-            async with asyncio.timeout(timeout_s):
-                return await inquiry.done
+            return await self._manifests[key].answer(timeout_s=timeout_s)
         except TimeoutError:
             raise PeerTimeout(peer.name, f"did not send its manifest within {timeout_s:g} s") from None
-        finally:
-            self._manifests.pop((peer.node, digest), None)
 
     async def origin(self, peer: Peer, digest: str, *, timeout_s: float) -> Origin | None:
         """Where a peer says that a checkpoint came from; None when it does not know or does not answer."""
-        answer: asyncio.Future[Origin | None] = asyncio.get_running_loop().create_future()
-        self._origins[peer.node, digest] = answer
-        peer.post(messages.OriginRequest(digest))
+        key = peer.node, digest
+        if key not in self._origins:
+            self._origins[key] = _Open(partial(self._origins.pop, key))
+            peer.post(messages.OriginRequest(digest))
         try:
-            async with asyncio.timeout(timeout_s):
-                return await answer
+            return await self._origins[key].answer(timeout_s=timeout_s)
         except TimeoutError:
             return None
-        finally:
-            self._origins.pop((peer.node, digest), None)
 
     async def answer(self, peer: Peer, question: Question) -> None:
         """Answers a peer's question."""
@@ -71,8 +70,8 @@ class Inquiries:
         if isinstance(answer, messages.ManifestPart):
             if inquiry := self._manifests.get(key):
                 inquiry.add(answer)
-        elif (waiting := self._origins.get(key)) and not waiting.done():
-            waiting.set_result(answer.origin)
+        elif waiting := self._origins.get(key):
+            waiting.succeed(answer.origin)
 
     def left(self, node: str, why: str) -> None:
         """A peer is gone."""
@@ -80,15 +79,40 @@ class Inquiries:
             if asked == node:
                 inquiry.fail(why)
         for (asked, _), waiting in self._origins.items():
-            if asked == node and not waiting.done():
-                waiting.set_result(None)
+            if asked == node:
+                waiting.succeed(None)
 
 
-class _Manifest:
+class _Open(Generic[T]):
+    """A question on its way to one peer. Whoever asks the same meanwhile waits for the same answer; `forget` is called
+    when nobody waits any more."""
+
+    def __init__(self, forget: Callable[[], object]) -> None:
+        self.done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._forget = forget
+        self._askers = 0
+
+    async def answer(self, *, timeout_s: float) -> T:
+        """Raises TimeoutError, and what the question failed with."""
+        self._askers += 1
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.shield(self.done)
+        finally:
+            self._askers -= 1
+            if not self._askers:
+                self._forget()
+
+    def succeed(self, answer: T) -> None:
+        if not self.done.done():
+            self.done.set_result(answer)
+
+
+class _Manifest(_Open[bytes]):
     """A manifest on its way from one peer."""
 
-    def __init__(self, peer: Peer) -> None:
-        self.done: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    def __init__(self, peer: Peer, forget: Callable[[], object]) -> None:
+        super().__init__(forget)
         self._peer = peer
         self._data = bytearray()
 
@@ -100,8 +124,8 @@ class _Manifest:
             raise RemoteProtocolError(self._peer.name, "sent parts of a manifest that do not fit together")
         else:
             self._data += part.data
-            if end == part.total and not self.done.done():
-                self.done.set_result(bytes(self._data))
+            if end == part.total:
+                self.succeed(bytes(self._data))
 
     def fail(self, why: str) -> None:
         if not self.done.done():

@@ -111,12 +111,13 @@ def copy(source: Source, store: Store, held: Bitfield) -> int:
 
 
 def _pour(spans: Iterator[Span], views: Iterator[memoryview]) -> None:
-    view = next(views, memoryview(b""))
+    nothing = memoryview(b"")
+    view = next(views, nothing)
     for span in spans:
         done, size = 0, span.size if isinstance(span, FileSpan) else span.nbytes
         while done < size:
-            if not view.nbytes:
-                view = next(views)
+            if not view.nbytes and not (view := next(views, nothing)).nbytes:
+                raise LocalProtocolError("a source gives more bytes than its chunk has")
             step = min(view.nbytes, size - done)
             if isinstance(span, FileSpan):
                 step = os.preadv(span.fd, [view[:step]], span.offset + done)
@@ -125,5 +126,5 @@ def _pour(spans: Iterator[Span], views: Iterator[memoryview]) -> None:
             else:
                 view[:step] = span[done : done + step]
             view, done = view[step:], done + step
-    for view in views:
-        raise LocalProtocolError(f"a source gives {view.nbytes} bytes less than its chunk has")
+    if view.nbytes or next(views, nothing).nbytes:  # which also reports the chunk as landed
+        raise LocalProtocolError("a source gives less bytes than its chunk has")

@@ -60,6 +60,10 @@ class WebSocketLink:
             raise PeerTimeout(self.remote, f"did not read its messages for {SEND_TIMEOUT_S:g} s") from None
         except (ConnectionError, RuntimeError, aiohttp.ClientError) as error:
             raise PeerUnreachable(self.remote, str(error) or "the link is closed") from error
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise PeerUnreachable(self.remote, "another message was not read") from None
 
     async def receive(self) -> AnyMessage:
         """See Link."""
@@ -71,6 +75,8 @@ class WebSocketLink:
                 raise RemoteProtocolError(self.remote, f"sent what is no message: {error}") from error
         if frame.type is aiohttp.WSMsgType.BINARY:
             raise RemoteProtocolError(self.remote, "sent a binary frame; messages are text")
+        if isinstance(frame.data, aiohttp.WebSocketError):
+            raise RemoteProtocolError(self.remote, f"broke the WebSocket protocol: {frame.data}")
         if frame.type is aiohttp.WSMsgType.ERROR:
             raise PeerUnreachable(self.remote, str(self._socket.exception() or "the link broke"))
         raise PeerUnreachable(self.remote, "closed the link")
@@ -82,6 +88,9 @@ class WebSocketLink:
                 await self._socket.close()
         except (TimeoutError, ConnectionError, RuntimeError, aiohttp.ClientError):
             return  # it is gone either way
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
 
 
 class HttpLinks:
@@ -114,7 +123,7 @@ class HttpLinks:
 
     async def dial(self, address: str, *, timeout_s: float) -> Link:
         """A link to the node that listens at HOST:PORT. Raises PeerUnreachable or PeerTimeout."""
-        if self._client is None:
+        if self._client is None or self._client.closed:
             raise PeerUnreachable(address, "this node is not open")
         try:
             async with asyncio.timeout(timeout_s):
@@ -148,6 +157,13 @@ class HttpLinks:
 
     async def _page(self, request: web.Request) -> web.Response:
         return web.json_response(self._pages[request.path](), headers=CONTENT_SECURITY)
+
+
+def _is_cancelled() -> bool:
+    """Whether this task was cancelled. All writers of an aiohttp socket wait for one future, so that giving up one
+    send cancels it, and raises CancelledError in tasks that nobody has cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _remote(request: web.Request) -> str:

@@ -46,8 +46,8 @@ CHUNK_BYTES_SMALLEST, CHUNK_BYTES_LARGEST, CHUNKS_WANTED = 256 << 10, 16 << 20, 
 # Above 65,536 bytes xxhash releases the GIL; 128 KiB is still hot in the core's own cache when it is hashed.
 LEAF_BYTES_DEFAULT = 128 << 10
 
-Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
-ChunkDigest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+ChunkDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Tier = Literal["checkpoint", "loaded"]
 
 
@@ -190,6 +190,8 @@ def unsafe_path(path: str) -> str | None:
     """Why a relative path from a stranger may not be written to, or None when it may."""
     if path.startswith("/"):
         return "is absolute"
+    if len(path.encode("utf-8", "replace")) > PATH_BYTES_MAX:
+        return f"has more than {PATH_BYTES_MAX} bytes"
     if "\0" in path or "\\" in path or any(ord(c) < 32 for c in path):
         return "holds a backslash or a control character"
     parts = path.split("/")

@@ -99,6 +99,7 @@ class _Address:
     failures: int = 0
     due_at: float = 0.0
     dialling: bool = False
+    node: str | None = None  # who answered there last: one node may have several addresses
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ class Membership:
 
     def _up(self, event: LinkUp, now: float) -> list[Action]:
         if event.dialled and (known := self._known.get(event.dialled)):
-            known.dialling, known.failures = False, 0
+            known.dialling, known.failures, known.node = False, 0, event.node
         if event.node == self._node:
             self._own.update(filter(None, (event.dialled, event.address)))
             for address in self._own:
@@ -196,8 +197,9 @@ class Membership:
 
     def _down(self, number: int, now: float) -> None:
         if link := self._links.pop(number, None):
-            for address in {link.address, link.dialled} & set(self._known):
-                self._known[address or ""].due_at = now + RETRY_FIRST_S
+            for address, known in self._known.items():
+                if known.node == link.node or address in (link.address, link.dialled):
+                    known.due_at = now + RETRY_FIRST_S
 
     def _due(self, now: float) -> list[Action]:
         linked = self._linked()
@@ -208,7 +210,9 @@ class Membership:
         return [Dial(address) for address in due]
 
     def _linked(self) -> set[str | None]:
-        return {a for link in self._links.values() for a in (link.address, link.dialled)}
+        nodes = {link.node for link in self._links.values()}
+        answered: set[str | None] = {address for address, known in self._known.items() if known.node in nodes}
+        return answered.union(*((link.address, link.dialled) for link in self._links.values()))
 
     def check(self) -> None:
         """Raises LocalProtocolError when an invariant does not hold."""

@@ -38,11 +38,11 @@ RUNS_MAX = 4096  # runs of chunks in one Have
 
 Text = Annotated[str, msgspec.Meta(max_length=256)]
 ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
-NodeId = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
-Token = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 ChunkIndex = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
 TransferId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
-Scheme = Annotated[str, msgspec.Meta(pattern="^[a-z_]{1,16}$")]
+Scheme = Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{1,16}\Z")]
 RefusalReason = Literal["busy", "not_held", "unknown_artifact", "source_changed", "no_transport"]
 
 
@@ -102,8 +102,8 @@ class ManifestRequest(Message, frozen=True):
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where a checkpoint came from: the hub's commit, and the hub's name (etag) of each file's content."""
 
-    commit: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{40}$")]
-    etags: dict[str, Annotated[str, msgspec.Meta(pattern="^([0-9a-f]{40}|[0-9a-f]{64})$")]]
+    commit: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{40}\Z")]
+    etags: dict[str, Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})\Z")]]
 
 
 class ManifestPart(Message, frozen=True):

@@ -24,6 +24,7 @@ from typing import Any
 
 from swarm import __version__, download, membership, messages
 from swarm.bitfield import Bitfield, runs
+from swarm.download import Download
 from swarm.errors import (
     FetchTimeout,
     PeerError,
@@ -45,6 +46,7 @@ from swarm.messages import Announcement, AnyMessage, Hello, Offer, Origin
 from swarm.peer import Peer
 from swarm.serving import Serving
 from swarm.store import Source, Store
+from swarm.upload import Upload
 from swarm.world import World
 
 TICK_S = 0.25
@@ -155,7 +157,7 @@ class Node:
     async def close(self, reason: str = "shutting down") -> None:
         """Leaves the swarm: says goodbye, ends transfers, closes what it serves."""
         self._closing = True
-        for peer in self._links.values():
+        for peer in list(self._links.values()):
             with contextlib.suppress(PeerError):
                 await peer.link.send(messages.Bye(reason))
         for share in self._shares.values():
@@ -213,8 +215,8 @@ class Node:
         rejected_chunks = 0
         try:
             async with asyncio.timeout(timeout_s):
-                own = await self._own(manifest.digest)
                 resumed = await self._resume(store, held)
+                own = await self._own(manifest.digest)  # no await from here to `_fetch`: two fetches may be here
                 self.record("node", FetchStarted(model_id, manifest.digest, manifest.size, resumed))
                 if own:
                     sources[self.name] = await self._loop.run_in_executor(None, copy, own.source, store, held)
@@ -260,6 +262,7 @@ class Node:
         try:
             await fetching.run()
         finally:
+            self._tell(share.manifest.digest, fetching)  # the last chunks too, before the fetch is forgotten
             share.fetching = None
         return fetching
 
@@ -289,6 +292,11 @@ class Node:
     def searching(self) -> bool:
         """Whether some known address has neither answered nor failed yet."""
         return bool(self._membership.unanswered())
+
+    @property
+    def machines(self) -> list[Download | Upload | Membership]:
+        """The state machines of an open node, for whoever checks their invariants."""
+        return [self._membership, self._serving.machine, *(fetching.machine for fetching in self._fetchings())]
 
     def tried(self) -> list[str]:
         """What became of everyone who could have had something, for error messages."""
@@ -481,7 +489,7 @@ class Node:
 
     def _inquire(self, peer: Peer) -> None:
         """Shows interest in what this node is fetching and the peer has."""
-        for digest in peer.artifacts.keys() - peer.asked:
+        for digest in sorted(peer.artifacts.keys() - peer.asked):
             if (share := self._shares.get(digest)) and share.fetching:
                 peer.asked.add(digest)
                 peer.post(messages.Interest(digest))
@@ -552,15 +560,17 @@ class Node:
         while True:
             await asyncio.sleep(HAVE_EVERY_S)
             for digest, share in self._shares.items():
-                if share.fetching is None or not share.fetching.fresh:
-                    continue
-                told = runs(sorted(share.fetching.fresh))
-                share.fetching.fresh.clear()
-                for start in range(0, len(told), messages.RUNS_MAX):
-                    have = messages.Have(digest, tuple(told[start : start + messages.RUNS_MAX]))
-                    for peer in self.peers.values():
-                        if digest in peer.wants:
-                            peer.post(have)
+                if share.fetching:
+                    self._tell(digest, share.fetching)
+
+    def _tell(self, digest: str, fetching: Fetching) -> None:
+        told = runs(sorted(fetching.fresh))
+        fetching.fresh.clear()
+        for start in range(0, len(told), messages.RUNS_MAX):
+            have = messages.Have(digest, tuple(told[start : start + messages.RUNS_MAX]))
+            for peer in self.peers.values():
+                if digest in peer.wants:
+                    peer.post(have)
 
     def _log_once(self, level: int, text: str) -> None:
         if text not in self._warned and len(self._warned) < WARNINGS_MAX:

@@ -30,7 +30,7 @@ async def resolve(
     """
     loop = asyncio.get_running_loop()
     deadline = node.now() + find_timeout_s
-    failures: list[str] = []
+    failures: dict[str, None] = {}  # each once, in order
     while True:
         digest_now, peers = await _agreed(node, model_id, digest=digest, deadline=deadline)
         if digest_now and (own := node.described(digest_now)):
@@ -42,11 +42,11 @@ async def resolve(
                 data = await node.inquiries.manifest(peer, digest_now, timeout_s=MANIFEST_TIMEOUT_S)
                 manifest = await loop.run_in_executor(None, partial(decode, data, digest=digest_now))
             except (PeerError, ManifestError) as error:
-                failures.append(f"{peer.name}: {error}")
+                failures[f"{peer.name}: {error}"] = None
                 continue
             return manifest, await node.inquiries.origin(peer, digest_now, timeout_s=ORIGIN_TIMEOUT_S)
         if node.now() > deadline:
-            raise ManifestNotFound(model_id, tried=failures, waited_s=find_timeout_s)
+            raise ManifestNotFound(model_id, tried=list(failures), waited_s=find_timeout_s)
         await node.changed(POLL_S)
 
 
@@ -63,12 +63,12 @@ async def _agreed(node: Node, model_id: str, *, digest: str | None, deadline: fl
             first_seen = now if first_seen is None else first_seen
             if digest is not None or not node.searching or now - first_seen >= SETTLE_S:
                 if len(holders) > 1:
-                    raise ManifestConflict(model_id, {d: [_at(peer) for peer in who] for d, who in holders.items()})
+                    raise ManifestConflict(model_id, {d: _names(who) for d, who in holders.items()})
                 return next(iter(holders.items()))
         elif now >= deadline:
             return None, []
         await node.changed(min(POLL_S, max(0.0, deadline - now)) or POLL_S)
 
 
-def _at(peer: Peer) -> str:
-    return f"{peer.name} ({peer.hello.address})"
+def _names(holders: list[Peer]) -> list[str]:
+    return [f"{peer.name} ({peer.hello.address})" for peer in holders] or ["this node"]

@@ -63,12 +63,20 @@ class Runtime:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Does work on the loop and waits for it; Ctrl-C cancels the work and waits until it has cleaned up."""
-        future = self.submit(work)
+        over = threading.Event()
+
+        async def watched() -> T:
+            try:
+                return await work
+            finally:
+                over.set()
+
+        future = self.submit(watched())
         try:
             return future.result()
         except BaseException:
             if future.cancel():
-                concurrent.futures.wait([self.submit(self._idle())], timeout=EXIT_TIMEOUT_S)
+                over.wait(EXIT_TIMEOUT_S)
             raise
 
     async def acquire(self, settings: Settings) -> Node:
@@ -91,11 +99,9 @@ class Runtime:
         shared.users -= 1
         if shared.users == 0:
             del self._nodes[settings]
+            shared.opening.cancel()  # if nobody wants it any more before it is open
+            await asyncio.gather(shared.opening, return_exceptions=True)
             await shared.node.close()
-
-    async def _idle(self) -> None:
-        """Returns once the loop has gone through what was cancelled."""
-        await asyncio.sleep(0)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

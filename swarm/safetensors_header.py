@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -73,8 +74,8 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            broken(f"name given twice: {next(n for n in names if names.count(n) > 1)!r}")
+            ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+            broken(f"name given twice: {name!r}")
         return table
 
     try:
@@ -83,7 +84,8 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
         broken(f"not JSON ({error})")
     if not isinstance(table, dict):
         broken("not a JSON object")
-    metadata = table.pop("__metadata__", None) or {}
+    metadata = table.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # the reference implementation takes null as well
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         broken("__metadata__ does not map text to text")
 
@@ -106,7 +108,7 @@ def _tensor(name: str, entry: Any, start: int, broken: Any) -> Tensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         broken(f"tensor {name!r} does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         broken(f"tensor {name!r} has unknown dtype {dtype!r}")
     if not _naturals(shape) or len(shape) > RANK_MAX:
         broken(f"tensor {name!r} has shape {shape!r}")
@@ -114,7 +116,7 @@ def _tensor(name: str, entry: Any, start: int, broken: Any) -> Tensor:
         broken(f"tensor {name!r} has data_offsets {offsets!r}")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
-        broken(f"tensor {name!r} of {dtype} {shape} needs {bits / 8:g} bytes but has {offsets[1] - offsets[0]}")
+        broken(f"tensor {name!r} of {dtype} {shape} does not fill its {offsets[1] - offsets[0]} bytes")
     return Tensor(name, dtype, tuple(shape), start + offsets[0], offsets[1] - offsets[0])
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import ipaddress
+import math
 import os
 import re
 import tomllib
@@ -46,7 +47,7 @@ def _setting(default: Any, help_text: str, *, flag: bool = True) -> Any:
 class Settings:
     """How one node behaves. `Settings.load` reads them; `dataclasses.replace` changes them."""
 
-    name: str | None = _setting(None, "what others call this node; unset: the host's name and a part of its id")
+    name: str | None = _setting(None, "what others call this node; unset: node- and the start of its id")
     listen: str = _setting("127.0.0.1:0", "HOST[:PORT] to listen on; port 0 lets the system choose")
     peers: tuple[str, ...] = _setting((), "HOST:PORT of a node to join through; DNS names may have many addresses")
     insecure: bool = _setting(False, "listen beyond this machine although no cluster key protects the node")
@@ -84,12 +85,12 @@ class Settings:
                 "listen on 127.0.0.1, or accept the risk with --insecure",
             )
         for name in ("find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots", "leaf_bytes"):
-            if getattr(self, name) <= 0:
-                raise SettingsError(name, f"{getattr(self, name)} is not above zero")
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(name, f"{getattr(self, name)} is not a number above zero")
         for name in ("upload_limit", "timeout_s", "chunk_bytes"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise SettingsError(name, f"{value} is not above zero; leave it out for no limit")
+            if value is not None and not 0 < value < math.inf:  # which a NaN is not either
+                raise SettingsError(name, f"{value} is not a number above zero; leave it out for no limit")
 
     @classmethod
     def load(
@@ -110,7 +111,7 @@ class Settings:
                 values[name] = _parse(ENVIRONMENT_PREFIX + name.upper(), text, kind)
         for name, value in (given or {}).items():
             if value is not None:
-                values[_known(name)] = _parse(name, value, _kinds()[name])
+                values[name] = _parse(name, value, _kinds()[_known(name)])
         return cls(**values)
 
 
@@ -176,8 +177,10 @@ def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
 def _parse(name: str, value: Any, kind: str) -> Any:
     """A value of any source as the field's type; text is parsed, everything else must already fit."""
     if kind.startswith("tuple"):
-        items = value.split(",") if isinstance(value, str) else list(value)
-        return tuple(str(item).strip() for item in items if str(item).strip())
+        items = value.split(",") if isinstance(value, str) else value
+        if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
+            raise SettingsError(name, f"{value!r} is not a list of texts")
+        return tuple(item.strip() for item in items if item.strip())
     if name.lower().endswith("upload_limit") and isinstance(value, str):
         return parse_rate(name, value)
     if not isinstance(value, str):

@@ -98,6 +98,7 @@ class Upload:
     def __init__(self, *, slots: int) -> None:
         self._slots = slots
         self._peers: dict[str, _Peer] = {}
+        self._level_bytes = 0  # what the peer granted last had been granted before
 
     def handle(self, event: Event) -> list[Action]:
         """What to do about one event."""
@@ -122,11 +123,10 @@ class Upload:
         return []
 
     def _requested(self, name: str, transfer: int, size: int) -> list[Action]:
-        peer = self._peers.get(name)
-        if peer is None:
-            # A late joiner starts level with the one that got least, not with everything the others already have.
-            least = min((other.granted_bytes for other in self._peers.values()), default=0)
-            peer = self._peers[name] = _Peer(granted_bytes=least)
+        peer = self._peers.setdefault(name, _Peer())
+        if not (peer.waiting or peer.active):
+            # Who comes late, or back, starts level with those served now: idle times give no claim on the wire.
+            peer.granted_bytes = max(peer.granted_bytes, self._level_bytes)
         if len(peer.waiting) >= QUEUED_PER_PEER_MAX:
             return [Refuse(name, transfer, "busy", BUSY_RETRY_S)]
         peer.waiting.append((transfer, size))
@@ -146,6 +146,7 @@ class Upload:
             peer = self._peers[name]
             transfer, size = peer.waiting.popleft()
             peer.active.add(transfer)
+            self._level_bytes = max(self._level_bytes, peer.granted_bytes)
             peer.granted_bytes += size
             grants.append(Grant(name, transfer, peer.grants))
             peer.grants += 1

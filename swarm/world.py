@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from swarm import discovery
-from swarm.errors import SettingsError
+from swarm.errors import PeerError, SettingsError
 from swarm.link import HttpLinks, Link, Page
 from swarm.listener import Listener
 from swarm.settings import Settings, is_loopback, join_address, split_address
@@ -115,7 +115,12 @@ class HostWorld:
     async def _resolve(self, found: Callable[[str, bool], None]) -> None:
         while True:
             for name in self._peers:
-                for address in await discovery.resolve(name):
+                try:
+                    addresses = await discovery.resolve(name)
+                except PeerError as error:
+                    log.debug("%s", error)  # the name may come to exist with the first replica that it stands for
+                    continue
+                for address in addresses:
                     found(address, address == name)
             await asyncio.sleep(RESOLVE_EVERY_S)
 

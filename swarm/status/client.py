@@ -41,7 +41,7 @@ def ask(address: str) -> dict[str, Any]:
         if answer.status != http.HTTPStatus.OK:
             raise PeerUnreachable(address, f"answers {answer.status} {answer.reason}; is it a swarm node?")
         report = json.loads(data)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise PeerUnreachable(address, f"{error}; is a node running there?") from error
     finally:
         connection.close()
@@ -55,9 +55,9 @@ def show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False)  # names come from others, and may look like markup
     node = report["node"]
-    console.print(f"[bold]{node['name']}[/] at {node['address']}, {len(report['members'])} members")
+    console.print(f"{node['name']} at {node['address']}, {len(report['members'])} members")
     members = Table("member", "address", "state", "holds")
     for member in report["members"]:
         holds = [

@@ -6,41 +6,47 @@ removes it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
-@contextmanager
+@contextlib.contextmanager
 def note(cache: Path, address: str) -> Iterator[None]:
     """Leaves a note while the block runs. A cache that cannot be written to means no note, not a failure."""
     path = _folder(cache) / f"{os.getpid()}-{address.rpartition(':')[2]}"
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(address, encoding="utf-8")
-    except OSError:
-        pass
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        _remove(path)
 
 
 def addresses(cache: Path) -> list[str]:
     """Addresses of running nodes, the youngest last."""
     found = []
-    for path in sorted(_folder(cache).glob("*-*"), key=lambda path: path.stat().st_mtime):
+    for path in _folder(cache).glob("*-*"):
         pid = path.name.partition("-")[0]
-        if pid.isdigit() and _alive(int(pid)):
-            found.append(path.read_text(encoding="utf-8").strip())
-        else:
-            path.unlink(missing_ok=True)
-    return found
+        if not pid.isdigit() or not _alive(int(pid)):
+            _remove(path)
+            continue
+        # A node may write or remove its note at this very moment.
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if address := path.read_text(encoding="utf-8").strip():
+                found.append((path.stat().st_mtime_ns, address))
+    return [address for _, address in sorted(found)]
 
 
 def _folder(cache: Path) -> Path:
     return cache / "running"
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _alive(pid: int) -> bool:

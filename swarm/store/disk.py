@@ -246,7 +246,9 @@ def store_errors(where: Path, *, need_bytes: int = 0) -> Iterator[None]:
             raise StoreFull(where, need_bytes=need_bytes, free_bytes=_free_bytes(where)) from error
         if error.errno in _IN_THE_WAY:
             raise StoreConflict(where, f"is in the way ({error.strerror}); move it away") from error
-        raise StoreError(f"{where}: {error.strerror or error}; repair this, then run the same command again") from error
+        raise StoreError(
+            f"{_named(error) or where}: {error.strerror or error}; repair this, then run the same command again"
+        ) from error
 
 
 def reserve_descriptors(count: int) -> None:
@@ -287,6 +289,12 @@ def remove_if_empty(place: Path) -> None:
     """Removes a directory unless it holds something, or cannot be removed."""
     with contextlib.suppress(OSError):
         place.rmdir()
+
+
+def _named(error: OSError) -> str | None:
+    """The file that the error is about, unless its name says nothing by itself."""
+    name = error.filename
+    return name if isinstance(name, str) and os.path.isabs(name) else None
 
 
 def _free_bytes(where: Path) -> int:
