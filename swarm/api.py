@@ -169,10 +169,14 @@ def serve(
     async def start() -> Served:
         try:
             node = await runtime().acquire(settings)
+            try:
+                node.serve(name, source, origin=origin)
+            except BaseException:
+                await runtime().release(settings)
+                raise
         except BaseException:
             source.close()
             raise
-        node.serve(name, source, origin=origin)
         return Served(name, source.manifest.digest, node.address, settings)
 
     return runtime().run(start())

@@ -147,8 +147,8 @@ class Membership:
     def tried(self) -> list[str]:
         """What became of every address, for error messages."""
         linked = self._linked()
-        words = {a: f"no answer, tried {k.failures} times" for a, k in self._known.items() if a not in linked}
-        return [f"{address}: {text}" for address, text in sorted(words.items())]
+        apart = sorted((a, k.failures) for a, k in self._known.items() if a not in linked)
+        return [f"{a}: {f'no answer, tried {n} times' if n else 'not connected just now'}" for a, n in apart]
 
     def _learn(self, address: str, lasting: bool) -> None:
         if address in self._own:

@@ -180,7 +180,13 @@ class Node:
     # What users ask for
 
     def serve(self, model_id: str, source: Source, *, origin: Origin | None = None) -> None:
-        """Offers a complete artifact under a model id from now on."""
+        """Offers a complete artifact under a model id from now on.
+
+        Raises SettingsError when this node offers the same content under another model id: it has one name here.
+        """
+        known = self._shares.get(source.manifest.digest)
+        if known and known.model_id != model_id:
+            raise SettingsError("model_id", f"the same content is offered as {known.model_id!r} by this node already")
         share = _Share(model_id, source, Bitfield.full(len(source.manifest.chunks)), origin)
         share.settled.set()
         self._add(share)
@@ -492,6 +498,7 @@ class Node:
         for digest in sorted(peer.artifacts.keys() - peer.asked):
             if (share := self._shares.get(digest)) and share.fetching:
                 peer.asked.add(digest)
+                share.fetching.names[peer.node] = peer.name
                 peer.post(messages.Interest(digest))
 
     # Artifacts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import socket
 import threading
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
@@ -31,11 +32,11 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     world = HostWorld(settings, {STATUS_PATH: lambda: picture.report(node.now())})
     node = Node(
         world,
-        name=settings.name,
         upload_slots=settings.upload_slots,
         idle_timeout_s=settings.idle_timeout_s,
         stall_timeout_s=settings.stall_timeout_s,
     )
+    node.name = settings.name or f"{socket.gethostname()}-{node.id[:6]}"
     node.journal.subscribe(picture.apply)
     return node, picture
 

@@ -47,7 +47,7 @@ def _setting(default: Any, help_text: str, *, flag: bool = True) -> Any:
 class Settings:
     """How one node behaves. `Settings.load` reads them; `dataclasses.replace` changes them."""
 
-    name: str | None = _setting(None, "what others call this node; unset: node- and the start of its id")
+    name: str | None = _setting(None, "what others call this node; unset: the host's name and a part of its id")
     listen: str = _setting("127.0.0.1:0", "HOST[:PORT] to listen on; port 0 lets the system choose")
     peers: tuple[str, ...] = _setting((), "HOST:PORT of a node to join through; DNS names may have many addresses")
     insecure: bool = _setting(False, "listen beyond this machine although no cluster key protects the node")

@@ -1,0 +1,107 @@
+"""Where a fetch should land, something is in the way, or there is no room."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .processes import Machine, Process, contents
+
+pytestmark = pytest.mark.integration
+
+TMPFS_BYTES = 4 << 20
+
+
+@pytest.fixture
+def seed(machine: Machine, model: Path) -> Process:
+    return machine.serve(model)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", str(path)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs the right to mount one: {mounted.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)
+
+
+def test_is_a_full_disk_told_with_numbers_and_enough_once_there_is_room(
+    machine: Machine, seed: Process, model: Path, small_disk: Path
+) -> None:
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(3 << 20))
+    out = small_disk / "out"
+    line = machine.fetch(out, peers=[seed.address]).end().error(5)
+    size = sum(map(len, contents(model).values()))
+    assert f"{out}: {size} bytes are needed and " in line
+    assert "make room" in line
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+    ballast.unlink()
+    assert machine.fetch(out, peers=[seed.address]).end().code == 0
+    assert contents(out) == contents(model)
+
+
+def test_are_other_files_in_the_directory_left_alone(machine: Machine, seed: Process, model: Path, out: Path) -> None:
+    (out / "sub").mkdir(parents=True)
+    others = {"notes.txt": b"mine", "sub/more.bin": b"mine too"}
+    for name, data in others.items():
+        (out / name).write_bytes(data)
+    assert machine.fetch(out, peers=[seed.address]).end().code == 0
+    assert contents(out) == {**contents(model), **others}
+
+
+@pytest.mark.parametrize("same_size", [True, False])
+def test_is_a_file_of_the_same_name_with_other_content_named_and_untouched(
+    machine: Machine, seed: Process, model: Path, out: Path, same_size: bool
+) -> None:
+    out.mkdir()
+    mine = bytes((model / "b.safetensors").stat().st_size if same_size else 5)
+    (out / "b.safetensors").write_bytes(mine)
+    line = machine.fetch(out, peers=[seed.address]).end().error(5)
+    assert f"{out / 'b.safetensors'}: exists with" in line
+    assert "move it away or fetch to another directory" in line
+    assert contents(out) == {"b.safetensors": mine}
+
+
+def test_is_a_symlink_under_a_final_name_named_and_not_followed(
+    machine: Machine, seed: Process, out: Path, tmp_path: Path
+) -> None:
+    out.mkdir()
+    target = tmp_path / "precious"
+    target.write_bytes(b"mine")
+    (out / "a.safetensors").symlink_to(target)
+    line = machine.fetch(out, peers=[seed.address]).end().error(5)
+    assert str(out / "a.safetensors") in line
+    assert target.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("where", ["sub", ".swarm"])
+def test_is_a_symlink_in_place_of_a_directory_named_and_not_followed(
+    machine: Machine, seed: Process, out: Path, tmp_path: Path, where: str
+) -> None:
+    out.mkdir()
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (out / where).symlink_to(outside)
+    line = machine.fetch(out, peers=[seed.address]).end().error(5)
+    assert str(out / where) in line
+    assert list(outside.iterdir()) == []
+    assert [name for name in contents(out) if name.endswith(".safetensors")] == []
+
+
+def test_is_an_output_path_that_is_a_file_refused(machine: Machine, seed: Process, out: Path) -> None:
+    out.write_bytes(b"mine")
+    assert f"{out}: is not a directory" in machine.fetch(out, peers=[seed.address]).end().error(5)
+    assert out.read_bytes() == b"mine"
+
+
+def test_is_an_output_path_below_a_file_refused(machine: Machine, seed: Process, out: Path) -> None:
+    out.write_bytes(b"mine")
+    assert str(out) in machine.fetch(out / "below", peers=[seed.address]).end().error(5)
