@@ -51,6 +51,12 @@ class Bitfield:
             self.mask[index] = True
             self._count += 1
 
+    def discard(self, index: int) -> None:
+        """Takes one chunk out, if it is in."""
+        if self.mask[index]:
+            self.mask[index] = False
+            self._count -= 1
+
     def __contains__(self, index: int) -> bool:
         return bool(self.mask[index])
 

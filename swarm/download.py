@@ -32,10 +32,11 @@ RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
 
 @dataclass(frozen=True)
 class PeerJoined:
-    """A peer that holds some of the artifact can be asked from now on."""
+    """A peer that holds some of the artifact can be asked from now on. `gives`: it is a seed that chooses."""
 
     peer: str
     holds: Bitfield
+    gives: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,20 @@ class PeerLeft:
 
 @dataclass(frozen=True)
 class Granted:
-    """A peer starts to send a transfer."""
+    """A peer starts to send a transfer of these chunks."""
 
     peer: str
     transfer: int
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A seed would rather not repeat itself: ask others, and it again after `retry_s`."""
+
+    peer: str
+    transfer: int
+    retry_s: float
 
 
 @dataclass(frozen=True)
@@ -105,12 +116,14 @@ class Tick:
 
 @dataclass(frozen=True)
 class Ask:
-    """Ask a peer for these chunks as one transfer; `why` is the schedule's reason."""
+    """Ask a peer for these chunks, or for up to `count` of its choice, as one transfer; and the schedule's reason."""
 
     peer: str
     transfer: int
     chunks: tuple[int, ...]
     why: str
+    count: int = 0
+    hungry: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,16 @@ class GiveUp:
 
 
 Event: TypeAlias = (
-    PeerJoined | PeerHas | PeerLeft | Granted | ChunkVerified | ChunkCorrupt | TransferEnded | TransferFailed | Tick
+    PeerJoined
+    | PeerHas
+    | PeerLeft
+    | Granted
+    | Declined
+    | ChunkVerified
+    | ChunkCorrupt
+    | TransferEnded
+    | TransferFailed
+    | Tick
 )
 Action: TypeAlias = Ask | Cancel | Announce | Ban | Complete | GiveUp
 
@@ -160,7 +182,7 @@ Action: TypeAlias = Ask | Cancel | Announce | Ban | Complete | GiveUp
 @dataclass
 class _Transfer:
     peer: str
-    chunks: set[int]  # not arrived yet
+    chunks: set[int]  # not arrived yet; of a peer's own choice: none before the grant
     size: int
     asked_at: float
     granted_at: float | None = None
@@ -169,6 +191,7 @@ class _Transfer:
 @dataclass
 class _Peer:
     holds: Bitfield
+    gives: bool
     transfers: set[int] = field(default_factory=set)
     rate_bytes_per_s: float = 0.0
     received_bytes: int = 0
@@ -204,6 +227,7 @@ class Download:
         self._banned: set[str] = set()
         self._transfers: dict[int, _Transfer] = {}
         self._requested = np.zeros(held.length, dtype=np.uint8)
+        self._rarity = np.zeros(held.length, dtype=np.int32)
         self._transfer_ids = transfer_ids  # shared by all downloads of a node: unique on every link
         self._last_words: dict[str, str] = {}
 
@@ -222,18 +246,20 @@ class Download:
 
     def _react(self, event: Event) -> list[Action]:
         match event:
-            case PeerJoined(peer, holds):
-                if peer not in self._banned:
-                    self._peers[peer] = _Peer(holds)
+            case PeerJoined(peer, holds, gives):
+                if peer not in self._banned and peer not in self._peers:
+                    self._peers[peer] = _Peer(holds, gives)
+                    self._rarity += holds.mask
             case PeerHas(peer, chunks):
-                if known := self._peers.get(peer):
-                    for chunk in chunks:
-                        known.holds.add(chunk)
+                self._learn(peer, chunks)
             case PeerLeft(peer, why):
                 self._leave(peer, why)
-            case Granted(_, number):
-                if transfer := self._transfers.get(number):
-                    transfer.granted_at = self._now
+            case Granted(_, number, chunks):
+                self._granted(number, chunks)
+            case Declined(peer, number, retry_s):
+                if known := self._peers.get(peer):
+                    known.resting_until = self._now + retry_s
+                self._end(number)
             case ChunkVerified():
                 return self._verified(event)
             case ChunkCorrupt():
@@ -248,6 +274,21 @@ class Download:
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")
         return []
+
+    def _learn(self, name: str, chunks: Iterable[int]) -> None:
+        if peer := self._peers.get(name):
+            for chunk in chunks:
+                if chunk not in peer.holds:
+                    peer.holds.add(chunk)
+                    self._rarity[chunk] += 1
+
+    def _granted(self, number: int, chunks: tuple[int, ...]) -> None:
+        if transfer := self._transfers.get(number):
+            transfer.granted_at = self._now
+            if not transfer.size:  # only now is it known what comes
+                transfer.chunks = set(chunks)
+                transfer.size = self._size(chunks)
+                self._requested[list(chunks)] += 1
 
     def _verified(self, event: ChunkVerified) -> list[Action]:
         if event.chunk in self.held:
@@ -295,29 +336,38 @@ class Download:
         return [Cancel(transfer.peer, number, "not granted in time") for number, transfer in late]
 
     def _ask(self) -> list[Action]:
+        if not any(self._able(peer) for peer in self._peers.values()):
+            return []  # most events change nothing about that, and planning costs a pass over all chunks
         actions: list[Action] = []
         for ask in schedule.plan(self._view(), self._rng):
             number = next(self._transfer_ids)
-            size = sum(self.manifest.chunks[chunk].size for chunk in ask.chunks)
-            self._transfers[number] = _Transfer(ask.peer, set(ask.chunks), size, self._now)
+            self._transfers[number] = _Transfer(ask.peer, set(ask.chunks), self._size(ask.chunks), self._now)
             self._peers[ask.peer].transfers.add(number)
             self._requested[list(ask.chunks)] += 1
-            actions.append(Ask(ask.peer, number, ask.chunks, ask.why))
+            actions.append(Ask(ask.peer, number, ask.chunks, ask.why, ask.count, ask.hungry))
         return actions
+
+    def _able(self, peer: _Peer) -> bool:
+        most = schedule.outstanding_max(peer.gives, len(self._peers))
+        return peer.resting_until <= self._now and len(peer.transfers) < most
+
+    def _size(self, chunks: Iterable[int]) -> int:
+        return sum(self.manifest.chunks[chunk].size for chunk in chunks)
 
     def _view(self) -> schedule.View:
         peers = [
-            schedule.PeerView(
-                name,
-                peer.holds.mask,
-                len(peer.transfers),
-                peer.rate_bytes_per_s,
-                frozenset(chunk for number in peer.transfers for chunk in self._transfers[number].chunks),
-            )
+            schedule.PeerView(name, peer.holds.mask, len(peer.transfers), peer.rate_bytes_per_s, peer.gives)
             for name, peer in sorted(self._peers.items())
             if peer.resting_until <= self._now
         ]
-        return schedule.View(~self.held.mask, self._requested, self.manifest.chunk_bytes, REQUEST_CHUNKS_MAX, peers)
+        return schedule.View(
+            missing=~self.held.mask,
+            requested=self._requested,
+            rarity=self._rarity,
+            chunk_bytes=self.manifest.chunk_bytes,
+            batch_chunks_max=REQUEST_CHUNKS_MAX,
+            peers=peers,
+        )
 
     def _measure(self, name: str, number: int) -> None:
         peer, transfer = self._peers.get(name), self._transfers.get(number)
@@ -351,6 +401,7 @@ class Download:
     def _leave(self, name: str, why: str) -> None:
         self._last_words[name] = why
         if peer := self._peers.pop(name, None):
+            self._rarity -= peer.holds.mask
             for number in list(peer.transfers):
                 self._end(number)
 
@@ -362,7 +413,7 @@ class Download:
 
     def _finish(self, why: str) -> list[Action]:
         self.done = True
-        cancels: list[Action] = [Cancel(t.peer, number, why) for number, t in sorted(self._transfers.items())]
+        cancels: list[Action] = [Cancel(t.peer, n, why) for n, t in sorted(self._transfers.items()) if t.chunks]
         for number in list(self._transfers):
             self._end(number)
         return cancels
@@ -388,7 +439,7 @@ class Download:
             ),
             "nobody banned is joined": not self._banned & set(self._peers),
             "a finished machine asks for nothing": not (self.done and self._transfers),
-            "copies are bounded": bool((self._requested <= schedule.COPIES_MAX).all()),
+            "rarity adds up": int(self._rarity.sum()) == sum(len(peer.holds) for peer in self._peers.values()),
         }
         if broken := [name for name, true in holds.items() if not true]:
             raise LocalProtocolError(f"{self!r}: {', '.join(broken)}")

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from swarm import download, messages
 from swarm.bitfield import Bitfield
 from swarm.download import Download
-from swarm.errors import PeerError, Stalled, StoreError, SwarmError, TransportError
+from swarm.errors import PeerError, RemoteProtocolError, Stalled, StoreError, SwarmError, TransportError
 from swarm.journal import Received
 from swarm.landing import Landed, Landings
 from swarm.peer import Peer
@@ -48,6 +48,7 @@ class Host(Protocol):
 class _Receiving:
     peer: Peer
     touched_at: float
+    gift: asyncio.Future[tuple[int, ...]]  # what a seed chose to send
     granted: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -113,8 +114,8 @@ class Fetching:
         for action in self.machine.handle(event, self._host.now()):
             self._host.record(subject, action)
             match action:
-                case download.Ask(node, number, chunks):
-                    self._ask(self._host.peers[node], number, chunks)
+                case download.Ask(node):
+                    self._ask(self._host.peers[node], action)
                 case download.Cancel(node, number):
                     self._cancel(node, number)
                 case download.Announce(chunks):
@@ -130,16 +131,23 @@ class Fetching:
                     words = [self._with_name(text) for text in tried]
                     self.fail(Stalled(self._model_id, missing=missing, total=total, waited_s=waited_s, tried=words))
 
-    def granted(self, peer: Peer, number: int) -> None:
-        """A peer says that a transfer starts."""
+    def granted(self, peer: Peer, number: int, chunks: tuple[int, ...]) -> None:
+        """A peer says that a transfer of these chunks starts. Raises RemoteProtocolError for chunks that cannot be."""
         if receiving := self._of(peer, number):
+            if not chunks or len(set(chunks)) < len(chunks) or max(chunks) >= len(self._manifest.chunks):
+                raise RemoteProtocolError(peer.name, f"grants {len(chunks)} chunks that cannot be")
             receiving.granted, receiving.touched_at = True, self._host.now()
-            self.handle(download.Granted(peer.node, number))
+            if not receiving.gift.done():
+                receiving.gift.set_result(chunks)
+            self.handle(download.Granted(peer.node, number, chunks))
 
     def refused(self, peer: Peer, number: int, *, reason: str, retry_s: float) -> None:
         """A peer says that a transfer will not happen."""
         if receiving := self._of(peer, number):
-            self._abandon(receiving, number, f"refused: {reason}", retry_s)
+            if reason == "nothing_to_give":
+                self._abandon(receiving, download.Declined(peer.node, number, retry_s))
+            else:
+                self._abandon(receiving, download.TransferFailed(peer.node, number, f"refused: {reason}", retry_s))
 
     def tick(self) -> None:
         """Time passed: cuts transfers that were granted and then brought nothing, and tells the machine."""
@@ -148,21 +156,20 @@ class Fetching:
             if receiving.granted and now - receiving.touched_at > self._idle_timeout_s:
                 receiving.touched_at = now  # once is enough
                 receiving.peer.post(messages.Cancel(number))
-                self._abandon(receiving, number, f"sent nothing for {self._idle_timeout_s:g} s", 0.0)
+                why = f"sent nothing for {self._idle_timeout_s:g} s"
+                self._abandon(receiving, download.TransferFailed(receiving.peer.node, number, why))
         self.handle(download.Tick())
 
-    def _ask(self, peer: Peer, number: int, chunks: tuple[int, ...]) -> None:
+    def _ask(self, peer: Peer, ask: download.Ask) -> None:
         self.names[peer.node] = peer.name
-        receiving = self._receiving[number] = _Receiving(peer, self._host.now())
-        receiving.task = self._host.spawn(
-            self._receive(receiving, number, chunks), f"receive {number} from {peer.name}"
-        )
+        number = ask.transfer
+        receiving = self._receiving[number] = _Receiving(peer, self._host.now(), self._loop.create_future())
+        receiving.task = self._host.spawn(self._receive(receiving, ask), f"receive {number} from {peer.name}")
         receiving.task.add_done_callback(lambda _: self._receiving.pop(number, None))
 
-    async def _receive(self, receiving: _Receiving, number: int, chunks: tuple[int, ...]) -> None:
+    async def _receive(self, receiving: _Receiving, ask: download.Ask) -> None:
         """One transfer coming in; the machine is told how it ended, unless somebody cancelled it."""
-        peer = receiving.peer
-        size = sum(self._manifest.chunks[index].size for index in chunks)
+        peer, number = receiving.peer, ask.transfer
 
         def report(landed: Landed) -> None:
             self._loop.call_soon_threadsafe(self._landed, peer, number, landed)
@@ -170,7 +177,9 @@ class Fetching:
         event: download.Event = download.TransferEnded(peer.node, number)
         try:
             session = await peer.session()
-            peer.post(messages.Request(peer.scheme, self._manifest.digest, number, chunks))
+            peer.post(messages.Request(peer.scheme, self._manifest.digest, number, ask.chunks, ask.count, ask.hungry))
+            chunks = ask.chunks or await receiving.gift
+            size = sum(self._manifest.chunks[index].size for index in chunks)
             views = self._touched(receiving, self._landings.views(number, chunks, report))
             await session.receive(Transfer(number, size, self._idle_timeout_s), views)
         except (TransportError, PeerError) as error:
@@ -217,14 +226,14 @@ class Fetching:
         self._host.record(peer.node, Received(peer.node, self._manifest.digest, landed.chunk.size))
         self.handle(download.ChunkVerified(peer.node, number, landed.chunk.index))
 
-    def _abandon(self, receiving: _Receiving, number: int, why: str, retry_s: float) -> None:
-        """Stops receiving; once the transfer's memory is free again, the machine hears that it failed."""
+    def _abandon(self, receiving: _Receiving, event: download.TransferFailed | download.Declined) -> None:
+        """Stops receiving; once the transfer's memory is free again, the machine hears of it."""
 
         async def stop() -> None:
             await self._stop(receiving)
-            self.handle(download.TransferFailed(receiving.peer.node, number, why, retry_s))
+            self.handle(event)
 
-        self._host.spawn(stop(), f"abandon {number}")
+        self._host.spawn(stop(), f"abandon {event.transfer}")
 
     async def _stop(self, receiving: _Receiving) -> None:
         if receiving.task:

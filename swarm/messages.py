@@ -41,9 +41,11 @@ ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 ChunkIndex = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
+Bits = Annotated[bytes, msgspec.Meta(max_length=CHUNKS_MAX // 8)]
 TransferId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Scheme = Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{1,16}\Z")]
-RefusalReason = Literal["busy", "not_held", "unknown_artifact", "source_changed", "no_transport"]
+Chunks = Annotated[tuple[ChunkIndex, ...], msgspec.Meta(max_length=REQUEST_CHUNKS_MAX)]
+RefusalReason = Literal["busy", "not_held", "unknown_artifact", "source_changed", "no_transport", "nothing_to_give"]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -58,7 +60,10 @@ class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One artifact a node holds in full or in part. `chunks` of `chunks_total` are verified."""
+    """One artifact a node holds in full or in part. `chunks` of `chunks_total` are verified.
+
+    `gives`: the node is a seed, and chooses itself which chunks it sends to whom.
+    """
 
     model_id: ModelId
     digest: Digest
@@ -66,6 +71,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Annotated[int, msgspec.Meta(ge=0)]
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
+    gives: bool
 
 
 class Hello(Message, frozen=True):
@@ -129,16 +135,17 @@ class OriginReply(Message, frozen=True):
 
 
 class Interest(Message, frozen=True):
-    """The sender wants chunks of this artifact: asks for Holdings now, and Have from then on."""
+    """The sender wants chunks of this artifact and holds those in `bits`; asks for Holdings now, then for Have."""
 
     digest: Digest
+    bits: Bits
 
 
 class Holdings(Message, frozen=True):
     """The chunks the sender holds, as a packed bitfield."""
 
     digest: Digest
-    bits: Annotated[bytes, msgspec.Meta(max_length=CHUNKS_MAX // 8)]
+    bits: Bits
 
 
 class Have(Message, frozen=True):
@@ -152,20 +159,26 @@ class Have(Message, frozen=True):
 
 
 class Request(Message, frozen=True):
-    """Asks for these chunks, in this order, as one transfer over `scheme`. The id is the asker's own, unique on this
-    link."""
+    """Asks for a transfer over `scheme`: of these chunks in this order, or of up to `count` that the holder chooses.
+
+    Exactly one of `chunks` and `count` is given. `hungry` tells a seed that the asker has nobody else to ask. The id
+    is the asker's own, unique on this link.
+    """
 
     scheme: Scheme
     digest: Digest
     transfer: TransferId
-    chunks: Annotated[tuple[ChunkIndex, ...], msgspec.Meta(min_length=1, max_length=REQUEST_CHUNKS_MAX)]
+    chunks: Chunks
+    count: Annotated[int, msgspec.Meta(ge=0, le=REQUEST_CHUNKS_MAX)]
+    hungry: bool
 
 
 class Grant(Message, frozen=True):
-    """The transfer starts now. `sequence` counts the sender's grants on this link: both ends keep that order."""
+    """The transfer of these chunks starts now. `sequence` counts the sender's grants on this link, in their order."""
 
     transfer: TransferId
     sequence: Annotated[int, msgspec.Meta(ge=0)]
+    chunks: Chunks
 
 
 class Refuse(Message, frozen=True):

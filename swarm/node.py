@@ -35,6 +35,7 @@ from swarm.errors import (
     VersionSkew,
 )
 from swarm.fetching import Fetching
+from swarm.gifts import Gifts
 from swarm.hashing.cpu import chunk_digest
 from swarm.inquiries import Inquiries
 from swarm.journal import Announced, FetchEnded, FetchStarted, Joined, Journal, Left, Opened
@@ -84,6 +85,7 @@ class _Share:
     held: Bitfield
     origin: Origin | None
     fetching: Fetching | None = None
+    gifts: Gifts | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # set once it is whole, or will never be
     users: int = 1
     spares: list[Source] = field(default_factory=list)  # further sources of the same content
@@ -98,7 +100,8 @@ class _Share:
 
     def announcement(self) -> Announcement:
         m = self.manifest
-        return Announcement(self.model_id, m.digest, m.tier, m.size, len(self.held), self.held.length)
+        gives = self.gifts is not None
+        return Announcement(self.model_id, m.digest, m.tier, m.size, len(self.held), self.held.length, gives)
 
 
 class Node:
@@ -146,6 +149,7 @@ class Node:
             host=self,
             transports=self._world.transports,
             shares=self._shares,
+            rank=self._rank,
             withdraw=self.withdraw,
             slots=self._upload_slots,
             idle_timeout_s=self._idle_timeout_s,
@@ -188,6 +192,7 @@ class Node:
         if known and known.model_id != model_id:
             raise SettingsError("model_id", f"the same content is offered as {known.model_id!r} by this node already")
         share = _Share(model_id, source, Bitfield.full(len(source.manifest.chunks)), origin)
+        share.gifts = Gifts(share.held.length, rng=self._rng)
         share.settled.set()
         self._add(share)
 
@@ -430,6 +435,9 @@ class Node:
             for fetching in self._fetchings():
                 fetching.handle(download.PeerLeft(peer.node, why))
             self._serving.left(peer.node)
+            for share in self._shares.values():
+                if share.gifts:
+                    share.gifts.left(peer.node)
             self.inquiries.left(peer.node, why)
         if not self._closing:
             self._meet(membership.LinkDown(peer.number))
@@ -457,10 +465,12 @@ class Node:
                 self.spawn(self.inquiries.answer(peer, message), f"answer {peer.name}")
             case messages.ManifestPart() | messages.OriginReply():
                 self.inquiries.hear(peer, message)
-            case messages.Interest(digest):
+            case messages.Interest(digest, bits):
                 peer.wants.add(digest)
-                if known := self._shares.get(digest):
-                    peer.post(messages.Holdings(digest, known.held.pack()))
+                if share := self._shares.get(digest):
+                    peer.post(messages.Holdings(digest, share.held.pack()))
+                    if share.gifts:
+                        share.gifts.joined(peer.node, _unpacked(peer, bits, share))
             case messages.Request():
                 self._serving.requested(peer, message)
             case messages.Cancel(transfer):
@@ -473,25 +483,26 @@ class Node:
     ) -> None:
         """What a peer says that this node fetches from."""
         match message:
-            case messages.Grant(transfer):
+            case messages.Grant(transfer, _, chunks):
                 for fetching in self._fetchings():
-                    fetching.granted(peer, transfer)
+                    fetching.granted(peer, transfer, chunks)
             case messages.Refuse(transfer, reason, retry_s):
                 for fetching in self._fetchings():
                     fetching.refused(peer, transfer, reason=reason, retry_s=retry_s)
             case messages.Holdings(digest, bits):
                 if (share := self._shares.get(digest)) and share.fetching:
-                    try:
-                        holds = Bitfield.unpack(bits, share.held.length)
-                    except ValueError as error:
-                        raise RemoteProtocolError(peer.name, str(error)) from error
-                    share.fetching.handle(download.PeerJoined(peer.node, holds))
+                    announced = peer.artifacts.get(digest)
+                    gives = announced is not None and announced.gives
+                    share.fetching.handle(download.PeerJoined(peer.node, _unpacked(peer, bits, share), gives))
             case messages.Have(digest, told):
-                if (share := self._shares.get(digest)) and share.fetching:
+                if share := self._shares.get(digest):
                     if any(first + count > share.held.length for first, count in told):
                         raise RemoteProtocolError(peer.name, f"has chunks beyond the {share.held.length} there are")
-                    chunks = (index for first, count in told for index in range(first, first + count))
-                    share.fetching.handle(download.PeerHas(peer.node, tuple(chunks)))
+                    chunks = tuple(index for first, count in told for index in range(first, first + count))
+                    if share.fetching:
+                        share.fetching.handle(download.PeerHas(peer.node, chunks))
+                    elif share.gifts:
+                        share.gifts.has(peer.node, chunks)
 
     def _inquire(self, peer: Peer) -> None:
         """Shows interest in what this node is fetching and the peer has."""
@@ -499,7 +510,7 @@ class Node:
             if (share := self._shares.get(digest)) and share.fetching:
                 peer.asked.add(digest)
                 share.fetching.names[peer.node] = peer.name
-                peer.post(messages.Interest(digest))
+                peer.post(messages.Interest(digest, share.held.pack()))
 
     # Artifacts
 
@@ -523,6 +534,11 @@ class Node:
         """Manifest and origin of an artifact that this node shares."""
         share = self._shares.get(digest)
         return (share.manifest, share.origin) if share else None
+
+    def _rank(self, digest: str) -> tuple[int, int]:
+        """Which of how many seeds of an artifact this node is."""
+        others = [node for node, p in self.peers.items() if (a := p.artifacts.get(digest)) and a.gives]
+        return sum(node < self.id for node in others), len(others) + 1
 
     def _announcements(self) -> tuple[Announcement, ...]:
         return tuple(share.announcement() for share in self._shares.values())[: messages.ANNOUNCED_MAX]
@@ -576,7 +592,7 @@ class Node:
         for start in range(0, len(told), messages.RUNS_MAX):
             have = messages.Have(digest, tuple(told[start : start + messages.RUNS_MAX]))
             for peer in self.peers.values():
-                if digest in peer.wants:
+                if digest in peer.wants or digest in peer.asked:  # a seed listens too, and gives what is rare
                     peer.post(have)
 
     def _log_once(self, level: int, text: str) -> None:
@@ -587,3 +603,10 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<Node {self.name} {self.address} | {len(self.peers)} peers | {len(self._shares)} artifacts>"
+
+
+def _unpacked(peer: Peer, bits: bytes, share: _Share) -> Bitfield:
+    try:
+        return Bitfield.unpack(bits, share.held.length)
+    except ValueError as error:
+        raise RemoteProtocolError(peer.name, str(error)) from error

@@ -16,6 +16,7 @@ from swarm import messages, upload
 from swarm.bitfield import Bitfield
 from swarm.errors import RemoteProtocolError, StoreError, TransportError
 from swarm.fetching import Host
+from swarm.gifts import Gifts
 from swarm.journal import Sent
 from swarm.manifest import Chunk, Manifest
 from swarm.messages import RefusalReason
@@ -26,6 +27,7 @@ from swarm.upload import Upload
 
 ACCEPT_TIMEOUT_S = 5.0  # a peer opens its session before it asks
 REFUSED_RETRY_S = 1.0
+NOTHING_RETRY_S = 0.1  # by then the newcomer may be hungry
 
 log = logging.getLogger("swarm")
 
@@ -39,10 +41,14 @@ class Servable(Protocol):
 
     source: Source
     held: Bitfield
+    gifts: Gifts | None  # for seeds, which choose what they send
 
 
 class Serving:
-    """Everything one node sends. `withdraw(digest, why)` is called for a source that changed."""
+    """Everything one node sends.
+
+    `rank(digest)` says which of how many seeds this node is; `withdraw(digest, why)` is called when a source changed.
+    """
 
     def __init__(
         self,
@@ -50,6 +56,7 @@ class Serving:
         host: Host,
         transports: Sequence[Transport],
         shares: Mapping[str, Servable],
+        rank: Callable[[str], tuple[int, int]],
         withdraw: Callable[[str, str], None],
         slots: int,
         idle_timeout_s: float,
@@ -58,6 +65,7 @@ class Serving:
         self._host = host
         self._transports = {transport.scheme: transport for transport in transports}
         self._shares = shares
+        self._rank = rank
         self._withdraw = withdraw
         self._idle_timeout_s = idle_timeout_s
         self._requests: dict[tuple[str, int], messages.Request] = {}
@@ -71,13 +79,16 @@ class Serving:
         share = self._shares.get(request.digest)
         if share is None:
             self._refuse(peer, request.transfer, "unknown_artifact", REFUSED_RETRY_S)
+        elif bool(request.chunks) == bool(request.count) or (request.count and share.gifts is None):
+            raise RemoteProtocolError(peer.name, "asked for chunks in a way that cannot be answered")
         elif not all(index < share.held.length and index in share.held for index in request.chunks):
             self._refuse(peer, request.transfer, "not_held", REFUSED_RETRY_S)
         elif request.scheme not in self._transports:
             self._refuse(peer, request.transfer, "no_transport", REFUSED_RETRY_S)
         else:
             self._requests[key] = request
-            size = sum(share.manifest.chunks[index].size for index in request.chunks)
+            expected = sum(share.manifest.chunks[index].size for index in request.chunks)
+            size = expected or request.count * share.manifest.chunk_bytes
             self._handle(upload.Requested(peer.node, request.transfer, size))
 
     def cancelled(self, peer: Peer, number: int) -> None:
@@ -106,8 +117,7 @@ class Serving:
                 case upload.Grant(node, number, sequence):
                     request = self._requests.pop((node, number))
                     if peer:
-                        peer.post(messages.Grant(number, sequence))
-                        task = self._host.spawn(self._send(peer, request), f"send {number} to {peer.name}")
+                        task = self._host.spawn(self._send(peer, request, sequence), f"send {number} to {peer.name}")
                         self._sending[node, number] = task, request.digest
                         task.add_done_callback(partial(self._sent, node, number))
                 case upload.Stop(node, number):
@@ -118,25 +128,41 @@ class Serving:
                     if peer:
                         self._refuse(peer, number, reason, retry_s)
 
-    async def _send(self, peer: Peer, request: messages.Request) -> None:
+    async def _send(self, peer: Peer, request: messages.Request, sequence: int) -> None:
         """One transfer going out."""
         number = request.transfer
+        share = self._shares.get(request.digest)
+        if share is None:
+            self._refuse(peer, number, "unknown_artifact", REFUSED_RETRY_S)
+            return
+        indices = request.chunks or self._choose(peer, share, request)
+        if not indices:
+            self._refuse(peer, number, "nothing_to_give", NOTHING_RETRY_S)
+            return
+        peer.post(messages.Grant(number, sequence, indices))
+        sent = False
         try:
-            share = self._shares.get(request.digest)
-            if share is None:
-                self._refuse(peer, number, "unknown_artifact", REFUSED_RETRY_S)
-                return
-            chunks = [share.manifest.chunks[index] for index in request.chunks]
+            chunks = [share.manifest.chunks[index] for index in indices]
             outbound = await self._transports[request.scheme].accept(peer.token, timeout_s=ACCEPT_TIMEOUT_S)
             transfer = Transfer(number, sum(chunk.size for chunk in chunks), self._idle_timeout_s)
             await outbound.send(transfer, _spans(share.source, chunks))
             self._host.record("upload", Sent(peer.node, request.digest, transfer.size))
+            sent = True
         except TransportError as error:
             log.debug("transfer %d to %s: %s", number, peer.name, error)
         except StoreError as error:
             log.error("%s", error)
             self._refuse(peer, number, "source_changed", REFUSED_RETRY_S)
             self._withdraw(request.digest, str(error))
+        finally:
+            if share.gifts and not sent:
+                share.gifts.failed(peer.node, indices)
+
+    def _choose(self, peer: Peer, share: Servable, request: messages.Request) -> tuple[int, ...]:
+        if share.gifts is None:
+            return ()
+        rank, seeds = self._rank(request.digest)
+        return share.gifts.choose(peer.node, request.count, hungry=request.hungry, rank=rank, seeds=seeds)
 
     def _sent(self, node: str, number: int, _: asyncio.Task[None]) -> None:
         self._sending.pop((node, number), None)

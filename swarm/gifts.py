@@ -1,0 +1,88 @@
+"""What a seed has given of one artifact and to whom, as a state machine: it remembers, `schedule.give` chooses.
+
+A chunk counts as given from the moment it is sent; when the newcomer leaves, or its transfer fails, before it says that
+it has the chunk, it counts no longer and is given again.
+
+Must not know: sockets, clocks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from swarm import schedule
+from swarm.bitfield import Bitfield
+
+
+@dataclass
+class _Newcomer:
+    holds: Bitfield
+    sent: Bitfield
+
+
+class Gifts:
+    """One artifact of `length` chunks, given away."""
+
+    def __init__(self, length: int, *, rng: random.Random) -> None:
+        self._given = np.zeros(length, dtype=np.int32)
+        self._held = np.zeros(length, dtype=np.int32)
+        self._newcomers: dict[str, _Newcomer] = {}
+        self._rng = rng
+
+    def joined(self, peer: str, holds: Bitfield) -> None:
+        """A newcomer says what it holds."""
+        self.left(peer)
+        self._newcomers[peer] = _Newcomer(holds, Bitfield(holds.length))
+        self._held += holds.mask
+
+    def has(self, peer: str, chunks: Iterable[int]) -> None:
+        """A newcomer verified more chunks."""
+        if newcomer := self._newcomers.get(peer):
+            for chunk in chunks:
+                if chunk not in newcomer.holds:
+                    newcomer.holds.add(chunk)
+                    self._held[chunk] += 1
+
+    def choose(self, peer: str, count: int, *, hungry: bool, rank: int, seeds: int) -> tuple[int, ...]:
+        """The chunks to send to a newcomer now, at most `count`; none when it had better ask its peers.
+
+        This seed is number `rank` of `seeds`; chunk c is the territory of seed c modulo `seeds`.
+        """
+        newcomer = self._newcomers.get(peer)
+        if newcomer is None:
+            return ()
+        chunks = schedule.give(
+            ~(newcomer.holds.mask | newcomer.sent.mask),
+            given=self._given,
+            held=self._held,
+            territory=np.arange(len(self._given)) % seeds == rank,
+            count=count,
+            hungry=hungry,
+            rng=self._rng,
+        )
+        for chunk in chunks:
+            newcomer.sent.add(chunk)
+            self._given[chunk] += 1
+        return chunks
+
+    def failed(self, peer: str, chunks: Iterable[int]) -> None:
+        """A transfer of these chunks did not get through."""
+        if newcomer := self._newcomers.get(peer):
+            for chunk in chunks:
+                if chunk in newcomer.sent and chunk not in newcomer.holds:
+                    newcomer.sent.discard(chunk)
+                    self._given[chunk] -= 1
+
+    def left(self, peer: str) -> None:
+        """A newcomer is gone, and with it what it held."""
+        if newcomer := self._newcomers.pop(peer, None):
+            self._held -= newcomer.holds.mask
+            self._given -= newcomer.sent.mask & ~newcomer.holds.mask
+
+    def __repr__(self) -> str:
+        once = int((np.maximum(self._given, self._held) > 0).sum())
+        return f"<Gifts {once}/{len(self._given)} given | {len(self._newcomers)} newcomers>"
