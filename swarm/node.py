@@ -135,6 +135,7 @@ class Node:
         self._transfer_ids = itertools.count()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()  # somebody came, went or announced
+        self._opened = asyncio.Event()  # the world may bring links before it is open
         self._announced_at = 0.0
         self._warned: set[str] = set()
         self._closing = False
@@ -154,6 +155,7 @@ class Node:
             slots=self._upload_slots,
             idle_timeout_s=self._idle_timeout_s,
         )
+        self._opened.set()
         self.record("node", Opened(self.id, self.name, self.address))
         self.spawn(self._ticks(), "ticks")
         self.spawn(self._tell_news(), "news")
@@ -373,6 +375,7 @@ class Node:
                 await transport.revoke(token)
 
     async def _greet(self, link: Link, token: str) -> Peer:
+        await self._opened.wait()  # opening has its own deadlines, and ends all links when it fails
         offers = tuple(Offer(transport.scheme, transport.address) for transport in self._world.transports)
         ours = Hello(
             messages.PROTOCOL, __version__, self.id, self.name, self.address, token, offers, self._announcements()
@@ -455,10 +458,7 @@ class Node:
             case _ if self.peers.get(peer.node) is not peer:
                 return  # the other of two links, about to be dropped
             case messages.Announce(artifacts):
-                peer.artifacts = {announced.digest: announced for announced in artifacts}
-                self.record(peer.node, Announced(peer.node, artifacts))
-                self._inquire(peer)
-                self._changed.set()
+                self._hear_announce(peer, artifacts)
             case messages.Members(addresses):
                 self._meet(membership.Told(addresses))
             case messages.ManifestRequest() | messages.OriginRequest():
@@ -477,6 +477,17 @@ class Node:
                 self._serving.cancelled(peer, transfer)
             case messages.Holdings() | messages.Have() | messages.Grant() | messages.Refuse():
                 self._hear_source(peer, message)
+
+    def _hear_announce(self, peer: Peer, artifacts: tuple[Announcement, ...]) -> None:
+        dropped = peer.artifacts.keys() - {announced.digest for announced in artifacts}
+        peer.artifacts = {announced.digest: announced for announced in artifacts}
+        self.record(peer.node, Announced(peer.node, artifacts))
+        for digest in sorted(dropped):
+            peer.asked.discard(digest)
+            if (share := self._shares.get(digest)) and share.fetching:
+                share.fetching.handle(download.PeerLeft(peer.node, "does not serve it any more"))
+        self._inquire(peer)
+        self._changed.set()
 
     def _hear_source(
         self, peer: Peer, message: messages.Holdings | messages.Have | messages.Grant | messages.Refuse

@@ -15,7 +15,9 @@ from swarm.messages import Origin
 from swarm.node import Node
 from swarm.peer import Peer
 
-SETTLE_S = 0.3  # time for others to object, counted from the first peer that has the model
+# Time for others to object, counted from the first peer that has the model: while some address has not answered yet,
+# and in any case until that peer has told of the members it knows.
+SETTLE_S, SETTLE_LEAST_S = 0.3, 0.05
 POLL_S = 0.1
 MANIFEST_TIMEOUT_S = 15.0
 ORIGIN_TIMEOUT_S = 2.0
@@ -31,6 +33,7 @@ async def resolve(
     loop = asyncio.get_running_loop()
     deadline = node.now() + find_timeout_s
     failures: dict[str, None] = {}  # each once, in order
+    unusable: set[str] = set()  # nodes whose manifest is not what its digest says; asking again changes nothing
     while True:
         digest_now, peers = await _agreed(node, model_id, digest=digest, deadline=deadline)
         if digest_now and (own := node.described(digest_now)):
@@ -38,11 +41,15 @@ async def resolve(
         if digest_now is None:
             raise ManifestNotFound(model_id, tried=[*failures, *node.tried()], waited_s=find_timeout_s)
         for peer in peers:
+            if peer.node in unusable:
+                continue
             try:
                 data = await node.inquiries.manifest(peer, digest_now, timeout_s=MANIFEST_TIMEOUT_S)
                 manifest = await loop.run_in_executor(None, partial(decode, data, digest=digest_now))
             except (PeerError, ManifestError) as error:
                 failures[f"{peer.name}: {error}"] = None
+                if isinstance(error, ManifestError):
+                    unusable.add(peer.node)
                 continue
             return manifest, await node.inquiries.origin(peer, digest_now, timeout_s=ORIGIN_TIMEOUT_S)
         if node.now() > deadline:
@@ -61,13 +68,14 @@ async def _agreed(node: Node, model_id: str, *, digest: str | None, deadline: fl
         now = node.now()
         if holders:
             first_seen = now if first_seen is None else first_seen
-            if digest is not None or not node.searching or now - first_seen >= SETTLE_S:
+            settle_s = SETTLE_S if node.searching else SETTLE_LEAST_S
+            if digest is not None or now - first_seen >= settle_s:
                 if len(holders) > 1:
                     raise ManifestConflict(model_id, {d: _names(who) for d, who in holders.items()})
                 return next(iter(holders.items()))
         elif now >= deadline:
             return None, []
-        await node.changed(min(POLL_S, max(0.0, deadline - now)) or POLL_S)
+        await node.changed(SETTLE_LEAST_S if holders else POLL_S)
 
 
 def _names(holders: list[Peer]) -> list[str]:
