@@ -1,0 +1,90 @@
+"""Is everything that people can set, meet or read about described where they look for it?"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+
+import swarm
+from swarm import errors, messages
+from swarm.settings import Settings
+
+ROOT = Path(swarm.__file__).parent.parent
+DOCUMENTS = ["README.md", "ARCHITECTURE.md", "docs/operations.md", "docs/protocol.md"]
+INTERNAL = {"TransportError"}  # never leaves a node: the chunk is asked for elsewhere
+ERRORS = {
+    name
+    for name, kind in vars(errors).items()
+    if isinstance(kind, type) and issubclass(kind, errors.SwarmError) and name in {*swarm.__all__, "PeerError"}
+}
+
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT / "swarm").with_suffix("").parts).removesuffix(".__init__")
+    for path in (ROOT / "swarm").rglob("*.py")
+    if path.relative_to(ROOT / "swarm").as_posix() != "__init__.py"
+)
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def table(name: str, head: str) -> list[list[str]]:
+    """The cells of the table whose first heading is `head`."""
+    lines = text(name).splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith(f"| {head} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def quoted(name: str) -> set[str]:
+    """Everything in backticks."""
+    return set(re.findall(r"`([^`\n]+)`", text(name)))
+
+
+def test_has_every_setting_a_row_and_every_row_a_setting() -> None:
+    described = {row[0].strip("`") for row in table("docs/operations.md", "setting")}
+    assert described == {field.name for field in dataclasses.fields(Settings)}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Settings), ids=lambda field: field.name)
+def test_says_the_row_of_a_setting_what_its_help_says(field: dataclasses.Field[object]) -> None:
+    (row,) = [row for row in table("docs/operations.md", "setting") if row[0] == f"`{field.name}`"]
+    assert row[-1] == field.metadata["help"]
+    assert bool(row[2]) == field.metadata["flag"]
+
+
+@pytest.mark.parametrize("message", typing.get_args(messages.AnyMessage), ids=lambda message: message.__name__)
+def test_is_every_message_described(message: type[messages.Message]) -> None:
+    assert message.__name__ in quoted("docs/protocol.md")
+
+
+@pytest.mark.parametrize("name", sorted(ERRORS - INTERNAL))
+def test_is_every_error_described(name: str) -> None:
+    assert name in quoted("docs/operations.md") | {"SwarmError"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_is_every_module_in_the_picture(module: str) -> None:
+    assert module in quoted("ARCHITECTURE.md")
+
+
+def test_has_every_exit_code_its_row() -> None:
+    codes = {int(row[0]) for row in table("docs/operations.md", "exit code")}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SwarmError)]
+    assert {kind.exit_code for kind in kinds} - {errors.SwarmError.exit_code} <= codes
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_does_every_link_between_documents_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", text(name)):
+        if "://" not in target:
+            assert (ROOT / name).parent.joinpath(target).exists(), target

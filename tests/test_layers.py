@@ -1,0 +1,267 @@
+"""Who may import whom: ARCHITECTURE.md's table of rooms, as data.
+
+A module imports only from rows above its own, and from those siblings that are named beside it. Imports inside
+functions count, those for type checkers alone do not.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import swarm
+
+ROOT = Path(swarm.__file__).parent
+
+# Row by row, from what knows nothing to what knows everything; each module with the siblings that it may import.
+ROWS: dict[str, dict[str, set[str]]] = {
+    "words": {"errors": set(), "settings": {"errors"}},
+    "nouns": {
+        "safetensors_header": set(),
+        "manifest": {"safetensors_header"},
+        "bitfield": set(),
+        "messages": {"manifest"},
+        "journal": {"messages"},
+    },
+    "policy": {"schedule": set()},
+    "protocols": {"download": set(), "upload": set(), "gifts": set(), "membership": set()},
+    "world": {
+        "hashing": set(),
+        "hashing.cpu": set(),
+        "store": set(),
+        "store.disk": set(),
+        "store.directory": {"store", "store.disk"},
+        "store.memory": set(),
+        "store.tensors": {"store.memory"},
+        "link": set(),
+        "listener": set(),
+        "discovery": set(),
+        "hub": set(),
+        "walk": {"store.disk"},
+        "transport": {"store"},
+        "transport.ends": {"store", "transport"},
+        "transport.pace": set(),
+        "transport.inproc": {"store", "transport", "transport.ends"},
+        "transport.tcp_session": {"store", "transport", "transport.ends"},
+        "transport.tcp": {"transport", "transport.tcp_session"},
+    },
+    "driver": {
+        "landing": set(),
+        "peer": set(),
+        "inquiries": {"peer"},
+        "fetching": {"landing", "peer"},
+        "serving": {"fetching", "peer"},
+        "world": set(),
+        "node": {"fetching", "inquiries", "landing", "peer", "serving", "world"},
+        "resolving": {"node", "peer"},
+        "build": set(),
+    },
+    "faces": {
+        "": {"api"},  # `import swarm` itself
+        "status": set(),
+        "status.picture": set(),
+        "status.progress": {"status.picture"},
+        "status.client": set(),
+        "status.running": set(),
+        "runtime": {"status.client", "status.picture"},
+        "api": {"runtime"},
+        "cli": {"", "api", "demo", "runtime", "status.client", "status.progress", "status.running"},
+        "demo": {"", "status.client", "status.progress", "status.running"},
+        "simulation": set(),
+        "simulation.clock": set(),
+        "simulation.network": set(),
+        "simulation.scenarios": set(),
+        "simulation.content": set(),
+        "simulation.cluster": {
+            "simulation.clock",
+            "simulation.content",
+            "simulation.network",
+            "simulation.scenarios",
+        },
+    },
+}
+PURE = ["words", "nouns", "policy", "protocols"]
+VERSION_ONLY = {"node"}  # may import `__version__` from the package itself, which is no more than a word
+
+# Where each third-party package lives.
+HOMES: dict[str, set[str]] = {
+    "aiohttp": {"link"},
+    "zeroconf": {"discovery"},
+    "xxhash": {"hashing.cpu"},
+    "torch": {"store.tensors"},
+    "rich": {"status.client", "status.progress", "cli", "demo"},
+    "numpy": {
+        "bitfield",
+        "schedule",
+        "gifts",
+        "download",
+        "store.tensors",
+        "simulation.cluster",
+        "simulation.content",
+        "demo",
+    },
+    "msgspec": {"manifest", "messages", "build"},
+}
+LAZY = {"torch", "zeroconf"}  # never at a module's top
+WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
+ALLOWED_ANYWAY = {("settings", "os")}  # the environment is one of its sources
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package by its name within it; '' is the package."""
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+ROW_OF = {module: row for row, members in ROWS.items() for module in members}
+
+
+def tree_of(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Everything that can run; not what is for type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
+            continue
+        yield child
+        yield from statements(child)
+
+
+def imported(nodes: Iterator[ast.AST]) -> set[str]:
+    """Dotted names of what is imported; `from a import b` gives `a.b`."""
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(module: str) -> set[str]:
+    """Modules of the package that a module imports."""
+    found = set()
+    for name in imported(statements(tree_of(module))):
+        package, _, rest = name.partition(".")
+        if package != "swarm" or (rest == "__version__" and module in VERSION_ONLY):
+            continue
+        # `from swarm.errors import SwarmError` names a module and something in it.
+        found.add(rest if rest in MODULES else rest.rpartition(".")[0])
+    return found - {module}
+
+
+def packages(names: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names}
+
+
+def test_is_every_module_in_the_table() -> None:
+    assert set(ROW_OF) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_does_a_module_import_from_rows_above_only(module: str) -> None:
+    order = list(ROWS)
+    row = ROW_OF[module]
+    above = {other for other, its in ROW_OF.items() if order.index(its) < order.index(row)}
+    assert own_imports(module) <= above | ROWS[row][module]
+
+
+def test_is_every_sibling_in_the_table_needed() -> None:
+    unused = {
+        (module, sibling)
+        for members in ROWS.values()
+        for module, siblings in members.items()
+        for sibling in siblings - own_imports(module)
+    }
+    assert unused == set()
+
+
+def test_are_there_no_circles() -> None:
+    open_, done = list[str](), set[str]()
+
+    def visit(module: str) -> None:
+        assert module not in open_, f"{' -> '.join(open_)} -> {module}"
+        if module not in done:
+            open_.append(module)
+            for other in sorted(own_imports(module) - {""}):  # the package imports `api` when it is asked for it only
+                visit(other)
+            done.add(open_.pop())
+
+    for module in MODULES:
+        visit(module)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_does_each_third_party_package_live_in_one_room(module: str) -> None:
+    outside = packages(imported(statements(tree_of(module)))) - sys.stdlib_module_names - {"swarm"}
+    assert outside <= {package for package, homes in HOMES.items() if module in homes}
+
+
+@pytest.mark.parametrize("package", LAZY)
+def test_are_heavy_packages_imported_when_they_are_needed_only(package: str) -> None:
+    for module in HOMES[package]:
+        top = (node for node in tree_of(module).body if isinstance(node, ast.Import | ast.ImportFrom))
+        assert package not in packages(imported(iter(top)))
+        assert package in packages(imported(statements(tree_of(module))))
+
+
+@pytest.mark.parametrize("module", [module for row in PURE for module in ROWS[row]])
+def test_is_the_core_pure(module: str) -> None:
+    tree = tree_of(module)
+    worldly = packages(imported(statements(tree))) & WORLDLY
+    assert worldly <= {package for owner, package in ALLOWED_ANYWAY if owner == module}
+    assert dice(tree) <= {"Random"}  # a type for the dice that others hand it
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Call) and dice(node.func)]
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Await | ast.AsyncFunctionDef)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_does_nothing_depend_on_global_dice_or_on_the_time_of_day(module: str) -> None:
+    tree = tree_of(module)
+    assert dice(tree) <= {"Random", "SystemRandom"}
+    if ROW_OF[module] not in ("world", "driver", "faces"):
+        assert "time" not in packages(imported(statements(tree)))
+    if module != "build":  # which compares the times of files with the clock that gave them
+        assert not {"time", "time_ns"} & used(tree, "time")
+    if module.startswith("simulation"):
+        assert not {"time", "secrets"} & packages(imported(statements(tree)))
+
+
+def used(tree: ast.AST, name: str) -> set[str]:
+    """Every `something` in `name.something`."""
+    attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == name}
+
+
+def dice(tree: ast.AST) -> set[str]:
+    """What is used of the `random` module."""
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "random"]
+    return used(tree, "random")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_does_a_module_say_what_it_is_for(module: str) -> None:
+    assert ast.get_docstring(tree_of(module))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_does_an_assert_do_no_work(module: str) -> None:
+    asserts = [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.Assert)]
+    assert not [call for node in asserts for call in ast.walk(node) if isinstance(call, ast.Call | ast.NamedExpr)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_is_there_no_pickle_and_no_drawer_for_everything(module: str) -> None:
+    assert not {"pickle", "marshal", "shelve", "dill"} & packages(imported(statements(tree_of(module))))
+    assert module.rpartition(".")[2] not in {"utils", "util", "helpers", "common", "misc"}

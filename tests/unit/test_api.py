@@ -1,0 +1,345 @@
+"""`swarm.fetch` and `swarm.serve` as users call them, with several nodes of one process beside one another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import swarm
+from swarm import Settings
+from swarm.api import HUB_CACHE
+from swarm.errors import (
+    FetchTimeout,
+    ManifestConflict,
+    ManifestNotFound,
+    SettingsError,
+    Stalled,
+    StoreConflict,
+    StoreError,
+)
+from swarm.node import Fetched
+from swarm.runtime import runtime
+
+MODEL = "org/model"
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Settings:
+    """The seed's settings."""
+    return Settings(name="seed", mdns=False, cache=tmp_path / "cache", find_timeout_s=5, stall_timeout_s=5)
+
+
+@pytest.fixture
+def state() -> dict[str, torch.Tensor]:
+    return {"a": torch.arange(100_000, dtype=torch.float32), "b": torch.ones(3, 5, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def served(here: Settings, state: dict[str, torch.Tensor]) -> Iterator[swarm.Served]:
+    with swarm.serve(state, model_id=MODEL, settings=here) as served:
+        yield served
+
+
+def beside(here: Settings, served: swarm.Served, *, name: str = "newcomer") -> Settings:
+    """Settings of another node, which knows the seed's address."""
+    return Settings(
+        name=name, mdns=False, cache=here.cache, peers=(served.address,), find_timeout_s=5, stall_timeout_s=5
+    )
+
+
+@pytest.fixture
+def there(here: Settings, served: swarm.Served) -> Settings:
+    return beside(here, served)
+
+
+def equal(weights: swarm.Weights, state: dict[str, torch.Tensor]) -> bool:
+    return weights.keys() == state.keys() and all(torch.equal(weights[name], state[name]) for name in state)
+
+
+def nodes() -> int:
+    """How many nodes of this process are open."""
+
+    async def count() -> int:
+        return len(runtime()._nodes)
+
+    return runtime().run(count())
+
+
+def test_are_tensors_fetched(there: Settings, state: dict[str, torch.Tensor]) -> None:
+    with swarm.fetch(MODEL, settings=there) as weights:
+        assert equal(weights, state)
+        assert (len(weights), list(weights)) == (2, ["a", "b"])
+        assert weights.path is None
+        assert weights.fetched.sources == {"seed": weights.fetched.bytes}
+        assert repr(weights) == f"<Weights org/model {weights.digest[:12]} 2 tensors>"
+
+
+def test_are_tensors_fetched_into_those_of_the_caller(there: Settings, state: dict[str, torch.Tensor]) -> None:
+    mine = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    with swarm.fetch(MODEL, into=mine, settings=there) as weights:
+        assert weights["a"] is mine["a"]
+        assert equal(weights, state)
+
+
+def test_is_a_directory_fetched_and_served_again(
+    tmp_path: Path, here: Settings, served: swarm.Served, state: dict[str, torch.Tensor]
+) -> None:
+    there = beside(here, served)
+    with swarm.fetch(MODEL, out=tmp_path / "out", settings=there) as weights:
+        assert weights.path == tmp_path / "out"
+        assert dict(weights) == {}
+        assert (tmp_path / "out/model.safetensors").stat().st_size == weights.fetched.bytes
+    with pytest.raises(SettingsError, match="offered as 'org/model'"):
+        swarm.serve(tmp_path / "out", settings=here)
+    served.close()
+    with swarm.serve(tmp_path / "out", settings=here) as again:
+        assert (again.model_id, again.digest) == ("out", served.digest)
+        with swarm.fetch("out", settings=beside(here, again)) as weights:
+            assert equal(weights, state)
+
+
+def test_is_the_hub_cache_filled_and_served_from(here: Settings, there: Settings) -> None:
+    with swarm.fetch(MODEL, out=swarm.HUB_CACHE, settings=there) as weights:
+        assert weights.path is not None
+        assert (weights.path / "model.safetensors").is_file()
+    with swarm.serve(MODEL, settings=here) as again:
+        assert (again.model_id, again.digest) == (MODEL, weights.digest)
+
+
+def test_does_a_running_loop_go_on_meanwhile(there: Settings, state: dict[str, torch.Tensor]) -> None:
+    async def scenario() -> None:
+        fetching = asyncio.create_task(swarm.fetch_async(MODEL, settings=there))
+        turns = 0
+        while not fetching.done():
+            turns += 1
+            await asyncio.sleep(0.001)
+        assert turns > 1
+        weights = await fetching
+        assert equal(weights, state)
+        weights.close()
+
+    asyncio.run(scenario())
+
+
+def test_does_cancelling_give_the_node_back(here: Settings) -> None:
+    async def scenario() -> None:
+        fetching = asyncio.create_task(swarm.fetch_async("org/missing", settings=here))
+        await asyncio.sleep(0.05)
+        fetching.cancel()
+        await asyncio.gather(fetching, return_exceptions=True)
+        while nodes():  # noqa: ASYNC110 - another loop's doing; `wait_for` ends this
+            await asyncio.sleep(0.005)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_may_a_fetch_block_inside_a_running_loop(there: Settings, state: dict[str, torch.Tensor]) -> None:
+    async def scenario() -> None:
+        with swarm.fetch(MODEL, settings=there) as weights:
+            assert equal(weights, state)
+
+    asyncio.run(scenario())
+
+
+def test_do_threads_fetch_one_id_at_once_on_one_node(there: Settings, state: dict[str, torch.Tensor]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: swarm.fetch(MODEL, settings=there), range(4)))
+    assert all(equal(weights, state) for weights in found)
+    assert len({weights["a"].data_ptr() for weights in found}) == 4
+    sent = [set(weights.fetched.sources) for weights in found]
+    assert sorted(sent, key=str) == [{"newcomer"}, {"newcomer"}, {"newcomer"}, {"seed"}]
+    for weights in found:
+        weights.close()
+
+
+def test_do_several_nodes_fetch_at_once(here: Settings, served: swarm.Served, state: dict[str, torch.Tensor]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        names = [f"newcomer-{number}" for number in range(4)]
+        found = list(pool.map(lambda name: swarm.fetch(MODEL, settings=beside(here, served, name=name)), names))
+    assert all(equal(weights, state) for weights in found)
+    for weights in found:
+        weights.close()
+
+
+def test_is_what_this_process_serves_itself_copied(
+    here: Settings, served: swarm.Served, state: dict[str, torch.Tensor]
+) -> None:
+    with swarm.fetch(MODEL, settings=here) as weights:
+        assert equal(weights, state)
+        assert weights["a"].data_ptr() != state["a"].data_ptr()
+        assert weights.fetched.sources == {"seed": weights.fetched.bytes}
+
+
+def test_does_closing_release_the_node(here: Settings, there: Settings, served: swarm.Served) -> None:
+    assert nodes() == 1
+    weights = swarm.fetch(MODEL, settings=there)
+    assert nodes() == 2
+    weights.close()
+    weights.close()
+    assert nodes() == 1
+    served.close()
+    served.close()
+    assert nodes() == 0
+    assert weights["a"].numel() == 100_000  # tensors stay valid
+
+
+def test_is_what_was_fetched_served_on(here: Settings, served: swarm.Served, state: dict[str, torch.Tensor]) -> None:
+    with swarm.fetch(MODEL, settings=beside(here, served, name="middle")):
+        (middle,) = runtime().run(_addresses("middle"))
+        served.close()
+        last = Settings(name="last", mdns=False, cache=here.cache, peers=(middle,), find_timeout_s=5)
+        with swarm.fetch(MODEL, settings=last) as weights:
+            assert weights.fetched.sources == {"middle": weights.fetched.bytes}
+            assert equal(weights, state)
+
+
+async def _addresses(name: str) -> list[str]:
+    return [shared.node.address for shared in runtime()._nodes.values() if shared.node.name == name]
+
+
+def test_is_a_pinned_digest_held_to(
+    here: Settings, served: swarm.Served, there: Settings, state: dict[str, torch.Tensor]
+) -> None:
+    with swarm.serve({"a": torch.zeros(3)}, model_id=MODEL, settings=here) as other:
+        with pytest.raises(ManifestConflict, match=served.digest[:16]):
+            swarm.fetch(MODEL, settings=there)
+        with swarm.fetch(MODEL, digest=other.digest, settings=there) as weights:
+            assert torch.equal(weights["a"], torch.zeros(3))
+        with swarm.fetch(MODEL, digest=served.digest, settings=there) as weights:
+            assert equal(weights, state)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"device": "cuda:0"}, "device: 'cuda:0' is not supported"),
+        ({"out": "out", "into": {}}, "out: cannot be combined with into"),
+        ({"digest": "abc"}, "digest: 'abc' is not a whole digest"),
+        ({"digest": "A" * 64}, "digest: "),
+    ],
+)
+def test_is_a_wrong_argument_told(here: Settings, wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(SettingsError, match=says):
+        swarm.fetch(MODEL, settings=here, **wrong)
+    assert nodes() == 0
+
+
+@pytest.mark.parametrize("model_id", ["../x", "a/b/c", ""])
+def test_must_what_goes_to_the_hub_cache_be_a_model_of_the_hub(here: Settings, model_id: str) -> None:
+    with pytest.raises(SettingsError, match="Hugging Face"):
+        swarm.fetch(model_id, out=HUB_CACHE, settings=here)
+
+
+def test_does_a_fetch_into_memory_without_torch_fail_at_once(here: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match="torch, which is not installed"):
+        swarm.fetch(MODEL, settings=here)
+
+
+@pytest.mark.parametrize(
+    ("into", "says"),
+    [
+        ({"a": torch.zeros(100_000)}, "b"),
+        ({"a": torch.zeros(5), "b": torch.zeros(3, 5, dtype=torch.bfloat16)}, "a"),
+        ({"a": torch.zeros(100_000, dtype=torch.int32), "b": torch.zeros(3, 5, dtype=torch.bfloat16)}, "a"),
+    ],
+)
+def test_are_tensors_that_do_not_match_refused(there: Settings, into: dict[str, torch.Tensor], says: str) -> None:
+    with pytest.raises(StoreConflict, match=says):
+        swarm.fetch(MODEL, into=into, settings=there)
+    assert nodes() == 1
+
+
+def test_is_a_file_in_place_of_the_directory_kept(tmp_path: Path, there: Settings) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(StoreConflict, match="is not a directory"):
+        swarm.fetch(MODEL, out=tmp_path / "out", settings=there)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_does_a_cache_that_cannot_be_written_to_spoil_nothing(
+    tmp_path: Path, served: swarm.Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    there = Settings(mdns=False, peers=(served.address,), cache=tmp_path / "file" / "cache")
+    with swarm.fetch(MODEL, out=tmp_path / "out", settings=there) as weights:
+        assert weights.path == tmp_path / "out"
+    assert "will know nothing of it" in caplog.text
+
+
+def test_does_a_failure_after_the_fetch_stop_serving(there: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise StoreError("the cache is broken")
+
+    monkeypatch.setattr("swarm.hub.CacheEntry.publish", fail)
+    with swarm.fetch(MODEL, settings=Settings(**{**vars(there), "name": "newcomer"})):  # keeps the node open
+        assert nodes() == 2
+        with pytest.raises(StoreError, match="the cache is broken"):
+            swarm.fetch(MODEL, out=HUB_CACHE, settings=there)
+        assert runtime().run(_users("newcomer")) == [1]
+
+
+async def _users(name: str) -> list[int]:
+    found = [shared.node for shared in runtime()._nodes.values() if shared.node.name == name]
+    return [share.users for node in found for share in node._shares.values()]
+
+
+def test_does_the_callers_deadline_hold_while_nobody_is_found(here: Settings) -> None:
+    with pytest.raises(ManifestNotFound, match="no peer was found"):
+        swarm.fetch(MODEL, timeout_s=0.05, settings=here)
+    assert nodes() == 0
+
+
+def test_does_the_callers_deadline_hold_while_nothing_arrives(there: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarm.serving.Serving.requested", lambda *_: None)
+    with pytest.raises(FetchTimeout, match=r"0% complete after the 0\.2 s allowed") as caught:
+        swarm.fetch(MODEL, timeout_s=0.2, settings=there)
+    assert (caught.value.timeout_s, caught.value.fraction) == (0.2, 0.0)
+    assert nodes() == 1
+
+
+def test_does_a_fetch_that_gets_nothing_stall(
+    here: Settings, served: swarm.Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("swarm.serving.Serving.requested", lambda *_: None)
+    there = Settings(mdns=False, cache=here.cache, peers=(served.address,), stall_timeout_s=0.2)
+    with pytest.raises(Stalled, match="run the same fetch again"):
+        swarm.fetch(MODEL, settings=there)
+
+
+def test_must_tensors_be_given_a_name(here: Settings, state: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(SettingsError, match="model_id"):
+        swarm.serve(state, settings=here)
+
+
+@pytest.mark.parametrize("what", ["org/not-cached", "./missing", Path("missing")])
+def test_is_something_that_is_not_there_told(here: Settings, what: str | Path) -> None:
+    with pytest.raises(SettingsError, match="path: "):
+        swarm.serve(what, settings=here)
+
+
+def test_is_the_source_closed_when_the_node_cannot_open(
+    here: Settings, served: swarm.Served, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr("swarm.store.tensors.TensorSource.close", lambda self: closed.append(self))
+    with pytest.raises(SettingsError, match="in use"):
+        swarm.serve(state, model_id=MODEL, settings=Settings(mdns=False, cache=here.cache, listen=served.address))
+    assert len(closed) == 1
+
+
+def test_is_a_rate_of_nothing_a_number() -> None:
+    assert Fetched(MODEL, "", 10, 0.0, {}, 0, 0).rate_bytes_per_s == 0
+    assert Fetched(MODEL, "", 10, 2.0, {}, 0, 4).rate_bytes_per_s == 3

@@ -1,0 +1,136 @@
+"""Asking a running node what it sees, and showing that, whatever answers."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import pytest
+
+from swarm.errors import PeerUnreachable, SettingsError
+from swarm.status import client
+
+REPORT: dict[str, Any] = {
+    "node": {"id": "n0", "name": "me", "address": "127.0.0.1:1"},
+    "members": [
+        {"id": "n0", "name": "me", "address": "127.0.0.1:1", "state": "alive", "transport": "self"},
+        {"id": "n1", "name": "peer", "address": "127.0.0.1:2", "state": "left", "transport": "tcp"},
+    ],
+    "artifacts": [
+        {"model_id": "org/model", "digest": "ab" * 32, "tier": "checkpoint", "bytes": 9, "members": {"me": 0.5}}
+    ],
+    "transfers": [
+        {"digest": "ab" * 32, "direction": "down", "peer": "peer", "bytes": 2_000_000, "rate_bytes_per_s": 1_500_000},
+        {"digest": "cd" * 32, "direction": "up", "peer": "peer", "bytes": 1, "rate_bytes_per_s": 1},
+    ],
+}
+
+
+class Answering(HTTPServer):
+    """Answers every request with the same bytes."""
+
+    status = 200
+    body = b""
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Answering
+
+    def do_GET(self) -> None:
+        self.send_response(self.server.status)
+        self.end_headers()
+        self.wfile.write(self.server.body if self.path == client.PATH else b"")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Answering]:
+    with Answering(("127.0.0.1", 0), _Handler) as serving:
+        serving.body = json.dumps(REPORT).encode()
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield serving
+        serving.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def nobody() -> str:
+    with HTTPServer(("127.0.0.1", 0), _Handler) as closed:
+        return f"127.0.0.1:{closed.server_port}"
+
+
+def test_does_a_node_answer(server: Answering) -> None:
+    assert client.ask(server.address) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "is a node running there"),
+        (b"<html>", "is a node running there"),
+        (b"\xff", "is a node running there"),
+        (b"[" * 100_000, "is a node running there"),
+        (b"[]", "no swarm status"),
+        (b'{"node": 1}', "no swarm status"),
+    ],
+)
+def test_is_another_answer_no_report(server: Answering, body: bytes, says: str) -> None:
+    server.body = body
+    with pytest.raises(PeerUnreachable, match=says):
+        client.ask(server.address)
+
+
+def test_is_another_server_told(server: Answering) -> None:
+    server.status = 404
+    with pytest.raises(PeerUnreachable, match="answers 404"):
+        client.ask(server.address)
+
+
+def test_is_an_endless_answer_cut(server: Answering, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "REPORT_BYTES_MAX", 10)
+    with pytest.raises(PeerUnreachable):
+        client.ask(server.address)
+
+
+def test_does_nobody_answer(nobody: str) -> None:
+    with pytest.raises(PeerUnreachable, match="is a node running there"):
+        client.ask(nobody)
+    with pytest.raises(SettingsError):
+        client.ask("nonsense")
+
+
+def test_is_the_youngest_that_answers_asked(server: Answering, nobody: str) -> None:
+    assert client.ask_any([server.address, nobody]) == REPORT
+    with pytest.raises(PeerUnreachable, match="name one with --peer"):
+        client.ask_any([])
+    with pytest.raises(PeerUnreachable, match=nobody):
+        client.ask_any([nobody])
+
+
+def test_is_a_report_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    client.show(REPORT)
+    shown = capsys.readouterr().out
+    for word in ("me at 127.0.0.1:1, 2 members", "org/model 50%", "nothing yet", "left", "2.0", "1.5", "cdcdcdcdcdcd"):
+        assert word in shown
+
+
+def test_does_it_say_that_nothing_moves(capsys: pytest.CaptureFixture[str]) -> None:
+    client.show(REPORT | {"transfers": [REPORT["transfers"][0] | {"rate_bytes_per_s": 0}]})
+    assert "nothing is moving" in capsys.readouterr().out
+
+
+def test_are_names_of_others_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    strange = "[/red] [bold]x"
+    report = json.loads(json.dumps(REPORT).replace(': "peer"', f": {json.dumps(strange)}"))
+    client.show(report | {"node": REPORT["node"] | {"name": strange}})
+    assert capsys.readouterr().out.count(strange) >= 2

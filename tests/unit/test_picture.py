@@ -1,0 +1,122 @@
+"""What does a journal look like to people?"""
+
+from __future__ import annotations
+
+import pytest
+
+from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Left, Opened, Received, Sent
+from swarm.messages import Announcement
+from swarm.status import picture as pictures
+from swarm.status.picture import RATE_WINDOW_S, Picture, Rate
+
+DIGEST = "ab" * 32
+
+
+def announced(node: str, chunks: int, *, total: int = 4, model_id: str = "org/model") -> Announced:
+    return Announced(node, (Announcement(model_id, DIGEST, "checkpoint", 100, chunks, total, False),))
+
+
+def picture_of(*happenings: object) -> Picture:
+    """One second apart, beginning at 1."""
+    picture = Picture()
+    for at_s, what in enumerate(happenings, 1):
+        picture.apply(Entry(at_s, "node", what))
+    return picture
+
+
+OPENED = Opened("n0", "me", "127.0.0.1:1")
+JOINED = Joined("n1", "peer", "127.0.0.1:2", "tcp")
+
+
+def test_what_does_an_empty_journal_show() -> None:
+    report = Picture().report(0)
+    assert report == {
+        "node": {"id": "", "name": "", "address": ""},
+        "members": [],
+        "artifacts": [],
+        "transfers": [],
+    }
+
+
+def test_who_is_there() -> None:
+    report = picture_of(OPENED, JOINED, Left("n1", "tired"), Left("n9", "never seen")).report(5)
+    assert report["node"] == {"id": "n0", "name": "me", "address": "127.0.0.1:1"}
+    assert [(m["name"], m["state"], m["transport"]) for m in report["members"]] == [
+        ("me", "alive", "self"),
+        ("peer", "left", "tcp"),
+    ]
+
+
+def test_is_a_member_that_comes_back_alive() -> None:
+    (_, peer) = picture_of(OPENED, JOINED, Left("n1", "tired"), JOINED).report(5)["members"]
+    assert peer["state"] == "alive"
+
+
+def test_who_holds_how_much() -> None:
+    picture = picture_of(OPENED, JOINED, announced("n0", 1), announced("n1", 4), announced("n9", 4))
+    (artifact,) = picture.report(6)["artifacts"]
+    assert artifact == {
+        "model_id": "org/model",
+        "digest": DIGEST,
+        "tier": "checkpoint",
+        "bytes": 100,
+        "members": {"me": 0.25, "peer": 1.0},
+    }
+    picture.apply(Entry(7, "node", Announced("n0", ())))
+    picture.apply(Entry(8, "node", Left("n1", "tired")))
+    assert picture.report(9)["artifacts"] == []
+
+
+def test_is_an_empty_artifact_whole() -> None:
+    (artifact,) = picture_of(OPENED, announced("n0", 0, total=0)).report(3)["artifacts"]
+    assert artifact["members"] == {"me": 1.0}
+
+
+def test_what_is_moving() -> None:
+    picture = picture_of(OPENED, JOINED, Received("n1", DIGEST, 30), Received("n1", DIGEST, 10), Sent("n9", DIGEST, 5))
+    down, up = picture.report(5)["transfers"]
+    assert down == {"digest": DIGEST, "direction": "down", "peer": "peer", "bytes": 40, "rate_bytes_per_s": 20}
+    assert (up["direction"], up["peer"], up["bytes"]) == ("up", "n9", 5)
+    assert [flow["rate_bytes_per_s"] for flow in picture.report(60)["transfers"]] == [0, 0]
+
+
+def test_how_far_is_a_fetch() -> None:
+    picture = picture_of(
+        OPENED,
+        JOINED,
+        FetchStarted("org/model", DIGEST, 100, 20),
+        Received("n1", DIGEST, 30),
+        Received("n2", "other", 9),
+    )
+    fetch = picture.fetches[DIGEST]
+    assert (fetch.done_bytes, fetch.size, fetch.sources, fetch.started_at_s) == (50, 100, {"n1"}, 3)
+    assert fetch.eta_s(5) == pytest.approx(50 / 30)
+    assert fetch.eta_s(60) is None
+    picture.apply(Entry(6, "node", FetchEnded(DIGEST, None)))
+    picture.apply(Entry(7, "node", FetchEnded("unknown", "why")))
+    assert picture.fetches == {}
+
+
+def test_are_members_that_left_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "GONE_KEPT", 2)
+    picture = picture_of(OPENED)
+    for number in range(5):
+        node = f"gone-{number}"
+        picture.apply(Entry(number, "node", Joined(node, node, "", "tcp")))
+        picture.apply(Entry(number, "node", Sent(node, DIGEST, 1)))
+        picture.apply(Entry(number, "node", Left(node, "tired")))
+    report = picture.report(9)
+    assert [member["name"] for member in report["members"]] == ["me", "gone-3", "gone-4"]
+    assert [flow["peer"] for flow in report["transfers"]] == ["gone-3", "gone-4"]
+
+
+def test_how_fast_is_a_burst() -> None:
+    rate = Rate()
+    assert rate.at(0) == 0
+    rate.add(10, 100)
+    assert rate.at(10) == 100 / (RATE_WINDOW_S / 10)
+    assert rate.at(11) == 100
+    rate.add(11, 100)
+    assert rate.at(12) == 100
+    assert rate.at(12.5) == pytest.approx(100 / 1.5)
+    assert rate.at(99) == 0

@@ -1,0 +1,251 @@
+"""Where does a setting come from, and is every wrong one told to the user?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from swarm.errors import SettingsError
+from swarm.settings import Settings, is_loopback, join_address, parse_rate, split_address
+
+# A text for every field, as an environment variable would hold it, and what it becomes.
+TEXTS: dict[str, tuple[str, Any]] = {
+    "name": ("me", "me"),
+    "listen": ("127.0.0.2:7000", "127.0.0.2:7000"),
+    "peers": ("a:1, b:2,", ("a:1", "b:2")),
+    "insecure": ("yes", True),
+    "mdns": ("off", False),
+    "upload_limit": ("8Mbit/s", 1e6),
+    "timeout_s": ("2.5", 2.5),
+    "chunk_bytes": ("4096", 4096),
+    "leaf_bytes": ("2048", 2048),
+    "cache": ("/tmp/cache", Path("/tmp/cache")),
+    "find_timeout_s": ("1", 1.0),
+    "stall_timeout_s": ("1e1", 10.0),
+    "idle_timeout_s": ("0.5", 0.5),
+    "upload_slots": ("3", 3),
+    "congestion": ("cubic", "cubic"),
+    "fsync": ("0", False),
+}
+FIELDS = [field.name for field in dataclasses.fields(Settings)]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)  # no swarm.toml there
+    return tmp_path
+
+
+def load(given_values: dict[str, Any] | None = None, **environment: str) -> Settings:
+    return Settings.load(given_values, environment=environment)
+
+
+def test_which_source_counts_most(elsewhere: Path) -> None:
+    assert load().upload_slots == 8
+    (elsewhere / "swarm.toml").write_text("upload_slots = 1\nidle_timeout_s = 1\nfind_timeout_s = 1\n")
+    settings = load({"upload_slots": 3}, SWARM_UPLOAD_SLOTS="2", SWARM_IDLE_TIMEOUT_S="2")
+    assert (settings.upload_slots, settings.idle_timeout_s, settings.find_timeout_s) == (3, 2.0, 1)
+
+
+def test_does_a_flag_that_was_not_given_count_for_nothing() -> None:
+    assert load({"upload_slots": None}, SWARM_UPLOAD_SLOTS="2").upload_slots == 2
+
+
+def test_is_the_process_environment_read_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SWARM_NAME", "from outside")
+    assert Settings.load().name == "from outside"
+
+
+def test_is_every_field_in_the_table() -> None:
+    assert set(TEXTS) == set(FIELDS)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_has_every_field_help(name: str) -> None:
+    metadata = {field.name: field.metadata for field in dataclasses.fields(Settings)}[name]
+    assert len(metadata["help"]) > 20
+    assert isinstance(metadata["flag"], bool)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_has_every_field_a_twin_in_the_environment(name: str) -> None:
+    text, value = TEXTS[name]
+    environment = {f"SWARM_{name.upper()}": text}
+    assert getattr(Settings.load(environment=environment), name) == value
+    assert getattr(load(), name) != value
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_can_every_field_be_in_the_file(elsewhere: Path, name: str) -> None:
+    (elsewhere / "other.toml").write_text(f"{name} = '{TEXTS[name][0]}'")
+    assert getattr(Settings.load(environment={}, file=elsewhere / "other.toml"), name) == TEXTS[name][1]
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("peers = ['a:1', 'b:2']", "peers", ("a:1", "b:2")),
+        ("upload_limit = 1000", "upload_limit", 1000),
+        ("mdns = false", "mdns", False),
+        ("timeout_s = 3", "timeout_s", 3),
+    ],
+)
+def test_are_values_of_toml_taken(elsewhere: Path, line: str, name: str, value: object) -> None:
+    (elsewhere / "swarm.toml").write_text(line)
+    assert getattr(load(), name) == value
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "peers = true", "peers = 7", "peers = [1]", "mdns = 1", "upload_slots = true", "upload_slots = 1.5",
+        "timeout_s = []", "listen = 7000", "upload_limit = 'fast'", "timeout_s = nan", "idle_timeout_s = nan",
+        "timeout_s = inf", "not toml", "a = \"\xff",
+    ],
+)  # fmt: skip
+def test_is_a_wrong_value_of_the_file_refused(elsewhere: Path, line: str) -> None:
+    (elsewhere / "swarm.toml").write_text(line, encoding="latin-1")
+    with pytest.raises(SettingsError):
+        load()
+
+
+def test_is_a_file_that_was_asked_for_and_is_missing_an_error(elsewhere: Path) -> None:
+    with pytest.raises(SettingsError, match="does not exist"):
+        Settings.load(environment={}, file=elsewhere / "missing.toml")
+    (elsewhere / "directory.toml").mkdir()
+    with pytest.raises(SettingsError, match="cannot be read"):
+        Settings.load(environment={}, file=elsewhere / "directory.toml")
+
+
+def test_does_an_unknown_key_name_the_nearest_one(elsewhere: Path) -> None:
+    with pytest.raises(SettingsError, match="did you mean 'upload_limit'"):
+        load({"uplod_limit": 1})
+    (elsewhere / "swarm.toml").write_text("mdsn = true")
+    with pytest.raises(SettingsError, match=r"key in swarm.toml; did you mean 'mdns'"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("MDNS", "maybe"), ("MDNS", ""), ("UPLOAD_SLOTS", "2.5"), ("UPLOAD_SLOTS", "many"), ("TIMEOUT_S", "soon"),
+        ("TIMEOUT_S", "nan"), ("TIMEOUT_S", "inf"), ("UPLOAD_LIMIT", "150"), ("LISTEN", "a:b:c"),
+    ],
+)  # fmt: skip
+def test_does_a_wrong_variable_name_itself(name: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=rf"(?i){name}: ") as caught:
+        Settings.load(environment={f"SWARM_{name}": text})
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("text", ["1", "true", "YES", " on "])
+def test_is_it_true(text: str) -> None:
+    assert load(SWARM_INSECURE=text).insecure
+
+
+@pytest.mark.parametrize("text", ["0", "False", "no", "OFF"])
+def test_is_it_false(text: str) -> None:
+    assert not load(SWARM_MDNS=text).mdns
+
+
+@pytest.mark.parametrize("name", ["upload_limit", "timeout_s", "chunk_bytes"])
+def test_is_unset_something_else_than_0(name: str) -> None:
+    assert getattr(Settings(), name) is None
+    wrong: Any
+    for wrong in (0, -1, math.nan, math.inf):
+        with pytest.raises(SettingsError, match=name):
+            dataclasses.replace(Settings(), **{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots", "leaf_bytes"])
+def test_must_it_be_above_0(name: str) -> None:
+    wrong: Any
+    for wrong in (0, -1, math.nan):
+        with pytest.raises(SettingsError, match=name):
+            dataclasses.replace(Settings(), **{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_per_s"),
+    [
+        ("1B/s", 1), ("150MB/s", 150e6), ("1.2Gbit/s", 150e6), ("64MiB/s", 64 * 2**20), ("8kbit/s", 1000),
+        ("1KB/s", 1000), ("1KiB/s", 1024), ("2Tbitps", 25e10), ("0.5 GB/s", 5e8), (" 1MB/s ", 1e6),
+    ],
+)  # fmt: skip
+def test_how_fast_is_that(text: str, bytes_per_s: float) -> None:
+    assert parse_rate("upload_limit", text) == bytes_per_s
+
+
+@pytest.mark.parametrize(
+    "text", ["", "150", "150MB", "MB/s", "-1MB/s", "1e3MB/s", "1XB/s", "1MB/h", "\u0661MB/s", "1.MB/s"]
+)
+def test_is_it_no_rate(text: str) -> None:
+    with pytest.raises(SettingsError, match="is not a rate such as"):
+        parse_rate("upload_limit", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("127.0.0.1:7000", ("127.0.0.1", 7000)), ("host", ("host", 9)), ("host:0", ("host", 0)), ("[::1]", ("::1", 9)),
+        ("[::1]:65535", ("::1", 65535)), ("[fe80::1%2]:1", ("fe80::1%2", 1)), (" host:1 ", ("host", 1)),
+    ],
+)  # fmt: skip
+def test_where_is_that(text: str, address: tuple[str, int]) -> None:
+    assert split_address("listen", text, default_port=9) == address
+    assert split_address("listen", join_address(*address)) == address
+
+
+@pytest.mark.parametrize(
+    "text", ["", ":1", "::1", "::1:7000", "[::1", "host:", "host:x", "a:b:1", "host:65536", "[x]:1"]
+)
+def test_is_it_no_address(text: str) -> None:
+    with pytest.raises(SettingsError, match="listen: "):
+        split_address("listen", text, default_port=9)
+
+
+def test_must_an_address_to_dial_have_a_port() -> None:
+    with pytest.raises(SettingsError, match="needs a port"):
+        split_address("peer", "host")
+
+
+@given(st.text(max_size=20))
+def test_does_garbage_only_ever_raise_settings_error(text: str) -> None:
+    try:
+        host, port = split_address("peer", text)
+    except SettingsError:
+        return
+    assert host
+    assert 0 <= port <= 65535
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("::", False),
+        ("192.168.0.1", False), ("localhost.example.org", False), ("127.0.0.1.example.org", False),
+    ],
+)  # fmt: skip
+def test_can_nobody_else_reach_it(host: str, loopback: bool) -> None:
+    assert is_loopback(host) == loopback
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0", "0.0.0.0:7000", "[::]:7000", "192.168.0.1", "myhost:7000"])
+def test_must_listening_beyond_this_machine_be_wanted(listen: str) -> None:
+    with pytest.raises(SettingsError, match="--insecure"):
+        Settings(listen=listen)
+    assert Settings(listen=listen, insecure=True).listen == listen
+
+
+def test_does_the_cache_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert load().cache == Path("/somewhere/swarm")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert load().cache == Path("~/.cache/swarm").expanduser()
+    assert load(SWARM_CACHE="~/mine").cache == Path("~/mine").expanduser()
