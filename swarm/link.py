@@ -16,7 +16,7 @@ import aiohttp
 from aiohttp import web
 
 from swarm import messages
-from swarm.errors import PeerTimeout, PeerUnreachable, RemoteProtocolError
+from swarm.errors import PeerTimeout, PeerUnreachable, RemoteProtocolError, VersionSkew
 from swarm.messages import AnyMessage, Message
 
 PATH = "/swarm/link"
@@ -71,6 +71,10 @@ class WebSocketLink:
         if frame.type is aiohttp.WSMsgType.TEXT:
             try:
                 return messages.decode(frame.data.encode())
+            except messages.OtherProtocol as other:
+                raise VersionSkew(
+                    self.remote, theirs=other.protocol, ours=messages.PROTOCOL, software=other.software
+                ) from other
             except ValueError as error:
                 raise RemoteProtocolError(self.remote, f"sent what is no message: {error}") from error
         if frame.type is aiohttp.WSMsgType.BINARY:

@@ -20,6 +20,7 @@ Pure: this module never sees a socket.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
@@ -36,7 +37,7 @@ ANNOUNCED_MAX = 256  # artifacts one node serves
 ADDRESSES_MAX = 64  # members told in one message
 RUNS_MAX = 4096  # runs of chunks in one Have
 
-Text = Annotated[str, msgspec.Meta(max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*\Z")]  # it reaches terminals
 ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
@@ -215,11 +216,31 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
+class OtherProtocol(ValueError):
+    """A greeting in another version of the protocol, whatever else it says."""
+
+    def __init__(self, protocol: int, software: str) -> None:
+        super().__init__(f"protocol {protocol}")
+        self.protocol = protocol
+        self.software = software
+
+
+class _Greeting(msgspec.Struct, tag="Hello"):
+    """What a Hello of every version must say."""
+
+    protocol: int
+    software: Text = "unknown"
+
+
 def decode(frame: bytes) -> AnyMessage:
-    """The message in a frame. Raises ValueError, which says what is wrong with it."""
+    """The message in a frame. Raises ValueError, which says what is wrong with it, or OtherProtocol."""
     if len(frame) > FRAME_BYTES_MAX:
         raise ValueError(f"frame of {len(frame)} bytes; at most {FRAME_BYTES_MAX} are allowed")
     try:
         return _decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            greeting = msgspec.json.decode(frame, type=_Greeting)
+            if greeting.protocol != PROTOCOL:
+                raise OtherProtocol(greeting.protocol, greeting.software) from error
         raise ValueError(str(error)) from error

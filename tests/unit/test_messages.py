@@ -240,3 +240,17 @@ def test_does_a_garbled_message_only_ever_raise_value_error(text: str, position:
     except ValueError:
         return
     assert decode(encode(message)) == message
+
+
+def test_is_a_greeting_of_another_version_told_from_garbage() -> None:
+    with pytest.raises(messages.OtherProtocol) as caught:
+        messages.decode(b'{"type":"Hello","protocol":7,"software":"9.9","novelty":[1]}')
+    assert (caught.value.protocol, caught.value.software) == (7, "9.9")
+    with pytest.raises(ValueError, match="novelty") as broken:
+        messages.decode(b'{"type":"Hello","protocol":1,"software":"9.9","novelty":[1]}')
+    assert not isinstance(broken.value, messages.OtherProtocol)
+
+
+def test_are_control_characters_kept_away_from_terminals() -> None:
+    with pytest.raises(ValueError, match="regex"):
+        messages.decode(b'{"type":"Bye","reason":"\\u001b[2J"}')
