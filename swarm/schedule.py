@@ -1,8 +1,8 @@
 """What to ask whom next, and what a seed gives: pure functions of what a download, or a seed, sees.
 
 A newcomer keeps every peer busy with batches that the peer needs about `BATCH_S` to send, so that fast links carry many
-chunks a request and slow links one. Of a peer that is itself incomplete it asks for a run of chunks that starts at a
-random one of the rarest. A seed it merely asks for some, and the seed chooses (`give`): it hands out every chunk once,
+chunks a request and slow links one. Of a peer that is itself incomplete it asks for chunks from a random one of the
+rarest on. A seed it merely asks for some, and the seed chooses (`give`): it hands out every chunk once,
 to whoever asks, before it repeats any. So no two newcomers import the same chunk, what they have to offer each other
 is as different as can be, and a seed sends about one copy of the model, however many newcomers there are. When
 nothing is left to ask, the endgame asks a second holder for chunks that are already on their way.
@@ -98,7 +98,7 @@ def plan(view: View, rng: random.Random) -> list[Ask]:
 def give(
     wanted: Mask, *, given: Counts, held: Counts, territory: Mask, count: int, hungry: bool, rng: random.Random
 ) -> tuple[int, ...]:
-    """The chunks that a seed gives a newcomer that wants these: ascending, in a row; none when it had better wait.
+    """The chunks that a seed gives a newcomer that wants these: ascending; none when it had better wait.
 
     `given` counts what this seed sent and `held` what newcomers are known to hold, per chunk. A seed first gives every
     chunk of its `territory` once (with several seeds each has its own), to whoever asks. It repeats one only for a
@@ -128,16 +128,14 @@ def _batch_chunks(peer: PeerView, view: View, free: int) -> int:
 
 
 def _batch(candidates: Mask, rarity: Counts, wanted: int, rng: random.Random) -> tuple[int, ...]:
-    """Up to `wanted` candidates in a row, from a random one of the rarest on."""
+    """Up to `wanted` candidates, ascending, from a random one of the rarest on: nearly sequential for the disks."""
     indices = np.flatnonzero(candidates)
     if not len(indices):
         return ()
     rarities = rarity[indices]
     rarest = np.flatnonzero(rarities == rarities.min())
     start = int(rarest[rng.randrange(len(rarest))])
-    following = indices[start : start + wanted]
-    in_a_row = following - np.arange(len(following)) == following[0]
-    return tuple(int(index) for index in following[in_a_row])
+    return tuple(int(index) for index in indices[start : start + wanted])
 
 
 def _second_copies(view: View, copies: npt.NDArray[np.uint8], peer: PeerView, rng: random.Random) -> tuple[int, ...]:
