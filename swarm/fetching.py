@@ -47,8 +47,9 @@ class Host(Protocol):
 @dataclass
 class _Receiving:
     peer: Peer
+    ask: download.Ask
     touched_at: float
-    gift: asyncio.Future[tuple[int, ...]]  # what a seed chose to send
+    chunks: asyncio.Future[tuple[int, ...]]  # what comes: known from the start, unless the peer chooses
     granted: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -111,6 +112,8 @@ class Fetching:
         """Tells the machine, and does what it says."""
         subject = self._manifest.digest[:12]
         self._host.record(subject, event)
+        if isinstance(event, download.PeerLeft):
+            self._forsake(event.peer)
         for action in self.machine.handle(event, self._host.now()):
             self._host.record(subject, action)
             match action:
@@ -132,13 +135,18 @@ class Fetching:
                     self.fail(Stalled(self._model_id, missing=missing, total=total, waited_s=waited_s, tried=words))
 
     def granted(self, peer: Peer, number: int, chunks: tuple[int, ...]) -> None:
-        """A peer says that a transfer of these chunks starts. Raises RemoteProtocolError for chunks that cannot be."""
+        """A peer says that a transfer of these chunks starts.
+
+        Raises RemoteProtocolError when they are not what it was asked for, or when it says so twice.
+        """
         if receiving := self._of(peer, number):
-            if not chunks or len(set(chunks)) < len(chunks) or max(chunks) >= len(self._manifest.chunks):
-                raise RemoteProtocolError(peer.name, f"grants {len(chunks)} chunks that cannot be")
+            if receiving.granted:
+                raise RemoteProtocolError(peer.name, f"grants transfer {number} twice")
+            if not _fits(receiving.ask, chunks, total=len(self._manifest.chunks)):
+                raise RemoteProtocolError(peer.name, f"grants {len(chunks)} chunks that it was not asked for")
             receiving.granted, receiving.touched_at = True, self._host.now()
-            if not receiving.gift.done():
-                receiving.gift.set_result(chunks)
+            if not receiving.chunks.done():
+                receiving.chunks.set_result(chunks)
             self.handle(download.Granted(peer.node, number, chunks))
 
     def refused(self, peer: Peer, number: int, *, reason: str, retry_s: float) -> None:
@@ -163,13 +171,16 @@ class Fetching:
     def _ask(self, peer: Peer, ask: download.Ask) -> None:
         self.names[peer.node] = peer.name
         number = ask.transfer
-        receiving = self._receiving[number] = _Receiving(peer, self._host.now(), self._loop.create_future())
-        receiving.task = self._host.spawn(self._receive(receiving, ask), f"receive {number} from {peer.name}")
+        chunks: asyncio.Future[tuple[int, ...]] = self._loop.create_future()
+        if ask.chunks:
+            chunks.set_result(ask.chunks)
+        receiving = self._receiving[number] = _Receiving(peer, ask, self._host.now(), chunks)
+        receiving.task = self._host.spawn(self._receive(receiving), f"receive {number} from {peer.name}")
         receiving.task.add_done_callback(lambda _: self._receiving.pop(number, None))
 
-    async def _receive(self, receiving: _Receiving, ask: download.Ask) -> None:
+    async def _receive(self, receiving: _Receiving) -> None:
         """One transfer coming in; the machine is told how it ended, unless somebody cancelled it."""
-        peer, number = receiving.peer, ask.transfer
+        peer, ask, number = receiving.peer, receiving.ask, receiving.ask.transfer
 
         def report(landed: Landed) -> None:
             self._loop.call_soon_threadsafe(self._landed, peer, number, landed)
@@ -178,7 +189,7 @@ class Fetching:
         try:
             session = await peer.session()
             peer.post(messages.Request(peer.scheme, self._manifest.digest, number, ask.chunks, ask.count, ask.hungry))
-            chunks = ask.chunks or await receiving.gift
+            chunks = await receiving.chunks
             size = sum(self._manifest.chunks[index].size for index in chunks)
             views = self._touched(receiving, self._landings.views(number, chunks, report))
             await session.receive(Transfer(number, size, self._idle_timeout_s), views)
@@ -246,6 +257,12 @@ class Fetching:
         if (receiving := self._receiving.get(number)) and receiving.task:
             receiving.task.cancel()
 
+    def _forsake(self, node: str) -> None:
+        """Nobody will say any more what a peer that is gone chose; the end of a session ends what is on its way."""
+        for receiving in self._receiving.values():
+            if receiving.peer.node == node and receiving.task and not receiving.chunks.done():
+                receiving.task.cancel()
+
     def _of(self, peer: Peer, number: int) -> _Receiving | None:
         receiving = self._receiving.get(number)
         return receiving if receiving and receiving.peer is peer else None
@@ -254,3 +271,10 @@ class Fetching:
         node, _, rest = words.partition(":")
         peer = self._host.peers.get(node)
         return f"{peer.name if peer else self.names.get(node, node)}:{rest}"
+
+
+def _fits(ask: download.Ask, chunks: tuple[int, ...], *, total: int) -> bool:
+    """Whether a grant is what was asked for: exactly these, or some that the peer chose out of `total`."""
+    if ask.chunks:
+        return chunks == ask.chunks
+    return 0 < len(chunks) <= ask.count and len(set(chunks)) == len(chunks) and max(chunks) < total

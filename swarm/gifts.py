@@ -1,7 +1,9 @@
 """What a seed has given of one artifact and to whom, as a state machine: it remembers, `schedule.give` chooses.
 
-A chunk counts as given from the moment it is sent; when the newcomer leaves, or its transfer fails, before it says that
-it has the chunk, it counts no longer and is given again.
+A chunk counts as given from the moment it is sent. When its transfer fails it counts no longer, and when the newcomer
+leaves nothing that it was given does: the next burst starts afresh. Bytes can also be lost unseen, in a socket that
+breaks or as a wrong chunk, and only the newcomer knows. It then asks on although everything was sent to it: the second
+time in a row, what it does not say it has counts as lost.
 
 Must not know: sockets, clocks.
 """
@@ -16,12 +18,14 @@ import numpy as np
 
 from swarm import schedule
 from swarm.bitfield import Bitfield
+from swarm.errors import LocalProtocolError
 
 
 @dataclass
 class _Newcomer:
     holds: Bitfield
     sent: Bitfield
+    starved: bool = False  # it was hungry when it asked last, and there was nothing left to give it
 
 
 class Gifts:
@@ -55,8 +59,12 @@ class Gifts:
         newcomer = self._newcomers.get(peer)
         if newcomer is None:
             return ()
+        wanted = ~(newcomer.holds.mask | newcomer.sent.mask)
+        if hungry and newcomer.starved and not wanted.any():  # once, and what it lacks may be on its way, or news of it
+            self.failed(peer, newcomer.sent)
+            wanted = ~newcomer.holds.mask
         chunks = schedule.give(
-            ~(newcomer.holds.mask | newcomer.sent.mask),
+            wanted,
             given=self._given,
             held=self._held,
             territory=np.arange(len(self._given)) % seeds == rank,
@@ -67,6 +75,7 @@ class Gifts:
         for chunk in chunks:
             newcomer.sent.add(chunk)
             self._given[chunk] += 1
+        newcomer.starved = not chunks and (hungry or newcomer.starved)
         return chunks
 
     def failed(self, peer: str, chunks: Iterable[int]) -> None:
@@ -81,7 +90,16 @@ class Gifts:
         """A newcomer is gone, and with it what it held."""
         if newcomer := self._newcomers.pop(peer, None):
             self._held -= newcomer.holds.mask
-            self._given -= newcomer.sent.mask & ~newcomer.holds.mask
+            self._given -= newcomer.sent.mask
+
+    def check(self) -> None:
+        """Raises LocalProtocolError when an invariant does not hold."""
+        for count, fields in (
+            (self._given, [newcomer.sent for newcomer in self._newcomers.values()]),
+            (self._held, [newcomer.holds for newcomer in self._newcomers.values()]),
+        ):
+            if (count != sum((field.mask.astype(np.int32) for field in fields), np.zeros_like(count))).any():
+                raise LocalProtocolError(f"{self!r}: counts do not add up")
 
     def __repr__(self) -> str:
         once = int((np.maximum(self._given, self._held) > 0).sum())

@@ -79,8 +79,10 @@ class Serving:
         share = self._shares.get(request.digest)
         if share is None:
             self._refuse(peer, request.transfer, "unknown_artifact", REFUSED_RETRY_S)
-        elif bool(request.chunks) == bool(request.count) or (request.count and share.gifts is None):
+        elif bool(request.chunks) == bool(request.count):
             raise RemoteProtocolError(peer.name, "asked for chunks in a way that cannot be answered")
+        elif request.count and share.gifts is None:  # it was a seed when the peer last heard of it
+            self._refuse(peer, request.transfer, "not_held", REFUSED_RETRY_S)
         elif not all(index < share.held.length and index in share.held for index in request.chunks):
             self._refuse(peer, request.transfer, "not_held", REFUSED_RETRY_S)
         elif request.scheme not in self._transports:

@@ -1,7 +1,7 @@
-"""A peer for tests that speaks the protocol well, but for the one thing that a subclass overrides.
+"""A peer for tests that speaks the protocol well, but for the one thing that a subclass overrides; and bad questions.
 
-It lives on an event loop in a thread of the test, listens on loopback like a node (links and bulk data on one port),
-and announces one artifact in full.
+The peer lives on an event loop in a thread of the test, listens on loopback like a node (links and bulk data on one
+port), and is a seed of one artifact that chooses what it gives.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeAlias
 
 import aiohttp
 from aiohttp import web
@@ -31,11 +32,15 @@ from swarm.transport.tcp import MAGIC, TcpTransport
 
 from .processes import DEADLINE_S, MODEL
 
+Question: TypeAlias = Callable[[messages.Announcement], Message]
+
 TOKEN = "0123456789abcdef" * 2
 
 
 class LyingPeer:
     """`with LyingPeer(manifest, source) as liar:` serves at `liar.address`."""
+
+    gives = True
 
     def __init__(self, manifest: Manifest, source: Source | None = None) -> None:
         self.manifest = manifest
@@ -44,6 +49,7 @@ class LyingPeer:
         self.source = source
         self.asked: list[messages.Request] = []
         self.address = ""
+        self._gifts = itertools.cycle(range(len(manifest.chunks)))
         self._opened: Future[str] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._live()), name="liar", daemon=True)
 
@@ -68,7 +74,9 @@ class LyingPeer:
 
     def hello(self) -> messages.Hello:
         chunks = len(self.manifest.chunks)
-        announced = messages.Announcement(MODEL, self.digest, "checkpoint", self.manifest.size, chunks, chunks)
+        announced = messages.Announcement(
+            MODEL, self.digest, "checkpoint", self.manifest.size, chunks, chunks, self.gives
+        )
         offers = (messages.Offer("tcp", self.address),)
         node = hashlib.sha256(self.address.encode()).hexdigest()[:16]
         name = type(self).__name__
@@ -82,6 +90,20 @@ class LyingPeer:
 
     def holdings(self) -> Message:
         return messages.Holdings(self.digest, Bitfield.full(len(self.manifest.chunks)).pack())
+
+    def granted(self, request: messages.Request) -> tuple[int, ...]:
+        """The chunks that it says it will send, and sends."""
+        count = min(request.count, len(self.manifest.chunks))
+        return request.chunks or tuple(sorted(itertools.islice(self._gifts, count)))
+
+    async def answer(self, socket: web.WebSocketResponse, request: messages.Request) -> None:
+        """What becomes of a request."""
+        chunks = self.granted(request)
+        await self.say(socket, messages.Grant(request.transfer, len(self.asked), chunks))
+        self.asked.append(request)
+        task = asyncio.create_task(self._send(request, chunks))
+        self._sending.add(task)
+        task.add_done_callback(self._sending.discard)
 
     async def carry(self, transfer: Transfer, chunks: list[Chunk], outbound: Outbound) -> None:
         """Sends a granted transfer."""
@@ -145,15 +167,33 @@ class LyingPeer:
             case messages.Interest():
                 await self.say(socket, self.holdings())
             case messages.Request():
-                await self.say(socket, messages.Grant(message.transfer, len(self.asked)))
-                self.asked.append(message)
-                task = asyncio.create_task(self._send(message))
-                self._sending.add(task)
-                task.add_done_callback(self._sending.discard)
+                await self.answer(socket, message)
 
-    async def _send(self, request: messages.Request) -> None:
-        chunks = [self.manifest.chunks[index] for index in request.chunks]
+    async def _send(self, request: messages.Request, indices: tuple[int, ...]) -> None:
+        known = self.manifest.chunks
+        chunks = [known[index] for index in indices if index < len(known)]
         with contextlib.suppress(TransportError):
             outbound = await self._tcp.accept(TOKEN, timeout_s=DEADLINE_S)
             transfer = Transfer(request.transfer, sum(chunk.size for chunk in chunks), DEADLINE_S)
             await self.carry(transfer, chunks, outbound)
+
+
+async def heard(address: str, *questions: Question, last: type[Message] = messages.Bye) -> list[Message]:
+    """What a node says to a stranger that asks these questions about its first artifact, until it says a message of
+    type `last` or hangs up."""
+    found: list[Message] = []
+    async with (
+        asyncio.timeout(DEADLINE_S),
+        aiohttp.ClientSession() as client,
+        client.ws_connect(f"http://{address}{link.PATH}") as socket,
+    ):
+        hello = messages.decode((await socket.receive_str()).encode())
+        assert isinstance(hello, messages.Hello)
+        greeting = messages.Hello(messages.PROTOCOL, "9.9", "f" * 16, "stranger", "127.0.0.1:1", TOKEN, (), ())
+        for said in (greeting, *(question(hello.artifacts[0]) for question in questions)):
+            await socket.send_str(messages.encode(said).decode())
+        while (frame := await socket.receive()).type is aiohttp.WSMsgType.TEXT:
+            found.append(messages.decode(frame.data.encode()))
+            if isinstance(found[-1], last):
+                break
+    return found

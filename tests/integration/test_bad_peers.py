@@ -14,12 +14,13 @@ import pytest
 from aiohttp import web
 
 from swarm import messages
+from swarm.bitfield import Bitfield
 from swarm.hashing.cpu import chunk_digest
 from swarm.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.store import Span
 from swarm.transport import Outbound, Transfer
 
-from .lying import LyingPeer
+from .lying import LyingPeer, Question, heard
 from .processes import DEADLINE_S, QUICK, Ended, Machine, contents, write_model
 
 pytestmark = pytest.mark.integration
@@ -290,6 +291,119 @@ def test_does_a_fetch_from_a_peer_that_breaks_the_protocol_say_how(machine: Mach
 
 def test_does_a_fetch_complete_beside_peers_that_break_the_protocol(machine: Machine, model: Path, out: Path) -> None:
     complete_beside(BAD_WORDS, machine=machine, model=model, out=out)
+
+
+# Grants
+
+
+class Silent(LyingPeer):
+    """Nothing follows its grants, so that it is them that the newcomer judges."""
+
+    async def carry(self, transfer: Transfer, chunks: list[Chunk], outbound: Outbound) -> None:
+        await asyncio.Event().wait()
+
+
+class GrantsNothing(Silent):
+    def granted(self, request: messages.Request) -> tuple[int, ...]:
+        return ()
+
+
+class GrantsTooMuch(Silent):
+    def granted(self, request: messages.Request) -> tuple[int, ...]:
+        return tuple(range(request.count + 1))
+
+
+class GrantsOneTwice(Silent):
+    def granted(self, request: messages.Request) -> tuple[int, ...]:
+        return (0,) * max(2, request.count)
+
+
+class GrantsBeyondTheEnd(Silent):
+    def granted(self, request: messages.Request) -> tuple[int, ...]:
+        return (len(self.manifest.chunks),)
+
+
+class GrantsOthers(Silent):
+    gives = False
+
+    def granted(self, request: messages.Request) -> tuple[int, ...]:
+        return tuple((index + 1) % len(self.manifest.chunks) for index in request.chunks)
+
+
+class GrantsTwice(Silent):
+    async def answer(self, socket: web.WebSocketResponse, request: messages.Request) -> None:
+        for _ in range(2):
+            await super().answer(socket, request)
+
+
+NOT_ASKED = "chunks that it was not asked for"
+BAD_GRANTS = [
+    Lie(GrantsNothing, 4, f"grants 0 {NOT_ASKED}"),
+    Lie(GrantsTooMuch, 4, f"grants 2 {NOT_ASKED}"),
+    Lie(GrantsOneTwice, 4, f"grants 2 {NOT_ASKED}"),
+    Lie(GrantsBeyondTheEnd, 4, f"grants 1 {NOT_ASKED}"),
+    Lie(GrantsOthers, 4, f"grants 1 {NOT_ASKED}"),
+    Lie(GrantsTwice, 4, "twice"),
+]
+
+
+def test_does_a_fetch_from_a_peer_that_grants_what_was_not_asked_for_say_so(
+    machine: Machine, model: Path, out: Path
+) -> None:
+    errors_alone(BAD_GRANTS, machine=machine, model=model, out=out)
+
+
+def test_does_a_fetch_complete_beside_peers_that_grant_what_was_not_asked_for(
+    machine: Machine, model: Path, out: Path
+) -> None:
+    liars, report = complete_beside(BAD_GRANTS, *SLOW_SEED, machine=machine, model=model, out=out)
+    assert all(liar.asked for liar in liars)
+    assert report["sources"].keys() == {"honest"}
+
+
+# Questions
+
+
+def request(number: int, *, chunks: tuple[int, ...] = (), count: int = 0) -> Question:
+    return lambda announced: messages.Request("tcp", announced.digest, number, chunks, count, True)
+
+
+def interest(announced: messages.Announcement) -> messages.Message:
+    return messages.Interest(announced.digest, Bitfield(announced.chunks_total).pack())
+
+
+def beyond_the_end(announced: messages.Announcement) -> messages.Message:
+    return request(1, chunks=(announced.chunks_total,))(announced)
+
+
+@pytest.mark.parametrize(
+    ("questions", "why"),
+    [
+        ([request(1, chunks=(0,), count=1)], "asked for chunks in a way that cannot be answered"),
+        ([request(1)], "asked for chunks in a way that cannot be answered"),
+        ([request(7, chunks=(0,)), request(7, chunks=(1,))], "asked for transfer 7 twice"),
+        ([interest, request(7, count=1), request(7, count=1)], "asked for transfer 7 twice"),
+    ],
+    ids=["chunks_and_a_count", "neither", "number_twice", "number_twice_for_gifts"],
+)
+def test_does_a_seed_hang_up_on_bad_questions_and_serve_the_next(
+    questions: Sequence[Question], why: str, machine: Machine, model: Path, out: Path
+) -> None:
+    seed = machine.serve(model)
+    answers = asyncio.run(heard(seed.address, *questions))
+    assert not any(isinstance(answer, messages.Refuse) for answer in answers)
+    seed.wait_for(f"stranger: {why}")
+    assert machine.fetch(out, peers=[seed.address]).end().code == 0
+    assert contents(out) == contents(model)
+
+
+def test_does_a_seed_refuse_what_it_does_not_hold_or_would_not_give(machine: Machine, model: Path) -> None:
+    seed = machine.serve(model)
+    reasons = {beyond_the_end: "not_held", request(1, count=1): "nothing_to_give"}  # to who shows no interest
+    for question, reason in reasons.items():
+        *_, answer = asyncio.run(heard(seed.address, question, last=messages.Refuse))
+        assert isinstance(answer, messages.Refuse)
+        assert answer.reason == reason
 
 
 # Nobody, or two

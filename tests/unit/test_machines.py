@@ -21,6 +21,7 @@ from swarm.download import (
     ChunkCorrupt,
     ChunkVerified,
     Complete,
+    Declined,
     Download,
     GiveUp,
     Granted,
@@ -61,8 +62,11 @@ class Fetch:
         self.machine.check()
         return actions
 
-    def joined(self, peer: str) -> list[Ask]:
-        return asks(self.tell(PeerJoined(peer, Bitfield.full(self.machine.held.length))))
+    def joined(self, peer: str, *, gives: bool = False) -> list[Ask]:
+        return asks(self.tell(PeerJoined(peer, Bitfield.full(self.machine.held.length), gives)))
+
+    def later(self, seconds: float) -> list[Ask]:
+        return asks(self.tell(download.Tick(), at=self.now + seconds))
 
 
 def asks(actions: Sequence[download.Action]) -> list[Ask]:
@@ -161,7 +165,7 @@ def test_what_is_not_granted_is_cancelled_in_time_and_what_is_granted_is_not() -
     transfers = [ask.transfer for ask in fetch.joined("a")]
     while len(transfers) < 2:
         transfers += [ask.transfer for ask in asks(fetch.tell(download.Tick()))]
-    fetch.tell(Granted("a", transfers[0]))
+    fetch.tell(Granted("a", transfers[0], tuple(fetch.machine._transfers[transfers[0]].chunks)))
     assert fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S) == []
     actions = fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S + 0.1)
     assert actions == [Cancel("a", transfers[1], "not granted in time")]
@@ -214,6 +218,98 @@ def test_have_makes_a_peer_worth_asking() -> None:
     assert (ask.peer, ask.chunks) == ("a", (2,))
 
 
+def test_a_seed_that_chooses_is_asked_for_some_and_again_when_they_are_here() -> None:
+    fetch = Fetch(3)
+    ask = fetch.joined("seed", gives=True)[0]
+    assert (ask.chunks, ask.count, ask.hungry) == ((), 1, True)
+    assert fetch.machine._requested.sum() == 0, "nobody knows yet which one comes"
+    assert len(fetch.later(0.0)) == 1, "one more, so that the wire never waits"
+    assert fetch.tell(Granted("seed", ask.transfer, (2,))) == []
+    assert list(fetch.machine._requested) == [0, 0, 1]
+    actions = fetch.tell(ChunkVerified("seed", ask.transfer, 2)) + fetch.tell(TransferEnded("seed", ask.transfer))
+    assert actions[0] == Announce((2,))
+    assert [(again.chunks, again.count) for again in asks(actions)] == [((), 1)]
+    assert fetch.machine.sources == {"seed": fetch.machine.manifest.chunks[2].size}
+
+
+def test_a_seed_that_declines_rests_for_as_long_as_it_says_and_has_not_failed() -> None:
+    fetch = Fetch(3)
+    ask = fetch.joined("seed", gives=True)[0]
+    assert fetch.tell(Declined("seed", ask.transfer, 0.1)) == []
+    assert fetch.later(0.09) == []
+    assert [again.peer for again in fetch.later(0.02)] == ["seed"]
+    assert fetch.machine._peers["seed"].failures == 0
+
+
+def test_what_a_failed_gift_was_to_bring_is_asked_elsewhere() -> None:
+    fetch = Fetch(2, held=[0])
+    ask = fetch.joined("seed", gives=True)[0]
+    fetch.tell(Granted("seed", ask.transfer, (1,)))
+    assert [new.why for new in fetch.joined("b")] == ["endgame"], "it is on its way"
+    fetch.tell(PeerLeft("b", "gone"))
+    fetch.tell(TransferFailed("seed", ask.transfer, "broke"))
+    assert [(new.chunks, new.why) for new in fetch.joined("c")] == [((1,), "rarest")]
+
+
+def test_a_gift_that_fails_before_it_is_known_leaves_nothing_behind() -> None:
+    fetch = Fetch(2)
+    ask = fetch.joined("seed", gives=True)[0]
+    fetch.tell(TransferFailed("seed", ask.transfer, "broke"))
+    assert fetch.machine._requested.sum() == 0
+    assert ask.transfer not in fetch.machine._transfers
+
+
+def test_a_chunk_that_is_asked_of_a_peer_may_also_be_given_and_the_slower_copy_is_cancelled() -> None:
+    fetch = Fetch(3, held=[0])
+    gift = fetch.joined("seed", gives=True)[0]
+    asked = next(ask for ask in fetch.joined("a") if ask.peer == "a")
+    fetch.tell(Granted("seed", gift.transfer, asked.chunks))
+    assert fetch.machine._requested[asked.chunks[0]] == 2
+    actions = fetch.tell(ChunkVerified("seed", gift.transfer, asked.chunks[0]))
+    assert Cancel("a", asked.transfer, "arrived from another peer") in actions
+    assert fetch.machine._requested[asked.chunks[0]] == 0
+
+
+def test_a_gift_of_what_is_here_already_does_no_harm() -> None:
+    fetch = Fetch(3, held=[0])
+    ask = fetch.joined("seed", gives=True)[0]
+    fetch.tell(Granted("seed", ask.transfer, (0,)))
+    assert fetch.tell(ChunkVerified("seed", ask.transfer, 0)) == []
+    fetch.tell(TransferEnded("seed", ask.transfer))
+    assert fetch.machine._requested.sum() == 0
+
+
+def test_a_grant_of_a_transfer_that_nobody_waits_for_changes_nothing() -> None:
+    fetch = Fetch(3)
+    fetch.joined("seed", gives=True)
+    fetch.later(0.0)
+    before = repr(fetch.machine)
+    assert fetch.tell(Granted("seed", 999, (0, 1))) == []
+    assert fetch.machine._requested.sum() == 0
+    assert repr(fetch.machine) == before
+
+
+def test_a_gift_that_is_never_granted_is_cancelled_in_time() -> None:
+    fetch = Fetch(3)
+    transfers = [ask.transfer for ask in fetch.joined("seed", gives=True) + fetch.later(0.0)]
+    actions = fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S + 0.1)
+    assert actions == [Cancel("seed", number, "not granted in time") for number in transfers]
+
+
+def test_among_many_peers_a_newcomer_ties_one_batch_to_each_and_two_to_a_seed() -> None:
+    fetch = Fetch(64)
+    names = "abcdefgh"
+    for name in names:
+        fetch.tell(PeerJoined(name, Bitfield(64)))
+    fetch.tell(PeerJoined("seed", Bitfield.full(64), True))
+    for name in names:
+        fetch.tell(PeerHas(name, tuple(range(64))))
+    for _ in range(3):
+        fetch.later(0.0)
+    outstanding = {name: len(peer.transfers) for name, peer in fetch.machine._peers.items()}
+    assert outstanding == {**dict.fromkeys(names, 1), "seed": 2}
+
+
 def test_a_download_refuses_what_is_no_event() -> None:
     with pytest.raises(LocalProtocolError, match="cannot handle"):
         Fetch(1).machine.handle("hello", 0.0)  # type: ignore[arg-type]
@@ -222,7 +318,7 @@ def test_a_download_refuses_what_is_no_event() -> None:
 def test_a_download_reads_at_night() -> None:
     fetch = Fetch(8, held=[0, 1, 2])
     ask = fetch.joined("a")[0]
-    fetch.tell(Granted("a", ask.transfer), at=1.0)
+    fetch.tell(Granted("a", ask.transfer, ask.chunks), at=1.0)
     fetch.machine._transfers[ask.transfer].size = 3_000_000
     fetch.tell(TransferEnded("a", ask.transfer), at=2.0)
     digest = fetch.machine.manifest.digest[:8]
@@ -239,7 +335,7 @@ def test_check_sees_a_count_that_is_off() -> None:
         fetch.machine.check()
 
 
-@given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 7), max_size=60))
+@given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 8), max_size=60))
 @settings(max_examples=60, deadline=None)
 def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int]) -> None:
     fetch, dice = Fetch(9, seed=seed), random.Random(seed)
@@ -250,15 +346,17 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
         if known := fetch.machine._transfers.get(transfer):
             peer = known.peer
         chunk = dice.choice(sorted(known.chunks) if known and known.chunks else [0])
+        fits = known and (tuple(known.chunks) or tuple(dice.sample(range(9), 2)))
         events: list[download.Event] = [
-            PeerJoined(peer, Bitfield(9, dice.sample(range(9), 5))) if not known else Granted(peer, transfer),
+            PeerJoined(peer, Bitfield(9, dice.sample(range(9), 5)), peer == "c"),
+            Granted(peer, transfer, fits) if fits else download.Tick(),
             PeerHas(peer, (dice.randrange(9),)),
             PeerLeft(peer, "left"),
             ChunkVerified(peer, transfer, chunk) if known and known.chunks else download.Tick(),
             ChunkCorrupt(peer, transfer, chunk) if known and known.chunks else download.Tick(),
             TransferEnded(peer, transfer),
             TransferFailed(peer, transfer, "failed"),
-            download.Tick(),
+            Declined(peer, transfer, 0.1),
         ]
         actions = fetch.tell(events[step], at=fetch.now + 0.1)
         completed += actions.count(Complete())
@@ -282,12 +380,21 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
 
 
 def view(
-    holds: dict[str, str], *, missing: str, requested: Sequence[int] | None = None, busy: dict[str, int] | None = None
+    holds: dict[str, str],
+    *,
+    missing: str,
+    requested: Sequence[int] | None = None,
+    busy: dict[str, int] | None = None,
+    gives: str = "",
 ) -> View:
-    """Masks as strings of 0 and 1."""
-    peers = [PeerView(name, _mask(bits), (busy or {}).get(name, 0), 0.0) for name, bits in holds.items()]
+    """Masks as strings of 0 and 1; `gives` names the seeds that choose, one letter each."""
+    peers = [PeerView(name, _mask(bits), (busy or {}).get(name, 0), 0.0, name in gives) for name, bits in holds.items()]
     counts = np.array(requested or [0] * len(missing), dtype=np.uint8)
-    return View(_mask(missing), counts, 64, 64, peers)
+    return View(_mask(missing), counts, _rarity(peers, len(missing)), 64, 64, peers)
+
+
+def _rarity(peers: Sequence[PeerView], chunks: int) -> schedule.Counts:
+    return sum((peer.holds.astype(np.int32) for peer in peers), np.zeros(chunks, dtype=np.int32))
 
 
 def _mask(bits: str) -> schedule.Mask:
@@ -313,11 +420,53 @@ def test_plan_by_table(what: str, seen: View, wanted: list[tuple[str, tuple[int,
     assert [(ask.peer, ask.chunks, ask.why) for ask in plan(seen, random.Random(0))] == wanted, what
 
 
+@pytest.mark.parametrize(
+    ("what", "seen", "wanted"),
+    [
+        ("alone with a seed", view({"s": "1111"}, missing="1111", gives="s"), {"s": (1, True)}),
+        ("it has no chunk free", view({"s": "11"}, missing="11", requested=[1, 1], busy={"s": 1}, gives="s"), {}),
+        ("one more batch", view({"s": "1111"}, missing="1111", busy={"s": 1}, gives="s"), {"s": (1, True)}),
+        ("and not a third", view({"s": "1111"}, missing="1111", busy={"s": 2}, gives="s"), {}),
+        ("two seeds", view({"s": "11", "t": "11"}, missing="11", gives="st"), {"s": (1, True), "t": (1, True)}),
+        ("fed by a peer", view({"s": "11", "a": "11"}, missing="11", busy={"a": 2}, gives="s"), {"s": (1, False)}),
+        ("a peer is idle", view({"s": "11", "a": "00"}, missing="11", gives="s"), {"s": (1, True)}),
+        (
+            "half of its peers feed it",
+            view({"s": "11", "a": "00", "b": "11"}, missing="11", busy={"b": 2}, gives="s"),
+            {"s": (1, False)},
+        ),
+        (
+            "less than half of its peers feed it",
+            view({"s": "11", "a": "00", "b": "00", "c": "11"}, missing="11", busy={"c": 2}, gives="s"),
+            {"s": (1, True)},
+        ),
+        (
+            "three streams of many peers are enough",
+            view({"s": "1", **dict.fromkeys("abcdefgh", "0")}, missing="1", busy=dict.fromkeys("abc", 1), gives="s"),
+            {"s": (1, False)},
+        ),
+    ],
+)
+def test_what_seeds_are_asked_for(what: str, seen: View, wanted: dict[str, tuple[int, bool]]) -> None:
+    gifts = {ask.peer: (ask.count, ask.hungry) for ask in plan(seen, random.Random(0)) if ask.why == "its choice"}
+    assert gifts == wanted, what
+
+
+def test_the_last_copy_of_a_chunk_is_asked_of_a_seed_by_name() -> None:
+    seen = view({"s": "1", "a": "1"}, missing="1", requested=[1], busy={"a": 1}, gives="s")
+    assert plan(seen, random.Random(0)) == [schedule.Ask("s", "endgame", (0,))]
+
+
+@pytest.mark.parametrize(("gives", "peers", "most"), [(True, 1, 2), (True, 50, 2), (False, 4, 2), (False, 5, 1)])
+def test_how_many_batches_are_tied_to_one_peer(gives: bool, peers: int, most: int) -> None:
+    assert schedule.outstanding_max(gives, peers) == most
+
+
 def test_a_fast_peer_is_asked_for_a_run_and_a_slow_one_for_a_chunk() -> None:
     holds = np.ones(100, dtype=np.bool_)
     fast = PeerView("fast", holds, 0, 64 * 10 / schedule.BATCH_S)
     slow = PeerView("slow", holds, 0, 64 / schedule.BATCH_S / 10)
-    seen = View(holds, np.zeros(100, dtype=np.uint8), 64, 64, [fast, slow])
+    seen = View(holds, np.zeros(100, dtype=np.uint8), _rarity([fast, slow], 100), 64, 64, [fast, slow])
     sizes = {ask.peer: max(1, len(ask.chunks)) for ask in plan(seen, random.Random(1))}
     assert sizes["slow"] == 1
     assert 1 < sizes["fast"] <= 10
@@ -335,8 +484,8 @@ def views(draw: st.DrawFn) -> View:
         possible = np.flatnonzero(holds & missing & (requested < schedule.COPIES_MAX))
         asked = [int(i) for i in possible[: draw(st.integers(0, 3))]] if outstanding else []
         requested[asked] += 1
-        peers.append(PeerView(name, holds, outstanding, draw(st.floats(0, 1e6)), frozenset(asked)))
-    return View(missing, requested, 64, draw(st.integers(1, 5)), peers)
+        peers.append(PeerView(name, holds, outstanding, draw(st.floats(0, 1e6)), draw(st.booleans())))
+    return View(missing, requested, _rarity(peers, chunks), 64, draw(st.integers(1, 5)), peers)
 
 
 @given(seen=views(), seed=st.integers(0, 1000))
@@ -347,17 +496,24 @@ def test_plan_never_asks_for_what_it_should_not(seen: View, seed: int) -> None:
     copies = seen.requested.copy()
     for ask in plan(seen, random.Random(seed)):
         peer, chunks = peers[ask.peer], list(ask.chunks)
+        outstanding[ask.peer] += 1
+        assert bool(chunks) != bool(ask.count), "chunks, or a number of them"
+        assert max(len(chunks), ask.count) <= seen.batch_chunks_max
+        if ask.count:
+            assert peer.gives, "it does not choose"
+            assert (seen.missing & (seen.requested == 0)).any(), "nothing is left to choose from"
+            continue
         assert chunks == sorted(set(chunks))
-        assert len(chunks) <= seen.batch_chunks_max
         assert peer.holds[chunks].all(), "it lacks one of them"
         assert seen.missing[chunks].all(), "one of them is here"
-        assert not peer.asked & set(chunks), "it was asked for one of them"
+        assert not (peer.outstanding and ask.why == "endgame"), "the other copy may be its own"
         if ask.why != "endgame":
+            assert not peer.gives, "a seed chooses"
             assert not copies[chunks].any(), "somebody else was asked for one of them"
         copies[chunks] += 1
-        outstanding[ask.peer] += 1
     assert (copies <= schedule.COPIES_MAX).all()
-    assert all(count <= schedule.BATCHES_OUTSTANDING for count in outstanding.values())
+    for name, count in outstanding.items():
+        assert count <= max(schedule.outstanding_max(peers[name].gives, len(peers)), peers[name].outstanding)
 
 
 @given(seen=views(), seed=st.integers(0, 1000))
