@@ -89,7 +89,7 @@ def test_is_a_file_that_changed_while_served_withdrawn_and_never_fetched(
     seed = machine.serve(model)
     change(model / "b.safetensors")
     line = machine.fetch(out, peers=[seed.address]).end().error(4)
-    assert "refused" in line
+    assert "does not serve it any more" in line
     assert f"{model / 'b.safetensors'} changed while it was served" in seed.err
     assert contents(out) == {}
     assert "nobody serves" in machine.fetch(out, peers=[seed.address]).end().error(3)
