@@ -81,9 +81,7 @@ class Serving:
             self._refuse(peer, request.transfer, "unknown_artifact", REFUSED_RETRY_S)
         elif bool(request.chunks) == bool(request.count):
             raise RemoteProtocolError(peer.name, "asked for chunks in a way that cannot be answered")
-        elif request.count and share.gifts is None:  # it was a seed when the peer last heard of it
-            self._refuse(peer, request.transfer, "not_held", REFUSED_RETRY_S)
-        elif not all(index < share.held.length and index in share.held for index in request.chunks):
+        elif not _answerable(share, request):
             self._refuse(peer, request.transfer, "not_held", REFUSED_RETRY_S)
         elif request.scheme not in self._transports:
             self._refuse(peer, request.transfer, "no_transport", REFUSED_RETRY_S)
@@ -172,6 +170,13 @@ class Serving:
 
     def _refuse(self, peer: Peer, number: int, reason: RefusalReason, retry_s: float) -> None:
         peer.post(messages.Refuse(number, reason, retry_s))
+
+
+def _answerable(share: Servable, request: messages.Request) -> bool:
+    """Whether everything asked for is here. Who asks for a choice may not have heard yet that this is no seed now."""
+    if request.count:
+        return share.gifts is not None
+    return all(index < share.held.length and index in share.held for index in request.chunks)
 
 
 def _spans(source: Source, chunks: Sequence[Chunk]) -> Iterator[Span]:

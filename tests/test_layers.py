@@ -19,16 +19,25 @@ ROOT = Path(swarm.__file__).parent
 
 # Row by row, from what knows nothing to what knows everything; each module with the siblings that it may import.
 ROWS: dict[str, dict[str, set[str]]] = {
-    "words": {"errors": set(), "settings": {"errors"}},
+    "words": {"errors": set(), "settings": {"errors"}, "tuning": set()},
     "nouns": {
         "safetensors_header": set(),
         "manifest": {"safetensors_header"},
         "bitfield": set(),
         "messages": {"manifest"},
         "journal": {"messages"},
+        "rumours": {"manifest", "messages"},
     },
     "policy": {"schedule": set()},
-    "protocols": {"download": set(), "upload": set(), "gifts": set(), "membership": set()},
+    "protocols": {
+        "download": set(),
+        "upload": set(),
+        "gifts": set(),
+        "membership": set(),
+        "roster": set(),
+        "probing": set(),
+        "gossip": {"probing", "roster"},
+    },
     "world": {
         "hashing": set(),
         "hashing.cpu": set(),
@@ -73,6 +82,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "demo": {"", "status.client", "status.progress", "status.running"},
         "simulation": set(),
         "simulation.clock": set(),
+        "simulation.gossip": set(),
         "simulation.network": set(),
         "simulation.scenarios": set(),
         "simulation.content": set(),
@@ -104,7 +114,7 @@ HOMES: dict[str, set[str]] = {
         "simulation.content",
         "demo",
     },
-    "msgspec": {"manifest", "messages", "build"},
+    "msgspec": {"manifest", "messages", "rumours", "build"},
 }
 LAZY = {"torch", "zeroconf"}  # never at a module's top
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
