@@ -1,15 +1,23 @@
-"""Fills the parameters of a torch module in place: `python examples/into_a_model.py HOST:PORT MODEL_ID`.
+"""Fills a torch module in place from another one that is served: `python examples/into_a_model.py`.
 
-The module here is a stand-in; any module whose `state_dict()` has the served names, shapes and dtypes will do.
+Here both live in one process; elsewhere the second half runs on another replica, with the first one's address in
+`peers`, or found by multicast DNS.
 """
-
-import sys
 
 import torch
 
 import swarm
 
-address, model_id = sys.argv[1:]
-module = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
-with swarm.fetch(model_id, into=module.state_dict(), settings=swarm.Settings(peers=(address,))) as fetched:
-    print(f"{len(fetched)} tensors from {', '.join(fetched.fetched.sources)}")
+
+def build() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+
+
+trained, fresh = build(), build()
+with swarm.serve(trained.state_dict(), model_id="example/mlp", settings=swarm.Settings(mdns=False)) as served:
+    settings = swarm.Settings(mdns=False, peers=(served.address,))
+    with swarm.fetch("example/mlp", into=fresh.state_dict(), settings=settings) as fetched:
+        print(f"{len(fetched)} tensors, {fetched.fetched.bytes} bytes, digest {fetched.digest[:16]}")
+
+inputs = torch.randn(4, 64)
+print("same outputs:", torch.equal(trained(inputs), fresh(inputs)))

@@ -71,6 +71,8 @@ class Weights(Mapping[str, "torch.Tensor"]):
             runtime().run(_withdraw(settings, self.digest))
 
     def __getitem__(self, name: str) -> torch.Tensor:
+        if self.path is not None:
+            raise KeyError(f"{name}: this fetch went to files, which are at {self.path}")
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -189,6 +191,8 @@ def open_source(
     if isinstance(what, Mapping):
         if model_id is None:
             raise SettingsError("model_id", "tensors have no name of their own; say model_id='org/model'")
+        if not what:
+            raise SettingsError("tensors", "there are none")
         return model_id, build.tensors(what, chunk_bytes=settings.chunk_bytes, leaf_bytes=settings.leaf_bytes), None
     path = _locate(what)
     _, source, skipped = build.checkpoint(
@@ -223,10 +227,12 @@ class _Want:
     def __post_init__(self) -> None:
         if self.device != "cpu":
             raise SettingsError("device", f"{self.device!r} is not supported; only 'cpu' is")
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise SettingsError("timeout_s", f"{self.timeout_s:g} is not above zero")
         if self.out is not None and self.into is not None:
             raise SettingsError("out", "cannot be combined with into: a fetch lands in one place")
         if self.out is None and importlib.util.find_spec("torch") is None:
-            raise SettingsError("out", "tensors in memory need torch, which is not installed; say out=DIR")
+            raise SettingsError("out", "tensors in memory need torch: pip install torch, or say out=DIR")
         if self.out is HUB_CACHE and not hub.is_model_id(self.model_id):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
 

@@ -347,7 +347,10 @@ def _mismatch(file: FileEntry, digests: Sequence[str]) -> str | None:
             first = offset if not wrong else first
             wrong += 1
         offset += chunk.size
-    return f"{wrong} of {len(file.chunks)} chunks differ, the first at byte {first}" if wrong else None
+    if not wrong:
+        return None
+    where = f"{wrong} of {len(file.chunks)} chunks differ, the first is the one at byte {first}"
+    return f"{where}; remove the file and fetch again, the others are kept"
 
 
 class _Cache:

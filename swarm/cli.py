@@ -13,7 +13,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from swarm.settings import Settings
 INTERRUPTED = 130
 PROBLEMS_FOUND = 1
 REDRAW_S = 1.0
+METAVARS = {"listen": "HOST[:PORT]", "upload_limit": "RATE", "timeout_s": "SECONDS"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,23 +47,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"swarm {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--verbose", action="store_true", help="say what happens in detail")
-    settings = argparse.ArgumentParser(add_help=False, parents=[common])
-    _add_settings(
-        settings.add_argument_group("settings", "each also as SWARM_NAME in the environment, or in swarm.toml")
-    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", parents=[settings], help="offer a model to others")
+    serve = commands.add_parser("serve", parents=[common], help="offer a model to others")
     serve.add_argument("model", metavar="PATH|MODEL_ID", help="a model directory, or a model of the Hugging Face cache")
     serve.add_argument("--model-id", metavar="ID", help="what others fetch it by; by default the hub's id or the name")
+    _add_settings(serve, without={"timeout_s"})
     serve.set_defaults(run=_serve)
 
-    fetch = commands.add_parser("fetch", parents=[settings], help="get a model from whoever serves it")
+    fetch = commands.add_parser("fetch", parents=[common], help="get a model from whoever serves it")
     fetch.add_argument("model_id", metavar="MODEL_ID")
     fetch.add_argument("--out", type=Path, metavar="DIR", help="directory to fill; by default the Hugging Face cache")
     fetch.add_argument("--digest", metavar="D", help="accept only this content")
     fetch.add_argument("--json", action="store_true", help="print one JSON object at completion")
     fetch.add_argument("--no-seed", action="store_true", help="exit at completion instead of serving it on")
+    _add_settings(fetch)
     fetch.set_defaults(run=_fetch)
 
     status = commands.add_parser("status", parents=[common], help="show the swarm as a running node sees it")
@@ -81,9 +80,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_settings(group: argparse._ArgumentGroup) -> None:
+def _add_settings(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    group = parser.add_argument_group("settings", "also in the environment, as in SWARM_LISTEN, or in swarm.toml")
     for setting in dataclasses.fields(Settings):
-        if not setting.metadata["flag"]:
+        if not setting.metadata["flag"] or setting.name in without:
             continue
         flag = setting.name.removesuffix("_s").replace("_", "-")
         text = setting.metadata["help"]
@@ -96,12 +96,14 @@ def _add_settings(group: argparse._ArgumentGroup) -> None:
         elif setting.default == ():
             group.add_argument(f"--{flag[:-1]}", dest=setting.name, action="append", metavar="HOST:PORT", help=text)
         else:
-            group.add_argument(f"--{flag}", dest=setting.name, metavar=flag.upper(), help=text)
+            group.add_argument(
+                f"--{flag}", dest=setting.name, metavar=METAVARS.get(setting.name, flag.upper()), help=text
+            )
 
 
 def _settings(options: argparse.Namespace) -> Settings:
     names = [setting.name for setting in dataclasses.fields(Settings) if setting.metadata["flag"]]
-    return Settings.load({name: getattr(options, name) for name in names})
+    return Settings.load({name: getattr(options, name, None) for name in names})
 
 
 def _run(work: Coroutine[Any, Any, int]) -> int:
@@ -136,7 +138,9 @@ def _serve(options: argparse.Namespace) -> int:
             node.serve(name, source, origin=origin)
             manifest = source.manifest
             with running.note(settings.cache, node.address):
-                print(f"{node.address} ready: {name} {manifest.digest[:16]} {size_text(manifest.size)}", flush=True)
+                what = f"{name}, {len(manifest.files)} files, {size_text(manifest.size)}, digest {manifest.digest}"
+                print(f"{node.address} ready: {what}", flush=True)
+                logging.getLogger("swarm").info("fetch it with: swarm fetch %s --peer %s", name, node.address)
                 await _until_stopped()
         return 0
 
@@ -174,8 +178,10 @@ def _fetch(options: argparse.Namespace) -> int:
                     print(json.dumps(report), flush=True)
                 else:
                     sources = ", ".join(f"{name} {size_text(size)}" for name, size in fetched.sources.items())
-                    rate = f"{size_text(fetched.bytes)} in {fetched.seconds:.2f} s"
-                    print(f"{fetched.model_id}: {rate}, verified, from {sources or 'this disk'} -> {path}", flush=True)
+                    rate = f"{size_text(fetched.bytes)} in {fetched.seconds:.2f} s, verified"
+                    kept = f", {size_text(fetched.resumed_bytes)} kept from before" if fetched.resumed_bytes else ""
+                    came = f", from {sources}" if sources else ""
+                    print(f"{fetched.model_id}: {rate}{kept}{came} -> {path}", flush=True)
                 if not options.no_seed:
                     logging.getLogger("swarm").info("serving it on at %s; Ctrl-C to stop", node.address)
                     await _until_stopped()
@@ -211,8 +217,11 @@ def _status(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from swarm import build
+    from swarm.store.directory import PARTIAL
 
     manifest = build.recall(Settings.load().cache, options.directory)
+    if (options.directory / PARTIAL).exists():
+        raise StoreError(f"{options.directory}: a fetch into it is unfinished; run that fetch again")
     if manifest is None:
         raise StoreError(
             f"{options.directory}: not fetched by swarm on this machine, so there is nothing to compare with"

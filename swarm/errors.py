@@ -104,7 +104,7 @@ class FetchTimeout(FetchError):
     def __init__(self, model_id: str, *, timeout_s: float, fraction: float) -> None:
         super().__init__(
             f"{model_id!r} was {fraction:.0%} complete after the {timeout_s:g} s allowed; "
-            "run the same fetch again to resume, or raise --timeout"
+            "run the same fetch again to resume, or allow more time"
         )
         self.timeout_s = timeout_s
         self.fraction = fraction

@@ -140,7 +140,8 @@ class HttpLinks:
         except TimeoutError:
             raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise PeerUnreachable(address, str(error)) from error
+            cause = getattr(error, "os_error", error)  # aiohttp's own words speak of TLS where there is none
+            raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
         return WebSocketLink(socket, address)
 
     async def close(self) -> None:

@@ -55,6 +55,7 @@ HAVE_EVERY_S = 0.05  # newly verified chunks are told in batches; late news cost
 ANNOUNCE_EVERY_S = 1.0  # progress for people to look at
 HELLO_TIMEOUT_S = 5.0
 RESUME_JOBS = 4
+OFFERS_SHOWN = 3
 WARNINGS_MAX = 1000  # different ones; strangers cannot make this node remember more
 
 log = logging.getLogger("swarm")
@@ -313,7 +314,7 @@ class Node:
 
     def tried(self) -> list[str]:
         """What became of everyone who could have had something, for error messages."""
-        peers = [f"{p.name} at {p.hello.address}: does not serve it" for p in self.peers.values()]
+        peers = [f"{p.name} at {p.hello.address} serves {_offers(p)}" for p in self.peers.values()]
         return [*peers, *self._membership.tried(), *sorted(self._warned)]
 
     # What fetches and uploads ask for (see fetching.Host)
@@ -614,6 +615,12 @@ class Node:
 
     def __repr__(self) -> str:
         return f"<Node {self.name} {self.address} | {len(self.peers)} peers | {len(self._shares)} artifacts>"
+
+
+def _offers(peer: Peer) -> str:
+    offers = [f"{a.model_id} ({a.digest[:16]})" for a in peer.artifacts.values()]
+    more = f" and {len(offers) - OFFERS_SHOWN} more" if len(offers) > OFFERS_SHOWN else ""
+    return ", ".join(offers[:OFFERS_SHOWN]) + more if offers else "nothing"
 
 
 def _unpacked(peer: Peer, bits: bytes, share: _Share) -> Bitfield:

@@ -24,6 +24,7 @@ from swarm.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "SWARM_"
 FILE_NAME = "swarm.toml"
+NEAR = 0.8  # how like a setting's name a variable must be to count as a misspelling of it
 
 _RATE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]i?)?(B|bit)(?:/s|ps)\s*", re.ASCII)
 _SCALE = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -77,6 +78,9 @@ class Settings:
     fsync: bool = _setting(True, "force files to disk before they get their final names", flag=False)
 
     def __post_init__(self) -> None:
+        for name, kind in _kinds().items():
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _parse(name, value, kind))
         host, _ = split_address("listen", self.listen, default_port=0)
         if not self.insecure and not is_loopback(host):
             raise SettingsError(
@@ -106,9 +110,14 @@ class Settings:
         """
         environment = os.environ if environment is None else environment
         values = _from_file(file or Path(FILE_NAME), required=file is not None)
-        for name, kind in _kinds().items():
-            if (text := environment.get(ENVIRONMENT_PREFIX + name.upper())) is not None:
-                values[name] = _parse(ENVIRONMENT_PREFIX + name.upper(), text, kind)
+        kinds = _kinds()
+        for variable, text in environment.items():
+            name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            if variable == ENVIRONMENT_PREFIX + name.upper() and name in kinds:
+                values[name] = _parse(variable, text, kinds[name])
+            elif variable.startswith(ENVIRONMENT_PREFIX) and (near := difflib.get_close_matches(name, kinds, 1, NEAR)):
+                # Others may use the prefix too (Kubernetes does, for a service named swarm), but hardly so nearly.
+                raise SettingsError(variable, f"unknown; did you mean {ENVIRONMENT_PREFIX + near[0].upper()}?")
         for name, value in (given or {}).items():
             if value is not None:
                 values[name] = _parse(name, value, _kinds()[_known(name)])
@@ -121,6 +130,8 @@ def split_address(setting: str, text: str, *, default_port: int | None = None) -
     if match is None:
         raise SettingsError(setting, f"{text!r} is not HOST:PORT (IPv6 in brackets, as in [::1]:7000)")
     host = match[1] or match[2]
+    if host.isdigit():
+        raise SettingsError(setting, f"{text!r} needs a host, as in 127.0.0.1:{host}")
     port = int(match[3]) if match[3] else default_port
     if port is None or port > 65535:
         raise SettingsError(setting, f"{text!r} needs a port from 0 to 65535, as in {host}:7000")

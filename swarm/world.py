@@ -75,7 +75,7 @@ class HostWorld:
         if not is_loopback(host):
             log.warning("listening on %s without a cluster key: anyone who reaches it can read what it serves", host)
         else:
-            log.info("no cluster key: this node talks to this machine only")
+            log.info("no cluster key: listening on this machine only (--insecure opens the node to others)")
         limit = self._settings.upload_limit
         pace = Unlimited() if limit is None else TokenBucket(limit)
         tcp = TcpTransport(_reachable(host), port, pace=pace, congestion=self._settings.congestion)
@@ -113,12 +113,15 @@ class HostWorld:
             await transport.close()
 
     async def _resolve(self, found: Callable[[str, bool], None]) -> None:
+        unknown: set[str] = set()
         while True:
             for name in self._peers:
                 try:
                     addresses = await discovery.resolve(name)
                 except PeerError as error:
-                    log.debug("%s", error)  # the name may come to exist with the first replica that it stands for
+                    if name not in unknown:  # it may come to exist with the first replica that it stands for
+                        log.warning("%s; asking again every %g s", error, RESOLVE_EVERY_S)
+                    unknown.add(name)
                     continue
                 for address in addresses:
                     found(address, address == name)

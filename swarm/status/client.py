@@ -57,9 +57,10 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console(markup=False)  # names come from others, and may look like markup
     node = report["node"]
-    console.print(f"{node['name']} at {node['address']}, {len(report['members'])} members")
+    alive = [member for member in report["members"] if member["state"] == "alive"]
+    console.print(f"{node['name']} at {node['address']}, {len(alive)} member{'' if len(alive) == 1 else 's'}")
     members = Table("member", "address", "state", "holds")
-    for member in report["members"]:
+    for member in alive:
         holds = [
             f"{artifact['model_id']} {artifact['members'][member['name']]:.0%}"
             for artifact in report["artifacts"]
@@ -68,7 +69,8 @@ def show(report: dict[str, Any]) -> None:
         members.add_row(member["name"], member["address"], member["state"], "\n".join(holds) or "nothing yet")
     console.print(members)
     names = {artifact["digest"]: artifact["model_id"] for artifact in report["artifacts"]}
-    moving = [transfer for transfer in report["transfers"] if transfer["rate_bytes_per_s"]]
+    present = {member["name"] for member in alive}
+    moving = [t for t in report["transfers"] if t["rate_bytes_per_s"] and t["peer"] in present]
     if not moving:
         console.print("nothing is moving")
         return

@@ -153,6 +153,8 @@ class Picture:
     def _leave(self, node: str) -> None:
         if member := self._members.get(node):
             member.state = "left"
+        for fetch in self.fetches.values():
+            fetch.sources.discard(node)
         gone = [name for name, member in self._members.items() if member.state == "left"]
         for name in gone[: max(0, len(gone) - GONE_KEPT)]:
             del self._members[name]

@@ -330,7 +330,9 @@ class DirectoryStore:
 
     def _refuse_final(self, file: _File) -> None:
         if file.final:
-            raise StoreConflict(file.path, "exists with other content; move it away or fetch to another directory")
+            raise StoreConflict(
+                file.path, "exists with other content; move it away and run the same fetch again, the rest is kept"
+            )
 
     def _write(self, file: _File, view: memoryview, offset: int) -> None:
         with self._in_use(), store_errors(file.path, need_bytes=len(view)):
