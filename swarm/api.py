@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 _DIGEST = re.compile("[0-9a-f]{64}")
 
+RESOLVE_GRACE_S = 1.0  # resolving knows better than a timeout what it waited for, so it goes first
+
 log = logging.getLogger("swarm")
 
 
@@ -271,7 +273,11 @@ async def fetch_on(
         raise SettingsError("digest", f"{digest!r} is not a whole digest: 64 digits from 0 to 9 and a to f")
     began = node.now()
     find_timeout_s = settings.find_timeout_s if timeout_s is None else min(settings.find_timeout_s, timeout_s)
-    manifest, origin = await resolve(node, model_id, digest=digest, find_timeout_s=find_timeout_s)
+    try:
+        async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
+            manifest, origin = await resolve(node, model_id, digest=digest, find_timeout_s=find_timeout_s)
+    except TimeoutError:
+        raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
     loop = asyncio.get_running_loop()
     store, path = await loop.run_in_executor(None, lambda: _store(model_id, manifest, out, into, settings))
     left_s = None if timeout_s is None else max(0.1, timeout_s - (node.now() - began))

@@ -27,6 +27,7 @@ from swarm.messages import REQUEST_CHUNKS_MAX
 CORRUPT_CHUNKS_MAX = 3  # one wrong chunk may be a flaky wire; this many from one peer is a broken or lying peer
 GRANT_PATIENCE_S = 10.0  # a peer that has not granted by then has more to do than it can say
 REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # pause after a failure, doubling with each one in a row
+DECLINED_REST_S = 0.1  # at least, whatever the seed says
 RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
 
 
@@ -244,12 +245,14 @@ class Download:
             return [*actions, *self._finish("stalled"), GiveUp(missing, waited_s, self._tried())]
         return [*actions, *self._ask()]
 
+    def stop(self) -> list[Cancel]:
+        """Ends the machine before it is complete: nothing is asked for any more."""
+        return [] if self.done else self._finish("stopped")
+
     def _react(self, event: Event) -> list[Action]:
         match event:
             case PeerJoined(peer, holds, gives):
-                if peer not in self._banned and peer not in self._peers:
-                    self._peers[peer] = _Peer(holds, gives)
-                    self._rarity += holds.mask
+                self._join(peer, holds, gives)
             case PeerHas(peer, chunks):
                 self._learn(peer, chunks)
             case PeerLeft(peer, why):
@@ -258,7 +261,7 @@ class Download:
                 self._granted(number, chunks)
             case Declined(peer, number, retry_s):
                 if known := self._peers.get(peer):
-                    known.resting_until = self._now + retry_s
+                    known.resting_until = self._now + max(retry_s, DECLINED_REST_S)
                 self._end(number)
             case ChunkVerified():
                 return self._verified(event)
@@ -274,6 +277,14 @@ class Download:
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")
         return []
+
+    def _join(self, name: str, holds: Bitfield, gives: bool) -> None:
+        if name in self._banned:
+            return
+        peer = self._peers.setdefault(name, _Peer(Bitfield(holds.length), gives))
+        self._rarity += holds.mask
+        self._rarity -= peer.holds.mask  # it may say so again
+        peer.holds, peer.gives = holds, gives
 
     def _learn(self, name: str, chunks: Iterable[int]) -> None:
         if peer := self._peers.get(name):
@@ -411,9 +422,9 @@ class Download:
             if peer := self._peers.get(transfer.peer):
                 peer.transfers.discard(number)
 
-    def _finish(self, why: str) -> list[Action]:
+    def _finish(self, why: str) -> list[Cancel]:
         self.done = True
-        cancels: list[Action] = [Cancel(t.peer, n, why) for n, t in sorted(self._transfers.items()) if t.chunks]
+        cancels = [Cancel(t.peer, n, why) for n, t in sorted(self._transfers.items()) if t.chunks]
         for number in list(self._transfers):
             self._end(number)
         return cancels

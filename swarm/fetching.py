@@ -9,22 +9,29 @@ Must not know: links' messages beyond those it sends, HTTP, files.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
-from collections.abc import Coroutine, Generator, Iterator
+from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from swarm import download, messages
 from swarm.bitfield import Bitfield
 from swarm.download import Download
-from swarm.errors import PeerError, RemoteProtocolError, Stalled, StoreError, SwarmError, TransportError
+from swarm.errors import (
+    LocalProtocolError,
+    PeerError,
+    RemoteProtocolError,
+    Stalled,
+    StoreError,
+    SwarmError,
+    TransportError,
+)
 from swarm.journal import Received
 from swarm.landing import Landed, Landings
 from swarm.peer import Peer
 from swarm.store import Store
-from swarm.transport import Transfer
+from swarm.transport import Inbound, Transfer
 
 log = logging.getLogger("swarm")
 
@@ -51,6 +58,8 @@ class _Receiving:
     touched_at: float
     chunks: asyncio.Future[tuple[int, ...]]  # what comes: known from the start, unless the peer chooses
     granted: bool = False
+    session: Inbound | None = None
+    seen_bytes: int = 0  # what its session had received at the last look
     task: asyncio.Task[None] | None = None
 
 
@@ -83,10 +92,11 @@ class Fetching:
         self._manifest = store.manifest
         self._host = host
         self._idle_timeout_s = idle_timeout_s
-        self._landings = Landings(store.manifest, store)
+        self._landings = Landings(store.manifest, store, held)
         self._loop = asyncio.get_running_loop()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._receiving: dict[int, _Receiving] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Returns when every chunk is verified and nothing is written any more. Raises FetchError or StoreError."""
@@ -94,14 +104,21 @@ class Fetching:
         try:
             await self._ended
         finally:
-            tasks = [receiving.task for receiving in self._receiving.values() if receiving.task]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for cancel in self.machine.stop():
+                self._cancel(cancel.peer, cancel.transfer)
+            while self._tasks:
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.wait(self._tasks)
 
     def sources(self) -> dict[str, int]:
         """Bytes of verified chunks by the name of the peer that they came from."""
         return {self.names[node]: size for node, size in self.machine.sources.items()}
+
+    def meet(self, peer: Peer) -> None:
+        """Remembers what to call a peer; two of one name are told apart by their addresses."""
+        others = {name for node, name in self.names.items() if node != peer.node}
+        self.names[peer.node] = f"{peer.name} ({peer.hello.address})" if peer.name in others else peer.name
 
     def fail(self, error: SwarmError) -> None:
         """Ends the fetch with this error, unless it has ended."""
@@ -158,9 +175,14 @@ class Fetching:
                 self._abandon(receiving, download.TransferFailed(peer.node, number, f"refused: {reason}", retry_s))
 
     def tick(self) -> None:
-        """Time passed: cuts transfers that were granted and then brought nothing, and tells the machine."""
+        """Time passed: tells the machine, and cuts granted transfers whose session has brought nothing for too long.
+
+        Of whatever transfer: those of one session come one after another.
+        """
         now = self._host.now()
         for number, receiving in list(self._receiving.items()):
+            if receiving.session and receiving.session.received_bytes != receiving.seen_bytes:
+                receiving.seen_bytes, receiving.touched_at = receiving.session.received_bytes, now
             if receiving.granted and now - receiving.touched_at > self._idle_timeout_s:
                 receiving.touched_at = now  # once is enough
                 receiving.peer.post(messages.Cancel(number))
@@ -169,13 +191,13 @@ class Fetching:
         self.handle(download.Tick())
 
     def _ask(self, peer: Peer, ask: download.Ask) -> None:
-        self.names[peer.node] = peer.name
+        self.meet(peer)
         number = ask.transfer
         chunks: asyncio.Future[tuple[int, ...]] = self._loop.create_future()
         if ask.chunks:
             chunks.set_result(ask.chunks)
         receiving = self._receiving[number] = _Receiving(peer, ask, self._host.now(), chunks)
-        receiving.task = self._host.spawn(self._receive(receiving), f"receive {number} from {peer.name}")
+        receiving.task = self._spawn(self._receive(receiving), f"receive {number} from {peer.name}")
         receiving.task.add_done_callback(lambda _: self._receiving.pop(number, None))
 
     async def _receive(self, receiving: _Receiving) -> None:
@@ -191,7 +213,8 @@ class Fetching:
             peer.post(messages.Request(peer.scheme, self._manifest.digest, number, ask.chunks, ask.count, ask.hungry))
             chunks = await receiving.chunks
             size = sum(self._manifest.chunks[index].size for index in chunks)
-            views = self._touched(receiving, self._landings.views(number, chunks, report))
+            receiving.session = session
+            views = self._landings.views(number, chunks, report)
             await session.receive(Transfer(number, size, self._idle_timeout_s), views)
         except (TransportError, PeerError) as error:
             event = download.TransferFailed(peer.node, number, str(error))
@@ -200,15 +223,6 @@ class Fetching:
             self.fail(error)
         self._loop.call_soon(self.handle, event)  # behind the chunks that the transfer's thread has reported
 
-    def _touched(
-        self, receiving: _Receiving, views: Generator[memoryview, None, None]
-    ) -> Generator[memoryview, None, None]:
-        """Notes when bytes last arrived."""
-        with contextlib.closing(views):
-            for view in views:
-                receiving.touched_at = self._host.now()
-                yield view
-
     def _landed(self, peer: Peer, number: int, landed: Landed) -> None:
         index = landed.chunk.index
         if not landed.correct:
@@ -216,7 +230,7 @@ class Fetching:
         elif landed.spare is None:
             self._verified(peer, number, landed)
         elif index not in self.machine.held:
-            self._host.spawn(self._settle(peer, number, landed), f"settle chunk {index}")
+            self._spawn(self._settle(peer, number, landed), f"settle chunk {index}")
 
     async def _settle(self, peer: Peer, number: int, landed: Landed) -> None:
         """A second copy is right while the first is still on its way: the second takes its place."""
@@ -225,12 +239,14 @@ class Fetching:
             slow.peer.post(messages.Cancel(first))
             await self._stop(slow)
             self.handle(download.TransferFailed(slow.peer.node, first, "another peer was faster"))
+        job = self._loop.run_in_executor(None, self._landings.settle, landed, number)
         try:
-            settled = await self._loop.run_in_executor(None, self._landings.settle, landed, number)
-        except StoreError as error:
-            self.fail(error)
-            return
-        if settled:
+            await asyncio.wait([job])
+        finally:
+            await asyncio.wait([job])  # cancelled or not: whoever ends the fetch counts on nobody writing
+        if error := job.exception():
+            self.fail(error if isinstance(error, StoreError) else LocalProtocolError(f"settling failed: {error!r}"))
+        elif job.result():
             self._verified(peer, number, landed)
 
     def _verified(self, peer: Peer, number: int, landed: Landed) -> None:
@@ -244,7 +260,7 @@ class Fetching:
             await self._stop(receiving)
             self.handle(event)
 
-        self._host.spawn(stop(), f"abandon {event.transfer}")
+        self._spawn(stop(), f"abandon {event.transfer}")
 
     async def _stop(self, receiving: _Receiving) -> None:
         if receiving.task:
@@ -262,6 +278,13 @@ class Fetching:
         for receiving in self._receiving.values():
             if receiving.peer.node == node and receiving.task and not receiving.chunks.done():
                 receiving.task.cancel()
+
+    def _spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Runs something that ends with the fetch."""
+        task = self._host.spawn(work, name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _of(self, peer: Peer, number: int) -> _Receiving | None:
         receiving = self._receiving.get(number)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from swarm.messages import Announcement
 
-ENTRIES_KEPT = 10_000  # a few MB; enough to see what led to a failure
+ENTRIES_KEPT = 2000  # enough to see what led to a failure; an entry may hold all of a peer's announcements, some 100 KB
 
 
 @dataclass(frozen=True)

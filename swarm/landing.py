@@ -31,14 +31,18 @@ class Landed:
     spare: bytearray | None = None
 
 
-class Landings:
-    """The landings of one fetch, over all its transfers."""
+NOBODY = -1
 
-    def __init__(self, manifest: Manifest, store: Store) -> None:
+
+class Landings:
+    """The landings of one fetch, over all its transfers. `held`: chunks that were here, and right, before it."""
+
+    def __init__(self, manifest: Manifest, store: Store, held: Bitfield) -> None:
         self._manifest = manifest
         self._store = store
         self._lock = threading.Lock()
-        self._claimed: dict[int, int] = {}  # chunk -> transfer that may write to its place; stays once it is right
+        # Which transfer may write to a chunk's place. It stays once it is right; what was right before is nobody's.
+        self._claimed: dict[int, int] = dict.fromkeys(held, NOBODY)
 
     def views(
         self, transfer: int, chunks: Sequence[int], report: Callable[[Landed], None]
@@ -96,7 +100,7 @@ def copy(source: Source, store: Store, held: Bitfield) -> int:
     Blocks. Chunks in `held` are left alone, the others are added to it. Raises StoreError, and SourceChanged when the
     source's bytes are not the manifest's.
     """
-    landings, copied = Landings(store.manifest, store), 0
+    landings, copied = Landings(store.manifest, store, held), 0
     landed: list[Landed] = []
     for chunk in store.manifest.chunks:
         if chunk.index in held:

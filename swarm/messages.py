@@ -37,8 +37,9 @@ ANNOUNCED_MAX = 256  # artifacts one node serves
 ADDRESSES_MAX = 64  # members told in one message
 RUNS_MAX = 4096  # runs of chunks in one Have
 
-Text = Annotated[str, msgspec.Meta(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*\Z")]  # it reaches terminals
-ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+PRINTABLE = r"^[^\x00-\x1f\x7f]*\Z"  # no control characters: it reaches terminals
+Text = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
+ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
 NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 ChunkIndex = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
@@ -150,13 +151,23 @@ class Holdings(Message, frozen=True):
 
 
 class Have(Message, frozen=True):
-    """Newly verified chunks, as (first, count) runs."""
+    """Newly verified chunks, as (first, count) runs: ascending and disjoint, so that together they name at most
+    CHUNKS_MAX chunks. Raises ValueError when they are not."""
 
     digest: Digest
     runs: Annotated[
         tuple[tuple[ChunkIndex, Annotated[int, msgspec.Meta(ge=1, le=CHUNKS_MAX)]], ...],
         msgspec.Meta(max_length=RUNS_MAX),
     ]
+
+    def __post_init__(self) -> None:
+        end = 0
+        for first, count in self.runs:
+            if first < end:
+                raise ValueError(f"runs are not ascending and disjoint: one begins at {first}, after {end} was reached")
+            end = first + count
+        if end > CHUNKS_MAX:
+            raise ValueError(f"runs end at {end}; there are at most {CHUNKS_MAX} chunks")
 
 
 class Request(Message, frozen=True):

@@ -27,6 +27,7 @@ from swarm.bitfield import Bitfield, runs
 from swarm.download import Download
 from swarm.errors import (
     FetchTimeout,
+    LocalProtocolError,
     PeerError,
     PeerTimeout,
     RemoteProtocolError,
@@ -194,6 +195,8 @@ class Node:
         known = self._shares.get(source.manifest.digest)
         if known and known.model_id != model_id:
             raise SettingsError("model_id", f"the same content is offered as {known.model_id!r} by this node already")
+        if known and not known.settled.is_set():
+            raise SettingsError("model_id", f"this node is fetching {model_id!r}; it serves it by itself as it arrives")
         share = _Share(model_id, source, Bitfield.full(len(source.manifest.chunks)), origin)
         share.gifts = Gifts(share.held.length, rng=self._rng)
         share.settled.set()
@@ -233,7 +236,7 @@ class Node:
                 own = await self._own(manifest.digest)  # no await from here to `_fetch`: two fetches may be here
                 self.record("node", FetchStarted(model_id, manifest.digest, manifest.size, resumed))
                 if own:
-                    sources[self.name] = await self._loop.run_in_executor(None, copy, own.source, store, held)
+                    sources[self.name] = await self._copy(own, store, held)
                 else:
                     fetching = await self._fetch(share, store)
                     sources = fetching.sources()
@@ -243,7 +246,7 @@ class Node:
             self.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
             if self._shares.get(manifest.digest) is share:
                 self.withdraw(manifest.digest, "the fetch failed")
-            store.close()
+            await self._loop.run_in_executor(None, store.close)
             if isinstance(error, TimeoutError) and timeout_s is not None:
                 done = len(held) / max(1, held.length)
                 raise FetchTimeout(model_id, timeout_s=timeout_s, fraction=done) from None
@@ -254,6 +257,13 @@ class Node:
         self._add(share)
         seconds = self.now() - began
         return Fetched(model_id, manifest.digest, manifest.size, seconds, sources, rejected_chunks, resumed)
+
+    async def _copy(self, own: _Share, store: Store, held: Bitfield) -> int:
+        own.users += 1  # nobody closes it meanwhile
+        try:
+            return await self._loop.run_in_executor(None, copy, own.source, store, held)
+        finally:
+            self.release(own.manifest.digest)
 
     async def _own(self, digest: str) -> _Share | None:
         """What this node holds whole already, possibly after another fetch of it has ended."""
@@ -338,6 +348,8 @@ class Node:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s failed", task.get_name(), exc_info=error)
+            for fetching in self._fetchings():  # it may be what would have ended them
+                fetching.fail(LocalProtocolError(f"{task.get_name()} failed: {error!r}; please report this"))
 
     # Links
 
@@ -425,6 +437,8 @@ class Node:
         self._changed.set()
 
     def _welcome(self, peer: Peer, others: tuple[str, ...]) -> None:
+        if twin := self.peers.get(peer.node):
+            self._forget(twin, "another link is open")
         self.peers[peer.node] = peer
         self.record(peer.node, Joined(peer.node, peer.name, peer.hello.address, peer.scheme))
         self.record(peer.node, Announced(peer.node, peer.hello.artifacts))
@@ -434,17 +448,21 @@ class Node:
 
     def _farewell(self, peer: Peer, why: str) -> None:
         if self.peers.get(peer.node) is peer:
-            del self.peers[peer.node]
-            self.record(peer.node, Left(peer.node, why))
-            for fetching in self._fetchings():
-                fetching.handle(download.PeerLeft(peer.node, why))
-            self._serving.left(peer.node)
-            for share in self._shares.values():
-                if share.gifts:
-                    share.gifts.left(peer.node)
-            self.inquiries.left(peer.node, why)
+            self._forget(peer, why)
         if not self._closing:
             self._meet(membership.LinkDown(peer.number))
+
+    def _forget(self, peer: Peer, why: str) -> None:
+        """What was agreed on over a link ends with it."""
+        del self.peers[peer.node]
+        self.record(peer.node, Left(peer.node, why))
+        for fetching in self._fetchings():
+            fetching.handle(download.PeerLeft(peer.node, why))
+        self._serving.left(peer.node)
+        for share in self._shares.values():
+            if share.gifts:
+                share.gifts.left(peer.node)
+        self.inquiries.left(peer.node, why)
 
     # Messages
 
@@ -521,7 +539,7 @@ class Node:
         for digest in sorted(peer.artifacts.keys() - peer.asked):
             if (share := self._shares.get(digest)) and share.fetching:
                 peer.asked.add(digest)
-                share.fetching.names[peer.node] = peer.name
+                share.fetching.meet(peer)
                 peer.post(messages.Interest(digest, share.held.pack()))
 
     # Artifacts
@@ -539,8 +557,8 @@ class Node:
             self._inquire(peer)
 
     async def _close_share(self, share: _Share) -> None:
-        await self._serving.stop(share.manifest.digest)
-        share.close()
+        await self._serving.stop(share)
+        await self._loop.run_in_executor(None, share.close)
 
     def described(self, digest: str) -> tuple[Manifest, Origin | None] | None:
         """Manifest and origin of an artifact that this node shares."""

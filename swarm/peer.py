@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 from swarm.errors import TransportError
 from swarm.link import Link
-from swarm.messages import Announcement, Hello, Message
+from swarm.manifest import MANIFEST_BYTES_MAX
+from swarm.messages import Announcement, Hello, Holdings, Interest, ManifestPart, Message
 from swarm.transport import Inbound, Transport
 
 OUTBOX_MAX = 4096  # messages a peer may leave unread before it counts as gone
+OUTBOX_BYTES_MAX = MANIFEST_BYTES_MAX + (16 << 20)  # the largest manifest whole, and room for all else meanwhile
 CONNECT_TIMEOUT_S = 5.0
 
 
@@ -31,9 +33,11 @@ class Peer:
         self.asked: set[str] = set()  # digests it was asked to tell about
         self.why_gone: str | None = None  # set by whoever cuts it off
         self._outbox: asyncio.Queue[Message] = asyncio.Queue(OUTBOX_MAX)
+        self._unsent_bytes = 0
         self._overflowed = asyncio.Event()
         self._session: Inbound | None = None
         self._connecting = asyncio.Lock()
+        self._closed = False
         self._route = _route(hello, transports)
 
     @property
@@ -48,11 +52,13 @@ class Peer:
 
     def post(self, message: Message) -> None:
         """Queues a message. A peer that leaves too many unread is cut off; to one that is gone nothing is sent."""
-        try:
+        if self._outbox.full():
+            self._cut_off(f"left {OUTBOX_MAX} messages unread")
+        elif self._unsent_bytes + _payload_bytes(message) > OUTBOX_BYTES_MAX:
+            self._cut_off(f"left {self._unsent_bytes} bytes unread")
+        else:
+            self._unsent_bytes += _payload_bytes(message)
             self._outbox.put_nowait(message)
-        except asyncio.QueueFull:
-            self.why_gone = self.why_gone or f"left {OUTBOX_MAX} messages unread"
-            self._overflowed.set()
 
     async def write(self) -> None:
         """Sends what is posted until the link breaks or the peer is cut off, and then closes the link."""
@@ -68,28 +74,55 @@ class Peer:
 
     async def _send_all(self) -> None:
         while True:
-            await self.link.send(await self._outbox.get())
+            message = await self._outbox.get()
+            self._unsent_bytes -= _payload_bytes(message)
+            await self.link.send(message)
+
+    def _cut_off(self, why: str) -> None:
+        self.why_gone = self.why_gone or why
+        self._overflowed.set()
 
     async def session(self) -> Inbound:
         """The open session to this peer. Raises TransportError."""
         async with self._connecting:
+            self._check_open()
             if self._session is None or not self._session.alive:
                 if self._route is None:
                     raise TransportError(f"{self.name} offers no transport that this node can use")
                 if self._session is not None:
                     await self._session.close()
                 transport, address = self._route
-                self._session = await transport.connect(address, self.hello.token, timeout_s=CONNECT_TIMEOUT_S)
+                session = await transport.connect(address, self.hello.token, timeout_s=CONNECT_TIMEOUT_S)
+                if self._closed:  # meanwhile: nobody else would ever close it
+                    await session.close()
+                self._check_open()
+                self._session = session
             return self._session
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportError(f"{self.name} is gone")
 
     async def close(self) -> None:
         """Ends the session and the link."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
         await self.link.close()
 
     def __repr__(self) -> str:
         return f"<Peer {self.name} {self.hello.address} {self.scheme} | {len(self.artifacts)} artifacts>"
+
+
+def _payload_bytes(message: Message) -> int:
+    """What a message alone keeps in memory, roughly; the other kinds are small, or one object in every outbox."""
+    match message:
+        case ManifestPart(data=data):
+            return len(data)
+        case Interest(bits=bits) | Holdings(bits=bits):
+            return len(bits)
+        case _:
+            return 0
 
 
 def _route(hello: Hello, transports: Sequence[Transport]) -> tuple[Transport, str] | None:

@@ -41,7 +41,7 @@ async def resolve(
         if digest_now is None:
             raise ManifestNotFound(model_id, tried=[*failures, *node.tried()], waited_s=find_timeout_s)
         for peer in peers:
-            if peer.node in unusable:
+            if peer.node in unusable or (failures and node.now() > deadline):
                 continue
             try:
                 data = await node.inquiries.manifest(peer, digest_now, timeout_s=MANIFEST_TIMEOUT_S)

@@ -2,7 +2,8 @@
 use them.
 
 One daemon thread runs one event loop. Calls that want the same settings share a node, which closes when the last of
-them lets go, or as the process ends. Nothing here knows what a node does.
+them lets go, or as the process ends. A forked child inherits no threads, so it starts a runtime of its own and leaves
+its parent's nodes alone. Nothing here knows what a node does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import concurrent.futures
+import os
 import socket
 import threading
 from collections.abc import Coroutine
@@ -80,6 +82,10 @@ class Runtime:
                 over.wait(EXIT_TIMEOUT_S)
             raise
 
+    def abandon(self) -> None:
+        """In a forked child, where the loop's thread does not exist: nobody waits for it as the process ends."""
+        atexit.unregister(self._close_all)
+
     async def acquire(self, settings: Settings) -> Node:
         """An open node with these settings; on the loop only. Raises SettingsError."""
         shared = self._nodes.get(settings)
@@ -119,6 +125,7 @@ class Runtime:
 
 _lock = threading.Lock()
 _runtime: Runtime | None = None
+_inherited: list[Runtime] = []  # never finalized: their selectors are shared with the parent
 
 
 def runtime() -> Runtime:
@@ -128,3 +135,16 @@ def runtime() -> Runtime:
         if _runtime is None:
             _runtime = Runtime()
         return _runtime
+
+
+def _start_afresh() -> None:
+    """In a forked child: whatever thread held the lock is not here to let go of it."""
+    global _lock, _runtime
+    _lock = threading.Lock()
+    if _runtime is not None:
+        _runtime.abandon()
+        _inherited.append(_runtime)
+        _runtime = None
+
+
+os.register_at_fork(after_in_child=_start_afresh)

@@ -69,7 +69,7 @@ class Serving:
         self._withdraw = withdraw
         self._idle_timeout_s = idle_timeout_s
         self._requests: dict[tuple[str, int], messages.Request] = {}
-        self._sending: dict[tuple[str, int], tuple[asyncio.Task[None], str]] = {}  # and the digest
+        self._sending: dict[tuple[str, int], tuple[asyncio.Task[None], Servable | None]] = {}
 
     def requested(self, peer: Peer, request: messages.Request) -> None:
         """A peer asks for chunks. Raises RemoteProtocolError when it uses a transfer's number twice."""
@@ -101,9 +101,9 @@ class Serving:
         self._requests = {key: request for key, request in self._requests.items() if key[0] != node}
         self._handle(upload.PeerLeft(node))
 
-    async def stop(self, digest: str) -> None:
+    async def stop(self, share: Servable) -> None:
         """Ends every transfer of an artifact that is on the wire; nobody reads its source afterwards."""
-        tasks = [task for task, sent in self._sending.values() if sent == digest]
+        tasks = [task for task, sent in self._sending.values() if sent is share]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -117,8 +117,11 @@ class Serving:
                 case upload.Grant(node, number, sequence):
                     request = self._requests.pop((node, number))
                     if peer:
-                        task = self._host.spawn(self._send(peer, request, sequence), f"send {number} to {peer.name}")
-                        self._sending[node, number] = task, request.digest
+                        share = self._shares.get(request.digest)
+                        task = self._host.spawn(
+                            self._send(peer, request, share, sequence), f"send {number} to {peer.name}"
+                        )
+                        self._sending[node, number] = task, share
                         task.add_done_callback(partial(self._sent, node, number))
                 case upload.Stop(node, number):
                     if sending := self._sending.get((node, number)):
@@ -128,12 +131,14 @@ class Serving:
                     if peer:
                         self._refuse(peer, number, reason, retry_s)
 
-    async def _send(self, peer: Peer, request: messages.Request, sequence: int) -> None:
-        """One transfer going out."""
+    async def _send(self, peer: Peer, request: messages.Request, share: Servable | None, sequence: int) -> None:
+        """One transfer going out. What was here when it was asked for may be gone by now."""
         number = request.transfer
-        share = self._shares.get(request.digest)
         if share is None:
             self._refuse(peer, number, "unknown_artifact", REFUSED_RETRY_S)
+            return
+        if not _answerable(share, request):
+            self._refuse(peer, number, "not_held", REFUSED_RETRY_S)
             return
         indices = request.chunks or self._choose(peer, share, request)
         if not indices:

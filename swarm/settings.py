@@ -79,7 +79,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, kind in _kinds().items():
-            if (value := getattr(self, name)) is not None:
+            if (value := getattr(self, name)) is not None or not kind.endswith("| None"):
                 object.__setattr__(self, name, _parse(name, value, kind))
         host, _ = split_address("listen", self.listen, default_port=0)
         if not self.insecure and not is_loopback(host):

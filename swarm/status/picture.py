@@ -7,6 +7,7 @@ members that left and fetches that ended are forgotten after a while.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +75,20 @@ class FetchPicture:
         return (self.size - self.done_bytes) / rate if rate > 0 else None
 
 
+def distinct_names(members: Iterable[tuple[str, str, str]]) -> dict[str, str]:
+    """A name for each (id, name, address), by id: its own unless somebody before it has that, then `name (address)`.
+
+    The id is added to that where it does not tell them apart either.
+    """
+    owners: dict[str, str] = {}
+    for node, name, address in members:
+        shown = name if name not in owners else f"{name} ({address})"
+        while shown in owners:
+            shown = f"{shown} ({node})"
+        owners[shown] = node
+    return {node: shown for shown, node in owners.items()}
+
+
 class Picture:
     """Subscribe `apply` to a journal; read `report` and `fetches`."""
 
@@ -113,18 +128,19 @@ class Picture:
 
     def report(self, now: float) -> dict[str, Any]:
         """What `swarm status --json` prints: node, members, artifacts, transfers."""
+        names = self._names()
         return {
             "node": self._node,
             "members": [
-                {"id": node, "name": m.name, "address": m.address, "state": m.state, "transport": m.transport}
+                {"id": node, "name": names[node], "address": m.address, "state": m.state, "transport": m.transport}
                 for node, m in self._members.items()
             ],
-            "artifacts": self._artifacts(),
+            "artifacts": self._artifacts(names),
             "transfers": [
                 {
                     "digest": digest,
                     "direction": direction,
-                    "peer": self._members[node].name if node in self._members else node,
+                    "peer": names.get(node, node),
                     "bytes": flow.bytes,
                     "rate_bytes_per_s": round(flow.rate.at(now)),
                 }
@@ -132,9 +148,14 @@ class Picture:
             ],
         }
 
-    def _artifacts(self) -> list[dict[str, Any]]:
+    def _names(self) -> dict[str, str]:
+        """What every member is shown as; one that left takes no name from one that is here."""
+        here_first = sorted(self._members.items(), key=lambda item: item[1].state == "left")
+        return distinct_names((node, member.name, member.address) for node, member in here_first)
+
+    def _artifacts(self, names: dict[str, str]) -> list[dict[str, Any]]:
         found: dict[tuple[str, str], dict[str, Any]] = {}
-        for member in self._members.values():
+        for node, member in self._members.items():
             if member.state != "alive":
                 continue
             for a in member.artifacts.values():
@@ -142,7 +163,7 @@ class Picture:
                     (a.model_id, a.digest),
                     {"model_id": a.model_id, "digest": a.digest, "tier": a.tier, "bytes": a.size, "members": {}},
                 )
-                row["members"][member.name] = round(a.chunks / a.chunks_total, 4) if a.chunks_total else 1.0
+                row["members"][names[node]] = round(a.chunks / a.chunks_total, 4) if a.chunks_total else 1.0
         return [found[key] for key in sorted(found)]
 
     def _flow(self, digest: str, direction: str, node: str, size: int) -> None:

@@ -247,7 +247,7 @@ def store_errors(where: Path, *, need_bytes: int = 0) -> Iterator[None]:
         if error.errno in _IN_THE_WAY:
             raise StoreConflict(where, f"is in the way ({error.strerror}); move it away") from error
         raise StoreError(
-            f"{_named(error) or where}: {error.strerror or error}; mend that or use another directory, then run it again"
+            f"{_named(error) or where}: {error.strerror or error}; mend that or use another directory, then run again"
         ) from error
 
 

@@ -38,6 +38,10 @@ class Inbound(Protocol):
         """
 
     @property
+    def received_bytes(self) -> int:
+        """Bytes of all transfers so far: while it grows, the peer is not silent, only slow."""
+
+    @property
     def alive(self) -> bool:
         """Whether the session can carry another transfer."""
 

@@ -145,6 +145,11 @@ class InprocInbound:
         await self._session.receive(transfer, views)
 
     @property
+    def received_bytes(self) -> int:
+        """See `Inbound`."""
+        return self._session.received_bytes
+
+    @property
     def alive(self) -> bool:
         """Whether the session can carry another transfer."""
         return self._session.lost is None
@@ -197,6 +202,7 @@ class _Session:
 
     def __init__(self, *, source: str, target: str, line: Line | None, pace: Pace | None) -> None:
         self.lost: str | None = None
+        self.received_bytes = 0
         self._source, self._target = source, target
         self._line, self._pace = line, pace
         self._landings: dict[int, Landing] = {}
@@ -308,6 +314,7 @@ class _Session:
             await self._charge(size)
             await _on_thread(functools.partial(feed.copy, size))
             moved += size
+            self.received_bytes += size
         await _on_thread(feed.finish)
 
     async def _charge(self, size: int) -> None:

@@ -65,8 +65,12 @@ class TcpTransport:
         return self._address
 
     def reach(self, address: str) -> bool:
-        """Whether the address is a host and a port; whether somebody is there, only `connect` finds out."""
-        return _split(address) is not None
+        """Whether the address is a host and a port that this node may dial; who is there, only `connect` finds out.
+
+        A node that listens on loopback has no business beyond this machine, whatever a peer's Hello says.
+        """
+        own, where = _split(self._address), _split(address)
+        return where is not None and (own is None or not is_loopback(own[0]) or is_loopback(where[0]))
 
     async def connect(self, address: str, token: str, *, timeout_s: float) -> TcpInbound:
         """See `Transport`. Raises TransportError when nobody answers in time, or turns the token away."""

@@ -131,6 +131,7 @@ class TcpInbound(_Session):
         self._current: Landing | None = None
         self._header = memoryview(bytearray(HEADER.size))
         self._quiet_s = 0.0
+        self.received_bytes = 0
         super().__init__(sock, peer=peer, pool=pool)
 
     async def receive(self, transfer: Transfer, views: Iterator[memoryview]) -> None:
@@ -247,6 +248,7 @@ class TcpInbound(_Session):
         if not got:
             raise TransportError("it closed the connection")
         self._quiet_s = 0.0
+        self.received_bytes += got
         return got
 
 

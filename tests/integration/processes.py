@@ -82,6 +82,11 @@ class Process:
         """Of a seed that is ready."""
         return self.out.split()[0]
 
+    @property
+    def digest(self) -> str:
+        """Of what a seed that is ready serves."""
+        return self.out.partition(" digest ")[2].rstrip()
+
     def wait_for(self, words: str) -> None:
         """Returns once the process has said this; fails when it ends first."""
 

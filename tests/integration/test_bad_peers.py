@@ -21,7 +21,7 @@ from swarm.store import Span
 from swarm.transport import Outbound, Transfer
 
 from .lying import LyingPeer, Question, heard
-from .processes import DEADLINE_S, QUICK, Ended, Machine, contents, write_model
+from .processes import DEADLINE_S, MODEL, QUICK, Ended, Machine, contents, write_model
 
 pytestmark = pytest.mark.integration
 
@@ -416,7 +416,7 @@ def test_is_a_model_that_nobody_has_an_error_that_names_what_was_tried(
     nobody = "127.0.0.1:1"
     line = machine.fetch(out, peers=[seed.address, nobody], model_id="org/other").end().error(3)
     assert "nobody serves 'org/other' (asked for 2 s: " in line
-    assert f"other-seed at {seed.address}: does not serve it" in line
+    assert f"other-seed at {seed.address} serves {MODEL} ({seed.digest[:16]})" in line
     assert f"{nobody}: no answer" in line
     assert not out.exists()
 

@@ -75,7 +75,9 @@ def test_is_a_fetch_without_a_terminal_quiet(machine: Machine, model: Path, out:
     assert ended.code == 0
     assert ended.out.startswith(f"{MODEL}: 2 MB in ")
     assert ended.out.rstrip().endswith(f"-> {out}")
-    assert ended.err.splitlines() == ["no cluster key: this node talks to this machine only"]
+    assert ended.err.splitlines() == [
+        "no cluster key: listening on this machine only (--insecure opens the node to others)"
+    ]
 
 
 def test_does_a_second_fetch_transfer_nothing(machine: Machine, model: Path, out: Path) -> None:
@@ -164,8 +166,9 @@ def test_does_a_timeout_end_a_fetch_that_can_go_on_later(machine: Machine, tmp_p
     model = write_model(tmp_path / "model", size=20_000_000)
     seed = machine.serve(model, "--upload-limit", "10MB/s")
     line = machine.fetch(out, "--timeout", "1", peers=[seed.address]).end().error(4)
-    assert "complete after the 1 s allowed; run the same fetch again to resume, or raise --timeout" in line
+    assert "complete after the 1 s allowed; run the same fetch again to resume, or allow more time" in line
     assert contents(out) == {}
+    assert "unfinished; run that fetch again" in machine.run("verify", out).error(5)
     assert machine.fetch(out, peers=[seed.address]).end().report["resumed_bytes"] > 0
     assert contents(out) == contents(model)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -228,6 +229,9 @@ def test_is_a_pinned_digest_held_to(
         ({"out": "out", "into": {}}, "out: cannot be combined with into"),
         ({"digest": "abc"}, "digest: 'abc' is not a whole digest"),
         ({"digest": "A" * 64}, "digest: "),
+        ({"timeout_s": 0}, "timeout_s: 0 is not above zero"),
+        ({"timeout_s": -1.5}, "timeout_s: -1.5 is not above zero"),
+        ({"timeout_s": math.nan}, "timeout_s: nan is not above zero"),
     ],
 )
 def test_is_a_wrong_argument_told(here: Settings, wrong: dict[str, Any], says: str) -> None:
@@ -244,7 +248,7 @@ def test_must_what_goes_to_the_hub_cache_be_a_model_of_the_hub(here: Settings, m
 
 def test_does_a_fetch_into_memory_without_torch_fail_at_once(here: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SettingsError, match="torch, which is not installed"):
+    with pytest.raises(SettingsError, match="need torch: pip install torch"):
         swarm.fetch(MODEL, settings=here)
 
 
@@ -322,6 +326,12 @@ def test_does_a_fetch_that_gets_nothing_stall(
 def test_must_tensors_be_given_a_name(here: Settings, state: dict[str, torch.Tensor]) -> None:
     with pytest.raises(SettingsError, match="model_id"):
         swarm.serve(state, settings=here)
+
+
+def test_is_a_source_of_no_tensors_refused(here: Settings) -> None:
+    with pytest.raises(SettingsError, match="tensors: there are none"):
+        swarm.serve({}, model_id=MODEL, settings=here)
+    assert nodes() == 0
 
 
 @pytest.mark.parametrize("what", ["org/not-cached", "./missing", Path("missing")])

@@ -352,7 +352,8 @@ def test_does_verify_name_every_problem(model: Path, tmp_path: Path) -> None:
         "config.json: is missing",
         "empty: has 1 bytes instead of 0",
         "model.safetensors: is not a file",
-        "onnx/model.onnx: 2 of 3 chunks differ, the first at byte 8192",
+        "onnx/model.onnx: 2 of 3 chunks differ, the first is the one at byte 8192; "
+        "remove the file and fetch again, the others are kept",
     ]
 
 

@@ -20,6 +20,7 @@ from swarm.build import checkpoint, remember
 from swarm.cli import main
 from swarm.settings import Settings
 from swarm.status import client
+from swarm.store.directory import PARTIAL
 
 COMMANDS = ["serve", "fetch", "status", "verify", "demo"]
 DEADLINE_S = 60.0
@@ -42,8 +43,8 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def seed(model: Path, tmp_path: Path) -> Iterator[str]:
-    """The address of `swarm serve` in a process of its own."""
+def ready_line(model: Path, tmp_path: Path) -> Iterator[str]:
+    """What `swarm serve` in a process of its own says once others can fetch."""
     arguments = [sys.executable, "-m", "swarm.cli", "serve", str(model), "--model-id", "org/model", *LOCAL]
     with subprocess.Popen(
         arguments,
@@ -56,14 +57,20 @@ def seed(model: Path, tmp_path: Path) -> Iterator[str]:
         killer = threading.Timer(DEADLINE_S, process.kill)
         killer.start()
         try:
-            words = process.stdout.readline().split() if process.stdout else []
-            assert words[1:3] == ["ready:", "org/model"]
-            yield words[0]
+            line = process.stdout.readline() if process.stdout else ""
+            assert " ready: org/model, " in line
+            yield line
             process.send_signal(signal.SIGTERM)
             assert process.wait() == 0  # stopping a seed is no failure
         finally:
             killer.cancel()
             process.kill()
+
+
+@pytest.fixture
+def seed(ready_line: str) -> str:
+    """The address of a running `swarm serve`."""
+    return ready_line.split()[0]
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
@@ -87,7 +94,13 @@ def test_has_every_command_help(command: str, capsys: pytest.CaptureFixture[str]
         assert all(f"    {each} " in out for each in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["fly"], ["serve"], ["fetch"], ["verify"], ["fetch", "x", "--no-such-flag"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [], ["fly"], ["serve"], ["fetch"], ["verify"], ["fetch", "x", "--no-such-flag"],
+        ["serve", "x", "--timeout", "2.5"],
+    ],
+)  # fmt: skip
 def test_is_a_wrong_command_line_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
@@ -105,9 +118,16 @@ FLAGS = {
 }
 
 
-@pytest.mark.parametrize("command", ["serve", "fetch"])
-@pytest.mark.parametrize("setting", [field for field in dataclasses.fields(Settings) if field.metadata["flag"]])
-def test_has_every_setting_its_flag(setting: dataclasses.Field[object], command: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "setting"),
+    [
+        (command, field)
+        for command in ("serve", "fetch")
+        for field in dataclasses.fields(Settings)
+        if field.metadata["flag"] and (command, field.name) != ("serve", "timeout_s")  # a seed has no end to wait for
+    ],
+)
+def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[object]) -> None:
     options = cli._parser().parse_args([command, "x", *FLAGS[setting.name]])
     wanted = {
         "name": "me",
@@ -180,12 +200,14 @@ def test_what_does_an_error_exit_with(
         (["status", "--peer", "nowhere"], 2, "needs a port"),
         (["verify", "empty"], 5, "not fetched by swarm"),
         (["verify", "missing"], 5, "not fetched by swarm"),
+        (["verify", "unfinished"], 5, "unfinished: a fetch into it is unfinished; run that fetch again"),
     ],
 )
 def test_what_does_a_failed_command_say(
     arguments: list[str], code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished" / PARTIAL).mkdir(parents=True)
     assert main([*arguments, *(LOCAL if arguments[0] in ("serve", "fetch") else [])]) == code
     out, err = printed(capsys)
     assert out == ""
@@ -203,6 +225,17 @@ def test_is_a_directory_verified(
     (model / "config.json").write_bytes(b"[]" * 500)
     assert main(["verify", "model"]) == 1
     assert "config.json: 1 of 1 chunks differ" in printed(capsys)[0]
+    (model / PARTIAL).mkdir()
+    assert main(["verify", "model"]) == 5
+    assert "model: a fetch into it is unfinished" in printed(capsys)[1]
+
+
+def test_does_the_ready_line_hold_what_it_takes_to_pin_the_content(
+    ready_line: str, model: Path, tmp_path: Path
+) -> None:
+    manifest, source, _ = checkpoint(model, cache_dir=tmp_path / "cache")
+    source.close()
+    assert ready_line.endswith(f" digest {manifest.digest}\n")
 
 
 def test_is_a_served_model_shown_and_fetched(
@@ -227,7 +260,7 @@ def test_is_a_served_model_shown_and_fetched(
     }  # fmt: skip
     assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert main(fetch) == 0
-    assert "verified, from this disk -> out" in printed(capsys)[0]
+    assert "verified, 1 kB kept from before -> out" in printed(capsys)[0]
     assert main(["verify", "out"]) == 0
 
 

@@ -17,7 +17,8 @@ REPORT: dict[str, Any] = {
     "node": {"id": "n0", "name": "me", "address": "127.0.0.1:1"},
     "members": [
         {"id": "n0", "name": "me", "address": "127.0.0.1:1", "state": "alive", "transport": "self"},
-        {"id": "n1", "name": "peer", "address": "127.0.0.1:2", "state": "left", "transport": "tcp"},
+        {"id": "n1", "name": "peer", "address": "127.0.0.1:2", "state": "alive", "transport": "tcp"},
+        {"id": "n2", "name": "gone", "address": "127.0.0.1:3", "state": "left", "transport": "tcp"},
     ],
     "artifacts": [
         {"model_id": "org/model", "digest": "ab" * 32, "tier": "checkpoint", "bytes": 9, "members": {"me": 0.5}}
@@ -25,6 +26,7 @@ REPORT: dict[str, Any] = {
     "transfers": [
         {"digest": "ab" * 32, "direction": "down", "peer": "peer", "bytes": 2_000_000, "rate_bytes_per_s": 1_500_000},
         {"digest": "cd" * 32, "direction": "up", "peer": "peer", "bytes": 1, "rate_bytes_per_s": 1},
+        {"digest": "ab" * 32, "direction": "up", "peer": "gone", "bytes": 1, "rate_bytes_per_s": 1},
     ],
 }
 
@@ -120,8 +122,19 @@ def test_is_a_report_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     monkeypatch.setenv("COLUMNS", "120")
     client.show(REPORT)
     shown = capsys.readouterr().out
-    for word in ("me at 127.0.0.1:1, 2 members", "org/model 50%", "nothing yet", "left", "2.0", "1.5", "cdcdcdcdcdcd"):
+    for word in ("me at 127.0.0.1:1, 2 members", "org/model 50%", "nothing yet", "alive", "2.0", "1.5", "cdcdcdcdcdcd"):
         assert word in shown
+
+
+def test_is_one_that_left_not_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    client.show(REPORT)
+    assert "gone" not in capsys.readouterr().out
+    left = REPORT["members"][1] | {"state": "left"}
+    client.show(REPORT | {"members": [REPORT["members"][0], left]})
+    shown = capsys.readouterr().out
+    assert "me at 127.0.0.1:1, 1 member\n" in shown
+    assert "nothing is moving" in shown
 
 
 def test_does_it_say_that_nothing_moves(capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,12 +257,13 @@ def test_whatever_happens_counts_add_up_and_nobody_is_given_what_it_has(seed: in
     giver = Seed(seeds=seeds)
     holds: dict[str, set[int]] = {}
     sent: dict[str, set[int]] = {}
+    starved: dict[str, bool] = {}
     for _ in range(60):
         name, some = dice.choice("abc"), dice.sample(range(CHUNKS), dice.randrange(4))
         match dice.choice(["joined", "left", "has", "failed", "asked", "asked", "asked", "hungry"]):
             case "joined":
                 giver.joined(name, some)
-                holds[name], sent[name] = set(some), set()
+                holds[name], sent[name], starved[name] = set(some), set(), False
             case "left":
                 giver.left(name)
                 holds.pop(name, None)
@@ -273,13 +274,17 @@ def test_whatever_happens_counts_add_up_and_nobody_is_given_what_it_has(seed: in
                 giver.failed(name, *some)
                 sent[name] -= set(some)
             case "asked" | "hungry" as how if name in holds:
-                lost = not set(range(CHUNKS)) - holds[name] - sent[name]
-                count = dice.randrange(1, 4)
-                chunks = giver.asked(name, count, hungry=how == "hungry")
+                hungry, count = how == "hungry", dice.randrange(1, 4)
+                chunks = giver.asked(name, count, hungry=hungry)
                 assert len(set(chunks)) == len(chunks) <= count
                 assert not holds[name] & set(chunks), "it has one of them"
-                assert lost or not sent[name] & set(chunks), "it was sent one of them"
+                if sent[name] & set(chunks):
+                    assert hungry, "it was sent one of them, and can do without"
+                    assert starved[name], "it was sent one of them, which may be on its way"
+                    assert holds[name] | sent[name] == set(range(CHUNKS)), "it was sent one of them, and not all others"
+                    sent[name] = set()  # all of that counts as lost, so each of it may be given once more
                 sent[name] |= set(chunks)
+                starved[name] = not chunks and (hungry or starved[name])
     assert (giver.gifts._given >= 0).all()
     assert (giver.gifts._held >= 0).all()
 

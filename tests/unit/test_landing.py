@@ -82,7 +82,7 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 def landings(store: MemoryStore) -> Landings:
-    return Landings(store.manifest, store)
+    return Landings(store.manifest, store, Bitfield(len(store.manifest.chunks)))
 
 
 def contents(store: MemoryStore) -> bytes:
@@ -152,7 +152,7 @@ def test_is_there_nothing_to_settle_about_a_chunk_in_place(landings: Landings) -
 
 def test_does_a_full_disk_free_the_place() -> None:
     store = Failing(manifest())
-    landings = Landings(store.manifest, store)
+    landings = Landings(store.manifest, store, Bitfield(len(store.manifest.chunks)))
     views = landings.views(1, [0], list[Landed]().append)
     next(views)
     with pytest.raises(StoreFull):
@@ -162,7 +162,7 @@ def test_does_a_full_disk_free_the_place() -> None:
 
 def test_does_a_disk_that_is_full_at_settling_free_the_place() -> None:
     store = Failing(manifest())
-    landings = Landings(store.manifest, store)
+    landings = Landings(store.manifest, store, Bitfield(len(store.manifest.chunks)))
     first = Transfer(landings, 1, 0)
     (landed,) = Transfer(landings, 2, 0).fill(DATA[:10]).landed
     first.stop()
@@ -205,3 +205,12 @@ def test_is_a_source_with_other_bytes_refused(store: MemoryStore) -> None:
 def test_is_a_source_of_another_size_a_bug(store: MemoryStore, spans: tuple[Span, ...]) -> None:
     with pytest.raises(LocalProtocolError):
         copy(Holder(*spans), store, Bitfield(3))
+
+
+def test_is_what_was_right_before_never_written_over(store: MemoryStore) -> None:
+    for view, data in zip(store.landing(store.manifest.chunks[0]), [DATA[:10]], strict=True):
+        view[:] = data
+    landings = Landings(store.manifest, store, Bitfield.full(len(store.manifest.chunks)))
+    transfer = Transfer(landings, 1, 0).fill(bytes(10))
+    assert [(landed.correct, landed.spare is None) for landed in transfer.landed] == [(False, False)]
+    assert contents(store)[:10] == DATA[:10]

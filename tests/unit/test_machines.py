@@ -716,9 +716,77 @@ def test_the_own_address_is_dialled_once_and_never_again() -> None:
     knows = Knows()
     knows.tell(Found("me:1", True))
     assert knows.tell(LinkUp(1, SMALL, "10.0.0.1:1", dialled="me:1")) == [Drop(1, "this is myself")]
-    for address in ("me:1", "10.0.0.1:1"):
-        assert knows.tell(Told((address,))) == []
-        assert knows.tell(Found(address, True)) == []
+    assert knows.tell(Told(("me:1",))) == []
+    assert knows.tell(Found("me:1", True)) == []
+
+
+def test_a_stranger_cannot_have_an_address_taken_for_the_own_one() -> None:
+    knows = Knows()
+    knows.tell(Found("seed:1", True))
+    knows.tell(DialFailed("seed:1"))
+    assert knows.tell(LinkUp(1, SMALL, "seed:1", dialled=None)) == [Drop(1, "this is myself")]
+    assert knows.tell(membership.Tick(), at=60.0) == [Dial("seed:1")]
+
+
+def test_the_own_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "OWN_MAX", 2)
+    knows = Knows()
+    for number, address in enumerate(("me:1", "me:2", "me:3")):
+        knows.tell(LinkUp(number, SMALL, "me:1", dialled=address))
+    assert knows.tell(Told(("me:3", "me:2"))) == []
+    assert knows.tell(Told(("me:1",))) == [Dial("me:1")]
+
+
+def test_a_claimed_address_keeps_nobody_from_dialling_what_was_given_by_hand() -> None:
+    knows = Knows()
+    knows.tell(Found("seed:1", True))
+    knows.tell(DialFailed("seed:1"))
+    knows.tell(LinkUp(1, BIG, "seed:1", dialled=None))
+    assert knows.tell(membership.Tick(), at=0.4) == []
+    knows.tell(LinkDown(1))
+    assert knows.tell(LinkUp(2, BIG, "seed:1", dialled=None), at=0.5) == [Welcome(2, ()), Dial("seed:1")]
+
+
+def test_a_claimed_address_that_nobody_gave_by_hand_is_not_dialled() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    assert knows.tell(Told(("b:1",)), at=60.0) == []
+
+
+def test_who_hangs_up_at_once_is_dialled_less_and_less_often_until_a_link_lasts() -> None:
+    knows, pauses = Knows(), []
+    knows.tell(Found("b:1", False))
+    for number in range(8):
+        knows.tell(LinkUp(number, BIG, "b:1", dialled="b:1"))
+        knows.tell(LinkDown(number), at=knows.now + membership.BRIEF_S / 2)
+        began = knows.now
+        while not knows.tell(membership.Tick(), at=knows.now + 0.25):
+            pass
+        pauses.append(knows.now - began)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
+    assert knows.machine.tried() == ["b:1: hung up at once, 8 times"]
+    assert knows.machine.unanswered() == []
+    knows.tell(LinkUp(9, BIG, "b:1", dialled="b:1"))
+    knows.tell(LinkDown(9), at=knows.now + membership.BRIEF_S)
+    assert knows.machine.tried() == ["b:1: not connected just now"]
+    assert knows.tell(membership.Tick(), at=knows.now + membership.RETRY_FIRST_S) == [Dial("b:1")]
+
+
+def test_a_link_that_gives_way_to_its_twin_has_not_failed() -> None:
+    knows = Knows(BIG)
+    knows.tell(LinkUp(1, SMALL, "a:1", dialled="a:1"))
+    knows.tell(LinkUp(2, SMALL, "a:1", dialled=None))
+    knows.tell(LinkDown(1))
+    knows.tell(LinkDown(2))
+    assert knows.machine.tried() == ["a:1: not connected just now"]
+
+
+def test_an_address_that_fails_for_days_is_still_dialled() -> None:
+    knows = Knows()
+    knows.tell(Found("b:1", True))
+    for number in range(2000):
+        knows.tell(DialFailed("b:1"), at=100.0 * number)
+        assert knows.tell(membership.Tick(), at=100.0 * number + 50.0) == [Dial("b:1")]
 
 
 def test_a_lost_link_is_dialled_again_after_a_moment() -> None:

@@ -58,6 +58,7 @@ BITS: tuple[list[Any], list[Any]] = (
     ["", base64.b64encode(bytes(CHUNKS_MAX // 8)).decode()],
     [base64.b64encode(bytes(CHUNKS_MAX // 8 + 1)).decode()],
 )
+RUNS = [[2 * number, 1] for number in range(messages.RUNS_MAX + 1)]
 TRANSFER = [0, (1 << 62) - 1]
 TEXT = ["", "x" * 256]
 # (message, field): values that are just within the bounds, and values that are just beyond them or of a wrong kind.
@@ -89,6 +90,8 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
                 for change in (
                     {"model_id": ""},
                     {"model_id": "x" * 257},
+                    {"model_id": "org/\x1b[2J"},
+                    {"model_id": "org/model\n"},
                     {"digest": "0" * 63},
                     {"digest": DIGEST + "\n"},
                     {"tier": "cache"},
@@ -126,8 +129,19 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("Interest", "bits"): BITS,
     ("Holdings", "bits"): BITS,
     ("Have", "runs"): (
-        [[], [[0, 1]] * messages.RUNS_MAX, [[CHUNKS_MAX - 1, CHUNKS_MAX]]],
-        [[[0, 1]] * (messages.RUNS_MAX + 1), [[CHUNKS_MAX, 1]], [[-1, 1]], [[0, 0]], [[0, CHUNKS_MAX + 1]], [[0]]],
+        [[], RUNS[:-1], [[0, CHUNKS_MAX]], [[CHUNKS_MAX - 1, 1]], [[0, 1], [1, 2], [4, 1]]],
+        [
+            RUNS,
+            [[CHUNKS_MAX, 1]],
+            [[-1, 1]],
+            [[0, 0]],
+            [[0, CHUNKS_MAX + 1]],
+            [[0]],
+            [[CHUNKS_MAX - 1, 2]],
+            [[0, 2], [1, 1]],
+            [[5, 1], [0, 1]],
+            [[0, CHUNKS_MAX]] * messages.RUNS_MAX,
+        ],
     ),
     ("Request", "scheme"): (["inproc", "cuda_ipc"], ["TCP", ""]),
     ("Request", "transfer"): (TRANSFER, [-1, 1 << 62]),

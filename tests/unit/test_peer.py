@@ -8,10 +8,10 @@ import pytest
 
 from swarm import peer as peers
 from swarm.errors import PeerUnreachable, TransportError
-from swarm.messages import AnyMessage, Bye, Cancel, Hello, Message, Offer
+from swarm.messages import AnyMessage, Bye, Cancel, Hello, ManifestPart, Message, Offer
 from swarm.peer import Peer
 from swarm.transport import Transport
-from swarm.transport.inproc import InprocHub, InprocTransport
+from swarm.transport.inproc import InprocHub, InprocInbound, InprocTransport
 
 TOKEN = "cd" * 16
 
@@ -78,6 +78,32 @@ def test_is_a_peer_that_reads_nothing_cut_off(monkeypatch: pytest.MonkeyPatch) -
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
+def test_is_a_peer_that_leaves_much_unread_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "OUTBOX_BYTES_MAX", 10)
+    part = ManifestPart("ab" * 32, 10, 0, bytes(5))
+
+    async def scenario() -> None:
+        link = FakeLink()
+        reading = peer_at(link)
+        writing = asyncio.create_task(reading.write())
+        for _ in range(5):
+            reading.post(part)
+            assert await link.sent.get() == part
+        assert reading.why_gone is None
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+        deaf = FakeLink(stuck=True)
+        stuck = peer_at(deaf)
+        for _ in range(3):
+            stuck.post(part)
+        await stuck.write()
+        assert deaf.closed
+        assert stuck.why_gone == "left 10 bytes unread"
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
 def test_does_writing_end_with_the_link() -> None:
     async def scenario() -> None:
         link = FakeLink(broken=True)
@@ -109,6 +135,37 @@ def test_is_the_session_kept_and_opened_again_once_it_is_dead() -> None:
         await theirs.close()
         with pytest.raises(TransportError):
             await peer.session()
+        await ours.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_is_a_session_that_opens_after_the_end_closed() -> None:
+    class Slow(InprocTransport):
+        connecting, go_on = asyncio.Event(), asyncio.Event()
+        opened: InprocInbound
+
+        async def connect(self, address: str, token: str, *, timeout_s: float) -> InprocInbound:
+            self.opened = await super().connect(address, token, timeout_s=timeout_s)
+            self.connecting.set()
+            await self.go_on.wait()
+            return self.opened
+
+    async def scenario() -> None:
+        hub = InprocHub()
+        ours, theirs = Slow(hub), InprocTransport(hub)
+        theirs.admit(TOKEN)
+        peer = peer_at(FakeLink(), Offer("inproc", theirs.address), transports=(ours,))
+        late = asyncio.create_task(peer.session())
+        await ours.connecting.wait()
+        await peer.close()
+        ours.go_on.set()
+        with pytest.raises(TransportError, match="gone"):
+            await late
+        assert not ours.opened.alive
+        with pytest.raises(TransportError, match="gone"):
+            await peer.session()
+        await theirs.close()
         await ours.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 10))

@@ -7,7 +7,7 @@ import pytest
 from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Left, Opened, Received, Sent
 from swarm.messages import Announcement
 from swarm.status import picture as pictures
-from swarm.status.picture import RATE_WINDOW_S, Picture, Rate
+from swarm.status.picture import RATE_WINDOW_S, Picture, Rate, distinct_names
 
 DIGEST = "ab" * 32
 
@@ -65,6 +65,23 @@ def test_who_holds_how_much() -> None:
     picture.apply(Entry(7, "node", Announced("n0", ())))
     picture.apply(Entry(8, "node", Left("n1", "tired")))
     assert picture.report(9)["artifacts"] == []
+
+
+def test_are_two_members_of_one_name_told_apart() -> None:
+    twin = Joined("n2", "peer", "127.0.0.1:3", "tcp")
+    picture = picture_of(OPENED, JOINED, twin, announced("n1", 4), announced("n2", 1), Sent("n2", DIGEST, 5))
+    report = picture.report(7)
+    names = ["me", "peer", "peer (127.0.0.1:3)"]
+    assert [member["name"] for member in report["members"]] == names
+    assert report["artifacts"][0]["members"] == {"peer": 1.0, "peer (127.0.0.1:3)": 0.25}
+    assert report["transfers"][0]["peer"] == "peer (127.0.0.1:3)"
+    picture.apply(Entry(8, "node", Left("n1", "tired")))
+    assert picture.report(9)["artifacts"][0]["members"] == {"peer": 0.25}
+
+
+def test_does_everyone_have_a_name_of_their_own_whatever_they_call_themselves() -> None:
+    members = [("n0", "a (x:1)", "w:1"), ("n1", "a", "x:1"), ("n2", "a", "x:1"), ("n3", "a", "y:1")]
+    assert distinct_names(members) == {"n0": "a (x:1)", "n1": "a", "n2": "a (x:1) (n2)", "n3": "a (y:1)"}
 
 
 def test_is_an_empty_artifact_whole() -> None:

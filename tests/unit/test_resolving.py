@@ -165,12 +165,12 @@ def test_does_a_model_that_nobody_serves_say_who_was_asked(knows: list[str]) -> 
     async def scenario() -> None:
         street = Street()
         async with street.node("seed") as seed, street.node("newcomer", knows=knows) as newcomer:
-            seed.serve("org/other", Zeros())
+            seed.serve("org/other", other := Zeros())
             await until(lambda: not newcomer.searching)
             with pytest.raises(ManifestNotFound) as caught:
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.01)
             words = {
-                "seed": "seed at seed: does not serve it",
+                "seed": f"seed at seed serves org/other ({other.manifest.digest[:16]})",
                 "nowhere": "nowhere: no answer, tried 1 times",
             }
             assert caught.value.tried == tuple(words[name] for name in knows)

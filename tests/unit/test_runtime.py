@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +23,25 @@ from swarm.settings import Settings
 from swarm.world import HostWorld
 
 DEADLINE_S = 20.0
+
+# The child works, and ends as processes do, though a thread that it does not have holds the lock for ever. Were it to
+# wait for the nodes of its parent, it would wait without end.
+FORKING = """
+import os, sys
+from swarm import runtime as runtimes
+
+async def answer():
+    return 42
+
+runtimes.EXIT_TIMEOUT_S = None
+assert runtimes.runtime().run(answer()) == 42
+with runtimes._lock:
+    child = os.fork()
+    if child == 0:
+        sys.exit(runtimes.runtime().run(answer()))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+assert runtimes.runtime().run(answer()) == 42
+"""
 
 
 def settings(tmp_path: Path, **changes: object) -> Settings:
@@ -163,6 +185,15 @@ def test_does_the_end_of_the_process_close_every_node(tmp_path: Path) -> None:
     node = own.run(own.acquire(settings(tmp_path)))
     own._close_all()
     assert node._closing
+
+
+def test_does_it_work_in_a_forked_child() -> None:
+    with subprocess.Popen([sys.executable, "-c", FORKING], start_new_session=True) as parent:
+        try:
+            assert parent.wait(DEADLINE_S) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(parent.pid, signal.SIGKILL)  # a child that hangs, too
 
 
 def test_what_is_a_node_called_that_has_no_name(tmp_path: Path) -> None:

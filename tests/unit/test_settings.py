@@ -82,6 +82,33 @@ def test_has_every_field_a_twin_in_the_environment(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
+def test_does_the_constructor_read_text_too(name: str) -> None:
+    text, value = TEXTS[name]
+    wanted = load({name: text})
+    assert Settings(**{name: text}) == wanted
+    assert getattr(wanted, name) == value
+
+
+@pytest.mark.parametrize("peers", ["a:1,b:2", ["a:1", "b:2"], ("a:1", "b:2")])
+def test_are_peers_a_tuple_however_they_are_given(peers: Any) -> None:
+    assert Settings(peers=peers).peers == ("a:1", "b:2")
+    assert hash(Settings(peers=peers)) == hash(Settings(peers=("a:1", "b:2")))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"peers": 7}, {"peers": [1]}, {"peers": None}, {"mdns": 1}, {"mdns": None}, {"upload_slots": True},
+        {"upload_slots": 1.5}, {"upload_slots": None}, {"timeout_s": []}, {"listen": 7000}, {"listen": None},
+        {"name": 7}, {"cache": 7}, {"upload_limit": "fast"}, {"upload_limit": "150"},
+    ],
+)  # fmt: skip
+def test_does_the_constructor_refuse_what_load_refuses(wrong: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(wrong))):
+        Settings(**wrong)
+
+
+@pytest.mark.parametrize("name", FIELDS)
 def test_can_every_field_be_in_the_file(elsewhere: Path, name: str) -> None:
     (elsewhere / "other.toml").write_text(f"{name} = '{TEXTS[name][0]}'")
     assert getattr(Settings.load(environment={}, file=elsewhere / "other.toml"), name) == TEXTS[name][1]
@@ -142,6 +169,27 @@ def test_does_a_wrong_variable_name_itself(name: str, text: str) -> None:
     with pytest.raises(SettingsError, match=rf"(?i){name}: ") as caught:
         Settings.load(environment={f"SWARM_{name}": text})
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("SWARM_PEER", "SWARM_PEERS"),
+        ("SWARM_UPLOAD_LIMT", "SWARM_UPLOAD_LIMIT"),
+        ("SWARM_TIMEOUT", "SWARM_TIMEOUT_S"),
+        ("SWARM_name", "SWARM_NAME"),
+    ],
+)
+def test_is_a_variable_that_is_nearly_a_setting_an_error(variable: str, meant: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^{variable}: unknown; did you mean {meant}\?"):
+        load(**{variable: "1"})
+
+
+@pytest.mark.parametrize(
+    "variable", ["SWARM_PORT", "SWARM_SERVICE_HOST", "SWARM_SERVICE_PORT", "SWARM_PORT_7000_TCP", "SWARM_", "NAME"]
+)
+def test_is_a_variable_of_somebody_else_left_alone(variable: str) -> None:
+    assert load(**{variable: "tcp://10.0.0.1:7000"}) == load()
 
 
 @pytest.mark.parametrize("text", ["1", "true", "YES", " on "])
@@ -207,6 +255,12 @@ def test_where_is_that(text: str, address: tuple[str, int]) -> None:
 )
 def test_is_it_no_address(text: str) -> None:
     with pytest.raises(SettingsError, match="listen: "):
+        split_address("listen", text, default_port=9)
+
+
+@pytest.mark.parametrize("text", ["7000", " 7000 ", "7000:7000", "[7000]"])
+def test_does_a_port_alone_say_what_host_it_needs(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"listen: .* needs a host, as in 127\.0\.0\.1:7000"):
         split_address("listen", text, default_port=9)
 
 

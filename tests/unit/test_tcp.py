@@ -367,9 +367,9 @@ def test_does_a_sender_wait_only_for_its_turn_when_closed() -> None:
 )
 def test_which_addresses_look_reachable(address: str, *, reachable: bool) -> None:
     async def scenario() -> None:
-        transport = TcpTransport("::1", 7)
+        transport = TcpTransport("fe80::9", 7)
         assert transport.reach(address) is reachable
-        assert transport.address == "[::1]:7"
+        assert transport.address == "[fe80::9]:7"
         await transport.close()
 
     run(scenario)
@@ -382,5 +382,19 @@ def test_is_an_unknown_congestion_control_a_settings_error() -> None:
             with pytest.raises(SettingsError, match="no-such-thing"):
                 await asker.connect(holder.address, TOKEN, timeout_s=5)
             await asker.close()
+
+    run(scenario)
+
+
+def test_does_a_node_on_loopback_stay_on_its_machine() -> None:
+    async def scenario() -> None:
+        transport = TcpTransport("127.0.0.1", 7)
+        assert [transport.reach(a) for a in ("127.0.0.1:9", "[::1]:9", "10.0.0.1:9", "other.example:9")] == [
+            True,
+            True,
+            False,
+            False,
+        ]
+        await transport.close()
 
     run(scenario)
