@@ -59,14 +59,14 @@ def show(report: dict[str, Any]) -> None:
     node = report["node"]
     alive = [member for member in report["members"] if member["state"] == "alive"]
     console.print(f"{node['name']} at {node['address']}, {len(alive)} member{'' if len(alive) == 1 else 's'}")
-    members = Table("member", "address", "state", "holds")
+    members = Table("member", "address", "holds")
     for member in alive:
         holds = [
             f"{artifact['model_id']} {artifact['members'][member['name']]:.0%}"
             for artifact in report["artifacts"]
             if member["name"] in artifact["members"]
         ]
-        members.add_row(member["name"], member["address"], member["state"], "\n".join(holds) or "nothing yet")
+        members.add_row(member["name"], member["address"], "\n".join(holds) or "nothing yet")
     console.print(members)
     names = {artifact["digest"]: artifact["model_id"] for artifact in report["artifacts"]}
     present = {member["name"] for member in alive}

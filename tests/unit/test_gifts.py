@@ -228,6 +228,14 @@ def test_is_what_was_lost_unseen_given_again_to_one_that_asks_twice() -> None:
     assert seed.asked("a", hungry=True) == ()
 
 
+def test_does_what_is_known_to_have_failed_come_before_what_may_be_lost() -> None:
+    seed = Seed("a")
+    seed.drained("a")
+    assert seed.asked("a", hungry=True) == ()
+    seed.failed("a", 3)
+    assert seed.asked("a", 5, hungry=True) == (3,)
+
+
 def test_is_one_that_has_everything_given_nothing_however_often_it_asks() -> None:
     seed = Seed("a")
     seed.has("a", *range(CHUNKS))

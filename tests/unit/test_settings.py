@@ -82,11 +82,11 @@ def test_has_every_field_a_twin_in_the_environment(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_does_the_constructor_read_text_too(name: str) -> None:
+def test_does_the_constructor_read_text_as_load_does(name: str) -> None:
     text, value = TEXTS[name]
-    wanted = load({name: text})
-    assert Settings(**{name: text}) == wanted
-    assert getattr(wanted, name) == value
+    values: dict[str, Any] = {name: text}
+    assert Settings(**values) == load(values)
+    assert getattr(Settings(**values), name) == value
 
 
 @pytest.mark.parametrize("peers", ["a:1,b:2", ["a:1", "b:2"], ("a:1", "b:2")])
@@ -182,14 +182,14 @@ def test_does_a_wrong_variable_name_itself(name: str, text: str) -> None:
 )
 def test_is_a_variable_that_is_nearly_a_setting_an_error(variable: str, meant: str) -> None:
     with pytest.raises(SettingsError, match=rf"^{variable}: unknown; did you mean {meant}\?"):
-        load(**{variable: "1"})
+        Settings.load(environment={variable: "1"})
 
 
 @pytest.mark.parametrize(
     "variable", ["SWARM_PORT", "SWARM_SERVICE_HOST", "SWARM_SERVICE_PORT", "SWARM_PORT_7000_TCP", "SWARM_", "NAME"]
 )
 def test_is_a_variable_of_somebody_else_left_alone(variable: str) -> None:
-    assert load(**{variable: "tcp://10.0.0.1:7000"}) == load()
+    assert Settings.load(environment={variable: "tcp://10.0.0.1:7000"}) == load()
 
 
 @pytest.mark.parametrize("text", ["1", "true", "YES", " on "])
