@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import json
 import platform
+import re
 import shutil
 import socket
 import statistics
@@ -77,7 +78,7 @@ def main() -> int:
         }
         _print_host(report)
         bench = Bench(place.absolute(), model, congestion=options.congestion, settle_s=options.settle_s, held=held)
-        samples = list(bench.samples(options.repeat))
+        samples = list(bench.samples(options.repeat, only=options.only))
         report |= {"model": model.name, "bytes": bench.size, "checked": bench.check(), "quick_s": bench.quick()}
     report["samples"] = [asdict(sample) for sample in samples]
     _print_table(samples)
@@ -114,10 +115,11 @@ class Bench:
         self._methods: dict[str, Callable[[], dict[str, Any]]] = {}
         self._choose(held)
 
-    def samples(self, repeat: int) -> Iterator[Sample]:
+    def samples(self, repeat: int, *, only: str) -> Iterator[Sample]:
         """Every method once a round, forth and back: all meet the same weather, none always the same neighbour."""
+        chosen = {name: method for name, method in self._methods.items() if re.search(only, name)}
         for number in range(repeat):
-            methods = list(self._methods.items())
+            methods = list(chosen.items())
             for name, method in methods if number % 2 == 0 else reversed(methods):
                 print(f"\rround {number + 1} of {repeat}: {name:<40}", end="", file=sys.stderr, flush=True)
                 if name in TAKES_MEMORY:
@@ -258,6 +260,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--congestion", default="cubic", help="congestion control: bbr loses 25-45 %% on loopback")
     parser.add_argument("--settle-s", type=float, default=SETTLE_S, help="pause before what takes new memory")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="methods whose names match this; default: all")
     parser.add_argument("--out", type=Path, help="JSON file for the raw numbers")
     return parser.parse_args()
 

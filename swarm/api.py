@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
         self.path = path
         self._tensors = tensors
         self._settings: Settings | None = settings
+        self._process = os.getpid()
 
     @property
     def digest(self) -> str:
@@ -69,7 +71,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def close(self) -> None:
         """Stops serving. Tensors and files stay valid."""
         settings, self._settings = self._settings, None
-        if settings is not None:
+        if settings is not None and self._process == os.getpid():  # a forked child did not start what it inherited
             runtime().run(_withdraw(settings, self.digest))
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -102,11 +104,12 @@ class Served:
         self.digest = digest
         self.address = address
         self._settings: Settings | None = settings
+        self._process = os.getpid()
 
     def close(self) -> None:
         """Stops serving."""
         settings, self._settings = self._settings, None
-        if settings is not None:
+        if settings is not None and self._process == os.getpid():  # a forked child did not start what it inherited
             runtime().run(_withdraw(settings, self.digest))
 
     def __enter__(self) -> Served:

@@ -410,8 +410,8 @@ class Download:
         peer.resting_until = self._now + max(pause_s, at_least_s)
 
     def _leave(self, name: str, why: str) -> None:
+        self._last_words[name] = why
         if peer := self._peers.pop(name, None):
-            self._last_words[name] = why
             self._rarity -= peer.holds.mask
             for number in list(peer.transfers):
                 self._end(number)

@@ -37,7 +37,7 @@ ANNOUNCED_MAX = 256  # artifacts one node serves
 ADDRESSES_MAX = 64  # members told in one message
 RUNS_MAX = 4096  # runs of chunks in one Have
 
-PRINTABLE = r"^[^\x00-\x1f\x7f]*\Z"  # no control characters: it reaches terminals
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*\Z"  # no control characters: it reaches terminals
 Text = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
 ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
 NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
@@ -220,6 +220,15 @@ AnyMessage: TypeAlias = (
 
 _decoder: msgspec.json.Decoder[AnyMessage] = msgspec.json.Decoder(AnyMessage)
 _encoder = msgspec.json.Encoder()
+
+
+def unsayable(model_id: str) -> str | None:
+    """Why no message can carry this model id, or None when one can."""
+    try:
+        msgspec.convert(model_id, ModelId)
+    except msgspec.ValidationError as error:
+        return f"{model_id!r} cannot be announced: {error}"
+    return None
 
 
 def encode(message: Message) -> bytes:

@@ -192,6 +192,8 @@ class Node:
 
         Raises SettingsError when this node offers the same content under another model id: it has one name here.
         """
+        if why := messages.unsayable(model_id):
+            raise SettingsError("model_id", why)
         known = self._shares.get(source.manifest.digest)
         if known and known.model_id != model_id:
             raise SettingsError("model_id", f"the same content is offered as {known.model_id!r} by this node already")
@@ -456,8 +458,9 @@ class Node:
         """What was agreed on over a link ends with it."""
         del self.peers[peer.node]
         self.record(peer.node, Left(peer.node, why))
-        for fetching in self._fetchings():
-            fetching.handle(download.PeerLeft(peer.node, why))
+        for digest, share in self._shares.items():
+            if share.fetching and digest in peer.asked:
+                share.fetching.handle(download.PeerLeft(peer.node, why))
         self._serving.left(peer.node)
         for share in self._shares.values():
             if share.gifts:
