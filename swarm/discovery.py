@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from swarm.errors import PeerError, PeerTimeout, PeerUnreachable, SettingsError
 from swarm.messages import PROTOCOL
+from swarm.settings import join_address
 
 if TYPE_CHECKING:
     from zeroconf import ServiceInfo, ServiceStateChange, Zeroconf
@@ -55,7 +56,7 @@ log = logging.getLogger(__name__)
 
 def static(peers: Sequence[str]) -> list[str]:
     """The listed addresses in their one form, each once. Raises SettingsError that names the first wrong one."""
-    return list(dict.fromkeys(_join(*_split(peer.strip())) for peer in peers))
+    return list(dict.fromkeys(join_address(*_split(peer.strip())) for peer in peers))
 
 
 async def resolve(address: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[str]:
@@ -65,7 +66,7 @@ async def resolve(address: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list
     """
     host, port = _split(address)
     if _literal(host):
-        return [_join(host, port)]
+        return [join_address(host, port)]
     try:
         async with asyncio.timeout(timeout_s):
             infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -73,7 +74,7 @@ async def resolve(address: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list
         raise PeerTimeout(address, f"its name was not resolved within {timeout_s:g} s") from error
     except OSError as error:
         raise PeerUnreachable(address, f"its name cannot be resolved ({error.strerror or error})") from error
-    return list(dict.fromkeys(_join(str(sockaddr[0]), port) for *_, sockaddr in infos))
+    return list(dict.fromkeys(join_address(str(sockaddr[0]), port) for *_, sockaddr in infos))
 
 
 class Mdns:
@@ -198,7 +199,7 @@ class Mdns:
             # A loopback address means this host only to a node that is on loopback too.
             if not info.port or ipaddress.ip_address(host).is_loopback != self._loopback:
                 continue
-            address = _join(host, info.port)
+            address = join_address(host, info.port)
             if (info.name, address) in self._reported:
                 continue
             if len(self._reported) >= FOUND_MAX:
@@ -224,10 +225,6 @@ def _split(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _join(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def _literal(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
@@ -239,7 +236,7 @@ def _literal(host: str) -> bool:
 async def _announced(host: str) -> list[str]:
     """The addresses behind the host that a node listens on. Raises OSError or PeerError when there are none."""
     if not _literal(host):
-        return [_split(address)[0] for address in await resolve(_join(host, 1))]
+        return [_split(address)[0] for address in await resolve(join_address(host, 1))]
     if not ipaddress.ip_address(host).is_unspecified:
         return [host]
     family, elsewhere = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")

@@ -195,7 +195,6 @@ class _Peer:
     gives: bool
     transfers: set[int] = field(default_factory=set)
     rate_bytes_per_s: float = 0.0
-    received_bytes: int = 0
     corrupt: int = 0
     failures: int = 0
     resting_until: float = 0.0
@@ -310,7 +309,6 @@ class Download:
         self.sources[event.peer] = self.sources.get(event.peer, 0) + size
         if peer := self._peers.get(event.peer):
             peer.failures = 0
-            peer.received_bytes += size
         self._arrived(event.transfer, event.chunk)
         actions: list[Action] = [Announce((event.chunk,))]
         for number, other in sorted(self._transfers.items()):  # the endgame's second copies lost

@@ -19,7 +19,7 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 from swarm.errors import SettingsError, TransportError
-from swarm.settings import is_loopback
+from swarm.settings import is_loopback, join_address
 from swarm.transport import Pace
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
@@ -50,7 +50,7 @@ class TcpTransport:
 
     def __init__(self, host: str, port: int, *, pace: Pace | None = None, congestion: str | None = None) -> None:
         """`congestion`: the kernel's name of a congestion control; None leaves the machine's own, but within a host."""
-        self._address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._address = join_address(host, port)
         self._pace = pace
         self._congestion = congestion
         self._admitted: dict[bytes, _Admission] = {}
