@@ -4,21 +4,27 @@ A chunk has one place. The first transfer that brings it writes there; a second 
 asks for some) lands in memory of its own, because it must not touch bytes that may be verified already. If the second
 copy turns out right first, it is put in place once the first one has let go.
 
+In host memory a chunk is hashed view by view, as it arrives. In the memory of a GPU it is hashed there, many chunks at
+once, and while the next ones arrive: so a chunk is reported some time after its last byte was asked for.
+
 Runs on the transports' worker threads; tells what happened through `report`. Knows stores and hashes, no peers.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
+from swarm import cuda
 from swarm.bitfield import Bitfield
-from swarm.errors import LocalProtocolError, SourceChanged
-from swarm.hashing.cpu import LeafHasher
+from swarm.errors import LocalProtocolError, SourceChanged, StoreError
+from swarm.hashing.cpu import LeafHasher, chunk_digest
+from swarm.hashing.cuda import Batch, start
 from swarm.manifest import Chunk, Manifest
-from swarm.store import FileSpan, Source, Span, Store
+from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, View
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,9 @@ class Landed:
 
 
 NOBODY = -1
+
+# Bytes hashed by one launch on a GPU: enough leaves for all of it, and the last batch of a transfer is still short.
+BATCH_BYTES = 512 << 20
 
 
 class Landings:
@@ -50,6 +59,25 @@ class Landings:
         """The views that a transfer of these chunks fills, in order. Reports every chunk as its last byte is in."""
         for index in chunks:
             yield from self._chunk_views(transfer, self._manifest.chunks[index], report)
+
+    def device_views(
+        self, transfer: int, chunks: Sequence[int], report: Callable[[Landed], None]
+    ) -> Generator[View, None, None]:
+        """As `views`, but GPU memory as it is, if the store has any."""
+        if not isinstance(self._store, DeviceStore):
+            yield from self.views(transfer, chunks, report)
+            return
+        batches = _DeviceBatches(self._manifest, self._store, release=self._release, report=report)
+        try:
+            for index in chunks:
+                chunk = self._manifest.chunks[index]
+                if self._claim(chunk, transfer):
+                    yield from batches.fill(chunk)
+                else:
+                    yield from self._chunk_views(transfer, chunk, report)
+            batches.finish()
+        finally:
+            batches.abandon()
 
     def settle(self, spare: Landed, transfer: int) -> bool:
         """Puts a spare copy in place, if its chunk's place is free. Blocks; raises StoreError."""
@@ -92,6 +120,97 @@ class Landings:
     def _release(self, chunk: Chunk) -> None:
         with self._lock:
             del self._claimed[chunk.index]
+
+
+class _DeviceBatches:
+    """The chunks of one transfer that land where GPUs are: filled, then hashed in batches, then reported.
+
+    A chunk that lies partly in host memory (a header among small tensors) is read back and hashed by the CPU.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: DeviceStore,
+        *,
+        release: Callable[[Chunk], None],
+        report: Callable[[Landed], None],
+    ) -> None:
+        self._scheme = manifest.scheme
+        self._store = store
+        self._release = release
+        self._report = report
+        self._unproven: dict[int, Chunk] = {}
+        self._filled: list[tuple[Chunk, list[DeviceView]]] = []
+        self._hashing: list[tuple[list[Chunk], Batch]] = []
+        self._movers: list[cuda.Stream] = []  # that may still be filling
+
+    def fill(self, chunk: Chunk) -> Generator[View, None, None]:
+        """The views of a chunk, whose place is this transfer's."""
+        self._unproven[chunk.index] = chunk
+        views: list[View] = []
+        for view in self._store.device_landing(chunk):
+            views.append(view)
+            if isinstance(view, DeviceView):
+                self._remember_mover(view.device)
+            yield view
+        on_gpu = [view for view in views if isinstance(view, DeviceView)]
+        if len(on_gpu) < len(views) or len({view.device for view in on_gpu}) > 1:
+            cuda.flush()
+            self._drain()
+            self._settle(chunk, chunk_digest(self._scheme, self._store.read(chunk)))
+            return
+        if self._filled and self._filled[0][1][0].device != on_gpu[0].device:
+            self._hash()
+        self._filled.append((chunk, on_gpu))
+        if sum(chunk.size for chunk, _ in self._filled) >= BATCH_BYTES:
+            self._hash()
+            while len(self._hashing) > 1:
+                self._collect()
+
+    def finish(self) -> None:
+        """Hashes and reports everything that was filled."""
+        self._hash()
+        while self._hashing:
+            self._collect()
+
+    def abandon(self) -> None:
+        """Lets go of what was not found right, once nobody writes there any more."""
+        if self._unproven:
+            self._drain()
+        for _, batch in self._hashing:  # it may still copy to memory of its own
+            with contextlib.suppress(StoreError):
+                batch.collect()
+        for chunk in list(self._unproven.values()):
+            self._release(chunk)
+        self._unproven.clear()
+
+    def _hash(self) -> None:
+        if self._filled:
+            cuda.flush()
+            batch = start(self._scheme, [views for _, views in self._filled])
+            self._hashing.append(([chunk for chunk, _ in self._filled], batch))
+            self._filled = []
+
+    def _collect(self) -> None:
+        chunks, batch = self._hashing.pop(0)
+        for chunk, digest in zip(chunks, batch.collect(), strict=True):
+            self._settle(chunk, digest)
+
+    def _settle(self, chunk: Chunk, digest: bytes) -> None:
+        del self._unproven[chunk.index]
+        if digest != chunk.digest:
+            self._release(chunk)
+        self._report(Landed(chunk, digest == chunk.digest))
+
+    def _remember_mover(self, device: int) -> None:
+        stream = cuda.gpu(device).current()
+        if stream not in self._movers:
+            self._movers.append(stream)
+
+    def _drain(self) -> None:
+        for stream in self._movers:
+            stream.synchronize()
 
 
 def copy(source: Source, store: Store, held: Bitfield) -> int:

@@ -2,6 +2,7 @@
 
 A place is some bytes of a file that lie together: a whole buffer, a header, one tensor. Chunks know nothing of places
 and may straddle them at will. Where somebody else can write to a place, its `check` tells whether that has happened.
+A place may be in the memory of a GPU; `staging` then carries its bytes, unless they are asked for as they are.
 
 Nothing is ever unmapped by hand: a buffer lives until the last view over it is gone, so what was handed out outlives
 the store. Must not know: torch, hash functions, peers.
@@ -21,10 +22,8 @@ from typing import NoReturn
 from swarm.errors import ManifestInvalid, SourceChanged, StoreFull
 from swarm.manifest import Chunk, FileEntry, Manifest
 from swarm.safetensors_header import Tensor
-
-# A view is hashed as soon as it is full: 1 MiB is still in the core's own cache then, and large enough for a
-# system call.
-LANDING_BYTES = 1 << 20
+from swarm.store import AnySpan, DeviceView, View
+from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 
 # Below one huge page a mapping of its own gains nothing, and a process may only have about 65,000 of them.
 _MAPPED_BYTES_MIN = 2 << 20
@@ -34,7 +33,7 @@ _MAPPED_BYTES_MIN = 2 << 20
 class Place:
     """Consecutive bytes of a file. `check` raises SourceChanged when somebody else has written to them."""
 
-    view: memoryview
+    view: View
     check: Callable[[], None] | None = None
 
 
@@ -68,11 +67,22 @@ class MemorySource:
         """
         return self._read(chunk.file, chunk.offset, chunk.size)
 
+    def device_spans(self, chunk: Chunk) -> Iterator[AnySpan]:
+        """As `spans`, but GPU memory as it is."""
+        return self._lent(chunk.file, chunk.offset, chunk.size)
+
     def close(self) -> None:
         """Lets go of the memory; what was handed out keeps its own."""
         self._files = None
 
     def _read(self, file: int, offset: int, size: int) -> Iterator[memoryview]:
+        for view in self._lent(file, offset, size):
+            if isinstance(view, DeviceView):
+                yield from outgoing(view)
+            else:
+                yield view
+
+    def _lent(self, file: int, offset: int, size: int) -> Iterator[View]:
         for place in self._file(file).cut(offset, size):
             if place.check:
                 place.check()
@@ -98,8 +108,19 @@ class MemoryLanding(MemorySource):
         return iter(())
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
-        """The final memory itself, at most LANDING_BYTES at a time."""
+        """The final memory itself, or pinned memory on its way there, at most LANDING_BYTES at a time."""
+        for view in self.device_landing(chunk):
+            if isinstance(view, DeviceView):
+                yield from incoming(view)
+            else:
+                yield view
+
+    def device_landing(self, chunk: Chunk) -> Iterator[View]:
+        """The final memory itself; at most LANDING_BYTES at a time where it is the host's."""
         for place in self._file(chunk.file).cut(chunk.offset, chunk.size):
+            if isinstance(place.view, DeviceView):
+                yield place.view
+                continue
             for start in range(0, place.view.nbytes, LANDING_BYTES):
                 yield place.view[start : start + LANDING_BYTES]
 

@@ -1,10 +1,13 @@
-"""Artifacts whose bytes lie in CPU tensors: `MemoryStore`, `IntoStore` and `TensorSource`.
+"""Artifacts whose bytes lie in tensors: `MemoryStore`, `IntoStore`, `DeviceStore` and `TensorSource`.
 
-    MemoryStore    fetch(model_id)           buffers of its own, handed out as tensors that share them
-    IntoStore      fetch(into=state_dict)    the caller's tensors, filled where they are
+    MemoryStore    fetch(model_id)           buffers of its own, handed out as CPU tensors that share them
+    DeviceStore    fetch(device="cuda:0")    tensors of its own in the memory of a GPU
+    IntoStore      fetch(into=state_dict)    the caller's tensors, filled where they are: CPU, GPU, or both
     TensorSource   serve(state_dict)         the caller's tensors, read as one virtual safetensors file
 
-Nothing is copied between a socket and a tensor, except where a tensor's own layout forbids it; each class says where.
+Nothing is copied between a socket and a CPU tensor, except where a tensor's own layout forbids it; each class says
+where. Tensors of a GPU are read and filled in their own memory too, by transports that can; for others, `staging`
+carries it.
 
 Whoever holds a tensor may write to it, and then its chunks no longer match the manifest. Every tensor that somebody
 else can write to is watched through torch's version counter. The counter does not see writes through `.data`, numpy or
@@ -22,9 +25,10 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from swarm import safetensors_header
-from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict
+from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict, StoreFull
 from swarm.manifest import Manifest, units
 from swarm.safetensors_header import LENGTH_BYTES, Tensor
+from swarm.store import DeviceView, View
 from swarm.store.memory import MemoryLanding, MemorySource, Place, PlacedFile, TensorIndex, buffer, demand_room
 
 if TYPE_CHECKING:
@@ -125,8 +129,8 @@ class IntoStore(MemoryLanding):
     which stays for serving; aliases with memory of their own are filled from the tensor that they stand for; tensors
     that the caller has tied and the manifest has not land separately and must turn out equal.
 
-    Raises SettingsError for a value that is not a tensor, StoreConflict for a tensor that is not in plain CPU memory or
-    that overlaps another one, and what `MemoryStore` raises.
+    Raises SettingsError for a value that is not a tensor, StoreConflict for a tensor that is not in plain memory of the
+    CPU or a GPU or that overlaps another one, and what `MemoryStore` raises.
     """
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -165,6 +169,7 @@ class IntoStore(MemoryLanding):
         for target, landed in self._copies:
             with torch.inference_mode(target.is_inference()):
                 target.detach().copy_(landed)
+        _finish_work(target for target, _ in self._copies)
         for watch in self._watches:
             watch.renew()
 
@@ -179,7 +184,7 @@ class IntoStore(MemoryLanding):
             self._filled[_identity(target)] = target
             self._watches.append(_Watch(name, target))
             return target, Place(_bytes(target), self._watches[-1].check)
-        landed = target.new_empty(target.shape)
+        landed = _empty(tuple(target.shape), target.dtype, target.device)
         self._settle(name, target, landed)
         return landed, Place(_bytes(landed))
 
@@ -193,16 +198,50 @@ class IntoStore(MemoryLanding):
             self._twins.append((name, provided, landed))
 
 
+class DeviceStore(IntoStore):
+    """Tensors of its own on one device, each allocated by torch by itself, so that it can be freed by itself.
+
+    Raises StoreFull when the device lacks room, and what `IntoStore` raises.
+    """
+
+    def __init__(self, manifest: Manifest, device: str) -> None:
+        import torch
+
+        index, where = TensorIndex(manifest), torch.device(device)
+        _demand_representable(index.owners.values())
+        need_bytes = sum(entry.size for entry in index.owners.values())
+        free_bytes = torch.cuda.mem_get_info(where)[0] + _cached_bytes(where)
+        if need_bytes > free_bytes:
+            raise StoreFull(device, need_bytes=need_bytes, free_bytes=free_bytes)
+        made: dict[str, torch.Tensor] = {}
+        for name, entry in index.owners.items():
+            dtype, shape = _torch_type(entry)
+            made[name] = _empty(shape, dtype, where)
+        super().__init__(manifest, made)
+        self._made = made | {alias: made[name] for alias, name in index.aliases.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name; tied names share one tensor object. To be used once sealed."""
+        return dict(self._made)
+
+    def close(self) -> None:
+        """Lets go of the memory; tensors that were handed out keep theirs."""
+        super().close()
+        self._made = {}
+
+
 class TensorSource(MemorySource):
     """A state dict as one virtual file, `VIRTUAL_PATH`: valid safetensors, whoever fetches it.
 
     Tensors of wide elements come first, then by name, so that each is aligned. Tied tensors (same memory, dtype, shape
     and strides) are stored once, under the first of their names; the others go into the metadata, as
     `safetensors.torch.save_model` does it. Tensors that merely overlap are stored one by one. A tensor that is not
-    contiguous is copied once, here; all others are read where they are.
+    contiguous is copied once, here; all others are read where they are. What was enqueued so far for tensors of a GPU
+    is done when this returns.
 
     Whoever builds the manifest (of `cut(source.units(), ...)`, hashing `read`) sets `manifest`. Raises SettingsError
-    for a value that is no tensor or has no safetensors type, StoreConflict for one that is not in plain CPU memory.
+    for a value that is no tensor or has no safetensors type, StoreConflict for one that is not in plain memory of the
+    CPU or a GPU.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -216,6 +255,7 @@ class TensorSource(MemorySource):
         prefix = len(composed).to_bytes(LENGTH_BYTES, "little") + composed
         self.size = len(prefix) + sum(size for *_, size in entries)
         self._files = [PlacedFile([Place(memoryview(prefix)), *(_readable(name, tensor) for name, tensor in kept)])]
+        self.devices = _finish_work(tensor for _, tensor in kept)  # of GPUs, by number
 
     def units(self) -> list[int]:
         """Bytes of the header and of each tensor: what `manifest.cut` wants to know."""
@@ -225,6 +265,10 @@ class TensorSource(MemorySource):
     def read(self, offset: int, size: int) -> Iterator[memoryview]:
         """These bytes of the virtual file. Raises SourceChanged once a tensor in them was written to or moved."""
         return self._read(0, offset, size)
+
+    def device_read(self, offset: int, size: int) -> Iterator[View]:
+        """As `read`, but GPU memory as it is."""
+        return self._lent(0, offset, size)
 
 
 class _Watch:
@@ -291,7 +335,7 @@ def _entry(name: str, tensor: torch.Tensor) -> tuple[str, str, tuple[int, ...], 
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The mapping, once every value has turned out to be a tensor in CPU memory that holds its own bytes."""
+    """The mapping, once every value has turned out to be a tensor in memory that holds its own bytes."""
     import torch
 
     for name, tensor in tensors.items():
@@ -299,8 +343,8 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             raise SettingsError(repr(name), "cannot be the name of a tensor in a safetensors file")
         if not isinstance(tensor, torch.Tensor):
             raise SettingsError(name, f"is a {type(tensor).__name__}, not a tensor; leave it out")
-        if tensor.device.type != "cpu":
-            raise StoreConflict(name, f"is on {tensor.device}; only tensors in CPU memory are supported yet")
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise StoreConflict(name, f"is on {tensor.device}; only tensors of the CPU and of CUDA GPUs are supported")
         wraps = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         if wraps or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
             raise StoreConflict(name, "does not hold plain bytes of its own (sparse, quantised, lazy or a wrapper)")
@@ -363,14 +407,24 @@ def _end(tensor: torch.Tensor) -> int:
 
 def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two tensors whose extents overlap have a byte in common: columns of one matrix have none."""
-    import torch
-
-    same_size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # numpy lacks bfloat16 and its like
-    a, b = (tensor.detach().view(same_size[tensor.element_size()]).numpy() for tensor in (one, other))
     try:
-        return np.shares_memory(a, b, max_work=_OVERLAP_WORK_MAX)  # type: ignore[arg-type] # numpy takes any
+        return np.shares_memory(_Extent(one), _Extent(other), max_work=_OVERLAP_WORK_MAX)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+class _Extent:
+    """A tensor's layout as numpy describes one, for comparing: the memory itself may be a GPU's and is not read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        size = tensor.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "data": (tensor.data_ptr(), True),
+            "shape": tuple(tensor.shape),
+            "strides": tuple(stride * size for stride in tensor.stride()),
+        }
 
 
 def _untied(tensors: Mapping[str, torch.Tensor]) -> tuple[list[tuple[str, torch.Tensor]], dict[str, str]]:
@@ -387,12 +441,42 @@ def _readable(name: str, tensor: torch.Tensor) -> Place:
     return Place(_bytes(tensor.detach().contiguous()))
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor, which stays alive, and cannot be resized, as long as the view."""
-    return _flat(tensor).numpy().data
+def _bytes(tensor: torch.Tensor) -> View:
+    """The memory of a contiguous tensor, which stays alive as long as the view. A CPU's cannot be resized meanwhile."""
+    flat = _flat(tensor)
+    if flat.device.type == "cpu":
+        return flat.numpy().data
+    return DeviceView(flat.device.index, flat.data_ptr(), flat.numel(), flat)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    import torch
+
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        need_bytes = torch.Size(shape).numel() * dtype.itemsize
+        raise StoreFull(str(device), need_bytes=need_bytes, free_bytes=torch.cuda.mem_get_info(device)[0]) from error
+
+
+def _cached_bytes(device: torch.device) -> int:
+    """What torch keeps of a device's memory without using it."""
+    import torch
+
+    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _finish_work(tensors: Iterable[torch.Tensor]) -> set[int]:
+    """Waits for everything that was enqueued on the GPUs of these tensors; returns their numbers."""
+    import torch
+
+    devices = {tensor.device.index for tensor in tensors if tensor.device.type != "cpu"}
+    for device in devices:
+        torch.cuda.synchronize(device)
+    return devices

@@ -3,7 +3,8 @@
 A transfer is a run of bytes with an id. The asker posts `receive` when it sends its request; the holder calls `send`
 when it grants it. The asker's id is unique among the transfers of its session, so a transport may match the ends by
 it. Where bytes land and what is hashed on the way is the caller's: a transport fills the views it is given, in order,
-on a worker thread, and never looks inside. It knows nothing of chunks, peers' reputations or schedules.
+on a worker thread, and never looks inside. Only a session that says `on_device` is lent memory of GPUs. It knows
+nothing of chunks, peers' reputations or schedules.
 
 `check_transport` in tests/conformance is the contract as a program: every transport passes it.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from swarm.store import Span
+from swarm.store import AnySpan, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,11 @@ class Transfer:
 
 
 class Inbound(Protocol):
-    """The asker's end of a session with one peer."""
+    """The asker's end of a session with one peer. `on_device`: it can fill the memory of GPUs as it is."""
 
-    async def receive(self, transfer: Transfer, views: Iterator[memoryview]) -> None:
+    on_device: bool
+
+    async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
         """Fills `views` until `transfer.size` bytes have arrived; they are advanced on a worker thread.
 
         Raises TransportError when the peer aborts, stops, sends too much or goes away; `views` is closed then.
@@ -50,9 +53,11 @@ class Inbound(Protocol):
 
 
 class Outbound(Protocol):
-    """The holder's end of a session with one peer."""
+    """The holder's end of a session with one peer. `on_device`: it can send the memory of GPUs as it is."""
 
-    async def send(self, transfer: Transfer, spans: Iterator[Span]) -> None:
+    on_device: bool
+
+    async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
         """Sends the bytes of `spans`, `transfer.size` of them in all, advancing it on a worker thread.
 
         Raises TransportError when the peer goes away or does not read. An error out of `spans` aborts the transfer on

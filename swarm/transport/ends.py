@@ -7,6 +7,9 @@ a time; to stop a landing from outside, one leaves a note and then tries the gat
 note after it let go of the gate. So one of the two always ends the landing, and nobody waits for a lock while
 bytes are on their way.
 
+What threads have to say to the loop goes through a `Mailbox`, and whoever waits for a thread awaits an `Outcome`: with
+small chunks, waking the loop and walking through its turns is most of what a transfer costs.
+
 A landing that ended lends no more room; the transport drops the rest of its bytes. Knows no sockets and no
 frames.
 """
@@ -16,23 +19,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import overload
 
 from swarm.errors import LocalProtocolError, TransportError
-from swarm.store import FileSpan, Span
+from swarm.store import AnySpan, DeviceView, FileSpan, Span, View
 from swarm.transport import Transfer
 
-T = TypeVar("T")
-_NO_VIEW = memoryview(b"")
+_NO_VIEW: View = memoryview(b"")
 
 
-def span_bytes(span: Span) -> int:
+def span_bytes(span: AnySpan) -> int:
     """The span's size in bytes."""
     return span.size if isinstance(span, FileSpan) else span.nbytes
 
 
-def pieces(spans: Iterator[Span], *, size: int, most: int) -> Iterator[Span]:
+def pieces(spans: Iterator[AnySpan], *, size: int, most: int) -> Iterator[AnySpan]:
     """The bytes of `spans` in pieces of at most `most` bytes.
 
     Raises LocalProtocolError unless they are `size` in all, before a byte too many is handed out.
@@ -50,16 +53,94 @@ def pieces(spans: Iterator[Span], *, size: int, most: int) -> Iterator[Span]:
         raise LocalProtocolError(f"the spans of a transfer of {size} bytes hold only {lent}")
 
 
-def _part(span: Span, offset: int, size: int) -> Span:
+@overload
+def on_host(span: View) -> memoryview: ...
+@overload
+def on_host(span: AnySpan) -> Span: ...
+def on_host(span: AnySpan) -> Span:
+    """The span, which is not of a GPU. Raises LocalProtocolError: who lends those must know who can take them."""
+    if isinstance(span, DeviceView):
+        raise LocalProtocolError("GPU memory was lent to a transport that moves host memory")
+    return span
+
+
+def _part(span: AnySpan, offset: int, size: int) -> AnySpan:
     if isinstance(span, FileSpan):
         return FileSpan(span.fd, span.offset + offset, size)
     return span[offset : offset + size]
 
 
+class Mailbox:
+    """Calls that other threads leave for the loop, which makes them in order. However many were left since it looked
+    last, they wake it once. Made on the loop."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._calls: deque[Callable[[], object]] = deque()
+        self._rung = False
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Leaves a call; any thread. A loop that is closed has nobody left who waits."""
+        self._calls.append(call)
+        if not self._rung:  # looked at after the call was left, so that it is either seen or rung for
+            self._ring()
+
+    def _ring(self) -> None:
+        self._rung = True
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._rung = False
+        try:
+            while self._calls:
+                self._calls.popleft()()
+        finally:
+            if self._calls:  # one call failed; the others are still to be made
+                self._ring()
+
+
+class Outcome(asyncio.Future[None]):
+    """How work on another thread ends. Whoever awaits `reached` and is cancelled has the work stopped, and is released
+    only once it has ended: a thread does not let go of memory because a task was cancelled."""
+
+    def __init__(self, stop: Callable[[], object]) -> None:
+        super().__init__(loop=asyncio.get_running_loop())
+        self._stop: Callable[[], object] | None = stop  # None once it is settled: who is stopped holds this one
+        self._unwanted = False
+
+    async def reached(self) -> None:
+        """Returns, or raises what the work failed with; CancelledError when it was cancelled meanwhile."""
+        try:
+            await self
+        finally:
+            if self._unwanted:
+                raise asyncio.CancelledError
+
+    def cancel(self, msg: object = None) -> bool:
+        """What a task calls that is cancelled while it waits."""
+        if self._stop is None:
+            return False
+        self._unwanted = True
+        self._stop()
+        return True
+
+    def settle(self, error: BaseException | None) -> None:
+        """Gives it its result unless it has one. On the loop's thread."""
+        if self._stop is None:
+            return
+        self._stop = None
+        if error is None:
+            self.set_result(None)
+        else:
+            self.set_exception(error)
+            self.exception()  # seen: otherwise asyncio reports it as lost when its asker was cancelled
+
+
 class Landing:
     """The views of one transfer while they are filled. Made on the loop; `borrow` to `finish` belong to one mover."""
 
-    def __init__(self, transfer: Transfer, views: Iterator[memoryview]) -> None:
+    def __init__(self, transfer: Transfer, views: Iterator[View], *, mailbox: Mailbox) -> None:
         self.transfer = transfer
         self.received = 0
         self._views = views
@@ -68,15 +149,15 @@ class Landing:
         self._gate = threading.Lock()
         self._note: Exception | None = None
         self._ended = False
-        self._loop = asyncio.get_running_loop()
+        self._mailbox = mailbox
         self._loop_thread = threading.get_ident()
-        self._outcome: asyncio.Future[None] = self._loop.create_future()
+        self._outcome = Outcome(stop=lambda: self.stop(TransportError("cancelled by its asker")))
 
     async def outcome(self) -> None:
         """Returns when everything has landed, or raises why it did not; in both cases the views are left alone."""
-        await settled(self._outcome, stop=lambda: self.stop(TransportError("cancelled by its asker")))
+        await self._outcome.reached()
 
-    def borrow(self, most: int) -> memoryview | None:
+    def borrow(self, most: int) -> View | None:
         """Where the next bytes go, at most `most` of them, which are known to follow. None: the landing has ended.
 
         Room must be given back before anything else is done with the landing.
@@ -161,45 +242,13 @@ class Landing:
             except Exception as closing:  # the first error is the cause, so it is the one that comes out
                 error.add_note(f"closing its views failed too: {closing!r}")
         if threading.get_ident() == self._loop_thread:
-            settle(self._outcome, error)
+            self._outcome.settle(error)
         else:
-            call_on_loop(self._loop, lambda: settle(self._outcome, error))
+            self._mailbox.post(lambda: self._outcome.settle(error))
 
     def __repr__(self) -> str:
         state = "ended" if self._ended else "landing"
         return f"<Landing {self.transfer.id} {state} {self.received}/{self.transfer.size}>"
-
-
-async def settled(future: asyncio.Future[T], *, stop: Callable[[], None]) -> T:
-    """The result of work on a thread. Cancelled, it calls `stop` and still waits until the thread has let go."""
-    cancelled: asyncio.CancelledError | None = None
-    while not future.done():
-        try:
-            await asyncio.wait({future})
-        except asyncio.CancelledError as error:
-            cancelled = error
-            stop()
-    if cancelled is not None:
-        if not future.cancelled():
-            future.exception()  # seen: otherwise asyncio reports it as lost
-        raise cancelled
-    return future.result()
-
-
-def settle(future: asyncio.Future[None], error: Exception | None) -> None:
-    """Gives a future its outcome unless it has one. On the loop's thread."""
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
-
-
-def call_on_loop(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
-    """Runs `call` on the loop, from any thread. A loop that is closed has nobody left who waits."""
-    with contextlib.suppress(RuntimeError):
-        loop.call_soon_threadsafe(call)
 
 
 def close_iterator(iterator: Iterator[object]) -> None:

@@ -21,9 +21,9 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeAlias
 
 from swarm.errors import LocalProtocolError, SourceChanged, TransportError
-from swarm.store import FileSpan, Span
+from swarm.store import AnySpan, FileSpan, Span, View
 from swarm.transport import Pace, Transfer
-from swarm.transport.ends import Landing, close_iterator, pieces, settled, span_bytes
+from swarm.transport.ends import Landing, Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
 
 REMEMBERED_MAX = 4096  # transfers of which one end is over and the other has not come; the oldest never will
 SLICE_BYTES = 1 << 20  # bounds what a cancelled transfer still copies
@@ -137,10 +137,12 @@ class InprocTransport:
 class InprocInbound:
     """The asker's end."""
 
+    on_device = False
+
     def __init__(self, session: _Session) -> None:
         self._session = session
 
-    async def receive(self, transfer: Transfer, views: Iterator[memoryview]) -> None:
+    async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
         """See `Inbound`."""
         await self._session.receive(transfer, views)
 
@@ -162,10 +164,12 @@ class InprocInbound:
 class InprocOutbound:
     """The holder's end."""
 
+    on_device = False
+
     def __init__(self, session: _Session) -> None:
         self._session = session
 
-    async def send(self, transfer: Transfer, spans: Iterator[Span]) -> None:
+    async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
         """See `Outbound`."""
         await self._session.send(transfer, spans)
 
@@ -214,9 +218,10 @@ class _Session:
         self._moving: Landing | None = None
         self._on_line = False  # charged for, so that it is no silence
         self._watches: dict[Landing, asyncio.TimerHandle] = {}
+        self._mailbox = Mailbox()
 
-    async def receive(self, transfer: Transfer, views: Iterator[memoryview]) -> None:
-        landing = Landing(transfer, views)
+    async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
+        landing = Landing(transfer, views, mailbox=self._mailbox)
         self._post(landing)
         self._watch(landing, received=0)
         try:
@@ -229,14 +234,14 @@ class _Session:
                 if landing is not self._moving:
                     _remember(self._abandoned, transfer.id)
 
-    async def send(self, transfer: Transfer, spans: Iterator[Span]) -> None:
+    async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
         if self.lost is not None:
             raise self._error()
         mover = asyncio.create_task(self._move(transfer, spans), name=f"inproc transfer {transfer.id}")
         self._movers.add(mover)
         mover.add_done_callback(self._movers.discard)
         try:
-            await settled(mover, stop=functools.partial(_cancel, mover))
+            await _finished(mover, stop=mover.cancel)
         finally:
             close_iterator(spans)
 
@@ -276,7 +281,7 @@ class _Session:
         again = functools.partial(self._watch, landing, received=landing.received)
         self._watches[landing] = asyncio.get_running_loop().call_later(idle_timeout_s, again)
 
-    async def _move(self, transfer: Transfer, spans: Iterator[Span]) -> None:
+    async def _move(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
         try:
             async with self._turn:
                 self._moving = await self._meet(transfer)
@@ -305,7 +310,7 @@ class _Session:
         self._abandoned.pop(transfer.id, None)
         return self._landings.get(transfer.id)
 
-    async def _copy(self, transfer: Transfer, spans: Iterator[Span], landing: Landing | None) -> None:
+    async def _copy(self, transfer: Transfer, spans: Iterator[AnySpan], landing: Landing | None) -> None:
         slice_bytes = (self._pace.slice_bytes if self._pace else None) or SLICE_BYTES
         feed = _Feed(pieces(spans, size=transfer.size, most=SLICE_BYTES), landing)
         moved = 0
@@ -341,7 +346,7 @@ class _Session:
 class _Feed:
     """Copies what spans hold into a landing, any number of bytes at a time; into nothing once that has ended."""
 
-    def __init__(self, source: Iterator[Span], landing: Landing | None) -> None:
+    def __init__(self, source: Iterator[AnySpan], landing: Landing | None) -> None:
         self._source = source
         self._landing = landing
         self._piece: Span = memoryview(b"")
@@ -351,14 +356,14 @@ class _Feed:
         while size:
             left = span_bytes(self._piece) - self._used
             if not left:
-                self._piece, self._used = next(self._source, memoryview(b"")), 0
+                self._piece, self._used = on_host(next(self._source, memoryview(b""))), 0
                 continue
             room = self._landing.borrow(min(size, left)) if self._landing is not None else None
             copied = min(size, left)
             if room is not None and self._landing is not None:
                 copied = 0
                 try:
-                    copied = _read_into(room, self._piece, self._used)
+                    copied = _read_into(on_host(room), self._piece, self._used)
                 finally:
                     self._landing.give_back(copied)
             self._used += copied
@@ -384,11 +389,18 @@ def _read_into(room: memoryview, piece: Span, offset: int) -> int:
 
 async def _on_thread(work: Callable[[], None]) -> None:
     """A cancellation waits until the thread has let go of spans and views; that takes one slice."""
-    await settled(asyncio.get_running_loop().run_in_executor(None, work), stop=lambda: None)
+    await _finished(asyncio.get_running_loop().run_in_executor(None, work), stop=lambda: None)
 
 
-def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
+async def _finished(work: asyncio.Future[None], *, stop: Callable[[], object]) -> None:
+    """Waits for the end of work, which a cancellation stops but does not leave alone."""
+    outcome = Outcome(stop)
+
+    def settle(_: asyncio.Future[None]) -> None:
+        outcome.settle(TransportError("cancelled") if work.cancelled() else work.exception())
+
+    work.add_done_callback(settle)
+    await outcome.reached()
 
 
 def _remember(ids: dict[int, None], transfer_id: int) -> None:

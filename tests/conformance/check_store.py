@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 
 from swarm import safetensors_header
 from swarm.errors import StoreError
@@ -21,6 +22,14 @@ from swarm.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest, c
 from swarm.store import FileSpan, Source, Store
 
 CHUNK_BYTES = 16 << 10
+
+# The tensors of `sample`, for whoever has to bring some.
+KINDS_OF_SAMPLE = {
+    "embed": (torch.float32, (100, 100)),
+    "nothing": (torch.float32, (0, 8)),
+    "bias": (torch.bfloat16, (7,)),
+    "head": (torch.uint8, (30_001,)),
+}
 MakeStore = Callable[[Manifest], Store]
 
 

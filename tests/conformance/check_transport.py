@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import secrets
@@ -268,6 +269,7 @@ async def check_cancelled_send_fails_the_receive(make_pair: MakePair) -> None:
         await happened(source.half_sent)
         queued.cancel()
         sending.cancel()
+        await asyncio.sleep(0)  # they hear of it before the source goes on, or there is nothing left to cancel
         source.released.set()
         for sender, receiver in ((queued, second), (sending, receiving)):
             assert isinstance(await outcome(sender), asyncio.CancelledError)
@@ -418,11 +420,12 @@ async def check_latest_session_counts(make_pair: MakePair) -> None:
         await first.close()
         for _ in range(3):
             inbound = await pair.asker.connect(pair.holder.address, token, timeout_s=5)
-            while True:  # the holder may hear of the new session a moment after its asker does
+            for number in itertools.count():  # the holder may hear of the new session a moment after its asker does
                 outbound = await pair.holder.accept(token, timeout_s=5)
                 data, views = some_bytes(1000), Views([1000])
-                receiving = asyncio.create_task(inbound.receive(transfer(1, 1000), views.lend()))
-                failed = await outcome(outbound.send(transfer(1, 1000), iter([memoryview(data)])))
+                agreed = transfer(number, 1000, idle_timeout_s=1)
+                receiving = asyncio.create_task(inbound.receive(agreed, views.lend()))
+                failed = await outcome(outbound.send(agreed, iter([memoryview(data)])))
                 done, _ = await asyncio.wait({receiving}, timeout=0.2)
                 if done and not failed:
                     assert views.buffer == data

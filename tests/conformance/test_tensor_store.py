@@ -9,15 +9,7 @@ from swarm.errors import StoreError
 from swarm.manifest import Chunk, Manifest
 from swarm.store.tensors import IntoStore, MemoryStore
 
-from .check_store import check_store
-
-# The tensors of the sample that `check_store` fills stores with.
-KINDS = {
-    "embed": (torch.float32, (100, 100)),
-    "nothing": (torch.float32, (0, 8)),
-    "bias": (torch.bfloat16, (7,)),
-    "head": (torch.uint8, (30_001,)),
-}
+from .check_store import KINDS_OF_SAMPLE, check_store
 
 
 def plain(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -40,7 +32,7 @@ def test_does_memory_keep_the_contract() -> None:
 
 @pytest.mark.parametrize("make", [plain, strided, slices])
 def test_do_given_tensors_keep_the_contract(make: Callable[[torch.dtype, tuple[int, ...]], torch.Tensor]) -> None:
-    check_store(lambda manifest: IntoStore(manifest, {name: make(*kind) for name, kind in KINDS.items()}))
+    check_store(lambda manifest: IntoStore(manifest, {name: make(*kind) for name, kind in KINDS_OF_SAMPLE.items()}))
 
 
 def test_is_memory_still_served_while_its_tensors_are_in_use() -> None:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 
+from swarm import keys
+from swarm.identity import Identity
+from swarm.keys import Keyring
 from swarm.listener import Listener
 from swarm.transport.inproc import InprocTransport
 from swarm.transport.pace import TokenBucket
-from swarm.transport.tcp import MAGIC, TcpTransport
+from swarm.transport.tcp import TcpTransport
+from swarm.transport.torchdist import TorchDistTransport
 
 from .check_transport import CHECKS, Check, MakePair, Pair, run_check
+
+MEMBER = Identity(Keyring((keys.generate(),)), "a" * 16, now_s=time.time())
 
 
 async def _hang_up(sock: socket.socket) -> None:
@@ -21,18 +28,24 @@ async def _hang_up(sock: socket.socket) -> None:
 
 
 @contextlib.asynccontextmanager
-async def tcp_pair(*, rate_bytes_per_s: float | None = None) -> AsyncIterator[Pair]:
-    listeners = [await Listener.open("127.0.0.1", 0) for _ in range(2)]
-    pace = TokenBucket(rate_bytes_per_s) if rate_bytes_per_s else None
-    holder, asker = (TcpTransport(*listener.address, pace=pace) for listener in listeners)
+async def pair_of(listeners: list[Listener], holder: TcpTransport, asker: TcpTransport) -> AsyncIterator[Pair]:
     for listener, transport in zip(listeners, (holder, asker), strict=True):
-        listener.serve({MAGIC: transport.adopt}, _hang_up)
+        listener.serve({transport.opening: transport.adopt}, _hang_up)
     try:
         yield Pair(holder, asker)
     finally:
         for listener, transport in zip(listeners, (holder, asker), strict=True):
             await transport.close()
             await listener.close()
+
+
+@contextlib.asynccontextmanager
+async def tcp_pair(*, rate_bytes_per_s: float | None = None, identity: Identity | None = None) -> AsyncIterator[Pair]:
+    listeners = [await Listener.open("127.0.0.1", 0) for _ in range(2)]
+    pace = TokenBucket(rate_bytes_per_s) if rate_bytes_per_s else None
+    holder, asker = (TcpTransport(*listener.address, pace=pace, identity=identity) for listener in listeners)
+    async with pair_of(listeners, holder, asker) as pair:
+        yield pair
 
 
 @contextlib.asynccontextmanager
@@ -52,11 +65,33 @@ async def paced_tcp_pair() -> AsyncIterator[Pair]:
         yield pair
 
 
+@contextlib.asynccontextmanager
+async def gloo_pair() -> AsyncIterator[Pair]:
+    listeners = [await Listener.open("127.0.0.1", 0) for _ in range(2)]
+    transports = [TorchDistTransport(*listener.address, backend="gloo") for listener in listeners]
+    async with pair_of(listeners, *transports) as pair:
+        yield pair
+
+
+@contextlib.asynccontextmanager
+async def tls_pair(*, rate_bytes_per_s: float | None = None) -> AsyncIterator[Pair]:
+    async with tcp_pair(rate_bytes_per_s=rate_bytes_per_s, identity=MEMBER) as pair:
+        yield pair
+
+
+@contextlib.asynccontextmanager
+async def paced_tls_pair() -> AsyncIterator[Pair]:
+    async with tls_pair(rate_bytes_per_s=200e6) as pair:
+        yield pair
+
+
 def _name(value: Callable[..., object]) -> str:
     return value.__name__.removeprefix("check_")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=_name)
-@pytest.mark.parametrize("make_pair", [inproc_pair, tcp_pair, paced_tcp_pair], ids=_name)
+@pytest.mark.parametrize(
+    "make_pair", [inproc_pair, tcp_pair, paced_tcp_pair, tls_pair, paced_tls_pair, gloo_pair], ids=_name
+)
 def test_keeps_the_contract(make_pair: MakePair, check: Check) -> None:
     run_check(check, make_pair)

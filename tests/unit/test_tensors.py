@@ -28,7 +28,7 @@ from swarm.errors import (
     StoreFull,
 )
 from swarm.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
-from swarm.store.memory import LANDING_BYTES
+from swarm.store.staging import LANDING_BYTES
 from swarm.store.tensors import VIRTUAL_PATH, IntoStore, MemoryStore, TensorSource
 
 CHUNK_BYTES = 64  # small, so that chunks straddle headers and tensors
@@ -469,7 +469,7 @@ class Wrapper(torch.Tensor):
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        (torch.ones(2, device="meta"), "meta; only tensors in CPU memory"),
+        (torch.ones(2, device="meta"), "meta; only tensors of the CPU"),
         (torch.ones(2).to_sparse(), "plain bytes"),
         (torch.ones(2, dtype=torch.complex64).conj(), "plain bytes"),
         (Wrapper(), "plain bytes"),

@@ -1,0 +1,92 @@
+"""GB/s of the GPU's leaf hashes by batch and leaf size, beside the rate of a copy within the device.
+
+    python -m bench.gpu_hash
+
+A copy reads and writes each byte, a hash only reads it: the copy's bytes count once here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import triton
+
+from swarm import cuda
+from swarm.hashing import cuda as on_gpu
+from swarm.hashing import kernels
+from swarm.manifest import HashScheme
+from swarm.store import DeviceView
+
+LEAVES = [4 << 10, 16 << 10, 64 << 10, 128 << 10]
+BATCHES = [16 << 20, 64 << 20, 256 << 20, 1 << 30, 4 << 30]
+CHUNK = 16 << 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeat", type=int, default=7)
+    repeat = parser.parse_args().repeat
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    data = torch.randint(0, 256, (max(BATCHES),), dtype=torch.uint8, device="cuda")
+    target = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    copying = _median_s(lambda: target.copy_(data[: 1 << 30]), repeat)
+    print(f"copy within the device: {(1 << 30) / copying / 1e9:.0f} GB/s of 1 GiB (by events)")
+    for name, rate in (("kernels alone, by events", _kernels), ("start and collect, by the host's clock", _whole)):
+        print(f"\n{name}, GB/s\n{'leaf':>10}" + "".join(f"{size >> 20:>9} MiB" for size in BATCHES))
+        for leaf in LEAVES:
+            row = [rate(data[:size], leaf, repeat) for size in BATCHES]
+            print(f"{leaf >> 10:>6} KiB" + "".join(f"{value:>13.0f}" for value in row), flush=True)
+    print("\nunaligned (start 1), kernels, 16 KiB leaves, 256 MiB:", end=" ")
+    print(f"{_kernels(data[1 : 1 + (256 << 20)], 16 << 10, repeat):.0f} GB/s")
+
+
+def _kernels(data: torch.Tensor, leaf: int, repeat: int) -> float:
+    count = data.numel() // leaf
+    addresses = data.data_ptr() + leaf * torch.arange(count, dtype=torch.int64, device="cuda")
+    sizes = torch.full((count,), leaf, dtype=torch.int64, device="cuda")
+    accumulators, out = (torch.empty(count, n, dtype=torch.int64, device="cuda") for n in (8, 2))
+    words = torch.tensor(kernels.keys(), dtype=torch.int64, device="cuda")
+    aligned = data.data_ptr() % 16 == 0
+
+    def launch() -> None:
+        kernels.accumulate[(-(-count // kernels.ROWS),)](
+            addresses, sizes, words, accumulators, count, (leaf - 1) // 1024, ROWS=kernels.ROWS, ALIGNED=aligned
+        )
+        kernels.merge[(-(-count // kernels.MERGED),)](accumulators, sizes, words, out, count, ROWS=kernels.MERGED)
+
+    return data.numel() / _median_s(launch, repeat) / 1e9
+
+
+def _whole(data: torch.Tensor, leaf: int, repeat: int) -> float:
+    cuda.gpu(0)
+    chunks = [
+        [DeviceView(0, data.data_ptr() + at, min(CHUNK, data.numel() - at), data)]
+        for at in range(0, data.numel(), CHUNK)
+    ]
+    scheme, times = HashScheme(leaf_bytes=leaf), list[float]()
+    for _ in range(repeat):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        on_gpu.chunk_digests(scheme, chunks)
+        times.append(time.perf_counter() - began)
+    return data.numel() / statistics.median(times) / 1e9
+
+
+def _median_s(work: Callable[[], object], repeat: int) -> float:
+    times: list[float] = []
+    for _ in range(repeat + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""What is asked of CUDA below torch: copies between addresses, pinned memory, and memory shared between processes.
+
+One `Gpu` a device, made by `gpu(index)`. Streams and pinned buffers are torch's, so that they count in its books;
+copies and shared memory go to the driver itself (libcuda, whose functions do not change), because they are about
+addresses and not tensors: a chunk is rarely a tensor.
+
+    address -> export -> handle, offset     another process: open(handle) + offset -> the same bytes
+
+What was enqueued on the current stream of a thread is what 'so far' means here: torch's notion, except while a thread
+moves bytes for a transport (`moving`), which has streams of its own.
+Nothing happens on import: torch is imported, and the driver loaded, when the first `Gpu` is made.
+Must not know: chunks, tensors, transports.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, cast
+
+import numpy as np
+
+from swarm.errors import StoreError
+
+HANDLE_BYTES = 64  # the driver's own
+_LAZY_ENABLE_PEER_ACCESS = 1
+_BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
+
+
+class CudaError(StoreError):
+    """The driver refused something, or a kernel that ran before failed."""
+
+
+def in_use() -> bool:
+    """Whether this process uses a GPU already; asking does not make it use one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+class Stream(Protocol):
+    """What others need of a stream of torch."""
+
+    cuda_stream: int
+
+    def wait_stream(self, other: Any) -> None:
+        """What is enqueued from now on waits for what the other stream has enqueued so far."""
+
+    def synchronize(self) -> None:
+        """Waits for everything enqueued so far."""
+
+
+class Event(Protocol):
+    """What others need of an event of torch."""
+
+    def record(self, stream: Stream) -> None:
+        """Marks what was enqueued on the stream so far."""
+
+    def query(self) -> bool:
+        """Whether what was marked is done."""
+
+    def synchronize(self) -> None:
+        """Waits for what was marked."""
+
+
+class Handle(ctypes.Structure):
+    """CUipcMemHandle: passed by value."""
+
+    _fields_ = [("bytes", ctypes.c_ubyte * HANDLE_BYTES)]
+
+
+class Pinned:
+    """Host memory that a GPU copies from and to without a detour."""
+
+    def __init__(self, size: int) -> None:
+        import torch
+
+        self._tensor = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        self.view = self._tensor.numpy().data
+        self.address = self._tensor.data_ptr()
+
+
+class Gpu:
+    """One device. Any thread."""
+
+    def __init__(self, index: int) -> None:
+        import torch
+
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        self.index = index
+        self.side = new_stream(index)  # for what must not wait for the work of whoever owns the tensors
+        self._driver = _driver()
+        device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        self._ask("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
+        self._ask("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+
+    def current(self) -> Stream:
+        """The thread's current stream on this device."""
+        import torch
+
+        streams: dict[int, Stream] | None = getattr(_mover, "streams", None)
+        if streams is not None:
+            if self.index not in streams:
+                streams[self.index] = new_stream(self.index)
+            return streams[self.index]
+        return cast(Stream, torch.cuda.current_stream(self.index))
+
+    def event(self) -> Event:
+        """One that no kernel waits for, only the host."""
+        import torch
+
+        return cast(Event, torch.cuda.Event())  # type: ignore[no-untyped-call]
+
+    def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
+        """Enqueues a copy between two addresses, of GPUs or the host, on a stream (its number)."""
+        where = ctypes.c_void_p(stream)
+        self.enter()
+        self._ask("cuMemcpyAsync", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size), where)
+
+    def allocation(self, address: int) -> tuple[int, int, int]:
+        """Start and size of the allocation that an address lies in, and a number that no other one of this process
+        has had. Raises CudaError for memory that is not this process's."""
+        start, size, number = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_uint64()
+        self.enter()
+        where = ctypes.c_uint64(address)
+        self._ask("cuMemGetAddressRange_v2", ctypes.byref(start), ctypes.byref(size), where)
+        self._ask("cuPointerGetAttribute", ctypes.byref(number), ctypes.c_int(_BUFFER_ID), where)
+        return start.value, size.value, number.value
+
+    def export(self, start: int) -> bytes:
+        """The handle of an allocation. Raises CudaError where it cannot be shared (expandable segments, managed)."""
+        handle = Handle()
+        self.enter()
+        self._ask("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(start))
+        return bytes(handle.bytes)
+
+    def open(self, handle: bytes) -> int:
+        """Where another process's allocation begins here. Raises CudaError; each `open` needs a `close`."""
+        start = ctypes.c_uint64()
+        self.enter()
+        raw = Handle.from_buffer_copy(handle)
+        self._ask("cuIpcOpenMemHandle_v2", ctypes.byref(start), raw, ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS))
+        return start.value
+
+    def close(self, start: int) -> None:
+        """Undoes one `open`."""
+        self.enter()
+        self._ask("cuIpcCloseMemHandle", ctypes.c_uint64(start))
+
+    def enter(self) -> None:
+        """Makes the device's context this thread's: torch does so only for threads that run kernels."""
+        self._ask("cuCtxSetCurrent", self._context)
+
+    def _ask(self, name: str, *arguments: object) -> None:
+        if status := getattr(self._driver, name)(*arguments):
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorName(status, ctypes.byref(text))
+            raise CudaError(f"GPU {self.index}: {name} says {(text.value or b'error').decode()} ({status})")
+
+    def __repr__(self) -> str:
+        return f"<Gpu {self.index}>"
+
+
+def copy_view(target: Any, source: Any) -> None:
+    """Copies bytes between views, of GPUs or the host, of one size; done when it returns."""
+    devices = [view.device for view in (target, source) if not isinstance(view, memoryview)]
+    if not devices:
+        target[:] = source
+        return
+    device = gpu(devices[0])
+    stream = device.current()
+    kept = [_address(view) for view in (target, source)]
+    device.copy(kept[0][0], kept[1][0], target.nbytes, stream=stream.cuda_stream)
+    stream.synchronize()
+
+
+def _address(view: Any) -> tuple[int, object]:
+    """Where a view's bytes are, and what keeps them there."""
+    if not isinstance(view, memoryview):
+        return view.address, view
+    array = np.frombuffer(view, np.uint8)
+    return array.ctypes.data, array
+
+
+_mover = threading.local()
+
+
+@contextlib.contextmanager
+def moving(streams: dict[int, Stream], flush: Callable[[], None] | None = None) -> Iterator[None]:
+    """Meanwhile this thread's current streams are these, by device; they are made when they are first needed.
+
+    `flush` enqueues what the mover has put off, for who wants to enqueue something behind it.
+    """
+    _mover.streams, _mover.flush = streams, flush
+    try:
+        yield
+    finally:
+        _mover.streams = _mover.flush = None
+
+
+def flush() -> None:
+    """Everything that this thread's mover was lent so far is enqueued when this returns."""
+    if (pending := getattr(_mover, "flush", None)) is not None:
+        pending()
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise CudaError(f"the NVIDIA driver cannot be loaded: {error}") from error
+
+
+def new_stream(device: int) -> Stream:
+    """A stream of its own on a device."""
+    import torch
+
+    return cast(Stream, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def gpu(index: int) -> Gpu:
+    """The device of this number."""
+    return Gpu(index)

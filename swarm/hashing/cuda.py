@@ -1,0 +1,203 @@
+"""Chunk digests on a GPU, where the bytes lie: leaves are hashed by a kernel, all of a batch at once.
+
+    mover's stream   | fill chunk 0 | fill chunk 1 | ... | fill next batch ...
+    hash stream                                      | hash leaves | digests to the host |      collect()
+
+`start` returns at once and `collect` waits, so that one batch is hashed while the next one is filled. A leaf that lies
+in several views, as where small tensors share a chunk, is gathered first; one of at most 240 bytes, for which XXH3 has
+other rules, is hashed by the library, as are the leaf digests. Without triton everything is copied to the host.
+
+Must not know: where the bytes came from, or what their digest should be.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import xxhash
+
+from swarm import cuda
+from swarm.hashing.cpu import chunk_digest
+from swarm.manifest import HashScheme
+from swarm.store import DeviceView
+from swarm.store.staging import outgoing
+
+if TYPE_CHECKING:
+    import torch
+
+LONG_BYTES_MIN = 241  # from here on XXH3 has one form, which is the kernel's
+DIGEST_BYTES = 16
+GPU_LEAF_BYTES = 16 << 10  # enough leaves in a batch to keep every multiprocessor busy, see ARCHITECTURE.md
+
+log = logging.getLogger("swarm")
+
+
+class Batch(Protocol):
+    """Chunks that are being hashed."""
+
+    def collect(self) -> list[bytes]:
+        """The chunk digests, 16 bytes each, in order. Waits for them; raises CudaError."""
+
+
+def start(scheme: HashScheme, chunks: Sequence[Sequence[DeviceView]]) -> Batch:
+    """Hashes chunks, each the views that it is in order, all on one GPU, once everything enqueued so far is done."""
+    if _kernels_usable():
+        return _KernelBatch(scheme, chunks)
+    return _HostBatch(scheme, chunks)
+
+
+def chunk_digests(scheme: HashScheme, chunks: Sequence[Sequence[DeviceView]]) -> list[bytes]:
+    """The digests of chunks, 16 bytes each. Blocks."""
+    return start(scheme, chunks).collect()
+
+
+@functools.cache
+def _kernels_usable() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        log.warning("triton is not installed: GPU memory is copied to the host to be hashed, which is slow")
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """`count` leaves of `size` bytes each, one after another."""
+
+    address: int
+    size: int
+    count: int
+
+
+class _HostBatch:
+    def __init__(self, scheme: HashScheme, chunks: Sequence[Sequence[DeviceView]]) -> None:
+        self._scheme = scheme
+        self._chunks = chunks
+        self._streams = {view.device: cuda.gpu(view.device).current() for views in chunks for view in views}
+
+    def collect(self) -> list[bytes]:
+        for stream in self._streams.values():
+            stream.synchronize()
+        return [chunk_digest(self._scheme, _host(views)) for views in self._chunks]
+
+
+class _KernelBatch:
+    def __init__(self, scheme: HashScheme, chunks: Sequence[Sequence[DeviceView]]) -> None:
+        import torch
+
+        self._counts = [-(-sum(view.nbytes for view in views) // scheme.leaf_bytes) for views in chunks]
+        self._keep: list[object] = [chunks]  # what the GPU reads, until it has
+        self._short: list[cuda.Pinned] = []
+        self._gpu = cuda.gpu(next(view.device for views in chunks for view in views))
+        self._stream = stream = _hash_stream(self._gpu.index)
+        stream.wait_stream(self._gpu.current())
+        with torch.cuda.device(self._gpu.index), torch.cuda.stream(stream):  # type: ignore[arg-type]
+            self._runs = [run for views in chunks for run in self._cut(views, scheme.leaf_bytes)]
+            for run in self._runs:
+                if run.size < LONG_BYTES_MIN:
+                    self._short.append(cuda.Pinned(LONG_BYTES_MIN))
+                    self._copy(self._short[-1].address, run.address, run.size)
+            self._hashed = self._hash([run for run in self._runs if run.size >= LONG_BYTES_MIN])
+            self._done = stream.record_event()  # type: ignore[attr-defined]
+
+    def collect(self) -> list[bytes]:
+        self._done.synchronize()
+        hashed = self._hashed.numpy().view(np.uint64).byteswap().tobytes()
+        if self._short:
+            hashed = b"".join(self._in_order(hashed))
+        self._keep.clear()
+        ends = (np.cumsum(self._counts) * DIGEST_BYTES).tolist()
+        return [xxhash.xxh3_128_digest(hashed[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def _in_order(self, hashed: bytes) -> Iterator[bytes]:
+        """The digests of all runs: `hashed`, with those of short leaves in between."""
+        position, short = 0, iter(self._short)
+        for run in self._runs:
+            if run.size < LONG_BYTES_MIN:
+                yield xxhash.xxh3_128_digest(next(short).view[: run.size])
+            else:
+                yield hashed[position : position + run.count * DIGEST_BYTES]
+                position += run.count * DIGEST_BYTES
+
+    def _cut(self, views: Sequence[DeviceView], leaf_bytes: int) -> Iterator[_Run]:
+        """A chunk's leaves, in order. One that straddles two views is copied together."""
+        left = sum(view.nbytes for view in views)
+        gathered, gathered_bytes = 0, 0  # where the leaf that straddles is, and how much of it
+        for view in views:
+            used = 0
+            while used < view.nbytes:
+                leaf = min(leaf_bytes, left + gathered_bytes)
+                whole = 0 if gathered_bytes else (view.nbytes - used) // leaf
+                step = whole * leaf or min(leaf - gathered_bytes, view.nbytes - used)
+                if whole:
+                    yield _Run(view.address + used, leaf, whole)
+                else:
+                    gathered = gathered if gathered_bytes else self._scratch(leaf)
+                    self._copy(gathered + gathered_bytes, view.address + used, step)
+                    gathered_bytes += step
+                    if gathered_bytes == leaf:
+                        yield _Run(gathered, leaf, 1)
+                        gathered_bytes = 0
+                used += step
+                left -= step
+
+    def _scratch(self, size: int) -> int:
+        import torch
+
+        memory = torch.empty(size, dtype=torch.uint8, device=f"cuda:{self._gpu.index}")
+        self._keep.append(memory)
+        return memory.data_ptr()
+
+    def _copy(self, target: int, source: int, size: int) -> None:
+        self._gpu.copy(target, source, size, stream=self._stream.cuda_stream)
+
+    def _hash(self, runs: Sequence[_Run]) -> torch.Tensor:
+        """The digests of these leaves, in pinned memory, once the stream has got there: high word, low word."""
+        import torch
+
+        from swarm.hashing import kernels
+
+        count = sum(run.count for run in runs)
+        digests = torch.empty(count, 2, dtype=torch.int64, pin_memory=True)
+        if not runs:
+            return digests
+        device, words = f"cuda:{self._gpu.index}", _words(self._gpu.index)
+        table = np.array([(run.address, run.size, run.count, 0) for run in runs], np.int64)
+        table[1:, 3] = np.cumsum(table[:-1, 2])
+        uploaded = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
+        rows = uploaded.repeat_interleave(uploaded[:, 2], 0, output_size=count)
+        sizes = rows[:, 1].contiguous()
+        addresses = rows[:, 0] + sizes * (torch.arange(count, device=device) - rows[:, 3])
+        accumulators, out = (torch.empty(count, n, dtype=torch.int64, device=device) for n in (8, 2))
+        aligned = not int(np.bitwise_or.reduce(table[:, :2], axis=None) & 15)
+        kernels.accumulate[(-(-count // kernels.ROWS),)](
+            addresses, sizes, words, accumulators, count, int(table[:, 1].max() - 1) // 1024,
+            ROWS=kernels.ROWS, ALIGNED=aligned,
+        )  # fmt: skip
+        kernels.merge[(-(-count // kernels.MERGED),)](accumulators, sizes, words, out, count, ROWS=kernels.MERGED)
+        self._keep += [addresses, sizes, accumulators, out]
+        return digests.copy_(out, non_blocking=True)
+
+
+@functools.cache
+def _hash_stream(device: int) -> cuda.Stream:
+    return cuda.new_stream(device)
+
+
+@functools.cache
+def _words(device: int) -> torch.Tensor:
+    import torch
+
+    from swarm.hashing import kernels
+
+    return torch.tensor(kernels.keys(), dtype=torch.int64, device=f"cuda:{device}")
+
+
+def _host(views: Sequence[DeviceView]) -> Iterator[memoryview]:
+    for view in views:
+        yield from outgoing(view)

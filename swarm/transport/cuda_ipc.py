@@ -1,0 +1,300 @@
+"""CUDA IPC: within one host, the asker reads the holder's GPU memory itself; the holder neither copies nor computes.
+
+A session is one of TCP's (`tcp_session`) with a magic word of its own and two things more. Memory of a GPU is not sent
+but lent, as a frame of kind REGION; and the asker says when it has read a transfer:
+
+    0         64       72     80
+    | handle  | offset | size |       handle: the driver's, of the allocation that the `size` bytes at `offset` lie in
+
+    holder -> asker   REGION REGION ... END          asker -> holder   | transfer: u64 |
+
+Until then the transfer counts as being sent, so that whoever owns the memory knows that it is in use. A lease ends
+after LEASE_S: the session goes, and what its asker reads from then on has the wrong digest if the memory was reused.
+Bytes of host memory and files travel in DATA frames as ever.
+
+An asker that cannot open a handle (another container) says so once in the log, and does not reach that holder this way
+again: the next in the list of transports is taken. Memory that the driver does not share (expandable segments) is sent
+in DATA frames by the holder. What a handle opens is asked of the
+driver before anything is read, so that a holder that lies about offsets fails a transfer and not this process.
+
+Must not know: tokens, links, tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import struct
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from swarm import cuda
+from swarm.errors import TransportError
+from swarm.store import AnySpan, DeviceView, View
+from swarm.store.staging import outgoing
+from swarm.transport import Pace
+from swarm.transport.ends import Landing, pieces, span_bytes
+from swarm.transport.stream import Stream
+from swarm.transport.tcp import TcpTransport
+from swarm.transport.tcp_session import FRAME_BYTES_MAX, HEADER, Sending, TcpInbound, TcpOutbound
+
+REGION = 4
+FRAME = struct.Struct(f">{cuda.HANDLE_BYTES}sQQ")
+READ = struct.Struct(">Q")
+REGION_BYTES_MAX = 64 << 20  # a whole chunk of any size: cutting it finer only costs frames
+LEASE_S = 10.0  # reading a transfer takes milliseconds; an asker that is stopped in a debugger must not keep memory
+
+log = logging.getLogger("swarm")
+
+_exported: dict[bytes, int] = {}  # handles of this process's own allocations, which it cannot open: where they begin
+
+
+class CudaIpcTransport(TcpTransport):
+    """The plane of a node whose process uses a GPU."""
+
+    scheme = "cuda_ipc"
+    magic = b"SWRI"
+
+    def __init__(self, host: str, port: int, *, pace: Pace | None = None, congestion: str | None = None) -> None:
+        super().__init__(host, port, pace=pace, congestion=congestion)
+        self._unusable: set[str] = set()
+
+    @property
+    def address(self) -> str:
+        """MACHINE/HOST:PORT; the machine is the kernel's own id of this boot."""
+        return f"{machine()}/{super().address}"
+
+    def reach(self, address: str) -> bool:
+        """Whether the address is on this machine, and no handle of it has failed."""
+        where, _, rest = address.partition("/")
+        return where == machine() and cuda.in_use() and address not in self._unusable and super().reach(rest)
+
+    async def connect(self, address: str, token: str, *, timeout_s: float) -> TcpInbound:
+        """See `Transport`."""
+        session = await super().connect(address.partition("/")[2], token, timeout_s=timeout_s)
+        if isinstance(session, CudaIpcInbound):
+            session.refused = functools.partial(self._refused, address)
+        return session
+
+    async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
+        return CudaIpcInbound(stream, peer=peer, pool=self._askers)
+
+    async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
+        return CudaIpcOutbound(stream, peer=peer, pool=self._holders, pace=self._pace)
+
+    def _refused(self, address: str, why: str) -> None:
+        if address not in self._unusable:
+            self._unusable.add(address)
+            log.warning("GPU memory of %s cannot be read directly (%s): it is sent instead", address, why)
+
+
+@functools.cache
+def machine() -> str:
+    """What tells this machine, since it was started, from all others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+class CudaIpcInbound(TcpInbound):
+    """The asker's end."""
+
+    on_device = True
+
+    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
+        self.refused: Callable[[str], None] = log.warning
+        self._streams: dict[int, cuda.Stream] = {}
+        self._opened: dict[tuple[int, bytes], int] = {}  # by device and handle: where it begins here
+        self._frame = memoryview(bytearray(FRAME.size))
+        self._pinned: cuda.Pinned | None = None
+        super().__init__(sock, peer=peer, pool=pool)
+
+    async def close(self) -> None:
+        """See `Inbound`. Closes what was opened, which the driver takes its time for."""
+        await super().close()
+        if self._job is None:  # else it still reads
+            opened, self._opened = self._opened, {}
+            if opened:
+                await self._loop.run_in_executor(None, _close_handles, opened)
+
+    def _pump(self) -> None:
+        with cuda.moving(self._streams):
+            super()._pump()
+
+    def _is_frame(self, kind: int, length: int) -> bool:
+        return length == FRAME.size if kind == REGION else super()._is_frame(kind, length)
+
+    def _take_payload(self, landing: Landing, kind: int, length: int) -> None:
+        if kind != REGION:
+            super()._take_payload(landing, kind, length)
+            return
+        read = 0
+        while read < length:
+            read += self._receive_into(self._frame[read:])
+        handle, offset, size = FRAME.unpack(self._frame)
+        while size:
+            room = landing.borrow(size)
+            if room is None:
+                return  # nobody wants the rest
+            filled = 0
+            try:
+                device = room.device if isinstance(room, DeviceView) else 0
+                self._read(room, device, self._find_region(device, handle, offset, room.nbytes))
+                filled = room.nbytes
+            except cuda.CudaError as error:
+                raise TransportError(f"reading the peer's GPU memory failed: {error}") from error
+            finally:
+                landing.give_back(filled)
+            offset, size = offset + filled, size - filled
+            self.received_bytes += filled
+
+    def _find_region(self, device: int, handle: bytes, offset: int, size: int) -> int:
+        """Where the peer's bytes are in this process."""
+        start = _exported.get(handle) or self._opened.get((device, handle))
+        if start is None:
+            try:
+                start = self._opened[device, handle] = cuda.gpu(device).open(handle)
+            except cuda.CudaError as error:
+                self.refused(str(error))
+                raise
+        begin, length, _ = cuda.gpu(device).allocation(start)
+        if begin != start or offset + size > length:
+            raise TransportError(f"it lent {size} bytes at {offset} of an allocation of {length}")
+        return start + offset
+
+    def _read(self, room: View, device: int, source: int) -> None:
+        if isinstance(room, DeviceView):
+            gpu = cuda.gpu(device)
+            gpu.copy(room.address, source, room.nbytes, stream=gpu.current().cuda_stream)
+        else:
+            cuda.copy_view(room, DeviceView(device, source, room.nbytes, None))
+
+    def _receive_room(self, room: View, length: int) -> int:
+        """Bytes off the socket into a room; one of a GPU gets them through pinned memory."""
+        if not isinstance(room, DeviceView):
+            return super()._receive_room(room, length)
+        if self._pinned is None:
+            self._pinned = cuda.Pinned(FRAME_BYTES_MAX)
+        got = self._receive_into(self._pinned.view[: room.nbytes])
+        cuda.copy_view(room[:got], self._pinned.view[:got])
+        return got
+
+    def _over(self, transfer_id: int) -> None:
+        said, sent = memoryview(READ.pack(transfer_id)), 0
+        while sent < len(said) and self.alive:
+            try:
+                sent += self._sock.send(said[sent:])
+            except BlockingIOError:
+                continue  # the holder is slow to listen; it looks at the session's end too
+
+
+def _close_handles(opened: Mapping[tuple[int, bytes], int]) -> None:
+    for (device, _), start in opened.items():
+        try:
+            cuda.gpu(device).close(start)
+        except cuda.CudaError as error:
+            log.debug("%s", error)
+
+
+@dataclass
+class _Lease:
+    """A transfer whose memory the asker may read. `outcome`: a 1-tuple once this end has said everything."""
+
+    sending: Sending
+    outcome: tuple[Exception | None] | None = None
+    read: bool = False
+
+
+class CudaIpcOutbound(TcpOutbound):
+    """The holder's end."""
+
+    on_device = True
+    piece_bytes = REGION_BYTES_MAX
+
+    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
+        self._leases: dict[int, _Lease] = {}
+        self._handles: dict[int, bytes | None] = {}  # by the allocation's number; None: it cannot be shared
+        self._said = b""
+        super().__init__(sock, peer=peer, pool=pool, pace=pace)
+
+    def _send_piece(self, sending: Sending, piece: AnySpan) -> None:
+        if not isinstance(piece, DeviceView):
+            for part in pieces(iter([piece]), size=span_bytes(piece), most=FRAME_BYTES_MAX):
+                super()._send_piece(sending, part)
+            return
+        lent = self._lent(piece)
+        if lent is None:
+            for part in outgoing(piece):
+                super()._send_piece(sending, part)
+            return
+        with self._lock:
+            self._leases.setdefault(sending.transfer.id, _Lease(sending))
+        frame = memoryview(HEADER.pack(sending.transfer.id, len(lent), REGION) + lent)
+        self._write(sending, len(frame), lambda done: self._sock.send(frame[done:]))
+
+    def _lent(self, piece: DeviceView) -> bytes | None:
+        """What tells the asker where a piece is; None where the driver does not share such memory."""
+        gpu = cuda.gpu(piece.device)
+        start, _, number = gpu.allocation(piece.address)
+        if number not in self._handles:
+            try:
+                handle = self._handles[number] = gpu.export(start)
+                _exported[handle] = start
+            except cuda.CudaError as error:
+                if not any(handle is None for handle in self._handles.values()):
+                    log.warning(
+                        "GPU memory is sent to %s through the host, as it cannot be shared: %s", self.peer, error
+                    )
+                self._handles[number] = None
+        known = self._handles[number]
+        return None if known is None else FRAME.pack(known, piece.address - start, piece.nbytes)
+
+    def _conclude(self, sending: Sending, error: Exception | None) -> None:
+        with self._lock:
+            lease = self._leases.get(sending.transfer.id)
+            if lease is not None and not lease.read and self.alive:
+                lease.outcome = (error,)
+                self._mailbox.post(lambda: self._loop.call_later(LEASE_S, self._expire, lease))
+                return
+            self._leases.pop(sending.transfer.id, None)
+            if lease is not None and not lease.read and error is None:
+                error = self._error()  # nobody will ever say that it was read
+        super()._conclude(sending, error)
+
+    def _readable(self) -> None:
+        try:
+            said = self._sock.said()
+        except OSError as error:
+            self._lose(f"connection lost ({error})")
+            return
+        if said is None:
+            return
+        if not said:
+            self._lose("it closed the connection")
+        whole = len(self._said + said) // READ.size * READ.size
+        for (number,) in READ.iter_unpack((self._said + said)[:whole]):
+            self._released(number)
+        self._said = (self._said + said)[whole:]
+
+    def _released(self, number: int) -> None:
+        with self._lock:
+            lease = self._leases.get(number)
+            if lease is None:
+                return
+            lease.read = True
+            if lease.outcome is None:
+                return
+            del self._leases[number]
+        lease.sending.end(lease.outcome[0])
+
+    def _expire(self, lease: _Lease) -> None:
+        if self._leases.get(lease.sending.transfer.id) is lease:
+            self._lose(f"it did not say within {LEASE_S:g} s that it has read what it was lent")
+
+    def _drop_transfers(self) -> None:
+        super()._drop_transfers()
+        with self._lock:
+            over = [lease for lease in self._leases.values() if lease.outcome is not None]
+            self._leases.clear()
+        for lease in over:
+            lease.sending.end(lease.outcome[0] if lease.outcome and lease.outcome[0] else self._error())

@@ -1,0 +1,274 @@
+"""NCCL as a data plane between GPUs: a communicator of two for each session, made on demand, aborted with a deadline.
+
+The holder draws the communicator's id and says it over the session's connection; both join. No global group, no ports,
+no environment. The communicator is a non-blocking one: every call that would wait is asked about until it is done or
+its time is over, and then aborted, after which the process lives on. It goes with its session, on a thread of its own,
+since that takes half a second.
+
+The library is called directly, by ctypes: the one that torch has loaded, through ten functions that have not changed
+since NCCL 2.18. torch.distributed's NCCL groups bring a watchdog that ends the process when a peer dies, and nccl4py is
+one more package to install for the same ten functions.
+
+Device views of one frame go into one NCCL group, so that there is one kernel for many chunks: at a busy source each
+kernel waits for those that run. Host memory goes through 4 MiB on the GPU. For clusters whose nodes trust each other:
+NCCL does not check who connects to it, or what it receives.
+Must not know: transfers, tensors, links.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from swarm import cuda
+from swarm.errors import SettingsError, TransportError
+from swarm.store import DeviceView, View
+from swarm.transport import Pace
+from swarm.transport.stream import Stream
+from swarm.transport.tcp import TcpTransport
+from swarm.transport.tcp_session import TcpInbound, TcpOutbound
+from swarm.transport.two_sided import (
+    HOST_PIECE_BYTES_MAX,
+    TwoSidedInbound,
+    TwoSidedOutbound,
+    make_lane,
+    read_exactly,
+    write_all,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+SETUP_TIMEOUT_S = 4.5  # less than a peer waits for a session; 0.1 s is usual
+HOLDER, ASKER = 0, 1
+ID_BYTES = 128
+_IN_PROGRESS = 7
+_UINT8 = 1
+_UNSET = -(1 << 31)
+_LOOK_EVERY_S = 50e-6
+
+
+class NcclTransport(TcpTransport):
+    """The plane of a node whose process uses a GPU; its communicators are on GPU `device`."""
+
+    scheme = "nccl"
+    magic = b"SWRN"
+
+    def __init__(
+        self, host: str, port: int, *, device: int = 0, pace: Pace | None = None, congestion: str | None = None
+    ) -> None:
+        super().__init__(host, port, pace=pace, congestion=congestion)
+        self._device = device
+
+    def reach(self, address: str) -> bool:
+        """Whether both may have a GPU: who offers this has one."""
+        return cuda.in_use() and super().reach(address)
+
+    async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
+        lane = await self._pair(stream, ASKER, pool=self._askers)
+        return TwoSidedInbound(stream, lane, peer=peer, pool=self._askers)
+
+    async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
+        lane = await self._pair(stream, HOLDER, pool=self._holders)
+        return TwoSidedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
+
+    async def _pair(self, stream: Stream, rank: int, *, pool: ThreadPoolExecutor) -> NcclLane:
+        return await make_lane(stream, functools.partial(NcclLane, stream, rank, device=self._device), pool=pool)
+
+
+def demand() -> None:
+    """Raises SettingsError, which says what is missing, where NCCL cannot be used."""
+    if not cuda.in_use():
+        raise SettingsError("transports", "nccl: this process uses no GPU; serve or fetch CUDA tensors, or use tcp")
+    try:
+        _library()
+    except OSError as error:
+        raise SettingsError("transports", f"nccl: its library cannot be loaded ({error}); use tcp") from error
+
+
+class NcclLane:
+    """A communicator of two. Raises TransportError when it does not come about."""
+
+    on_device = True
+
+    def __init__(self, stream: Stream, rank: int, *, device: int) -> None:
+        self._other = ASKER if rank == HOLDER else HOLDER
+        self._device = device
+        self._nccl = _library()
+        self._communicator = ctypes.c_void_p()
+        self._open = 0  # calls of the open group, which is not begun before its first
+        self._scratch: DeviceView | None = None
+        stream.block(SETUP_TIMEOUT_S)
+        try:
+            unique = self._agree(stream, rank)
+            cuda.gpu(device).enter()
+            config = _Config()
+            self._call(
+                "ncclCommInitRankConfig", ctypes.byref(self._communicator), 2, unique, rank, ctypes.byref(config)
+            )
+            self._settle(SETUP_TIMEOUT_S)
+        except (OSError, EOFError) as error:
+            raise TransportError(f"nccl: no pair came about ({error})") from error
+
+    def begin(self) -> None:
+        """See `Lane`. The group begins with its first call."""
+
+    def send(self, view: View, *, timeout_s: float) -> None:
+        """See `Lane`."""
+        self._post("ncclSend", view, timeout_s)
+
+    def receive(self, view: View, *, timeout_s: float) -> None:
+        """See `Lane`."""
+        self._post("ncclRecv", view, timeout_s)
+
+    def end(self, *, timeout_s: float) -> None:
+        """See `Lane`."""
+        self.flush(timeout_s)
+        done = cuda.gpu(self._device).event()
+        done.record(self._stream())
+        deadline = time.monotonic() + timeout_s
+        while not done.query():
+            self._wait(deadline, timeout_s)
+
+    def flush(self, timeout_s: float = SETUP_TIMEOUT_S) -> None:
+        """See `Lane`."""
+        if self._open:
+            self._open = 0
+            self._call("ncclGroupEnd")
+            self._settle(timeout_s)
+
+    def scratch(self, size: int) -> DeviceView:
+        """See `Lane`."""
+        if self._scratch is None or self._scratch.nbytes < size:
+            self._scratch = _allocate(self._device, max(size, HOST_PIECE_BYTES_MAX))
+        return self._scratch[:size]
+
+    def close(self) -> None:
+        """See `Lane`."""
+        communicator, self._communicator = self._communicator, ctypes.c_void_p()
+        if communicator:
+            abort = functools.partial(_abort, self._nccl, communicator, self._device)
+            threading.Thread(target=abort, name="swarm-nccl-abort", daemon=True).start()
+
+    def _post(self, name: str, view: View, timeout_s: float) -> None:
+        if isinstance(view, DeviceView) and view.device == self._device:
+            self._enqueue(name, view)
+            return
+        self.end(timeout_s=timeout_s)
+        for start in range(0, view.nbytes, HOST_PIECE_BYTES_MAX):
+            part = view[start : start + HOST_PIECE_BYTES_MAX]
+            room = self.scratch(part.nbytes)
+            if name == "ncclSend":
+                cuda.copy_view(room, part)
+            self._enqueue(name, room)
+            self.end(timeout_s=timeout_s)
+            if name == "ncclRecv":
+                cuda.copy_view(part, room)
+
+    def _enqueue(self, name: str, view: DeviceView) -> None:
+        if not self._open:
+            cuda.gpu(self._device).enter()
+            self._call("ncclGroupStart")
+        self._open += 1
+        where = ctypes.c_void_p(self._stream().cuda_stream)
+        address, size = ctypes.c_void_p(view.address), ctypes.c_size_t(view.nbytes)
+        self._call(name, address, size, ctypes.c_int(_UINT8), ctypes.c_int(self._other), self._communicator, where)
+
+    def _stream(self) -> cuda.Stream:
+        return cuda.gpu(self._device).current()
+
+    def _agree(self, stream: Stream, rank: int) -> _UniqueId:
+        unique = _UniqueId()
+        if rank == HOLDER:
+            self._call("ncclGetUniqueId", ctypes.byref(unique))
+            write_all(stream, bytes(unique.bytes))
+            return unique
+        return _UniqueId.from_buffer_copy(read_exactly(stream, ID_BYTES))
+
+    def _settle(self, timeout_s: float) -> None:
+        """Waits until the communicator has nothing in progress."""
+        deadline, status = time.monotonic() + timeout_s, ctypes.c_int(_IN_PROGRESS)
+        while True:
+            self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(status))
+            if status.value != _IN_PROGRESS:
+                break
+            self._wait(deadline, timeout_s)
+        if status.value:
+            self._fail(_text(self._nccl, status.value))
+
+    def _wait(self, deadline: float, timeout_s: float) -> None:
+        status = ctypes.c_int()
+        self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(status))
+        if status.value not in (0, _IN_PROGRESS):
+            self._fail(_text(self._nccl, status.value))
+        if time.monotonic() > deadline:
+            self._fail(f"the other end did not call within {timeout_s:g} s")
+        time.sleep(_LOOK_EVERY_S)
+
+    def _fail(self, why: str) -> None:
+        """Aborts, so that nothing that was enqueued waits any more."""
+        communicator, self._communicator = self._communicator, ctypes.c_void_p()
+        if communicator:
+            _abort(self._nccl, communicator, self._device)
+        raise TransportError(f"nccl: {why}")
+
+    def _call(self, name: str, *arguments: object) -> None:
+        if name not in ("ncclGetUniqueId", "ncclCommInitRankConfig") and not self._communicator:
+            raise TransportError("nccl: the communicator was aborted")
+        status = getattr(self._nccl, name)(*arguments)
+        if status not in (0, _IN_PROGRESS):
+            self._open = 0
+            self._fail(f"{name}: {_text(self._nccl, status)}")
+
+
+class _UniqueId(ctypes.Structure):
+    """ncclUniqueId: passed by value."""
+
+    _fields_ = [("bytes", ctypes.c_ubyte * ID_BYTES)]
+
+
+class _Config(ctypes.Structure):
+    """ncclConfig_t of NCCL 2.18, which later ones accept: a communicator whose calls do not block."""
+
+    _fields_ = [
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+        ("cga_cluster_size", ctypes.c_int),
+        ("min_ctas", ctypes.c_int),
+        ("max_ctas", ctypes.c_int),
+        ("net_name", ctypes.c_void_p),
+        ("split_share", ctypes.c_int),
+    ]
+
+    def __init__(self) -> None:
+        unset = (_UNSET, _UNSET, _UNSET)
+        super().__init__(ctypes.sizeof(type(self)), 0xCAFEBEEF, 21800, 0, *unset, None, _UNSET)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Raises OSError."""
+    return ctypes.CDLL("libnccl.so.2")
+
+
+def _text(nccl: ctypes.CDLL, status: int) -> str:
+    nccl.ncclGetErrorString.restype = ctypes.c_char_p
+    return bytes(nccl.ncclGetErrorString(status)).decode()
+
+
+def _abort(nccl: ctypes.CDLL, communicator: ctypes.c_void_p, device: int) -> None:
+    cuda.gpu(device).enter()
+    nccl.ncclCommAbort(communicator)
+
+
+def _allocate(device: int, size: int) -> DeviceView:
+    import torch
+
+    memory: torch.Tensor = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+    return DeviceView(device, memory.data_ptr(), size, memory)

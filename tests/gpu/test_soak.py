@@ -1,0 +1,61 @@
+"""Newcomers come and go; what their source and this process use comes back to where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import swarm
+from swarm.settings import Settings
+
+from .conftest import StartSource, joining
+from .sources import MODEL, state
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
+
+WARM, ROUNDS = 10, 200
+SETTLE_S = 20.0
+
+
+def used(process: int) -> tuple[int, int, int]:
+    """File descriptors, threads, resident MiB of a process."""
+    status = Path(f"/proc/{process}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return len(os.listdir(f"/proc/{process}/fd")), int(fields["Threads"]), int(fields["VmRSS"].split()[0]) >> 10
+
+
+def rounds(settings: Settings, into: dict[str, torch.Tensor], count: int) -> None:
+    for number in range(count):
+        given = dataclasses.replace(settings, name=f"newcomer{number}")  # a node of its own each time
+        swarm.fetch(MODEL, into=into, settings=given, timeout_s=60).close()
+
+
+def test_nothing_is_left_behind(start: StartSource, tmp_path: Path) -> None:
+    source = start()
+    settings = joining(tmp_path, source)
+    into = {name: torch.zeros_like(tensor) for name, tensor in state().items()}
+    into["tied"] = into["layer0"]
+    processes = (source.process.pid, os.getpid())
+    rounds(settings, into, WARM)
+    before = [used(process) for process in processes]
+    memory = torch.cuda.memory_allocated()
+    rounds(settings, into, ROUNDS)
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline:
+        gc.collect()
+        after = [used(process) for process in processes]
+        if all(now[0] <= then[0] + 2 and now[1] <= then[1] + 2 for now, then in zip(after, before, strict=True)):
+            break
+        time.sleep(0.1)
+    print(f"after {ROUNDS} newcomers: descriptors, threads, MiB of source and newcomer {before} -> {after}")
+    for now, then in zip(after, before, strict=True):
+        assert now[0] <= then[0] + 2, "descriptors"
+        assert now[1] <= then[1] + 2, "threads"
+        assert now[2] <= then[2] + 200, "memory"
+    assert torch.cuda.memory_allocated() <= memory + (1 << 20)
