@@ -1,29 +1,51 @@
 """Links: the control connections between nodes, as WebSockets over aiohttp; and the node's few HTTP pages.
 
-A link carries whole messages, in order, both ways, with a bound on their size. It decodes what arrives
-(`messages.decode`), pings so that a dead peer is noticed, and knows nothing about what the messages mean. This is the
-one place that imports aiohttp.
+A link carries whole messages, in order, both ways, with a bound on their size; those sent together share frames. It
+decodes what arrives (`messages.unpack`), pings so that a dead peer is noticed, and knows nothing about what the
+messages mean. This is the one place that imports aiohttp.
+
+With an identity links are inside TLS, and both ends have proven that they belong to the cluster before the first
+message; what speaks plain HTTP from elsewhere is told to bring the key. Pages are for members, and for this machine. A
+connection that has not asked for anything within REQUEST_TIMEOUT_S is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+import ssl
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, Protocol
 
 import aiohttp
 from aiohttp import web
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http import HttpProcessingError
 
 from swarm import messages
-from swarm.errors import PeerTimeout, PeerUnreachable, RemoteProtocolError, VersionSkew
+from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError, VersionSkew
+from swarm.handshake import part, shake
+from swarm.identity import Identity, Refusal, node_of, refusal
 from swarm.messages import AnyMessage, Message
+from swarm.settings import is_literal, is_loopback, join_address
 
 PATH = "/swarm/link"
 HEARTBEAT_S = 5.0  # a peer that answers no ping for this long is gone
 SEND_TIMEOUT_S = 10.0  # a peer that does not read its control messages for this long is gone
 CLOSE_TIMEOUT_S = 1.0
+HANDSHAKE_TIMEOUT_S = 5.0  # two round trips, on a machine that is busy
+HANDSHAKES_MAX = 64  # under way at once: asyncio takes 400 KB for each before it is known who is there
+REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's head: nothing in it takes long to write
+REFUSALS_MAX = 1000  # different ones that are logged; strangers cannot make this node remember more
 CONTENT_SECURITY = {"Content-Security-Policy": "default-src 'none'", "X-Content-Type-Options": "nosniff"}
+
+log = logging.getLogger("swarm")
+_web_log = logging.getLogger("swarm.http")
 
 Page = Callable[[], Any]  # what a path shows, as something that JSON can say
 
@@ -32,8 +54,9 @@ class Link(Protocol):
     """One control connection. One task receives; any task sends."""
 
     remote: str  # the other end's socket address, for logs
+    member: str | None  # the node id that the other end has proven; None without a cluster key
 
-    async def send(self, message: Message) -> None:
+    async def send(self, *several: Message) -> None:
         """Raises PeerUnreachable when the link is gone, PeerTimeout when the peer does not read."""
 
     async def receive(self) -> AnyMessage:
@@ -47,15 +70,40 @@ class Link(Protocol):
 class WebSocketLink:
     """A link over an open WebSocket of either side."""
 
-    def __init__(self, socket: web.WebSocketResponse | aiohttp.ClientWebSocketResponse, remote: str) -> None:
+    def __init__(
+        self, socket: web.WebSocketResponse | aiohttp.ClientWebSocketResponse, remote: str, *, member: str | None = None
+    ) -> None:
         self.remote = remote
+        self.member = member
         self._socket = socket
+        self._heard: deque[AnyMessage] = deque()  # came with a message that was received
 
-    async def send(self, message: Message) -> None:
+    async def send(self, *several: Message) -> None:
+        """See Link."""
+        for frame in messages.pack(several):
+            await self._send(frame.decode())
+
+    async def receive(self) -> AnyMessage:
+        """See Link."""
+        if not self._heard:
+            self._heard.extend(await self._receive())
+        return self._heard.popleft()
+
+    async def close(self) -> None:
         """See Link."""
         try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._socket.close()
+        except (TimeoutError, ConnectionError, RuntimeError, aiohttp.ClientError):
+            return  # it is gone either way
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+
+    async def _send(self, frame: str) -> None:
+        try:
             async with asyncio.timeout(SEND_TIMEOUT_S):
-                await self._socket.send_str(messages.encode(message).decode())
+                await self._socket.send_str(frame)
         except TimeoutError:
             raise PeerTimeout(self.remote, f"did not read its messages for {SEND_TIMEOUT_S:g} s") from None
         except (ConnectionError, RuntimeError, aiohttp.ClientError) as error:
@@ -65,12 +113,11 @@ class WebSocketLink:
                 raise
             raise PeerUnreachable(self.remote, "another message was not read") from None
 
-    async def receive(self) -> AnyMessage:
-        """See Link."""
+    async def _receive(self) -> Sequence[AnyMessage]:
         frame = await self._socket.receive()
         if frame.type is aiohttp.WSMsgType.TEXT:
             try:
-                return messages.decode(frame.data.encode())
+                return messages.unpack(frame.data.encode())
             except messages.OtherProtocol as other:
                 raise VersionSkew(
                     self.remote, theirs=other.protocol, ours=messages.PROTOCOL, software=other.software
@@ -85,37 +132,39 @@ class WebSocketLink:
             raise PeerUnreachable(self.remote, str(self._socket.exception() or "the link broke"))
         raise PeerUnreachable(self.remote, "closed the link")
 
-    async def close(self) -> None:
-        """See Link."""
-        try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._socket.close()
-        except (TimeoutError, ConnectionError, RuntimeError, aiohttp.ClientError):
-            return  # it is gone either way
-        except asyncio.CancelledError:
-            if _is_cancelled():
-                raise
-
 
 class HttpLinks:
-    """Dials links and accepts them on sockets that a listener hands over."""
+    """Dials links and accepts them on sockets that a listener hands over; inside TLS, with an identity."""
 
     def __init__(self, pages: Mapping[str, Page] | None = None) -> None:
         self._pages = dict(pages or {})
+        self._identity: Identity | None = None
         self._accept: Callable[[Link], Awaitable[None]] | None = None
         self._runner: web.AppRunner | None = None
         self._client: aiohttp.ClientSession | None = None
+        self._asked: weakref.WeakKeyDictionary[asyncio.BaseTransport, asyncio.Event] = weakref.WeakKeyDictionary()
+        self._shaking: dict[asyncio.Task[Any], None] = {}  # oldest first
+        self._refused: set[tuple[str, Refusal]] = set()
 
-    async def open(self, accept: Callable[[Link], Awaitable[None]]) -> None:
+    async def open(self, accept: Callable[[Link], Awaitable[None]], *, identity: Identity | None = None) -> None:
         """Starts to serve. `accept` is awaited for every incoming link, and the link lives as long as that takes."""
         self._accept = accept
+        self._identity = identity
         app = web.Application(client_max_size=0)
         app.router.add_get(PATH, self._incoming)
         for path in self._pages:
             app.router.add_get(path, self._page)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=CLOSE_TIMEOUT_S)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=_web_log,
+            handle_signals=False,
+            shutdown_timeout=CLOSE_TIMEOUT_S,
+            keepalive_timeout=REQUEST_TIMEOUT_S,
+        )
         await self._runner.setup()
-        self._client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        connector = _Connector(self._identity) if self._identity else aiohttp.TCPConnector(limit=0)
+        self._client = aiohttp.ClientSession(connector=connector)
 
     async def adopt(self, sock: socket.socket) -> None:
         """Speaks HTTP on an accepted socket."""
@@ -123,10 +172,31 @@ class HttpLinks:
         if server is None:
             sock.close()
             return
-        await asyncio.get_running_loop().connect_accepted_socket(server, sock)
+        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(server, sock)
+        await self._await_request(transport)
+
+    async def adopt_tls(self, sock: socket.socket) -> None:
+        """Speaks TLS on an accepted socket, and HTTP inside; refuses it where there is no identity."""
+        server = self._runner.server if self._runner else None
+        if server is None:
+            sock.close()
+        elif self._identity is None:
+            with sock:
+                self._refuse(_name(sock), Refusal.HAS_KEY)
+                await part(sock, b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")  # what is no TLS
+        else:
+            name = _name(sock)
+            context = self._identity.server
+            try:
+                with self._shaking_hands():
+                    transport, _ = await shake(server, sock, context, server_side=True, timeout_s=HANDSHAKE_TIMEOUT_S)
+            except OSError as error:
+                self._refuse(name, refusal(error) or Refusal.HUNG_UP)
+            else:
+                await self._await_request(transport)
 
     async def dial(self, address: str, *, timeout_s: float) -> Link:
-        """A link to the node that listens at HOST:PORT. Raises PeerUnreachable or PeerTimeout."""
+        """A link to the node that listens at HOST:PORT. Raises NotAdmitted, PeerUnreachable or PeerTimeout."""
         if self._client is None or self._client.closed:
             raise PeerUnreachable(address, "this node is not open")
         try:
@@ -140,9 +210,15 @@ class HttpLinks:
         except TimeoutError:
             raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
+            if why := _why_refused(error):
+                raise NotAdmitted(address, self._said(why)) from error
             cause = getattr(error, "os_error", error)  # aiohttp's own words speak of TLS where there is none
             raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
-        return WebSocketLink(socket, address)
+        link = WebSocketLink(socket, address, member=_member(socket.get_extra_info("ssl_object")))
+        if self._identity and link.member is None:
+            await link.close()
+            raise NotAdmitted(address, Refusal.NOT_A_NODE.value)
+        return link
 
     async def close(self) -> None:
         """Closes every link and stops serving."""
@@ -151,17 +227,97 @@ class HttpLinks:
         if self._runner:
             await self._runner.cleanup()
 
+    @contextlib.contextmanager
+    def _shaking_hands(self) -> Iterator[None]:
+        """For this task, which is cancelled when HANDSHAKES_MAX others have begun after it."""
+        task = asyncio.current_task()
+        if task is not None:
+            self._shaking[task] = None
+        if len(self._shaking) > HANDSHAKES_MAX:
+            next(iter(self._shaking)).cancel()
+        try:
+            yield
+        finally:
+            if task is not None:
+                self._shaking.pop(task, None)
+
+    async def _await_request(self, transport: asyncio.BaseTransport) -> None:
+        """Returns when the other end has asked for something, or has been cut off because it did not."""
+        asked = self._asked.setdefault(transport, asyncio.Event())
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                await asked.wait()
+        except BaseException as error:
+            if isinstance(transport, asyncio.WriteTransport):
+                transport.abort()
+            if not isinstance(error, TimeoutError):
+                raise
+
     async def _incoming(self, request: web.Request) -> web.StreamResponse:
+        self._arrived(request)
         if "Origin" in request.headers:  # only browsers send it, on behalf of pages that have no business here
             raise web.HTTPForbidden(text="links are for nodes, not for web pages")
+        member = None
+        if self._identity:
+            connection = _connection(request)
+            member = _member(connection)
+            host = _remote(request).rpartition(":")[0].strip("[]")
+            if connection is None:
+                self._refuse(host, Refusal.PLAINTEXT)
+                return web.Response(status=HTTPStatus.UPGRADE_REQUIRED, headers={"Upgrade": "TLS/1.3"})
+            if member is None:
+                self._refuse(host, Refusal.NOT_A_NODE)
+                raise web.HTTPForbidden(text="the certificate names no node")
         socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=messages.FRAME_BYTES_MAX)
         await socket.prepare(request)
         if self._accept:
-            await self._accept(WebSocketLink(socket, _remote(request)))
+            await self._accept(WebSocketLink(socket, _remote(request), member=member))
         return socket
 
     async def _page(self, request: web.Request) -> web.Response:
+        self._arrived(request)
+        if _connection(request) is None and not _is_local(request):
+            raise web.HTTPForbidden(text="this page is for members of the cluster, and for this machine")
         return web.json_response(self._pages[request.path](), headers=CONTENT_SECURITY)
+
+    def _arrived(self, request: web.Request) -> None:
+        if request.transport:
+            self._asked.setdefault(request.transport, asyncio.Event()).set()
+
+    def _refuse(self, host: str, why: Refusal) -> None:
+        """Logs it, once for each host and reason. Those who hang up may be anybody."""
+        if (host, why) not in self._refused and len(self._refused) < REFUSALS_MAX:
+            self._refused.add((host, why))
+            log.log(logging.DEBUG if why is Refusal.HUNG_UP else logging.WARNING, "%s %s", host, self._said(why))
+
+    def _said(self, why: Refusal) -> str:
+        return f"{why.value} (this node's key: {self._identity.keyring})" if self._identity else why.value
+
+
+class _Connector(aiohttp.BaseConnector):
+    """Connections inside TLS whose other end belongs to the cluster."""
+
+    def __init__(self, identity: Identity) -> None:
+        super().__init__(limit=0)
+        self._identity = identity
+
+    async def _create_connection(
+        self, req: aiohttp.ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(req.url.host, req.url.port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, where)
+        except BaseException:
+            sock.close()
+            raise
+        _, handler = await shake(
+            self._factory, sock, self._identity.client, server_side=False, timeout_s=HANDSHAKE_TIMEOUT_S
+        )
+        return handler
 
 
 def _is_cancelled() -> bool:
@@ -173,4 +329,46 @@ def _is_cancelled() -> bool:
 
 def _remote(request: web.Request) -> str:
     peer = request.transport.get_extra_info("peername") if request.transport else None
-    return f"{peer[0]}:{peer[1]}" if peer else "unknown"
+    return join_address(str(peer[0]), peer[1]) if peer else "unknown"
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether something went wrong here, and not just a stranger's request, each of which is no news."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_web_log.addFilter(_is_ours)
+
+
+def _connection(request: web.Request) -> ssl.SSLObject | None:
+    return request.transport.get_extra_info("ssl_object") if request.transport else None
+
+
+def _member(connection: ssl.SSLObject | None) -> str | None:
+    return node_of(connection) if connection else None
+
+
+def _is_local(request: web.Request) -> bool:
+    """Whether a program of this machine asks, and not a web page whose name was made to lead here."""
+    if request.transport is None:
+        return False
+    own, remote = (str(request.transport.get_extra_info(end)[0]) for end in ("sockname", "peername"))
+    try:
+        asked = request.url.host or ""
+    except ValueError:
+        return False
+    return (is_loopback(remote) or remote == own) and (is_literal(asked) or is_loopback(asked))
+
+
+def _name(sock: socket.socket) -> str:
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:
+        return "unknown"
+
+
+def _why_refused(error: BaseException) -> Refusal | None:
+    """Why the other end and this one are not of one cluster, if that is what the error says."""
+    if isinstance(error, aiohttp.WSServerHandshakeError):
+        return Refusal.WANTS_KEY if error.status == HTTPStatus.UPGRADE_REQUIRED else None
+    return refusal(error.__cause__) if error.__cause__ else None

@@ -1,11 +1,11 @@
 """The listener: one listening TCP socket for everything a node offers, so that a firewall needs one hole.
 
 A connection says by its first four bytes what it wants. They are looked at, not consumed, and the connected
-socket (still non-blocking) is handed to their route, or to the default one; from then on it belongs to the
-handler.
+socket (still non-blocking) is handed to the route whose prefix they begin with, or to the default one; from then on it
+belongs to the handler, which returns when it knows who is there.
 
-Strangers may connect without saying anything: a connection has DECIDE_TIMEOUT_S to speak, and at most
-UNDECIDED_MAX may be silent at once; above that the oldest goes. Knows nothing of protocols, peers or nodes.
+Until then it is a stranger's. One has DECIDE_TIMEOUT_S to speak, handlers have deadlines of their own, and at most
+STRANGERS_MAX are known at once; above that the oldest goes. Knows nothing of protocols, peers or nodes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from swarm.errors import SettingsError
 
 ROUTE_BYTES = 4
 DECIDE_TIMEOUT_S = 5.0  # one packet after the handshake; a slow network retransmits it twice in that time
-UNDECIDED_MAX = 256  # a burst of newcomers fits; a flood of silent strangers costs 256 file descriptors
+STRANGERS_MAX = 512  # a burst of newcomers fits; a flood costs so many file descriptors and tasks, and no more
 BACKLOG = 1024  # a burst of newcomers dials in one moment; the kernel caps this at its somaxconn
 CLOSE_TIMEOUT_S = 5.0
 
@@ -40,8 +40,8 @@ class Listener:
         host, port = sock.getsockname()[:2]
         self._address = (str(host), int(port))
         self._accepting: asyncio.Task[None] | None = None
-        self._undecided: dict[asyncio.Task[None], None] = {}  # oldest first
-        self._decided: set[asyncio.Task[None]] = set()
+        self._strangers: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._leaving: set[asyncio.Task[None]] = set()  # cancelled to make room
 
     @classmethod
     async def open(cls, host: str, port: int) -> Listener:
@@ -62,16 +62,17 @@ class Listener:
         return self._address
 
     def serve(self, routes: Mapping[bytes, Handler], default: Handler) -> None:
-        """Starts to accept, until `close`. `routes` maps first four bytes to handlers.
+        """Starts to accept, until `close`. `routes` maps what the first four bytes begin with to handlers.
 
-        A handler owns its socket, also when it raises; what it raises goes to the loop's exception handler.
+        A handler owns its socket, also when it raises or is cancelled; what it raises goes to the loop's exception
+        handler.
         """
         accepting = self._accept(dict(routes), default)
         self._accepting = asyncio.create_task(accepting, name="listener accepts")
 
     async def close(self) -> None:
-        """Stops listening, drops undecided connections, and cancels handlers that still run. Within CLOSE_TIMEOUT_S."""
-        tasks = {*self._undecided, *self._decided, *filter(None, [self._accepting])}
+        """Stops listening, drops strangers, and cancels handlers that still run. Within CLOSE_TIMEOUT_S."""
+        tasks = {*self._strangers, *self._leaving, *filter(None, [self._accepting])}
         for task in tasks:
             task.cancel()
         if tasks:
@@ -92,10 +93,14 @@ class Listener:
             backoff_s = BACKOFF_SMALLEST_S
             sock.setblocking(False)
             task = asyncio.create_task(self._decide(sock, routes, default), name="listener decides")
-            self._undecided[task] = None
+            self._strangers[task] = None
             task.add_done_callback(self._forget)
-            if len(self._undecided) > UNDECIDED_MAX:
-                next(iter(self._undecided)).cancel()
+            if len(self._strangers) > STRANGERS_MAX:
+                oldest = next(iter(self._strangers))
+                del self._strangers[oldest]
+                self._leaving.add(oldest)
+                oldest.cancel()
+            await asyncio.sleep(0)  # a task that is cancelled before it has begun would not close its socket
 
     async def _decide(self, sock: socket.socket, routes: Mapping[bytes, Handler], default: Handler) -> None:
         try:
@@ -110,22 +115,18 @@ class Listener:
         if len(first) < ROUTE_BYTES:
             sock.close()
             return
-        task = asyncio.current_task()
-        if task is not None:
-            self._undecided.pop(task, None)
-            self._decided.add(task)
-        await routes.get(first, default)(sock)
+        await next((handler for prefix, handler in routes.items() if first.startswith(prefix)), default)(sock)
 
     def _forget(self, task: asyncio.Task[None]) -> None:
-        self._undecided.pop(task, None)
-        self._decided.discard(task)
+        self._strangers.pop(task, None)
+        self._leaving.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             context = {"message": "a connection's handler failed", "exception": error, "task": task}
             task.get_loop().call_exception_handler(context)
 
     def __repr__(self) -> str:
         host, port = self._address
-        return f"<Listener {host}:{port} {len(self._undecided)} undecided, {len(self._decided)} handled>"
+        return f"<Listener {host}:{port} {len(self._strangers)} strangers>"
 
 
 async def _peek(sock: socket.socket) -> bytes:

@@ -24,8 +24,15 @@ from swarm.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "SWARM_"
 FILE_NAME = "swarm.toml"
+DATA_ENCRYPTIONS = ("tls", "none")
+NETWORKS = ("local", "lan", "wan")
+LABEL_MAX = 32  # characters: gossip carries it to everyone
 NEAR = 0.8  # how like a setting's name a variable must be to count as a misspelling of it
 
+_HOST = r"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
+_ADDRESS = re.compile(
+    rf"(?:\[([0-9A-Fa-f:.]{{2,45}}(?:%[A-Za-z0-9_.-]{{1,15}})?)\]|({_HOST}))(?::([0-9]{{1,5}}))?", re.ASCII
+)
 _RATE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]i?)?(B|bit)(?:/s|ps)\s*", re.ASCII)
 _SCALE = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY = {"Ki": 2**10, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -51,16 +58,36 @@ class Settings:
     name: str | None = _setting(None, "what others call this node; unset: the host's name and a part of its id")
     listen: str = _setting("127.0.0.1:0", "HOST[:PORT] to listen on; port 0 lets the system choose")
     peers: tuple[str, ...] = _setting((), "HOST:PORT of a node to join through; DNS names may have many addresses")
+    key_file: Path | None = _setting(
+        None, "file with the cluster key; who has the same is a member. `swarm keygen` makes one"
+    )
+    data_encryption: str = _setting(
+        "tls",
+        "tls, or none: with a cluster key, chunks travel in the open, between proven members all the same",
+        flag=False,
+    )
     insecure: bool = _setting(False, "listen beyond this machine although no cluster key protects the node")
+    trusted: tuple[str, ...] = _setting(
+        (), "machines, as in 10.0.0.5,10.1.0.0/16, whose nodes alone may introduce models; unset: all", flag=False
+    )
     mdns: bool = _setting(True, "find and be found by nodes of the local network through multicast DNS")
+    network: str | None = _setting(
+        None, "local, lan or wan: how patient gossip is; unset: local when listening on loopback, else lan", flag=False
+    )
+    host: str | None = _setting(
+        None, "label of this machine, told to others; unset: a digest of its boot id", flag=False
+    )
+    rack: str | None = _setting(None, "label of the rack that this machine is in, told to others", flag=False)
     upload_limit: float | None = _setting(None, "most bytes per second sent to all peers together, e.g. 150MB/s")
     timeout_s: float | None = _setting(None, "seconds that a whole fetch may take; unset: as long as it progresses")
     chunk_bytes: int | None = _setting(
         None,
-        "most bytes in one chunk when serving; unset: a 1024th of the model, 256 KiB to 16 MiB",
+        "most bytes in one chunk when serving; unset: a 1024th of the model, 256 KiB to 16 MiB (GPU: a 128th, to 64)",
         flag=False,
     )
-    leaf_bytes: int = _setting(128 << 10, "bytes hashed as one leaf when serving", flag=False)
+    leaf_bytes: int | None = _setting(
+        None, "bytes hashed as one leaf when serving; unset: 128 KiB, 16 KiB for tensors of a GPU", flag=False
+    )
     cache: Path = _setting(_cache_dir, "directory for cached manifests", flag=False)
     find_timeout_s: float = _setting(10.0, "seconds to look for somebody who serves the model", flag=False)
     stall_timeout_s: float = _setting(
@@ -75,6 +102,11 @@ class Settings:
     congestion: str | None = _setting(
         None, "TCP congestion control for chunks; unset: the machine's own, cubic within a host", flag=False
     )
+    transports: tuple[str, ...] = _setting(
+        (),
+        "data planes between trusted nodes to prefer to the usual ones: nccl, gloo, ucc; they do not encrypt",
+        flag=False,
+    )
     fsync: bool = _setting(True, "force files to disk before they get their final names", flag=False)
 
     def __post_init__(self) -> None:
@@ -82,19 +114,45 @@ class Settings:
             if (value := getattr(self, name)) is not None or not kind.endswith("| None"):
                 object.__setattr__(self, name, _parse(name, value, kind))
         host, _ = split_address("listen", self.listen, default_port=0)
-        if not self.insecure and not is_loopback(host):
+        if self.insecure and self.key_file:
+            raise SettingsError("insecure", "a cluster key protects this node; choose one of --insecure and --key-file")
+        if not self.reaches_out and not is_loopback(host):
             raise SettingsError(
                 "listen",
-                f"{host} is reachable from other machines and no cluster key protects this node; "
-                "listen on 127.0.0.1, or accept the risk with --insecure",
+                f"{host} is reachable from other machines and no cluster key protects this node; give one with "
+                "--key-file, listen on 127.0.0.1, or accept the risk with --insecure",
             )
-        for name in ("find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots", "leaf_bytes"):
+        if self.data_encryption not in DATA_ENCRYPTIONS:
+            raise SettingsError("data_encryption", f"{self.data_encryption!r} is none of {', '.join(DATA_ENCRYPTIONS)}")
+        if self.key_file and self.transports and self.data_encryption != "none":
+            raise SettingsError(
+                "transports",
+                f"{', '.join(self.transports)}: chunks would travel in the open, where the cluster key encrypts them; "
+                'set data_encryption = "none" on a network that you trust, or leave this out',
+            )
+        for network in self.trusted:
+            try:
+                ipaddress.ip_network(network, strict=False)
+            except ValueError as error:
+                raise SettingsError("trusted", f"{error}; name addresses or networks, as in 10.1.0.0/16") from error
+        if self.network is not None and self.network not in NETWORKS:
+            raise SettingsError("network", f"{self.network!r} is none of {', '.join(NETWORKS)}")
+        for name in ("host", "rack"):
+            label = getattr(self, name)
+            if label is not None and not (len(label) <= LABEL_MAX and label.isprintable()):
+                raise SettingsError(name, f"{label!r} is not a label of at most {LABEL_MAX} printable characters")
+        for name in ("find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(name, f"{getattr(self, name)} is not a number above zero")
-        for name in ("upload_limit", "timeout_s", "chunk_bytes"):
+        for name in ("upload_limit", "timeout_s", "chunk_bytes", "leaf_bytes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:  # which a NaN is not either
                 raise SettingsError(name, f"{value} is not a number above zero; leave it out for no limit")
+
+    @property
+    def reaches_out(self) -> bool:
+        """Whether the node has to do with other machines at all."""
+        return self.insecure or self.key_file is not None
 
     @classmethod
     def load(
@@ -125,22 +183,35 @@ class Settings:
 
 
 def split_address(setting: str, text: str, *, default_port: int | None = None) -> tuple[str, int]:
-    """HOST[:PORT] or [IPV6][:PORT] as (host, port). Raises SettingsError naming `setting`."""
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]]+))(?::([0-9]{1,5}))?", text.strip())
-    if match is None:
-        raise SettingsError(setting, f"{text!r} is not HOST:PORT (IPv6 in brackets, as in [::1]:7000)")
+    """HOST:PORT or [IPV6]:PORT as (host, port); with a default port also HOST alone, and then port 0 is one too.
+
+    Raises SettingsError naming `setting`.
+    """
+    match = _ADDRESS.fullmatch(text.strip())
+    if match and (match[1] or match[2]).isdigit():
+        raise SettingsError(setting, f"{text!r} needs a host, as in 127.0.0.1:{match[1] or match[2]}")
+    if match is None or (match[1] and not (":" in match[1] and is_literal(match[1]))):
+        raise SettingsError(setting, f"{text!r} is not HOST:PORT (an IPv6 address goes in brackets: [::1]:7000)")
     host = match[1] or match[2]
-    if host.isdigit():
-        raise SettingsError(setting, f"{text!r} needs a host, as in 127.0.0.1:{host}")
     port = int(match[3]) if match[3] else default_port
-    if port is None or port > 65535:
-        raise SettingsError(setting, f"{text!r} needs a port from 0 to 65535, as in {host}:7000")
+    least = 1 if default_port is None else 0
+    if port is None or not least <= port < 1 << 16:
+        raise SettingsError(setting, f"{text!r} is not HOST:PORT: it needs a port from {least} to 65535")
     return host, port
 
 
 def join_address(host: str, port: int) -> str:
     """(host, port) as text; the inverse of `split_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def is_literal(host: str) -> bool:
+    """Whether this is an IP address, which nobody has to look up."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

@@ -2,10 +2,16 @@
 
 A session is one connection to the port of the holder's listener, dialled by the asker:
 
-    asker -> holder   | "SWRM" | version: u8 | token: 16 bytes |        holder -> asker   | verdict: u8 |
+    asker -> holder   | "SWRM" | version: u8 | count: u64 | proof: 16 bytes |        holder -> asker   | verdict: u8 |
 
-The token comes from the holder's Hello, over the link: it says who is asking, and that the asker may. It is
-compared in constant time. A refused asker is told why in the verdict, then the connection is closed.
+The token comes from the holder's Hello, over the link: it says who is asking, and that the asker may. It is not shown:
+the proof is its HMAC over what is before, and `count` is greater in each session of a link, so that whoever listens on
+the way cannot open one. A refused asker is told why in the verdict, then the connection is closed.
+
+With an identity the same is inside TLS, and the scheme is "tls": "SWRT" in the open, the handshake, then as above.
+
+Transports that need such a connection beside their own way of moving bytes are kinds of this one, with a magic word of
+their own, which the proof covers: what was read of one kind opens no other.
 
 Must not know: transfers, frames, links, who the peers are.
 """
@@ -15,18 +21,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import itertools
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
 from swarm.errors import SettingsError, TransportError
-from swarm.settings import is_loopback, join_address
+from swarm.identity import Identity, refusal
+from swarm.settings import is_loopback, join_address, split_address
 from swarm.transport import Pace
+from swarm.transport.stream import PlainStream, Stream
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
+from swarm.transport.tls import TlsStream
 
-MAGIC = b"SWRM"
-VERSION = 1
-TOKEN_BYTES = 16
-PREAMBLE_BYTES = len(MAGIC) + 1 + TOKEN_BYTES
+MAGIC, TLS_MAGIC = b"SWRM", b"SWRT"
+VERSION = 2
+TOKEN_BYTES, COUNT_BYTES, PROOF_BYTES = 16, 8, 16
+PREAMBLE_BYTES = len(MAGIC) + 1 + COUNT_BYTES + PROOF_BYTES
 ACCEPTED, UNKNOWN_TOKEN, WRONG_VERSION = b"\0", b"\1", b"\2"
 
 PREAMBLE_TIMEOUT_S = 5.0  # one round trip is enough; a stranger must not keep a connection by silence
@@ -44,12 +54,25 @@ USER_TIMEOUT_MS = 4000
 
 
 class TcpTransport:
-    """The plane of the node whose listener is at `host`:`port`, and hands "SWRM" connections to `adopt`."""
+    """The plane of the node whose listener is at `host`:`port`, and hands connections with its `opening` to `adopt`."""
 
     scheme = "tcp"
+    magic = MAGIC  # how a preamble begins
 
-    def __init__(self, host: str, port: int, *, pace: Pace | None = None, congestion: str | None = None) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        pace: Pace | None = None,
+        congestion: str | None = None,
+        identity: Identity | None = None,
+    ) -> None:
         """`congestion`: the kernel's name of a congestion control; None leaves the machine's own, but within a host."""
+        self._identity = identity
+        if identity:
+            self.scheme = "tls"
+        self._count = itertools.count(1)
         self._address = join_address(host, port)
         self._pace = pace
         self._congestion = congestion
@@ -58,6 +81,11 @@ class TcpTransport:
         self._askers = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="swarm-tcp-receive")
         self._holders = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="swarm-tcp-send")
         self._closed = False
+
+    @property
+    def opening(self) -> bytes:
+        """How connections to this plane begin: the listener is to hand those to `adopt`."""
+        return TLS_MAGIC if self._identity else self.magic
 
     @property
     def address(self) -> str:
@@ -69,25 +97,27 @@ class TcpTransport:
 
         A node that listens on loopback has no business beyond this machine, whatever a peer's Hello says.
         """
-        own, where = _split(self._address), _split(address)
+        own, where = _where(self._address), _where(address)
         return where is not None and (own is None or not is_loopback(own[0]) or is_loopback(where[0]))
 
     async def connect(self, address: str, token: str, *, timeout_s: float) -> TcpInbound:
         """See `Transport`. Raises TransportError when nobody answers in time, or turns the token away."""
-        where = _split(address)
+        where = _where(address)
         if where is None or self._closed:
             raise TransportError(f"tcp to {address!r}: {'closed' if where else 'not a host:port'}")
         try:
             async with asyncio.timeout(timeout_s):
-                sock = await _dial(*where, token=_token_bytes(token), congestion=self._congestion)
+                preamble = preamble_of(_token_bytes(token), next(self._count), magic=self.magic)
+                stream = await self._dial(*where, preamble)
+                session = await self._ask(stream, peer=address)
         except TimeoutError as error:
             raise TransportError(f"tcp to {address}: no answer within {timeout_s:g} s") from error
         except OSError as error:
-            raise TransportError(f"tcp to {address}: {error}") from error
+            why = refusal(error)
+            raise TransportError(f"tcp to {address}: {f'it {why.value}' if why else error}") from error
         if self._closed:
-            sock.close()
+            await session.close()
             raise TransportError(f"tcp to {address}: closed")
-        session = TcpInbound(sock, peer=address, pool=self._askers)
         self._inbound = {known for known in self._inbound if known.alive} | {session}
         return session
 
@@ -100,6 +130,8 @@ class TcpTransport:
         admission = self._admitted.get(_token_bytes(token))
         if admission is None:
             raise TransportError("tcp: the token is not admitted")
+        if (session := admission.current) is not None:
+            return session
         try:
             async with asyncio.timeout(timeout_s):
                 return await admission.latest()
@@ -107,23 +139,29 @@ class TcpTransport:
             raise TransportError(f"tcp: the peer opened no session within {timeout_s:g} s") from error
 
     async def adopt(self, sock: socket.socket) -> None:
-        """Takes over a connection that begins with MAGIC, and judges its preamble. Whatever goes wrong ends with it."""
+        """Takes over a connection that begins with the magic, and judges its preamble. What goes wrong ends with it."""
+        stream: Stream | None = None
         try:
             async with asyncio.timeout(PREAMBLE_TIMEOUT_S):
-                admission, verdict = self._judge(await _read_preamble(sock))
-                await asyncio.get_running_loop().sock_sendall(sock, verdict)
                 peer = str(sock.getpeername()[0])
                 _tune(sock, peer=peer, congestion=self._congestion)
-        except (OSError, EOFError):  # TimeoutError is an OSError; a stranger's broken connection concerns nobody
-            sock.close()
-            return
-        except BaseException:
-            sock.close()
+                stream = await self._receive(sock)
+                admission, verdict = self._judge(await _read_preamble(stream, magic=self.magic))
+                await stream.say(verdict)
+                if admission is None or admission.revoked:
+                    stream.close()
+                    return
+                session = await self._hold(stream, peer=peer)
+        except BaseException as error:
+            (stream or sock).close()
+            # TimeoutError is an OSError; a stranger's broken connection concerns nobody
+            if isinstance(error, OSError | EOFError):
+                return
             raise
-        if admission is None or admission.revoked:
-            sock.close()
+        if admission.revoked:
+            await session.close()
             return
-        await admission.add(TcpOutbound(sock, peer=peer, pool=self._holders, pace=self._pace))
+        await admission.add(session)
 
     async def revoke(self, token: str) -> None:
         """See `Transport`."""
@@ -142,18 +180,64 @@ class TcpTransport:
         self._askers.shutdown(wait=False)
         self._holders.shutdown(wait=False)
 
+    async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
+        """The asker's end of a connection whose preamble was accepted. It owns the stream, also when it raises."""
+        return TcpInbound(stream, peer=peer, pool=self._askers)
+
+    async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
+        """The holder's end of a connection whose preamble was accepted."""
+        return TcpOutbound(stream, peer=peer, pool=self._holders, pace=self._pace)
+
+    async def _receive(self, sock: socket.socket) -> Stream:
+        """The holder's end of a connection, where the preamble is to be read."""
+        if self._identity is None:
+            return PlainStream(sock)
+        sock.setblocking(False)
+        said = await asyncio.get_running_loop().sock_recv(sock, len(TLS_MAGIC))  # the listener has seen all of it
+        if said != TLS_MAGIC:
+            raise EOFError("not the magic")
+        return await TlsStream.open(sock, self._identity.server, server_side=True)
+
+    async def _dial(self, host: str, port: int, preamble: bytes) -> Stream:
+        """A connection whose preamble was accepted. Raises OSError or TransportError."""
+        loop = asyncio.get_running_loop()
+        addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = addresses[0]
+        sock = socket.socket(family, kind, protocol)
+        stream: Stream | None = None
+        try:
+            sock.setblocking(False)
+            _tune(sock, peer=str(where[0]), congestion=self._congestion)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+            await loop.sock_connect(sock, where)
+            if self._identity is None:
+                stream = PlainStream(sock)
+            else:
+                await loop.sock_sendall(sock, TLS_MAGIC)
+                stream = await TlsStream.open(sock, self._identity.client, server_side=False)
+            await stream.say(preamble)
+            _check_verdict(await stream.hear(1), peer=f"{host}:{port}")
+        except BaseException:
+            (stream or sock).close()
+            raise
+        return stream
+
     def _judge(self, preamble: bytes) -> tuple[_Admission | None, bytes]:
+        if not preamble.startswith(self.magic):
+            raise EOFError("not a preamble")
         if preamble[len(MAGIC)] != VERSION:
             return None, WRONG_VERSION
-        token = preamble[len(MAGIC) + 1 :]
-        admission = None
-        for known, candidate in self._admitted.items():  # all of them: the time taken tells nothing
-            if hmac.compare_digest(known, token):
-                admission = candidate
-        return admission, UNKNOWN_TOKEN if admission is None else ACCEPTED
+        count = int.from_bytes(preamble[len(MAGIC) + 1 : -PROOF_BYTES], "big")
+        for token, admission in self._admitted.items():
+            if hmac.compare_digest(preamble_of(token, count, magic=self.magic), preamble):
+                if admission.count < count:  # or somebody plays an old one again
+                    admission.count = count
+                    return admission, ACCEPTED
+                break
+        return None, UNKNOWN_TOKEN
 
     def __repr__(self) -> str:
-        return f"<TcpTransport {self._address} {len(self._inbound)} in, {len(self._admitted)} admitted>"
+        return f"<{type(self).__name__} {self._address} {len(self._inbound)} in, {len(self._admitted)} admitted>"
 
 
 class _Admission:
@@ -161,6 +245,7 @@ class _Admission:
 
     def __init__(self) -> None:
         self.revoked = False
+        self.count = 0  # of the last session that was accepted
         self._sessions: list[TcpOutbound] = []
         self._changed = asyncio.Event()
 
@@ -172,10 +257,15 @@ class _Admission:
         for old in replaced:
             await old.close()
 
+    @property
+    def current(self) -> TcpOutbound | None:
+        latest = self._sessions[-1] if self._sessions else None
+        return latest if latest is not None and latest.alive else None
+
     async def latest(self) -> TcpOutbound:
         while not self.revoked:
-            if self._sessions and self._sessions[-1].alive:
-                return self._sessions[-1]
+            if (session := self.current) is not None:
+                return session
             self._changed.clear()
             await self._changed.wait()
         raise TransportError("tcp: the token was revoked")
@@ -184,25 +274,6 @@ class _Admission:
         self.revoked = True
         self._changed.set()
         await asyncio.gather(*(session.close() for session in self._sessions))
-
-
-async def _dial(host: str, port: int, *, token: bytes, congestion: str | None) -> socket.socket:
-    """A connection whose preamble was accepted. Raises OSError or TransportError."""
-    loop = asyncio.get_running_loop()
-    addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    family, kind, protocol, _, where = addresses[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setblocking(False)
-        _tune(sock, peer=str(where[0]), congestion=congestion)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
-        await loop.sock_connect(sock, where)
-        await loop.sock_sendall(sock, MAGIC + bytes([VERSION]) + token)
-        _check_verdict(await loop.sock_recv(sock, 1), peer=f"{host}:{port}")
-    except BaseException:
-        sock.close()
-        raise
-    return sock
 
 
 def _check_verdict(verdict: bytes, *, peer: str) -> None:
@@ -216,19 +287,24 @@ def _check_verdict(verdict: bytes, *, peer: str) -> None:
     raise TransportError(f"tcp to {peer}: {why}")
 
 
-async def _read_preamble(sock: socket.socket) -> bytes:
-    """Raises EOFError when the stranger leaves early or does not know the magic."""
-    sock.setblocking(False)
-    loop = asyncio.get_running_loop()
-    preamble = b""
-    while len(preamble) < PREAMBLE_BYTES:
-        part = await loop.sock_recv(sock, PREAMBLE_BYTES - len(preamble))
+async def _read_preamble(stream: Stream, *, magic: bytes) -> bytes:
+    """A preamble, or as much of one as tells that it is of another version. Raises EOFError when it is none."""
+    data = b""
+    wanted = len(MAGIC) + 1
+    while len(data) < wanted:
+        part = await stream.hear(wanted - len(data))
         if not part:
-            raise EOFError("no preamble")
-        preamble += part
-    if not preamble.startswith(MAGIC):
-        raise EOFError("not a preamble")
-    return preamble
+            raise EOFError("it left early")
+        data += part
+        if data == magic + bytes([VERSION]):
+            wanted = PREAMBLE_BYTES
+    return data
+
+
+def preamble_of(token: bytes, count: int, *, magic: bytes = MAGIC) -> bytes:
+    """What an asker who was given this token begins its session number `count` with."""
+    said = magic + bytes([VERSION]) + count.to_bytes(COUNT_BYTES, "big")
+    return said + hmac.digest(token, said, "sha256")[:PROOF_BYTES]
 
 
 def _tune(sock: socket.socket, *, peer: str, congestion: str | None) -> None:
@@ -247,15 +323,10 @@ def _tune(sock: socket.socket, *, peer: str, congestion: str | None) -> None:
             raise SettingsError("congestion", f"{congestion!r}: the kernel says {error.strerror}") from error
 
 
-def _split(address: str) -> tuple[str, int] | None:
-    host, _, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        return None
-    if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 1 << 16:
-        return None
-    return host, int(port)
+def _where(address: str) -> tuple[str, int] | None:
+    with contextlib.suppress(SettingsError):
+        return split_address("address", address)
+    return None
 
 
 def _token_bytes(token: str) -> bytes:

@@ -10,9 +10,15 @@ so that anything readable at the holder means that the asker is gone.
 
 Sockets block, and work is done on pool threads: `recv_into` and `sendfile` release the GIL, and asyncio costs
 a quarter of the speed. Their timeouts (SO_RCVTIMEO, SO_SNDTIMEO) make a blocked thread look around every
-POLL_S. A session takes a thread only while bytes move: between transfers the loop watches the socket. The
-socket is closed on the loop, when no thread uses it: its number may belong to another connection a moment
-later.
+POLL_S. A session takes a thread only while bytes move, and for POLL_S after that: small chunks follow each other
+closely, and to be woken is cheaper than to be started. Otherwise the loop watches the socket. The socket is closed on
+the loop, when no thread uses it: its number may belong to another connection a moment later.
+
+A small chunk costs by the system call. So the end of a frame is read together with the next header, and a payload out
+of memory is written together with its own. END waits for the spans to say that what they lent was right to the last.
+
+Other transports that need a connection beside their own way of moving bytes build on these sessions: they add kinds of
+frames, and say what such a frame carries (`_take_payload`, `_send_piece`).
 
 Must not know: tokens, addresses, how connections come about. `ends` knows when views may be touched.
 """
@@ -30,9 +36,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from swarm.errors import LocalProtocolError, SourceChanged, TransportError
-from swarm.store import FileSpan, Span
+from swarm.store import AnySpan, FileSpan, Span, View
 from swarm.transport import Pace, Transfer
-from swarm.transport.ends import Landing, call_on_loop, close_iterator, pieces, settle, settled, span_bytes
+from swarm.transport.ends import Landing, Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
+from swarm.transport.stream import Stream
 
 HEADER = struct.Struct(">QIB3x")
 DATA, END, ABORT = 1, 2, 3
@@ -45,18 +52,20 @@ CANCEL_GRACE_S = 1.0  # for the rest of a frame whose transfer was cancelled; th
 CLOSE_TIMEOUT_S = 5.0  # for threads to let go of a socket that was shut down
 ABANDONED_MAX = 4096  # cancelled before their first frame; beyond that, the holder has long forgotten the oldest
 
+_NOTHING = memoryview(b"")
 _scrap = memoryview(bytearray(256 << 10))  # where unwanted bytes go: written by all, read by nobody
 
 
 class _Session:
     """A connected socket, at most one job on a pool thread, and how both end."""
 
-    def __init__(self, sock: socket.socket, *, peer: str, pool: ThreadPoolExecutor) -> None:
-        _set_timeouts(sock)
+    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
+        sock.block(POLL_S)
         self.peer = peer
         self._sock = sock
         self._pool = pool
         self._loop = asyncio.get_running_loop()
+        self._mailbox = Mailbox()
         self._lock = threading.Condition()
         self._lost: str | None = None
         self._job: asyncio.Future[None] | None = None
@@ -111,7 +120,7 @@ class _Session:
         with contextlib.suppress(OSError):  # the other end may have been quicker
             self._sock.shutdown(socket.SHUT_RDWR)
         self._drop_transfers()
-        call_on_loop(self._loop, self._retire)
+        self._mailbox.post(self._retire)
 
     def _retire(self) -> None:
         if self._lost is not None and self._job is None and self._sock.fileno() >= 0:
@@ -125,18 +134,21 @@ class _Session:
 class TcpInbound(_Session):
     """The asker's end: a pump, which runs while frames arrive, brings each to the landing of its transfer."""
 
-    def __init__(self, sock: socket.socket, *, peer: str, pool: ThreadPoolExecutor) -> None:
+    on_device = False
+
+    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
         self._landings: dict[int, Landing] = {}  # until their END or ABORT, wanted or not
         self._abandoned: deque[int] = deque()
         self._current: Landing | None = None
         self._header = memoryview(bytearray(HEADER.size))
+        self._header_filled = 0  # bytes of it that came with the frame before
         self._quiet_s = 0.0
         self.received_bytes = 0
         super().__init__(sock, peer=peer, pool=pool)
 
-    async def receive(self, transfer: Transfer, views: Iterator[memoryview]) -> None:
+    async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
         """See `Inbound`. Raises LocalProtocolError when the id is in use or the views are not `transfer.size` bytes."""
-        landing = Landing(transfer, views)
+        landing = Landing(transfer, views, mailbox=self._mailbox)
         with self._lock:
             if transfer.id in self._landings:
                 landing.stop(LocalProtocolError(f"transfer {transfer.id} was posted twice"))
@@ -186,7 +198,7 @@ class TcpInbound(_Session):
 
     def _read_header(self) -> bool:
         """False when nothing is on its way."""
-        read = 0
+        read, self._header_filled = self._header_filled, 0
         while read < HEADER.size:
             got = self._receive_into(self._header[read:])
             if not got and not read and self._current is None:
@@ -196,15 +208,14 @@ class TcpInbound(_Session):
 
     def _take_frame(self) -> None:
         transfer_id, length, kind = HEADER.unpack(self._header)
-        good = 0 < length <= FRAME_BYTES_MAX if kind == DATA else kind in (END, ABORT) and length == 0
-        if not good:
+        if not self._is_frame(kind, length):
             raise TransportError(f"it sent a frame of kind {kind} with {length} bytes")
         landing = self._current or self._find(transfer_id)
         if landing.transfer.id != transfer_id:
             raise TransportError(f"it sent transfer {transfer_id} within transfer {landing.transfer.id}")
-        if kind == DATA:
+        if kind not in (END, ABORT):
             self._current = landing
-            self._fill(landing, length)
+            self._take_payload(landing, kind, length)
             return
         self._current = None
         with self._lock:
@@ -213,6 +224,17 @@ class TcpInbound(_Session):
             landing.finish()
         else:
             landing.stop(TransportError(f"{self.peer} aborted transfer {transfer_id}"))
+        self._over(transfer_id)
+
+    def _over(self, transfer_id: int) -> None:
+        """A transfer has ended or was aborted, and its views are left alone."""
+
+    def _is_frame(self, kind: int, length: int) -> bool:
+        return 0 < length <= FRAME_BYTES_MAX if kind == DATA else kind in (END, ABORT) and length == 0
+
+    def _take_payload(self, landing: Landing, kind: int, length: int) -> None:
+        """A frame of a transfer that is neither its end nor its abort."""
+        self._fill(landing, length)
 
     def _find(self, transfer_id: int) -> Landing:
         with self._lock:
@@ -230,15 +252,23 @@ class TcpInbound(_Session):
                 continue
             got = 0
             try:
-                got = self._receive_into(room)
+                got = self._receive_room(room, length)
             finally:
                 landing.give_back(got)
             length -= got
 
-    def _receive_into(self, room: memoryview) -> int:
+    def _receive_room(self, room: View, length: int) -> int:
+        """As `_receive_into`, into what a landing lends; if it takes the rest of a frame, with what follows."""
+        view = on_host(room)
+        got = self._receive_into(view, self._header) if view.nbytes == length else self._receive_into(view)
+        if got > length:
+            got, self._header_filled = length, got - length
+        return got
+
+    def _receive_into(self, *rooms: memoryview) -> int:
         """0: nothing came within POLL_S, so that the caller can look around."""
         try:
-            got = self._sock.recv_into(room)
+            got = self._sock.recv_into(rooms[0]) if len(rooms) == 1 else self._sock.recvmsg_into(rooms)[0]
         except BlockingIOError:
             self._quiet_s += POLL_S
             timeout_s = self._current.transfer.idle_timeout_s if self._current else HEADER_TIMEOUT_S
@@ -252,16 +282,18 @@ class TcpInbound(_Session):
         return got
 
 
-class _Sending:
+class Sending:
     """One transfer on its way out. `stopped` cuts short every wait for it."""
 
-    def __init__(self, transfer: Transfer, spans: Iterator[Span]) -> None:
+    def __init__(
+        self, transfer: Transfer, spans: Iterator[AnySpan], *, stop: Callable[[Sending], None], mailbox: Mailbox
+    ) -> None:
         self.transfer = transfer
         self.spans = spans
         self.stopped = threading.Event()
         self.begun = False
-        self._loop = asyncio.get_running_loop()
-        self.outcome: asyncio.Future[None] = self._loop.create_future()
+        self.outcome = Outcome(stop=lambda: stop(self))
+        self._mailbox = mailbox
 
     def end(self, error: Exception | None) -> None:
         """Any thread; nobody advances the spans any more."""
@@ -269,34 +301,38 @@ class _Sending:
             close_iterator(self.spans)
         except Exception as closing:  # whoever awaits the transfer hears of it
             error = error or closing
-        call_on_loop(self._loop, lambda: settle(self.outcome, error))
+        self._mailbox.post(lambda: self.outcome.settle(error))
 
 
-class _Lost(TransportError):
+class Lost(TransportError):
     """The connection can not be written to any more. Tells its errors from those that come out of spans."""
 
 
 class TcpOutbound(_Session):
     """The holder's end: one job at a time sends what is queued, in order."""
 
-    def __init__(self, sock: socket.socket, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
+    on_device = False
+    piece_bytes = FRAME_BYTES_MAX  # most bytes sent at once
+
+    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
         self._pace = pace
-        self._queue: deque[_Sending] = deque()
-        self._sending: _Sending | None = None
+        self._queue: deque[Sending] = deque()
+        self._sending: Sending | None = None
         super().__init__(sock, peer=peer, pool=pool)
 
-    async def send(self, transfer: Transfer, spans: Iterator[Span]) -> None:
+    async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
         """See `Outbound`. Raises LocalProtocolError when the spans are not `transfer.size` bytes."""
-        sending = _Sending(transfer, spans)
+        sending = Sending(transfer, spans, stop=self._cancel, mailbox=self._mailbox)
         with self._lock:
             if self._lost is not None:
                 raise self._error()
             self._queue.append(sending)
+            self._lock.notify()
         if self._job is None:
             self._start(self._send_queued)
-        await settled(sending.outcome, stop=lambda: self._cancel(sending))
+        await sending.outcome.reached()
 
-    def _cancel(self, sending: _Sending) -> None:
+    def _cancel(self, sending: Sending) -> None:
         sending.stopped.set()
         with self._lock:
             begun = sending.begun
@@ -315,13 +351,12 @@ class TcpOutbound(_Session):
 
     def _readable(self) -> None:
         try:
-            said = self._sock.recv(1, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return
+            said = self._sock.said()
         except OSError as error:
             self._lose(f"connection lost ({error})")
             return
-        self._lose("it broke the protocol" if said else "it closed the connection")
+        if said is not None:
+            self._lose("it broke the protocol" if said else "it closed the connection")
 
     def _finished(self, job: asyncio.Future[None]) -> None:
         super()._finished(job)
@@ -331,6 +366,7 @@ class TcpOutbound(_Session):
     def _send_queued(self) -> None:
         while True:
             with self._lock:
+                self._lock.wait_for(lambda: self._queue or self._lost, POLL_S)
                 if not self._queue:
                     return
                 sending = self._queue.popleft()
@@ -341,76 +377,82 @@ class TcpOutbound(_Session):
             else:
                 self._send(sending)
 
-    def _send(self, sending: _Sending) -> None:
+    def _send(self, sending: Sending) -> None:
         error: Exception | None = None
         slice_bytes = self._pace.slice_bytes if self._pace else None
-        most = min(slice_bytes or FRAME_BYTES_MAX, FRAME_BYTES_MAX)
+        most = min(slice_bytes or self.piece_bytes, self.piece_bytes)
         try:
             for piece in pieces(sending.spans, size=sending.transfer.size, most=most):
                 self._await_turn(sending, span_bytes(piece))
-                self._send_frame(sending, DATA, piece)
+                self._send_piece(sending, piece)
             self._send_frame(sending, END)
-        except _Lost as lost:
+        except Lost as lost:
             error = lost
             self._lose(str(lost))
         except Exception as broken:
             error = broken
             self._abort(sending)
+        self._conclude(sending, error)
+
+    def _conclude(self, sending: Sending, error: Exception | None) -> None:
+        """Everything that this end says of a transfer was said."""
         sending.end(error)
 
-    def _await_turn(self, sending: _Sending, size: int) -> None:
+    def _send_piece(self, sending: Sending, piece: AnySpan) -> None:
+        self._send_frame(sending, DATA, on_host(piece))
+
+    def _await_turn(self, sending: Sending, size: int) -> None:
         wait_s = self._pace.take(size) if self._pace and not sending.stopped.is_set() else 0.0
         if sending.stopped.wait(wait_s) if wait_s else sending.stopped.is_set():
-            raise TransportError("cancelled") if self._lost is None else _Lost(str(self._error()))
+            raise TransportError("cancelled") if self._lost is None else Lost(str(self._error()))
 
-    def _abort(self, sending: _Sending) -> None:
+    def _abort(self, sending: Sending) -> None:
         try:
             self._send_frame(sending, ABORT)
-        except _Lost as lost:
+        except Lost as lost:
             self._lose(str(lost))
 
-    def _send_frame(self, sending: _Sending, kind: int, piece: Span | None = None) -> None:
+    def _send_frame(self, sending: Sending, kind: int, piece: Span | None = None) -> None:
         size = span_bytes(piece) if piece is not None else 0
         header = memoryview(HEADER.pack(sending.transfer.id, size, kind))
-        flags = socket.MSG_MORE if size else 0
-        self._write(sending, len(header), lambda done: self._sock.send(header[done:], flags))
         if isinstance(piece, FileSpan):
+            self._write(sending, len(header), lambda done: self._sock.send(header[done:], socket.MSG_MORE))
             self._send_file(sending, piece)
-        elif piece is not None:
-            self._write(sending, size, lambda done: self._sock.send(piece[done:]))
+        else:
+            self._send_memory(sending, header, piece or _NOTHING)
 
-    def _send_file(self, sending: _Sending, span: FileSpan) -> None:
-        out, fd, offset, size = self._sock.fileno(), span.fd, span.offset, span.size
-        sent = self._write(sending, size, lambda done: os.sendfile(out, fd, offset + done, size - done))
+    def _send_memory(self, sending: Sending, header: memoryview, payload: memoryview) -> None:
+        def write(done: int) -> int:
+            if done < len(header):
+                return self._sock.sendmsg((header[done:], payload))
+            return self._sock.send(payload[done - len(header) :])
+
+        self._write(sending, len(header) + payload.nbytes, write)
+
+    def _send_file(self, sending: Sending, span: FileSpan) -> None:
+        fd, offset, size = span.fd, span.offset, span.size
+        sent = self._write(sending, size, lambda done: self._sock.send_file(fd, offset + done, size - done))
         if sent < size:  # the frame cannot be completed, so the stream cannot go on
             self._lose("the file it was sent became shorter")
             raise SourceChanged(os.readlink(f"/proc/self/fd/{fd}"), f"it ends before byte {offset + size}")
 
-    def _write(self, sending: _Sending, size: int, write: Callable[[int], int]) -> int:
-        """Less than `size` only when `write` has nothing more to give. Raises _Lost."""
+    def _write(self, sending: Sending, size: int, write: Callable[[int], int]) -> int:
+        """Less than `size` only when `write` has nothing more to give. Raises Lost."""
         done, quiet_s = 0, 0.0
         while done < size:
             if self._lost is not None:
-                raise _Lost(str(self._error()))
+                raise Lost(str(self._error()))
             try:
                 wrote = write(done)
             except BlockingIOError:
                 quiet_s += POLL_S
                 timeout_s = sending.transfer.idle_timeout_s
                 if quiet_s >= (min(timeout_s, CANCEL_GRACE_S) if sending.stopped.is_set() else timeout_s):
-                    raise _Lost(f"it did not read for {quiet_s:g} s") from None
+                    raise Lost(f"it did not read for {quiet_s:g} s") from None
                 continue
             except OSError as error:
-                raise _Lost(f"connection lost ({error})") from error
+                raise Lost(f"connection lost ({error})") from error
             if not wrote:
                 break
             done, quiet_s = done + wrote, 0.0
         return done
-
-
-def _set_timeouts(sock: socket.socket) -> None:
-    """Blocking, but never for longer than POLL_S: one system call per read, unlike Python's own timeouts."""
-    sock.setblocking(True)
-    poll = struct.pack("@ll", int(POLL_S), int(POLL_S % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, poll)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)

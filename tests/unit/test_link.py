@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
@@ -11,7 +12,9 @@ import pytest
 
 from swarm import link as links
 from swarm import messages
-from swarm.errors import PeerTimeout, PeerUnreachable, RemoteProtocolError
+from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError
+from swarm.identity import LEAF_LIFE_S, Identity, Refusal
+from swarm.keys import ClusterKey, Keyring
 from swarm.link import PATH, HttpLinks, Link
 from swarm.listener import Listener
 from swarm.messages import Bye, Cancel
@@ -48,11 +51,11 @@ class End:
 
 
 @contextlib.asynccontextmanager
-async def opened() -> AsyncIterator[End]:
+async def opened(identity: Identity | None = None) -> AsyncIterator[End]:
     listener = await Listener.open("127.0.0.1", 0)
     end = End(listener)
-    await end.links.open(end.accept)
-    listener.serve({}, end.links.adopt)
+    await end.links.open(end.accept, identity=identity)
+    listener.serve({b"\x16\x03": end.links.adopt_tls}, end.links.adopt)
     try:
         yield end
     finally:
@@ -94,6 +97,29 @@ def test_do_messages_get_through_both_ways_in_order() -> None:
                     await sender.send(Cancel(number))
                 assert [await receiver.receive() for _ in range(3)] == [Cancel(0), Cancel(1), Cancel(2)]
             assert other.remote.startswith("127.0.0.1:")
+
+    run(scenario)
+
+
+def test_do_messages_sent_together_keep_their_order() -> None:
+    async def scenario() -> None:
+        async with linked() as (one, other):
+            several = [Cancel(number) for number in range(messages.FRAME_MESSAGES_MAX + 10)]
+            await one.send(*several[:-1])
+            await one.send(several[-1])
+            assert [await other.receive() for _ in several] == several
+
+    run(scenario)
+
+
+def test_do_messages_sent_together_share_a_frame() -> None:
+    async def scenario() -> None:
+        async with strange() as (socket, link):
+            await link.send(Cancel(1), Cancel(2))
+            assert messages.unpack((await socket.receive_str()).encode()) == [Cancel(1), Cancel(2)]
+            await socket.send_str('{"type":"Cancel","transfer":1}\n{"type":"Shout"}')
+            with pytest.raises(RemoteProtocolError, match="Shout"):  # nothing of a frame is believed that is broken
+                await link.receive()
 
     run(scenario)
 
@@ -243,5 +269,135 @@ def test_are_pages_shown_as_json_that_no_browser_runs() -> None:
             for method, path, status in (("GET", "/other", 404), ("POST", "/page", 405), ("GET", PATH, 400)):
                 async with session.request(method, f"http://{end.address}{path}") as answer:
                     assert answer.status == status
+
+    run(scenario)
+
+
+# With a cluster key
+
+ONE, TWO = (ClusterKey(bytes([n]) * 32) for n in (1, 2))
+ANN, BEN = "a" * 16, "b" * 16
+
+
+def member(*keys: ClusterKey, node: str = ANN, late_s: float = 0.0) -> Identity:
+    return Identity(Keyring(keys), node, now_s=time.time() - late_s)
+
+
+def test_have_both_ends_of_a_link_proven_who_they_are() -> None:
+    async def scenario() -> None:
+        async with opened(member(ONE)) as holder, opened(member(ONE, node=BEN)) as asker:
+            dialled = await asker.links.dial(holder.address, timeout_s=DEADLINE_S)
+            accepted = await holder.accepted.get()
+            assert (dialled.member, accepted.member) == (ANN, BEN)
+            await dialled.send(Cancel(1))
+            assert await accepted.receive() == Cancel(1)
+            await asyncio.gather(dialled.close(), accepted.close())
+
+    run(scenario)
+
+
+def test_has_nobody_proven_anything_without_a_key() -> None:
+    async def scenario() -> None:
+        async with linked() as (one, other):
+            assert one.member is other.member is None
+
+    run(scenario)
+
+
+LATE_S = 2 * LEAF_LIFE_S
+
+
+@pytest.mark.parametrize(
+    ("holder", "asker", "told", "logged"),
+    [
+        (member(ONE), member(TWO), Refusal.OTHER_KEY, Refusal.REFUSES_KEY),
+        (member(ONE), member(TWO, ONE), Refusal.REFUSES_KEY, Refusal.OTHER_KEY),
+        (member(TWO, ONE), member(ONE), Refusal.OTHER_KEY, Refusal.REFUSES_KEY),
+        (member(ONE), None, Refusal.WANTS_KEY, Refusal.PLAINTEXT),
+        (None, member(ONE), Refusal.PLAINTEXT, Refusal.HAS_KEY),
+        (member(ONE), member(ONE, late_s=LATE_S), Refusal.REFUSES_CLOCK, Refusal.CLOCK),
+        (member(ONE, late_s=LATE_S), member(ONE), Refusal.CLOCK, Refusal.REFUSES_CLOCK),
+        (member(ONE), member(ONE, node="nobody"), None, Refusal.NOT_A_NODE),
+        (member(ONE, node="nobody"), member(ONE), Refusal.NOT_A_NODE, None),
+    ],
+)
+def test_do_both_sides_say_why_a_link_was_refused(
+    holder: Identity | None,
+    asker: Identity | None,
+    told: Refusal | None,
+    logged: Refusal | None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario() -> None:
+        async with opened(holder) as target, opened(asker) as end:
+            with pytest.raises(PeerUnreachable if told is None else NotAdmitted) as caught:
+                await end.links.dial(target.address, timeout_s=DEADLINE_S)
+            if told:
+                assert f"{target.address}: {told.value}" in str(caught.value)
+            while logged and not caplog.messages:  # noqa: ASYNC110 - every scenario has a deadline
+                await asyncio.sleep(0.01)
+            assert target.accepted.empty() or not logged
+
+    run(scenario)
+    if logged:
+        (line,) = caplog.messages  # once, however often a client tries again
+        assert line.startswith(f"127.0.0.1 {logged.value}")
+        assert holder is None or line.endswith(f"(this node's key: {holder.keyring})")
+
+
+@pytest.mark.parametrize(
+    ("keyed", "name", "status"),
+    [
+        (True, "127.0.0.1", 200),
+        (False, "127.0.0.1", 200),
+        (False, "localhost", 200),
+        (False, "evil.example", 403),
+        (True, "evil.example", 403),
+        (False, "10.0.0.1", 200),
+    ],
+)
+def test_is_a_page_for_this_machine_and_not_for_web_pages(keyed: bool, name: str, status: int) -> None:
+    async def scenario() -> None:
+        async with (
+            opened(member(ONE) if keyed else None) as end,
+            aiohttp.ClientSession() as session,
+            session.get(f"http://{end.address}/page", headers={"Host": name}) as answer,
+        ):
+            assert answer.status == status
+            assert ("42" in await answer.text()) == (status == 200)
+
+    run(scenario)
+
+
+def test_is_a_page_for_members(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From elsewhere: nothing is local in this test."""
+    monkeypatch.setattr(links, "_is_local", lambda request: False)
+
+    async def scenario() -> None:
+        ann = member(ONE)
+        async with opened(ann) as end, aiohttp.ClientSession() as session:
+            async with session.get(f"http://{end.address}/page") as answer:
+                assert answer.status == 403
+            async with session.get(f"https://{end.address}/page", ssl=ann.client) as answer:
+                assert await answer.json() == {"answer": 42}
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("says", [b"GET ", b"GET /swarm/link HTTP/1.1\r\nHost: x\r\nX: ", b"\x16\x03\x01\x02\x00"])
+@pytest.mark.parametrize("keyed", [True, False])
+def test_is_one_that_never_finishes_its_request_cut_off(
+    says: bytes, keyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "REQUEST_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(links, "HANDSHAKE_TIMEOUT_S", 0.1)
+
+    async def scenario() -> None:
+        async with opened(member(ONE) if keyed else None) as end:
+            reader, writer = await asyncio.open_connection(*end.address.split(":"))
+            writer.write(says)
+            with contextlib.suppress(ConnectionError):
+                await reader.read()  # ends
+            writer.close()
 
     run(scenario)

@@ -40,7 +40,7 @@ def echo(name: bytes) -> Handler:
 @contextlib.asynccontextmanager
 async def listening(default: Handler | None = None) -> AsyncIterator[Listener]:
     listener = await Listener.open("127.0.0.1", 0)
-    listener.serve({b"SWRM": echo(b"bulk")}, default or echo(b"default"))
+    listener.serve({b"SWRM": echo(b"bulk"), b"\x16\x03": echo(b"tls")}, default or echo(b"default"))
     try:
         yield listener
     finally:
@@ -82,6 +82,8 @@ async def until(condition: Callable[[], bool]) -> None:
         ([b"SWRM and more"], b"bulk:SWRM and more"),
         ([b"GET / HTTP/1.1"], b"default:GET / HTTP/1.1"),
         ([b"SWRN"], b"default:SWRN"),
+        ([b"\x16\x03\x01\x02"], b"tls:\x16\x03\x01\x02"),
+        ([b"\x16\x03\x03\x00"], b"tls:\x16\x03\x03\x00"),
     ],
 )
 def test_are_first_bytes_routed_and_left_in_place(parts: list[bytes], answer: bytes) -> None:
@@ -138,7 +140,7 @@ def test_are_the_silent_dropped_in_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_does_a_flood_of_silence_leave_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener_module, "UNDECIDED_MAX", 4)
+    monkeypatch.setattr(listener_module, "STRANGERS_MAX", 4)
 
     async def scenario() -> None:
         async with listening() as listener:
@@ -147,6 +149,28 @@ def test_does_a_flood_of_silence_leave_room_for_others(monkeypatch: pytest.Monke
                 assert await read_all(oldest) == b""
             assert await ask(listener, b"SWRM") == b"bulk:SWRM"
             for sock in silent[6:]:
+                sock.close()
+
+    run(scenario)
+
+
+def test_does_a_flood_of_those_who_began_to_speak_leave_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "STRANGERS_MAX", 4)
+
+    async def endless(sock: socket.socket) -> None:
+        with sock:
+            await asyncio.Event().wait()
+
+    async def scenario() -> None:
+        async with listening(endless) as listener:
+            slow = [await dial(listener) for _ in range(10)]
+            for sock in slow:
+                await asyncio.get_running_loop().sock_sendall(sock, b"GET ")
+            for oldest in slow[:6]:
+                assert await read_all(oldest) == b""
+            assert await ask(listener, b"SWRM") == b"bulk:SWRM"
+            assert "4 strangers" in repr(listener) or "3 strangers" in repr(listener)
+            for sock in slow[6:]:
                 sock.close()
 
     run(scenario)
@@ -168,7 +192,7 @@ def test_does_it_survive_running_out_of_descriptors() -> None:
                 await asyncio.get_running_loop().sock_sendall(client, b"SWRM")
                 for _ in range(5):  # the accept loop has met EMFILE by now
                     await asyncio.sleep(0.01)
-                assert "0 undecided" in repr(listener)
+                assert "0 strangers" in repr(listener)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
             assert await read_all(client) == b"bulk:SWRM"

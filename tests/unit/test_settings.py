@@ -19,8 +19,14 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "name": ("me", "me"),
     "listen": ("127.0.0.2:7000", "127.0.0.2:7000"),
     "peers": ("a:1, b:2,", ("a:1", "b:2")),
+    "key_file": ("/tmp/swarm.key", Path("/tmp/swarm.key")),
+    "data_encryption": ("none", "none"),
     "insecure": ("yes", True),
+    "trusted": ("10.0.0.5, 10.1.0.0/16", ("10.0.0.5", "10.1.0.0/16")),
     "mdns": ("off", False),
+    "network": ("wan", "wan"),
+    "host": ("h1", "h1"),
+    "rack": ("r1", "r1"),
     "upload_limit": ("8Mbit/s", 1e6),
     "timeout_s": ("2.5", 2.5),
     "chunk_bytes": ("4096", 4096),
@@ -31,6 +37,7 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "idle_timeout_s": ("0.5", 0.5),
     "upload_slots": ("3", 3),
     "congestion": ("cubic", "cubic"),
+    "transports": ("gloo, ucc", ("gloo", "ucc")),
     "fsync": ("0", False),
 }
 FIELDS = [field.name for field in dataclasses.fields(Settings)]
@@ -106,6 +113,14 @@ def test_are_peers_a_tuple_however_they_are_given(peers: Any) -> None:
 def test_does_the_constructor_refuse_what_load_refuses(wrong: dict[str, Any]) -> None:
     with pytest.raises(SettingsError, match=next(iter(wrong))):
         Settings(**wrong)
+
+
+@pytest.mark.parametrize("transport", ["gloo", "ucc", "nccl"])
+def test_do_transports_that_do_not_encrypt_wait_for_the_word_when_there_is_a_key(transport: str) -> None:
+    given = {"key_file": "key", "transports": transport}
+    with pytest.raises(SettingsError, match=rf'transports: {transport}: .*data_encryption = "none"'):
+        load(given)
+    assert load({**given, "data_encryption": "none"}).transports == (transport,)
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -211,7 +226,7 @@ def test_is_unset_something_else_than_0(name: str) -> None:
             dataclasses.replace(Settings(), **{name: wrong})
 
 
-@pytest.mark.parametrize("name", ["find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots", "leaf_bytes"])
+@pytest.mark.parametrize("name", ["find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots"])
 def test_must_it_be_above_0(name: str) -> None:
     wrong: Any
     for wrong in (0, -1, math.nan):
@@ -247,11 +262,32 @@ def test_is_it_no_rate(text: str) -> None:
 )  # fmt: skip
 def test_where_is_that(text: str, address: tuple[str, int]) -> None:
     assert split_address("listen", text, default_port=9) == address
-    assert split_address("listen", join_address(*address)) == address
+    assert split_address("listen", join_address(*address), default_port=9) == address
 
 
 @pytest.mark.parametrize(
-    "text", ["", ":1", "::1", "::1:7000", "[::1", "host:", "host:x", "a:b:1", "host:65536", "[x]:1"]
+    "text",
+    [
+        "",
+        ":1",
+        "::1",
+        "::1:7000",
+        "[::1",
+        "host:",
+        "host:x",
+        "a:b:1",
+        "host:65536",
+        "[x]:1",
+        "[1.2.3.4]:1",
+        "a b:1",
+        "-x:1",
+        "a..b:1",
+        "h\u00f6st:1",
+        "http://host:1",
+        "[::1%]:1",
+        "[::1% 2]:1",
+        "x" * 64 + ":1",
+    ],
 )
 def test_is_it_no_address(text: str) -> None:
     with pytest.raises(SettingsError, match="listen: "):
@@ -265,8 +301,9 @@ def test_does_a_port_alone_say_what_host_it_needs(text: str) -> None:
 
 
 def test_must_an_address_to_dial_have_a_port() -> None:
-    with pytest.raises(SettingsError, match="needs a port"):
-        split_address("peer", "host")
+    for text in ("host", "host:0"):
+        with pytest.raises(SettingsError, match="HOST:PORT: it needs a port from 1"):
+            split_address("peer", text)
 
 
 @given(st.text(max_size=20))

@@ -8,15 +8,18 @@ import os
 import secrets
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
 
 from swarm.errors import SettingsError, SourceChanged, TransportError
+from swarm.identity import LEAF_LIFE_S, Identity
+from swarm.keys import ClusterKey, Keyring
 from swarm.listener import Listener
 from swarm.store import FileSpan, Span
 from swarm.transport import Transfer, tcp, tcp_session
-from swarm.transport.tcp import ACCEPTED, MAGIC, UNKNOWN_TOKEN, VERSION, WRONG_VERSION, TcpTransport
+from swarm.transport.tcp import ACCEPTED, MAGIC, UNKNOWN_TOKEN, WRONG_VERSION, TcpTransport, preamble_of
 from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER, TcpInbound
 
 DEADLINE_S = 20.0
@@ -36,10 +39,12 @@ async def _hang_up(sock: socket.socket) -> None:
 
 
 @contextlib.asynccontextmanager
-async def node() -> AsyncIterator[TcpTransport]:
+async def node(
+    identity: Identity | None = None, kind: type[TcpTransport] = TcpTransport
+) -> AsyncIterator[TcpTransport]:
     listener = await Listener.open("127.0.0.1", 0)
-    transport = TcpTransport(*listener.address)
-    listener.serve({MAGIC: transport.adopt}, _hang_up)
+    transport = kind(*listener.address, identity=identity)
+    listener.serve({transport.opening: transport.adopt}, _hang_up)
     try:
         yield transport
     finally:
@@ -72,7 +77,7 @@ async def fake_holder(verdict: bytes = ACCEPTED) -> AsyncIterator[tuple[FakeHold
             loop = asyncio.get_running_loop()
             holder.sock, _ = await loop.sock_accept(server)
             preamble = await loop.sock_recv(holder.sock, 100)
-            assert preamble == MAGIC + bytes([VERSION]) + bytes.fromhex(TOKEN)
+            assert preamble == preamble_of(bytes.fromhex(TOKEN), 1)
             if verdict:
                 await holder.say(verdict)
             else:
@@ -234,16 +239,38 @@ async def answer_to(transport: TcpTransport, preamble: bytes) -> bytes:
 
 def test_what_does_a_holder_answer_to_preambles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tcp, "PREAMBLE_TIMEOUT_S", 0.2)
-    good = MAGIC + bytes([VERSION]) + bytes.fromhex(TOKEN)
+    good = preamble_of(bytes.fromhex(TOKEN), 1)
 
     async def scenario() -> None:
         async with node() as holder:
             assert await answer_to(holder, good) == UNKNOWN_TOKEN
             holder.admit(TOKEN)
             assert await answer_to(holder, good) == ACCEPTED
+            assert await answer_to(holder, good) == UNKNOWN_TOKEN  # somebody who listened plays it again
+            assert await answer_to(holder, preamble_of(bytes.fromhex(TOKEN), 7)) == ACCEPTED
+            assert await answer_to(holder, preamble_of(bytes.fromhex(TOKEN), 6)) == UNKNOWN_TOKEN
+            assert await answer_to(holder, MAGIC + b"\x01" + bytes.fromhex(TOKEN)) == WRONG_VERSION  # as it was once
             assert await answer_to(holder, good[:-1] + b"x") == UNKNOWN_TOKEN
             assert await answer_to(holder, MAGIC + b"\x63" + good[5:]) == WRONG_VERSION
             assert await answer_to(holder, good[:-1]) == b""
+
+    run(scenario)
+
+
+class OtherKind(TcpTransport):
+    scheme = "other"
+    magic = b"SWRX"
+
+
+def test_does_a_proof_of_one_kind_open_no_other() -> None:
+    token = bytes.fromhex(TOKEN)
+
+    async def scenario() -> None:
+        async with node(kind=OtherKind) as holder:
+            holder.admit(TOKEN)
+            assert (holder.scheme, holder.opening) == ("other", b"SWRX")
+            assert await answer_to(holder, b"SWRX" + preamble_of(token, 1)[4:]) == UNKNOWN_TOKEN
+            assert await answer_to(holder, preamble_of(token, 1, magic=b"SWRX")) == ACCEPTED
 
     run(scenario)
 
@@ -254,7 +281,7 @@ def test_does_an_asker_that_talks_lose_its_session() -> None:
             holder.admit(TOKEN)
             host, port = holder.address.split(":")
             reader, writer = await asyncio.open_connection(host, int(port))
-            writer.write(MAGIC + bytes([VERSION]) + bytes.fromhex(TOKEN))
+            writer.write(preamble_of(bytes.fromhex(TOKEN), 1))
             assert await reader.read(1) == ACCEPTED
             outbound = await holder.accept(TOKEN, timeout_s=5)
             writer.write(b"may I have more?")
@@ -277,7 +304,7 @@ def test_is_an_asker_that_does_not_read_given_up() -> None:
                 mute.setblocking(False)
                 loop = asyncio.get_running_loop()
                 await loop.sock_connect(mute, (host, int(port)))
-                await loop.sock_sendall(mute, MAGIC + bytes([VERSION]) + bytes.fromhex(TOKEN))
+                await loop.sock_sendall(mute, preamble_of(bytes.fromhex(TOKEN), 1))
                 outbound = await holder.accept(TOKEN, timeout_s=5)
                 size = 64 << 20
                 with pytest.raises(TransportError, match="did not read"):
@@ -398,3 +425,76 @@ def test_does_a_node_on_loopback_stay_on_its_machine() -> None:
         await transport.close()
 
     run(scenario)
+
+
+def member(*keys: bytes, late_s: float = 0.0) -> Identity:
+    return Identity(Keyring(tuple(ClusterKey(key * 32) for key in keys)), "a" * 16, now_s=time.time() - late_s)
+
+
+@pytest.mark.parametrize(
+    ("holder", "asker", "says"),
+    [
+        (member(b"1"), member(b"2"), "has another cluster key"),
+        (member(b"1"), member(b"2", b"1"), "does not accept this node's key"),
+        (member(b"1"), member(b"1", late_s=2 * LEAF_LIFE_S), "compare the clocks"),
+        (member(b"1", late_s=2 * LEAF_LIFE_S), member(b"1"), "compare the clocks"),
+        (None, member(b"1"), "hung up|reset"),
+        (member(b"1"), None, "verdict|reset"),
+    ],
+)
+def test_is_a_session_between_clusters_refused(holder: Identity | None, asker: Identity | None, says: str) -> None:
+    async def scenario() -> None:
+        async with node(holder) as target, node(asker) as end:
+            target.admit(TOKEN)
+            with pytest.raises(TransportError, match=says):
+                await end.connect(target.address, TOKEN, timeout_s=5)
+
+    run(scenario)
+
+
+def test_is_a_member_without_a_token_refused() -> None:
+    async def scenario() -> None:
+        async with node(member(b"1")) as holder, node(member(b"1")) as asker:
+            with pytest.raises(TransportError, match="token"):
+                await asker.connect(holder.address, TOKEN, timeout_s=5)
+
+    run(scenario)
+
+
+def test_does_a_session_inside_tls_show_neither_token_nor_weights() -> None:
+    """Read by whoever forwards it."""
+    seen = bytearray()
+
+    async def scenario() -> None:
+        async with node(member(b"1")) as holder, node(member(b"1")) as asker:
+            holder.admit(TOKEN)
+            host, port = holder.address.split(":")
+
+            async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                with contextlib.suppress(ConnectionError):
+                    while data := await reader.read(1 << 16):
+                        seen.extend(data)
+                        writer.write(data)
+                    writer.close()
+
+            async def between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                theirs, ours = await asyncio.open_connection(host, int(port))
+                await asyncio.gather(forward(reader, ours), forward(theirs, writer))
+
+            async with await asyncio.start_server(between, "127.0.0.1", 0) as server:
+                address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+                inbound = await asker.connect(address, TOKEN, timeout_s=5)
+                outbound = await holder.accept(TOKEN, timeout_s=5)
+                secret, room = b"weights!" * 1000, bytearray(8000)
+                transfer = Transfer(1, 8000, 5.0)
+                await asyncio.gather(
+                    inbound.receive(transfer, iter([memoryview(room)])),
+                    outbound.send(transfer, iter([memoryview(secret)])),
+                )
+                assert room == secret
+                await asyncio.gather(inbound.close(), holder.revoke(TOKEN))
+
+    run(scenario)
+    assert len(seen) > 8000
+    assert b"weights!" not in seen
+    assert bytes.fromhex(TOKEN) not in seen
