@@ -29,6 +29,7 @@ import numpy as np
 from swarm import download, upload
 from swarm.download import Download
 from swarm.errors import LocalProtocolError, SwarmError
+from swarm.gossip import Changed, Gossip
 from swarm.journal import Announced, Entry, Joined, Left
 from swarm.membership import Membership
 from swarm.node import Fetched, Node
@@ -45,7 +46,8 @@ SPREAD_S = 0.01  # newcomers of one burst do not ask in the same instant
 CHANGES: dict[type, tuple[type, ...]] = {
     Download: get_args(download.Event),
     Upload: get_args(upload.Action),
-    Membership: (Joined, Left, Announced),
+    Membership: (Joined, Left, Announced, Changed),
+    Gossip: (Changed,),
 }
 
 
@@ -65,6 +67,7 @@ class Setup:
     upload_slots: int = 8
     idle_timeout_s: float = 5.0
     stall_timeout_s: float = 30.0
+    loss: float = 0.0  # the part of datagrams that is lost
     limit_s: float = 600.0
     scenario: str = "undisturbed"
 
@@ -175,10 +178,10 @@ class Cluster:
         member.fetch = asyncio.create_task(self._fetch(member), name=f"fetch of {name}")
         return member
 
-    async def open(self, name: str, store: BytesStore) -> Member:
-        """Adds a node that neither serves nor fetches."""
+    async def open(self, name: str, store: BytesStore, *, machine: str | None = None) -> Member:
+        """Adds a node that neither serves nor fetches; those with one `machine` run on one host."""
         setup, rate = self.setup, self.setup.chunk_bytes / self.setup.chunk_s
-        known = [*self.members][: 1 if setup.known == "one" else None]
+        known = [other for other in self.members if other != name][: 1 if setup.known == "one" else None]
         world = self.fabric.add(
             name, up_bytes_per_s=rate, down_bytes_per_s=rate, delay_s=setup.delay_s / 2, known=known
         )
@@ -188,6 +191,7 @@ class Cluster:
             upload_slots=setup.upload_slots,
             idle_timeout_s=setup.idle_timeout_s,
             stall_timeout_s=setup.stall_timeout_s,
+            host=machine or name,
             rng=random.Random(f"{setup.seed}/{name}"),  # noqa: S311 - dice that can be thrown again
         )
         member = self.members[name] = Member(name, node, store)
@@ -230,7 +234,8 @@ class Cluster:
 
     async def _play(self, scenario: scenarios.Scenario) -> Report:
         setup = self.setup
-        self.fabric = Fabric(slice_bytes=setup.chunk_bytes)
+        dice = random.Random(f"{setup.seed}/datagrams")  # noqa: S311 - dice that can be thrown again
+        self.fabric = Fabric(slice_bytes=setup.chunk_bytes, loss=setup.loss, rng=dice)
         self._happened = asyncio.Event()
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(self._faults.unhandled)

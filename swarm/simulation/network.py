@@ -1,12 +1,14 @@
 """The simulated network: hosts with rates and delays, links between them, faults; and the `World` of a node on a host.
 
     control:  send -> encoded -> delay of both hosts -> decoded -> receive    in order, counted in bytes, free of charge
+    datagram: send -> lost by lot, or delay of both hosts -> heard            counted in bytes, free of charge
     bulk:     slice -> sender's uplink -> receiver's downlink -> delay        each direction of a host is one queue
 
 Each direction of a host serves slices one after another in the order in which they were sent: it is a time at which it
 is free again. Sessions keep one slice on the line at a time, so several sessions share an uplink by turns. The model
 errs in this: a slice that waits for a downlink does not hold up its sender's uplink, which forgives at most one slice
-a session; control messages take none of the rate; nothing is lost at random, and no rate grows slowly like TCP's.
+a session; control messages take none of the rate; but for datagrams nothing is lost at random, and no rate grows
+slowly like TCP's.
 
 Over a road that is blocked (a partition, a host that fell silent) nothing arrives and nobody is told. Links over it
 break once their heartbeat would have noticed; if it is healed before, what was on the way arrives, as TCP would send
@@ -19,11 +21,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from swarm import messages
+from swarm.datagrams import Hear
 from swarm.errors import PeerTimeout, PeerUnreachable, RemoteProtocolError
 from swarm.link import HEARTBEAT_S, Link
 from swarm.messages import AnyMessage, Message
@@ -53,13 +57,18 @@ class Host:
     received_bytes: int = 0
     control_bytes: int = 0  # sent
     control_messages: int = 0
+    datagram_bytes: int = 0  # sent
+    datagrams_pass: bool = True  # else a firewall stops them, both ways
 
 
 class Fabric:
-    """All hosts and what connects them. One slice is at most `slice_bytes`."""
+    """All hosts and what connects them. One slice is at most `slice_bytes`; `loss` is the part of datagrams that is
+    lost, by `rng`."""
 
-    def __init__(self, *, slice_bytes: int) -> None:
+    def __init__(self, *, slice_bytes: int, loss: float = 0.0, rng: random.Random | None = None) -> None:
         self.hosts: dict[str, Host] = {}
+        self.loss = loss
+        self._rng = rng or random.Random(0)  # noqa: S311 - dice that can be thrown again
         self.hub = InprocHub("simulation")
         self.slices = _Slices(slice_bytes)
         self._worlds: dict[str, SimulatedWorld] = {}
@@ -125,7 +134,10 @@ class Fabric:
         sender, receiver = self._planes[source], self._planes[target]
         await self._passable(sender, receiver)
         loop = asyncio.get_running_loop()
-        await asyncio.sleep(self._book(sender, receiver, size, loop.time()) - loop.time())
+        leaves_at = self._leave(sender, receiver, size, loop.time())
+        # A downlink is taken when the slice sets out, or one from a busy sender would hold up those of all others.
+        await asyncio.sleep(leaves_at - loop.time())
+        await asyncio.sleep(self._arrive(sender, receiver, size, leaves_at) - loop.time())
         await self._passable(sender, receiver)
 
     async def dial(self, host: Host, address: str) -> Link:
@@ -146,22 +158,41 @@ class Fabric:
         world.accept(far)
         return near
 
+    def carry(self, host: Host, address: str, datagram: bytes) -> None:
+        """A datagram sets out, and may arrive."""
+        host.datagram_bytes += len(datagram)
+        target = self.hosts.get(address)
+        if target is None or self._rng.random() < self.loss:
+            return
+
+        def arrive() -> None:
+            open_ = host.datagrams_pass and target.datagrams_pass and not self.blocked(host, target)
+            if open_ and self.hosts[address] is target:
+                self._worlds[address].hear(host.name, datagram)
+
+        asyncio.get_running_loop().call_later(self.distance_s(host, target), arrive)
+
     def forget(self, end: MemoryLink) -> None:
         """An end of a link is broken."""
         self._ends.pop(end, None)
 
-    def _book(self, sender: Host, receiver: Host, size: int, now: float) -> float:
-        """When a slice arrives that is sent now; both directions are taken until then."""
+    def _leave(self, sender: Host, receiver: Host, size: int, now: float) -> float:
+        """When a slice that is ready now sets out; the uplink is taken from then on."""
         delay_s, pair = self.distance_s(sender, receiver), (sender.name, receiver.name)
         # `line` returns on arrival, but a sender does not wait for it: a stream's next slice left while this one flew.
         streaming = now - self._arrivals.get(pair, -math.inf) <= CONTINUES_S
-        sent_at = max(sender.up_free_at, now - delay_s if streaming else now)
-        sender.up_free_at = sent_at + size / sender.up_bytes_per_s
-        receiver.down_free_at = max(sent_at, receiver.down_free_at) + size / receiver.down_bytes_per_s
+        leaves_at = max(sender.up_free_at, now - delay_s if streaming else now)
+        sender.up_free_at = leaves_at + size / sender.up_bytes_per_s
         sender.sent_bytes += size
+        return leaves_at
+
+    def _arrive(self, sender: Host, receiver: Host, size: int, left_at: float) -> float:
+        """When a slice that set out then is there whole; the downlink is taken until then."""
+        sent_at = left_at + size / sender.up_bytes_per_s
+        receiver.down_free_at = max(left_at, receiver.down_free_at) + size / receiver.down_bytes_per_s
         receiver.received_bytes += size
-        arrives_at = max(sender.up_free_at, receiver.down_free_at) + delay_s
-        self._arrivals[pair] = arrives_at
+        arrives_at = max(sent_at, receiver.down_free_at) + self.distance_s(sender, receiver)
+        self._arrivals[sender.name, receiver.name] = arrives_at
         return arrives_at
 
     async def _passable(self, one: Host, other: Host) -> None:
@@ -184,6 +215,7 @@ class MemoryLink:
 
     def __init__(self, fabric: Fabric, here: Host, there: Host) -> None:
         self.remote = there.name
+        self.member: str | None = None  # nobody lies here about who it is
         self.here, self.there = here, there
         self.twin: MemoryLink
         self._fabric = fabric
@@ -193,15 +225,16 @@ class MemoryLink:
         self._inbox: deque[bytes] = deque()
         self._arrived = asyncio.Event()
 
-    async def send(self, message: Message) -> None:
+    async def send(self, *several: Message) -> None:
         """See Link."""
         await asyncio.sleep(0)  # a socket lets others run here, and code must bear it
         if self._broken is not None:
             raise PeerUnreachable(self.remote, self._broken)
-        frame = messages.encode(message)
-        self.here.control_bytes += len(frame)
-        self.here.control_messages += 1
-        self._carry(frame)
+        for message in several:
+            frame = messages.encode(message)
+            self.here.control_bytes += len(frame)
+            self.here.control_messages += 1
+            self._carry(frame)
 
     async def receive(self) -> AnyMessage:
         """See Link."""
@@ -275,16 +308,17 @@ class SimulatedWorld:
         self._host = host
         self._known = known
         self._accept: Callable[[Link], Awaitable[None]] | None = None
+        self._hear: Hear | None = None
         self._incoming: dict[asyncio.Task[None], None] = {}
 
     async def open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None]
+        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
     ) -> str:
         """See World. The address is the host's name."""
         transport = InprocTransport(self._fabric.hub, line=self._fabric.line, pace=self._fabric.slices)
         self._fabric.plug(transport.address, self._host)
         self.transports = [transport]
-        self._accept = accept
+        self._accept, self._hear = accept, hear
         self.listening = True
         for address in self._known:
             asyncio.get_running_loop().call_soon(found, address, True)
@@ -300,6 +334,18 @@ class SimulatedWorld:
     async def dial(self, address: str) -> Link:
         """See World."""
         return await self._fabric.dial(self._host, address)
+
+    def send(self, address: str, datagram: bytes) -> None:
+        """See World."""
+        self._fabric.carry(self._host, address, datagram)
+
+    def drain(self) -> None:
+        """See World. Nothing waits here."""
+
+    def hear(self, source: str, datagram: bytes) -> None:
+        """A datagram arrives."""
+        if self.listening and self._hear:
+            self._hear(source, datagram)
 
     async def close(self) -> None:
         """See World."""

@@ -181,7 +181,7 @@ def test_does_a_slow_newcomer_hold_up_nobody_else(seed: int) -> None:
     report = played(replace(BURST, seed=seed, scenario="newcomer_is_slow"))
     assert everyone_is_right(report)
     others = [seconds for name, seconds in report.finished_s.items() if name != scenarios.FIRST]
-    assert max(others) <= 4.5 * report.bound_s  # for now they queue for what they asked of it
+    assert max(others) <= 2.0 * report.bound_s
 
 
 @seeds

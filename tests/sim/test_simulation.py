@@ -97,12 +97,13 @@ class Net:
         self.names = names
         self.worlds: dict[str, SimulatedWorld] = {}
         self.incoming: list[Link] = []
+        self.heard: list[tuple[str, bytes]] = []
 
     async def __aenter__(self) -> Net:
         for name in self.names:
             world = self.fabric.add(name, up_bytes_per_s=1000.0, down_bytes_per_s=1000.0, delay_s=0.05, known=())
             self.worlds[name] = world
-            await world.open(name, self._accept, lambda address, lasting: None)
+            await world.open(name, self._accept, lambda address, lasting: None, self._heard)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -111,6 +112,9 @@ class Net:
 
     async def _accept(self, link: Link) -> None:
         self.incoming.append(link)
+
+    def _heard(self, source: str, datagram: bytes) -> None:
+        self.heard.append((source, datagram))
 
     async def link(self, one: str, other: str) -> tuple[Link, Link]:
         near = await self.worlds[one].dial(other)
@@ -163,6 +167,31 @@ def test_a_link_keeps_the_order_of_messages_and_counts_their_bytes() -> None:
             assert heard == [Cancel(0), Cancel(1), Cancel(2)]
             assert asyncio.get_running_loop().time() - began == pytest.approx(0.1)
             assert net.fabric.hosts["a"].control_bytes == 3 * len(b'{"type":"Cancel","transfer":0}')
+
+    play(main())
+
+
+def test_a_datagram_takes_the_way_or_is_lost() -> None:
+    async def main() -> None:
+        async with Net("a", "b") as net:
+            net.worlds["a"].send("b", b"hello")
+            net.worlds["a"].send("nobody", b"hello")
+            await asyncio.sleep(0.09)
+            assert net.heard == []
+            await asyncio.sleep(0.02)
+            assert net.heard == [("a", b"hello")]
+            net.fabric.partition(["a"])
+            net.worlds["a"].send("b", b"into the void")
+            await asyncio.sleep(0.2)
+            net.fabric.heal()
+            net.fabric.hosts["b"].datagrams_pass = False
+            net.worlds["a"].send("b", b"against a wall")
+            await asyncio.sleep(0.2)
+            net.fabric.hosts["b"].datagrams_pass = True
+            net.fabric.loss = 1.0
+            net.worlds["a"].send("b", b"lost")
+            await asyncio.sleep(0.2)
+            assert len(net.heard) == 1
 
     play(main())
 

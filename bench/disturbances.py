@@ -1,0 +1,20 @@
+"""What may disturb a simulated burst: changes to a `Setup`, by the words of the table they end up in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DISTURBANCES: dict[str, dict[str, Any]] = {
+    "undisturbed": {},
+    "10 % die": {"kill_newcomers": 0.1},
+    "10 % die, noticed after 1 s": {"kill_newcomers": 0.1, "noticed_s": 1.0},
+    "10 % die, noticed after 10 s": {"kill_newcomers": 0.1, "noticed_s": 10.0},
+    "one of two seeds dies at half time": {"seeds": 2, "kill_seed_at": 0.5},
+    "10 % at a quarter of the speed": {"slow": 0.1},
+    "half join at half time": {"late": 0.5},
+    "arrivals spread over the time": {"spread": 1.0},
+    "1 % arrive corrupt": {"corrupt": 0.01},
+    "one liar": {"liars": 1},
+    "four racks behind 4:1": {"racks": 4},
+    "eight newcomers a machine": {"per_machine": 8},
+}

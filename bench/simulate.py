@@ -1,0 +1,122 @@
+"""How close a simulated burst comes to its lower bound: `python bench/simulate.py [--large] [--plot]`.
+
+Two tables: 32 newcomers and 2048 chunks, one seed and two, under each disturbance; and bursts of 64 and 256 newcomers
+(`--large`: of 1024 with 4096 chunks too, which takes an hour of CPU), one seed and four. Times are virtual and every
+run is a function of its setup, so the machine does not matter. Raw numbers go to bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from disturbances import DISTURBANCES
+
+from swarm import __version__
+from swarm.simulate import Outcome, as_plain, failure, play_each
+from swarm.simulation.report import Report
+from swarm.simulation.setup import Setup
+
+RESULTS = Path(__file__).parent / "results"
+LARGE = 1024, 4096
+
+
+def disturbed(newcomers: int, chunks: int) -> Iterator[tuple[str, Setup]]:
+    """One burst under everything that may disturb it, with one seed and with two."""
+    base = Setup(newcomers=newcomers, chunks=chunks)
+    for words, changes in DISTURBANCES.items():
+        for seeds in (1, 2) if "seeds" not in changes else (changes["seeds"],):
+            yield words, replace(base, **{**changes, "seeds": seeds})
+
+
+def scaled(newcomers: list[int], chunks: int, *, large: bool) -> Iterator[tuple[str, Setup]]:
+    """Undisturbed bursts of ever more newcomers, with one seed and with four."""
+    for count, parts in [*((count, chunks) for count in newcomers), *([LARGE] if large else [])]:
+        for seeds in (1, 4):
+            yield f"{count} newcomers", Setup(newcomers=count, chunks=parts, seeds=seeds)
+
+
+def row(words: str, outcome: Outcome) -> str:
+    """One line of the table."""
+    if not isinstance(outcome, Report) or outcome.unfinished:
+        return f"| {words} | | | failed: {failure(outcome)} | | | | |"
+    setup = outcome.setup
+    crossed = outcome.crossed_models if setup.racks > 1 else outcome.entered_models
+    return (
+        f"| {words} | {setup.seeds} | {setup.chunks} | {outcome.last_ratio:.3f} | {outcome.mean_ratio:.3f} "
+        f"| {outcome.seed_models:.2f} | {outcome.control_part:.3%} | {f'{crossed:.2f}' if crossed else ''} |"
+    )
+
+
+def draw(played: list[tuple[str, Outcome]], path: Path) -> None:
+    """The ratio of the last newcomer for each run, and when which part of the newcomers was done."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    bars, curves = figure.subplots(1, 2)
+    reports = [(words, outcome) for words, outcome in played if isinstance(outcome, Report)]
+    names = [f"{words}, S = {report.setup.seeds}" for words, report in reports]
+    bars.barh(names, [report.last_ratio for _, report in reports])
+    bars.invert_yaxis()
+    bars.set_xlim(left=1.0)
+    bars.set(title="last newcomer", xlabel="times its lower bound")
+    for name, (_, report) in zip(names, reports, strict=True):
+        curves.plot(report.ratios, [n / len(report.ratios) for n in range(1, len(report.ratios) + 1)], label=name)
+    curves.set(title="newcomers done", xlabel="times their lower bound, from their own request", ylabel="part of all")
+    curves.legend(fontsize="x-small")
+    figure.savefig(path)
+
+
+def main() -> int:
+    date = time.strftime("%Y-%m-%d")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--newcomers", default="64,256", metavar="N,N", help="of the bursts of the second table")
+    parser.add_argument("--chunks", type=int, default=2048, help="of the model, in both tables")
+    parser.add_argument("--disturbed", type=int, default=32, metavar="N", help="newcomers of the first table; 0: none")
+    parser.add_argument("--dice", type=int, default=0)
+    parser.add_argument("--large", action="store_true", help="a burst of 1024 with 4096 chunks too")
+    parser.add_argument("--plot", action="store_true", help="draw it beside the numbers; needs matplotlib")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"simulate-{date}.json")
+    given = parser.parse_args()
+    counts = [int(count) for count in given.newcomers.split(",") if count]
+    asked = [
+        *(disturbed(given.disturbed, given.chunks) if given.disturbed else ()),
+        *scaled(counts, given.chunks, large=given.large),
+    ]
+    print("| | seeds | chunks | last | mean | seeds sent | control | crossed, entered |", flush=True)
+    print("| --- " * 8 + "|", flush=True)
+    played: list[tuple[str, Outcome]] = []
+    for (words, _), outcome in zip(
+        asked, play_each([replace(setup, dice=given.dice) for _, setup in asked]), strict=True
+    ):
+        played.append((words, outcome))
+        print(row(words, outcome), flush=True)
+    raw: list[dict[str, Any]] = [
+        {"what": words, "setup": dataclasses.asdict(setup), **as_plain(outcome)}
+        for (_, setup), (words, outcome) in zip(asked, played, strict=True)
+    ]
+    told = {
+        "date": date,
+        "command": shlex.join(["python", *sys.argv]),
+        "swarm": __version__,
+        "python": platform.python_version(),
+        "runs": raw,
+    }
+    given.out.parent.mkdir(exist_ok=True)
+    given.out.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    if given.plot:
+        draw(played, given.out.with_suffix(".png"))
+    return 1 if any(failure(outcome) for _, outcome in played) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The questions of tests/sim/test_crowd.py with a thousand dice each: `python bench/simulate_sweep.py --runs 1000`.
+
+Prints each question's median and worst ratio (the last newcomer over its lower bound) with the dice of the worst, and
+the command that replays each failure: a newcomer that did not finish, a rule that a machine broke, an honest newcomer
+that was banned. Every run is a function of its setup, so the machine does not matter. Exits 1 after a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from dataclasses import replace
+
+from disturbances import DISTURBANCES
+
+from swarm.simulate import Outcome, failure, play_each
+from swarm.simulation.report import Report
+from swarm.simulation.setup import Setup
+
+CHUNK_BYTES = 62_500_000  # few large chunks: fast to simulate
+
+
+def wrong(outcome: Outcome) -> str | None:
+    """What went wrong in one run, with what replays it."""
+    if line := failure(outcome):
+        return line
+    assert isinstance(outcome, Report)
+    honest = outcome.banned_by.keys() - outcome.liars
+    return (
+        f"{', '.join(sorted(honest))} banned though honest; replay it with: {outcome.setup.command}" if honest else None
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=1000, help="dice of each question")
+    parser.add_argument("--first", type=int, default=0, help="the first dice")
+    parser.add_argument("--newcomers", type=int, default=8)
+    parser.add_argument("--chunks", type=int, default=20)
+    given = parser.parse_args()
+    base = Setup(newcomers=given.newcomers, chunks=given.chunks, model_bytes=given.chunks * CHUNK_BYTES)
+    failures = 0
+    for words, changes in DISTURBANCES.items():
+        question = replace(base, **changes)
+        if question.racks > 2 or question.per_machine > 4:  # as many as so few newcomers fill
+            question = replace(question, racks=min(question.racks, 2), per_machine=min(question.per_machine, 4))
+        setups = [replace(question, dice=given.first + number) for number in range(given.runs)]
+        outcomes = list(play_each(setups))
+        reports = [outcome for outcome in outcomes if isinstance(outcome, Report)]
+        lines = [line for outcome in outcomes if (line := wrong(outcome))]
+        failures += len(lines)
+        if reports:
+            worst = max(reports, key=lambda report: report.last_ratio)
+            median = statistics.median(report.last_ratio for report in reports)
+            seeds = max(report.seed_models for report in reports)
+            print(
+                f"{words}: median {median:.2f}, worst {worst.last_ratio:.2f} (dice {worst.setup.dice}), seeds sent at "
+                f"most {seeds:.2f} models, {len(lines)} of {len(outcomes)} failed",
+                flush=True,
+            )
+        for line in lines:
+            print(f"  {line}", flush=True)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

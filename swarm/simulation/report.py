@@ -1,0 +1,111 @@
+"""What happened in a simulated burst, measured against the lower bound and against a star.
+
+Must not know: how a burst is played.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from swarm.simulation.setup import SLOWER, Setup
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. `times_s` count from each newcomer's own request, by name; None: it did not finish."""
+
+    setup: Setup
+    asked_at_s: Mapping[str, float]
+    times_s: Mapping[str, float | None]
+    killed: frozenset[str]
+    slow: frozenset[str]
+    liars: frozenset[str]
+    lost_chunks: int  # that nobody alive holds in the end
+    seed_bytes: float
+    control_bytes: Mapping[str, int]  # by member
+    rejected_chunks: int
+    banned: Mapping[str, tuple[str, ...]]  # by newcomer, whom it banned
+    crossed_bytes: float  # out of racks
+    entered_bytes: float  # into machines that hold several newcomers
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Newcomers that lived and did not finish."""
+        return [name for name, time_s in self.times_s.items() if time_s is None and name not in self.killed]
+
+    @property
+    def lived_s(self) -> list[float]:
+        """Times of all that were not killed, ascending; infinite for who did not finish."""
+        return sorted(self._time_s(name) for name in self.times_s if name not in self.killed)
+
+    @property
+    def star_s(self) -> list[float]:
+        """Times of the same newcomers, ascending, if a seed sent each the whole model, one after another."""
+        free_at_s = [0.0] * self.setup.seeds
+        times_s = []
+        for name, asked_at_s in sorted(self.asked_at_s.items(), key=lambda item: item[1]):
+            if name not in self.killed:
+                done_at_s = max(free_at_s[0], asked_at_s) + self._copy_s(name)
+                heapq.heapreplace(free_at_s, done_at_s)
+                times_s.append(done_at_s - asked_at_s)
+        return sorted(times_s)
+
+    def ratio_of(self, name: str) -> float:
+        """A newcomer's time over its own lower bound; infinite when it did not finish."""
+        return self._time_s(name) / max(self.setup.bound_s, self._copy_s(name))
+
+    @property
+    def ratios(self) -> list[float]:
+        """Of all that were not killed, ascending."""
+        return sorted(self.ratio_of(name) for name in self.times_s if name not in self.killed)
+
+    @property
+    def last_ratio(self) -> float:
+        """The worst ratio; infinite when somebody did not finish."""
+        return max(self.ratios, default=math.nan)
+
+    @property
+    def mean_ratio(self) -> float:
+        """Of all that were not killed."""
+        return sum(self.ratios) / len(self.ratios) if self.ratios else math.nan
+
+    @property
+    def seed_models(self) -> float:
+        """What all seeds sent together, in copies of the model."""
+        return self.seed_bytes / self.setup.copy_bytes
+
+    @property
+    def crossed_models(self) -> float:
+        """What left racks, in copies of the model for each rack."""
+        return self.crossed_bytes / self.setup.copy_bytes / self.setup.racks
+
+    @property
+    def entered_models(self) -> float:
+        """What entered machines that hold several newcomers, in copies of the model for each machine."""
+        return self.entered_bytes / self.setup.copy_bytes / (self.setup.machines - self.setup.seeds)
+
+    @property
+    def control_part(self) -> float:
+        """Bytes of messages that a member sent, over those of the model: the mean over all."""
+        return sum(self.control_bytes.values()) / len(self.control_bytes) / self.setup.copy_bytes
+
+    @property
+    def banned_by(self) -> Counter[str]:
+        """How many newcomers banned whom."""
+        return Counter(name for names in self.banned.values() for name in names)
+
+    def _time_s(self, name: str) -> float:
+        time_s = self.times_s[name]
+        return math.inf if time_s is None else time_s
+
+    def _copy_s(self, name: str) -> float:
+        return self.setup.copy_s * (SLOWER if name in self.slow else 1)
+
+
+def quantile(ascending: list[float], part: float) -> float:
+    """When this part of all was done; not a number when there is nobody."""
+    return ascending[math.ceil(part * len(ascending)) - 1] if ascending else math.nan
