@@ -175,13 +175,14 @@ class _Burst:
         chunk_bytes, leaf_bytes = self._grid
         sizes = {"chunk_bytes": str(chunk_bytes), "leaf_bytes": str(leaf_bytes)}
         place = self._place_of(seed)
-        environment = children.clean_environment(place, **sizes)
+        environment = children.clean_environment(place, host=seed.address, rack=seed.rack, **sizes)
         return held.enter_context(Child(seed.inside(argv), cwd=place, environment=environment))
 
     def _worker(self, held: contextlib.ExitStack, host: Host, role: str, index: int) -> Child:
         chunk_bytes, leaf_bytes = self._grid
         task = Task(
             address=host.address,
+            rack=host.rack,
             file=self._copy(host) if role == "newcomer" else self._model,
             torrent=self._torrent,
             seeds=tuple(seed.address for seed in self._seeds),

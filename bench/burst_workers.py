@@ -50,6 +50,7 @@ class Task:
     """
 
     address: str
+    rack: str
     file: Path
     torrent: Path
     seeds: tuple[str, ...]
@@ -85,6 +86,8 @@ def swarm_newcomer(task: Task) -> None:
     runtime()  # starts its loop
     settings = swarm.Settings(
         listen=f"{task.address}:{SWARM_PORT}",
+        host=task.address,
+        rack=task.rack,
         peers=tuple(f"{seed}:{SWARM_PORT}" for seed in task.seeds),
         insecure=True,
         mdns=False,
@@ -107,7 +110,13 @@ def swarm_liar(task: Task) -> None:
     peers = tuple(f"{seed}:{SWARM_PORT}" for seed in task.seeds)
     cache = Path("cache").absolute()
     settings = swarm.Settings(
-        listen=f"{task.address}:{SWARM_PORT}", peers=peers, insecure=True, mdns=False, cache=cache
+        listen=f"{task.address}:{SWARM_PORT}",
+        host=task.address,
+        rack=task.rack,
+        peers=peers,
+        insecure=True,
+        mdns=False,
+        cache=cache,
     )
     _, source, _ = build.checkpoint(
         task.file.parent, cache_dir=cache, chunk_bytes=task.chunk_bytes, leaf_bytes=task.leaf_bytes

@@ -73,15 +73,24 @@ class Child:
             raise RuntimeError(f"{self.argv}: ended with {self._popen.wait()}: {self._complaints.read_text()[-500:]}")
         return line
 
+    def told(self, *, timeout_s: float) -> dict[str, Any]:
+        """What its next line says in JSON."""
+        answer = json.loads(self.line(timeout_s))
+        if not isinstance(answer, dict):
+            raise TypeError(f"{self.argv}: answered {answer!r}")
+        return answer
+
     def ask(self, question: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
         """Sends one JSON line, returns the answer to it."""
         if self._popen.stdin is None:
             raise RuntimeError("no pipe")
         print(json.dumps(question), file=self._popen.stdin, flush=True)
-        answer = json.loads(self.line(timeout_s))
-        if not isinstance(answer, dict):
-            raise TypeError(f"{self.argv}: answered {answer!r}")
-        return answer
+        return self.told(timeout_s=timeout_s)
+
+    def kill(self) -> None:
+        """Ends it as `kill -9` does."""
+        self._popen.kill()
+        self.close()
 
     def cpu_s(self) -> float:
         """User and system seconds of all its threads so far."""

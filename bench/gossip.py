@@ -1,6 +1,7 @@
 """What gossip costs and how fast it is, in the simulation: `python bench/gossip.py [--seeds N] [--large N]`.
 
 Times are virtual and every run is a function of its seed, so the machine does not matter. A way takes 0.5 to 2 ms.
+With `--real 8,32` it is measured among so many real node processes on loopback instead, see gossip_real.py.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+
+from gossip_real import real
 
 from swarm import tuning
 from swarm.rumours import Holding, Profile, State
@@ -104,7 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--large", type=int, default=1000)
+    parser.add_argument("--real", metavar="N,N", help="measure swarms of so many real processes instead")
+    parser.add_argument("--network", choices=["local", "lan", "wan"], default="lan", help="preset of real processes")
+    parser.add_argument("--busy", type=float, default=60.0, metavar="S", help="seconds with all cores busy; 0: none")
     given = parser.parse_args()
+    if given.real:
+        real([int(count) for count in given.real.split(",")], network=given.network, busy_s=given.busy)
+        return
     seeds = range(given.seeds)
     knows, known = zip(*(newcomer(seed) for seed in seeds), strict=True)
     print(f"newcomer knows 32: {spread(list(knows))}; is known to 32: {spread(list(known))}", flush=True)

@@ -55,11 +55,12 @@ def lacking() -> str | None:
 
 @dataclass(frozen=True)
 class Host:
-    """One host. `namespace` is its name; `port` the switch's end of its link."""
+    """One host. `namespace` is its name; `port` the switch's end of its link; `rack` its label, "" if there is one."""
 
     namespace: str
     address: str
     port: str
+    rack: str
 
     def inside(self, argv: Sequence[str]) -> list[str]:
         """The command that runs `argv` on this host."""
@@ -101,7 +102,8 @@ class Network:
         """Connects one more."""
         number = len(self._hosts)
         name, port, rack = f"{self._prefix}h{number}", f"p{number}", number % self._racks
-        host = Host(name, f"10.77.{number // 250}.{number % 250 + 1}", port)
+        label = f"rack{rack}" if self._racks > 1 else ""
+        host = Host(name, f"10.77.{number // 250}.{number % 250 + 1}", port, label)
         self._add_namespace(name)
         self._ip(
             self._switch,

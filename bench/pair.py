@@ -26,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from typing import Any
 import children
 import models
 from children import Child
+
+from swarm import keys
 
 QUICK_REPEATS = 10  # of what takes less than a second
 READY_TIMEOUT_S = 120.0
@@ -105,6 +107,12 @@ class Bench:
         self._seed, self._seed_address = self._serve(held, model, "--no-mdns")
         self._tiny = models.model(place, TINY_BYTES)
         _, self._tiny_address = self._serve(held, self._tiny)
+        keys.create(place / "key")
+        keyed = {"key_file": str(place / "key")}
+        self._keyed = {
+            encryption: self._serve(held, model, "--no-mdns", **keyed, data_encryption=encryption)
+            for encryption in ("tls", "none")
+        }
         self._fetcher = self._worker(held, "fetcher", str(model))
         self._fetcher.line(self._deadline_s)
         self._server = self._worker(held, "http-server", str(model))
@@ -164,6 +172,8 @@ class Bench:
         self._methods |= {
             "aiohttp client <- aiohttp sendfile": self._aiohttp,
             "swarm.fetch into warm tensors": lambda: self._fetch("into"),
+            "  with a key, chunks in the open": lambda: self._fetch("into", encryption="none"),
+            "  with a key, inside TLS": lambda: self._fetch("into", encryption="tls"),
             FRESH: lambda: self._fetch("fresh"),
             POPULATE: self._populate,
             OUT: lambda: self._fetch_out(fsync="true"),
@@ -191,16 +201,29 @@ class Bench:
     def _aiohttp(self) -> dict[str, Any]:
         return self._asked(self._client, "read", self._server)
 
-    def _fetch(self, how: str) -> dict[str, Any]:
-        return self._asked(self._fetcher, how, self._seed)
+    def _fetch(self, how: str, *, encryption: str | None = None) -> dict[str, Any]:
+        if encryption is None:
+            return self._asked(self._fetcher, how, self._seed)
+        seed, address = self._keyed[encryption]
+        keyed = {"key_file": str(self._place / "key"), "data_encryption": encryption}
+        return self._asked(self._fetcher, how, seed, peer=address, settings=keyed)
 
     def _populate(self) -> dict[str, Any]:
         answer = self._fetcher.ask({"do": "populate", "bytes": self.size}, timeout_s=self._deadline_s)
         return {"seconds": answer["seconds"], "cpu_s": {"client": answer["cpu_s"]}}
 
-    def _asked(self, client: Child, what: str, server: Child) -> dict[str, Any]:
+    def _asked(
+        self,
+        client: Child,
+        what: str,
+        server: Child,
+        *,
+        peer: str | None = None,
+        settings: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
         before_s = server.cpu_s()
-        answer = client.ask({"do": what, "peer": self._seed_address}, timeout_s=self._deadline_s)
+        question = {"do": what, "peer": peer or self._seed_address, "settings": dict(settings or {})}
+        answer = client.ask(question, timeout_s=self._deadline_s)
         return {
             "seconds": answer["seconds"],
             "cpu_s": {"client": answer["cpu_s"], "server": server.cpu_s() - before_s},
@@ -233,8 +256,10 @@ class Bench:
         environment = children.clean_environment(self._place, **settings)
         return children.run(argv, cwd=self._place, timeout_s=self._deadline_s, environment=environment)
 
-    def _serve(self, held: contextlib.ExitStack, model: Path, *flags: str) -> tuple[Child, str]:
-        seed = held.enter_context(Child(children.swarm("serve", str(model), *flags), cwd=self._place))
+    def _serve(self, held: contextlib.ExitStack, model: Path, *flags: str, **settings: str) -> tuple[Child, str]:
+        environment = children.clean_environment(self._place, **settings)
+        argv = children.swarm("serve", str(model), *flags)
+        seed = held.enter_context(Child(argv, cwd=self._place, environment=environment))
         return seed, seed.line(self._deadline_s).split()[0]
 
     def _worker(self, held: contextlib.ExitStack, *arguments: str) -> Child:

@@ -60,7 +60,8 @@ def fetcher(model: Path) -> None:
             for tensor in targets.values():
                 tensor.zero_()  # what was fetched before must not pass for what is fetched now
             reset_peak()
-            settings = swarm.Settings(peers=(question["peer"],), mdns=False, cache=Path("cache").absolute())
+            peers, cache = (question["peer"],), Path("cache").absolute()
+            settings = swarm.Settings(peers=peers, mdns=False, cache=cache, **question["settings"])
             with timed(answer):
                 weights = swarm.fetch(model.name, into=targets if into else None, settings=settings)
             answer |= {"transfer_s": weights.fetched.seconds, "peak_rss_bytes": peak_rss_bytes()}

@@ -27,13 +27,14 @@ from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.store import Source, Store
 from swarm.store.directory import DirectoryStore
-from swarm.store.tensors import IntoStore, MemoryStore
+from swarm.store.tensors import DeviceStore, IntoStore, MemoryStore
 
 if TYPE_CHECKING:
     import torch
 
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+_DEVICE = re.compile("cpu|cuda(:[0-9]{1,3})?")
 
 RESOLVE_GRACE_S = 1.0  # resolving knows better than a timeout what it waited for, so it goes first
 
@@ -134,9 +135,10 @@ def fetch(
 ) -> Weights:
     """Gets a model from whoever serves it, verified, and serves it on.
 
-    By default into new CPU tensors; with `into` into these very tensors (names, shapes and dtypes must match; on an
-    error their contents are undefined); with `out` into a directory, or into the local Hugging Face cache
-    (`out=swarm.HUB_CACHE`). `digest` pins the exact content. `settings` default to `Settings.load()`.
+    By default into new tensors, of the CPU or of the GPU that `device` names ("cuda", "cuda:1"); with `into` into these
+    very tensors (names, shapes and dtypes must match; on an error their contents are undefined); with `out` into a
+    directory, or into the local Hugging Face cache (`out=swarm.HUB_CACHE`). `digest` pins the exact content. `settings`
+    default to `Settings.load()`.
 
     Raises SettingsError, ManifestNotFound, ManifestConflict, Stalled, FetchTimeout, and StoreError with its kinds.
     """
@@ -230,16 +232,32 @@ class _Want:
     settings: Settings
 
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise SettingsError("device", f"{self.device!r} is not supported; only 'cpu' is")
+        if not _DEVICE.fullmatch(self.device):
+            raise SettingsError("device", f"{self.device!r} is not 'cpu', 'cuda' or 'cuda:NUMBER'")
+        if self.device != "cpu" and (self.out is not None or self.into is not None):
+            raise SettingsError("device", "cannot be combined with out or into, which say where to already")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise SettingsError("timeout_s", f"{self.timeout_s:g} is not above zero")
         if self.out is not None and self.into is not None:
             raise SettingsError("out", "cannot be combined with into: a fetch lands in one place")
         if self.out is None and importlib.util.find_spec("torch") is None:
             raise SettingsError("out", "tensors in memory need torch: pip install torch, or say out=DIR")
+        if self.device != "cpu" and (why := _gpu_missing(self.device)):
+            raise SettingsError("device", why)
         if self.out is HUB_CACHE and not hub.is_model_id(self.model_id):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
+
+
+def _gpu_missing(device: str) -> str | None:
+    """Why torch cannot use a device; None when it can, and does from now on."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"{device!r} needs a GPU, and torch {torch.__version__} finds none here"
+    if (torch.device(device).index or 0) >= torch.cuda.device_count():
+        return f"{device!r}: torch finds {torch.cuda.device_count()} GPUs here"
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return None
 
 
 async def _fetch(want: _Want) -> Weights:
@@ -250,11 +268,12 @@ async def _fetch(want: _Want) -> Weights:
             want.model_id,
             out=want.out,
             into=want.into,
+            device=want.device,
             digest=want.digest,
             timeout_s=want.timeout_s if want.timeout_s is not None else want.settings.timeout_s,
             settings=want.settings,
         )
-        tensors = store.tensors() if isinstance(store, MemoryStore) else dict(want.into or {})
+        tensors = store.tensors() if isinstance(store, MemoryStore | DeviceStore) else dict(want.into or {})
         return Weights(fetched, tensors, path, want.settings)
     except BaseException:
         await runtime().release(want.settings)
@@ -270,6 +289,7 @@ async def fetch_on(
     digest: str | None,
     timeout_s: float | None,
     settings: Settings,
+    device: str = "cpu",
 ) -> tuple[Fetched, Store, Path | None]:
     """Fetches on an open node: what came of it, the store, and the directory if there is one."""
     if digest is not None and not _DIGEST.fullmatch(digest):
@@ -278,11 +298,13 @@ async def fetch_on(
     find_timeout_s = settings.find_timeout_s if timeout_s is None else min(settings.find_timeout_s, timeout_s)
     try:
         async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
-            manifest, origin = await resolve(node, model_id, digest=digest, find_timeout_s=find_timeout_s)
+            manifest, origin = await resolve(
+                node, model_id, digest=digest, find_timeout_s=find_timeout_s, trusted=settings.trusted
+            )
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
     loop = asyncio.get_running_loop()
-    store, path = await loop.run_in_executor(None, lambda: _store(model_id, manifest, out, into, settings))
+    store, path = await loop.run_in_executor(None, lambda: _store(model_id, manifest, out, into, device, settings))
     left_s = None if timeout_s is None else max(0.1, timeout_s - (node.now() - began))
     try:
         fetched = await node.fetch(model_id, store, origin=origin, timeout_s=left_s)
@@ -304,12 +326,13 @@ def _store(
     manifest: Manifest,
     out: str | Path | _HubCache | None,
     into: Mapping[str, Any] | None,
+    device: str,
     settings: Settings,
 ) -> tuple[Store, Path | None]:
     if into is not None:
         return IntoStore(manifest, into), None
     if out is None:
-        return MemoryStore(manifest), None
+        return MemoryStore(manifest) if device == "cpu" else DeviceStore(manifest, device), None
     path = hub.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
     if path.exists() and not path.is_dir():
         raise StoreConflict(path, "is not a directory; fetch to another place")

@@ -32,6 +32,7 @@ import msgspec
 from swarm import safetensors_header
 from swarm.errors import ManifestError, ManifestInvalid, SettingsError, SourceChanged
 from swarm.hashing.cpu import LeafHasher, chunk_digest
+from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.manifest import (
     CHUNK_BYTES_MAX,
     CHUNKS_MAX,
@@ -47,6 +48,7 @@ from swarm.manifest import (
     default_chunk_bytes,
     units,
 )
+from swarm.store import DeviceView
 from swarm.store.directory import DirectorySource
 from swarm.store.disk import Stamp, store_errors
 from swarm.store.tensors import VIRTUAL_PATH, TensorSource
@@ -72,7 +74,7 @@ def checkpoint(
     *,
     cache_dir: Path,
     chunk_bytes: int | None = None,
-    leaf_bytes: int = LEAF_BYTES_DEFAULT,
+    leaf_bytes: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> tuple[Manifest, DirectorySource, list[Skipped]]:
@@ -103,18 +105,23 @@ def tensors(
     given: Mapping[str, torch.Tensor],
     *,
     chunk_bytes: int | None = None,
-    leaf_bytes: int = LEAF_BYTES_DEFAULT,
+    leaf_bytes: int | None = None,
     threads: int | None = None,
 ) -> TensorSource:
     """A source that serves a state dict as one safetensors file. Raises what TensorSource does."""
     source = TensorSource(given)
+    if source.devices:
+        leaf_bytes = GPU_LEAF_BYTES if leaf_bytes is None else leaf_bytes
+        chunk_bytes = default_chunk_bytes(source.size, on_gpu=True) if chunk_bytes is None else chunk_bytes
     grid = _grid(chunk_bytes, leaf_bytes, total_bytes=source.size)
     sizes = cut(source.units(), grid.chunk_bytes)
-    offsets = itertools.accumulate(sizes, initial=0)
-    pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="swarm-hash")
-    with pool:
-        digests = pool.map(lambda at, size: chunk_digest(grid.scheme, source.read(at, size)), offsets, sizes)
-        chunks = tuple(ChunkEntry(size, digest.hex()) for size, digest in zip(sizes, digests, strict=True))
+    ranges = list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
+    digests = _hash_on_gpus(source, ranges, grid.scheme)
+    rest = [part for part in ranges if part not in digests]
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="swarm-hash") as pool:
+        hashed = pool.map(lambda part: chunk_digest(grid.scheme, source.read(*part)), rest)
+        digests |= zip(rest, hashed, strict=True)
+    chunks = tuple(ChunkEntry(size, digests[at, size].hex()) for at, size in ranges)
     file = FileEntry(VIRTUAL_PATH, source.size, source.header, chunks)
     source.manifest = Manifest(1, "checkpoint", "", grid.scheme, grid.chunk_bytes, (file,))
     decode(source.manifest.encoded, digest=source.manifest.digest)
@@ -183,9 +190,11 @@ class _Kept(msgspec.Struct, forbid_unknown_fields=True):
     version: Literal[1] = 1
 
 
-def _grid(chunk_bytes: int | None, leaf_bytes: int, *, total_bytes: int) -> _Grid:
+def _grid(chunk_bytes: int | None, leaf_bytes: int | None, *, total_bytes: int) -> _Grid:
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(total_bytes)
+    if leaf_bytes is None:
+        leaf_bytes = LEAF_BYTES_DEFAULT
     for name, value, least, most in (
         ("chunk_bytes", chunk_bytes, 1, CHUNK_BYTES_MAX),
         ("leaf_bytes", leaf_bytes, LEAF_BYTES_MIN, LEAF_BYTES_MAX),
@@ -193,6 +202,23 @@ def _grid(chunk_bytes: int | None, leaf_bytes: int, *, total_bytes: int) -> _Gri
         if not least <= value <= most:
             raise SettingsError(name, f"{value} is not between {least} and {most}")
     return _Grid(chunk_bytes, HashScheme(leaf_bytes=leaf_bytes))
+
+
+def _hash_on_gpus(
+    source: TensorSource, ranges: Sequence[tuple[int, int]], scheme: HashScheme
+) -> dict[tuple[int, int], bytes]:
+    """Digests of those ranges (offset, size) that lie on one GPU, by range."""
+    on_gpu: dict[int, dict[tuple[int, int], list[DeviceView]]] = {device: {} for device in source.devices}
+    for part in ranges if source.devices else ():
+        views = list(source.device_read(*part))
+        lent = [view for view in views if isinstance(view, DeviceView)]
+        if len(lent) == len(views) and len({view.device for view in lent}) == 1:
+            on_gpu[lent[0].device][part] = lent
+    digests: dict[tuple[int, int], bytes] = {}
+    for chunks in on_gpu.values():
+        if chunks:
+            digests |= zip(chunks, chunk_digests(scheme, list(chunks.values())), strict=True)
+    return digests
 
 
 def _check_indexes(found: Sequence[Found]) -> None:

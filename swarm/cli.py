@@ -20,11 +20,12 @@ from typing import Any
 from swarm import __version__
 from swarm.errors import StoreError, SwarmError
 from swarm.settings import Settings
+from swarm.simulation.setup import Setup, flag_of
 
 INTERRUPTED = 130
 PROBLEMS_FOUND = 1
 REDRAW_S = 1.0
-METAVARS = {"listen": "HOST[:PORT]", "upload_limit": "RATE", "timeout_s": "SECONDS"}
+METAVARS = {"key_file": "PATH", "listen": "HOST[:PORT]", "upload_limit": "RATE", "timeout_s": "SECONDS"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,17 +67,35 @@ def _parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", parents=[common], help="show the swarm as a running node sees it")
     status.add_argument("--peer", metavar="HOST:PORT", help="the node to ask; by default one on this machine")
+    status.add_argument("--key-file", metavar="PATH", help="the cluster key, to ask nodes of other machines")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     status.add_argument("--watch", action="store_true", help="show it again every second")
     status.set_defaults(run=_status)
 
     verify = commands.add_parser("verify", parents=[common], help="hash a fetched directory again")
     verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.add_argument("--digest", metavar="D", help="what it must have been fetched as, too")
     verify.set_defaults(run=_verify)
+
+    keygen = commands.add_parser("keygen", parents=[common], help="make a cluster key: who has it is a member")
+    keygen.add_argument(
+        "path", nargs="?", type=Path, default=Path("swarm.key"), metavar="PATH", help="by default %(default)s"
+    )
+    keygen.set_defaults(run=_keygen)
 
     demo = commands.add_parser("demo", parents=[common], help="one seed and three newcomers on this machine")
     demo.add_argument("path", nargs="?", type=Path, metavar="PATH", help="a model directory; by default a made-up one")
     demo.set_defaults(run=_demo)
+
+    simulate = commands.add_parser("simulate", parents=[common], help="play a burst of newcomers, without a network")
+    for field in dataclasses.fields(Setup):
+        about = field.metadata["help"]
+        simulate.add_argument(f"--{flag_of(field)}", dest=field.name, metavar=field.metadata["metavar"], help=about)
+    simulate.add_argument("--runs", type=int, default=1, metavar="R", help="play so many, each with the next dice")
+    simulate.add_argument("--json", action="store_true", help="print one JSON object")
+    simulate.add_argument("--trace", type=Path, metavar="FILE", help="write every event and action, a JSON line each")
+    simulate.add_argument("--plot", type=Path, metavar="FILE", help="draw who had how much when; needs matplotlib")
+    simulate.set_defaults(run=_simulate)
     return parser
 
 
@@ -201,8 +220,16 @@ def _status(options: argparse.Namespace) -> int:
 
     from swarm.status import client, running
 
+    settings = Settings.load({"key_file": options.key_file})
+    context = None
+    if options.peer and settings.key_file:
+        from swarm import keys
+        from swarm.identity import visitor
+
+        context = visitor(keys.load(settings.key_file))
+
     def once() -> None:
-        report = client.ask_any([options.peer] if options.peer else running.addresses(Settings.load().cache))
+        report = client.ask_any([options.peer] if options.peer else running.addresses(settings.cache), context)
         if options.json:
             print(json.dumps(report), flush=True)
         else:
@@ -226,6 +253,8 @@ def _verify(options: argparse.Namespace) -> int:
         raise StoreError(
             f"{options.directory}: not fetched by swarm on this machine, so there is nothing to compare with"
         )
+    if options.digest not in (None, manifest.digest):
+        raise StoreError(f"{options.directory}: fetched as {manifest.digest}, which is not the digest asked for")
     problems = build.verify(options.directory, manifest)
     for problem in problems:
         print(problem)
@@ -235,10 +264,25 @@ def _verify(options: argparse.Namespace) -> int:
     return PROBLEMS_FOUND if problems else 0
 
 
+def _keygen(options: argparse.Namespace) -> int:
+    from swarm import keys
+
+    key = keys.create(options.path)
+    print(f"{options.path}: a new cluster key, fingerprint {key}; give every machine a copy of the file")
+    return 0
+
+
 def _demo(options: argparse.Namespace) -> int:
     from swarm.demo import demo
 
     return demo(options.path)
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    setup = Setup.read({field.name: getattr(options, field.name) for field in dataclasses.fields(Setup)})
+    from swarm.simulate import simulate
+
+    return simulate(setup, runs=options.runs, as_json=options.json, trace=options.trace, plot=options.plot)
 
 
 if __name__ == "__main__":

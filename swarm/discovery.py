@@ -24,14 +24,13 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-import re
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from swarm.errors import PeerError, PeerTimeout, PeerUnreachable, SettingsError
+from swarm.errors import PeerError, PeerTimeout, PeerUnreachable
 from swarm.messages import PROTOCOL
-from swarm.settings import join_address
+from swarm.settings import is_literal, join_address, split_address
 
 if TYPE_CHECKING:
     from zeroconf import ServiceInfo, ServiceStateChange, Zeroconf
@@ -49,14 +48,13 @@ LOOKUPS_MAX = 64  # names asked about at once; an announcement normally carries 
 
 _ASK_S = 5.0  # the quick questions go out after 0, 1 and 3 s; later nodes announce themselves
 _LOOKUP_TIMEOUT_MS = 3000
-_HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
 
 log = logging.getLogger(__name__)
 
 
 def static(peers: Sequence[str]) -> list[str]:
     """The listed addresses in their one form, each once. Raises SettingsError that names the first wrong one."""
-    return list(dict.fromkeys(join_address(*_split(peer.strip())) for peer in peers))
+    return list(dict.fromkeys(join_address(*split_address("peer", peer)) for peer in peers))
 
 
 async def resolve(address: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[str]:
@@ -64,8 +62,8 @@ async def resolve(address: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list
 
     Raises SettingsError for a malformed address, PeerUnreachable when the name is unknown, PeerTimeout.
     """
-    host, port = _split(address)
-    if _literal(host):
+    host, port = split_address("peer", address)
+    if is_literal(host):
         return [join_address(host, port)]
     try:
         async with asyncio.timeout(timeout_s):
@@ -213,30 +211,10 @@ class Mdns:
         task.add_done_callback(self._tasks.discard)
 
 
-def _split(address: str) -> tuple[str, int]:
-    host, colon, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-        valid = ":" in host and _literal(host)
-    else:
-        valid = _HOST_NAME.fullmatch(host) is not None
-    if not (colon and valid and port.isascii() and port.isdigit() and 0 < int(port[:6]) < 1 << 16):
-        raise SettingsError("peer", f"{address!r} is not HOST:PORT (an IPv6 address goes in brackets: [::1]:PORT)")
-    return host, int(port)
-
-
-def _literal(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
 async def _announced(host: str) -> list[str]:
     """The addresses behind the host that a node listens on. Raises OSError or PeerError when there are none."""
-    if not _literal(host):
-        return [_split(address)[0] for address in await resolve(join_address(host, 1))]
+    if not is_literal(host):
+        return [split_address("peer", address)[0] for address in await resolve(join_address(host, 1))]
     if not ipaddress.ip_address(host).is_unspecified:
         return [host]
     family, elsewhere = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")

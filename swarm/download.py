@@ -24,20 +24,43 @@ from swarm.errors import LocalProtocolError
 from swarm.manifest import Manifest
 from swarm.messages import REQUEST_CHUNKS_MAX
 
-CORRUPT_CHUNKS_MAX = 3  # one wrong chunk may be a flaky wire; this many from one peer is a broken or lying peer
+# One wrong chunk may be a flaky wire. So many from one peer, and more than this part of all that it sent, is a broken
+# or lying one.
+CORRUPT_CHUNKS_MAX, CORRUPT_PART_MAX = 3, 0.05
 GRANT_PATIENCE_S = 10.0  # a peer that has not granted by then has more to do than it can say
 REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # pause after a failure, doubling with each one in a row
 DECLINED_REST_S = 0.1  # at least, whatever the seed says
+BORDERS_MAX = 2  # on the way to a peer: of this host, and of this rack
 RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
 
 
 @dataclass(frozen=True)
 class PeerJoined:
-    """A peer that holds some of the artifact can be asked from now on. `gives`: it is a seed that chooses."""
+    """A peer that holds some of the artifact can be asked from now on. `gives`: it is a seed that chooses.
+
+    `borders`: how many there are on the way to it: 0 it is on this host, 1 in this rack, 2 elsewhere.
+    """
 
     peer: str
     holds: Bitfield
     gives: bool = False
+    borders: int = 0
+
+
+@dataclass(frozen=True)
+class Mates:
+    """Who fetches the same on this host, and who in this rack (with those on this host), by name. Without oneself."""
+
+    on_host: frozenset[str]
+    in_rack: frozenset[str]
+
+
+@dataclass(frozen=True)
+class PeerPlaced:
+    """Only now is it known how many borders are on the way to a peer."""
+
+    peer: str
+    borders: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +148,7 @@ class Ask:
     why: str
     count: int = 0
     hungry: bool = False
+    sources: int = 1  # how many peers there are to be asked
 
 
 @dataclass(frozen=True)
@@ -167,6 +191,8 @@ class GiveUp:
 
 Event: TypeAlias = (
     PeerJoined
+    | PeerPlaced
+    | Mates
     | PeerHas
     | PeerLeft
     | Granted
@@ -193,22 +219,30 @@ class _Transfer:
 class _Peer:
     holds: Bitfield
     gives: bool
+    borders: int
     transfers: set[int] = field(default_factory=set)
     rate_bytes_per_s: float = 0.0
     corrupt: int = 0
+    correct: int = 0
     failures: int = 0
     resting_until: float = 0.0
     last_end: float = 0.0
+    barren: bool = False  # had nothing wanted at the last look; cleared by whatever may change that
 
 
 class Download:
-    """One artifact coming in. `held` is shared with whoever serves it on; only this machine adds to it."""
+    """One artifact coming in. `held` is shared with whoever serves it on; only this machine adds to it.
+
+    Chunks cross the border of a host, or of a rack, about once: of peers beyond one, only those are asked that this
+    `node` imports for all within, and that nobody within is known to have. While it is starved it asks for anything.
+    """
 
     def __init__(
         self,
         manifest: Manifest,
         held: Bitfield,
         *,
+        node: str,
         now: float,
         stall_timeout_s: float,
         transfer_ids: Iterator[int],
@@ -219,6 +253,7 @@ class Download:
         self.sources: dict[str, int] = {}  # bytes of verified chunks by peer
         self.rejected_chunks = 0
         self.done = False
+        self._node = node
         self._stall_timeout_s = stall_timeout_s
         self._rng = rng
         self._now = now
@@ -227,7 +262,13 @@ class Download:
         self._banned: set[str] = set()
         self._transfers: dict[int, _Transfer] = {}
         self._requested = np.zeros(held.length, dtype=np.uint8)
+        self._free = ~held.mask  # missing and asked of nobody
+        self._free_count = held.length - len(held)
         self._rarity = np.zeros(held.length, dtype=np.int32)
+        # By how many borders a peer is away: the chunks imported over so many, and how often they are to be had nearer.
+        self._imports = [np.ones(held.length, dtype=np.bool_) for _ in range(BORDERS_MAX + 1)]
+        self._nearer = [np.zeros(held.length, dtype=np.int32) for _ in range(BORDERS_MAX + 1)]
+        self._starved = False
         self._transfer_ids = transfer_ids  # shared by all downloads of a node: unique on every link
         self._last_words: dict[str, str] = {}
 
@@ -250,8 +291,15 @@ class Download:
 
     def _react(self, event: Event) -> list[Action]:
         match event:
-            case PeerJoined(peer, holds, gives):
-                self._join(peer, holds, gives)
+            case PeerJoined():
+                self._join(event)
+            case PeerPlaced(name, borders):
+                if known := self._peers.get(name):
+                    self._join(PeerJoined(name, known.holds, known.gives, borders))
+            case Mates(on_host, in_rack):
+                self._imports[1] = schedule.imports(self._node, on_host, self.held.length)
+                self._imports[2] = schedule.imports(self._node, in_rack, self.held.length)
+                self._look_again()
             case PeerHas(peer, chunks):
                 self._learn(peer, chunks)
             case PeerLeft(peer, why):
@@ -272,43 +320,68 @@ class Download:
             case TransferFailed(peer, number, why, retry_s):
                 self._fail(peer, number, why, retry_s)
             case Tick():
+                patience_s = schedule.starved_after_s(self.manifest.chunk_bytes, self.rate_bytes_per_s)
+                if not self._starved and self._now - self._progress_at > patience_s:
+                    self._starved = True
+                    self._look_again()
                 return self._impatient()
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")
         return []
 
-    def _join(self, name: str, holds: Bitfield, gives: bool) -> None:
-        if name in self._banned:
+    def _join(self, event: PeerJoined) -> None:
+        if event.peer in self._banned:
             return
-        peer = self._peers.setdefault(name, _Peer(Bitfield(holds.length), gives))
-        self._rarity += holds.mask
-        self._rarity -= peer.holds.mask  # it may say so again
-        peer.holds, peer.gives = holds, gives
+        if known := self._peers.get(event.peer):
+            self._count(known, -1)  # it says so again, or its place is known now
+            known.holds, known.gives, known.borders, known.barren = event.holds, event.gives, event.borders, False
+        else:
+            known = self._peers[event.peer] = _Peer(event.holds, event.gives, event.borders)
+        self._count(known, 1)
+
+    def _count(self, peer: _Peer, sign: int) -> None:
+        self._rarity += sign * peer.holds.mask
+        for nearer in self._counts_nearer(peer):
+            nearer += sign * peer.holds.mask
+
+    def _counts_nearer(self, peer: _Peer) -> list[schedule.Counts]:
+        # What a seed holds is not to be had for the asking.
+        return [] if peer.gives else self._nearer[peer.borders + 1 :]
 
     def _learn(self, name: str, chunks: Iterable[int]) -> None:
         if peer := self._peers.get(name):
+            counts = (self._rarity, *self._counts_nearer(peer))
             for chunk in chunks:
                 if chunk not in peer.holds:
                     peer.holds.add(chunk)
-                    self._rarity[chunk] += 1
+                    for count in counts:
+                        count[chunk] += 1
+                    if self._free[chunk] or (not self._free_count and chunk not in self.held):
+                        peer.barren = False
 
     def _granted(self, number: int, chunks: tuple[int, ...]) -> None:
         if transfer := self._transfers.get(number):
             transfer.granted_at = self._now
             if not transfer.size:  # only now is it known what comes
-                transfer.chunks = set(chunks)
                 transfer.size = self._size(chunks)
-                self._requested[list(chunks)] += 1
+                # What it brings twice counts as one copy: another peer may be asked for the second.
+                siblings = self._peers[transfer.peer].transfers
+                transfer.chunks = set(chunks).difference(*(self._transfers[sibling].chunks for sibling in siblings))
+                self._request(transfer.chunks)
 
     def _verified(self, event: ChunkVerified) -> list[Action]:
         if event.chunk in self.held:
             return []
         size = self.manifest.chunks[event.chunk].size
-        self._progress_at = self._now
+        self._progress_at, self._starved = self._now, False
         self.held.add(event.chunk)
+        if self._free[event.chunk]:  # its transfer was given up meanwhile
+            self._free[event.chunk] = False
+            self._free_count -= 1
         self.sources[event.peer] = self.sources.get(event.peer, 0) + size
         if peer := self._peers.get(event.peer):
             peer.failures = 0
+            peer.correct += 1
         self._arrived(event.transfer, event.chunk)
         actions: list[Action] = [Announce((event.chunk,))]
         for number, other in sorted(self._transfers.items()):  # the endgame's second copies lost
@@ -327,7 +400,7 @@ class Download:
         peer.failures += 1
         self._rest(peer, 0.0)
         why = self._last_words[event.peer] = f"sent {peer.corrupt} corrupt chunks"
-        if peer.corrupt < CORRUPT_CHUNKS_MAX:
+        if peer.corrupt < CORRUPT_CHUNKS_MAX or peer.corrupt <= CORRUPT_PART_MAX * (peer.corrupt + peer.correct):
             return []
         self._banned.add(event.peer)
         cancels: list[Action] = [Cancel(event.peer, number, "banned") for number in sorted(peer.transfers)]
@@ -345,37 +418,84 @@ class Download:
         return [Cancel(transfer.peer, number, "not granted in time") for number, transfer in late]
 
     def _ask(self) -> list[Action]:
-        if not any(self._able(peer) for peer in self._peers.values()):
-            return []  # most events change nothing about that, and planning costs a pass over all chunks
+        peers = self._askable()
+        if not peers:
+            return []  # most events change nothing about that
+        asks = schedule.plan(self._view(peers), self._rng)
         actions: list[Action] = []
-        for ask in schedule.plan(self._view(), self._rng):
+        for ask in asks:
             number = next(self._transfer_ids)
             self._transfers[number] = _Transfer(ask.peer, set(ask.chunks), self._size(ask.chunks), self._now)
             self._peers[ask.peer].transfers.add(number)
-            self._requested[list(ask.chunks)] += 1
-            actions.append(Ask(ask.peer, number, ask.chunks, ask.why, ask.count, ask.hungry))
+            actions.append(Ask(ask.peer, number, ask.chunks, ask.why, ask.count, ask.hungry, len(self._peers)))
+        for name in peers.keys() - {ask.peer for ask in asks}:
+            self._peers[name].barren = True
+        for ask in asks:
+            self._request(ask.chunks)
         return actions
 
-    def _able(self, peer: _Peer) -> bool:
-        most = schedule.outstanding_max(peer.gives, len(self._peers))
-        return peer.resting_until <= self._now and len(peer.transfers) < most
+    def _askable(self) -> dict[str, _Peer]:
+        total = len(self._peers)
+        most, most_of_seeds = schedule.outstanding_max(False, total), schedule.outstanding_max(True, total)
+        return {
+            name: peer
+            for name, peer in self._peers.items()
+            if not peer.barren
+            and peer.resting_until <= self._now
+            and len(peer.transfers) < (most_of_seeds if peer.gives else most)
+        }
+
+    def _request(self, chunks: Iterable[int]) -> None:
+        for chunk in chunks:
+            self._requested[chunk] += 1
+            if self._free[chunk]:
+                self._free[chunk] = False
+                self._free_count -= 1
+                if not self._free_count:
+                    self._look_again()  # the endgame begins
+
+    def _unrequest(self, chunk: int) -> None:
+        self._requested[chunk] -= 1
+        if chunk not in self.held:
+            if not self._requested[chunk]:
+                self._free[chunk] = True
+                self._free_count += 1
+            self._look_again()
+
+    def _look_again(self) -> None:
+        for peer in self._peers.values():
+            peer.barren = False
 
     def _size(self, chunks: Iterable[int]) -> int:
         return sum(self.manifest.chunks[chunk].size for chunk in chunks)
 
-    def _view(self) -> schedule.View:
-        peers = [
-            schedule.PeerView(name, peer.holds.mask, len(peer.transfers), peer.rate_bytes_per_s, peer.gives)
-            for name, peer in sorted(self._peers.items())
-            if peer.resting_until <= self._now
-        ]
+    def _view(self, askable: dict[str, _Peer]) -> schedule.View:
+        others = [peer for peer in self._peers.values() if not peer.gives]
+        within: list[schedule.Mask | None] = [None] * (BORDERS_MAX + 1)
+        if not self._starved:
+            for borders in {peer.borders for peer in askable.values()} - {0}:
+                within[borders] = self._imports[borders] & (self._nearer[borders] == 0)
         return schedule.View(
+            free=self._free,
+            free_count=self._free_count,
             missing=~self.held.mask,
             requested=self._requested,
             rarity=self._rarity,
             chunk_bytes=self.manifest.chunk_bytes,
             batch_chunks_max=REQUEST_CHUNKS_MAX,
-            peers=peers,
+            peers=[
+                schedule.PeerView(
+                    name,
+                    peer.holds.mask,
+                    len(peer.transfers),
+                    peer.rate_bytes_per_s,
+                    peer.gives,
+                    within[peer.borders],
+                )
+                for name, peer in askable.items()
+            ],
+            peers_total=len(self._peers),
+            hungry=schedule.hungry(sum(1 for peer in others if peer.transfers), len(others)),
         )
 
     def _measure(self, name: str, number: int) -> None:
@@ -394,7 +514,7 @@ class Download:
         transfer = self._transfers.get(number)
         if transfer and chunk in transfer.chunks:
             transfer.chunks.remove(chunk)
-            self._requested[chunk] -= 1
+            self._unrequest(chunk)
 
     def _fail(self, name: str, number: int, why: str, retry_s: float) -> None:
         if number in self._transfers and (peer := self._peers.get(name)):  # else the peer left, which says more
@@ -410,13 +530,15 @@ class Download:
     def _leave(self, name: str, why: str) -> None:
         self._last_words[name] = why
         if peer := self._peers.pop(name, None):
-            self._rarity -= peer.holds.mask
+            self._count(peer, -1)
             for number in list(peer.transfers):
                 self._end(number)
+            self._look_again()
 
     def _end(self, number: int) -> None:
         if transfer := self._transfers.pop(number, None):
-            self._requested[list(transfer.chunks)] -= 1
+            for chunk in transfer.chunks:
+                self._unrequest(chunk)
             if peer := self._peers.get(transfer.peer):
                 peer.transfers.discard(number)
 
@@ -431,6 +553,10 @@ class Download:
         silent = dict.fromkeys(self._peers, "holds nothing that is missing")
         return tuple(f"{name}: {words}" for name, words in sorted({**silent, **self._last_words}.items()))
 
+    def borders(self, peer: str) -> int | None:
+        """How many are on the way to a peer, as far as is known; None: it has not joined."""
+        return known.borders if (known := self._peers.get(peer)) else None
+
     @property
     def rate_bytes_per_s(self) -> float:
         """Measured rate of all peers together that something is asked of."""
@@ -442,6 +568,8 @@ class Download:
         counts = np.bincount(np.fromiter(asked, dtype=np.int64), minlength=self.held.length)
         holds = {
             "requested counts add up": bool((counts == self._requested).all()),
+            "free is missing and not requested": bool((self._free == (~self.held.mask & (counts == 0))).all()),
+            "free chunks are counted": int(self._free.sum()) == self._free_count,
             "transfers belong to joined peers": all(t.peer in self._peers for t in self._transfers.values()),
             "peers know their transfers": all(
                 n in self._peers[t.peer].transfers for n, t in self._transfers.items() if t.peer in self._peers
@@ -449,6 +577,11 @@ class Download:
             "nobody banned is joined": not self._banned & set(self._peers),
             "a finished machine asks for nothing": not (self.done and self._transfers),
             "rarity adds up": int(self._rarity.sum()) == sum(len(peer.holds) for peer in self._peers.values()),
+            "what is nearer adds up": all(
+                int(self._nearer[borders].sum())
+                == sum(len(peer.holds) for peer in self._peers.values() if peer.borders < borders and not peer.gives)
+                for borders in range(BORDERS_MAX + 1)
+            ),
         }
         if broken := [name for name, true in holds.items() if not true]:
             raise LocalProtocolError(f"{self!r}: {', '.join(broken)}")

@@ -7,7 +7,7 @@
       FetchError               what `fetch` raises when it gives up: Stalled · FetchTimeout
       StoreError               the local disk or memory: StoreFull · StoreConflict · SourceChanged
       PeerError                another node; stays inside, becomes an event and a journal line
-        PeerUnreachable · PeerTimeout · RemoteProtocolError · VersionSkew
+        PeerUnreachable · PeerTimeout · NotAdmitted · RemoteProtocolError · VersionSkew
       TransportError           a data plane failed; the chunk is asked for elsewhere
       LocalProtocolError       a bug in swarm itself
 
@@ -164,6 +164,10 @@ class PeerUnreachable(PeerError):
 
 class PeerTimeout(PeerError):
     """The peer did not answer within its deadline."""
+
+
+class NotAdmitted(PeerError):
+    """One of the two nodes could not prove to the other that it belongs to the same cluster."""
 
 
 class RemoteProtocolError(PeerError):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from swarm import download, messages
+from swarm import download, messages, schedule
 from swarm.bitfield import Bitfield
 from swarm.download import Download
 from swarm.errors import (
@@ -30,8 +31,9 @@ from swarm.errors import (
 from swarm.journal import Received
 from swarm.landing import Landed, Landings
 from swarm.peer import Peer
-from swarm.store import Store
+from swarm.store import Store, View
 from swarm.transport import Inbound, Transfer
+from swarm.transport.ends import Mailbox
 
 log = logging.getLogger("swarm")
 
@@ -39,6 +41,7 @@ log = logging.getLogger("swarm")
 class Host(Protocol):
     """What a node does for its fetches and its uploads."""
 
+    id: str
     peers: dict[str, Peer]  # by node id
 
     def now(self) -> float:
@@ -64,7 +67,7 @@ class _Receiving:
 
 
 class Fetching:
-    """A fetch in progress. `fresh` collects newly verified chunks until the node has told others about them."""
+    """A fetch in progress. `tell` is called with newly verified chunks, not more often than others gain from it."""
 
     def __init__(
         self,
@@ -77,23 +80,30 @@ class Fetching:
         stall_timeout_s: float,
         transfer_ids: Iterator[int],
         rng: random.Random,
+        tell: Callable[[list[int]], None],
     ) -> None:
         self.machine = Download(
             store.manifest,
             held,
+            node=host.id,
             now=host.now(),
             stall_timeout_s=stall_timeout_s,
             transfer_ids=transfer_ids,
             rng=rng,
         )
-        self.fresh: list[int] = []
         self.names: dict[str, str] = {}  # of everyone ever asked, who may be gone by the end
+        self._fresh: list[int] = []
+        self._tell = tell
+        self._told_at = -math.inf
+        self._news: asyncio.TimerHandle | None = None
         self._model_id = model_id
         self._manifest = store.manifest
         self._host = host
         self._idle_timeout_s = idle_timeout_s
+        self._mates = download.Mates(frozenset(), frozenset())
         self._landings = Landings(store.manifest, store, held)
         self._loop = asyncio.get_running_loop()
+        self._mailbox = Mailbox()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._receiving: dict[int, _Receiving] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,6 +120,9 @@ class Fetching:
                 for task in self._tasks:
                     task.cancel()
                 await asyncio.wait(self._tasks)
+            if self._news:  # the last chunks too, before the fetch is forgotten
+                self._news.cancel()
+                self._tell_news()
 
     def sources(self) -> dict[str, int]:
         """Bytes of verified chunks by the name of the peer that they came from."""
@@ -119,6 +132,22 @@ class Fetching:
         """Remembers what to call a peer; two of one name are told apart by their addresses."""
         others = {name for node, name in self.names.items() if node != peer.node}
         self.names[peer.node] = f"{peer.name} ({peer.hello.address})" if peer.name in others else peer.name
+
+    def placed(self, node: str, borders: int) -> None:
+        """So many borders are on the way to a peer."""
+        if self.machine.borders(node) not in (None, borders):
+            self.handle(download.PeerPlaced(node, borders))
+
+    def met(self, mates: download.Mates) -> None:
+        """Who fetches the same nearby, now."""
+        if mates != self._mates:
+            self._mates = mates
+            self.handle(mates)
+
+    @property
+    def digest(self) -> str:
+        """Of what is fetched."""
+        return self._manifest.digest
 
     def fail(self, error: SwarmError) -> None:
         """Ends the fetch with this error, unless it has ended."""
@@ -139,7 +168,8 @@ class Fetching:
                 case download.Cancel(node, number):
                     self._cancel(node, number)
                 case download.Announce(chunks):
-                    self.fresh += chunks
+                    self._fresh += chunks
+                    self._plan_news()
                 case download.Ban(node, why):
                     peer = self._host.peers[node]
                     log.warning("banned %s (%s): %s", peer.name, peer.hello.address, why)
@@ -205,23 +235,28 @@ class Fetching:
         peer, ask, number = receiving.peer, receiving.ask, receiving.ask.transfer
 
         def report(landed: Landed) -> None:
-            self._loop.call_soon_threadsafe(self._landed, peer, number, landed)
+            self._mailbox.post(lambda: self._landed(peer, number, landed))
 
         event: download.Event = download.TransferEnded(peer.node, number)
         try:
             session = await peer.session()
-            peer.post(messages.Request(peer.scheme, self._manifest.digest, number, ask.chunks, ask.count, ask.hungry))
+            digest = self._manifest.digest
+            peer.post(messages.Request(peer.scheme, digest, number, ask.chunks, ask.count, ask.hungry, ask.sources))
             chunks = await receiving.chunks
             size = sum(self._manifest.chunks[index].size for index in chunks)
             receiving.session = session
-            views = self._landings.views(number, chunks, report)
+            views: Iterator[View] = (
+                self._landings.device_views(number, chunks, report)
+                if session.on_device
+                else self._landings.views(number, chunks, report)
+            )
             await session.receive(Transfer(number, size, self._idle_timeout_s), views)
         except (TransportError, PeerError) as error:
             event = download.TransferFailed(peer.node, number, str(error))
         except StoreError as error:
             event = download.TransferFailed(peer.node, number, str(error))
             self.fail(error)
-        self._loop.call_soon(self.handle, event)  # behind the chunks that the transfer's thread has reported
+        self.handle(event)  # behind the chunks that the transfer's thread has reported: it did so before it ended
 
     def _landed(self, peer: Peer, number: int, landed: Landed) -> None:
         index = landed.chunk.index
@@ -252,6 +287,17 @@ class Fetching:
     def _verified(self, peer: Peer, number: int, landed: Landed) -> None:
         self._host.record(peer.node, Received(peer.node, self._manifest.digest, landed.chunk.size))
         self.handle(download.ChunkVerified(peer.node, number, landed.chunk.index))
+
+    def _plan_news(self) -> None:
+        if self._news is None:
+            every_s = schedule.news_every_s(self._manifest.chunk_bytes, self.machine.rate_bytes_per_s)
+            wait_s = max(0.0, self._told_at + every_s - self._host.now())
+            self._news = self._loop.call_later(wait_s, self._tell_news)
+
+    def _tell_news(self) -> None:
+        self._news, self._told_at = None, self._host.now()
+        fresh, self._fresh = self._fresh, []
+        self._tell(fresh)
 
     def _abandon(self, receiving: _Receiving, event: download.TransferFailed | download.Declined) -> None:
         """Stops receiving; once the transfer's memory is free again, the machine hears of it."""

@@ -35,6 +35,7 @@ class Gifts:
         self._given = np.zeros(length, dtype=np.int32)
         self._held = np.zeros(length, dtype=np.int32)
         self._newcomers: dict[str, _Newcomer] = {}
+        self._own = 0, 1, np.ones(length, dtype=np.bool_)  # the territory of rank 0 of 1
         self._rng = rng
 
     def joined(self, peer: str, holds: Bitfield) -> None:
@@ -67,7 +68,7 @@ class Gifts:
             wanted,
             given=self._given,
             held=self._held,
-            territory=np.arange(len(self._given)) % seeds == rank,
+            territory=self._territory(rank, seeds),
             count=count,
             hungry=hungry,
             rng=self._rng,
@@ -77,6 +78,11 @@ class Gifts:
             self._given[chunk] += 1
         newcomer.starved = not chunks and (hungry or newcomer.starved)
         return chunks
+
+    def _territory(self, rank: int, seeds: int) -> schedule.Mask:
+        if self._own[:2] != (rank, seeds):
+            self._own = rank, seeds, np.arange(len(self._given)) % seeds == rank
+        return self._own[2]
 
     def failed(self, peer: str, chunks: Iterable[int]) -> None:
         """A transfer of these chunks did not get through."""

@@ -176,6 +176,11 @@ class Gossip:
         """What this node says of itself."""
         return self._own
 
+    @property
+    def joined(self) -> bool:
+        """Whether this node has compared the whole ring with others once."""
+        return self._walk.whole
+
     def members(self) -> list[Record]:
         """Everybody else who is alive or suspect, by id."""
         return [record for record in self._roster.records() if record.state < State.DEAD]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from swarm.messages import Announcement
 
@@ -86,8 +87,7 @@ class Sent:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """`what` (an event or action) happened at `at_s` on the node's clock; `subject` is a peer, an artifact or
     'node'."""
 
@@ -104,18 +104,22 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque(maxlen=ENTRIES_KEPT)
-        self._subscribers: list[Callable[[Entry], None]] = []
+        self._subscribers: list[tuple[Callable[[Entry], None], frozenset[type]]] = []
 
     def record(self, at_s: float, subject: str, what: object) -> None:
         """Appends one entry."""
         entry = Entry(at_s, subject, what)
         self._entries.append(entry)
-        for subscriber in self._subscribers:
-            subscriber(entry)
+        for subscriber, kinds in self._subscribers:
+            if not kinds or type(what) in kinds:
+                subscriber(entry)
 
-    def subscribe(self, subscriber: Callable[[Entry], None]) -> None:
-        """Calls `subscriber` with every entry from now on. It must be quick and must not raise."""
-        self._subscribers.append(subscriber)
+    def subscribe(self, subscriber: Callable[[Entry], None], *kinds: type) -> None:
+        """Calls `subscriber` with every entry from now on, or with those about these kinds of things.
+
+        It must be quick and must not raise: there are several entries for each chunk.
+        """
+        self._subscribers.append((subscriber, frozenset(kinds)))
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(tuple(self._entries))

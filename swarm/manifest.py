@@ -43,6 +43,7 @@ LEAF_BYTES_MIN, LEAF_BYTES_MAX = 1024, CHUNK_BYTES_MAX
 # Chosen by bench/chunk_sweep.py, see ARCHITECTURE.md: small enough that a burst of newcomers can pipeline a small
 # model, large enough that the fixed cost of a chunk disappears.
 CHUNK_BYTES_SMALLEST, CHUNK_BYTES_LARGEST, CHUNKS_WANTED = 256 << 10, 16 << 20, 1024
+GPU_CHUNKS_WANTED = 128
 # Above 65,536 bytes xxhash releases the GIL; 128 KiB is still hot in the core's own cache when it is hashed.
 LEAF_BYTES_DEFAULT = 128 << 10
 
@@ -209,10 +210,14 @@ def _parents(path: str) -> Iterator[str]:
     return itertools.accumulate(parts, lambda a, b: f"{a}/{b}")
 
 
-def default_chunk_bytes(total_bytes: int) -> int:
-    """`chunk_bytes` for an artifact of this size: a power of two near a `CHUNKS_WANTED`th of it, within bounds."""
-    wanted = max(1, total_bytes // CHUNKS_WANTED)
-    return min(max(1 << (wanted - 1).bit_length(), CHUNK_BYTES_SMALLEST), CHUNK_BYTES_LARGEST)
+def default_chunk_bytes(total_bytes: int, *, on_gpu: bool = False) -> int:
+    """`chunk_bytes` for an artifact of this size: a power of two near a `CHUNKS_WANTED`th of it, within bounds.
+
+    In GPU memory a 128th: there a chunk's fixed cost is that of copying tens of megabytes.
+    """
+    wanted = max(1, total_bytes // (GPU_CHUNKS_WANTED if on_gpu else CHUNKS_WANTED))
+    largest = CHUNK_BYTES_MAX if on_gpu else CHUNK_BYTES_LARGEST
+    return min(max(1 << (wanted - 1).bit_length(), CHUNK_BYTES_SMALLEST), largest)
 
 
 def cut(units: Iterable[int], chunk_bytes: int) -> list[int]:

@@ -1,7 +1,8 @@
 """The words two nodes say to each other over a link, and the limits on them.
 
-One message is one JSON object in one WebSocket frame, told apart by its `type`. `decode` is the only way in: unknown
-types, missing or unknown fields, wrong types and values beyond the limits below all raise ValueError.
+One message is one JSON object, told apart by its `type`. A frame carries one or several, one on a line: what is said in
+one breath costs one write, one read and one wake-up. `decode` and `unpack` are the only ways in: unknown types, missing
+or unknown fields, wrong types and values beyond the limits below all raise ValueError.
 
     newcomer                                    peer
        | Hello                        Hello |           versions, names, transports, artifacts, a bulk token
@@ -21,18 +22,22 @@ Pure: this module never sees a socket.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
 from swarm.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, Digest
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 # Limits, each with its reason. They are part of the protocol, not settings.
 FRAME_BYTES_MAX = 1 << 20  # a bitfield of CHUNKS_MAX chunks is 171 KiB in base64
+FRAME_MESSAGES_MAX = 256  # heard in one go: some 10 ms, for which whoever hears them does nothing else
+FRAME_BYTES_WANTED = 64 << 10  # no further message joins a frame beyond that; one alone may be larger
 MANIFEST_PART_BYTES = 256 << 10  # small enough to let other messages through between two parts
 REQUEST_CHUNKS_MAX = 256  # chunks in one transfer: more would tie too much to one peer
+SOURCES_MAX = 1024
 ANNOUNCED_MAX = 256  # artifacts one node serves
 ADDRESSES_MAX = 64  # members told in one message
 RUNS_MAX = 4096  # runs of chunks in one Have
@@ -173,8 +178,8 @@ class Have(Message, frozen=True):
 class Request(Message, frozen=True):
     """Asks for a transfer over `scheme`: of these chunks in this order, or of up to `count` that the holder chooses.
 
-    Exactly one of `chunks` and `count` is given. `hungry` tells a seed that the asker has nobody else to ask. The id
-    is the asker's own, unique on this link.
+    Exactly one of `chunks` and `count` is given. `hungry` tells a seed that the asker has nobody else to ask, `sources`
+    how many the asker is fed by: who has few gets more of each. The id is the asker's own, unique on this link.
     """
 
     scheme: Scheme
@@ -183,6 +188,7 @@ class Request(Message, frozen=True):
     chunks: Chunks
     count: Annotated[int, msgspec.Meta(ge=0, le=REQUEST_CHUNKS_MAX)]
     hungry: bool
+    sources: Annotated[int, msgspec.Meta(ge=1, le=SOURCES_MAX)]
 
 
 class Grant(Message, frozen=True):
@@ -232,8 +238,23 @@ def unsayable(model_id: str) -> str | None:
 
 
 def encode(message: Message) -> bytes:
-    """The frame that carries this message."""
+    """The frame that carries this message alone."""
     return _encoder.encode(message)
+
+
+def pack(messages: Iterable[Message]) -> Iterator[bytes]:
+    """The frames that carry these messages, in order. Encoded as they are asked for."""
+    lines: list[bytes] = []
+    size = 0
+    for message in messages:
+        line = encode(message)
+        if lines and (size + len(line) > FRAME_BYTES_WANTED or len(lines) == FRAME_MESSAGES_MAX):
+            yield b"\n".join(lines)
+            lines, size = [], 0
+        lines.append(line)
+        size += len(line) + 1
+    if lines:
+        yield b"\n".join(lines)
 
 
 class OtherProtocol(ValueError):
@@ -253,9 +274,8 @@ class _Greeting(msgspec.Struct, tag="Hello"):
 
 
 def decode(frame: bytes) -> AnyMessage:
-    """The message in a frame. Raises ValueError, which says what is wrong with it, or OtherProtocol."""
-    if len(frame) > FRAME_BYTES_MAX:
-        raise ValueError(f"frame of {len(frame)} bytes; at most {FRAME_BYTES_MAX} are allowed")
+    """The message in a frame of one. Raises ValueError, which says what is wrong with it, or OtherProtocol."""
+    _check_size(frame)
     try:
         return _decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -264,3 +284,22 @@ def decode(frame: bytes) -> AnyMessage:
             if greeting.protocol != PROTOCOL:
                 raise OtherProtocol(greeting.protocol, greeting.software) from error
         raise ValueError(str(error)) from error
+
+
+def unpack(frame: bytes) -> Sequence[AnyMessage]:
+    """The messages in a frame, at least one, in order. Raises as `decode`; a greeting comes alone."""
+    if b"\n" not in frame:
+        return (decode(frame),)
+    _check_size(frame)
+    try:
+        found = _decoder.decode_lines(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+    if not 0 < len(found) <= FRAME_MESSAGES_MAX:
+        raise ValueError(f"{len(found)} messages in one frame; 1 to {FRAME_MESSAGES_MAX} are allowed")
+    return found
+
+
+def _check_size(frame: bytes) -> None:
+    if len(frame) > FRAME_BYTES_MAX:
+        raise ValueError(f"frame of {len(frame)} bytes; at most {FRAME_BYTES_MAX} are allowed")

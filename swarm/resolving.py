@@ -7,13 +7,21 @@ pins, or on all reachable peers naming the same one.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
+from collections.abc import Sequence
 from functools import partial
+from itertools import chain
+from typing import TypeAlias
 
-from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError
+from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError, SettingsError
 from swarm.manifest import Manifest, decode
 from swarm.messages import Origin
-from swarm.node import Node
+from swarm.node import Holder, Node
 from swarm.peer import Peer
+from swarm.settings import split_address
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # Time for others to object, counted from the first peer that has the model: while some address has not answered yet,
 # and in any case until that peer has told of the members it knows.
@@ -24,40 +32,55 @@ ORIGIN_TIMEOUT_S = 2.0
 
 
 async def resolve(
-    node: Node, model_id: str, *, digest: str | None, find_timeout_s: float
+    node: Node, model_id: str, *, digest: str | None, find_timeout_s: float, trusted: Sequence[str] = ()
 ) -> tuple[Manifest, Origin | None]:
     """The manifest that a model id stands for in this swarm, and where the model came from if its peers know.
 
+    With `trusted`, addresses and networks, and no digest, it is what a node there announces over a link: where a link
+    comes from is proven by its packets, and what gossip says of others is not.
+
     Raises ManifestNotFound when nobody serves it in time, ManifestConflict when peers disagree and no digest is pinned.
     """
-    loop = asyncio.get_running_loop()
     deadline = node.now() + find_timeout_s
     failures: dict[str, None] = {}  # each once, in order
+    networks = [ipaddress.ip_network(one, strict=False) for one in trusted]
     unusable: set[str] = set()  # nodes whose manifest is not what its digest says; asking again changes nothing
     while True:
-        digest_now, peers = await _agreed(node, model_id, digest=digest, deadline=deadline)
-        if digest_now and (own := node.described(digest_now)):
+        with node.seeking(digest):
+            found_digest, holders = await _agreed(node, model_id, digest=digest, deadline=deadline, trusted=networks)
+        if found_digest and (own := node.described(found_digest)):
             return own
-        if digest_now is None:
-            raise ManifestNotFound(model_id, tried=[*failures, *node.tried()], waited_s=find_timeout_s)
-        for peer in peers:
-            if peer.node in unusable or (failures and node.now() > deadline):
-                continue
-            try:
-                data = await node.inquiries.manifest(peer, digest_now, timeout_s=MANIFEST_TIMEOUT_S)
-                manifest = await loop.run_in_executor(None, partial(decode, data, digest=digest_now))
-            except (PeerError, ManifestError) as error:
-                failures[f"{peer.name}: {error}"] = None
-                if isinstance(error, ManifestError):
-                    unusable.add(peer.node)
-                continue
-            return manifest, await node.inquiries.origin(peer, digest_now, timeout_s=ORIGIN_TIMEOUT_S)
-        if node.now() > deadline:
-            raise ManifestNotFound(model_id, tried=list(failures), waited_s=find_timeout_s)
-        await node.changed(POLL_S)
+        if found_digest is None:
+            distrusted = sorted(
+                set(chain.from_iterable(map(_names, node.holders(model_id).values()))) if networks else ()
+            )
+            told = [f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted]
+            raise ManifestNotFound(model_id, tried=[*told, *failures, *node.tried()], waited_s=find_timeout_s)
+        with node.seeking(found_digest):  # gossip may know holders where no link leads to
+            for peer in [holder.peer for holder in holders if holder.peer and holder.node not in unusable]:
+                if failures and node.now() > deadline:
+                    break
+                try:
+                    manifest = await _manifest(node, peer, found_digest)
+                except (PeerError, ManifestError) as error:
+                    failures[f"{peer.name}: {error}"] = None
+                    if isinstance(error, ManifestError):
+                        unusable.add(peer.node)
+                    continue
+                return manifest, await node.inquiries.origin(peer, found_digest, timeout_s=ORIGIN_TIMEOUT_S)
+            if node.now() > deadline:
+                raise ManifestNotFound(model_id, tried=list(failures) or node.tried(), waited_s=find_timeout_s)
+            await node.changed(POLL_S)
 
 
-async def _agreed(node: Node, model_id: str, *, digest: str | None, deadline: float) -> tuple[str | None, list[Peer]]:
+async def _manifest(node: Node, peer: Peer, digest: str) -> Manifest:
+    data = await node.inquiries.manifest(peer, digest, timeout_s=MANIFEST_TIMEOUT_S)
+    return await asyncio.get_running_loop().run_in_executor(None, partial(decode, data, digest=digest))
+
+
+async def _agreed(
+    node: Node, model_id: str, *, digest: str | None, deadline: float, trusted: Sequence[Network]
+) -> tuple[str | None, list[Holder]]:
     """The digest to fetch and who announces it; (None, []) when nobody did before the deadline."""
     first_seen: float | None = None
     while True:
@@ -65,6 +88,8 @@ async def _agreed(node: Node, model_id: str, *, digest: str | None, deadline: fl
             holders = {digest: found} if (found := node.holders_of(digest)) or node.described(digest) else {}
         else:
             holders = node.holders(model_id)
+            if trusted:
+                holders = {d: who for d, who in holders.items() if node.described(d) or _introduced(who, trusted)}
         now = node.now()
         if holders:
             first_seen = now if first_seen is None else first_seen
@@ -78,5 +103,16 @@ async def _agreed(node: Node, model_id: str, *, digest: str | None, deadline: fl
         await node.changed(SETTLE_LEAST_S if holders else POLL_S)
 
 
-def _names(holders: list[Peer]) -> list[str]:
-    return [f"{peer.name} ({peer.hello.address})" for peer in holders] or ["this node"]
+def _introduced(holders: list[Holder], trusted: Sequence[Network]) -> bool:
+    """Whether one of them is linked from a machine that may introduce models."""
+    for holder in holders:
+        if holder.peer:
+            with contextlib.suppress(SettingsError, ValueError):  # of a peer in this process, or behind a name
+                address = ipaddress.ip_address(split_address("peer", holder.peer.link.remote)[0])
+                if any(address in network for network in trusted):
+                    return True
+    return False
+
+
+def _names(holders: list[Holder]) -> list[str]:
+    return [f"{holder.name} ({holder.address})" for holder in holders] or ["this node"]

@@ -26,12 +26,13 @@ import msgspec
 
 from swarm.errors import LocalProtocolError
 from swarm.manifest import CHUNKS_MAX, Digest
-from swarm.messages import ModelId, NodeId, Scheme
+from swarm.messages import PRINTABLE, ModelId, NodeId, Scheme
 
 VERSION = 1
 
 # Limits, each with its reason. They are part of the protocol, not settings.
-DATAGRAM_BYTES_MAX = 1400  # passes an Ethernet of 1500 with room for IPv6 and a tunnel; fragments are lost as a whole
+# A seal adds 40; 1400 pass an Ethernet of 1500 with room for IPv6 and a tunnel, and fragments are lost as a whole.
+DATAGRAM_BYTES_MAX = 1360
 RECORD_BYTES_MAX = 1200  # a record always fits into a datagram, whatever else must be there
 PACKET_HEAD_BYTES = 140  # at most, of everything in a packet but its rumours, and of two claims
 SYNC_BYTES = 1320  # for a Sync's record and claims
@@ -41,8 +42,8 @@ WANTS_MAX = 40  # a News wants no more than what a Sync can name
 LABEL_MAX = 32  # characters of names and labels: four bytes each at worst
 STEPS = 8  # fractions are told in eighths: every further step costs every member a rumour
 
-Label = Annotated[str, msgspec.Meta(max_length=LABEL_MAX)]
-Address = Annotated[str, msgspec.Meta(min_length=1, max_length=260)]
+Label = Annotated[str, msgspec.Meta(max_length=LABEL_MAX, pattern=PRINTABLE)]
+Address = Annotated[str, msgspec.Meta(min_length=1, max_length=260, pattern=PRINTABLE)]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 Version = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 VERSION_MAX = 1 << 53
@@ -83,6 +84,12 @@ class Profile(_Word, frozen=True):
     rack: Label = ""
     uploads: Count = 0
     slots: Count = 0
+
+    def borders(self, host: str, rack: str) -> int:
+        """How many borders are on the way there: 0 from the same host, 1 within a rack, 2 from another one."""
+        if host and self.host == host:
+            return 0
+        return 1 if self.rack == rack else 2
 
 
 class Claim(_Word, frozen=True, tag=1):

@@ -18,11 +18,12 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from swarm import tuning
 from swarm.node import Node
-from swarm.settings import Settings
+from swarm.settings import Settings, is_loopback, split_address
 from swarm.status.client import PATH as STATUS_PATH
 from swarm.status.picture import Picture
-from swarm.world import HostWorld
+from swarm.world import HostWorld, machine_label
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
@@ -32,14 +33,19 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     """A node of this machine, not open yet, and the picture that its status page shows."""
     picture = Picture()
     world = HostWorld(settings, {STATUS_PATH: lambda: picture.report(node.now())})
+    host, _ = split_address("listen", settings.listen, default_port=0)
+    network = settings.network or ("local" if is_loopback(host) else "lan")
     node = Node(
         world,
+        network={"local": tuning.local, "lan": tuning.lan, "wan": tuning.wan}[network](),
+        host=settings.host or machine_label(),
+        rack=settings.rack or "",
         upload_slots=settings.upload_slots,
         idle_timeout_s=settings.idle_timeout_s,
         stall_timeout_s=settings.stall_timeout_s,
     )
     node.name = settings.name or f"{socket.gethostname()}-{node.id[:6]}"
-    node.journal.subscribe(picture.apply)
+    picture.follow(node.journal)
     return node, picture
 
 

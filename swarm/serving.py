@@ -21,7 +21,7 @@ from swarm.journal import Sent
 from swarm.manifest import Chunk, Manifest
 from swarm.messages import RefusalReason
 from swarm.peer import Peer
-from swarm.store import Source, Span
+from swarm.store import AnySpan, DeviceSource, Source
 from swarm.transport import Transfer, Transport
 from swarm.upload import Upload
 
@@ -89,7 +89,7 @@ class Serving:
             self._requests[key] = request
             expected = sum(share.manifest.chunks[index].size for index in request.chunks)
             size = expected or request.count * share.manifest.chunk_bytes
-            self._handle(upload.Requested(peer.node, request.transfer, size))
+            self._handle(upload.Requested(peer.node, request.transfer, size, request.sources))
 
     def cancelled(self, peer: Peer, number: int) -> None:
         """A peer does not want a transfer any more."""
@@ -150,7 +150,7 @@ class Serving:
             chunks = [share.manifest.chunks[index] for index in indices]
             outbound = await self._transports[request.scheme].accept(peer.token, timeout_s=ACCEPT_TIMEOUT_S)
             transfer = Transfer(number, sum(chunk.size for chunk in chunks), self._idle_timeout_s)
-            await outbound.send(transfer, _spans(share.source, chunks))
+            await outbound.send(transfer, _spans(share.source, chunks, on_device=outbound.on_device))
             self._host.record("upload", Sent(peer.node, request.digest, transfer.size))
             sent = True
         except TransportError as error:
@@ -184,6 +184,6 @@ def _answerable(share: Servable, request: messages.Request) -> bool:
     return all(index < share.held.length and index in share.held for index in request.chunks)
 
 
-def _spans(source: Source, chunks: Sequence[Chunk]) -> Iterator[Span]:
+def _spans(source: Source, chunks: Sequence[Chunk], *, on_device: bool) -> Iterator[AnySpan]:
     for chunk in chunks:
-        yield from source.spans(chunk)
+        yield from source.device_spans(chunk) if on_device and isinstance(source, DeviceSource) else source.spans(chunk)

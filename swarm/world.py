@@ -1,31 +1,44 @@
-"""The world as a node sees it: a way to other nodes, and data planes to read from them.
+"""The world as a node sees it: ways to other nodes, and data planes to read from them.
 
 `World` is the seam between a node and everything that has a socket or a clock of its own; the simulation has another
 one. `HostWorld` is the real one: one listening socket for links and bulk data, HTTP links, TCP and in-process
-transports, multicast DNS and addresses given by hand. It decides what may be reached from where (loopback only,
+transports, CUDA IPC where a GPU is in use as the node opens, those that the settings name, a socket for datagrams on
+the same port, multicast DNS and addresses given by hand. It decides what may be reached from where (loopback only,
 unless the settings say otherwise).
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import hashlib
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
-from swarm import discovery
+from swarm import cuda, discovery, keys
+from swarm.datagrams import Datagrams, Envelope, Hear, Postcard, Seal
 from swarm.errors import PeerError, SettingsError
+from swarm.identity import Identity
 from swarm.link import HttpLinks, Link, Page
-from swarm.listener import Listener
+from swarm.listener import Handler, Listener
 from swarm.settings import Settings, is_loopback, join_address, split_address
-from swarm.transport import Transport
+from swarm.transport import Pace, Transport, nccl, torchdist
+from swarm.transport.cuda_ipc import CudaIpcTransport
 from swarm.transport.inproc import InprocTransport
+from swarm.transport.nccl import NcclTransport
 from swarm.transport.pace import TokenBucket, Unlimited
-from swarm.transport.tcp import MAGIC, TcpTransport
+from swarm.transport.tcp import TcpTransport
 
 DIAL_TIMEOUT_S = 5.0
+PORTS_TRIED = 16  # where the system chooses: one whose UDP twin somebody else has is not taken
+MACHINE_IDS = ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")
+RENEW_LOOK_S = 60.0
+TLS_RECORD = b"\x16\x03"  # how a handshake begins
 RESOLVE_EVERY_S = 5.0  # names given by hand may point to more addresses later: replicas that start after this one
 
 log = logging.getLogger("swarm")
@@ -37,16 +50,22 @@ class World(Protocol):
     transports: Sequence[Transport]  # preferred first; usable once open
 
     async def open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None]
+        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
     ) -> str:
         """Starts to listen and to look for others; returns the address under which others reach this node.
 
         `accept` is awaited for every incoming link; `found(address, lasting)` is called for every address that turns
-        up.
+        up; `hear(source, datagram)` for every datagram.
         """
 
     async def dial(self, address: str) -> Link:
         """A link to another node. Raises PeerError."""
+
+    def send(self, address: str, datagram: bytes) -> None:
+        """Sends a datagram to another node. It may get lost; nothing is raised or awaited."""
+
+    def drain(self) -> None:
+        """Hands over the datagrams that have arrived already."""
 
     async def close(self) -> None:
         """Stops everything; never hangs."""
@@ -59,32 +78,31 @@ class HostWorld:
 
     def __init__(self, settings: Settings, pages: Mapping[str, Page] | None = None) -> None:
         self._settings = settings
+        self._keyring = keys.load(settings.key_file) if settings.key_file else None
         self._peers = discovery.static(settings.peers)
         self._links = HttpLinks(pages)
         self._mdns = discovery.Mdns() if settings.mdns else None
         self._listener: Listener | None = None
-        self._resolving: asyncio.Task[None] | None = None
+        self._datagrams: Datagrams | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None]
+        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
     ) -> str:
         """See World. Raises SettingsError when the address cannot be listened on."""
-        host, port = split_address("listen", self._settings.listen, default_port=0)
-        self._listener = await Listener.open(host, port)
+        for name in self._settings.transports:
+            nccl.demand() if name == NcclTransport.scheme else torchdist.demand(name)
+        self._listener, self._datagrams = await self._listen(hear)
         host, port = self._listener.address
-        if not is_loopback(host):
-            log.warning("listening on %s without a cluster key: anyone who reaches it can read what it serves", host)
-        else:
-            log.info("no cluster key: listening on this machine only (--insecure opens the node to others)")
-        limit = self._settings.upload_limit
-        pace = Unlimited() if limit is None else TokenBucket(limit)
-        tcp = TcpTransport(_reachable(host), port, pace=pace, congestion=self._settings.congestion)
-        # A cap counts what leaves the process: with one, even a neighbour in this process is served through TCP.
-        self.transports = [tcp] if limit is not None else [InprocTransport(), tcp]
-        await self._links.open(accept)
-        self._listener.serve({MAGIC: tcp.adopt}, self._links.adopt)
+        identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
+        self._tell(host, identity)
+        routes = self._open_transports(_reachable(host), port, identity)
+        await self._links.open(accept, identity=identity)
+        self._listener.serve({TLS_RECORD: self._links.adopt_tls, **routes}, self._links.adopt)
         advertised = join_address(_reachable(host), port)
-        self._resolving = asyncio.create_task(self._resolve(found), name="swarm-resolve")
+        self._tasks.append(asyncio.create_task(self._resolve(found), name="swarm-resolve"))
+        if identity:
+            self._tasks.append(asyncio.create_task(_renew(identity), name="swarm-renew"))
         if self._mdns:
             await self._mdns.start(
                 node_id=node, address=split_address("listen", advertised), found=lambda address: found(address, False)
@@ -94,23 +112,99 @@ class HostWorld:
     async def dial(self, address: str) -> Link:
         """See World."""
         host, _ = split_address("peer", address)
-        if not self._settings.insecure and not is_loopback(host):
-            raise SettingsError(
-                "peer", f"{address} is beyond this machine, which needs --insecure without a cluster key"
-            )
+        if not self._settings.reaches_out and not is_loopback(host):
+            raise SettingsError("peer", f"{address} is beyond this machine, which needs --key-file, or --insecure")
         return await self._links.dial(address, timeout_s=DIAL_TIMEOUT_S)
+
+    def send(self, address: str, datagram: bytes) -> None:
+        """See World."""
+        if self._datagrams:
+            self._datagrams.send(address, datagram)
+
+    def drain(self) -> None:
+        """See World."""
+        if self._datagrams:
+            self._datagrams.drain()
 
     async def close(self) -> None:
         """See World."""
-        if self._resolving:
-            self._resolving.cancel()
+        for task in self._tasks:
+            task.cancel()
         if self._mdns:
             await self._mdns.close()
+        if self._datagrams:
+            self._datagrams.close()
         if self._listener:
             await self._listener.close()
         await self._links.close()
         for transport in self.transports:
             await transport.close()
+
+    async def _listen(self, hear: Hear) -> tuple[Listener, Datagrams]:
+        """One port for both. Raises SettingsError."""
+        host, wanted = split_address("listen", self._settings.listen, default_port=0)
+        for _ in range(PORTS_TRIED):
+            listener = await Listener.open(host, wanted)
+            where, port = listener.address
+            try:
+                return listener, Datagrams(
+                    where, port, hear, envelope=self._envelope(), loopback_only=not self._settings.reaches_out
+                )
+            except OSError as error:
+                await listener.close()
+                if wanted or error.errno != errno.EADDRINUSE:
+                    why = (
+                        f"UDP port {port} on {where} cannot be had ({error.strerror}); members hear of each other there"
+                    )
+                    raise SettingsError("listen", f"{why}: choose another port, or 0 for any free one") from error
+        raise SettingsError("listen", f"no port of {host} is free for both TCP and UDP; choose one that is")
+
+    def _envelope(self) -> Envelope:
+        if self._keyring is None:
+            return Postcard()
+        return Seal(self._keyring.seal_keys, time=time.time, dice=secrets.token_bytes)
+
+    def _open_transports(self, host: str, port: int, identity: Identity | None) -> dict[bytes, Handler]:
+        """Makes the transports; returns how connections to them begin, and who takes those."""
+        limit, congestion = self._settings.upload_limit, self._settings.congestion
+        pace = Unlimited() if limit is None else TokenBucket(limit)
+        planes = [self._plane(name, host, port, pace) for name in self._settings.transports]
+        if cuda.in_use():  # with a key too: its bytes stay within the host
+            planes.append(CudaIpcTransport(host, port, pace=pace, congestion=congestion))
+        if identity is None or self._settings.data_encryption == "none":
+            planes.append(TcpTransport(host, port, pace=pace, congestion=congestion))
+        if identity:
+            planes.append(TcpTransport(host, port, pace=pace, congestion=congestion, identity=identity))
+        # A cap counts what leaves the process: with one, even a neighbour in this process is served through TCP.
+        self.transports = planes if limit is not None else [InprocTransport(), *planes]
+        return {plane.opening: plane.adopt for plane in planes}
+
+    def _plane(self, name: str, host: str, port: int, pace: Pace) -> TcpTransport:
+        """One that the settings name."""
+        congestion = self._settings.congestion
+        if name == NcclTransport.scheme:
+            return NcclTransport(host, port, pace=pace, congestion=congestion)
+        return torchdist.TorchDistTransport(host, port, backend=name, pace=pace, congestion=congestion)
+
+    def _tell(self, host: str, identity: Identity | None) -> None:
+        if identity is None and is_loopback(host):
+            log.info("no cluster key: listening on this machine only (--key-file opens the node to members)")
+        elif identity is None:
+            log.warning("listening on %s without a cluster key: anyone who reaches it can read what it serves", host)
+        elif self._settings.data_encryption == "none":
+            log.warning(
+                "cluster key %s; chunks are not encrypted (data_encryption = none): who reads the network reads them, "
+                "and who changes what is on it is found out by checksums alone",
+                identity.keyring,
+            )
+            if self._settings.transports:
+                log.warning(
+                    "%s opens connections of its own, which no key protects: whoever reaches its ports may stop this "
+                    "process; use it on networks that you trust",
+                    ", ".join(self._settings.transports),
+                )
+        else:
+            log.info("cluster key %s: only members are talked to", identity.keyring)
 
     async def _resolve(self, found: Callable[[str, bool], None]) -> None:
         unknown: set[str] = set()
@@ -128,9 +222,30 @@ class HostWorld:
             await asyncio.sleep(RESOLVE_EVERY_S)
 
 
+async def _renew(identity: Identity) -> None:
+    """Keeps the certificate valid. Looks often: a machine may sleep, and its clock may be set."""
+    while True:
+        await asyncio.sleep(RENEW_LOOK_S)
+        if time.time() >= identity.renew_at:
+            identity.renew(time.time())
+
+
 def new_id() -> str:
     """A fresh node id."""
     return secrets.token_hex(8)
+
+
+def machine_label() -> str:
+    """What the nodes of one machine have in common, and those of no other: a digest of the id of its last boot.
+
+    Containers share their machine's kernel, so they have the label of the machine, whatever they call themselves.
+    """
+    for path in MACHINE_IDS:
+        try:
+            return hashlib.sha256(Path(path).read_bytes().strip()).hexdigest()[:12]
+        except OSError:
+            continue
+    return socket.gethostname()
 
 
 def _reachable(host: str) -> str:

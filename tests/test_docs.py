@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import re
 import typing
 from pathlib import Path
@@ -12,9 +14,13 @@ import pytest
 import swarm
 from swarm import errors, messages
 from swarm.settings import Settings
+from swarm.simulation.setup import Setup, flag_of
 
 ROOT = Path(swarm.__file__).parent.parent
-DOCUMENTS = ["README.md", "ARCHITECTURE.md", "docs/operations.md", "docs/protocol.md"]
+DOCUMENTS = [
+    "README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/operations.md", "docs/protocol.md", "docs/gossip.md",
+    "docs/limits.md", "docs/simulation.md",
+]  # fmt: skip
 INTERNAL = {"TransportError"}  # never leaves a node: the chunk is asked for elsewhere
 ERRORS = {
     name
@@ -62,6 +68,13 @@ def test_says_the_row_of_a_setting_what_its_help_says(field: dataclasses.Field[o
     assert bool(row[2]) == field.metadata["flag"]
 
 
+def test_says_the_row_of_a_flag_of_the_simulation_what_its_help_says() -> None:
+    described = {row[0].strip("`"): row[-1] for row in table("docs/simulation.md", "flag")}
+    helps = {f"--{flag_of(field)}": field.metadata["help"] for field in dataclasses.fields(Setup)}
+    assert {flag: words for flag, words in described.items() if flag in helps} == helps
+    assert described.keys() - helps.keys() == {"--runs", "--json", "--trace", "--plot"}
+
+
 @pytest.mark.parametrize("message", typing.get_args(messages.AnyMessage), ids=lambda message: message.__name__)
 def test_is_every_message_described(message: type[messages.Message]) -> None:
     assert message.__name__ in quoted("docs/protocol.md")
@@ -81,6 +94,13 @@ def test_has_every_exit_code_its_row() -> None:
     codes = {int(row[0]) for row in table("docs/operations.md", "exit code")}
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.SwarmError)]
     assert {kind.exit_code for kind in kinds} - {errors.SwarmError.exit_code} <= codes
+
+
+@pytest.mark.parametrize("row", table("docs/limits.md", "limit"), ids=lambda row: row[0].strip("`"))
+def test_is_a_limit_what_the_document_says(row: list[str]) -> None:
+    module, _, name = row[0].strip("`").partition(".")
+    path = module if module in MODULES else f"transport.{module}"
+    assert getattr(importlib.import_module(f"swarm.{path}"), name) == ast.literal_eval(row[1])
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

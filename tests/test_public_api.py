@@ -35,7 +35,7 @@ FETCH = {
 EXIT_CODES = {
     "SwarmError": 1, "SettingsError": 2, "ManifestError": 3, "ManifestNotFound": 3, "ManifestInvalid": 3,
     "ManifestConflict": 3, "FetchError": 4, "Stalled": 4, "FetchTimeout": 4, "StoreError": 5, "StoreFull": 5,
-    "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6,
+    "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6, "NotAdmitted": 6,
     "RemoteProtocolError": 6, "VersionSkew": 6, "TransportError": 1, "LocalProtocolError": 70,
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,28 +20,42 @@ REPORT_BYTES_MAX = 16 << 20
 PATH = "/status"
 
 
-def ask_any(addresses: Sequence[str]) -> dict[str, Any]:
+def ask_any(addresses: Sequence[str], context: ssl.SSLContext | None = None) -> dict[str, Any]:
     """The report of the last of these nodes that answers. Raises PeerUnreachable."""
     failure = PeerUnreachable("status", "no node of this user runs on this machine; name one with --peer HOST:PORT")
     for address in reversed(addresses):
         try:
-            return ask(address)
+            return ask(address, context)
         except PeerUnreachable as error:
             failure = error
     raise failure
 
 
-def ask(address: str) -> dict[str, Any]:
-    """The report of the node at HOST:PORT. Raises PeerUnreachable."""
+def ask(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
+    """The report of the node at HOST:PORT. Raises PeerUnreachable.
+
+    `context` proves that this is a member; without one a node tells programs of its own machine only.
+    """
     host, port = split_address("peer", address)
-    connection = http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    connection = (
+        http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
+        if context
+        else http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    )
     try:
         connection.request("GET", PATH)
         answer = connection.getresponse()
         data = answer.read(REPORT_BYTES_MAX)
+        if answer.status == http.HTTPStatus.FORBIDDEN:
+            raise PeerUnreachable(address, "tells members and its own machine alone; name the key with --key-file")
         if answer.status != http.HTTPStatus.OK:
             raise PeerUnreachable(address, f"answers {answer.status} {answer.reason}; is it a swarm node?")
         report = json.loads(data)
+    except ssl.SSLError as error:
+        from swarm.identity import Refusal, refusal
+
+        why = refusal(error) or Refusal.BROKEN
+        raise PeerUnreachable(address, f"it {why.value}") from error
     except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         raise PeerUnreachable(address, f"{error}; is a node running there?") from error
     finally:
@@ -57,19 +72,21 @@ def show(report: dict[str, Any]) -> None:
 
     console = Console(markup=False)  # names come from others, and may look like markup
     node = report["node"]
-    alive = [member for member in report["members"] if member["state"] == "alive"]
-    console.print(f"{node['name']} at {node['address']}, {len(alive)} member{'' if len(alive) == 1 else 's'}")
-    members = Table("member", "address", "holds")
-    for member in alive:
+    here = [member for member in report["members"] if member["state"] in ("alive", "suspect")]
+    console.print(f"{node['name']} at {node['address']}, {len(here)} member{'' if len(here) == 1 else 's'}")
+    members = Table("member", "address", "state", "link", "host", "rack", "uploads", "holds")
+    for member in here:
         holds = [
             f"{artifact['model_id']} {artifact['members'][member['name']]:.0%}"
             for artifact in report["artifacts"]
             if member["name"] in artifact["members"]
         ]
-        members.add_row(member["name"], member["address"], "\n".join(holds) or "nothing yet")
+        load = f"{member['uploads']}/{member['slots']}" if member.get("slots") else "-"
+        told = [member.get(key) or "-" for key in ("address", "state", "transport", "host", "rack")]
+        members.add_row(member["name"], *told, load, "\n".join(holds) or "nothing yet")
     console.print(members)
     names = {artifact["digest"]: artifact["model_id"] for artifact in report["artifacts"]}
-    present = {member["name"] for member in alive}
+    present = {member["name"] for member in here}
     moving = [t for t in report["transfers"] if t["rate_bytes_per_s"] and t["peer"] in present]
     if not moving:
         console.print("nothing is moving")

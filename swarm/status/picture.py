@@ -11,11 +11,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Left, Opened, Received, Sent
+from swarm.gossip import Changed
+from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Opened, Received, Sent
 from swarm.messages import Announcement
+from swarm.rumours import Record, State
 
 RATE_WINDOW_S = 2.0
 GONE_KEPT = 64  # members that left, kept to be looked at
+_HEARD = (Opened, Joined, Changed, Left, Announced, FetchStarted, FetchEnded, Received, Sent)  # of a journal
 
 
 class Rate:
@@ -45,11 +48,43 @@ class Rate:
 
 @dataclass
 class _Member:
+    """`transport` is None while this node is not linked with it; `record` is what gossip says."""
+
     name: str
     address: str
-    transport: str
-    state: str = "alive"
+    transport: str | None = None
     artifacts: dict[str, Announcement] = field(default_factory=dict)
+    record: Record | None = None
+
+    @property
+    def state(self) -> str:
+        if self.record and (self.transport is None or self.record.state is State.SUSPECT):
+            return self.record.state.name.lower()
+        return "left" if self.transport is None else "alive"
+
+    @property
+    def here(self) -> bool:
+        return self.state in ("alive", "suspect")
+
+    def held(self) -> list[tuple[str, str, str, int | None, float]]:
+        """(model id, digest, tier, bytes, fraction) of each artifact: as its link says, or else gossip."""
+        if self.transport is not None:
+            linked = self.artifacts.values()
+            return [(a.model_id, a.digest, a.tier, a.size, _fraction(a.chunks, a.chunks_total)) for a in linked]
+        heard = self.record.profile.artifacts if self.record else ()
+        return [(a.model_id, a.digest, a.tier, None, _fraction(a.chunks, a.chunks_total)) for a in heard]
+
+    def report(self) -> dict[str, Any]:
+        profile = self.record.profile if self.record else None
+        return {
+            "address": self.address,
+            "state": self.state,
+            "transport": self.transport,
+            "host": profile.host if profile else None,
+            "rack": profile.rack if profile else None,
+            "uploads": profile.uploads if profile else None,
+            "slots": profile.slots if profile else None,
+        }
 
 
 @dataclass
@@ -90,7 +125,7 @@ def distinct_names(members: Iterable[tuple[str, str, str]]) -> dict[str, str]:
 
 
 class Picture:
-    """Subscribe `apply` to a journal; read `report` and `fetches`."""
+    """Let it `follow` a journal; read `report` and `fetches`."""
 
     def __init__(self) -> None:
         self.fetches: dict[str, FetchPicture] = {}  # by digest, those that run
@@ -98,6 +133,10 @@ class Picture:
         self._members: dict[str, _Member] = {}
         self._flows: dict[tuple[str, str, str], _Flow] = {}  # (digest, direction, node)
         self._now = 0.0
+
+    def follow(self, journal: Journal) -> None:
+        """Takes into account what happens from now on."""
+        journal.subscribe(self.apply, *_HEARD)
 
     def apply(self, entry: Entry) -> None:
         """Takes one more entry into account."""
@@ -107,7 +146,10 @@ class Picture:
                 self._node = {"id": node, "name": name, "address": address}
                 self._members[node] = _Member(name, address, "self")
             case Joined(node, name, address, scheme):
-                self._members[node] = _Member(name, address, scheme)
+                heard = self._members.get(node)
+                self._members[node] = _Member(name, address, scheme, record=heard.record if heard else None)
+            case Changed(record):
+                self._hear(record)
             case Left(node):
                 self._leave(node)
             case Announced(node, artifacts):
@@ -131,10 +173,7 @@ class Picture:
         names = self._names()
         return {
             "node": self._node,
-            "members": [
-                {"id": node, "name": names[node], "address": m.address, "state": m.state, "transport": m.transport}
-                for node, m in self._members.items()
-            ],
+            "members": [{"id": node, "name": names[node], **member.report()} for node, member in self._members.items()],
             "artifacts": self._artifacts(names),
             "transfers": [
                 {
@@ -150,20 +189,19 @@ class Picture:
 
     def _names(self) -> dict[str, str]:
         """What every member is shown as; one that left takes no name from one that is here."""
-        here_first = sorted(self._members.items(), key=lambda item: item[1].state == "left")
+        here_first = sorted(self._members.items(), key=lambda item: not item[1].here)
         return distinct_names((node, member.name, member.address) for node, member in here_first)
 
     def _artifacts(self, names: dict[str, str]) -> list[dict[str, Any]]:
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for node, member in self._members.items():
-            if member.state != "alive":
-                continue
-            for a in member.artifacts.values():
+            for model_id, digest, tier, size, fraction in member.held() if member.here else ():
                 row = found.setdefault(
-                    (a.model_id, a.digest),
-                    {"model_id": a.model_id, "digest": a.digest, "tier": a.tier, "bytes": a.size, "members": {}},
+                    (model_id, digest),
+                    {"model_id": model_id, "digest": digest, "tier": tier, "bytes": size, "members": {}},
                 )
-                row["members"][names[node]] = round(a.chunks / a.chunks_total, 4) if a.chunks_total else 1.0
+                row["bytes"] = row["bytes"] if size is None else size
+                row["members"][names[node]] = fraction
         return [found[key] for key in sorted(found)]
 
     def _flow(self, digest: str, direction: str, node: str, size: int) -> None:
@@ -173,10 +211,25 @@ class Picture:
 
     def _leave(self, node: str) -> None:
         if member := self._members.get(node):
-            member.state = "left"
+            member.transport = None
         for fetch in self.fetches.values():
             fetch.sources.discard(node)
-        gone = [name for name, member in self._members.items() if member.state == "left"]
+        self._forget_gone()
+
+    def _hear(self, record: Record) -> None:
+        member = self._members.setdefault(record.node, _Member(record.name, record.address))
+        member.record = record
+        if member.transport is None:
+            member.name, member.address = record.name, record.address
+        if not member.here:
+            self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        gone = [name for name, member in self._members.items() if not member.here]
         for name in gone[: max(0, len(gone) - GONE_KEPT)]:
             del self._members[name]
             self._flows = {key: flow for key, flow in self._flows.items() if key[2] != name}
+
+
+def _fraction(chunks: int, total: int) -> float:
+    return round(chunks / total, 4) if total else 1.0

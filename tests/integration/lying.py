@@ -149,7 +149,8 @@ class LyingPeer:
             await self.say(socket, self.hello())
             async for frame in socket:
                 if frame.type is aiohttp.WSMsgType.TEXT:
-                    await self._hear(socket, messages.decode(frame.data.encode()))
+                    for message in messages.unpack(frame.data.encode()):
+                        await self._hear(socket, message)
         return socket
 
     async def say(self, socket: web.WebSocketResponse, message: Message) -> None:
@@ -193,7 +194,7 @@ async def heard(address: str, *questions: Question, last: type[Message] = messag
         for said in (greeting, *(question(hello.artifacts[0]) for question in questions)):
             await socket.send_str(messages.encode(said).decode())
         while (frame := await socket.receive()).type is aiohttp.WSMsgType.TEXT:
-            found.append(messages.decode(frame.data.encode()))
-            if isinstance(found[-1], last):
+            found += messages.unpack(frame.data.encode())
+            if any(isinstance(message, last) for message in found):
                 break
     return found

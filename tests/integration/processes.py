@@ -78,6 +78,18 @@ class Process:
         return self._popen.poll() is None
 
     @property
+    def handles(self) -> int:
+        """Open files and sockets."""
+        return len(os.listdir(f"/proc/{self._popen.pid}/fd"))
+
+    @property
+    def memory_bytes(self) -> int:
+        """What it has in memory and no file backs."""
+        status = Path(f"/proc/{self._popen.pid}/status").read_text()
+        (kilobytes,) = [line.split()[1] for line in status.splitlines() if line.startswith("RssAnon:")]
+        return int(kilobytes) << 10
+
+    @property
     def address(self) -> str:
         """Of a seed that is ready."""
         return self.out.split()[0]

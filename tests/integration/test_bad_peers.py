@@ -273,7 +273,11 @@ class HaveBeyondTheEnd(LyingPeer):
 
 
 BAD_WORDS = [
-    Lie(OtherVersion, 3, "speaks protocol 2 (swarm 9.9), this node speaks 1; upgrade this node"),
+    Lie(
+        OtherVersion,
+        3,
+        f"speaks protocol {messages.PROTOCOL + 1} (swarm 9.9), this node speaks {messages.PROTOCOL}; upgrade",
+    ),
     Lie(Garbage, 3, "sent what is no message"),
     Lie(UnknownMessage, 3, "sent what is no message"),
     Lie(Binary, 3, "sent a binary frame"),
@@ -365,7 +369,7 @@ def test_does_a_fetch_complete_beside_peers_that_grant_what_was_not_asked_for(
 
 
 def request(number: int, *, chunks: tuple[int, ...] = (), count: int = 0) -> Question:
-    return lambda announced: messages.Request("tcp", announced.digest, number, chunks, count, True)
+    return lambda announced: messages.Request("tcp", announced.digest, number, chunks, count, True, 1)
 
 
 def interest(announced: messages.Announcement) -> messages.Message:

@@ -76,7 +76,7 @@ def test_is_a_fetch_without_a_terminal_quiet(machine: Machine, model: Path, out:
     assert ended.out.startswith(f"{MODEL}: 2 MB in ")
     assert ended.out.rstrip().endswith(f"-> {out}")
     assert ended.err.splitlines() == [
-        "no cluster key: listening on this machine only (--insecure opens the node to others)"
+        "no cluster key: listening on this machine only (--key-file opens the node to members)"
     ]
 
 

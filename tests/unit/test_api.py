@@ -225,7 +225,9 @@ def test_is_a_pinned_digest_held_to(
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"device": "cuda:0"}, "device: 'cuda:0' is not supported"),
+        ({"device": "tpu"}, "device: 'tpu' is not 'cpu', 'cuda' or"),
+        ({"device": "cuda:0", "out": "out"}, "device: cannot be combined with out"),
+        ({"device": "cuda:77"}, "device: 'cuda:77'"),
         ({"out": "out", "into": {}}, "out: cannot be combined with into"),
         ({"digest": "abc"}, "digest: 'abc' is not a whole digest"),
         ({"digest": "A" * 64}, "digest: "),
@@ -297,7 +299,7 @@ def test_does_a_failure_after_the_fetch_stop_serving(there: Settings, monkeypatc
 
 async def _users(name: str) -> list[int]:
     found = [shared.node for shared in runtime()._nodes.values() if shared.node.name == name]
-    return [share.users for node in found for share in node._shares.values()]
+    return [share.users for node in found for share in node._sharing.shares.values()]
 
 
 def test_does_the_callers_deadline_hold_while_nobody_is_found(here: Settings) -> None:

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 
 import swarm
-from swarm import cli, errors
+from swarm import cli, errors, keys
 from swarm.build import checkpoint, remember
 from swarm.cli import main
 from swarm.settings import Settings
 from swarm.status import client
 from swarm.store.directory import PARTIAL
 
-COMMANDS = ["serve", "fetch", "status", "verify", "demo"]
+COMMANDS = ["serve", "fetch", "status", "verify", "keygen", "demo", "simulate"]
 DEADLINE_S = 60.0
 LOCAL = ["--no-mdns"]
 
@@ -111,6 +111,7 @@ FLAGS = {
     "name": ["--name", "me"],
     "listen": ["--listen", "127.0.0.2"],
     "peers": ["--peer", "a:1", "--peer", "b:2"],
+    "key_file": ["--key-file", "k"],
     "insecure": ["--insecure"],
     "mdns": ["--no-mdns"],
     "upload_limit": ["--upload-limit", "8Mbit/s"],
@@ -133,6 +134,7 @@ def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[obj
         "name": "me",
         "listen": "127.0.0.2",
         "peers": ("a:1", "b:2"),
+        "key_file": Path("k"),
         "insecure": True,
         "mdns": False,
         "upload_limit": 1e6,
@@ -161,6 +163,7 @@ ERRORS = [
     (errors.StoreConflict("d", "x"), 5),
     (errors.SourceChanged("d", "x"), 5),
     (errors.PeerUnreachable("p", "x"), 6),
+    (errors.NotAdmitted("p", "x"), 6),
     (errors.VersionSkew("p", theirs=2, ours=1, software="2.0"), 6),
     (errors.TransportError("x"), 1),
     (errors.LocalProtocolError("x"), 70),
@@ -172,7 +175,7 @@ ERRORS = [
 def test_what_does_an_error_exit_with(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(addresses: object) -> None:
+    def fail(addresses: object, context: object) -> None:
         raise error
 
     monkeypatch.setattr(client, "ask_any", fail)
@@ -212,6 +215,16 @@ def test_what_does_a_failed_command_say(
     out, err = printed(capsys)
     assert out == ""
     assert says in err.splitlines()[-1]
+
+
+def test_is_a_key_made_and_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["keygen"]) == 0
+    out, _ = printed(capsys)
+    key = keys.load(Path("swarm.key")).first
+    assert out.startswith(f"swarm.key: a new cluster key, fingerprint {key}; ")
+    assert keys.PREFIX not in out
+    assert main(["keygen"]) == 2
+    assert "swarm.key exists" in printed(capsys)[1]
 
 
 def test_is_a_directory_verified(
@@ -279,6 +292,8 @@ print(*sorted({{"torch", "aiohttp", "zeroconf", "numpy"}} & set(sys.modules)))
         ("cli.main(['status'])", set()),
         ("cli.main(['status', '--json'])", set()),
         ("cli.main(['verify', 'nothing'])", {"numpy"}),
+        ("cli._parser()", set()),
+        ("cli.main(['simulate', '--newcomers', '0'])", set()),
         ("from swarm import settings, errors, messages", set()),
         ("swarm = __import__('swarm'); swarm.fetch", {"aiohttp", "numpy"}),
     ],

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 from collections.abc import Callable, Coroutine
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ DEADLINE_S = 10.0
 class Source:
     """A peer whose session opens and brings nothing; `said` is what it was told."""
 
-    name, node, scheme = "source", "5" * 16, "tcp"
+    name, node, scheme, on_device = "source", "5" * 16, "tcp", False
 
     def __init__(self) -> None:
         self.said: list[messages.Message] = []
@@ -53,9 +54,14 @@ class Fetch:
         self.source = Source()
         self.peer = cast(Peer, self.source)
         self.tasks: list[asyncio.Task[Any]] = []
+        self.told: list[list[int]] = []
         content = Content.random(0, chunks=CHUNKS, chunk_bytes=64)
         host = SimpleNamespace(
-            peers={self.source.node: self.peer}, now=lambda: 0.0, record=lambda *_: None, spawn=self.spawn
+            id="0" * 16,
+            peers={self.source.node: self.peer},
+            now=lambda: self.now,
+            record=lambda *_: None,
+            spawn=self.spawn,
         )
         self.fetching = Fetching(
             "org/model",
@@ -66,6 +72,7 @@ class Fetch:
             stall_timeout_s=1.0,
             transfer_ids=itertools.count(),
             rng=random.Random(0),
+            tell=self.told.append,
         )
         self.fetching.handle(download.PeerJoined(self.source.node, Bitfield.full(CHUNKS), gives))
 
@@ -177,3 +184,29 @@ def test_is_nothing_to_give_no_failure(reason: str, failures: int) -> None:
         assert machine._peers[fetch.source.node].failures == failures
 
     run(scenario, gives=True)
+
+
+def test_is_the_first_chunk_told_at_once_and_what_follows_together() -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        verified = partial(download.ChunkVerified, fetch.source.node, request.transfer)
+        fetch.fetching.handle(verified(1))
+        await fetch.until(lambda: fetch.told)
+        fetch.fetching.handle(verified(2))
+        fetch.fetching.handle(verified(3))
+        await fetch.until(lambda: len(fetch.told) > 1)
+        assert fetch.told == [[1], [2, 3]]
+
+    run(scenario, gives=False)
+
+
+def test_are_the_last_chunks_told_before_the_fetch_is_over() -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        running = asyncio.create_task(fetch.fetching.run())
+        for chunk in range(CHUNKS):
+            fetch.fetching.handle(download.ChunkVerified(fetch.source.node, request.transfer, chunk))
+        await running
+        assert sorted(itertools.chain(*fetch.told)) == list(range(CHUNKS))
+
+    run(scenario, gives=False)

@@ -29,8 +29,9 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 
 class NoLink:
     remote = "nowhere"
+    member: str | None = None
 
-    async def send(self, message: Message) -> None: ...
+    async def send(self, *several: Message) -> None: ...
 
     async def receive(self) -> AnyMessage:
         raise AssertionError

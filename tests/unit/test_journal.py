@@ -38,3 +38,13 @@ def test_may_the_journal_be_written_to_while_it_is_read() -> None:
     for entry in journal:
         journal.record(1, "node", entry)
     assert len(list(journal)) == 2
+
+
+def test_does_a_subscriber_hear_only_the_kinds_that_it_names() -> None:
+    journal, numbers, everything = Journal(), list[object](), list[object]()
+    journal.subscribe(lambda entry: numbers.append(entry.what), int, float)
+    journal.subscribe(lambda entry: everything.append(entry.what))
+    for what in (1, "two", 3.0):
+        journal.record(0.0, "node", what)
+    assert numbers == [1, 3.0]
+    assert everything == [1, "two", 3.0]

@@ -7,11 +7,12 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from swarm import download, membership, schedule, upload
+from swarm import download, membership, mesh, schedule, upload
 from swarm.bitfield import Bitfield
 from swarm.download import (
     Announce,
@@ -33,6 +34,7 @@ from swarm.download import (
 )
 from swarm.errors import LocalProtocolError
 from swarm.membership import Dial, DialFailed, Drop, Found, LinkDown, LinkUp, Membership, Told, Welcome
+from swarm.rumours import Holding, Profile, Record, State
 from swarm.schedule import PeerView, View, plan
 from swarm.simulation.content import Content
 from swarm.upload import Cancelled, Ended, Grant, Refuse, Requested, Stop, Upload
@@ -49,6 +51,7 @@ class Fetch:
         self.machine = Download(
             Content.random(0, chunks=chunks, chunk_bytes=64).manifest,
             Bitfield(chunks, held),
+            node="here",
             now=0.0,
             stall_timeout_s=STALL_S,
             transfer_ids=itertools.count(),
@@ -389,8 +392,25 @@ def view(
 ) -> View:
     """Masks as strings of 0 and 1; `gives` names the seeds that choose, one letter each."""
     peers = [PeerView(name, _mask(bits), (busy or {}).get(name, 0), 0.0, name in gives) for name, bits in holds.items()]
-    counts = np.array(requested or [0] * len(missing), dtype=np.uint8)
-    return View(_mask(missing), counts, _rarity(peers, len(missing)), 64, 64, peers)
+    return _view(_mask(missing), np.array(requested or [0] * len(missing), dtype=np.uint8), peers)
+
+
+def _view(missing: schedule.Mask, requested: npt.NDArray[np.uint8], peers: list[PeerView], most: int = 64) -> View:
+    """What a download shows of these peers: those that it may ask, and what of the others matters."""
+    free = missing & (requested == 0)
+    others = [peer for peer in peers if not peer.gives]
+    return View(
+        free=free,
+        free_count=int(free.sum()),
+        missing=missing,
+        requested=requested,
+        rarity=_rarity(peers, len(missing)),
+        chunk_bytes=64,
+        batch_chunks_max=most,
+        peers=[peer for peer in peers if peer.outstanding < schedule.outstanding_max(peer.gives, len(peers))],
+        peers_total=len(peers),
+        hungry=schedule.hungry(sum(peer.outstanding > 0 for peer in others), len(others)),
+    )
 
 
 def _rarity(peers: Sequence[PeerView], chunks: int) -> schedule.Counts:
@@ -466,7 +486,7 @@ def test_a_fast_peer_is_asked_for_a_run_and_a_slow_one_for_a_chunk() -> None:
     holds = np.ones(100, dtype=np.bool_)
     fast = PeerView("fast", holds, 0, 64 * 10 / schedule.BATCH_S)
     slow = PeerView("slow", holds, 0, 64 / schedule.BATCH_S / 10)
-    seen = View(holds, np.zeros(100, dtype=np.uint8), _rarity([fast, slow], 100), 64, 64, [fast, slow])
+    seen = _view(holds, np.zeros(100, dtype=np.uint8), [fast, slow])
     sizes = {ask.peer: max(1, len(ask.chunks)) for ask in plan(seen, random.Random(1))}
     assert sizes["slow"] == 1
     assert 1 < sizes["fast"] <= 10
@@ -485,7 +505,7 @@ def views(draw: st.DrawFn) -> View:
         asked = [int(i) for i in possible[: draw(st.integers(0, 3))]] if outstanding else []
         requested[asked] += 1
         peers.append(PeerView(name, holds, outstanding, draw(st.floats(0, 1e6)), draw(st.booleans())))
-    return View(missing, requested, _rarity(peers, chunks), 64, draw(st.integers(1, 5)), peers)
+    return _view(missing, requested, peers, draw(st.integers(1, 5)))
 
 
 @given(seen=views(), seed=st.integers(0, 1000))
@@ -513,7 +533,7 @@ def test_plan_never_asks_for_what_it_should_not(seen: View, seed: int) -> None:
         copies[chunks] += 1
     assert (copies <= schedule.COPIES_MAX).all()
     for name, count in outstanding.items():
-        assert count <= max(schedule.outstanding_max(peers[name].gives, len(peers)), peers[name].outstanding)
+        assert count <= max(schedule.outstanding_max(peers[name].gives, seen.peers_total), peers[name].outstanding)
 
 
 @given(seen=views(), seed=st.integers(0, 1000))
@@ -633,8 +653,8 @@ SMALL, BIG = "1" * 16, "2" * 16
 class Knows:
     """The membership machine of one node; every step is checked."""
 
-    def __init__(self, node: str = SMALL) -> None:
-        self.machine = Membership(node)
+    def __init__(self, node: str = SMALL, *, host: str = "") -> None:
+        self.machine = Membership(node, rng=random.Random(1), host=host)
         self.now = 0.0
 
     def tell(self, event: membership.Event, *, at: float | None = None) -> list[membership.Action]:
@@ -698,7 +718,7 @@ def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
         Welcome(2, ()),
     ]
     assert knows.tell(LinkDown(1)) == []
-    assert repr(knows.machine) == "<Membership 11111111 1 links | 1 addresses>"
+    assert repr(knows.machine) == "<Membership 11111111 1 links | 1 addresses | 0 members>"
 
 
 def test_a_second_address_of_a_linked_node_is_not_dialled_again_and_again() -> None:
@@ -811,7 +831,200 @@ def test_links_and_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
     assert knows.tell(LinkUp(2, "3" * 16, "c:1", dialled=None)) == [Drop(2, "too many links")]
     assert knows.tell(Told(("d:1", "e:1", "f:1"))) == []
-    assert repr(knows.machine) == "<Membership 11111111 1 links | 2 addresses>"
+    assert repr(knows.machine) == "<Membership 11111111 1 links | 2 addresses | 0 members>"
+
+
+def record(number: int, *, state: State = State.ALIVE, chunks: int | None = None, host: str = "") -> Record:
+    """A member of a large swarm that holds so many of 8 chunks, or nothing; its address is `mN:1`."""
+    artifacts = () if chunks is None else (Holding("org/model", DIGEST, "checkpoint", chunks, 8, chunks == 8),)
+    node = f"{0x30 + number:016x}"
+    return Record(node, 0, state, 0, f"m{number}", f"m{number}:1", Profile(artifacts, host=host))
+
+
+DIGEST = "ab" * 32
+WANT = membership.Wants(frozenset({DIGEST}))
+
+
+def large(knows: Knows, *, holding: int = 40, seeds: int = 1, host: str = "", near: int = 0) -> None:
+    """Gossip knows of 60 members: `holding` have half, `seeds` of them all, and `near` of them are on this host."""
+    for number in range(60):
+        chunks = None if number >= holding else 8 if number < seeds else 4
+        knows.tell(membership.Heard(record(number, chunks=chunks, host=host if number < near else "elsewhere")))
+
+
+def drops(actions: list[membership.Action]) -> list[str]:
+    return [action.why for action in actions if isinstance(action, Drop)]
+
+
+def dialled(actions: list[membership.Action]) -> list[int]:
+    return sorted(int(action.address[1:-2]) for action in actions if isinstance(action, Dial))
+
+
+def linked(knows: Knows, numbers: list[int], *, by: str | None = "dialled", chunks: int = 4) -> list[membership.Action]:
+    actions = []
+    for number in numbers:
+        address = f"m{number}:1"
+        holds = {DIGEST: chunks == 8} if chunks else {}
+        up = LinkUp(number, record(number).node, address, address if by else None, holds)
+        actions += knows.tell(up)
+    return actions
+
+
+def test_in_a_small_swarm_everybody_that_gossip_names_is_dialled() -> None:
+    knows = Knows()
+    for number in range(mesh.LINKS_WANTED):
+        assert knows.tell(membership.Heard(record(number))) == []
+    assert dialled(knows.tell(membership.Tick())) == list(range(mesh.LINKS_WANTED))
+    assert knows.tell(membership.Tick(), at=60.0) == []
+
+
+def test_in_a_large_swarm_nobody_is_dialled_who_wants_nothing() -> None:
+    knows = Knows()
+    large(knows)
+    assert knows.tell(membership.Tick(), at=60.0) == []
+    assert knows.tell(Found("m3:1", False)) == []
+    assert dialled(knows.tell(Found("m3:1", True))) == [3], "but those given by hand are"
+
+
+def test_an_address_that_gossip_does_not_know_is_dialled_as_if_there_were_none() -> None:
+    knows = Knows()
+    large(knows)
+    assert knows.tell(Found("stranger:1", False)) == [Dial("stranger:1")]
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 40])
+def test_who_wants_something_dials_a_few_that_hold_it_and_a_seed_among_them(seeds: int) -> None:
+    knows = Knows()
+    large(knows, seeds=seeds)
+    first = dialled(knows.tell(WANT))
+    assert len(first) == mesh.LINKS_FIRST
+    assert min(first) < seeds
+    rest = dialled(knows.tell(membership.Tick(), at=mesh.SETTLE_S))
+    assert len(first) + len(rest) == mesh.LINKS_WANTED
+    assert not set(first) & set(rest)
+    assert max(rest) < 40
+    assert knows.tell(membership.Tick(), at=1.0) == []
+
+
+def test_who_fetches_is_full_to_members_but_not_to_strangers_whom_gossip_may_not_reach() -> None:
+    knows = Knows()
+    large(knows)
+    knows.tell(WANT)
+    assert not drops(linked(knows, list(range(mesh.LINKS_FULL)), by=None))
+    assert drops(linked(knows, [50], by=None)) == ["full while it fetches"]
+    assert not drops(knows.tell(LinkUp(99, "f" * 16, "stranger:1", None, {})))
+    knows.tell(membership.Wants(frozenset()))
+    assert not drops(linked(knows, [51], by=None)), "who has everything takes more"
+
+
+def test_two_fetches_have_links_for_each() -> None:
+    knows = Knows()
+    large(knows)
+    knows.tell(WANT)
+    linked(knows, dialled(knows.tell(membership.Tick(), at=1.0)))
+    other = "cd" * 32
+    holding = (Holding("org/other", other, "checkpoint", 8, 8, True),)
+    alone = record(200)
+    knows.tell(membership.Heard(Record(alone.node, 0, State.ALIVE, 0, "m200", "m200:1", Profile(holding))))
+    assert dialled(knows.tell(membership.Wants(frozenset({DIGEST, other})))) == [200]
+
+
+def test_half_of_those_chosen_are_of_this_host() -> None:
+    knows = Knows(host="here")
+    large(knows, seeds=0, host="here", near=30)
+    chosen = [*dialled(knows.tell(WANT)), *dialled(knows.tell(membership.Tick(), at=1.0))]
+    assert sum(number < 30 for number in chosen) == mesh.LINKS_WANTED // 2
+    knows = Knows(host="here")
+    large(knows, seeds=0, host="here", near=3)
+    chosen = [*dialled(knows.tell(WANT)), *dialled(knows.tell(membership.Tick(), at=1.0))]
+    assert {0, 1, 2} < set(chosen)
+
+
+def test_links_of_no_use_give_way() -> None:
+    knows = Knows()
+    useless = list(range(47, 47 + mesh.LINKS_WANTED))
+    for number in useless:
+        knows.tell(Found(f"m{number}:1", False))
+    linked(knows, useless, chunks=0)
+    linked(knows, [59], by=None, chunks=0)
+    large(knows)
+    actions = knows.tell(WANT)
+    assert {action.link for action in actions if isinstance(action, Drop)} == set(useless), "not who dialled in"
+    assert len(dialled(actions)) == mesh.LINKS_FIRST
+
+
+def test_links_that_nobody_can_use_end_after_a_while() -> None:
+    knows = Knows()
+    large(knows, seeds=40)
+    chosen = dialled(knows.tell(WANT))
+    linked(knows, chosen[1:], chunks=8)
+    linked(knows, chosen[:1], chunks=4)
+    knows.tell(Found(f"m{chosen[1]}:1", True))
+    knows.tell(membership.Wants(frozenset()))
+    assert knows.tell(membership.Tick(), at=membership.IDLE_S / 2) == []
+    ended = [action.link for action in knows.tell(membership.Tick(), at=membership.IDLE_S) if isinstance(action, Drop)]
+    assert ended == chosen[2:], "but for who still fetches, and who was given by hand"
+    assert knows.tell(membership.Tick(), at=2 * membership.IDLE_S) == []
+
+
+def test_the_dead_are_dropped_and_not_dialled() -> None:
+    knows = Knows()
+    knows.tell(membership.Heard(record(1)))
+    knows.tell(membership.Tick())
+    linked(knows, [1])
+    assert knows.tell(membership.Heard(record(1, state=State.SUSPECT))) == []
+    assert knows.tell(membership.Heard(record(1, state=State.DEAD))) == [Drop(1, "gossip says that it is dead")]
+    assert knows.tell(LinkDown(1)) == []
+    assert knows.tell(membership.Tick(), at=60.0) == []
+    knows.tell(membership.Heard(record(1)))
+    assert dialled(knows.tell(membership.Tick())) == [1]
+
+
+def test_where_datagrams_do_not_get_through_everybody_is_dialled() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(99, BIG, "b:1", dialled=None))
+    told = Told(tuple(f"m{number}:1" for number in range(40)))
+    assert len(dialled(knows.tell(told))) == mesh.LINKS_WANTED
+    assert len(dialled(knows.tell(membership.Tick(), at=membership.GOSSIP_LATE_S))) == 40 - mesh.LINKS_WANTED
+
+
+def test_somebody_who_holds_more_than_it_could_say_is_asked_for_what_nobody_is_known_to_hold() -> None:
+    knows = Knows()
+    large(knows, holding=0)
+    full = record(5)
+    profile = Profile(omitted=3)
+    knows.tell(membership.Heard(Record(full.node, 0, State.ALIVE, 1, full.name, full.address, profile)))
+    assert dialled(knows.tell(membership.Wants(frozenset(), more=True))) == [5]
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_whatever_happens_the_links_are_few(seed: int) -> None:
+    knows, dice, open_ = Knows(host="here"), random.Random(seed), dict[str, int]()
+    dialling: list[str] = []
+    for step in range(300):
+        number = dice.randrange(80)
+        somebody = record(number, chunks=dice.choice([None, 4, 8]), host=dice.choice(["here", "there"]))
+        events: list[membership.Event] = [
+            membership.Tick(),
+            WANT,
+            membership.Wants(frozenset()),
+            membership.Heard(somebody),
+            membership.Heard(record(number, state=State.DEAD)),
+            Found(somebody.address, dice.random() < 0.1),
+            LinkUp(1000 + step, somebody.node, somebody.address, None),
+        ]
+        if dialling and dice.random() < 0.5:
+            address = dialling.pop(dice.randrange(len(dialling)))
+            up = LinkUp(step, record(int(address[1:-2])).node, address, address, {DIGEST: dice.random() < 0.5})
+            events = [DialFailed(address), up]
+        elif open_ and dice.random() < 0.2:
+            events = [LinkDown(open_.pop(dice.choice(list(open_))))]
+        event = dice.choice(events)
+        actions = knows.tell(event, at=knows.now + dice.random())
+        if isinstance(event, LinkUp):
+            open_[event.node] = event.link
+        dialling += [action.address for action in actions if isinstance(action, Dial)]
 
 
 def test_a_membership_refuses_what_is_no_event() -> None:

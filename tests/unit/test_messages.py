@@ -25,8 +25,8 @@ ARTIFACT_JSON = (
 )
 # A change here is a change of the protocol: `PROTOCOL` counts those.
 GOLDEN: dict[Message, str] = {
-    messages.Hello(1, "0.1.0", NODE, "me", "127.0.0.1:1", TOKEN, (Offer("tcp", "127.0.0.1:1"),), (ARTIFACT,)): (
-        f'{{"type":"Hello","protocol":1,"software":"0.1.0","node":"{NODE}","name":"me","address":"127.0.0.1:1",'
+    messages.Hello(2, "0.1.0", NODE, "me", "127.0.0.1:1", TOKEN, (Offer("tcp", "127.0.0.1:1"),), (ARTIFACT,)): (
+        f'{{"type":"Hello","protocol":2,"software":"0.1.0","node":"{NODE}","name":"me","address":"127.0.0.1:1",'
         f'"token":"{TOKEN}","transports":[{{"scheme":"tcp","address":"127.0.0.1:1"}}],"artifacts":[{ARTIFACT_JSON}]}}'
     ),
     messages.Announce((ARTIFACT,)): f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON}]}}',
@@ -40,8 +40,9 @@ GOLDEN: dict[Message, str] = {
     messages.Interest(DIGEST, b"\xc0"): f'{{"type":"Interest","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Holdings(DIGEST, b"\xc0"): f'{{"type":"Holdings","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Have(DIGEST, ((0, 2), (5, 1))): f'{{"type":"Have","digest":"{DIGEST}","runs":[[0,2],[5,1]]}}',
-    messages.Request("tcp", DIGEST, 7, (3, 1), 0, False): (
-        f'{{"type":"Request","scheme":"tcp","digest":"{DIGEST}","transfer":7,"chunks":[3,1],"count":0,"hungry":false}}'
+    messages.Request("tcp", DIGEST, 7, (3, 1), 0, False, 5): (
+        f'{{"type":"Request","scheme":"tcp","digest":"{DIGEST}","transfer":7,"chunks":[3,1],"count":0,"hungry":false,'
+        '"sources":5}'
     ),
     messages.Grant(7, 0, (3, 1)): '{"type":"Grant","transfer":7,"sequence":0,"chunks":[3,1]}',
     messages.Refuse(7, "busy", 1.5): '{"type":"Refuse","transfer":7,"reason":"busy","retry_s":1.5}',
@@ -148,6 +149,7 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("Request", "chunks"): CHUNKS,
     ("Request", "count"): ([0, messages.REQUEST_CHUNKS_MAX], [-1, messages.REQUEST_CHUNKS_MAX + 1]),
     ("Request", "hungry"): ([True, False], [1, None]),
+    ("Request", "sources"): ([1, messages.SOURCES_MAX], [0, messages.SOURCES_MAX + 1, 1.5, None]),
     ("Grant", "transfer"): (TRANSFER, [-1, 1 << 62]),
     ("Grant", "sequence"): ([0], [-1]),
     ("Grant", "chunks"): CHUNKS,
@@ -261,10 +263,51 @@ def test_is_a_greeting_of_another_version_told_from_garbage() -> None:
         messages.decode(b'{"type":"Hello","protocol":7,"software":"9.9","novelty":[1]}')
     assert (caught.value.protocol, caught.value.software) == (7, "9.9")
     with pytest.raises(ValueError, match="novelty") as broken:
-        messages.decode(b'{"type":"Hello","protocol":1,"software":"9.9","novelty":[1]}')
+        messages.decode(b'{"type":"Hello","protocol":%d,"software":"9.9","novelty":[1]}' % messages.PROTOCOL)
     assert not isinstance(broken.value, messages.OtherProtocol)
 
 
 def test_are_control_characters_kept_away_from_terminals() -> None:
     with pytest.raises(ValueError, match="regex"):
         messages.decode(b'{"type":"Bye","reason":"\\u001b[2J"}')
+
+
+def test_do_messages_share_frames_in_order() -> None:
+    several = [messages.Cancel(number) for number in range(3)]
+    (frame,) = messages.pack(several)
+    assert frame == b"\n".join(map(encode, several))
+    assert list(messages.unpack(frame)) == several
+    assert list(messages.pack([])) == []
+
+
+def test_are_packed_frames_bounded_in_messages_and_bytes() -> None:
+    many = [messages.Cancel(number) for number in range(messages.FRAME_MESSAGES_MAX + 1)]
+    assert [len(messages.unpack(frame)) for frame in messages.pack(many)] == [messages.FRAME_MESSAGES_MAX, 1]
+    large = [messages.ManifestPart(DIGEST, 1 << 20, 0, bytes(size)) for size in (10, 30_000, 30_000, 256 << 10, 10)]
+    frames = list(messages.pack(large))
+    assert [len(messages.unpack(frame)) for frame in frames] == [2, 1, 1, 1]
+    assert [message for frame in frames for message in messages.unpack(frame)] == large
+
+
+@pytest.mark.parametrize(
+    ("frame", "why"),
+    [
+        (b"\n", "0 messages"),
+        (b"\n".join([encode(messages.Cancel(1))] * (messages.FRAME_MESSAGES_MAX + 1)), "257 messages"),
+        (b" ".join([encode(messages.Cancel(1))] * 400) + b"\n", "400 messages"),
+        (encode(messages.Cancel(1)) + b'\n{"type":"Shout"}', "Shout"),
+        (encode(messages.Cancel(1)) + b"\n\xff", "."),
+        (encode(messages.Cancel(1)) + b"\n" + b"[" * 100_000, "."),
+        (encode(messages.Cancel(1)) + b"\n" * messages.FRAME_BYTES_MAX, "at most"),
+    ],
+    ids=["none", "too many", "too many on a line", "unknown", "not text", "deep", "too large"],
+)
+def test_is_a_frame_of_several_refused_whole(frame: bytes, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        messages.unpack(frame)
+
+
+@given(st.binary(max_size=50), st.binary(max_size=50))
+def test_does_garbage_in_lines_only_ever_raise_value_error(one: bytes, other: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        messages.unpack(one + b"\n" + other)

@@ -20,6 +20,7 @@ class FakeLink:
     """Remembers what was sent. With `stuck` its other end reads nothing; with `broken` there is none."""
 
     remote = "fake"
+    member: str | None = None
 
     def __init__(self, *, stuck: bool = False, broken: bool = False) -> None:
         self.sent: asyncio.Queue[Message] = asyncio.Queue()
@@ -27,12 +28,13 @@ class FakeLink:
         self._stuck = stuck
         self._broken = broken
 
-    async def send(self, message: Message) -> None:
+    async def send(self, *several: Message) -> None:
         if self._broken:
             raise PeerUnreachable(self.remote, "it broke")
         if self._stuck:
             await asyncio.Event().wait()
-        self.sent.put_nowait(message)
+        for message in several:
+            self.sent.put_nowait(message)
 
     async def receive(self) -> AnyMessage:
         raise PeerUnreachable(self.remote, "says nothing")
@@ -57,6 +59,29 @@ def test_are_posted_messages_sent_in_order() -> None:
         writing.cancel()
         await asyncio.gather(writing, return_exceptions=True)
         assert link.closed
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_do_messages_posted_in_one_turn_travel_together() -> None:
+    class CountingLink(FakeLink):
+        sends = 0
+
+        async def send(self, *several: Message) -> None:
+            self.sends += 1
+            await super().send(*several)
+
+    async def scenario() -> None:
+        link = CountingLink()
+        peer = peer_at(link)
+        writing = asyncio.create_task(peer.write())
+        for turn in range(2):
+            for number in range(3):
+                peer.post(Cancel(number))
+            assert [await link.sent.get() for _ in range(3)] == [Cancel(0), Cancel(1), Cancel(2)]
+            assert link.sends == turn + 1
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Left, Opened, Received, Sent
+from swarm.gossip import Changed
+from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Opened, Received, Sent
 from swarm.messages import Announcement
+from swarm.rumours import Holding, Profile, Record, State
 from swarm.status import picture as pictures
 from swarm.status.picture import RATE_WINDOW_S, Picture, Rate, distinct_names
 
@@ -18,9 +20,10 @@ def announced(node: str, chunks: int, *, total: int = 4, model_id: str = "org/mo
 
 def picture_of(*happenings: object) -> Picture:
     """One second apart, beginning at 1."""
-    picture = Picture()
+    picture, journal = Picture(), Journal()
+    picture.follow(journal)
     for at_s, what in enumerate(happenings, 1):
-        picture.apply(Entry(at_s, "node", what))
+        journal.record(at_s, "node", what)
     return picture
 
 
@@ -43,8 +46,40 @@ def test_who_is_there() -> None:
     assert report["node"] == {"id": "n0", "name": "me", "address": "127.0.0.1:1"}
     assert [(m["name"], m["state"], m["transport"]) for m in report["members"]] == [
         ("me", "alive", "self"),
-        ("peer", "left", "tcp"),
+        ("peer", "left", None),
     ]
+
+
+HOLDING = Holding("org/model", DIGEST, "checkpoint", 1, 4, False)
+
+
+def heard(state: State, version: int = 0) -> Changed:
+    profile = Profile((HOLDING,), 0, ("tcp",), "h1", "r1", 2, 8)
+    return Changed(Record("f" * 16, version, state, version, "far", "10.0.0.9:1", profile))
+
+
+def test_are_members_shown_that_only_gossip_knows() -> None:
+    picture = picture_of(OPENED, heard(State.ALIVE))
+    (_, far) = picture.report(2)["members"]
+    assert far == {
+        "id": "f" * 16, "name": "far", "address": "10.0.0.9:1", "state": "alive", "transport": None,
+        "host": "h1", "rack": "r1", "uploads": 2, "slots": 8,
+    }  # fmt: skip
+    (artifact,) = picture.report(2)["artifacts"]
+    assert (artifact["bytes"], artifact["members"]) == (None, {"far": 0.25})
+
+
+def test_says_a_link_more_than_gossip_and_gossip_who_is_dead() -> None:
+    node = "f" * 16
+    picture = picture_of(OPENED, heard(State.ALIVE), Joined(node, "far", "10.0.0.9:1", "tcp"), announced(node, 2))
+    assert picture.report(4)["artifacts"][0]["members"] == {"far": 0.5}
+    assert picture.report(4)["artifacts"][0]["bytes"] == 100
+    picture.apply(Entry(5, "node", heard(State.SUSPECT)))
+    assert picture.report(5)["members"][1]["state"] == "suspect"
+    picture.apply(Entry(6, "node", Left(node, "gone")))
+    picture.apply(Entry(7, "node", heard(State.DEAD)))
+    assert picture.report(7)["members"][1]["state"] == "dead"
+    assert picture.report(7)["artifacts"] == []
 
 
 def test_is_a_member_that_comes_back_alive() -> None:

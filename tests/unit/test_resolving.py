@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import pytest
 
 from swarm import resolving
+from swarm.datagrams import Hear
 from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable
 from swarm.hashing.cpu import chunk_digest
 from swarm.link import Link
@@ -37,12 +38,14 @@ class QueueLink:
 
     def __init__(self, remote: str) -> None:
         self.remote = remote
+        self.member: str | None = None
         self.twin = self
         self._inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
 
-    async def send(self, message: Message) -> None:
+    async def send(self, *several: Message) -> None:
         await asyncio.sleep(0)
-        self.twin._inbox.put_nowait(encode(message))
+        for message in several:
+            self.twin._inbox.put_nowait(encode(message))
 
     async def receive(self) -> AnyMessage:
         frame = await self._inbox.get()
@@ -60,6 +63,7 @@ class Street(dict[str, "QueueWorld"]):
 
     def __init__(self) -> None:
         super().__init__()
+        self.datagrams_pass = True
         self.hub = InprocHub("street")
 
     def node(self, name: str, *, knows: Iterable[str] = ()) -> Node:
@@ -78,10 +82,10 @@ class QueueWorld:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None]
+        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
     ) -> str:
         self.transports = [InprocTransport(self._street.hub)]
-        self._accept = accept
+        self._accept, self._hear = accept, hear
         self._street[self._address] = self
         for address in self._known:
             asyncio.get_running_loop().call_soon(found, address, True)
@@ -102,6 +106,13 @@ class QueueWorld:
         task = asyncio.create_task(converse())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def send(self, address: str, datagram: bytes) -> None:
+        if (target := self._street.get(address)) and self._street.datagrams_pass:
+            asyncio.get_running_loop().call_soon(target._hear, self._address, datagram)
+
+    def drain(self) -> None:
+        """Nothing waits."""
 
     async def close(self) -> None:
         self._street.pop(self._address, None)
@@ -313,5 +324,24 @@ def test_do_two_fetches_of_one_artifact_on_one_node_both_end() -> None:
 
             assert list(await asyncio.gather(fetch(), fetch(), fetch())) == [4, 4, 4]
             assert newcomer.described(source.manifest.digest)
+
+    run(scenario)
+
+
+def test_may_trusted_machines_alone_introduce_a_model() -> None:
+    async def scenario() -> None:
+        street = Street()
+        good, bad = "10.1.0.5:7000", "10.2.0.5:7000"
+        async with street.node(good) as one, street.node(bad) as two, street.node("me", knows=[good, bad]) as me:
+            one.serve(MODEL, right := Zeros(4))
+            two.serve(MODEL, Zeros(8))
+            await until(lambda: len(me.holders(MODEL)) == 2)
+            for trusted in (["10.1.0.0/16"], ["10.9.9.9", "10.1.0.5"]):
+                found, _ = await resolve(me, MODEL, digest=None, find_timeout_s=DEADLINE_S, trusted=trusted)
+                assert found == right.manifest
+            with pytest.raises(ManifestConflict):
+                await resolve(me, MODEL, digest=None, find_timeout_s=DEADLINE_S, trusted=["10.0.0.0/8"])
+            with pytest.raises(ManifestNotFound, match=r"10\.2\.0\.5:7000\) may not introduce it"):
+                await resolve(me, MODEL, digest=None, find_timeout_s=0.01, trusted=["10.3.0.0/16"])
 
     run(scenario)

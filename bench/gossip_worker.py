@@ -1,0 +1,68 @@
+"""One real node that tells what its gossip does: a JSON object a line, see `gossip.py --real`.
+
+    python gossip_worker.py NETWORK [CONTACT]
+
+First it says where it is; each further line on standard input is answered with what happened since the last one. Times
+are of the machine's monotonic clock, which all processes share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+from swarm.gossip import Changed
+from swarm.journal import Entry
+from swarm.node import Node
+from swarm.settings import Settings
+from swarm.tuning import Tuning, lan, local, wan
+from swarm.world import HostWorld, machine_label
+
+NETWORKS: dict[str, Tuning] = {"local": local(), "lan": lan(), "wan": wan()}
+UDP_IP_BYTES = 28
+
+
+class Counting(HostWorld):
+    """A host whose datagrams are counted."""
+
+    sent_bytes = 0
+    sent_datagrams = 0
+
+    def send(self, address: str, datagram: bytes) -> None:
+        self.sent_bytes += len(datagram) + UDP_IP_BYTES
+        self.sent_datagrams += 1
+        super().send(address, datagram)
+
+
+async def main(network: str, *contacts: str) -> None:
+    world = Counting(Settings(mdns=False, peers=contacts))
+    node = Node(world, network=NETWORKS[network], host=machine_label())
+    changes: list[tuple[float, str, str]] = []
+
+    def note(entry: Entry) -> None:
+        if isinstance(entry.what, Changed):
+            record = entry.what.record
+            changes.append((time.monotonic(), record.node, record.state.name))
+
+    node.journal.subscribe(note)
+    opened_at = time.monotonic()
+    async with node:
+        print(json.dumps({"node": node.id, "address": node.address, "opened_at": opened_at}), flush=True)
+        while await asyncio.to_thread(sys.stdin.readline):
+            answer: dict[str, Any] = {
+                "at": time.monotonic(),
+                "known": [record.node for record in node.members()],
+                "links": len(node.peers),
+                "changes": changes[:],
+                "sent_bytes": world.sent_bytes,
+                "sent_datagrams": world.sent_datagrams,
+            }
+            changes.clear()
+            print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

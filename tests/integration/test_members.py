@@ -1,0 +1,115 @@
+"""Do processes know of each other by datagrams, and do without them where nothing passes but TCP?"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm.errors import PeerUnreachable
+from swarm.status import client
+
+from .processes import Machine, Process, contents, wait_until, write_model
+
+pytestmark = pytest.mark.integration
+
+
+def members(address: str) -> dict[str, dict[str, Any]]:
+    """What the node at an address says of each of its members, by name."""
+    try:
+        return {member["name"]: member for member in client.ask(address)["members"]}
+    except PeerUnreachable:  # busy
+        return {}
+
+
+def knows(address: str, names: set[str]) -> bool:
+    """Whether gossip told the node at an address of exactly these."""
+    found = members(address).items()
+    return {name for name, member in found if member["state"] == "alive" and member["host"]} == names
+
+
+def is_dead(address: str, name: str) -> bool:
+    return bool(members(address).get(name, {}).get("state") == "dead")
+
+
+def serve(machine: Machine, root: Path, number: int, *flags: str) -> Process:
+    model = write_model(root / f"model-{number}", size=10_000, seed=number)
+    return machine.serve(model, "--name", f"n{number}", *flags, model_id=f"org/model-{number}")
+
+
+def test_do_processes_know_each_other_through_one_and_who_is_killed(machine: Machine, tmp_path: Path) -> None:
+    nodes = [serve(machine, tmp_path, 0)]
+    nodes += [serve(machine, tmp_path, number, "--peer", nodes[0].address) for number in range(1, 5)]
+    names = {f"n{number}" for number in range(5)}
+    for number, node in enumerate(nodes):
+        wait_until(partial(knows, node.address, names - {f"n{number}"}), f"n{number} to hear of all")
+    seen = [members(node.address) for node in nodes]
+    assert len({member["host"] for view in seen for member in view.values() if member["host"]}) == 1
+    nodes[3].kill()
+    for node in (nodes[0], nodes[1], nodes[4]):
+        wait_until(partial(is_dead, node.address, "n3"), "n3 to be declared dead")
+        assert "n3" not in {name for a in client.ask(node.address)["artifacts"] for name in a["members"]}
+
+
+def test_is_a_goodbye_told(machine: Machine, tmp_path: Path) -> None:
+    one = serve(machine, tmp_path, 0)
+    other = serve(machine, tmp_path, 1, "--peer", one.address)
+    wait_until(lambda: knows(one.address, {"n1"}), "n0 to hear of n1")
+    other.send(signal.SIGTERM)
+    wait_until(lambda: members(one.address)["n1"]["state"] == "left", "n1 to have left")
+
+
+def test_is_a_taken_udp_port_an_error_that_names_it(machine: Machine, model: Path) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        line = machine.run("serve", model, "--no-mdns", "--listen", f"127.0.0.1:{port}").error(2)
+        assert f"UDP port {port} on 127.0.0.1 cannot be had" in line
+
+
+@pytest.fixture
+def without_udp() -> Iterator[Sequence[str]]:
+    """What runs a command in a network of its own, where no datagram gets anywhere."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2")
+    name = f"swarm-{secrets.token_hex(4)}"
+    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False, timeout=10)
+    if made.returncode:
+        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+    try:
+        for rule in (
+            "link set lo up",
+            "rule add pref 100 table local",
+            "rule del pref 0",
+            "rule add pref 10 ipproto udp blackhole",
+        ):
+            subprocess.run(["ip", "-n", name, *rule.split()], check=True, timeout=10)
+        yield ("ip", "netns", "exec", name)
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True, timeout=10)
+
+
+def test_do_links_do_where_no_datagram_passes(
+    machine: Machine, model: Path, out: Path, without_udp: Sequence[str]
+) -> None:
+    one = machine.start("serve", model, "--model-id", "org/a", "--no-mdns", wrapper=without_udp)
+    one.wait_for(" ready: ")
+    other = write_model(model.parent / "other", size=10_000, seed=7)
+    command = ("serve", other, "--model-id", "org/b", "--no-mdns", "--peer", one.address)
+    two = machine.start(*command, wrapper=without_udp)
+    two.wait_for(" ready: ")
+    flags = ("--json", "--no-seed", "--no-mdns", "--peer", one.address)
+    ended = machine.start("fetch", "org/b", "--out", out, *flags, wrapper=without_udp).end()
+    assert ended.report["model_id"] == "org/b", "found through a member that does not serve it"
+    assert contents(out) == contents(other)
+    status = machine.start("status", "--json", "--peer", two.address, wrapper=without_udp).end().report
+    assert {member["host"] for member in status["members"]} == {None}, "no gossip was heard"
