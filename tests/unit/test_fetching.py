@@ -59,7 +59,7 @@ class Fetch:
         host = SimpleNamespace(
             id="0" * 16,
             peers={self.source.node: self.peer},
-            now=lambda: self.now,
+            now=lambda: 0.0,
             record=lambda *_: None,
             spawn=self.spawn,
         )
