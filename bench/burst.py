@@ -296,8 +296,8 @@ def _sha256(path: Path) -> str:
 
 
 def scenarios(base: Scenario, systems: list[str], *, newcomers: list[int], seeds: list[int]) -> Iterator[Scenario]:
-    """Every system, for every number of newcomers and seeds."""
-    for count in newcomers:
-        for sources in seeds:
-            for system in systems:
+    """Every system in turn, for every number of newcomers and seeds."""
+    for system in systems:
+        for count in newcomers:
+            for sources in seeds:
                 yield Scenario(**base.__dict__ | {"system": system, "newcomers": count, "seeds": sources})

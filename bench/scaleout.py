@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -66,14 +66,18 @@ def main() -> int:
             "bytes": model.stat().st_size,
         }
         _print_head(report)
-        outcomes = _run(options, systems, model)
-    report["outcomes"] = [asdict(outcome) for outcome in outcomes]
+        out = options.out or Path(__file__).parent / "results" / f"scaleout-{options.rate}-{report['date']}.json"
+        outcomes: list[Outcome] = []
+        for outcome in _run(options, systems, model):
+            outcomes.append(outcome)
+            _write(out, report, outcomes)  # at once: what took an hour outlives what stops the rest
     _print_table(outcomes)
-    _write(options, report, outcomes)
+    print(f"raw numbers: {out}")
+    _plot(out.with_suffix(".svg"), options.rate, outcomes)
     return 0 if all(outcome.verified and not outcome.failures for outcome in outcomes) else 1
 
 
-def _run(options: argparse.Namespace, systems: list[str], model: Path) -> list[Outcome]:
+def _run(options: argparse.Namespace, systems: list[str], model: Path) -> Iterator[Outcome]:
     """Every scenario once a round, forth and back: all meet the same weather, none always the same neighbour."""
     base = Scenario(
         system="",
@@ -85,7 +89,6 @@ def _run(options: argparse.Namespace, systems: list[str], model: Path) -> list[O
         racks=options.racks,
     )
     all_of_them = list(burst.scenarios(base, systems, newcomers=options.newcomers, seeds=options.seeds))
-    outcomes = []
     for number in range(options.repeat):
         for scenario in all_of_them if number % 2 == 0 else reversed(all_of_them):
             print(f"\rround {number + 1} of {options.repeat}: {scenario!s:<30}", end="", file=sys.stderr, flush=True)
@@ -93,9 +96,8 @@ def _run(options: argparse.Namespace, systems: list[str], model: Path) -> list[O
             outcome = burst.run(scenario, number=number, model=model, bits_per_s=bits_per_s)
             for failure in outcome.failures:
                 print(f"\n{scenario}: {failure}", file=sys.stderr)
-            outcomes.append(outcome)
+            yield outcome
     print(file=sys.stderr)
-    return outcomes
 
 
 def _taking_part(systems: Iterable[str]) -> Iterable[str]:
@@ -184,20 +186,15 @@ def _spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
 
 
-def _write(options: argparse.Namespace, report: dict[str, Any], outcomes: list[Outcome]) -> None:
-    results = Path(__file__).parent / "results"
-    out = options.out or results / f"scaleout-{options.rate}-{report['date']}.json"
+def _write(out: Path, report: dict[str, Any], outcomes: list[Outcome]) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"raw numbers: {out}")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no plot: matplotlib is not installed")
-        return
-    _plot(out.with_suffix(".svg"), options.rate, outcomes)
-    print(f"plot: {out.with_suffix('.svg')}")
+    out.write_text(json.dumps(report | {"outcomes": [asdict(outcome) for outcome in outcomes]}, indent=1) + "\n")
 
 
 def _plot(path: Path, rate: str, outcomes: list[Outcome]) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plot: matplotlib is not installed")
+        return
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -225,6 +222,7 @@ def _plot(path: Path, rate: str, outcomes: list[Outcome]) -> None:
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
+    print(f"plot: {path}")
 
 
 def _versions(systems: list[str]) -> dict[str, str]:

@@ -196,7 +196,7 @@ def _scores(name: str, length: int) -> npt.NDArray[np.uint64]:
 
 
 def news_every_s(chunk_bytes: int, rate_bytes_per_s: float) -> float:
-    """How often to tell of newly verified chunks while they arrive at this rate.
+    """How often at most to tell of newly verified chunks while they arrive at this rate.
 
     Late news costs the swarm, each message both its ends time: simulated with 512 chunks, four chunk times cost nothing
     that two do not, and half the messages.

@@ -69,9 +69,11 @@ def test_is_a_goodbye_told(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_is_a_taken_udp_port_an_error_that_names_it(machine: Machine, model: Path) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = taken.getsockname()[1]
+    with socket.socket() as free, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
+        free.bind(("127.0.0.1", 0))  # a port that no TCP socket of another process has
+        port = free.getsockname()[1]
+        taken.bind(("127.0.0.1", port))
+        free.close()
         line = machine.run("serve", model, "--no-mdns", "--listen", f"127.0.0.1:{port}").error(2)
         assert f"UDP port {port} on 127.0.0.1 cannot be had" in line
 
