@@ -28,7 +28,7 @@ from typing import TypeAlias
 
 from swarm import mesh
 from swarm.errors import LocalProtocolError
-from swarm.mesh import LINKS_FIRST, LINKS_FULL, LINKS_WANTED, Candidate
+from swarm.mesh import LINKS_FIRST, LINKS_FULL, LINKS_MOST, LINKS_WANTED, Candidate
 from swarm.messages import ADDRESSES_MAX
 from swarm.rumours import Record, State
 
@@ -185,7 +185,7 @@ class Membership:
         self._living_at: dict[str, str] = {}  # who of them, by address
         self._wants = Wants(frozenset())
         self._wanted_since: dict[str, float] = {}
-        self._most_dialled = LINKS_WANTED  # more once gossip was found to be blocked
+        self._most_dialled = LINKS_MOST  # more once gossip was found to be blocked
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about one event."""
@@ -336,7 +336,7 @@ class Membership:
     def _due(self, now: float) -> list[Action]:
         """Whom to dial, and which link gives way to that."""
         blocked = self._blocked(now)
-        limit = LINKS_MAX if blocked else self._for_all_wanted(LINKS_WANTED)
+        limit = LINKS_MAX if blocked else self._for_all_wanted(LINKS_MOST)
         self._most_dialled = max(self._most_dialled, limit)
         linked = self._linked()
         dialling = [address for address, known in self._known.items() if known.dialling]
@@ -366,14 +366,14 @@ class Membership:
         sources = {digest: self._sources(digest) for digest in self._wanted_since}
         for digest, linked in sorted(sources.items(), key=lambda item: len(item[1])):
             few = now - self._wanted_since[digest] < mesh.SETTLE_S and not self._small()
-            wanted = min(LINKS_FIRST if few else LINKS_WANTED, len(linked) + free - len(chosen))
             others = [
                 self._candidate(node, member.holds[digest])
                 for node, member in holders.items()
                 if digest in member.holds and member.address not in chosen
             ]
             ones = [self._candidate(node, whole) for node, whole in linked.items()]
-            for candidate in mesh.choose(ones, others, wanted=wanted, rng=self._rng):
+            good = mesh.choose(ones, others, wanted=LINKS_FIRST if few else LINKS_WANTED, rng=self._rng)
+            for candidate in good[: max(0, free - len(chosen))]:
                 address = self._members[candidate.node].address
                 known = self._known.setdefault(address, _Address(False))
                 known.dialling, known.node = True, candidate.node
@@ -407,7 +407,9 @@ class Membership:
 
     def _full(self) -> bool:
         """Whether who is fetching has as many links as are good for a burst: see `mesh`."""
-        return bool(self._wants.digests) and len(self._links) >= self._for_all_wanted(LINKS_FULL)
+        wanted = self._wants.digests
+        newcomers = sum(not any(link.holds.get(digest) for digest in wanted) for link in self._links.values())
+        return bool(wanted) and newcomers >= self._for_all_wanted(LINKS_FULL)
 
     def _by_itself(self) -> list[_Link]:
         """Links that this node dialled without being told to by hand."""

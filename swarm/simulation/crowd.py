@@ -92,7 +92,9 @@ class _Member:
 
     @property
     def full(self) -> bool:
-        return len(self.links) >= (mesh.LINKS_FULL if self.fetches else LINKS_MAX)
+        if not self.fetches:
+            return len(self.links) >= LINKS_MAX
+        return sum(not other.held.complete for other in self.links.values()) >= mesh.LINKS_FULL
 
 
 class Crowd:
@@ -255,8 +257,6 @@ class Crowd:
             self._clock.after(mesh.LOOK_EVERY_S, self._keep_links, member)
 
     def _look_for_links(self, member: _Member, wanted: int) -> None:
-        if len(member.links) >= wanted:
-            return
         linked = [self._candidate(member, other) for other in member.links.values()]
         others = [
             self._candidate(member, other)

@@ -108,14 +108,14 @@ def test_does_one_chunk_in_a_hundred_that_arrives_wrong_cost_little(dice: int) -
 def test_does_each_chunk_cross_about_once_into_each_rack(dice: int) -> None:
     report = played(replace(BURST, racks=2, dice=dice))
     assert 0.5 <= report.crossed_models <= 1.6  # one rack of two has the seed; 4 each would be no care at all
-    assert report.last_ratio <= 2.2
+    assert report.last_ratio <= 2.4
 
 
 @dice
 def test_does_each_chunk_enter_a_machine_of_several_newcomers_about_once(dice: int) -> None:
     report = played(replace(BURST, per_machine=4, dice=dice))
     assert 1.0 <= report.entered_models <= 1.75
-    assert report.last_ratio <= 2.2
+    assert report.last_ratio <= 2.4
 
 
 # Is the simulation itself right?

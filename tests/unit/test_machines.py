@@ -897,10 +897,11 @@ def test_who_wants_something_dials_a_few_that_hold_it_and_a_seed_among_them(seed
     knows = Knows()
     large(knows, seeds=seeds)
     first = dialled(knows.tell(WANT))
-    assert len(first) == mesh.LINKS_FIRST
+    on_top = min(seeds, mesh.SEEDS_WANTED)
+    assert len(first) == mesh.LINKS_FIRST + on_top
     assert min(first) < seeds
     rest = dialled(knows.tell(membership.Tick(), at=mesh.SETTLE_S))
-    assert len(first) + len(rest) == mesh.LINKS_WANTED
+    assert len(first) + len(rest) == mesh.LINKS_WANTED + on_top
     assert not set(first) & set(rest)
     assert max(rest) < 40
     assert knows.tell(membership.Tick(), at=1.0) == []
@@ -942,7 +943,7 @@ def test_half_of_those_chosen_are_of_this_host() -> None:
 
 def test_links_of_no_use_give_way() -> None:
     knows = Knows()
-    useless = list(range(47, 47 + mesh.LINKS_WANTED))
+    useless = list(range(45, 45 + mesh.LINKS_MOST))
     for number in useless:
         knows.tell(Found(f"m{number}:1", False))
     linked(knows, useless, chunks=0)
@@ -950,7 +951,7 @@ def test_links_of_no_use_give_way() -> None:
     large(knows)
     actions = knows.tell(WANT)
     assert {action.link for action in actions if isinstance(action, Drop)} == set(useless), "not who dialled in"
-    assert len(dialled(actions)) == mesh.LINKS_FIRST
+    assert len(dialled(actions)) == mesh.LINKS_FIRST + 1, "the seed"
 
 
 def test_links_that_nobody_can_use_end_after_a_while() -> None:
@@ -984,8 +985,8 @@ def test_where_datagrams_do_not_get_through_everybody_is_dialled() -> None:
     knows = Knows()
     knows.tell(LinkUp(99, BIG, "b:1", dialled=None))
     told = Told(tuple(f"m{number}:1" for number in range(40)))
-    assert len(dialled(knows.tell(told))) == mesh.LINKS_WANTED
-    assert len(dialled(knows.tell(membership.Tick(), at=membership.GOSSIP_LATE_S))) == 40 - mesh.LINKS_WANTED
+    assert len(dialled(knows.tell(told))) == mesh.LINKS_MOST
+    assert len(dialled(knows.tell(membership.Tick(), at=membership.GOSSIP_LATE_S))) == 40 - mesh.LINKS_MOST
 
 
 def test_somebody_who_holds_more_than_it_could_say_is_asked_for_what_nobody_is_known_to_hold() -> None:

@@ -37,13 +37,14 @@ SEEDS = some(9, whole=True, name="s")
     [
         ([], [], 12, 0, 0, 0, 0),
         ([], SEED, 12, 1, 0, 0, 1),
-        ([], SEEDS, 1, 1, 0, 0, 1),
-        ([], [*SEED, *some(20)], 4, 1, 0, 0, 4),
-        ([], [*SEED, *some(20)], 12, 1, 0, 0, 12),
-        (SEEDS[:2], some(20), 12, 0, 0, 0, 10),
+        ([], SEEDS, 1, 2, 0, 0, 3),
+        ([], [*SEED, *some(20)], 4, 1, 0, 0, 5),
+        ([], [*SEED, *some(20)], 12, 1, 0, 0, 13),
+        (SEEDS[:2], some(20), 12, 0, 0, 0, 12),
+        (SEEDS[:5], some(20), 12, 0, 0, 0, 9),  # those beyond two take the places of others
         (some(12, name="q"), some(20), 12, 0, 0, 0, 0),
         (some(13, name="q"), some(20), 12, 0, 0, 0, 0),  # others dialled meanwhile
-        (some(12, name="q"), SEED, 12, 0, 0, 0, 0),
+        (some(12, name="q"), SEED, 12, 1, 0, 0, 1),
         ([], [*some(20, borders=HERE), *some(20)], 12, 0, 6, 0, 6),
         ([], [*some(20, borders=HERE), *some(20, borders=RACK), *some(20)], 12, 0, 6, 3, 3),
         ([], [*some(20, borders=RACK), *some(20)], 12, 0, 0, 6, 6),
@@ -89,13 +90,13 @@ def known(draw: st.DrawFn) -> tuple[list[Candidate], list[Candidate]]:
 def test_what_holds_whoever_is_there(known: tuple[list[Candidate], list[Candidate]], wanted: int, seed: int) -> None:
     linked, others = known
     found = chosen(linked, others, wanted, seed)
-    assert len(found) <= max(0, wanted - len(linked)), "never more than wanted"
+    seeds, linked_seeds = sum(one.whole for one in others), sum(one.whole for one in linked)
+    room = max(0, wanted + min(mesh.SEEDS_WANTED, seeds + linked_seeds) - len(linked))
+    assert len(found) <= room, "never more than wanted"
     assert len(set(found)) == len(found), "nobody twice"
     assert set(found) <= set(others), "nobody who is linked or unknown"
     # Seeds come first: as many as are lacking, are there, and have room.
-    lacking = max(0, mesh.SEEDS_WANTED - sum(one.whole for one in linked))
-    room = max(0, wanted - len(linked))
-    seeds = sum(one.whole for one in others)
+    lacking = max(0, mesh.SEEDS_WANTED - linked_seeds)
     assert sum(one.whole for one in found) >= min(lacking, room, seeds)
 
 
