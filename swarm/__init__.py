@@ -3,6 +3,7 @@
     weights = swarm.fetch("org/model")                   # mapping: tensor name -> torch.Tensor
     path = swarm.fetch("org/model", out="dir").path      # a model directory
     with swarm.serve("dir", model_id="org/model"): ...   # or a state_dict
+    model = swarm.transformers.load("org/model")         # a model of the transformers library
 
 Importing this imports neither torch nor anything that opens a socket: the names below load on first use.
 """
@@ -30,6 +31,7 @@ from swarm.settings import Settings
 
 if TYPE_CHECKING:
     from swarm.api import HUB_CACHE, Served, Weights, fetch, fetch_async, serve
+    from swarm.engines import transformers
 
 __version__ = "0.1.0"
 
@@ -55,10 +57,15 @@ __all__ = [
     "fetch",
     "fetch_async",
     "serve",
+    "transformers",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "transformers":
+        from swarm.engines import transformers
+
+        return transformers
     if name in __all__:
         from swarm import api
 

@@ -52,13 +52,21 @@ HUB_CACHE: Final = _HubCache()  # `fetch(..., out=HUB_CACHE)`: where every libra
 class Weights(Mapping[str, "torch.Tensor"]):
     """What `fetch` returns: tensors by name if they are in memory, else the directory at `path`.
 
+    With tensors come `files`: what else was fetched (config.json, tokenizer), read-only, by path.
+
     The node goes on to serve it until `close()`, the end of a `with` block, or the end of the process.
     """
 
     def __init__(
-        self, fetched: Fetched, tensors: Mapping[str, torch.Tensor], path: Path | None, settings: Settings
+        self,
+        fetched: Fetched,
+        tensors: Mapping[str, torch.Tensor],
+        files: Mapping[str, memoryview],
+        path: Path | None,
+        settings: Settings,
     ) -> None:
         self.fetched = fetched
+        self.files = files
         self.path = path
         self._tensors = tensors
         self._settings: Settings | None = settings
@@ -274,7 +282,8 @@ async def _fetch(want: _Want) -> Weights:
             settings=want.settings,
         )
         tensors = store.tensors() if isinstance(store, MemoryStore | DeviceStore) else dict(want.into or {})
-        return Weights(fetched, tensors, path, want.settings)
+        files = store.files() if isinstance(store, MemoryStore | IntoStore) else {}
+        return Weights(fetched, tensors, files, path, want.settings)
     except BaseException:
         await runtime().release(want.settings)
         raise

@@ -19,7 +19,7 @@ from swarm.simulation.setup import Setup, flag_of
 ROOT = Path(swarm.__file__).parent.parent
 DOCUMENTS = [
     "README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/operations.md", "docs/protocol.md", "docs/gossip.md",
-    "docs/limits.md", "docs/simulation.md",
+    "docs/limits.md", "docs/simulation.md", "docs/engines.md",
 ]  # fmt: skip
 INTERNAL = {"TransportError"}  # never leaves a node: the chunk is asked for elsewhere
 ERRORS = {

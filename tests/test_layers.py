@@ -136,7 +136,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "build": set(),
     },
     "faces": {
-        "": {"api"},  # `import swarm` itself
+        "": {"api", "engines.transformers"},  # `import swarm` itself
         "status": set(),
         "status.picture": set(),
         "status.progress": {"status.picture"},
@@ -144,6 +144,8 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "status.running": set(),
         "runtime": {"status.client", "status.picture"},
         "api": {"runtime"},
+        "engines": set(),
+        "engines.transformers": {"api"},
         "cli": {
             "",
             "api",
@@ -191,7 +193,16 @@ HOMES: dict[str, set[str]] = {
     "cryptography": {"sealing", "keys", "identity"},
     "zeroconf": {"discovery"},
     "xxhash": {"hashing.cpu", "hashing.cuda"},
-    "torch": {"api", "cuda", "hashing.cuda", "store.tensors", "transport.nccl", "transport.torchdist"},
+    "torch": {
+        "api",
+        "cuda",
+        "engines.transformers",
+        "hashing.cuda",
+        "store.tensors",
+        "transport.nccl",
+        "transport.torchdist",
+    },
+    "transformers": {"engines.transformers"},
     "triton": {"hashing.kernels"},  # which is imported when there is a batch to hash
     "rich": {"status.client", "status.progress", "cli", "demo", "simulate"},
     "matplotlib": {"simulation.plot"},
@@ -210,7 +221,7 @@ HOMES: dict[str, set[str]] = {
     },
     "msgspec": {"manifest", "messages", "rumours", "build"},
 }
-LAZY = {"matplotlib", "torch", "zeroconf"}  # never at a module's top
+LAZY = {"matplotlib", "torch", "transformers", "zeroconf"}  # never at a module's top
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
 ALLOWED_ANYWAY = {("settings", "os")}  # the environment is one of its sources
 

@@ -19,7 +19,7 @@ from swarm import errors
 NAMES = {
     "HUB_CACHE", "FetchError", "FetchTimeout", "ManifestConflict", "ManifestError", "ManifestInvalid",
     "ManifestNotFound", "Served", "Settings", "SettingsError", "SourceChanged", "Stalled", "StoreConflict",
-    "StoreError", "StoreFull", "SwarmError", "Weights", "__version__", "fetch", "fetch_async", "serve",
+    "StoreError", "StoreFull", "SwarmError", "Weights", "__version__", "fetch", "fetch_async", "serve", "transformers",
 }  # fmt: skip
 
 FETCH = {

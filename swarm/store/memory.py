@@ -107,6 +107,11 @@ class MemoryLanding(MemorySource):
         """Nothing: memory remembers no earlier attempt."""
         return iter(())
 
+    def files(self) -> dict[str, memoryview]:
+        """Contents of the files that are not safetensors (configuration, tokenizer), by path, read-only."""
+        numbered = enumerate(self.manifest.files)
+        return {f.path: next(self._read(n, 0, f.size), memoryview(b"")) for n, f in numbered if not f.header}
+
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
         """The final memory itself, or pinned memory on its way there, at most LANDING_BYTES at a time."""
         for view in self.device_landing(chunk):

@@ -76,10 +76,9 @@ class MemoryStore(MemoryLanding):
         self._sealed = True
 
     def files(self) -> dict[str, memoryview]:
-        """Contents of the files that are not safetensors (configuration, tokenizer), by path, read-only."""
+        """The same once it is sealed."""
         self._demand_sealed()
-        pairs = zip(self.manifest.files, self._buffers, strict=True)
-        return {file.path: memory.toreadonly() for file, memory in pairs if not file.header}
+        return super().files()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name, writable, sharing the store's memory; tied names share one tensor object.
