@@ -145,6 +145,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "runtime": {"status.client", "status.picture"},
         "api": {"runtime"},
         "engines": set(),
+        "engines.starts": set(),
         "engines.transformers": {"api"},
         "cli": {
             "",
@@ -219,7 +220,7 @@ HOMES: dict[str, set[str]] = {
         "simulation.content",
         "demo",
     },
-    "msgspec": {"manifest", "messages", "rumours", "build"},
+    "msgspec": {"manifest", "messages", "rumours", "build", "engines.starts"},
 }
 LAZY = {"matplotlib", "torch", "transformers", "zeroconf"}  # never at a module's top
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
