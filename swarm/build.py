@@ -43,6 +43,7 @@ from swarm.manifest import (
     FileEntry,
     HashScheme,
     Manifest,
+    Tier,
     cut,
     decode,
     default_chunk_bytes,
@@ -107,8 +108,12 @@ def tensors(
     chunk_bytes: int | None = None,
     leaf_bytes: int | None = None,
     threads: int | None = None,
+    loaded_as: str | None = None,
 ) -> TensorSource:
-    """A source that serves a state dict as one safetensors file. Raises what TensorSource does."""
+    """A source that serves a state dict as one safetensors file. Raises what TensorSource does.
+
+    `loaded_as` is the fingerprint of the layout that an engine loaded them in; None: they are a checkpoint's.
+    """
     source = TensorSource(given)
     if source.devices:
         leaf_bytes = GPU_LEAF_BYTES if leaf_bytes is None else leaf_bytes
@@ -123,7 +128,8 @@ def tensors(
         digests |= zip(rest, hashed, strict=True)
     chunks = tuple(ChunkEntry(size, digests[at, size].hex()) for at, size in ranges)
     file = FileEntry(VIRTUAL_PATH, source.size, source.header, chunks)
-    source.manifest = Manifest(1, "checkpoint", "", grid.scheme, grid.chunk_bytes, (file,))
+    tier: Tier = "checkpoint" if loaded_as is None else "loaded"
+    source.manifest = Manifest(1, tier, loaded_as or "", grid.scheme, grid.chunk_bytes, (file,))
     decode(source.manifest.encoded, digest=source.manifest.digest)
     return source
 

@@ -145,7 +145,9 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "runtime": {"status.client", "status.picture"},
         "api": {"runtime"},
         "engines": set(),
+        "engines.fingerprint": set(),
         "engines.starts": set(),
+        "engines.tiers": {"engines.fingerprint"},
         "engines.transformers": {"api"},
         "cli": {
             "",
