@@ -1,11 +1,11 @@
 """From where a rank takes its weights: which tiers are worth trying, in which order, and why not the others.
 
     loaded       twins only: the tensors of another rank of the same layout, memory to memory
-    checkpoint   any layout: the files, into a directory that the ranks of a host share; the engine's own loader reads it
+    checkpoint   any layout: the files, into a directory that a host shares; the engine's own loader reads them
     disk         what the engine would have done without: local files, or the hub
 
 `choose` is a pure function of a `Situation`; whoever loads tries what it wants in that order, and every failure moves
-on to the next. A `Layout` is what a rank's tensors are, to be compared exactly: an engine that takes a tensor of another
+on to the next. A `Layout` is what a rank's tensors are, compared exactly: an engine that takes a tensor of another
 shape, or unties what was tied, may answer differently and say nothing.
 
 Must not know: engines, nodes, torch.
