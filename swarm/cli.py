@@ -72,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", action="store_true", help="show it again every second")
     status.set_defaults(run=_status)
 
+    doctor = commands.add_parser("doctor", parents=[common], help="say why a start does, or did not, use the swarm")
+    doctor.add_argument("model_id", nargs="?", metavar="MODEL_ID", help="a model to look for")
+    doctor.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_settings(doctor, without={"timeout_s", "upload_limit"})
+    doctor.set_defaults(run=_doctor)
+
     verify = commands.add_parser("verify", parents=[common], help="hash a fetched directory again")
     verify.add_argument("directory", type=Path, metavar="DIR")
     verify.add_argument("--digest", metavar="D", help="what it must have been fetched as, too")
@@ -240,6 +246,26 @@ def _status(options: argparse.Namespace) -> int:
         time.sleep(REDRAW_S)
         once()
     return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from swarm.doctor.checks import diagnose
+    from swarm.doctor.examine import examine
+    from swarm.doctor.show import as_json, show
+
+    settings = _settings(options)
+    if not options.verbose:
+        logging.getLogger("swarm").setLevel(logging.ERROR)  # what a node logs comes as findings
+
+    async def doctor() -> int:
+        findings = diagnose(await examine(settings, options.model_id))
+        if options.json:
+            print(as_json(findings), flush=True)
+        else:
+            show(findings)
+        return PROBLEMS_FOUND if any(finding.level == "bad" for finding in findings) else 0
+
+    return _run(doctor())
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -91,6 +91,11 @@ class Mdns:
         state = "on" if self._sockets else "off"
         return f"<Mdns {self._node_id or '-'} {state}, {len(self._reported)} found>"
 
+    @property
+    def started(self) -> bool:
+        """Whether there is multicast to speak and listen to."""
+        return bool(self._sockets)
+
     async def start(self, *, node_id: str, address: tuple[str, int], found: Found) -> None:
         """Announces `node_id` at `address`, and from now on calls `found("host:port")` for other nodes.
 

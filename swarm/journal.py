@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from swarm.errors import SwarmError
 from swarm.messages import Announcement
 
 ENTRIES_KEPT = 2000  # enough to see what led to a failure; an entry may hold all of a peer's announcements, some 100 KB
@@ -33,6 +34,14 @@ class Joined:
     name: str
     address: str
     scheme: str
+
+
+@dataclass(frozen=True)
+class Unreached:
+    """Nobody could be talked to at an address that was dialled."""
+
+    address: str
+    error: SwarmError
 
 
 @dataclass(frozen=True)

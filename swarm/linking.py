@@ -16,9 +16,17 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from swarm import membership, messages
-from swarm.errors import NotAdmitted, PeerError, PeerTimeout, RemoteProtocolError, SettingsError, VersionSkew
+from swarm.errors import (
+    NotAdmitted,
+    PeerError,
+    PeerTimeout,
+    RemoteProtocolError,
+    SettingsError,
+    SwarmError,
+    VersionSkew,
+)
 from swarm.fetching import Host
-from swarm.journal import Announced, Joined, Left
+from swarm.journal import Announced, Joined, Left, Unreached
 from swarm.link import Link
 from swarm.membership import Membership
 from swarm.messages import Announcement, AnyMessage, Hello
@@ -112,7 +120,7 @@ class Linking:
             level = logging.WARNING if isinstance(error, VersionSkew | RemoteProtocolError) else logging.DEBUG
             self._log_once(level, str(error))
             if dialled:
-                self.meet(membership.DialFailed(dialled))
+                self._failed(dialled, error)
         finally:
             await link.close()
             for transport in self._world.transports:
@@ -123,9 +131,13 @@ class Linking:
             link = await self._world.dial(address)
         except (PeerError, SettingsError) as error:
             self._log_once(logging.WARNING if isinstance(error, NotAdmitted) else logging.DEBUG, str(error))
-            self.meet(membership.DialFailed(address))
+            self._failed(address, error)
         else:
             await self.converse(link, dialled=address)
+
+    def _failed(self, address: str, error: SwarmError) -> None:
+        self._party.record("node", Unreached(address, error))
+        self.meet(membership.DialFailed(address))
 
     async def _greet(self, link: Link, token: str) -> Peer:
         await self._opened.wait()  # opening has its own deadlines, and ends all links when it fails

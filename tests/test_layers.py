@@ -153,6 +153,9 @@ ROWS: dict[str, dict[str, set[str]]] = {
             "",
             "api",
             "demo",
+            "doctor.checks",
+            "doctor.examine",
+            "doctor.show",
             "runtime",
             "simulate",
             "simulation.setup",
@@ -160,6 +163,18 @@ ROWS: dict[str, dict[str, set[str]]] = {
             "status.progress",
             "status.running",
         },
+        "doctor": set(),
+        "doctor.facts": {"engines.fingerprint", "engines.starts"},
+        "doctor.checks": {"doctor.facts", "engines.fingerprint", "engines.starts"},
+        "doctor.examine": {
+            "doctor.facts",
+            "engines.fingerprint",
+            "engines.starts",
+            "runtime",
+            "status.client",
+            "status.running",
+        },
+        "doctor.show": {"doctor.checks"},
         "demo": {"", "status.client", "status.progress", "status.running"},
         "simulation": set(),
         "simulation.clock": set(),
@@ -188,7 +203,10 @@ ROWS: dict[str, dict[str, set[str]]] = {
     },
 }
 PURE = ["words", "nouns", "policy", "protocols"]
-VERSION_ONLY = {"node"}  # may import `__version__` from the package itself, which is no more than a word
+VERSION_ONLY = {
+    "doctor.examine",
+    "node",
+}  # may import `__version__` from the package itself, which is no more than a word
 
 # Where each third-party package lives.
 HOMES: dict[str, set[str]] = {
@@ -207,7 +225,7 @@ HOMES: dict[str, set[str]] = {
     },
     "transformers": {"engines.transformers"},
     "triton": {"hashing.kernels"},  # which is imported when there is a batch to hash
-    "rich": {"status.client", "status.progress", "cli", "demo", "simulate"},
+    "rich": {"doctor.show", "status.client", "status.progress", "cli", "demo", "simulate"},
     "matplotlib": {"simulation.plot"},
     "numpy": {
         "bitfield",

@@ -10,6 +10,8 @@ import http.client
 import json
 import ssl
 from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from swarm.errors import PeerUnreachable
@@ -36,6 +38,37 @@ def ask(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
 
     `context` proves that this is a member; without one a node tells programs of its own machine only.
     """
+    answer, data = _get(address, context)
+    if answer.status == http.HTTPStatus.FORBIDDEN:
+        raise PeerUnreachable(address, "tells members and its own machine alone; name the key with --key-file")
+    if answer.status != http.HTTPStatus.OK:
+        raise PeerUnreachable(address, f"answers {answer.status} {answer.reason}; is it a swarm node?")
+    try:
+        report = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise PeerUnreachable(address, f"{error}; is a node running there?") from error
+    if not isinstance(report, dict) or not {"node", "members", "artifacts", "transfers"} <= report.keys():
+        raise PeerUnreachable(address, "answers something that is no swarm status")
+    return report
+
+
+def clock_ahead_s(address: str, context: ssl.SSLContext | None = None) -> float | None:
+    """How far the clock of the node at HOST:PORT is ahead of this one, to a second; None when it does not tell.
+
+    Raises PeerUnreachable.
+    """
+    before = datetime.now(UTC)
+    answer, _ = _get(address, context)
+    after = datetime.now(UTC)
+    try:
+        told = parsedate_to_datetime(answer.headers["Date"])
+    except (TypeError, ValueError):  # none, or none that can be read
+        return None
+    ahead_s = (told - before - (after - before) / 2).total_seconds() + 0.5  # it counts whole seconds
+    return ahead_s if abs(ahead_s) > 1 else 0.0
+
+
+def _get(address: str, context: ssl.SSLContext | None) -> tuple[http.client.HTTPResponse, bytes]:
     host, port = split_address("peer", address)
     connection = (
         http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
@@ -45,24 +78,16 @@ def ask(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
     try:
         connection.request("GET", PATH)
         answer = connection.getresponse()
-        data = answer.read(REPORT_BYTES_MAX)
-        if answer.status == http.HTTPStatus.FORBIDDEN:
-            raise PeerUnreachable(address, "tells members and its own machine alone; name the key with --key-file")
-        if answer.status != http.HTTPStatus.OK:
-            raise PeerUnreachable(address, f"answers {answer.status} {answer.reason}; is it a swarm node?")
-        report = json.loads(data)
+        return answer, answer.read(REPORT_BYTES_MAX)
     except ssl.SSLError as error:
         from swarm.identity import Refusal, refusal
 
         why = refusal(error) or Refusal.BROKEN
         raise PeerUnreachable(address, f"it {why.value}") from error
-    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
+    except (OSError, http.client.HTTPException) as error:
         raise PeerUnreachable(address, f"{error}; is a node running there?") from error
     finally:
         connection.close()
-    if not isinstance(report, dict) or not {"node", "members", "artifacts", "transfers"} <= report.keys():
-        raise PeerUnreachable(address, "answers something that is no swarm status")
-    return report
 
 
 def show(report: dict[str, Any]) -> None:

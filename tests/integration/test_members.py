@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 import signal
 import socket
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,28 +72,6 @@ def test_is_a_taken_udp_port_an_error_that_names_it(machine: Machine, model: Pat
         free.close()
         line = machine.run("serve", model, "--no-mdns", "--listen", f"127.0.0.1:{port}").error(2)
         assert f"UDP port {port} on 127.0.0.1 cannot be had" in line
-
-
-@pytest.fixture
-def without_udp() -> Iterator[Sequence[str]]:
-    """What runs a command in a network of its own, where no datagram gets anywhere."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs root and iproute2")
-    name = f"swarm-{secrets.token_hex(4)}"
-    made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False, timeout=10)
-    if made.returncode:
-        pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
-    try:
-        for rule in (
-            "link set lo up",
-            "rule add pref 100 table local",
-            "rule del pref 0",
-            "rule add pref 10 ipproto udp blackhole",
-        ):
-            subprocess.run(["ip", "-n", name, *rule.split()], check=True, timeout=10)
-        yield ("ip", "netns", "exec", name)
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=True, timeout=10)
 
 
 def test_do_links_do_where_no_datagram_passes(

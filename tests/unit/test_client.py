@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
 
@@ -36,6 +38,7 @@ class Answering(HTTPServer):
 
     status = 200
     body = b""
+    ahead: timedelta | None = timedelta()  # of its clock; None: it has none
 
     @property
     def address(self) -> str:
@@ -49,6 +52,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(self.server.status)
         self.end_headers()
         self.wfile.write(self.server.body if self.path == client.PATH else b"")
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return "no date" if self.server.ahead is None else format_datetime(datetime.now(UTC) + self.server.ahead, True)
 
     def log_message(self, *_: object) -> None: ...
 
@@ -147,3 +153,22 @@ def test_are_names_of_others_shown_as_they_are(capsys: pytest.CaptureFixture[str
     report = json.loads(json.dumps(REPORT).replace(': "peer"', f": {json.dumps(strange)}"))
     client.show(report | {"node": REPORT["node"] | {"name": strange}})
     assert capsys.readouterr().out.count(strange) >= 2
+
+
+@pytest.mark.parametrize(
+    ("told", "expected_s"),
+    [(timedelta(), 0), (timedelta(minutes=10), 600), (timedelta(hours=-2), -7200)],
+)
+def test_how_far_is_a_clock_ahead(server: Answering, told: timedelta, expected_s: float) -> None:
+    server.ahead = told
+    found = client.clock_ahead_s(server.address)
+    assert found is not None
+    assert abs(found - expected_s) <= 2
+
+
+def test_tells_a_clock_that_says_nothing_nothing(server: Answering) -> None:
+    server.ahead = None
+    assert client.clock_ahead_s(server.address) is None
+    server.server_close()
+    with pytest.raises(PeerUnreachable):
+        client.clock_ahead_s("127.0.0.1:1")

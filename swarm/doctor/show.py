@@ -1,0 +1,40 @@
+"""How the doctor's findings are printed: a table with what to do, or JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from itertools import groupby
+
+from swarm.doctor.checks import Finding
+
+MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "bad": ("bad", "bold red")}
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """Prints findings for people, and how many of them ask for something."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("check", "", "found, and what to do", box=None, pad_edge=False)
+    for check, group in groupby(findings, key=lambda finding: finding.check):
+        for number, finding in enumerate(group):
+            told = Text(finding.what)  # names come from others, and may look like markup
+            if finding.todo:
+                told.append(f"\n→ {finding.todo}", style="italic")
+            table.add_row("" if number else check, Text(*MARKS[finding.level]), told)
+    console = Console()
+    console.print(table)
+    bad = sum(finding.level == "bad" for finding in findings)
+    verdict = (
+        f"{bad} of these keep a start from using the swarm" if bad else "nothing here keeps a start from the swarm"
+    )
+    console.print(Text(verdict, style=MARKS["bad" if bad else "ok"][1]))
+
+
+def as_json(findings: Sequence[Finding]) -> str:
+    """One JSON object: whether all is well, and every finding."""
+    healthy = all(finding.level != "bad" for finding in findings)
+    return json.dumps({"healthy": healthy, "findings": [dataclasses.asdict(finding) for finding in findings]})
