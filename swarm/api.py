@@ -182,6 +182,11 @@ def serve(
     """
     settings = settings or Settings.load()
     name, source, origin = open_source(what, model_id=model_id, settings=settings)
+    return serve_source(name, source, origin, settings=settings)
+
+
+def serve_source(name: str, source: Source, origin: Origin | None, *, settings: Settings) -> Served:
+    """Serves what a source holds until closed; a failure closes it. Raises SettingsError."""
 
     async def start() -> Served:
         try:

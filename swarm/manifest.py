@@ -49,7 +49,7 @@ LEAF_BYTES_DEFAULT = 128 << 10
 
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 ChunkDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
-Tier = Literal["checkpoint", "loaded"]
+Tier = Literal["checkpoint", "loaded", "cache"]
 
 
 class HashScheme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -74,7 +74,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model_id: ModelId
     digest: Digest
-    tier: Literal["checkpoint", "loaded"]
+    tier: Literal["checkpoint", "loaded", "cache"]
     size: Annotated[int, msgspec.Meta(ge=0)]
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]

@@ -124,6 +124,7 @@ class Node:
         self._sharing = Sharing(host=self, rng=self._rng, announced=self._tell_everybody, borders=self._borders)
         self._serving: Serving | None = None  # until the transports are there
         self._sought: Counter[str | None] = Counter()  # digests; None where only a model id is known
+        self._withdrawn: list[Share] = []  # until they are closed
         self._transfer_ids = itertools.count()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()  # somebody came, went or announced
@@ -160,7 +161,7 @@ class Node:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._world.close()
-        for share in self._sharing.shares.values():
+        for share in (*self._sharing.shares.values(), *self._withdrawn):
             share.close()
 
     async def __aenter__(self) -> Node:
@@ -189,6 +190,7 @@ class Node:
     def withdraw(self, digest: str, why: str) -> None:
         """Stops offering an artifact, whoever still uses it."""
         if share := self._sharing.remove(digest, why):
+            self._withdrawn.append(share)
             self.spawn(self._close_share(share), f"close {share.model_id}")
 
     async def fetch(
@@ -422,6 +424,7 @@ class Node:
         if self._serving:
             await self._serving.stop(share)
         await self._loop.run_in_executor(None, share.close)
+        self._withdrawn.remove(share)
 
     # Members
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import TypeAlias
@@ -43,16 +43,16 @@ async def resolve(
     """
     deadline = node.now() + find_timeout_s
     failures: dict[str, None] = {}  # each once, in order
-    networks = [ipaddress.ip_network(one, strict=False) for one in trusted]
+    introducers = networks(trusted)
     unusable: set[str] = set()  # nodes whose manifest is not what its digest says; asking again changes nothing
     while True:
         with node.seeking(digest):
-            found_digest, holders = await _agreed(node, model_id, digest=digest, deadline=deadline, trusted=networks)
+            found_digest, holders = await _agreed(node, model_id, digest=digest, deadline=deadline, trusted=introducers)
         if found_digest and (own := node.described(found_digest)):
             return own
         if found_digest is None:
             distrusted = sorted(
-                set(chain.from_iterable(map(_names, node.holders(model_id).values()))) if networks else ()
+                set(chain.from_iterable(map(_names, node.holders(model_id).values()))) if introducers else ()
             )
             told = [f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted]
             raise ManifestNotFound(model_id, tried=[*told, *failures, *node.tried()], waited_s=find_timeout_s)
@@ -89,7 +89,8 @@ async def _agreed(
         else:
             holders = node.holders(model_id)
             if trusted:
-                holders = {d: who for d, who in holders.items() if node.described(d) or _introduced(who, trusted)}
+                own = {d: who for d, who in holders.items() if node.described(d)}
+                holders = own | introduced(holders, trusted)
         now = node.now()
         if holders:
             first_seen = now if first_seen is None else first_seen
@@ -103,14 +104,21 @@ async def _agreed(
         await node.changed(SETTLE_LEAST_S if holders else POLL_S)
 
 
-def _introduced(holders: list[Holder], trusted: Sequence[Network]) -> bool:
-    """Whether one of them is linked from a machine that may introduce models."""
-    for holder in holders:
-        if holder.peer:
-            with contextlib.suppress(SettingsError, ValueError):  # of a peer in this process, or behind a name
-                address = ipaddress.ip_address(split_address("peer", holder.peer.link.remote)[0])
-                if any(address in network for network in trusted):
-                    return True
+def networks(trusted: Sequence[str]) -> list[Network]:
+    """The networks that `trusted` names, which Settings has checked."""
+    return [ipaddress.ip_network(one, strict=False) for one in trusted]
+
+
+def introduced(holders: Mapping[str, list[Holder]], trusted: Sequence[Network]) -> dict[str, list[Holder]]:
+    """Those digests that somebody announces who is linked from a machine that may introduce models."""
+    return {digest: who for digest, who in holders.items() if any(_may_introduce(holder, trusted) for holder in who)}
+
+
+def _may_introduce(holder: Holder, trusted: Sequence[Network]) -> bool:
+    if holder.peer:
+        with contextlib.suppress(SettingsError, ValueError):  # of a peer in this process, or behind a name
+            address = ipaddress.ip_address(split_address("peer", holder.peer.link.remote)[0])
+            return any(address in network for network in trusted)
     return False
 
 

@@ -68,7 +68,7 @@ class Holding(_Word, frozen=True):
 
     model_id: ModelId
     digest: Digest
-    tier: Literal["checkpoint", "loaded"]
+    tier: Literal["checkpoint", "loaded", "cache"]
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     gives: bool

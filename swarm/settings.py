@@ -88,6 +88,11 @@ class Settings:
     leaf_bytes: int | None = _setting(
         None, "bytes hashed as one leaf when serving; unset: 128 KiB, 16 KiB for tensors of a GPU", flag=False
     )
+    compile_caches: bool = _setting(
+        False,
+        "engines fetch compile caches, which are code, from machines that `trusted` names, and serve theirs",
+        flag=False,
+    )
     cache: Path = _setting(_cache_dir, "directory for cached manifests", flag=False)
     find_timeout_s: float = _setting(10.0, "seconds to look for somebody who serves the model", flag=False)
     stall_timeout_s: float = _setting(

@@ -28,7 +28,7 @@ from swarm.store import Source
 ANNOUNCE_EVERY_S = 1.0  # progress for people to look at
 
 
-@dataclass
+@dataclass(eq=False)
 class Share:
     """One artifact. Its `source` has the chunks in `held`; `fetching` is set while more arrive."""
 

@@ -146,6 +146,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "api": {"runtime"},
         "engines": set(),
         "engines.fingerprint": set(),
+        "engines.caches": {"api", "engines.fingerprint", "runtime", "status.running"},
         "engines.starts": set(),
         "engines.tiers": {"engines.fingerprint"},
         "engines.transformers": {"api"},
@@ -217,6 +218,7 @@ HOMES: dict[str, set[str]] = {
     "torch": {
         "api",
         "cuda",
+        "engines.caches",
         "engines.transformers",
         "hashing.cuda",
         "store.tensors",
@@ -240,7 +242,7 @@ HOMES: dict[str, set[str]] = {
         "simulation.content",
         "demo",
     },
-    "msgspec": {"manifest", "messages", "rumours", "build", "engines.starts"},
+    "msgspec": {"manifest", "messages", "rumours", "build", "engines.caches", "engines.starts"},
 }
 LAZY = {"matplotlib", "torch", "transformers", "zeroconf"}  # never at a module's top
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}

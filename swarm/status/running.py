@@ -30,7 +30,7 @@ def addresses(cache: Path) -> list[str]:
     found = []
     for path in _folder(cache).glob("*-*"):
         pid = path.name.partition("-")[0]
-        if not pid.isdigit() or not _alive(int(pid)):
+        if not pid.isdigit() or not alive(int(pid)):
             _remove(path)
             continue
         # A node may write or remove its note at this very moment.
@@ -49,7 +49,8 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether there is such a process, be it somebody else's."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
