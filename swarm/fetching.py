@@ -285,7 +285,7 @@ class Fetching:
             self._verified(peer, number, landed)
 
     def _verified(self, peer: Peer, number: int, landed: Landed) -> None:
-        self._host.record(peer.node, Received(peer.node, self._manifest.digest, landed.chunk.size))
+        self._host.record(peer.node, Received(peer.node, self._manifest.digest, landed.chunk.index, landed.chunk.size))
         self.handle(download.ChunkVerified(peer.node, number, landed.chunk.index))
 
     def _plan_news(self) -> None:

@@ -80,10 +80,11 @@ class FetchEnded:
 
 @dataclass(frozen=True)
 class Received:
-    """A chunk of `size` bytes came from a peer and is verified."""
+    """Chunk number `chunk`, of `size` bytes, came from a peer and is verified."""
 
     node: str
     digest: str
+    chunk: int
     size: int
 
 

@@ -1,12 +1,12 @@
-"""Links: the control connections between nodes, as WebSockets over aiohttp; and the node's few HTTP pages.
+"""Links: the control connections between nodes, as WebSockets over aiohttp; and HTTP as far as pages need it.
 
 A link carries whole messages, in order, both ways, with a bound on their size; those sent together share frames. It
 decodes what arrives (`messages.unpack`), pings so that a dead peer is noticed, and knows nothing about what the
-messages mean. This is the one place that imports aiohttp.
+messages mean. It reads other nodes' pages, too. Only this and `pages` import aiohttp.
 
 With an identity links are inside TLS, and both ends have proven that they belong to the cluster before the first
-message; what speaks plain HTTP from elsewhere is told to bring the key. Pages are for members, and for this machine. A
-connection that has not asked for anything within REQUEST_TIMEOUT_S is closed.
+message; what speaks plain HTTP from elsewhere is told to bring the key. A connection that has not asked for anything
+within REQUEST_TIMEOUT_S is closed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtoc
 from swarm.handshake import part, shake
 from swarm.identity import Identity, Refusal, node_of, refusal
 from swarm.messages import AnyMessage, Message
-from swarm.settings import is_literal, is_loopback, join_address
+from swarm.pages import Page, Pages, ssl_of
+from swarm.settings import join_address
 
 PATH = "/swarm/link"
 HEARTBEAT_S = 5.0  # a peer that answers no ping for this long is gone
@@ -42,12 +43,9 @@ HANDSHAKE_TIMEOUT_S = 5.0  # two round trips, on a machine that is busy
 HANDSHAKES_MAX = 64  # under way at once: asyncio takes 400 KB for each before it is known who is there
 REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's head: nothing in it takes long to write
 REFUSALS_MAX = 1000  # different ones that are logged; strangers cannot make this node remember more
-CONTENT_SECURITY = {"Content-Security-Policy": "default-src 'none'", "X-Content-Type-Options": "nosniff"}
 
 log = logging.getLogger("swarm")
 _web_log = logging.getLogger("swarm.http")
-
-Page = Callable[[], Any]  # what a path shows, as something that JSON can say
 
 
 class Link(Protocol):
@@ -137,7 +135,7 @@ class HttpLinks:
     """Dials links and accepts them on sockets that a listener hands over; inside TLS, with an identity."""
 
     def __init__(self, pages: Mapping[str, Page] | None = None) -> None:
-        self._pages = dict(pages or {})
+        self._pages = Pages(pages or {})
         self._identity: Identity | None = None
         self._accept: Callable[[Link], Awaitable[None]] | None = None
         self._runner: web.AppRunner | None = None
@@ -152,8 +150,7 @@ class HttpLinks:
         self._identity = identity
         app = web.Application(client_max_size=0)
         app.router.add_get(PATH, self._incoming)
-        for path in self._pages:
-            app.router.add_get(path, self._page)
+        self._pages.add_to(app, self._arrived)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -220,8 +217,30 @@ class HttpLinks:
             raise NotAdmitted(address, Refusal.NOT_A_NODE.value)
         return link
 
+    async def read(self, address: str, path: str, *, timeout_s: float, bytes_max: int) -> bytes:
+        """A page of the node that listens at HOST:PORT. Raises PeerUnreachable or PeerTimeout when nobody answers, and
+        RemoteProtocolError for an answer that is no page or has more than `bytes_max`."""
+        if self._client is None or self._client.closed:
+            raise PeerUnreachable(address, "this node is not open")
+        try:
+            async with asyncio.timeout(timeout_s), self._client.get(f"http://{address}{path}") as answer:
+                if answer.status != HTTPStatus.OK:
+                    raise RemoteProtocolError(address, f"answers {answer.status} {answer.reason}")
+                data = b""
+                while len(data) <= bytes_max and (part := await answer.content.readany()):
+                    data += part
+        except TimeoutError:
+            raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            cause = getattr(error, "os_error", error)
+            raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
+        if len(data) > bytes_max:
+            raise RemoteProtocolError(address, f"sent more than {bytes_max} bytes")
+        return data
+
     async def close(self) -> None:
         """Closes every link and stops serving."""
+        self._pages.close()
         if self._client:
             await self._client.close()
         if self._runner:
@@ -259,7 +278,7 @@ class HttpLinks:
             raise web.HTTPForbidden(text="links are for nodes, not for web pages")
         member = None
         if self._identity:
-            connection = _connection(request)
+            connection = ssl_of(request)
             member = _member(connection)
             host = _remote(request).rpartition(":")[0].strip("[]")
             if connection is None:
@@ -273,12 +292,6 @@ class HttpLinks:
         if self._accept:
             await self._accept(WebSocketLink(socket, _remote(request), member=member))
         return socket
-
-    async def _page(self, request: web.Request) -> web.Response:
-        self._arrived(request)
-        if _connection(request) is None and not _is_local(request):
-            raise web.HTTPForbidden(text="this page is for members of the cluster, and for this machine")
-        return web.json_response(self._pages[request.path](), headers=CONTENT_SECURITY)
 
     def _arrived(self, request: web.Request) -> None:
         if request.transport:
@@ -340,24 +353,8 @@ def _is_ours(record: logging.LogRecord) -> bool:
 _web_log.addFilter(_is_ours)
 
 
-def _connection(request: web.Request) -> ssl.SSLObject | None:
-    return request.transport.get_extra_info("ssl_object") if request.transport else None
-
-
 def _member(connection: ssl.SSLObject | None) -> str | None:
     return node_of(connection) if connection else None
-
-
-def _is_local(request: web.Request) -> bool:
-    """Whether a program of this machine asks, and not a web page whose name was made to lead here."""
-    if request.transport is None:
-        return False
-    own, remote = (str(request.transport.get_extra_info(end)[0]) for end in ("sockname", "peername"))
-    try:
-        asked = request.url.host or ""
-    except ValueError:
-        return False
-    return (is_loopback(remote) or remote == own) and (is_literal(asked) or is_loopback(asked))
 
 
 def _name(sock: socket.socket) -> str:

@@ -313,6 +313,15 @@ class Node:
         share = self._sharing.shares.get(digest)
         return (share.manifest, share.origin) if share else None
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """Labels of the host and the rack that this node is on, empty where there is none."""
+        return self._host, self._rack
+
+    def holdings(self) -> dict[str, Bitfield]:
+        """The chunks that this node holds, by digest."""
+        return {digest: share.held for digest, share in self._sharing.shares.items()}
+
     async def changed(self, timeout_s: float) -> None:
         """Waits until a peer comes, goes or announces something, or until the time is over."""
         self._changed.clear()

@@ -22,6 +22,8 @@ from swarm import tuning
 from swarm.node import Node
 from swarm.settings import Settings, is_loopback, split_address
 from swarm.status.client import PATH as STATUS_PATH
+from swarm.status.dashboard import Dashboard
+from swarm.status.history import Histories
 from swarm.status.picture import Picture
 from swarm.world import HostWorld, machine_label
 
@@ -31,8 +33,9 @@ EXIT_TIMEOUT_S = 2.0
 
 def new_node(settings: Settings) -> tuple[Node, Picture]:
     """A node of this machine, not open yet, and the picture that its status page shows."""
-    picture = Picture()
-    world = HostWorld(settings, {STATUS_PATH: lambda: picture.report(node.now())})
+    picture, histories = Picture(), Histories()
+    dashboard = Dashboard(picture, histories)
+    world = HostWorld(settings, {STATUS_PATH: lambda: picture.report(node.now()), **dashboard.pages()})
     host, _ = split_address("listen", settings.listen, default_port=0)
     network = settings.network or ("local" if is_loopback(host) else "lan")
     node = Node(
@@ -46,6 +49,8 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     )
     node.name = settings.name or f"{socket.gethostname()}-{node.id[:6]}"
     picture.follow(node.journal)
+    histories.follow(node.journal)
+    dashboard.attach(node, world.read)
     return node, picture
 
 

@@ -24,8 +24,9 @@ from swarm import cuda, discovery, keys
 from swarm.datagrams import Datagrams, Envelope, Hear, Postcard, Seal
 from swarm.errors import PeerError, SettingsError
 from swarm.identity import Identity
-from swarm.link import HttpLinks, Link, Page
+from swarm.link import HttpLinks, Link
 from swarm.listener import Handler, Listener
+from swarm.pages import Page
 from swarm.settings import Settings, is_loopback, join_address, split_address
 from swarm.transport import Pace, Transport, nccl, torchdist
 from swarm.transport.cuda_ipc import CudaIpcTransport
@@ -111,10 +112,13 @@ class HostWorld:
 
     async def dial(self, address: str) -> Link:
         """See World."""
-        host, _ = split_address("peer", address)
-        if not self._settings.reaches_out and not is_loopback(host):
-            raise SettingsError("peer", f"{address} is beyond this machine, which needs --key-file, or --insecure")
+        self._demand_reachable(address)
         return await self._links.dial(address, timeout_s=DIAL_TIMEOUT_S)
+
+    async def read(self, address: str, path: str, timeout_s: float, bytes_max: int) -> bytes:
+        """A page of another node. Raises PeerError, see `HttpLinks.read`."""
+        self._demand_reachable(address)
+        return await self._links.read(address, path, timeout_s=timeout_s, bytes_max=bytes_max)
 
     def send(self, address: str, datagram: bytes) -> None:
         """See World."""
@@ -139,6 +143,11 @@ class HostWorld:
         await self._links.close()
         for transport in self.transports:
             await transport.close()
+
+    def _demand_reachable(self, address: str) -> None:
+        host, _ = split_address("peer", address)
+        if not self._settings.reaches_out and not is_loopback(host):
+            raise SettingsError("peer", f"{address} is beyond this machine, which needs --key-file, or --insecure")
 
     async def _listen(self, hear: Hear) -> tuple[Listener, Datagrams]:
         """One port for both. Raises SettingsError."""

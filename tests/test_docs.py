@@ -19,7 +19,7 @@ from swarm.simulation.setup import Setup, flag_of
 ROOT = Path(swarm.__file__).parent.parent
 DOCUMENTS = [
     "README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/operations.md", "docs/protocol.md", "docs/gossip.md",
-    "docs/limits.md", "docs/simulation.md", "docs/engines.md",
+    "docs/limits.md", "docs/dashboard.md", "docs/simulation.md", "docs/engines.md",
 ]  # fmt: skip
 INTERNAL = {"TransportError"}  # never leaves a node: the chunk is asked for elsewhere
 ERRORS = {
@@ -98,7 +98,7 @@ def test_has_every_exit_code_its_row() -> None:
 
 @pytest.mark.parametrize("row", table("docs/limits.md", "limit"), ids=lambda row: row[0].strip("`"))
 def test_is_a_limit_what_the_document_says(row: list[str]) -> None:
-    module, _, name = row[0].strip("`").partition(".")
+    module, _, name = row[0].strip("`").rpartition(".")
     path = module if module in MODULES else f"transport.{module}"
     assert getattr(importlib.import_module(f"swarm.{path}"), name) == ast.literal_eval(row[1])
 

@@ -54,7 +54,8 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "keys": set(),
         "identity": {"keys"},
         "handshake": {"identity"},
-        "link": {"handshake", "identity"},
+        "pages": set(),
+        "link": {"handshake", "identity", "pages"},
         "listener": set(),
         "datagrams": set(),
         "discovery": set(),
@@ -142,7 +143,20 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "status.progress": {"status.picture"},
         "status.client": set(),
         "status.running": set(),
-        "runtime": {"status.client", "status.picture"},
+        "status.history": set(),
+        "status.own": {"status.history", "status.picture"},
+        "status.collecting": {"status.own"},
+        "status.view": {"status.collecting", "status.own"},
+        "status.feed": {"status.view"},
+        "status.dashboard": {
+            "status.collecting",
+            "status.feed",
+            "status.history",
+            "status.own",
+            "status.picture",
+            "status.view",
+        },
+        "runtime": {"status.client", "status.dashboard", "status.history", "status.picture"},
         "api": {"runtime"},
         "engines": set(),
         "engines.fingerprint": set(),
@@ -211,7 +225,7 @@ VERSION_ONLY = {
 
 # Where each third-party package lives.
 HOMES: dict[str, set[str]] = {
-    "aiohttp": {"link"},
+    "aiohttp": {"link", "pages"},
     "cryptography": {"sealing", "keys", "identity"},
     "zeroconf": {"discovery"},
     "xxhash": {"hashing.cpu", "hashing.cuda"},
@@ -242,7 +256,16 @@ HOMES: dict[str, set[str]] = {
         "simulation.content",
         "demo",
     },
-    "msgspec": {"manifest", "messages", "rumours", "build", "engines.caches", "engines.starts"},
+    "msgspec": {
+        "manifest",
+        "messages",
+        "rumours",
+        "build",
+        "engines.caches",
+        "engines.starts",
+        "status.dashboard",
+        "status.own",
+    },
 }
 LAZY = {"matplotlib", "torch", "transformers", "zeroconf"}  # never at a module's top
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}

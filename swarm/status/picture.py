@@ -159,7 +159,7 @@ class Picture:
                 self.fetches[digest] = FetchPicture(model_id, size, resumed_bytes, entry.at_s)
             case FetchEnded(digest):
                 self.fetches.pop(digest, None)
-            case Received(node, digest, size):
+            case Received(node, digest, _, size):
                 self._flow(digest, "down", node, size)
                 if fetch := self.fetches.get(digest):
                     fetch.done_bytes += size

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from swarm import link as links
-from swarm import messages
+from swarm import messages, pages
 from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError
 from swarm.identity import LEAF_LIFE_S, Identity, Refusal
 from swarm.keys import ClusterKey, Keyring
@@ -371,7 +371,7 @@ def test_is_a_page_for_this_machine_and_not_for_web_pages(keyed: bool, name: str
 
 def test_is_a_page_for_members(monkeypatch: pytest.MonkeyPatch) -> None:
     """From elsewhere: nothing is local in this test."""
-    monkeypatch.setattr(links, "_is_local", lambda request: False)
+    monkeypatch.setattr(pages, "_is_local", lambda request: False)
 
     async def scenario() -> None:
         ann = member(ONE)

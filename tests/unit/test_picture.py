@@ -125,7 +125,9 @@ def test_is_an_empty_artifact_whole() -> None:
 
 
 def test_what_is_moving() -> None:
-    picture = picture_of(OPENED, JOINED, Received("n1", DIGEST, 30), Received("n1", DIGEST, 10), Sent("n9", DIGEST, 5))
+    picture = picture_of(
+        OPENED, JOINED, Received("n1", DIGEST, 0, 30), Received("n1", DIGEST, 0, 10), Sent("n9", DIGEST, 5)
+    )
     down, up = picture.report(5)["transfers"]
     assert down == {"digest": DIGEST, "direction": "down", "peer": "peer", "bytes": 40, "rate_bytes_per_s": 20}
     assert (up["direction"], up["peer"], up["bytes"]) == ("up", "n9", 5)
@@ -137,8 +139,8 @@ def test_how_far_is_a_fetch() -> None:
         OPENED,
         JOINED,
         FetchStarted("org/model", DIGEST, 100, 20),
-        Received("n1", DIGEST, 30),
-        Received("n2", "other", 9),
+        Received("n1", DIGEST, 0, 30),
+        Received("n2", "other", 0, 9),
     )
     fetch = picture.fetches[DIGEST]
     assert (fetch.done_bytes, fetch.size, fetch.sources, fetch.started_at_s) == (50, 100, {"n1"}, 3)

@@ -57,7 +57,7 @@ def test_are_there_lines_where_there_is_no_terminal(
         async with asyncio.timeout(DEADLINE_S), progress(shown, lambda: 1.0, quiet=True):
             await until(lambda: bool(caplog.messages))
             caplog.clear()
-            shown.apply(Entry(0, "node", Received("n1", DIGEST, 1_000_000)))
+            shown.apply(Entry(0, "node", Received("n1", DIGEST, 0, 1_000_000)))
             await until(lambda: bool(caplog.messages))
 
     asyncio.run(scenario())

@@ -1,0 +1,245 @@
+"""The whole swarm in one value: what this node sees, joined with what members tell of themselves.
+
+Pure. The value is made of objects only, keyed by node id, digest or link, so that the difference between two of them is
+a JSON merge patch (RFC 7396): what changed, and null for what is gone. See docs/dashboard.md for its fields.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeAlias
+
+from swarm.status.collecting import Told
+from swarm.status.own import Own
+
+Json: TypeAlias = dict[str, Any]
+
+SLOW_PART = 0.5  # of the median rate of those that fetch the same
+SLOW_AFTER_S = 3.0  # before that, a rate says little
+GONE = ("dead", "left")
+GONE_SHOWN_S = 90.0
+
+
+class Viewer:
+    """Makes views, one after another; remembers when members went, and nothing else."""
+
+    def __init__(self) -> None:
+        self._gone_at_s: dict[str, float] = {}
+
+    def view(self, report: Mapping[str, Any], own: Own, told: Mapping[str, Told], now: float) -> Json:
+        """The swarm now. `report` is that of /status, `own` what this node tells of itself."""
+        gone = {known["id"] for known in report["members"] if known["state"] in GONE}
+        heard = {node: answer.own for node, answer in told.items() if answer.own and node not in gone}
+        heard[own.node] = own
+        members = self._members(report, own.node, heard, told, now)
+        links = _links(heard, members)
+        for link in links.values():
+            members[link["source"]]["up_bytes_per_s"] += link["rate_bytes_per_s"]
+            members[link["target"]]["down_bytes_per_s"] += link["rate_bytes_per_s"]
+        artifacts = _artifacts(report, heard, members)
+        _mark_slow(members)
+        _mark_wrong(members, heard)
+        return {
+            "node": dict(report["node"]),
+            "members": members,
+            "links": links,
+            "artifacts": artifacts,
+            "warnings": _warnings(report, members),
+            "asked": {"members": len(told) + 1, "answered": len(heard)},
+        }
+
+    def _members(
+        self, report: Mapping[str, Any], me: str, heard: Mapping[str, Own], told: Mapping[str, Told], now: float
+    ) -> Json:
+        members: Json = {}
+        for known in report["members"]:
+            node = known["id"]
+            state = known["state"]
+            answer = told.get(node)
+            if state == "alive" and answer and answer.silent and not known["transport"]:
+                state = "silent"
+            if state in GONE:
+                if now - self._gone_at_s.setdefault(node, now) > GONE_SHOWN_S:
+                    continue
+            else:
+                self._gone_at_s.pop(node, None)
+            members[node] = _member(known["name"], known["address"], state) | {
+                "self": node == me,
+                "link": known["transport"],
+                "host": heard[node].host if node in heard else known["host"],
+                "rack": heard[node].rack if node in heard else known["rack"],
+                "uploads": known["uploads"],
+                "slots": known["slots"],
+                "tells": node in heard,
+                "why_not": answer.failure if answer else None,
+            }
+        self._gone_at_s = {node: at_s for node, at_s in self._gone_at_s.items() if node in members}
+        for told_by in heard.values():
+            for peer in told_by.peers:
+                if peer.node not in members and peer.node not in {known["id"] for known in report["members"]}:
+                    members[peer.node] = _member(peer.name, peer.address, "unknown")
+        return members
+
+
+def _member(name: str, address: str, state: str) -> Json:
+    return {
+        "name": name,
+        "address": address,
+        "state": state,
+        "self": False,
+        "link": None,
+        "host": None,
+        "rack": None,
+        "uploads": None,
+        "slots": None,
+        "tells": False,
+        "why_not": None,
+        "up_bytes_per_s": 0,
+        "down_bytes_per_s": 0,
+        "slow": False,
+        "wrong_chunks": 0,
+        "banned_by": {},
+        "holds": {},
+        "fetches": {},
+    }
+
+
+def _links(heard: Mapping[str, Own], members: Json) -> Json:
+    """Who feeds whom. The receiver's count is of verified chunks; where it tells nothing, the sender's must do."""
+    links: Json = {}
+    for node, own in heard.items():
+        for flow in own.flows:
+            source, target = (flow.peer, node) if flow.direction == "down" else (node, flow.peer)
+            if any(members.get(end, {}).get("state", "left") in GONE for end in (source, target)):
+                continue
+            if flow.direction == "up" and target in heard:
+                continue
+            link = links.setdefault(
+                f"{source}>{target}", {"source": source, "target": target, "bytes": 0, "rate_bytes_per_s": 0}
+            )
+            link["bytes"] += flow.bytes
+            link["rate_bytes_per_s"] += _rounded(flow.rate_bytes_per_s)
+    return links
+
+
+def _artifacts(report: Mapping[str, Any], heard: Mapping[str, Own], members: Json) -> Json:
+    """Puts what everybody holds and fetches into `members`; returns the artifacts by digest."""
+    ids = {known["name"]: known["id"] for known in report["members"]}
+    artifacts: Json = {}
+    for known in report["artifacts"]:
+        digest = known["digest"]
+        artifact = artifacts.setdefault(
+            digest, {"model_id": known["model_id"], "tier": known["tier"], "bytes": None, "chunks_total": None}
+        )
+        artifact["bytes"] = known["bytes"] or artifact["bytes"]
+        for name, fraction in known["members"].items():
+            if (node := ids.get(name)) in members:
+                members[node]["holds"][digest] = {"fraction": fraction, "cells": None}
+    for node, own in heard.items():
+        if node not in members:
+            continue
+        for held in own.held:
+            fraction = held.chunks / held.chunks_total if held.chunks_total else 1.0
+            members[node]["holds"][held.digest] = {"fraction": round(fraction, 4), "cells": held.cells}
+            if held.digest in artifacts:
+                artifacts[held.digest]["chunks_total"] = held.chunks_total
+        for fetch in own.fetches:
+            members[node]["fetches"][fetch.digest] = {
+                "model_id": fetch.model_id,
+                "bytes": fetch.bytes,
+                "done_bytes": fetch.done_bytes,
+                "rate_bytes_per_s": _rounded(fetch.rate_bytes_per_s),
+                "average_bytes_per_s": _rounded(fetch.average_bytes_per_s),
+                "eta_s": None if fetch.eta_s is None else round(fetch.eta_s, 1 if fetch.eta_s < 10 else None),
+                "seconds": None if fetch.running else round(fetch.seconds, 2),
+                "sources": fetch.sources,
+                "running": fetch.running,
+                "error": fetch.error,
+            }
+            artifact = artifacts.setdefault(
+                fetch.digest,
+                {"model_id": fetch.model_id, "tier": None, "bytes": fetch.bytes, "chunks_total": None},
+            )
+            artifact["bytes"] = artifact["bytes"] or fetch.bytes
+    return artifacts
+
+
+def _mark_slow(members: Json) -> None:
+    """Who gets much less than others that fetch the same."""
+    rates: dict[str, dict[str, int]] = {}
+    for node, member in members.items():
+        for digest, fetch in member["fetches"].items():
+            if fetch["running"]:
+                rates.setdefault(digest, {})[node] = fetch["average_bytes_per_s"]
+    for fetching in rates.values():
+        if len(fetching) >= 3:
+            median = statistics.median(fetching.values())
+            for node, rate in fetching.items():
+                members[node]["slow"] |= rate < SLOW_PART * median
+
+
+def _mark_wrong(members: Json, heard: Mapping[str, Own]) -> None:
+    for node, own in heard.items():
+        for wrong in own.rejected:
+            if wrong.peer in members:
+                members[wrong.peer]["wrong_chunks"] += wrong.chunks
+                if wrong.banned:
+                    members[wrong.peer]["banned_by"][node] = True
+
+
+def _warnings(report: Mapping[str, Any], members: Json) -> Json:
+    """What is wrong, most urgent first in the order of their keys, each with what to do."""
+    found: list[tuple[str, str, str | None, str, str]] = []
+    for node, member in members.items():
+        name = member["name"]
+        if member["wrong_chunks"]:
+            chunks = _counted(member["wrong_chunks"], "wrong chunk")
+            by = member["banned_by"]
+            banned = f" and is banned by {_named(by, members)}" if by else ""
+            what = f"{name} sent {chunks}{banned}"
+            do = "Its chunks were thrown away and asked elsewhere. Stop it, and look at its disk and memory."
+            found.append(("1-lies", "bad", node, what, do))
+        if member["state"] == "dead":
+            found.append(("2-dead", "bad", node, f"{name} is dead", "If it should run, restart it: a fetch resumes."))
+        elif member["state"] in ("suspect", "silent"):
+            do = "It counts as dead soon unless it answers. Is its process stopped, or its network gone?"
+            found.append(("3-silent", "warn", node, f"{name} does not answer", do))
+        for digest, fetch in member["fetches"].items():
+            if fetch["error"]:
+                do = "Run the same fetch again: it resumes."
+                found.append(("2-failed", "bad", node, f"{name}: {fetch['error']}", do))
+            if member["slow"] and fetch["running"]:
+                rate = f"{fetch['average_bytes_per_s'] / 1e6:.1f} MB/s"
+                what = f"{name} is slow: {rate}, less than half of what others get"
+                do = "Look at its network and its disk; nobody waits for it but itself."
+                found.append((f"4-slow-{digest[:8]}", "warn", node, what, do))
+    return {
+        f"{key}-{node}": {"level": level, "node": node, "what": what, "do": do} for key, level, node, what, do in found
+    }
+
+
+def patch(old: Json, new: Json) -> Json:
+    """The JSON merge patch that makes `new` out of `old`. None and what is absent are the same."""
+    changes: Json = {key: None for key, value in old.items() if value is not None and new.get(key) is None}
+    for key, value in new.items():
+        if value is None or (key in old and old[key] == value):
+            continue
+        before = old.get(key)
+        changes[key] = patch(before, value) if isinstance(value, dict) and isinstance(before, dict) else value
+    return changes
+
+
+def _rounded(rate: int) -> int:
+    """With three digits: what changes less is no news."""
+    step = int(10 ** max(0, len(str(rate)) - 3))
+    return round(rate / step) * step
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _named(nodes: Iterable[str], members: Json) -> str:
+    names = [members[node]["name"] for node in nodes if node in members]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,162 @@
+// Chunk maps, as torrent clients show them: a strip for each member, and above them how many copies there are. And, for
+// one chosen chunk, the tree that it took.
+
+import { ordered } from "./swarm.js";
+import * as words from "./words.js";
+
+const maps = document.getElementById("maps");
+const treeBox = document.getElementById("tree");
+const strips = new Map();
+
+function colours() {
+  const style = getComputedStyle(document.documentElement);
+  return Object.fromEntries(["held", "missing", "guess", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+}
+
+let palette = colours();
+
+export function recolour() {
+  palette = colours();
+  for (const strip of strips.values()) strip.drawn = "";
+}
+
+function strip(key, onCell) {
+  let made = strips.get(key);
+  if (!made) {
+    const box = document.createElement("div");
+    box.className = "map";
+    const name = document.createElement("span");
+    name.className = "map-name";
+    const canvas = document.createElement("canvas");
+    canvas.height = 1;
+    canvas.setAttribute("role", "img");
+    const part = document.createElement("span");
+    part.className = "map-part";
+    box.append(name, canvas, part);
+    canvas.addEventListener("click", (event) => onCell((event.offsetX / canvas.clientWidth), made.cells));
+    made = { box, name, canvas, part, drawn: "", cells: "" };
+    strips.set(key, made);
+  }
+  return made;
+}
+
+// One pixel for each cell; the style sheet stretches it.
+function paint(made, key, levels, marked) {
+  const drawn = `${key}|${marked}`;
+  if (made.drawn === drawn) return;
+  made.drawn = drawn;
+  const { canvas } = made;
+  if (canvas.width !== levels.length) canvas.width = levels.length;
+  const context = canvas.getContext("2d");
+  context.globalAlpha = 1;
+  context.fillStyle = palette.missing;
+  context.fillRect(0, 0, levels.length, 1);
+  levels.forEach(([colour, alpha], n) => {
+    if (!alpha) return;
+    context.globalAlpha = alpha;
+    context.fillStyle = palette[colour];
+    context.fillRect(n, 0, 1, 1);
+  });
+  if (marked != null) {
+    context.globalAlpha = 1;
+    context.fillStyle = palette.accent;
+    context.fillRect(marked, 0, 1, 1);
+  }
+}
+
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+export function draw(view, { digest, chunk, onChunk }) {
+  const artifact = view.artifacts[digest];
+  const holders = ordered(view).filter((id) => view.members[id].holds[digest] && view.members[id].state !== "dead");
+  const total = artifact?.chunks_total ?? 0;
+  const count = Math.min(total, 256);
+  const marked = chunk != null && total ? Math.floor((chunk * count) / total) : null;
+  const onCell = (at) => { if (count) onChunk(Math.ceil((Math.floor(at * count) * total) / count)); };
+  const copies = new Array(count).fill(0);
+  const wanted = [];
+  for (const id of holders) {
+    const member = view.members[id];
+    const hold = member.holds[digest];
+    const made = strip(id, onCell);
+    let levels;
+    const cells = hold.cells ?? (hold.fraction >= 1 ? "9".repeat(count) : null);
+    if (cells && cells.length === count) {
+      levels = [...cells].map((digit, n) => {
+        if (digit === "9") copies[n] += 1;
+        return ["held", digit === "0" ? 0 : digit === "9" ? 1 : 0.25 + Number(digit) * 0.06];
+      });
+    } else {
+      // Known by its size alone: it is not told which chunks these are.
+      const filled = Math.round(hold.fraction * Math.max(count, 1));
+      levels = Array.from({ length: Math.max(count, 1) }, (_, n) => ["guess", n < filled ? 1 : 0]);
+    }
+    paint(made, `${cells ?? hold.fraction}`, levels, marked);
+    say(made.name, member.name);
+    say(made.part, words.percent(hold.fraction));
+    const label = `${member.name} holds ${words.percent(hold.fraction)}${cells ? "" : "; which chunks is not told"}`;
+    if (made.canvas.getAttribute("aria-label") !== label) made.canvas.setAttribute("aria-label", label);
+    wanted.push([id, made.box]);
+  }
+  if (count) {
+    const made = strip("copies", onCell);
+    made.box.classList.add("copies");
+    const most = Math.max(1, ...copies);
+    const least = Math.min(...copies);
+    paint(made, copies.join(), copies.map((n) => ["accent", n ? 0.15 + 0.85 * (n / most) : 0]), null);
+    say(made.name, "copies there are");
+    say(made.part, least === most ? `${least}` : `${least} to ${most}`);
+    made.canvas.setAttribute("aria-label", `Copies of each part: ${least} to ${most}`);
+    wanted.unshift(["copies", made.box]);
+  }
+  wanted.forEach(([, box], n) => { if (maps.children[n] !== box) maps.insertBefore(box, maps.children[n] ?? null); });
+  while (maps.children.length > wanted.length) maps.lastChild.remove();
+  const present = new Set(wanted.map(([key]) => key));
+  for (const key of strips.keys()) if (!present.has(key)) strips.delete(key);
+}
+
+export async function ask(digest, chunk) {
+  const answer = await fetch(`/tree/${digest}/${chunk}`);
+  return answer.ok ? answer.json() : null;
+}
+
+// The tree in words: who gave it to whom, as nested lists.
+export function tell(view, tree) {
+  treeBox.replaceChildren();
+  if (!tree) return;
+  const name = (id) => view.members[id]?.name ?? id;
+  const heading = document.createElement("h3");
+  const holders = Object.keys(tree.edges).length;
+  heading.textContent = `Chunk ${tree.chunk} is at ${holders} node${holders === 1 ? "" : "s"}`;
+  treeBox.append(heading);
+  const children = new Map();
+  for (const [id, edge] of Object.entries(tree.edges)) {
+    const parent = edge.source && edge.source in tree.edges ? edge.source : "";
+    children.set(parent, [...(children.get(parent) ?? []), [id, edge]]);
+  }
+  const seen = new Set();
+  const list = (parent) => {
+    const ul = document.createElement("ul");
+    const its = (children.get(parent) ?? []).sort(([, a], [, b]) => (a.at_s ?? 0) - (b.at_s ?? 0));
+    for (const [id, edge] of its) {
+      if (seen.has(id)) continue; // what members tell need not be a tree
+      seen.add(id);
+      const li = document.createElement("li");
+      const how = edge.source
+        ? `${parent ? "" : ` from ${name(edge.source)},`} after ${words.seconds(edge.at_s)}`
+        : " had it";
+      li.append(Object.assign(document.createElement("strong"), { textContent: name(id) }), how);
+      if (children.has(id)) li.append(list(id));
+      ul.append(li);
+    }
+    return ul;
+  };
+  treeBox.append(list(""));
+  if (tree.silent.length) {
+    const p = document.createElement("p");
+    p.textContent = `Not told by ${tree.silent.map(name).join(", ")}.`;
+    treeBox.append(p);
+  }
+}

@@ -1,0 +1,134 @@
+// The tables: members, links and warnings, in words and numbers. The twin of the picture for whoever does not see it.
+
+import { ordered } from "./swarm.js";
+import * as words from "./words.js";
+
+const rows = document.getElementById("rows");
+const linkRows = document.getElementById("link-rows");
+const warningList = document.getElementById("warnings-list");
+const announcement = document.getElementById("announcement");
+const LINKS_MAX = 200;
+let said = new Set();
+
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+function made(name, kind, parent) {
+  const element = document.createElement(name);
+  if (kind) element.className = kind;
+  parent?.append(element);
+  return element;
+}
+
+// Makes `parent` have one child for each key, in order, and fills each.
+function keyed(parent, keys, make, fill) {
+  const have = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  keys.forEach((key, n) => {
+    let child = have.get(key);
+    if (!child) {
+      child = make(key);
+      child.dataset.key = key;
+    }
+    have.delete(key);
+    if (parent.children[n] !== child) parent.insertBefore(child, parent.children[n] ?? null);
+    fill(child, key);
+  });
+  for (const child of have.values()) child.remove();
+}
+
+function row(chosen) {
+  return (id) => {
+    const tr = document.createElement("tr");
+    const head = made("th", "", tr);
+    head.scope = "row";
+    const button = made("button", "plain", head);
+    button.type = "button";
+    button.addEventListener("click", () => chosen(id));
+    made("span", "state", made("td", "", tr));
+    const holds = made("td", "holds", tr);
+    made("i", "", made("span", "bar", holds));
+    made("span", "part", holds);
+    for (let n = 0; n < 3; n += 1) made("td", "number", tr);
+    made("td", "place", tr);
+    return tr;
+  };
+}
+
+export function draw(view, { digest, selected, chosen }) {
+  keyed(rows, ordered(view), row(chosen), (tr, id) => {
+    const member = view.members[id];
+    const condition = words.condition(member);
+    const fetch = words.running(member);
+    const [head, state, holds, ready, down, up, place] = tr.children;
+    tr.className = `is-${condition}${selected === id ? " selected" : ""}`;
+    say(head.firstChild, member.name);
+    head.firstChild.title = member.address;
+    head.firstChild.setAttribute("aria-pressed", String(selected === id));
+    say(state.firstChild, words.STATES[condition]);
+    say(place, [member.rack, member.host].filter(Boolean).join(", ") || "–");
+    const part = fetch ? fetch.done_bytes / Math.max(1, fetch.bytes) : words.fraction(member, digest);
+    const width = `${(part * 100).toFixed(1)}%`;
+    if (holds.firstChild.firstChild.style.width !== width) holds.firstChild.firstChild.style.width = width;
+    say(holds.lastChild, words.percent(part));
+    say(ready, fetch ? words.seconds(fetch.eta_s) : condition === "seed" ? "ready" : "–");
+    say(down, words.rate(member.down_bytes_per_s));
+    say(up, words.rate(member.up_bytes_per_s));
+  });
+  const moving = Object.entries(view.links).filter(([, link]) => link.rate_bytes_per_s > 0);
+  say(document.getElementById("links-count"), String(moving.length));
+  if (document.getElementById("links-twin").open) {
+    moving.sort(([, a], [, b]) => b.rate_bytes_per_s - a.rate_bytes_per_s);
+    const fill = (tr, key) => {
+      const link = view.links[key];
+      const cells = [view.members[link.source]?.name, view.members[link.target]?.name, words.rate(link.rate_bytes_per_s), words.bytes(link.bytes)];
+      cells.forEach((text, n) => say(tr.children[n], text ?? "–"));
+    };
+    const make = () => {
+      const tr = document.createElement("tr");
+      ["", "", "number", "number"].forEach((kind) => made("td", kind, tr));
+      return tr;
+    };
+    keyed(linkRows, moving.slice(0, LINKS_MAX).map(([key]) => key), make, fill);
+  }
+}
+
+// Warnings, and the news among them for screen readers.
+export function warn(view, chosen) {
+  const keys = Object.keys(view.warnings).sort();
+  document.getElementById("warnings").classList.toggle("well", keys.length === 0);
+  const make = (key) => {
+    const li = document.createElement("li");
+    made("span", "level", li);
+    const text = made("span", "what", li);
+    made("strong", "", text);
+    text.append(" ");
+    made("span", "do", text);
+    const node = view.warnings[key].node;
+    if (node) {
+      const button = made("button", "small", li);
+      button.type = "button";
+      button.textContent = "Show";
+      button.setAttribute("aria-label", `Show ${view.members[node]?.name ?? node}`);
+      button.addEventListener("click", () => chosen(node));
+    }
+    return li;
+  };
+  keyed(warningList, keys.length ? keys : ["none"], (key) => {
+    if (key !== "none") return make(key);
+    const li = document.createElement("li");
+    li.className = "none";
+    li.textContent = "All is well.";
+    return li;
+  }, (li, key) => {
+    if (key === "none") return;
+    const warning = view.warnings[key];
+    li.className = `level-${warning.level}`;
+    say(li.querySelector(".level"), warning.level === "bad" ? "!" : "?");
+    say(li.querySelector("strong"), warning.what + ".");
+    say(li.querySelector(".do"), warning.do);
+  });
+  const fresh = keys.filter((key) => !said.has(key));
+  if (fresh.length) say(announcement, fresh.slice(0, 5).map((key) => view.warnings[key].what).join(". "));
+  said = new Set(keys);
+}

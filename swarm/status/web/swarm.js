@@ -1,0 +1,323 @@
+// The swarm as a picture: nodes on a ring, those of one host and one rack beside each other; links with live rates
+// between them; or, when a chunk is chosen, the tree that it took. Elements are kept and changed, never drawn anew.
+
+import * as words from "./words.js";
+
+const SVG = "http://www.w3.org/2000/svg";
+const NAMED_MAX = 24; // with more members than this only those that matter have their names written
+const RATES_MAX = 9; // of links that have theirs written, the fastest first, where there is room
+const SIGNS = {
+  slow: "M-.3-.5H.3L-.3.5H.3z", dead: "M-.5-.5.5.5M.5-.5-.5.5", left: "M-.5-.5.5.5M.5-.5-.5.5", wrong: "M0-.6V.1M0 .5V.55",
+};
+
+const svg = document.getElementById("ring");
+const layers = Object.fromEntries(["grounds", "links", "labels", "nodes", "rates"].map((name) => [name, add(svg, "g", name)]));
+const nodes = new Map(); // id -> {group, ...}
+const links = new Map();
+let places = new Map(); // id -> {x, y, angle, r}
+let arrangement = "";
+let centre = { x: 0, y: 0 };
+let taken = []; // places of labels that do not move
+let roving = null;
+
+function add(parent, name, kind, attributes = {}) {
+  const made = document.createElementNS(SVG, name);
+  if (kind) made.setAttribute("class", kind);
+  set(made, attributes);
+  parent.append(made);
+  return made;
+}
+
+function set(element, attributes) {
+  for (const [name, value] of Object.entries(attributes)) {
+    const text = typeof value === "number" ? String(Math.round(value * 100) / 100) : value;
+    if (element.getAttribute(name) !== text) element.setAttribute(name, text);
+  }
+}
+
+function say(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+const byPlace = ([a, x], [b, y]) =>
+  (x.rack ?? "").localeCompare(y.rack ?? "") || (x.host ?? "~").localeCompare(y.host ?? "~") ||
+  x.name.localeCompare(y.name, undefined, { numeric: true }) || a.localeCompare(b);
+
+// Ids in the order in which everything lists them.
+export const ordered = (view) => Object.entries(view.members).filter(([, m]) => m.state !== "left").sort(byPlace).map(([id]) => id);
+
+function arrange(view, ids) {
+  const width = svg.clientWidth || 800;
+  const height = svg.clientHeight || 560;
+  const now = JSON.stringify([width, height, ids.map((id) => [id, view.members[id].rack, view.members[id].host])]);
+  if (now === arrangement) return;
+  arrangement = now;
+  set(svg, { viewBox: `0 0 ${width} ${height}` });
+  const slots = [];
+  let at = 0;
+  ids.forEach((id, n) => {
+    const member = view.members[id];
+    const before = n > 0 ? view.members[ids[n - 1]] : null;
+    if (before && before.rack !== member.rack) at += 0.9;
+    else if (before && before.host !== member.host) at += 0.45;
+    slots.push([id, at]);
+    at += 1;
+  });
+  const first = view.members[ids[0]];
+  const last = view.members[ids.at(-1)];
+  at += ids.length > 1 && first.rack !== last?.rack ? 0.9 : ids.length > 1 && first.host !== last?.host ? 0.45 : 0;
+  const narrow = width < 560;
+  const margin = ids.length <= NAMED_MAX ? { x: narrow ? 96 : Math.min(218, width * 0.3), y: 74 } : { x: narrow ? 40 : 120, y: 44 };
+  const rx = Math.max(60, width / 2 - margin.x);
+  const ry = Math.max(60, height / 2 - margin.y);
+  centre = { x: width / 2, y: height / 2 };
+  const turn = (2 * Math.PI) / Math.max(at, 1);
+  const around = Math.PI * (3 * (rx + ry) - Math.sqrt((3 * rx + ry) * (rx + 3 * ry)));
+  const r = Math.max(3.5, Math.min(narrow ? 15 : 24, (around / Math.max(at, 1)) * 0.34));
+  places = new Map(slots.map(([id, slot]) => {
+    const angle = (slot + 0.5) * turn - Math.PI / 2 - turn * 0.5;
+    return [id, { x: centre.x + rx * Math.cos(angle), y: centre.y + ry * Math.sin(angle), angle, r }];
+  }));
+  ground(view, ids, { rx, ry, r, turn });
+}
+
+// The hosts and racks as bands behind their nodes.
+function ground(view, ids, { rx, ry, r, turn }) {
+  layers.grounds.replaceChildren();
+  layers.labels.replaceChildren();
+  taken = [];
+  const band = (kind, of, name, width, push) => {
+    const runs = [];
+    for (const id of ids) {
+      const label = of(view.members[id]);
+      if (runs.length && runs.at(-1).label === label) runs.at(-1).ids.push(id);
+      else runs.push({ label, ids: [id] });
+    }
+    if (runs.length < 2 && kind === "host") return;
+    for (const run of runs) {
+      if (!run.label) continue;
+      const from = places.get(run.ids[0]).angle - turn * 0.3;
+      const to = places.get(run.ids.at(-1)).angle + turn * 0.3;
+      const steps = Math.max(2, Math.ceil((to - from) / 0.05));
+      const points = Array.from({ length: steps + 1 }, (_, n) => {
+        const angle = from + ((to - from) * n) / steps;
+        return `${(centre.x + rx * Math.cos(angle)).toFixed(1)} ${(centre.y + ry * Math.sin(angle)).toFixed(1)}`;
+      });
+      add(layers.grounds, "path", `band ${kind}`, { d: `M${points.join("L")}`, "stroke-width": width });
+      if (runs.length <= 16) {
+        const middle = (from + to) / 2;
+        const label = add(layers.labels, "text", `band-name ${kind}`, {
+          x: centre.x + (rx - push) * Math.cos(middle), y: centre.y + (ry - push * 0.8) * Math.sin(middle) + 4,
+        });
+        label.textContent = `${name} ${run.label}`;
+        taken.push({ x: Number(label.getAttribute("x")), y: Number(label.getAttribute("y")) - 4 });
+      }
+    }
+  };
+  band("rack", (m) => m.rack ?? "", "rack", 2 * r + 30, r + 46);
+  band("host", (m) => (m.host ? `${m.rack ?? ""}\u0000${m.host}` : ""), "", 2 * r + 12, r + 24);
+  for (const text of layers.labels.querySelectorAll(".band-name.host")) {
+    text.textContent = text.textContent.split("\u0000").pop();
+    if (ids.length > 40) text.remove();
+  }
+}
+
+function node(id, chosen) {
+  let made = nodes.get(id);
+  if (!made) {
+    const group = add(layers.nodes, "g", "node", { role: "button", tabindex: "-1", "data-node": id });
+    made = {
+      group, plate: add(group, "path", "plate"), rim: add(group, "circle", "rim"), disc: add(group, "circle", "disc"),
+      arc: add(group, "path", "arc"), core: add(group, "circle", "core"), sign: add(group, "path", "sign"),
+      name: add(group, "text", "name"), note: add(group, "text", "note"),
+    };
+    group.addEventListener("click", () => chosen(id));
+    group.addEventListener("keydown", (event) => steer(event, id, chosen));
+    group.addEventListener("focus", () => { rove(id); });
+    nodes.set(id, made);
+  }
+  return made;
+}
+
+function steer(event, id, chosen) {
+  const ids = [...places.keys()];
+  const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
+  let to = null;
+  if (step) to = ids[(ids.indexOf(id) + step + ids.length) % ids.length];
+  else if (event.key === "Home") to = ids[0];
+  else if (event.key === "End") to = ids.at(-1);
+  else if (event.key === "Enter" || event.key === " ") chosen(id);
+  else if (event.key === "Escape") chosen(null);
+  else return;
+  event.preventDefault();
+  if (to) nodes.get(to)?.group.focus();
+}
+
+function rove(id) {
+  if (roving && nodes.has(roving)) nodes.get(roving).group.setAttribute("tabindex", "-1");
+  roving = id;
+  nodes.get(id)?.group.setAttribute("tabindex", "0");
+}
+
+function ring(part, r) {
+  if (part <= 0) return "";
+  const angle = Math.min(part, 0.9999) * 2 * Math.PI;
+  return `M0${-r}A${r} ${r} 0 ${angle > Math.PI ? 1 : 0} 1 ${(r * Math.sin(angle)).toFixed(2)} ${(-r * Math.cos(angle)).toFixed(2)}`;
+}
+
+// What is written under a name, in one line.
+export function note(member, short = false) {
+  const condition = words.condition(member);
+  const fetch = words.running(member);
+  const done = fetch ? words.percent(fetch.bytes ? fetch.done_bytes / fetch.bytes : 1) : "";
+  const left = fetch?.eta_s == null ? "nothing arrives" : `ready in ${words.seconds(fetch.eta_s)}`;
+  const progress = short ? `${done} · ${words.seconds(fetch?.eta_s)}` : `${done} · ${left}`;
+  switch (condition) {
+    case "dead": return "dead";
+    case "left": return "left";
+    case "silent": return "does not answer";
+    case "wrong": return `lies: ${member.wrong_chunks} wrong chunk${member.wrong_chunks === 1 ? "" : "s"}${Object.keys(member.banned_by).length ? ", banned" : ""}`;
+    case "slow": return `slow · ${progress}`;
+    case "fetching": return progress;
+    case "unknown": return "heard of";
+    case "idle": return "holds nothing";
+    default: return member.up_bytes_per_s && short ? words.rate(member.up_bytes_per_s) : member.up_bytes_per_s ? `has all · gives ${words.rate(member.up_bytes_per_s)}` : "has all";
+  }
+}
+
+function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
+  const { x, y, angle, r } = places.get(id);
+  const made = node(id, chosen);
+  const condition = words.condition(member);
+  const fetch = words.running(member);
+  const part = fetch ? fetch.done_bytes / Math.max(1, fetch.bytes) : words.fraction(member, digest);
+  set(made.group, {
+    transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
+    class: `node is-${condition}${selected === id ? " selected" : ""}${member.self ? " self" : ""}${dim ? " dim" : ""}`,
+    "aria-pressed": String(selected === id),
+    "aria-label": `${member.name}: ${words.STATES[condition]}, ${note(member)}, ${words.place(member)}, gets ${words.rate(member.down_bytes_per_s)}, gives ${words.rate(member.up_bytes_per_s)}`,
+  });
+  const whole = part >= 1 && condition !== "dead";
+  set(made.plate, { d: condition === "wrong" ? `M0${-r * 1.35} ${r * 1.35} 0 0 ${r * 1.35} ${-r * 1.35} 0z` : "" });
+  set(made.rim, { r: condition === "wrong" ? 0 : r });
+  set(made.disc, { r: whole && condition !== "wrong" ? r : 0 });
+  set(made.arc, { d: condition === "wrong" || whole ? "" : ring(part, r), "stroke-width": Math.max(2, r * 0.26) });
+  set(made.core, { r: whole && condition !== "wrong" ? r * 0.42 : 0 });
+  set(made.sign, { d: SIGNS[condition] ?? "", transform: `scale(${r})` });
+  const matters = ["wrong", "dead", "silent", "slow"].includes(condition) || selected === id || roving === id && crowd;
+  const named = !crowd || matters;
+  const narrow = svg.clientWidth < 560;
+  const side = Math.abs(Math.cos(angle)) < 0.25 ? "middle" : Math.cos(angle) > 0 ? "start" : "end";
+  const away = r + (condition === "wrong" ? 14 : 9);
+  const tx = side === "middle" ? 0 : Math.sign(Math.cos(angle)) * away;
+  const up = side === "middle" ? (Math.sin(angle) < 0 ? -away - 17 : away + 12) : -3;
+  set(made.name, { x: tx, y: up, "text-anchor": side });
+  set(made.note, { x: tx, y: up + 15, "text-anchor": side });
+  say(made.name, named ? shortened(member.name, narrow ? 12 : 26) : "");
+  say(made.note, named ? note(member, narrow) : "");
+}
+
+const shortened = (name, most) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
+
+function curve(from, to) {
+  // Bent towards the centre; a link and the one that goes back are kept apart.
+  const mx = (from.x + to.x) / 2, my = (from.y + to.y) / 2;
+  const dx = to.x - from.x, dy = to.y - from.y;
+  const length = Math.hypot(dx, dy) || 1;
+  const cx = mx + (centre.x - mx) * 0.42 - (dy / length) * 16;
+  const cy = my + (centre.y - my) * 0.42 + (dx / length) * 16;
+  const start = towards(from, { x: cx, y: cy }, from.r + 3);
+  const end = towards(to, { x: cx, y: cy }, to.r + 7);
+  return { start, end, control: { x: cx, y: cy } };
+}
+
+function along({ start, end, control }, t) {
+  const a = (1 - t) * (1 - t), b = 2 * t * (1 - t), c = t * t;
+  return { x: a * start.x + b * control.x + c * end.x, y: a * start.y + b * control.y + c * end.y };
+}
+
+function towards(a, b, by) {
+  const length = Math.hypot(b.x - a.x, b.y - a.y) || 1;
+  return { x: a.x + ((b.x - a.x) / length) * by, y: a.y + ((b.y - a.y) / length) * by };
+}
+
+function arrow({ end, control }, size) {
+  const length = Math.hypot(end.x - control.x, end.y - control.y) || 1;
+  const ux = (end.x - control.x) / length, uy = (end.y - control.y) / length;
+  const tip = { x: end.x + ux * 3, y: end.y + uy * 3 };
+  const left = { x: tip.x - ux * size - uy * size * 0.5, y: tip.y - uy * size + ux * size * 0.5 };
+  const right = { x: tip.x - ux * size + uy * size * 0.5, y: tip.y - uy * size - ux * size * 0.5 };
+  const f = (p) => `${p.x.toFixed(1)} ${p.y.toFixed(1)}`;
+  return `M${f(tip)}L${f(left)}L${f(right)}z`;
+}
+
+function drawLinks(wanted, selected) {
+  const most = Math.max(1, ...wanted.map((link) => link.weight));
+  const written = [...taken];
+  const enough = taken.length + (svg.clientWidth < 560 ? 4 : RATES_MAX);
+  const present = new Set(wanted.map((link) => link.key));
+  for (const [key, made] of links) {
+    if (!present.has(key)) {
+      made.group.remove();
+      made.label.remove();
+      links.delete(key);
+    }
+  }
+  for (const link of [...wanted].sort((a, b) => b.weight - a.weight)) {
+    let made = links.get(link.key);
+    if (!made) {
+      const group = add(layers.links, "g", "link");
+      made = { group, line: add(group, "path", "line"), head: add(group, "path", "head"), label: add(layers.rates, "text", "rate") };
+      links.set(link.key, made);
+    }
+    const shape = curve(places.get(link.source), places.get(link.target));
+    const width = link.tree ? 3 : 0.7 + 6 * (link.weight / most);
+    const touched = !selected || link.source === selected || link.target === selected;
+    const f = (p) => `${p.x.toFixed(1)} ${p.y.toFixed(1)}`;
+    set(made.group, { class: `link${link.tree ? " tree" : ""}${touched ? "" : " dim"}${link.wrong ? " is-wrong" : ""}` });
+    set(made.line, { d: `M${f(shape.start)}Q${f(shape.control)} ${f(shape.end)}`, "stroke-width": width });
+    set(made.head, { d: arrow(shape, 6 + width * 1.3) });
+    const wants = link.tree || (touched && (Boolean(selected) || written.length < enough));
+    const free = wants && [0.5, 0.38, 0.62].map((t) => along(shape, t)).find((p) => written.every((q) => Math.abs(p.x - q.x) > 56 || Math.abs(p.y - q.y) > 15));
+    if (free) {
+      written.push(free);
+      set(made.label, { x: free.x, y: free.y + 4 });
+    }
+    say(made.label, free ? link.words : "");
+  }
+}
+
+// `tree`: {node: {source, at_s}} of a chosen chunk, instead of the links.
+export function draw(view, { digest, selected, tree, chosen }) {
+  const ids = ordered(view);
+  if (!ids.length) return;
+  arrange(view, ids);
+  const crowd = ids.length > NAMED_MAX;
+  for (const [id, made] of nodes) {
+    if (!places.has(id)) {
+      if (made.group === document.activeElement) nodes.get(ids[0])?.group.focus();
+      made.group.remove();
+      nodes.delete(id);
+    }
+  }
+  const wanted = [];
+  if (tree) {
+    for (const [target, edge] of Object.entries(tree)) {
+      if (places.has(target) && places.has(edge.source)) {
+        const after = edge.at_s == null ? "" : `after ${words.seconds(edge.at_s)}`;
+        wanted.push({ key: `tree ${target}`, source: edge.source, target, weight: 1, tree: true, words: after });
+      }
+    }
+  } else {
+    for (const [key, link] of Object.entries(view.links)) {
+      if (link.rate_bytes_per_s > 0 && places.has(link.source) && places.has(link.target)) {
+        wanted.push({ ...link, key, weight: link.rate_bytes_per_s, words: words.rate(link.rate_bytes_per_s), wrong: view.members[link.source].wrong_chunks > 0 });
+      }
+    }
+  }
+  for (const id of ids) {
+    drawNode(id, view.members[id], { digest, selected, crowd, chosen, dim: Boolean(tree) && !tree[id] });
+  }
+  if (!roving || !nodes.has(roving)) rove(ids[0]);
+  drawLinks(wanted, tree ? null : selected);
+}

@@ -1,0 +1,51 @@
+// How numbers and states are said. Knows no elements of the page.
+
+export function bytes(n) {
+  if (n == null) return "–";
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  let unit = 0;
+  while (n >= 999.5 && unit < units.length - 1) { n /= 1000; unit += 1; }
+  return `${n >= 99.5 || unit === 0 ? Math.round(n) : n.toFixed(1)} ${units[unit]}`;
+}
+
+export const rate = (n) => (n > 0 ? `${bytes(n)}/s` : "–");
+
+export function seconds(s) {
+  if (s == null) return "–";
+  if (s < 10) return `${s.toFixed(1)} s`;
+  if (s < 100) return `${Math.round(s)} s`;
+  if (s < 5400) return `${Math.floor(s / 60)} min ${Math.round(s % 60)} s`;
+  return `${(s / 3600).toFixed(1)} h`;
+}
+
+// Rounded down: 100 % is said of what is whole only.
+export const percent = (fraction) => `${Math.floor(fraction * 100)} %`;
+
+export const running = (member) => Object.values(member.fetches).find((fetch) => fetch.running);
+
+// How much a member holds of what it holds or fetches, as one fraction: of one artifact, or of the one that arrives.
+export function fraction(member, digest) {
+  if (digest) return member.holds[digest]?.fraction ?? 0;
+  const held = Object.values(member.holds).map((hold) => hold.fraction);
+  return held.length ? Math.min(...held) : 0;
+}
+
+// The one word that says what a member is; wrong before slow, gone before all.
+export function condition(member) {
+  if (member.state === "dead" || member.state === "left") return member.state;
+  if (member.wrong_chunks) return "wrong";
+  if (member.state === "suspect" || member.state === "silent") return "silent";
+  if (member.slow && running(member)) return "slow";
+  if (running(member)) return "fetching";
+  if (member.state === "unknown") return "unknown";
+  return Object.keys(member.holds).length ? "seed" : "idle";
+}
+
+export const STATES = {
+  dead: "dead", left: "left", wrong: "wrong chunks", silent: "no answer", slow: "slow", fetching: "fetching",
+  unknown: "heard of", seed: "seed", idle: "holds nothing",
+};
+
+export function place(member) {
+  return [member.rack && `rack ${member.rack}`, member.host && `host ${member.host}`].filter(Boolean).join(", ") || "–";
+}
