@@ -102,6 +102,22 @@ def checkpoint(
     return manifest, DirectorySource(path, manifest, paths=paths, stamps=stamps), skipped
 
 
+def known(
+    path: Path, *, cache_dir: Path, chunk_bytes: int | None = None, leaf_bytes: int | None = None
+) -> Manifest | None:
+    """The manifest that `checkpoint` would build, if no byte has to be read for it; None when a file is not known.
+
+    Raises as `checkpoint` does.
+    """
+    with store_errors(path):
+        found, _ = walk(path)
+        grid = _grid(chunk_bytes, leaf_bytes, total_bytes=sum(file.stamp.size for file in found))
+        entries = _Cache(cache_dir, path, grid).load(found)
+    if len(entries) < len(found):
+        return None
+    return Manifest(1, "checkpoint", "", grid.scheme, grid.chunk_bytes, tuple(entries[f.path] for f in found))
+
+
 def tensors(
     given: Mapping[str, torch.Tensor],
     *,

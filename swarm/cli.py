@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Collection, Coroutine, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from swarm import __version__
-from swarm.errors import StoreError, SwarmError
+from swarm.errors import SettingsError, StoreError, SwarmError
 from swarm.settings import Settings
 from swarm.simulation.setup import Setup, flag_of
 
@@ -64,6 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--no-seed", action="store_true", help="exit at completion instead of serving it on")
     _add_settings(fetch)
     fetch.set_defaults(run=_fetch)
+
+    run = commands.add_parser("run", parents=[common], help="start an engine that loads its model from the swarm")
+    run.add_argument("--model-id", metavar="ID", help="what others serve the model by; by default as it is named")
+    _add_settings(run)
+    run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="as in: -- vllm serve org/model")
+    run.set_defaults(run=_become)
 
     status = commands.add_parser("status", parents=[common], help="show the swarm as a running node sees it")
     status.add_argument("--peer", metavar="HOST:PORT", help="the node to ask; by default one on this machine")
@@ -219,6 +226,23 @@ async def _until_stopped() -> None:
     """Waits for Ctrl-C or SIGTERM, and returns then: stopping a seed is no failure."""
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.Event().wait()
+
+
+def _become(options: argparse.Namespace) -> int:
+    import os
+
+    from swarm.engines.launch import prepare
+
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        raise SettingsError("command", "is missing; say what to run, as in: swarm run -- vllm serve org/model")
+    launch = prepare(command, _settings(options), model_id=options.model_id)
+    logging.getLogger("swarm").info("becomes: %s", shlex.join(launch.command))
+    sys.stdout.flush()
+    try:
+        os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})  # noqa: S606
+    except OSError as error:
+        raise SettingsError("command", f"{launch.command[0]}: {error.strerror}") from error
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from swarm.engines.fingerprint import Difference
-from swarm.manifest import Manifest
+from swarm.manifest import FileEntry, Manifest
 
 TierName: TypeAlias = Literal["loaded", "checkpoint", "disk"]
 Local: TypeAlias = Literal["whole", "headers", "config"]  # what there is on this machine already
@@ -133,8 +133,13 @@ class Layout:
     @classmethod
     def described(cls, manifest: Manifest) -> Layout:
         """What a manifest describes. Raises ManifestInvalid."""
-        tensors = {one.name: (one.dtype, one.shape) for file in manifest.files for one in file.tensors()}
-        return cls(tensors, {alias: name for file in manifest.files for alias, name in file.aliases().items()})
+        return cls.of_files(manifest.files)
+
+    @classmethod
+    def of_files(cls, files: Sequence[FileEntry]) -> Layout:
+        """What the headers of files describe. Raises ManifestInvalid."""
+        tensors = {one.name: (one.dtype, one.shape) for file in files for one in file.tensors()}
+        return cls(tensors, {alias: name for file in files for alias, name in file.aliases().items()})
 
     def differences(self, theirs: Layout) -> list[str]:
         """Everything in which they differ, a line for each kind; none when they are exactly the same."""

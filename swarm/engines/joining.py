@@ -1,0 +1,492 @@
+"""What a worker process of any engine does with the swarm: looks around, takes weights, and serves them on.
+
+    join = Join(...)                 what is known before weights are loaded
+    join.load(ways)                  tries tiers in the order of `tiers.choose`; each decision is one line of the log
+    join.keep(tensors)               what to serve of a loaded layout
+    join.ready()                     after warm-up: hashes and serves in the background
+    join.stop(why)                   the tensors are about to change: they are served no longer
+
+One node for each process, on the runtime's loop, opened when it is first needed and open until the process ends. Every
+wait has a deadline, and every failure is one more reason to move on to the next tier; only the last one is raised.
+
+Must not know: engines. Knows tensors only as what stores take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from swarm import build
+from swarm.api import fetch_on
+from swarm.engines import metadata
+from swarm.engines.fingerprint import CONTENT, Fingerprint, is_loaded, metadata_id
+from swarm.engines.starts import Start, Step, record
+from swarm.engines.tiers import Choice, Layout, Local, Other, Situation, TierName, choose
+from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError, SwarmError
+from swarm.manifest import FileEntry, Manifest
+from swarm.node import Fetched, Holder, Node
+from swarm.resolving import resolve
+from swarm.runtime import runtime
+from swarm.settings import Settings, join_address, split_address
+from swarm.store import Source
+from swarm.store.disk import store_errors
+from swarm.store.tensors import VIRTUAL_PATH, IntoStore, TensorSource
+
+if TYPE_CHECKING:
+    import torch
+
+LOOK_S = 3.0  # for others, before an engine goes its own way
+SETTLE_S = 0.4  # for those whose announcements arrive a little later than the first one's
+POLL_S = 0.05
+OTHERS_ASKED_MAX = 3  # whose layout is compared, so that the log can say what differs
+OTHER_TIMEOUT_S = 2.0
+LOCK_TIMEOUT_S = 3600.0  # another rank of this host fetches the same files
+TIERS = ("loaded", "checkpoint")
+
+Unread: TypeAlias = "Callable[[metadata.Description], str]"
+
+log = logging.getLogger("swarm")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an engine joins: what concerns engines alone, beside the node's `settings`.
+
+    Read from the mapping that the engine hands its loader, and from SWARM_MODEL_ID, SWARM_LOOK_S, SWARM_TIERS and
+    SWARM_SERVE where that says nothing.
+    """
+
+    settings: Settings
+    model_id: str | None = None
+    look_s: float = LOOK_S
+    tiers: tuple[str, ...] = TIERS
+    serve: bool = True
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Options:
+        """Raises SettingsError, also for keys that neither this nor `Settings` has."""
+        environment = os.environ if environment is None else environment
+        own = {one.name for one in dataclasses.fields(cls)} - {"settings"}
+        values: dict[str, Any] = {
+            name: environment[key] for name in own if (key := f"SWARM_{name.upper()}") in environment
+        }
+        values |= {name: value for name, value in given.items() if name in own}
+        settings = Settings.load({k: v for k, v in given.items() if k not in own}, environment=environment)
+        said = values.get("tiers", TIERS)
+        tiers = tuple(part.strip() for part in said.split(",")) if isinstance(said, str) else tuple(said)
+        if unknown := set(tiers) - {*TIERS, ""}:
+            raise SettingsError("tiers", f"{sorted(unknown)} are none of {', '.join(TIERS)}")
+        try:
+            look_s = float(values.get("look_s", LOOK_S))
+        except (TypeError, ValueError):
+            raise SettingsError("look_s", f"{values['look_s']!r} is not a number of seconds") from None
+        serve = str(values.get("serve", True)).lower() not in ("0", "false", "no", "off")
+        model_id = values.get("model_id")
+        return cls(settings, None if model_id is None else str(model_id), look_s, tiers, serve)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which rank of an engine this is: a `label` for people, and its number on this host."""
+
+    label: str
+    local: int
+
+
+class Join:
+    """One rank's load: what it knew, what it took, and what it serves of it.
+
+    `directory` is where the engine reads the model, None for a model id whose files are not here; `fields` are those of
+    the fingerprint, without the content. Raises SettingsError, ManifestInvalid, StoreError.
+    """
+
+    def __init__(
+        self,
+        engine: str,
+        model_id: str,
+        rank: Rank,
+        *,
+        directory: Path | None,
+        fields: Mapping[str, str],
+        options: Options,
+    ) -> None:
+        self.model_id = options.model_id or model_id
+        self.directory = directory
+        self._fields = dict(fields)
+        self._engine = engine
+        self._rank = rank
+        self._options = options
+        self._settings = _of_rank(options.settings, rank)
+        self._cache = self._settings.cache
+        self._steps: list[Step] = []
+        self.fingerprint: Fingerprint | None = None
+        self._node: Node | None = None
+        self._twin: str | None = None  # digest of loaded tensors that were fetched, and are served since
+        self._files: Path | None = None  # of the checkpoint, if they are on this machine
+        self._kept: Callable[[], dict[str, torch.Tensor]] | None = None
+        self._served: set[str] = set()  # digests of loaded tensors
+        self._lock = threading.Lock()  # of what is served, between the thread that serves and the one that stops
+        self._stopped = ""
+        self.serving: Future[None] | None = None  # done when `ready` has come to its end
+        self.described, self.local, self.content = self._look_here()
+
+    # Before loading
+
+    def _look_here(self) -> tuple[metadata.Description | None, Local, str | None]:
+        """What is on this machine: a description, how much of the files, and which content they are."""
+        if self.directory is None or not self.directory.is_dir():
+            return None, "config", None
+        if (self.directory / metadata.DESCRIPTION).is_file() and not metadata.is_whole(self.directory):
+            described = metadata.read(self.directory)
+            return described, "headers", described.content
+        if not metadata.is_whole(self.directory):
+            return None, "config", None
+        grid = self._settings
+        known = build.known(
+            self.directory, cache_dir=self._cache, chunk_bytes=grid.chunk_bytes, leaf_bytes=grid.leaf_bytes
+        )
+        self._files = self.directory
+        return None, "whole", known.digest if known else None
+
+    def load(
+        self, ways: Mapping[TierName, Callable[[], object]], *, unsafe: str = "", unread: Unread | None = None
+    ) -> TierName:
+        """Loads weights by the first of `ways` that works; returns which one.
+
+        `unsafe` says why tensors cannot be handed from rank to rank; `unread(description)` what the engine decided
+        without the headers that are described. Raises what the way of the last tier raises.
+        """
+        try:
+            choices = choose(self._situation(unsafe, unread))
+        except Exception as error:  # whatever the network does, the engine starts
+            self._decide("swarm", False, f"failed: {error}")
+            choices = [Choice("disk", True, "the swarm cannot be used")]
+        try:
+            return self._try(choices, ways)
+        finally:
+            fields = self.fingerprint.fields if self.fingerprint else self._fields
+            record(self._cache, Start(self._engine, self.model_id, self._rank.label, fields, tuple(self._steps)))
+
+    def _try(self, choices: list[Choice], ways: Mapping[TierName, Callable[[], object]]) -> TierName:
+        for choice in choices:
+            if not choice.wanted:
+                self._decide(choice.tier, False, choice.why)
+                continue
+            began = time.monotonic()
+            try:
+                ways[choice.tier]()
+            except Exception as error:
+                self._decide(choice.tier, False, f"failed: {error}", time.monotonic() - began)
+                if choice is choices[-1]:
+                    raise
+            else:
+                self._decide(choice.tier, True, choice.why, time.monotonic() - began)
+                return choice.tier
+        raise SwarmError(f"{self.model_id}: no tier is left to load from")
+
+    def _decide(self, tier: str, taken: bool, why: str, seconds: float = 0.0) -> None:
+        self._steps.append(Step(tier, taken, why[:4096], seconds))
+        level = logging.INFO if taken or not why.startswith("failed") else logging.WARNING
+        verb = f"taken in {seconds:.2f} s" if taken else "left"
+        log.log(level, "%s: %s tier %s: %s", self, tier, verb, why)
+
+    def _situation(self, unsafe: str, unread: Unread | None) -> Situation:
+        barred = frozenset(TIERS) - set(self._options.tiers)
+        if barred == frozenset(TIERS):
+            return Situation(self.content, self.local, barred=barred)
+        return runtime().run(self._survey(Situation(self.content, self.local, unsafe=unsafe, barred=barred), unread))
+
+    async def _survey(self, known: Situation, unread: Unread | None) -> Situation:
+        """Adds what the others serve to what is known."""
+        node = await self._open()
+        await self._settle(node)
+        holders, unseen = node.holders(self.model_id), ""
+        if self.content is None and self.local == "config" and unread is not None and holders:
+            manifest, _ = await resolve(
+                node, self.model_id, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self._settings.trusted
+            )
+            self.described, self.content = metadata.describe(manifest), manifest.digest
+            unseen = unread(self.described)
+            await self._settle(node)
+        strangers = [
+            f"{holder.name} ({holder.address}) has {digest[:16]}"
+            for digest, who in holders.items()
+            if self.content is not None and digest != self.content
+            for holder in who
+        ]
+        self.fingerprint = self._fingerprint_of(self.content)
+        twins = len(self._twins(node))
+        return dataclasses.replace(
+            known,
+            content=self.content,
+            twins=twins,
+            holders=len(holders.get(self.content or "", [])),
+            others=[] if twins or self.fingerprint is None else await self._others(node, self.fingerprint),
+            strangers=strangers,
+            unread=unseen,
+        )
+
+    def _twins(self, node: Node) -> list[Holder]:
+        fingerprint = self._fingerprint_of(self.content)
+        if fingerprint is None:
+            return []
+        return [holder for who in node.holders(fingerprint.model_id(self.model_id)).values() for holder in who]
+
+    def _fingerprint_of(self, content: str | None) -> Fingerprint | None:
+        return None if content is None else Fingerprint({**self._fields, CONTENT: content})
+
+    async def _settle(self, node: Node) -> None:
+        """Returns when twins are known, a moment after anybody with this model is, or when nobody is in time."""
+        deadline = node.now() + self._options.look_s
+        seen: float | None = None
+        while node.now() < deadline and not self._twins(node):
+            if seen is None and any(one == self.model_id or is_loaded(one, self.model_id) for one in _ids(node)):
+                seen = node.now()
+            if seen is not None and node.now() - seen > SETTLE_S:
+                return
+            await node.changed(POLL_S)
+
+    async def _others(self, node: Node, ours: Fingerprint) -> list[Other]:
+        """In what others that have this model loaded differ."""
+        found = []
+        ids = sorted(one for one in set(_ids(node)) if is_loaded(one, self.model_id))
+        for one in ids[:OTHERS_ASKED_MAX]:
+            names = [holder.name for who in node.holders(one).values() for holder in who]
+            with contextlib.suppress(SwarmError):  # it is only for people to read
+                manifest, _ = await resolve(node, one, digest=None, find_timeout_s=OTHER_TIMEOUT_S)
+                found.append(Other(names[0], ours.differences(Fingerprint.read(manifest.fingerprint))))
+        return found
+
+    # Taking
+
+    def fetch_loaded(self, targets: Mapping[str, torch.Tensor]) -> Fetched:
+        """Fills the tensors from twins, and serves them on from then on. Exactly theirs, or an error.
+
+        After an error their contents are undefined. Raises StoreConflict when their layout is another one, and what
+        `swarm.fetch` raises.
+        """
+        if self.fingerprint is None:
+            raise SettingsError("content", "is not known, so nothing can be a twin")
+        return runtime().run(self._fetch_loaded(targets, self.fingerprint))
+
+    async def _fetch_loaded(self, targets: Mapping[str, torch.Tensor], ours: Fingerprint) -> Fetched:
+        node, artifact = await self._open(), ours.model_id(self.model_id)
+        loop = asyncio.get_running_loop()
+        manifest, _ = await resolve(
+            node, artifact, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self._settings.trusted
+        )
+        await loop.run_in_executor(None, _demand_twin, artifact, manifest, ours, targets)
+        store = await loop.run_in_executor(None, IntoStore, manifest, targets)
+        log.info("%s: fetches loaded tensors, %d bytes as %s", self, manifest.size, ours.digest)
+        fetched = await node.fetch(artifact, store, timeout_s=self._settings.timeout_s)
+        if not self._options.serve:
+            node.withdraw(manifest.digest, "serving is turned off")
+            return fetched
+        self._twin = manifest.digest
+        self._served.add(manifest.digest)
+        return fetched
+
+    def fetch_checkpoint(self) -> Path:
+        """The directory with the files of the checkpoint, which the ranks of this host share: the first one fetches.
+
+        Raises StoreError when the others take too long, ManifestInvalid when the files are not those that this engine
+        was configured by, and what `swarm.fetch` raises.
+        """
+        if self.content is None:
+            raise SettingsError("content", "is not known, so no files can be the right ones")
+        place = self._cache / "checkpoints" / self.content[:16]
+        with _turn(place):
+            if not self._complete(place):
+                runtime().run(self._fetch_checkpoint(place, self.content))
+            manifest = build.recall(self._cache, place)
+            if manifest is None:
+                raise StoreError(f"{place}: it is not known what was fetched here; is {self._cache} writable?")
+        if self.described and metadata.describe(manifest).headers != self.described.headers:
+            raise ManifestInvalid(self.model_id, "its headers are not those that this engine was configured by")
+        self._files = place
+        return place
+
+    def _complete(self, place: Path) -> bool:
+        manifest = build.recall(self._cache, place)
+        return (
+            manifest is not None
+            and manifest.digest == self.content
+            and all((place / f.path).is_file() and (place / f.path).stat().st_size == f.size for f in manifest.files)
+        )
+
+    async def _fetch_checkpoint(self, place: Path, content: str) -> None:
+        node = await self._open()
+        await fetch_on(
+            node,
+            self.model_id,
+            out=place,
+            into=None,
+            digest=content,
+            timeout_s=self._settings.timeout_s,
+            settings=self._settings,
+        )
+
+    # Serving
+
+    def keep(self, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
+        """What to serve of the loaded layout: called once others may fetch, so that nothing is hashed before."""
+        self._kept = tensors
+
+    def release_twin(self) -> None:
+        """Serves what was fetched from twins no longer: the engine is about to change it."""
+        if self._twin is not None:
+            runtime().run(self._withdraw({self._twin}, "the engine processes its weights"))
+            self._served.discard(self._twin)
+            self._twin = None
+
+    def ready(self) -> None:
+        """The engine answers: serves what it has, from a thread of its own. The result is in `serving`."""
+        if self._options.serve and self.serving is None:
+            self.serving = Future()
+            threading.Thread(target=self._serve_all, name="swarm-serve", daemon=True).start()
+
+    def stop(self, why: str) -> None:
+        """The loaded tensors are served no longer. Who is just being sent some verifies them, as always."""
+        with self._lock:
+            self._stopped = why
+            served, self._served, self._kept = self._served, set(), None
+        if served:
+            runtime().run(self._withdraw(served, why))
+            log.info("%s: loaded tensors are served no longer: %s", self, why)
+
+    def _serve_all(self) -> None:
+        assert self.serving is not None
+        try:
+            self._serve_files()
+            self._serve_loaded()
+        except Exception as error:
+            log.warning("%s: not all is served: %s", self, error)
+            self.serving.set_exception(error)
+        else:
+            self.serving.set_result(None)
+
+    def _serve_files(self) -> None:
+        """Serves the checkpoint and what engines read of it first: one rank of each host does."""
+        source: Source
+        if self._files is not None:
+            with _turn(self._cache / "checkpoints" / f"hash-{self._files.name}"):
+                grid = self._settings
+                manifest, source, _ = build.checkpoint(
+                    self._files, cache_dir=self._cache, chunk_bytes=grid.chunk_bytes, leaf_bytes=grid.leaf_bytes
+                )
+            if self.content not in (None, manifest.digest):
+                raise StoreConflict(self._files, "holds other files than were loaded from it")
+            self.content = manifest.digest
+            if self._rank.local == 0:
+                self._serve(self.model_id, source)
+                log.info("%s: serves the files at %s, digest %s", self, self._files, manifest.digest)
+                metadata.stage(self._cache, self._files, manifest)
+            else:
+                source.close()
+        if self._rank.local == 0 and self.content and (place := metadata.staged(self._cache, self.content)):
+            _, source, _ = build.checkpoint(place, cache_dir=self._cache)
+            self._serve(metadata_id(self.model_id), source)
+
+    def _serve_loaded(self) -> None:
+        with self._lock:
+            kept, self._kept = self._kept, None
+        ours = self.fingerprint = self._fingerprint_of(self.content)
+        if kept is None or ours is None:
+            return
+        source = build.tensors(kept(), loaded_as=ours.text)
+        with self._lock:
+            if self._stopped:
+                source.close()
+                return
+            if self._twin is not None and self._twin != source.manifest.digest:
+                source.close()
+                raise StoreConflict(self.model_id, "processing changed tensors that were to be served as they came")
+            if self._twin is not None:
+                runtime().run(self._withdraw({self._twin}, "it moved"))
+            self._serve(ours.model_id(self.model_id), source)
+            self._served.add(source.manifest.digest)
+        log.info("%s: ready, serves %d loaded bytes as %s", self, source.manifest.size, ours.digest)
+
+    def _serve(self, artifact: str, source: Source) -> None:
+        async def serve() -> None:
+            (await self._open()).serve(artifact, source)
+
+        try:
+            runtime().run(serve())
+        except BaseException:
+            source.close()
+            raise
+
+    async def _withdraw(self, digests: set[str], why: str) -> None:
+        node = await self._open()
+        for digest in digests:
+            node.withdraw(digest, why)
+
+    async def _open(self) -> Node:
+        if self._node is None:
+            self._node = await runtime().acquire(self._settings)
+            log.info("%s: node %s at %s", self, self._node.name, self._node.address)
+        return self._node
+
+    def __repr__(self) -> str:
+        return f"{self.model_id} rank {self._rank.label}"
+
+
+def _ids(node: Node) -> list[str]:
+    """Model ids of everything that others announce."""
+    linked = [one.model_id for peer in node.peers.values() for one in peer.artifacts.values()]
+    return linked + [one.model_id for member in node.members() for one in member.profile.artifacts]
+
+
+def _demand_twin(artifact: str, manifest: Manifest, ours: Fingerprint, targets: Mapping[str, torch.Tensor]) -> None:
+    """Raises StoreConflict unless the tensors described are ours by fingerprint, name, dtype, shape and ties."""
+    if manifest.tier != "loaded":
+        raise StoreConflict(artifact, f"is a {manifest.tier}, not loaded tensors")
+    differing = [str(one) for one in ours.differences(Fingerprint.read(manifest.fingerprint))]
+    here = TensorSource(targets)
+    differing += Layout.of_files([FileEntry(VIRTUAL_PATH, here.size, here.header, ())]).differences(
+        Layout.described(manifest)
+    )
+    if differing:
+        raise StoreConflict(artifact, f"is no twin: {'; '.join(differing)}")
+
+
+def _of_rank(settings: Settings, rank: Rank) -> Settings:
+    """Settings of one of several ranks that read the same ones: each has a port and a name of its own."""
+    host, port = split_address("listen", settings.listen, default_port=0)
+    name = settings.name and f"{settings.name}-{rank.label}"
+    return dataclasses.replace(settings, listen=join_address(host, port + rank.local if port else 0), name=name)
+
+
+@contextlib.contextmanager
+def _turn(place: Path) -> Iterator[None]:
+    """While the block runs no other process of this host is in one for the same place. Raises StoreError."""
+    lock = place.with_name(f".lock-{place.name}")
+    with store_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when its process dies
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StoreError(f"{place}: another process has been at it for {LOCK_TIMEOUT_S:.0f} s") from None
+                time.sleep(POLL_S)
+        yield
+    finally:
+        os.close(fd)

@@ -1,0 +1,312 @@
+"""vLLM's model loader `swarm`: one rank's tensors from twins, else its files from the swarm, else as without.
+
+    create_model -> load_weights -> process_weights_after_loading -> warm-up
+                    |                                                |
+                    tensors come and are kept here                   and are served from here on
+
+The hand-over point lies between the two: what a rank holds there is the same for every kernel that vLLM may choose
+afterwards. Processing may pack weights into handles that no name leads to, so what it changed, found out by comparing
+every tensor with a copy of before, is served from that copy; the rest is served where it lies.
+
+Owns what decides a rank's layout in vLLM. Must not know: nodes, artifacts. Written for vLLM 0.32 and 0.33.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_world_group
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from swarm import hub
+from swarm.engines import metadata
+from swarm.engines.fingerprint import short_digest
+from swarm.engines.joining import Join, Options, Rank
+from swarm.errors import SettingsError
+
+HEADER_QUANTISATIONS = ("awq", "gptq")  # which vLLM may find out about by the headers of the files
+
+log = logging.getLogger("swarm")
+_joins: list[Join] = []  # of this process: the hooks find them here
+
+
+class SwarmLoader(BaseModelLoader):
+    """What `--load-format swarm` stands for. Made more than once in a worker: making it does nothing."""
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self._extra = dict(load_config.model_loader_extra_config or {})
+        self._copies: dict[str, torch.Tensor] = {}
+        self._join: Join | None = None
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        """As without swarm."""
+        self._disk().download_model(model_config)
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+        """What reloading from disk reads."""
+        return self._disk().get_all_weights(model_config, model)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        """Loads by the first tier that works. Raises what vLLM's own loader raises when none does."""
+        config = get_current_vllm_config()
+        if model_config is not config.model_config:
+            log.info("%s: a draft model is loaded as without swarm", model_config.model)
+            self._disk().load_weights(model, model_config)
+            return
+        _log_as_vllm_does()
+        options = Options.read(self._extra)
+        join = self._join = Join(
+            f"vllm {vllm.__version__}",
+            _model_id(model_config),
+            Rank(_rank_label(config), get_world_group().local_rank),
+            directory=_directory(model_config),
+            fields=layout_fields(model_config, config),
+            options=options,
+        )
+        unsafe = _unsafe(model, config)
+
+        def loaded() -> None:
+            live = named_tensors(model)
+            on_cpu = all(tensor.device.type == "cpu" for tensor in live.values())
+            targets = _like(live) if on_cpu else live
+            join.fetch_loaded(targets)
+            if on_cpu:
+                _copy_into(live, targets)
+                self._copies = targets
+            else:
+                self._copies = _clone(live)
+                join.release_twin()
+
+        def checkpoint() -> None:
+            self._load_from(join.fetch_checkpoint(), model, model_config)
+
+        def disk() -> None:
+            if join.local == "whole" or not _is_directory(model_config.model):
+                self._disk().load_weights(model, model_config)
+            elif join.described and hub.is_model_id(join.model_id):
+                self._load_from(join.model_id, model, model_config)
+            else:
+                raise SettingsError(
+                    "load format", f"{model_config.model} holds no weights, and none came from the swarm"
+                )
+
+        join.load(
+            {"loaded": loaded, "checkpoint": checkpoint, "disk": disk}, unsafe=unsafe, unread=_unread(model_config)
+        )
+        if unsafe or not options.serve:
+            self._copies = {}
+        elif not self._copies:
+            self._copies = _clone(named_tensors(model))
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """As every loader does; and remembers what to serve after warm-up."""
+        model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
+        if self._join is not None and model_config is vllm_config.model_config:
+            if self._copies:
+                served = servable(self._copies, named_tensors(model))
+                self._join.keep(lambda: served)
+                self._copies = {}
+            _joins.append(self._join)
+        return model
+
+    def _disk(self) -> DefaultModelLoader:
+        return DefaultModelLoader(
+            dataclasses.replace(self.load_config, load_format="auto", model_loader_extra_config={})
+        )
+
+    def _load_from(self, place: Path | str, model: nn.Module, model_config: ModelConfig) -> None:
+        """By vLLM's own loader, out of another directory or from the hub; every tensor is written."""
+        moved = copy.copy(model_config)
+        moved.model, moved.revision = str(place), None
+        moved.model_weights = ""
+        self._disk().load_weights(model, moved)
+
+
+def ready() -> None:
+    """The worker has warmed up: what it loaded is served from now on."""
+    for join in _joins:
+        join.ready()
+
+
+def stop(why: str) -> None:
+    """The worker is about to change its weights, or to give their memory away."""
+    for join in _joins:
+        join.stop(f"the engine was told to {why.replace('_', ' ')}")
+
+
+def joins() -> list[Join]:
+    """Those of this process, for whoever wants to know what became of them."""
+    return list(_joins)
+
+
+def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer under every name that it has: tied ones are one object."""
+    found: dict[str, torch.Tensor] = {}
+    for tensors in (model.named_parameters, model.named_buffers):
+        found.update(tensors(remove_duplicate=False))
+    return found
+
+
+def servable(copies: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What was loaded, after processing: the live tensor where its bytes are still those, else the copy."""
+    unchanged: dict[int, torch.Tensor] = {}  # by identity of the copy, so that ties stay ties
+    taken: set[int] = set()  # by address: what processing has tied was two tensors before
+    for name, kept in copies.items():
+        now = live.get(name)
+        if now is None or id(kept) in unchanged or now.data_ptr() in taken or not _same_bytes(kept, now):
+            continue
+        unchanged[id(kept)] = now.detach()
+        taken.add(now.data_ptr())
+    served = {name: unchanged.get(id(kept), kept) for name, kept in copies.items()}
+    log.info("%d of %d tensors are served where the engine uses them", len(unchanged), len({*map(id, copies.values())}))
+    return served
+
+
+def layout_fields(model_config: ModelConfig, config: VllmConfig) -> dict[str, str]:
+    """Everything that decides what a rank holds after `load_weights`, content aside.
+
+    To be called before loading: processing may change the quantisation config.
+    """
+    hf, parallel = model_config.hf_config, config.parallel_config
+    lora = config.lora_config
+    experts = f"{parallel.expert_placement_strategy}" if parallel.enable_expert_parallel else "off"
+    return {
+        "engine": "vllm",
+        "engine_version": vllm.__version__,
+        "architectures": ",".join(getattr(hf, "architectures", None) or []),
+        "model_impl": str(model_config.model_impl),
+        "dtype": str(model_config.dtype),
+        "quantization": str(model_config.quantization),
+        "quantization_config": short_digest(getattr(hf, "quantization_config", None)),
+        "hf_config": short_digest(_layout_of(hf.to_dict())),
+        "tied": str(getattr(hf.get_text_config(), "tie_word_embeddings", False)),
+        "tp": f"{get_tensor_model_parallel_rank()} of {parallel.tensor_parallel_size}",
+        "pp": f"{get_pp_group().rank_in_group} of {parallel.pipeline_parallel_size}",
+        "dp_size": str(parallel.data_parallel_size),
+        "dp_rank": str(parallel.data_parallel_rank if parallel.enable_expert_parallel else 0),
+        "experts": experts,
+        "lora": "" if lora is None else str(getattr(lora, "lora_extra_vocab_size", "on")),
+        "platform": vllm.platforms.current_platform.device_type,
+    }
+
+
+def _layout_of(hf: dict[str, Any]) -> dict[str, Any]:
+    """A model's config without what says nothing of its tensors and differs between paths and libraries."""
+    return {key: value for key, value in hf.items() if key not in ("_name_or_path", "transformers_version")}
+
+
+def _unsafe(model: nn.Module, config: VllmConfig) -> str:
+    """Why the tensors of this rank cannot be handed over; '' when they can."""
+    if config.parallel_config.enable_eplb:
+        return "experts move while the engine runs (EPLB)"
+    if any(getattr(getattr(m, "quant_method", None), "uses_meta_device", False) for m in model.modules()):
+        return "weights are quantised while they are loaded"
+    if any(tensor.is_meta for tensor in named_tensors(model).values()):
+        return "some tensors have no memory before they are loaded"
+    return ""
+
+
+def _unread(model_config: ModelConfig) -> Any:
+    """What vLLM read of the headers of the files, or would have, had there been any."""
+
+    def unread(described: metadata.Description) -> str:
+        hf = model_config.hf_config
+        quantisation = str(model_config.quantization or "")
+        has_head = any(name.endswith("lm_head.weight") for name in described.tensor_names())
+        if getattr(hf.get_text_config(), "tie_word_embeddings", False) and has_head:
+            return (
+                "the config says that embeddings are tied and the files have a head of their own, which vLLM did not "
+                "see: start it with `swarm run`"
+            )
+        if getattr(hf, "dtype", None) is None:
+            return "the config names no dtype, and vLLM saw no files: start it with `swarm run`"
+        if quantisation.startswith(HEADER_QUANTISATIONS):
+            return f"{quantisation} is read off the files, which vLLM did not see: start it with `swarm run`"
+        return ""
+
+    return unread
+
+
+def _model_id(model_config: ModelConfig) -> str:
+    """What the model is called among nodes: as `swarm serve` would call it, or as `swarm run` was told."""
+    path = Path(model_config.model)
+    if not _is_directory(model_config.model):
+        return str(model_config.model)
+    if (path / metadata.NAME).is_file():
+        return (path / metadata.NAME).read_text(encoding="utf-8").strip()
+    return hub.model_id_of(path) or path.resolve().name
+
+
+def _directory(model_config: ModelConfig) -> Path | None:
+    if _is_directory(model_config.model):
+        return Path(model_config.model)
+    return hub.snapshot(model_config.model, revision=model_config.revision or "main")
+
+
+def _is_directory(model: str) -> bool:
+    return Path(model).is_dir()
+
+
+def _rank_label(config: VllmConfig) -> str:
+    parallel = config.parallel_config
+    parts = {
+        "tp": (get_tensor_model_parallel_rank(), parallel.tensor_parallel_size),
+        "pp": (get_pp_group().rank_in_group, parallel.pipeline_parallel_size),
+        "dp": (parallel.data_parallel_rank, parallel.data_parallel_size),
+    }
+    return ",".join(f"{name}{rank}" for name, (rank, size) in parts.items() if size > 1) or "0"
+
+
+def _like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """New memory for each tensor, tied as they are: what is one in memory is one here."""
+    made: dict[object, torch.Tensor] = {}
+    found = {}
+    for name, tensor in tensors.items():
+        shape = tuple(tensor.shape)
+        one = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
+        if one not in made:
+            made[one] = torch.empty(shape, dtype=tensor.dtype, device="cpu")
+        found[name] = made[one]
+    return found
+
+
+def _clone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in the host's memory, tied as they are."""
+    copies = _like(tensors)
+    for name, tensor in tensors.items():
+        copies[name].copy_(tensor.detach())
+    return copies
+
+
+def _copy_into(live: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.data.copy_(tensors[name])
+
+
+def _same_bytes(kept: torch.Tensor, now: torch.Tensor) -> bool:
+    if (kept.dtype, kept.shape) != (now.dtype, now.shape) or not now.is_contiguous():
+        return False
+    there = now.detach().to("cpu")
+    return torch.equal(kept.reshape(-1).view(torch.uint8), there.reshape(-1).view(torch.uint8))
+
+
+def _log_as_vllm_does() -> None:
+    """Lines of `swarm` go where vLLM's go, with its prefix that names the process, unless somebody set them up."""
+    ours, theirs = logging.getLogger("swarm"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.propagate = False
+        ours.setLevel(theirs.level)

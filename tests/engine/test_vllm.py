@@ -1,0 +1,208 @@
+"""Two real vLLM engines: does the one that takes its weights from the other answer as it does, whatever happens?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+
+from swarm import build
+
+from .engines import MODEL_ID, Engine, Server
+from .models import PROMPTS, bigger, dense, write
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+Models: TypeAlias = "Callable[[str], Path]"
+Start: TypeAlias = "Callable[..., Engine]"
+
+DTYPE = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}
+
+
+def options(kind: str, **more: str) -> dict[str, Any]:
+    return {"environment": {"ENGINE_DTYPE": DTYPE[kind.rpartition("-")[2]], **more}}
+
+
+def nothing(tmp_path: Path) -> Path:
+    """A model directory of a machine that has none: it holds neither weights nor config."""
+    path = tmp_path / "nothing"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+def remember(model: Path, cache: Path) -> None:
+    """Hashes a model, as a machine that has served it before has."""
+    for path in model.iterdir():
+        os.utime(path, (1, 1))  # long enough ago for the hashes to be trusted
+    build.checkpoint(model, cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "dense-fp32",
+        pytest.param("dense-bf16", marks=pytest.mark.matrix),
+        pytest.param("tied-bf16", marks=pytest.mark.matrix),
+        pytest.param("tied-fp32", marks=pytest.mark.matrix),
+        "mistied-fp32",
+        "w8a8-int8",
+        pytest.param("moe-bf16", marks=pytest.mark.matrix),
+        pytest.param("mla-bf16", marks=pytest.mark.matrix),
+    ],
+)
+def test_do_both_tiers_give_the_tokens_of_the_source(kind: str, models: Models, engine: Start, tmp_path: Path) -> None:
+    a = engine("a", models(kind), **options(kind)).serves()
+    b = engine("b", nothing(tmp_path), nothing=True, **options(kind))  # found by multicast DNS
+    c = engine("c", nothing(tmp_path), nothing=True, extra={"tiers": "checkpoint"}, peers=a.address, **options(kind))
+    assert a.taken == "disk"
+    assert b.tokens == a.tokens
+    assert b.taken == "loaded", b.steps
+    assert c.tokens == a.tokens
+    assert c.taken == "checkpoint", c.steps
+    assert c.why("loaded") == "turned off"
+
+
+def test_does_another_version_take_the_files_and_say_what_differs(
+    models: Models, engine: Start, tmp_path: Path
+) -> None:
+    kind = "dense-fp32"
+    a = engine("a", models(kind), **options(kind)).serves()
+    b = engine(
+        "b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind, ENGINE_PRETENDS="0.99.0")
+    ).wait_for("ANSWERED ")
+    assert b.tokens == a.tokens
+    assert b.taken == "checkpoint"
+    assert "engine_version is 0.99.0 here and 0.32.0 there" in b.why("loaded")
+
+
+def test_is_another_model_of_the_same_name_refused_and_named(models: Models, engine: Start, tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    write(ours, dense("float32", tied=False), seed=1)
+    write(theirs, dense("float32", tied=False), seed=2)
+    a = engine("a", theirs, **options("dense-fp32")).serves()
+    alone = engine("alone", ours, environment={"ENGINE_FORMAT": "auto", "ENGINE_DTYPE": "float32"})
+    remember(ours, tmp_path / "cache-b")
+    b = engine("b", ours, peers=a.address, **options("dense-fp32"))
+    assert b.tokens == alone.tokens
+    assert b.tokens != a.tokens
+    assert b.taken == "disk"
+    assert "other content under the same name is refused" in b.why("loaded")
+    assert a.address in b.why("loaded")
+
+
+def test_is_a_newcomer_told_that_two_models_have_its_name(models: Models, engine: Start, tmp_path: Path) -> None:
+    a = engine("a", write(tmp_path / "one", dense("float32", tied=False), seed=1), **options("dense-fp32"))
+    c = engine("c", write(tmp_path / "two", dense("float32", tied=False), seed=2), **options("dense-fp32"))
+    a.serves()
+    c.serves()
+    b = engine("b", nothing(tmp_path), nothing=True, peers=f"{a.address},{c.address}", **options("dense-fp32"))
+    assert b.end() != 0
+    assert "is served with 2 different contents" in b.said
+    assert a.address in b.said
+    assert c.address in b.said
+
+
+@pytest.mark.parametrize("left", ["twin", pytest.param("files here", marks=pytest.mark.matrix)])
+def test_does_a_newcomer_go_on_when_its_source_is_killed(left: str, engine: Start, tmp_path: Path) -> None:
+    """A sends so slowly that most is missing when it dies; another instance goes on, or the files of B's own disk."""
+    model = write(tmp_path / "model", bigger())
+    brief = {"SWARM_STALL_TIMEOUT_S": "3", "SWARM_IDLE_TIMEOUT_S": "1"}
+    slow = {"upload_limit": "1MB/s"}
+    a = engine("a", model, extra=slow, **options("dense-fp32")).serves()
+    expected, peers, where = a.tokens, a.address, model
+    if left == "twin":
+        c = engine("c", model, extra={"tiers": "", **slow}, peers=a.address, **options("dense-fp32")).serves()
+        peers, where = f"{a.address},{c.address}", nothing(tmp_path)
+    else:
+        remember(model, tmp_path / "cache-b")
+    b = engine("b", where, nothing=left == "twin", peers=peers, **options("dense-fp32", **brief))
+    b.wait_for("fetches loaded tensors")
+    a.kill()
+    assert b.tokens == expected
+    assert b.taken == ("loaded" if left == "twin" else "disk"), b.steps
+
+
+@pytest.mark.matrix
+def test_does_a_source_outlive_a_newcomer_that_is_killed_and_is_it_forgotten(
+    models: Models, engine: Start, tmp_path: Path
+) -> None:
+    """B is killed while it loads; C, which knew of B, starts as if there had never been any."""
+    kind = "dense-fp32"
+    a = engine("a", models(kind), extra={"upload_limit": "100kB/s"}, **options(kind)).serves()
+    b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind))
+    b.wait_for("fetches loaded tensors")
+    stale = b.address
+    b.kill()
+    c = engine("c", nothing(tmp_path), nothing=True, peers=f"{stale},{a.address}", **options(kind))
+    assert c.tokens == a.tokens
+    assert c.taken == "loaded"
+
+
+def test_is_a_corrupted_source_found_out(models: Models, engine: Start, tmp_path: Path) -> None:
+    """A changes a tensor that it serves behind everybody's back: whoever fetches it notices, and takes another tier."""
+    kind = "dense-fp32"
+    a = engine("a", models(kind), **options(kind, ENGINE_CORRUPTS="1")).wait_for("CORRUPTED")
+    brief = {"SWARM_STALL_TIMEOUT_S": "3"}
+    b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind, **brief))
+    assert b.tokens == a.tokens  # those that it gave before
+    assert b.taken == "checkpoint"
+    assert "failed" in b.why("loaded")
+
+
+@pytest.mark.matrix
+def test_do_three_newcomers_that_start_at_once_feed_each_other(models: Models, engine: Start, tmp_path: Path) -> None:
+    kind = "dense-fp32"
+    a = engine("a", models(kind), **options(kind)).serves()
+    newcomers = [
+        engine(f"n{number}", nothing(tmp_path), nothing=True, peers=a.address, **options(kind)) for number in range(3)
+    ]
+    for one in newcomers:
+        assert one.tokens == a.tokens
+        assert one.taken == "loaded"
+
+
+@pytest.mark.matrix
+def test_do_ranks_find_their_twins(models: Models, engine: Start, tmp_path: Path) -> None:
+    """Two ranks each: every one takes what its twin holds, and the files are for the checkpoint tier, once a host."""
+    two = {"ENGINE_TP": "2", "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    kind = "dense-fp32"
+    a = engine("a", models(kind), **options(kind, **two))
+    a.wait_until(lambda: a.said.count("ready, serves") == 2, "two ranks that serve")
+    b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind, **two))
+    assert b.tokens == a.tokens
+    assert [step.tier for step in b.steps if step.taken] == ["loaded", "loaded"]
+    a.kill()
+    b.kill()
+    c = engine("c", models(kind), **options(kind))
+    c.serves()
+    d = engine(
+        "d", nothing(tmp_path), nothing=True, peers=c.address, extra={"tiers": "checkpoint"}, **options(kind, **two)
+    )
+    assert d.tokens == a.tokens
+    assert [step.tier for step in d.steps if step.taken] == ["checkpoint", "checkpoint"]
+
+
+def test_does_an_engine_that_changes_its_weights_stop_serving_them(
+    models: Models, engine: Start, tmp_path: Path
+) -> None:
+    kind = "dense-fp32"
+    a = engine("a", models(kind), **options(kind, ENGINE_RELOADS="1")).serves()
+    a.wait_for("served no longer: the engine was told to reload weights")
+    b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind))
+    assert b.tokens == a.tokens
+    assert b.taken == "checkpoint"
+    assert "no twin" in b.why("loaded")
+
+
+@pytest.mark.matrix
+def test_do_two_api_servers_answer_alike(models: Models, tmp_path: Path) -> None:
+    """Servers as users start them: the second one by `swarm run`, on a machine that has nothing."""
+    with Server(models("dense-fp32"), tmp_path / "a", nothing=False) as a:
+        a.wait_for("ready, serves")
+        with Server(nothing(tmp_path), tmp_path / "b", nothing=True) as b:
+            b.wait_for("ready, serves")
+            assert b.answers(PROMPTS[:10], name=str(nothing(tmp_path))) == a.answers(PROMPTS[:10], name=MODEL_ID)
+            assert "loaded tier taken" in b.said

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from swarm import build
+from swarm.demo import write_made_up
+from swarm.engines import metadata
+from swarm.errors import ManifestInvalid, SourceChanged
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model"
+    path.mkdir()
+    write_made_up(path / "model.safetensors", [("a.weight", (300, 100))], rng=np.random.default_rng(1))
+    (path / "config.json").write_text('{"tie_word_embeddings": true}')
+    (path / "tokenizer").mkdir()
+    (path / "tokenizer" / "vocab.txt").write_text("a b c")
+    (path / "training.pt").write_bytes(b"w" * 1000)
+    return path
+
+
+def names(path: Path) -> set[str]:
+    return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+
+
+def test_is_what_an_engine_reads_first_staged_and_laid_out(model: Path, tmp_path: Path) -> None:
+    manifest, source, _ = build.checkpoint(model, cache_dir=tmp_path / "a")
+    source.close()
+    staged = metadata.stage(tmp_path / "a", model, manifest)
+    assert names(staged) == {"config.json", "tokenizer/vocab.txt", metadata.DESCRIPTION}
+    assert metadata.staged(tmp_path / "a", manifest.digest) == staged
+    adopted = metadata.adopt(tmp_path / "b", staged)
+    out = metadata.lay_out(tmp_path / "b", "org/model", adopted)
+    assert names(out) == {*names(staged), "model.safetensors", metadata.NAME}
+    assert metadata.read(out).content == manifest.digest
+    assert metadata.read(out).tensor_names() == {"a.weight"}
+    assert (out / metadata.NAME).read_text() == "org/model\n"
+    whole = (model / "model.safetensors").read_bytes()
+    header = (out / "model.safetensors").read_bytes()
+    assert whole.startswith(header)
+    assert len(header) == len(whole) - 300 * 100 * 2
+
+
+def test_are_headers_alone_not_taken_for_weights(model: Path, tmp_path: Path) -> None:
+    manifest, source, _ = build.checkpoint(model, cache_dir=tmp_path)
+    source.close()
+    out = metadata.lay_out(tmp_path, "org/model", metadata.stage(tmp_path, model, manifest))
+    assert metadata.is_whole(model)
+    assert not metadata.is_whole(out)
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
+    assert not metadata.is_whole(model)
+
+
+def test_is_a_directory_without_weights_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert not metadata.is_whole(tmp_path)
+
+
+def test_is_the_same_content_staged_the_same_everywhere(model: Path, tmp_path: Path) -> None:
+    digests = set()
+    for machine in ("a", "b"):
+        manifest, source, _ = build.checkpoint(model, cache_dir=tmp_path / machine)
+        source.close()
+        staged, files, _ = build.checkpoint(
+            metadata.stage(tmp_path / machine, model, manifest), cache_dir=tmp_path / "c"
+        )
+        files.close()
+        digests.add(staged.digest)
+    assert len(digests) == 1
+
+
+def test_are_files_that_changed_since_they_were_hashed_not_staged(model: Path, tmp_path: Path) -> None:
+    manifest, source, _ = build.checkpoint(model, cache_dir=tmp_path)
+    source.close()
+    (model / "config.json").write_text('{"tie_word_embeddings": nope}')
+    with pytest.raises(SourceChanged, match="config"):
+        metadata.stage(tmp_path, model, manifest)
+    assert metadata.staged(tmp_path, manifest.digest) is None
+    assert not list((tmp_path / "metadata").iterdir())
+
+
+GOOD = {"content": "a" * 64, "headers": {"m.safetensors": {"size": 10, "text": "{}"}}}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "nonsense",
+        {**GOOD, "content": "short"},
+        {**GOOD, "headers": {"../m.safetensors": {"size": 10, "text": "{}"}}},
+        {**GOOD, "headers": {"m.safetensors": {"size": 10, "text": "{"}}},
+        {**GOOD, "headers": {"m.safetensors": {"size": -1, "text": "{}"}}},
+        {**GOOD, "headers": {"m.safetensors": {"size": 99, "text": "{}"}}},
+        {**GOOD, "more": 1},
+    ],
+)
+def test_is_a_description_that_cannot_be_true_refused(said: object, tmp_path: Path) -> None:
+    (tmp_path / metadata.DESCRIPTION).write_text(said if isinstance(said, str) else json.dumps(said))
+    with pytest.raises(ManifestInvalid):
+        metadata.read(tmp_path)
+
+
+def test_is_a_description_read_as_it_was_written(tmp_path: Path) -> None:
+    (tmp_path / metadata.DESCRIPTION).write_text(json.dumps(GOOD))
+    assert msgspec.to_builtins(metadata.read(tmp_path)) == GOOD
+
+
+def test_is_a_directory_without_one_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ManifestInvalid, match="has no"):
+        metadata.read(tmp_path)
