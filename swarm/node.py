@@ -187,11 +187,12 @@ class Node:
             if share.users == 0:
                 self.withdraw(digest, "not served any more")
 
-    def withdraw(self, digest: str, why: str) -> None:
-        """Stops offering an artifact, whoever still uses it."""
+    def withdraw(self, digest: str, why: str) -> asyncio.Task[Any] | None:
+        """Stops offering an artifact, whoever still uses it. The task ends when nothing of it is read any more."""
         if share := self._sharing.remove(digest, why):
             self._withdrawn.append(share)
-            self.spawn(self._close_share(share), f"close {share.model_id}")
+            return self.spawn(self._close_share(share), f"close {share.model_id}")
+        return None
 
     async def fetch(
         self, model_id: str, store: Store, *, origin: Origin | None = None, timeout_s: float | None = None

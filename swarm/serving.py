@@ -57,7 +57,7 @@ class Serving:
         transports: Sequence[Transport],
         shares: Mapping[str, Servable],
         rank: Callable[[str], tuple[int, int]],
-        withdraw: Callable[[str, str], None],
+        withdraw: Callable[[str, str], object],
         slots: int,
         idle_timeout_s: float,
     ) -> None:

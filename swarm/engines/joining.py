@@ -40,8 +40,9 @@ from swarm.node import Fetched, Holder, Node
 from swarm.resolving import resolve
 from swarm.runtime import runtime
 from swarm.settings import Settings, join_address, split_address
+from swarm.status import running
 from swarm.store import Source
-from swarm.store.disk import store_errors
+from swarm.store.disk import Stamp, store_errors
 from swarm.store.tensors import VIRTUAL_PATH, IntoStore, TensorSource
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ SETTLE_S = 0.4  # for those whose announcements arrive a little later than the f
 POLL_S = 0.05
 OTHERS_ASKED_MAX = 3  # whose layout is compared, so that the log can say what differs
 OTHER_TIMEOUT_S = 2.0
+WITHDRAW_TIMEOUT_S = 30.0  # for transfers that are under way
 LOCK_TIMEOUT_S = 3600.0  # another rank of this host fetches the same files
 TIERS = ("loaded", "checkpoint")
 
@@ -128,19 +130,26 @@ class Join:
         self._engine = engine
         self._rank = rank
         self._options = options
-        self._settings = _of_rank(options.settings, rank)
-        self._cache = self._settings.cache
+        self.settings = _of_rank(options.settings, rank)
+        self._cache = self.settings.cache
         self._steps: list[Step] = []
         self.fingerprint: Fingerprint | None = None
         self._node: Node | None = None
         self._twin: str | None = None  # digest of loaded tensors that were fetched, and are served since
         self._files: Path | None = None  # of the checkpoint, if they are on this machine
+        self._stamps: dict[str, Stamp] = {}  # of its weights, before they were loaded
         self._kept: Callable[[], dict[str, torch.Tensor]] | None = None
         self._served: set[str] = set()  # digests of loaded tensors
         self._lock = threading.Lock()  # of what is served, between the thread that serves and the one that stops
         self._stopped = ""
         self.serving: Future[None] | None = None  # done when `ready` has come to its end
+        self._noted = contextlib.ExitStack()  # for `swarm status` on this machine
         self.described, self.local, self.content = self._look_here()
+
+    @property
+    def first_of_host(self) -> bool:
+        """Whether this rank is the one that serves what its host has once."""
+        return self._rank.local == 0
 
     # Before loading
 
@@ -153,11 +162,11 @@ class Join:
             return described, "headers", described.content
         if not metadata.is_whole(self.directory):
             return None, "config", None
-        grid = self._settings
+        grid = self.settings
         known = build.known(
             self.directory, cache_dir=self._cache, chunk_bytes=grid.chunk_bytes, leaf_bytes=grid.leaf_bytes
         )
-        self._files = self.directory
+        self._files, self._stamps = self.directory, _stamps(self.directory)
         return None, "whole", known.digest if known else None
 
     def load(
@@ -204,8 +213,8 @@ class Join:
 
     def _situation(self, unsafe: str, unread: Unread | None) -> Situation:
         barred = frozenset(TIERS) - set(self._options.tiers)
-        if barred == frozenset(TIERS):
-            return Situation(self.content, self.local, barred=barred)
+        if barred == frozenset(TIERS) or (self.local == "whole" and self.content is None):
+            return Situation(self.content, self.local, barred=barred)  # nobody could help
         return runtime().run(self._survey(Situation(self.content, self.local, unsafe=unsafe, barred=barred), unread))
 
     async def _survey(self, known: Situation, unread: Unread | None) -> Situation:
@@ -215,7 +224,7 @@ class Join:
         holders, unseen = node.holders(self.model_id), ""
         if self.content is None and self.local == "config" and unread is not None and holders:
             manifest, _ = await resolve(
-                node, self.model_id, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self._settings.trusted
+                node, self.model_id, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self.settings.trusted
             )
             self.described, self.content = metadata.describe(manifest), manifest.digest
             unseen = unread(self.described)
@@ -285,12 +294,12 @@ class Join:
         node, artifact = await self._open(), ours.model_id(self.model_id)
         loop = asyncio.get_running_loop()
         manifest, _ = await resolve(
-            node, artifact, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self._settings.trusted
+            node, artifact, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self.settings.trusted
         )
         await loop.run_in_executor(None, _demand_twin, artifact, manifest, ours, targets)
         store = await loop.run_in_executor(None, IntoStore, manifest, targets)
         log.info("%s: fetches loaded tensors, %d bytes as %s", self, manifest.size, ours.digest)
-        fetched = await node.fetch(artifact, store, timeout_s=self._settings.timeout_s)
+        fetched = await node.fetch(artifact, store, timeout_s=self.settings.timeout_s)
         if not self._options.serve:
             node.withdraw(manifest.digest, "serving is turned off")
             return fetched
@@ -334,8 +343,8 @@ class Join:
             out=place,
             into=None,
             digest=content,
-            timeout_s=self._settings.timeout_s,
-            settings=self._settings,
+            timeout_s=self.settings.timeout_s,
+            settings=self.settings,
         )
 
     # Serving
@@ -358,7 +367,7 @@ class Join:
             threading.Thread(target=self._serve_all, name="swarm-serve", daemon=True).start()
 
     def stop(self, why: str) -> None:
-        """The loaded tensors are served no longer. Who is just being sent some verifies them, as always."""
+        """The loaded tensors are served no longer; returns when nobody is being sent any."""
         with self._lock:
             self._stopped = why
             served, self._served, self._kept = self._served, set(), None
@@ -382,20 +391,21 @@ class Join:
         source: Source
         if self._files is not None:
             with _turn(self._cache / "checkpoints" / f"hash-{self._files.name}"):
-                grid = self._settings
+                grid = self.settings
                 manifest, source, _ = build.checkpoint(
                     self._files, cache_dir=self._cache, chunk_bytes=grid.chunk_bytes, leaf_bytes=grid.leaf_bytes
                 )
-            if self.content not in (None, manifest.digest):
-                raise StoreConflict(self._files, "holds other files than were loaded from it")
+            if self.content not in (None, manifest.digest) or (self._stamps and self._stamps != _stamps(self._files)):
+                source.close()
+                raise StoreConflict(self._files, "holds other files than were loaded from it; restart to serve them")
             self.content = manifest.digest
-            if self._rank.local == 0:
+            if self.first_of_host:
                 self._serve(self.model_id, source)
                 log.info("%s: serves the files at %s, digest %s", self, self._files, manifest.digest)
                 metadata.stage(self._cache, self._files, manifest)
             else:
                 source.close()
-        if self._rank.local == 0 and self.content and (place := metadata.staged(self._cache, self.content)):
+        if self.first_of_host and self.content and (place := metadata.staged(self._cache, self.content)):
             _, source, _ = build.checkpoint(place, cache_dir=self._cache)
             self._serve(metadata_id(self.model_id), source)
 
@@ -430,18 +440,25 @@ class Join:
             raise
 
     async def _withdraw(self, digests: set[str], why: str) -> None:
+        """Returns when nothing reads these tensors any more: their memory may be given away next."""
         node = await self._open()
-        for digest in digests:
-            node.withdraw(digest, why)
+        closing = [task for digest in digests if (task := node.withdraw(digest, why))]
+        if closing:
+            await asyncio.wait(closing, timeout=WITHDRAW_TIMEOUT_S)
 
     async def _open(self) -> Node:
         if self._node is None:
-            self._node = await runtime().acquire(self._settings)
+            self._node = await runtime().acquire(self.settings)
+            self._noted.enter_context(running.note(self._cache, self._node.address))
             log.info("%s: node %s at %s", self, self._node.name, self._node.address)
         return self._node
 
     def __repr__(self) -> str:
         return f"{self.model_id} rank {self._rank.label}"
+
+
+def _stamps(directory: Path) -> dict[str, Stamp]:
+    return {str(path): Stamp.at(path) for path in directory.rglob("*") if metadata.is_weights(path.name)}
 
 
 def _ids(node: Node) -> list[str]:

@@ -15,6 +15,7 @@ Must not know: nodes, engines.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -138,9 +139,19 @@ def is_weights(path: str) -> bool:
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a model directory holds weights, and none of its safetensors files is shorter than its header says."""
+    """Whether a directory holds all files of its indexes, and each safetensors file is as long as its header says."""
     found = [path for path in directory.rglob("*") if is_weights(path.name) and path.is_file()]
-    return bool(found) and all(_whole(path) for path in found if path.suffix == ".safetensors")
+    indexes = directory.rglob("*.safetensors.index.json")
+    named = {path for index in indexes for path in _shards(index)}
+    return bool(found) and named <= {*found} and all(_whole(path) for path in found if path.suffix == ".safetensors")
+
+
+def _shards(index: Path) -> set[Path]:
+    """Files that an index names; one that cannot be read names itself, which holds no weights."""
+    try:
+        return {index.parent / str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {index}
 
 
 def _whole(path: Path) -> bool:

@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
 from swarm import hub
-from swarm.engines import metadata
+from swarm.engines import caches, metadata
 from swarm.engines.fingerprint import short_digest
 from swarm.engines.joining import Join, Options, Rank
 from swarm.errors import SettingsError
@@ -38,7 +38,7 @@ from swarm.errors import SettingsError
 HEADER_QUANTISATIONS = ("awq", "gptq")  # which vLLM may find out about by the headers of the files
 
 log = logging.getLogger("swarm")
-_joins: list[Join] = []  # of this process: the hooks find them here
+_joins: list[tuple[Join, dict[str, str]]] = []  # of this process, for the hooks, with the key of what they compile
 
 
 class SwarmLoader(BaseModelLoader):
@@ -49,6 +49,7 @@ class SwarmLoader(BaseModelLoader):
         self._extra = dict(load_config.model_loader_extra_config or {})
         self._copies: dict[str, torch.Tensor] = {}
         self._join: Join | None = None
+        self._compiles: dict[str, str] = {}  # the key of what this process compiles, if it speaks for its host
 
     def download_model(self, model_config: ModelConfig) -> None:
         """As without swarm."""
@@ -67,14 +68,18 @@ class SwarmLoader(BaseModelLoader):
             return
         _log_as_vllm_does()
         options = Options.read(self._extra)
+        fields = layout_fields(model_config, config)
         join = self._join = Join(
             f"vllm {vllm.__version__}",
             _model_id(model_config),
             Rank(_rank_label(config), get_world_group().local_rank),
             directory=_directory(model_config),
-            fields=layout_fields(model_config, config),
+            fields=fields,
             options=options,
         )
+        if join.first_of_host:
+            self._compiles = {**fields, "compilation": config.compute_hash()}
+            caches.before_compiling(self._compiles, join.settings)
         unsafe = _unsafe(model, config)
 
         def loaded() -> None:
@@ -118,7 +123,7 @@ class SwarmLoader(BaseModelLoader):
                 served = servable(self._copies, named_tensors(model))
                 self._join.keep(lambda: served)
                 self._copies = {}
-            _joins.append(self._join)
+            _joins.append((self._join, self._compiles))
         return model
 
     def _disk(self) -> DefaultModelLoader:
@@ -136,19 +141,21 @@ class SwarmLoader(BaseModelLoader):
 
 def ready() -> None:
     """The worker has warmed up: what it loaded is served from now on."""
-    for join in _joins:
+    for join, compiles in _joins:
         join.ready()
+        if compiles:
+            caches.after_warm_up(compiles, join.settings)
 
 
 def stop(why: str) -> None:
     """The worker is about to change its weights, or to give their memory away."""
-    for join in _joins:
+    for join, _ in _joins:
         join.stop(f"the engine was told to {why.replace('_', ' ')}")
 
 
 def joins() -> list[Join]:
     """Those of this process, for whoever wants to know what became of them."""
-    return list(_joins)
+    return [join for join, _ in _joins]
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -60,7 +60,7 @@ def join(tmp_path: Path) -> Iterator[Callable[..., Join]]:
     yield start
     for one in made:
         if one._node is not None:
-            runtime().run(runtime().release(one._settings))
+            runtime().run(runtime().release(one.settings))
 
 
 class _Addresses:
