@@ -360,11 +360,11 @@ class Join:
             self._served.discard(self._twin)
             self._twin = None
 
-    def ready(self) -> None:
-        """The engine answers: serves what it has, from a thread of its own. The result is in `serving`."""
+    def ready(self, then: Callable[[], object] | None = None) -> None:
+        """The engine answers: serves what it has, from a thread of its own, and does `then`. See `serving`."""
         if self._options.serve and self.serving is None:
             self.serving = Future()
-            threading.Thread(target=self._serve_all, name="swarm-serve", daemon=True).start()
+            threading.Thread(target=self._serve_all, args=(then,), name="swarm-serve", daemon=True).start()
 
     def stop(self, why: str) -> None:
         """The loaded tensors are served no longer; returns when nobody is being sent any."""
@@ -375,11 +375,13 @@ class Join:
             runtime().run(self._withdraw(served, why))
             log.info("%s: loaded tensors are served no longer: %s", self, why)
 
-    def _serve_all(self) -> None:
+    def _serve_all(self, then: Callable[[], object] | None) -> None:
         assert self.serving is not None
         try:
             self._serve_files()
             self._serve_loaded()
+            if then is not None:
+                then()
         except Exception as error:
             log.warning("%s: not all is served: %s", self, error)
             self.serving.set_exception(error)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -84,15 +85,19 @@ class SwarmLoader(BaseModelLoader):
 
         def loaded() -> None:
             live = named_tensors(model)
-            on_cpu = all(tensor.device.type == "cpu" for tensor in live.values())
-            targets = _like(live) if on_cpu else live
-            join.fetch_loaded(targets)
-            if on_cpu:
+            if all(tensor.device.type == "cpu" for tensor in live.values()):
+                targets = _like(live)
+                join.fetch_loaded(targets)
                 _copy_into(live, targets)
                 self._copies = targets
-            else:
-                self._copies = _clone(live)
-                join.release_twin()
+                return
+            spared = _clone(_not_in_files(model, model_config))
+            try:
+                join.fetch_loaded(live)
+            except BaseException:
+                _copy_into({name: live[name] for name in spared}, spared)
+                raise
+            join.release_twin()  # processing writes to these very tensors
 
         def checkpoint() -> None:
             self._load_from(join.fetch_checkpoint(), model, model_config)
@@ -142,9 +147,7 @@ class SwarmLoader(BaseModelLoader):
 def ready() -> None:
     """The worker has warmed up: what it loaded is served from now on."""
     for join, compiles in _joins:
-        join.ready()
-        if compiles:
-            caches.after_warm_up(compiles, join.settings)
+        join.ready(then=functools.partial(caches.after_warm_up, compiles, join.settings) if compiles else None)
 
 
 def stop(why: str) -> None:
@@ -164,6 +167,16 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     for tensors in (model.named_parameters, model.named_buffers):
         found.update(tensors(remove_duplicate=False))
     return found
+
+
+def _not_in_files(model: nn.Module, model_config: ModelConfig) -> dict[str, torch.Tensor]:
+    """What loading from files need not write, so that half a copy of it would stay.
+
+    vLLM checks that files bring every parameter of a model that is not quantised; buffers it made itself.
+    """
+    if model_config.quantization is not None:
+        return named_tensors(model)
+    return dict(model.named_buffers(remove_duplicate=False))
 
 
 def servable(copies: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
