@@ -26,7 +26,13 @@ from swarm.simulation.setup import Setup, flag_of
 INTERRUPTED = 130
 PROBLEMS_FOUND = 1
 REDRAW_S = 1.0
-METAVARS = {"key_file": "PATH", "listen": "HOST[:PORT]", "upload_limit": "RATE", "timeout_s": "SECONDS"}
+METAVARS = {
+    "advertise": "ADDRESS[:PORT]",
+    "key_file": "PATH",
+    "listen": "HOST[:PORT]",
+    "upload_limit": "RATE",
+    "timeout_s": "SECONDS",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

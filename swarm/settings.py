@@ -57,6 +57,9 @@ class Settings:
 
     name: str | None = _setting(None, "what others call this node; unset: the host's name and a part of its id")
     listen: str = _setting("127.0.0.1:0", "HOST[:PORT] to listen on; port 0 lets the system choose")
+    advertise: str | None = _setting(
+        None, "ADDRESS[:PORT] that others reach this node at, as behind a port mapping; unset: where it listens"
+    )
     peers: tuple[str, ...] = _setting((), "HOST:PORT of a node to join through; DNS names may have many addresses")
     key_file: Path | None = _setting(
         None, "file with the cluster key; who has the same is a member. `swarm keygen` makes one"
@@ -118,6 +121,7 @@ class Settings:
         for name, kind in _kinds().items():
             if (value := getattr(self, name)) is not None or not kind.endswith("| None"):
                 object.__setattr__(self, name, _parse(name, value, kind))
+        self._check_addresses()
         host, _ = split_address("listen", self.listen, default_port=0)
         if self.insecure and self.key_file:
             raise SettingsError("insecure", "a cluster key protects this node; choose one of --insecure and --key-file")
@@ -135,11 +139,6 @@ class Settings:
                 f"{', '.join(self.transports)}: chunks would travel in the open, where the cluster key encrypts them; "
                 'set data_encryption = "none" on a network that you trust, or leave this out',
             )
-        for network in self.trusted:
-            try:
-                ipaddress.ip_network(network, strict=False)
-            except ValueError as error:
-                raise SettingsError("trusted", f"{error}; name addresses or networks, as in 10.1.0.0/16") from error
         if self.network is not None and self.network not in NETWORKS:
             raise SettingsError("network", f"{self.network!r} is none of {', '.join(NETWORKS)}")
         for name in ("host", "rack"):
@@ -153,6 +152,17 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:  # which a NaN is not either
                 raise SettingsError(name, f"{value} is not a number above zero; leave it out for no limit")
+
+    def _check_addresses(self) -> None:
+        if self.advertise is not None:
+            host, _ = split_address("advertise", self.advertise, default_port=0)
+            if not is_literal(host):
+                raise SettingsError("advertise", f"{host!r} is no IP address, and datagrams are not sent to names")
+        for network in self.trusted:
+            try:
+                ipaddress.ip_network(network, strict=False)
+            except ValueError as error:
+                raise SettingsError("trusted", f"{error}; name addresses or networks, as in 10.1.0.0/16") from error
 
     @property
     def reaches_out(self) -> bool:

@@ -95,20 +95,19 @@ class HostWorld:
             nccl.demand() if name == NcclTransport.scheme else torchdist.demand(name)
         self._listener, self._datagrams = await self._listen(hear)
         host, port = self._listener.address
+        local = _reachable(host), port
+        advertised = self._advertised(*local)
         identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
         self._tell(host, identity)
-        routes = self._open_transports(_reachable(host), port, identity)
+        routes = self._open_transports(local, advertised, identity)
         await self._links.open(accept, identity=identity)
         self._listener.serve({TLS_RECORD: self._links.adopt_tls, **routes}, self._links.adopt)
-        advertised = join_address(_reachable(host), port)
         self._tasks.append(asyncio.create_task(self._resolve(found), name="swarm-resolve"))
         if identity:
             self._tasks.append(asyncio.create_task(_renew(identity), name="swarm-renew"))
         if self._mdns:
-            await self._mdns.start(
-                node_id=node, address=split_address("listen", advertised), found=lambda address: found(address, False)
-            )
-        return advertised
+            await self._mdns.start(node_id=node, address=local, found=lambda address: found(address, False))
+        return join_address(*advertised)
 
     async def dial(self, address: str) -> Link:
         """See World."""
@@ -173,11 +172,21 @@ class HostWorld:
             return Postcard()
         return Seal(self._keyring.seal_keys, time=time.time, dice=secrets.token_bytes)
 
-    def _open_transports(self, host: str, port: int, identity: Identity | None) -> dict[bytes, Handler]:
+    def _advertised(self, host: str, port: int) -> tuple[str, int]:
+        """Where others are told to reach this node, which they reach at this address of the machine itself."""
+        if self._settings.advertise is None:
+            return host, port
+        given, mapped = split_address("advertise", self._settings.advertise, default_port=0)
+        return given, mapped or port
+
+    def _open_transports(
+        self, local: tuple[str, int], advertised: tuple[str, int], identity: Identity | None
+    ) -> dict[bytes, Handler]:
         """Makes the transports; returns how connections to them begin, and who takes those."""
+        host, port = advertised
         limit, congestion = self._settings.upload_limit, self._settings.congestion
         pace = Unlimited() if limit is None else TokenBucket(limit)
-        planes = [self._plane(name, host, port, pace) for name in self._settings.transports]
+        planes = [self._plane(name, *local, pace) for name in self._settings.transports]
         if cuda.in_use():  # with a key too: its bytes stay within the host
             planes.append(CudaIpcTransport(host, port, pace=pace, congestion=congestion))
         if identity is None or self._settings.data_encryption == "none":

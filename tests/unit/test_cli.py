@@ -110,6 +110,7 @@ def test_is_a_wrong_command_line_exit_code_2(arguments: list[str], capsys: pytes
 FLAGS = {
     "name": ["--name", "me"],
     "listen": ["--listen", "127.0.0.2"],
+    "advertise": ["--advertise", "10.0.0.1:80"],
     "peers": ["--peer", "a:1", "--peer", "b:2"],
     "key_file": ["--key-file", "k"],
     "insecure": ["--insecure"],
@@ -133,6 +134,7 @@ def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[obj
     wanted = {
         "name": "me",
         "listen": "127.0.0.2",
+        "advertise": "10.0.0.1:80",
         "peers": ("a:1", "b:2"),
         "key_file": Path("k"),
         "insecure": True,

@@ -18,6 +18,7 @@ from swarm.settings import Settings, is_loopback, join_address, parse_rate, spli
 TEXTS: dict[str, tuple[str, Any]] = {
     "name": ("me", "me"),
     "listen": ("127.0.0.2:7000", "127.0.0.2:7000"),
+    "advertise": ("10.0.0.1:80", "10.0.0.1:80"),
     "peers": ("a:1, b:2,", ("a:1", "b:2")),
     "key_file": ("/tmp/swarm.key", Path("/tmp/swarm.key")),
     "data_encryption": ("none", "none"),
@@ -121,6 +122,12 @@ def test_do_transports_that_do_not_encrypt_wait_for_the_word_when_there_is_a_key
     with pytest.raises(SettingsError, match=rf'transports: {transport}: .*data_encryption = "none"'):
         load(given)
     assert load({**given, "data_encryption": "none"}).transports == (transport,)
+
+
+@pytest.mark.parametrize("wrong", ["seed.example.org:7000", "7000", "10.0.0.1:", "[10.0.0.1]:1"])
+def test_is_only_an_address_advertised(wrong: str) -> None:
+    with pytest.raises(SettingsError, match="advertise"):
+        load({"advertise": wrong})
 
 
 @pytest.mark.parametrize("name", FIELDS)

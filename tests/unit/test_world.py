@@ -130,6 +130,22 @@ def test_does_a_member_say_what_it_sends_in_the_open(
     assert ("gloo opens connections of its own" in caplog.text) == bool(transports)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("127.9.9.9:80", "127.9.9.9:80"), ("127.9.9.9", "127.9.9.9:{port}"), ("[::1]:80", "[::1]:80")],
+)
+def test_are_others_told_the_address_that_is_advertised(given: str, told: str) -> None:
+    async def scenario() -> None:
+        here = HostWorld(Settings(mdns=False, advertise=given, upload_limit=1e6))
+        address = await here.open(NODE, hang_up, ignore, unheard)
+        assert here._listener is not None
+        assert address == told.format(port=here._listener.address[1])
+        assert [transport.address for transport in here.transports] == [address]
+        await here.close()
+
+    run(scenario)
+
+
 def test_is_nobody_beyond_loopback_dialled() -> None:
     async def scenario() -> None:
         here = HostWorld(Settings(mdns=False))
