@@ -113,6 +113,7 @@ class Bench:
             encryption: self._serve(held, model, "--no-mdns", **keyed, data_encryption=encryption)
             for encryption in ("tls", "none")
         }
+        self._blake3 = self._serve(held, model, "--no-mdns", chunk_hash="blake3")
         self._fetcher = self._worker(held, "fetcher", str(model))
         self._fetcher.line(self._deadline_s)
         self._server = self._worker(held, "http-server", str(model))
@@ -174,6 +175,9 @@ class Bench:
             "swarm.fetch into warm tensors": lambda: self._fetch("into"),
             "  with a key, chunks in the open": lambda: self._fetch("into", encryption="none"),
             "  with a key, inside TLS": lambda: self._fetch("into", encryption="tls"),
+            "  chunks hashed with BLAKE3": lambda: self._asked(
+                self._fetcher, "into", self._blake3[0], peer=self._blake3[1]
+            ),
             FRESH: lambda: self._fetch("fresh"),
             POPULATE: self._populate,
             OUT: lambda: self._fetch_out(fsync="true"),

@@ -1,6 +1,6 @@
 """One seed for half an hour, and newcomers that come and go: does it keep what it should have let go of?
 
-    python -m bench.soak [--minutes 30] [--together 4] [--key] [--out FILE]
+    python bench/soak.py [--minutes 30] [--together 4] [--key] [--out FILE]
 
 A newcomer fetches a model of 8 MB into a directory, which is compared. By the dice it then leaves well, stays for some
 seconds as a seed, is killed, or is killed before it is done. The seed's memory, handles, threads, tasks and Python
@@ -24,7 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench import forked
+import forked
+
 from swarm import keys
 from swarm.demo import write_made_up
 
@@ -68,7 +69,7 @@ def main() -> int:
         report = Soak(Path(place), key=options.key, dice=random.Random(options.dice)).run(
             seconds=60 * options.minutes, together=options.together
         )
-    report = {"command": ["-m", "bench.soak", *sys.argv[1:]], **report}
+    report = {"command": ["bench/soak.py", *sys.argv[1:]], **report}
     if options.out:
         options.out.write_text(json.dumps(report, indent=1) + "\n")
     return _conclude(report)

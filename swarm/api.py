@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from swarm import build, hub
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
+from swarm.hashing.cpu import demand
 from swarm.manifest import Manifest
 from swarm.messages import Origin
 from swarm.node import Fetched, Node
@@ -208,16 +209,15 @@ def open_source(
     what: str | Path | Mapping[str, torch.Tensor], *, model_id: str | None, settings: Settings
 ) -> tuple[str, Source, Origin | None]:
     """Model id, source and origin of something to serve, hashed. Raises as `serve` does."""
+    grid: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_bytes", "leaf_bytes", "chunk_hash")}
     if isinstance(what, Mapping):
         if model_id is None:
             raise SettingsError("model_id", "tensors have no name of their own; say model_id='org/model'")
         if not what:
             raise SettingsError("tensors", "there are none")
-        return model_id, build.tensors(what, chunk_bytes=settings.chunk_bytes, leaf_bytes=settings.leaf_bytes), None
+        return model_id, build.tensors(what, **grid), None
     path = _locate(what)
-    _, source, skipped = build.checkpoint(
-        path, chunk_bytes=settings.chunk_bytes, leaf_bytes=settings.leaf_bytes, cache_dir=settings.cache
-    )
+    _, source, skipped = build.checkpoint(path, cache_dir=settings.cache, **grid)
     for entry in skipped:
         log.info("not served: %s (%s)", entry.path, entry.why)
     return model_id or hub.model_id_of(path) or path.resolve().name, source, hub.origin(path)
@@ -343,6 +343,11 @@ def _store(
     device: str,
     settings: Settings,
 ) -> tuple[Store, Path | None]:
+    demand(manifest.scheme)
+    if manifest.scheme.name != "xxh3-128" and (device != "cpu" or any(t.is_cuda for t in (into or {}).values())):
+        raise SettingsError(
+            "device", f"chunks are hashed with {manifest.scheme.name}, which is for the CPU: fetch there"
+        )
     if into is not None:
         return IntoStore(manifest, into), None
     if out is None:

@@ -31,7 +31,7 @@ import msgspec
 
 from swarm import safetensors_header
 from swarm.errors import ManifestError, ManifestInvalid, SettingsError, SourceChanged
-from swarm.hashing.cpu import LeafHasher, chunk_digest
+from swarm.hashing.cpu import LeafHasher, chunk_digest, demand
 from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.manifest import (
     CHUNK_BYTES_MAX,
@@ -40,6 +40,7 @@ from swarm.manifest import (
     LEAF_BYTES_MAX,
     LEAF_BYTES_MIN,
     ChunkEntry,
+    ChunkHash,
     FileEntry,
     HashScheme,
     Manifest,
@@ -76,6 +77,7 @@ def checkpoint(
     cache_dir: Path,
     chunk_bytes: int | None = None,
     leaf_bytes: int | None = None,
+    chunk_hash: ChunkHash = "xxh3-128",
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> tuple[Manifest, DirectorySource, list[Skipped]]:
@@ -88,7 +90,7 @@ def checkpoint(
     began_ns = time.time_ns()
     with store_errors(path):
         found, skipped = walk(path)
-        grid = _grid(chunk_bytes, leaf_bytes, total_bytes=sum(file.stamp.size for file in found))
+        grid = _grid(chunk_bytes, leaf_bytes, chunk_hash, total_bytes=sum(file.stamp.size for file in found))
         _check_indexes(found)
         cache = _Cache(cache_dir, path, grid)
         known = cache.load(found)
@@ -123,6 +125,7 @@ def tensors(
     *,
     chunk_bytes: int | None = None,
     leaf_bytes: int | None = None,
+    chunk_hash: ChunkHash = "xxh3-128",
     threads: int | None = None,
     loaded_as: str | None = None,
 ) -> TensorSource:
@@ -132,9 +135,11 @@ def tensors(
     """
     source = TensorSource(given)
     if source.devices:
+        if chunk_hash != "xxh3-128":
+            raise SettingsError("chunk_hash", f"{chunk_hash} is for the CPU; tensors of a GPU are hashed with xxh3-128")
         leaf_bytes = GPU_LEAF_BYTES if leaf_bytes is None else leaf_bytes
         chunk_bytes = default_chunk_bytes(source.size, on_gpu=True) if chunk_bytes is None else chunk_bytes
-    grid = _grid(chunk_bytes, leaf_bytes, total_bytes=source.size)
+    grid = _grid(chunk_bytes, leaf_bytes, chunk_hash, total_bytes=source.size)
     sizes = cut(source.units(), grid.chunk_bytes)
     ranges = list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
     digests = _hash_on_gpus(source, ranges, grid.scheme)
@@ -212,7 +217,9 @@ class _Kept(msgspec.Struct, forbid_unknown_fields=True):
     version: Literal[1] = 1
 
 
-def _grid(chunk_bytes: int | None, leaf_bytes: int | None, *, total_bytes: int) -> _Grid:
+def _grid(
+    chunk_bytes: int | None, leaf_bytes: int | None, chunk_hash: ChunkHash = "xxh3-128", *, total_bytes: int
+) -> _Grid:
     if chunk_bytes is None:
         chunk_bytes = default_chunk_bytes(total_bytes)
     if leaf_bytes is None:
@@ -223,7 +230,9 @@ def _grid(chunk_bytes: int | None, leaf_bytes: int | None, *, total_bytes: int) 
     ):
         if not least <= value <= most:
             raise SettingsError(name, f"{value} is not between {least} and {most}")
-    return _Grid(chunk_bytes, HashScheme(leaf_bytes=leaf_bytes))
+    scheme = HashScheme(chunk_hash, leaf_bytes)
+    demand(scheme)
+    return _Grid(chunk_bytes, scheme)
 
 
 def _hash_on_gpus(
@@ -405,7 +414,7 @@ class _Cache:
     """What is known of the files below one path from the last time they were hashed on this grid."""
 
     def __init__(self, cache_dir: Path, path: Path, grid: _Grid) -> None:
-        key = f"{os.path.realpath(path)}\0{grid.chunk_bytes}\0{grid.scheme.leaf_bytes}"
+        key = f"{os.path.realpath(path)}\0{grid.chunk_bytes}\0{grid.scheme.name}\0{grid.scheme.leaf_bytes}"
         self._place = cache_dir / "manifests" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()}.json"
         self._grid = grid
 

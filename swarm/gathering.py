@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable
 
 from swarm import rumours
+from swarm.floods import MUTE_S, Floods
 from swarm.gossip import Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
 from swarm.rumours import Profile, Record
 from swarm.tuning import Tuning
@@ -22,6 +23,8 @@ from swarm.world import World
 
 JOIN_TIMEOUT_S = 1.0  # a member answers in a round trip; where none has by then, datagrams may not get through
 CONTACTS_WAITING_MAX = 64  # found before the node has an address; the machine remembers no more either
+# Of one address: a member answers probes and passes rumours on, a few a second, and all it knows to who joins.
+DATAGRAMS_PER_S, DATAGRAMS_BURST = 500.0, 5000.0
 TIMER_LATE_S = 0.001  # timers may be a little early, and a machine that is asked too soon is asked in vain
 
 log = logging.getLogger("swarm")
@@ -46,6 +49,7 @@ class Gathering:
         self._rng = rng
         self._clock = clock
         self._changed = changed
+        self._floods = Floods(rate_per_s=DATAGRAMS_PER_S, burst=DATAGRAMS_BURST)
         self._waiting: dict[str, None] = {}
         self._asked_at: float | None = None  # the first contact
         self._told = Profile()
@@ -72,6 +76,11 @@ class Gathering:
 
     def hear(self, source: str, datagram: bytes) -> None:
         """A datagram arrived."""
+        now = self._clock()
+        if self._floods.says(source, now):
+            log.warning("%s floods this node with datagrams: it is muted for %g s", source, MUTE_S)
+        if self._floods.muted(source, now):
+            return
         try:
             packet = rumours.decode(datagram)
         except ValueError as error:

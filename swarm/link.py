@@ -346,8 +346,8 @@ def _remote(request: web.Request) -> str:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether something went wrong here, and not just a stranger's request, each of which is no news."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+    """Whether something went wrong here: strangers' requests are no news, nor is who hangs up before the answer."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | ConnectionError))
 
 
 _web_log.addFilter(_is_ours)

@@ -26,6 +26,7 @@ from swarm.errors import (
     VersionSkew,
 )
 from swarm.fetching import Host
+from swarm.floods import MUTE_S, Floods
 from swarm.journal import Announced, Joined, Left, Unreached
 from swarm.link import Link
 from swarm.membership import Membership
@@ -34,6 +35,8 @@ from swarm.peer import Peer
 from swarm.world import World
 
 HELLO_TIMEOUT_S = 5.0
+# Of one node: a frame holds up to 256 messages, news and requests come some 100 a second at most.
+MESSAGES_PER_S, MESSAGES_BURST = 2000.0, 10_000.0
 WARNINGS_MAX = 1000  # different ones; strangers cannot make this node remember more
 
 log = logging.getLogger("swarm")
@@ -72,6 +75,7 @@ class Linking:
         self.warned: dict[str, None] = {}
         self._world = world
         self._party = party
+        self._floods = Floods(rate_per_s=MESSAGES_PER_S, burst=MESSAGES_BURST)
         self._links: dict[int, Peer] = {}  # all that said hello, welcome or not
         self._numbers = itertools.count()
         self._opened = asyncio.Event()  # the world may bring links before it is open
@@ -155,6 +159,8 @@ class Linking:
             raise RemoteProtocolError(
                 link.remote, f"says that it is {theirs.node}, but its certificate is that of {link.member}"
             )
+        if self._floods.muted(theirs.node, self._party.now()):
+            raise PeerError(link.remote, "flooded this node, and is muted for a while")
         return Peer(next(self._numbers), link, theirs, token=token, transports=self._world.transports)
 
     async def _listen(self, peer: Peer, dialled: str | None) -> None:
@@ -198,6 +204,8 @@ class Linking:
         self._party.left(peer, why)
 
     def _hear(self, peer: Peer, message: AnyMessage) -> None:
+        if self._floods.says(peer.node, self._party.now()):
+            raise RemoteProtocolError(peer.name, f"floods this node with messages: it is muted for {MUTE_S:g} s")
         match message:
             case messages.Bye(reason):
                 peer.why_gone = peer.why_gone or f"left: {reason}"

@@ -5,8 +5,9 @@ content only, never where it lies or what it is called: two nodes that hold the 
 
     identity        = sha256(canonical bytes)
     canonical bytes = JSON, fields in the order of the classes below, no white space
-    chunk digest    = XXH3-128(leaf digests, 16 bytes big-endian each, in order)
-    leaf digest     = XXH3-128(leaf bytes)
+    chunk digest    = hash(leaf digests, big-endian, in order)
+    leaf digest     = hash(leaf bytes)
+    hash            = XXH3-128, 16 bytes, which finds accidents; or BLAKE3, 32 bytes, which finds lies too
 
 Chunks never cross files. A safetensors file carries its header here, so that a newcomer knows every tensor before the
 first byte of it arrives; the header's bytes are part of the file's chunks all the same.
@@ -47,16 +48,24 @@ GPU_CHUNKS_WANTED = 128
 # Above 65,536 bytes xxhash releases the GIL; 128 KiB is still hot in the core's own cache when it is hashed.
 LEAF_BYTES_DEFAULT = 128 << 10
 
+ChunkHash = Literal["xxh3-128", "blake3"]
+DIGEST_BYTES: dict[ChunkHash, int] = {"xxh3-128": 16, "blake3": 32}
+
 Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-ChunkDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+ChunkDigest = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32}|[0-9a-f]{64})\Z")]
 Tier = Literal["checkpoint", "loaded", "cache"]
 
 
 class HashScheme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How chunk digests are made. Leaves of `leaf_bytes`, the last one of a chunk may be shorter."""
 
-    name: Literal["xxh3-128"] = "xxh3-128"
+    name: ChunkHash = "xxh3-128"
     leaf_bytes: Annotated[int, msgspec.Meta(ge=LEAF_BYTES_MIN, le=LEAF_BYTES_MAX)] = LEAF_BYTES_DEFAULT
+
+    @property
+    def digest_bytes(self) -> int:
+        """Of a leaf's digest, and of a chunk's."""
+        return DIGEST_BYTES[self.name]
 
 
 class ChunkEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -159,6 +168,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
                 self._invalid(f"chunks of {file.path!r} do not add up to its {file.size} bytes")
             if any(chunk.size > self.chunk_bytes for chunk in file.chunks):
                 self._invalid(f"a chunk of {file.path!r} is larger than chunk_bytes = {self.chunk_bytes}")
+            if any(len(chunk.digest) != 2 * self.scheme.digest_bytes for chunk in file.chunks):
+                self._invalid(f"a chunk of {file.path!r} has a digest that is none of {self.scheme.name}")
             total += len(file.chunks)
             file.tensors()
         if total > CHUNKS_MAX:

@@ -24,8 +24,11 @@ from swarm.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "SWARM_"
 FILE_NAME = "swarm.toml"
-DATA_ENCRYPTIONS = ("tls", "none")
-NETWORKS = ("local", "lan", "wan")
+CHOICES = {
+    "data_encryption": ("tls", "none"),
+    "network": ("local", "lan", "wan"),
+    "chunk_hash": ("xxh3-128", "blake3"),
+}
 LABEL_MAX = 32  # characters: gossip carries it to everyone
 NEAR = 0.8  # how like a setting's name a variable must be to count as a misspelling of it
 
@@ -96,6 +99,11 @@ class Settings:
         "engines fetch compile caches, which are code, from machines that `trusted` names, and serve theirs",
         flag=False,
     )
+    chunk_hash: str = _setting(
+        "xxh3-128",
+        "hash of chunks when serving: xxh3-128 finds accidents; blake3 finds lies too, costs more, CPU only",
+        flag=False,
+    )
     cache: Path = _setting(_cache_dir, "directory for cached manifests", flag=False)
     find_timeout_s: float = _setting(10.0, "seconds to look for somebody who serves the model", flag=False)
     stall_timeout_s: float = _setting(
@@ -131,16 +139,15 @@ class Settings:
                 f"{host} is reachable from other machines and no cluster key protects this node; give one with "
                 "--key-file, listen on 127.0.0.1, or accept the risk with --insecure",
             )
-        if self.data_encryption not in DATA_ENCRYPTIONS:
-            raise SettingsError("data_encryption", f"{self.data_encryption!r} is none of {', '.join(DATA_ENCRYPTIONS)}")
         if self.key_file and self.transports and self.data_encryption != "none":
             raise SettingsError(
                 "transports",
                 f"{', '.join(self.transports)}: chunks would travel in the open, where the cluster key encrypts them; "
                 'set data_encryption = "none" on a network that you trust, or leave this out',
             )
-        if self.network is not None and self.network not in NETWORKS:
-            raise SettingsError("network", f"{self.network!r} is none of {', '.join(NETWORKS)}")
+        for name, choices in CHOICES.items():
+            if (value := getattr(self, name)) is not None and value not in choices:
+                raise SettingsError(name, f"{value!r} is none of {', '.join(choices)}")
         for name in ("host", "rack"):
             label = getattr(self, name)
             if label is not None and not (len(label) <= LABEL_MAX and label.isprintable()):

@@ -38,6 +38,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "probing": set(),
         "gossip": {"probing", "roster"},
         "sealing": set(),
+        "floods": set(),
     },
     "world": {
         "cuda": set(),
@@ -243,6 +244,7 @@ HOMES: dict[str, set[str]] = {
     "cryptography": {"sealing", "keys", "identity"},
     "zeroconf": {"discovery"},
     "xxhash": {"hashing.cpu", "hashing.cuda"},
+    "blake3": {"hashing.cpu"},
     "torch": {
         "api",
         "cuda",

@@ -1,6 +1,6 @@
 """Chunk digests on the CPU, from views of host memory as they arrive.
 
-    stream | leaf 0 | leaf 1 | ... | last leaf, maybe shorter |       chunk digest = XXH3-128(d0 d1 ... dn)
+    stream | leaf 0 | leaf 1 | ... | last leaf, maybe shorter |       chunk digest = hash(d0 d1 ... dn)
 
 The chunk digest is always the hash of leaf digests, for a chunk of one leaf too: a GPU hashes leaves and a CPU combines
 them, and both must agree without a special case.
@@ -13,11 +13,33 @@ Must not know: what the bytes are, where they came from, or what their digest sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import xxhash
 
+from swarm.errors import SettingsError
 from swarm.manifest import HashScheme
+
+
+def demand(scheme: HashScheme) -> None:
+    """Raises SettingsError where chunks of this scheme cannot be hashed."""
+    if scheme.name == "blake3" and importlib.util.find_spec("blake3") is None:
+        raise SettingsError(
+            "chunk_hash", "chunks are hashed with BLAKE3, which is not installed: pip install 'swarm-weights[blake3]'"
+        )
+
+
+@functools.cache
+def _hashes(name: str) -> tuple[Callable[[], Any], Callable[[Any], bytes]]:
+    """A streaming hasher, and the digest of one buffer."""
+    if name == "blake3":
+        from blake3 import blake3
+
+        return blake3, lambda data: blake3(data).digest()
+    return xxhash.xxh3_128, xxhash.xxh3_128_digest
 
 
 class LeafHasher:
@@ -25,8 +47,9 @@ class LeafHasher:
 
     def __init__(self, scheme: HashScheme) -> None:
         self._leaf_bytes = scheme.leaf_bytes
-        self._leaf_digests = xxhash.xxh3_128()
-        self._open_leaf = xxhash.xxh3_128()
+        self._hasher, self._hash = _hashes(scheme.name)
+        self._leaf_digests = self._hasher()
+        self._open_leaf = self._hasher()
         self._open_bytes = 0
 
     def update(self, view: memoryview | bytes) -> None:
@@ -39,30 +62,30 @@ class LeafHasher:
         while position < len(data):
             end = min(position + self._leaf_bytes - self._open_bytes, len(data))
             if end - position == self._leaf_bytes:
-                self._leaf_digests.update(xxhash.xxh3_128_digest(data[position:end]))
+                self._leaf_digests.update(self._hash(data[position:end]))
             else:
                 self._continue_leaf(data[position:end])
             position = end
 
     def digest(self) -> bytes:
-        """The chunk digest of everything taken so far, 16 bytes. More may be taken afterwards."""
-        if not self._open_bytes:
-            return self._leaf_digests.digest()
-        digests = self._leaf_digests.copy()
-        digests.update(self._open_leaf.digest())
-        return digests.digest()
+        """The chunk digest of everything taken so far. More may be taken afterwards."""
+        digests = self._leaf_digests
+        if self._open_bytes:
+            digests = digests.copy()
+            digests.update(self._open_leaf.digest())
+        return bytes(digests.digest())
 
     def _continue_leaf(self, data: memoryview) -> None:
         self._open_leaf.update(data)
         self._open_bytes += len(data)
         if self._open_bytes == self._leaf_bytes:
             self._leaf_digests.update(self._open_leaf.digest())
-            self._open_leaf.reset()
+            self._open_leaf = self._hasher()
             self._open_bytes = 0
 
 
 def chunk_digest(scheme: HashScheme, views: Iterable[memoryview | bytes]) -> bytes:
-    """The digest, 16 bytes, of the chunk that these views are in order."""
+    """The digest of the chunk that these views are in order."""
     hasher = LeafHasher(scheme)
     for view in views:
         hasher.update(view)

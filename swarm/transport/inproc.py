@@ -31,14 +31,12 @@ SLICE_BYTES = 1 << 20  # bounds what a cancelled transfer still copies
 Line: TypeAlias = Callable[[str, str, int], Awaitable[None]]
 """Source address, target address, bytes: returns when they would have arrived."""
 
-_process = secrets.token_hex(8)  # another process' addresses must not look reachable
-
 
 class InprocHub:
     """The transports that can reach each other. `name` tells hubs apart in their addresses."""
 
-    def __init__(self, name: str = _process) -> None:
-        self._name = name
+    def __init__(self, name: str | None = None) -> None:
+        self._name = name or secrets.token_hex(8)  # another process' addresses must not look reachable
         self._count = itertools.count()
         self._transports: dict[str, InprocTransport] = {}
 
@@ -58,6 +56,15 @@ class InprocHub:
 
 
 _default_hub = InprocHub()
+
+
+def _start_afresh() -> None:
+    """In a forked child, which is another process."""
+    global _default_hub
+    _default_hub = InprocHub()
+
+
+os.register_at_fork(after_in_child=_start_afresh)
 
 
 class InprocTransport:

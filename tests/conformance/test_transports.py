@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import socket
 import time
+import warnings
 from collections.abc import AsyncIterator, Callable
 
 import pytest
@@ -95,3 +97,22 @@ def _name(value: Callable[..., object]) -> str:
 )
 def test_keeps_the_contract(make_pair: MakePair, check: Check) -> None:
     run_check(check, make_pair)
+
+
+def test_are_nodes_of_a_forked_child_out_of_reach_within_the_process() -> None:
+    """Both processes number their nodes from where they parted."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def child() -> None:
+        theirs.send(InprocTransport().address)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the test may have threads; the child does next to nothing
+        process = context.Process(target=child)
+        process.start()
+    address = ours.recv()
+    process.join()
+    transports = [InprocTransport() for _ in range(3)]
+    assert address.rpartition("/")[0] not in {each.address.rpartition("/")[0] for each in transports}
+    assert not transports[0].reach(address)

@@ -311,3 +311,39 @@ def test_member_that_floods(target: Target, what: str) -> None:
                             await link.send(messages.Bye(json.dumps("x" * 200)))
 
     run(attack)
+
+
+def test_member_that_floods_is_muted_and_named(target: Target) -> None:
+    """Words that are no error in themselves, without end: the link ends, and the member does not get another one."""
+
+    async def attack() -> None:
+        mallory = target.identity()
+        async with linked(target, mallory) as link:
+            await link.send(hello(mallory.node))
+            assert isinstance(await link.receive(), Hello)
+            with contextlib.suppress(SwarmError):
+                while True:
+                    await link.send(*[messages.Members(("127.0.0.1:9",))] * 256)
+        async with linked(target, mallory) as again:
+            await again.send(hello(mallory.node))
+            assert isinstance(await again.receive(), Hello)
+            with pytest.raises(SwarmError):
+                await read_on(again)
+
+    run(attack)
+    target.seed.wait_for("mallory: floods this node with messages: it is muted for 30 s")
+
+
+def test_member_that_floods_with_datagrams_is_muted_and_named(target: Target) -> None:
+    sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
+    packet = rumours.encode(rumours.Gossip(secrets.token_hex(8), ()))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        own = "{}:{}".format(*sock.getsockname())
+
+        def named() -> bool:
+            for _ in range(1000):
+                sock.sendto(sealer.seal(packet, time.time()), (target.host, target.port))
+            return f"{own} floods this node with datagrams: it is muted for 30 s" in target.seed.err
+
+        wait_until(named, "a flood to be named")

@@ -1,5 +1,6 @@
 """Where a fetch should land, something is in the way, or there is no room."""
 
+import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,37 @@ def test_is_a_symlink_in_place_of_a_directory_named_and_not_followed(
     assert str(out / where) in line
     assert list(outside.iterdir()) == []
     assert [name for name in contents(out) if name.endswith(".safetensors")] == []
+
+
+@pytest.mark.parametrize("where", ["sub", ".swarm", "out"])
+def test_does_nothing_land_outside_while_directories_are_exchanged_for_symlinks(
+    machine: Machine, model: Path, out: Path, tmp_path: Path, where: str
+) -> None:
+    """Somebody who may write to the directory races the fetch, again and again."""
+    seed = machine.serve(model, "--upload-limit", "2MB/s")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    raced = out if where == "out" else out / where
+    newcomer = machine.fetch(out, peers=[seed.address])
+    aside = tmp_path / "aside"
+    swaps = 0
+    while newcomer.running:
+        with contextlib.suppress(OSError):
+            raced.rename(aside)
+            raced.symlink_to(outside)
+            swaps += 1
+            newcomer.wait_to_end(0.02)
+            raced.unlink()
+            aside.rename(raced)
+        newcomer.wait_to_end(0.02)
+    ended = newcomer.end()
+    assert swaps
+    assert list(outside.iterdir()) == []
+    assert ended.code == 0 or ended.error(5)
+    expected = contents(model)
+    assert all(data == expected[name] for name, data in contents(out).items() if not (out / name).is_symlink())
+    assert machine.fetch(tmp_path / "good", peers=[seed.address]).end().code == 0
+    assert contents(tmp_path / "good") == expected
 
 
 def test_is_an_output_path_that_is_a_file_refused(machine: Machine, seed: Process, out: Path) -> None:

@@ -193,6 +193,26 @@ class HalfAndThenNothing(LyingPeer):
         raise ValueError("it never meant to")
 
 
+class AnotherChunk(LyingPeer):
+    """Right bytes, of a chunk that is as long and that nobody asked for."""
+
+    def spans(self, chunks: list[Chunk]) -> Iterator[Span]:
+        known = self.manifest.chunks
+        for chunk in chunks:
+            others = [one for one in known if one.size == chunk.size and one.digest != chunk.digest]
+            yield from super().spans(others[:1]) if others else iter([memoryview(bytes(chunk.size))])
+
+
+class RefusesWhatItClaims(LyingPeer):
+    """It says that it holds everything, and has nothing of it when it is asked."""
+
+    async def answer(self, socket: web.WebSocketResponse, request: messages.Request) -> None:
+        self.asked.append(request)
+        await self.say(socket, messages.Refuse(request.transfer, "not_held", 0.0))
+
+
+ANOTHER_CHUNK = Lie(AnotherChunk, 4, "sent 3 corrupt chunks")
+EMPTY_CLAIM = Lie(RefusesWhatItClaims, 4, "")
 CORRUPT = Lie(WrongBytes, 4, "sent 3 corrupt chunks")
 BAD_TRANSFERS = [
     Lie(TooFew, 4, "the peer sent "),
@@ -203,7 +223,7 @@ BAD_TRANSFERS = [
 
 
 def test_does_a_fetch_from_a_bad_source_alone_end_with_its_name(machine: Machine, model: Path, out: Path) -> None:
-    errors_alone([CORRUPT, *BAD_TRANSFERS], machine=machine, model=model, out=out)
+    errors_alone([CORRUPT, ANOTHER_CHUNK, EMPTY_CLAIM, *BAD_TRANSFERS], machine=machine, model=model, out=out)
 
 
 def test_is_a_peer_banned_after_three_wrong_chunks_and_the_rest_fetched_elsewhere(

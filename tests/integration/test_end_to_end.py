@@ -279,3 +279,14 @@ def test_does_the_library_raise_what_the_command_line_says(machine: Machine, mod
         swarm.fetch("org/other", settings=hasty)
     assert json.dumps(caught.value.tried)
     assert any(seed.address in words for words in caught.value.tried)
+
+
+def test_is_a_model_whose_chunks_are_hashed_with_blake3_fetched_and_verified(
+    machine: Machine, model: Path, out: Path
+) -> None:
+    seed = machine.serve(model, environment={"SWARM_CHUNK_HASH": "blake3"})
+    assert machine.fetch(out, peers=[seed.address]).end().report["digest"] == seed.digest
+    assert contents(out) == contents(model)
+    assert machine.run("verify", out).code == 0
+    plain = machine.serve(model, model_id="org/plain")
+    assert plain.digest != seed.digest

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import importlib.util
 import itertools
 
 import numpy as np
 import pytest
 import xxhash
+from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.hashing.cpu import LeafHasher, chunk_digest
+from swarm.errors import SettingsError
+from swarm.hashing.cpu import LeafHasher, chunk_digest, demand
 from swarm.manifest import HashScheme
 
 LEAF = 1024
@@ -68,3 +71,20 @@ def test_is_one_flipped_bit_seen() -> None:
     before = chunk_digest(SCHEME, [bytes(data)])
     data[3 * LEAF] ^= 1
     assert chunk_digest(SCHEME, [bytes(data)]) != before
+
+
+@given(st.lists(st.integers(0, 3 * LEAF), max_size=12))
+def test_is_blake3_a_hash_of_leaf_digests_too(sizes: list[int]) -> None:
+    data = random_bytes(sum(sizes))
+    ends = np.cumsum([0, *sizes]).tolist()
+    views = [memoryview(data)[start:end] for start, end in itertools.pairwise(ends)]
+    leaves = [data[i : i + LEAF] for i in range(0, len(data), LEAF)]
+    wanted = blake3(b"".join(blake3(leaf).digest() for leaf in leaves)).digest()
+    assert chunk_digest(HashScheme("blake3", LEAF), views) == wanted
+
+
+def test_is_a_hash_that_is_not_installed_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    demand(HashScheme())
+    with pytest.raises(SettingsError, match=r"pip install 'swarm-weights\[blake3\]'"):
+        demand(HashScheme("blake3"))
