@@ -103,6 +103,10 @@ class Node:
             self._arguments = ["fetch", MODEL, "--out", str(self.path), "--json", *timeout, *own, *others]
         self.path.parent.mkdir()
 
+    def pin(self, digest: str) -> None:
+        """Nothing else will do: a seed whose disk lost a bit while it was dead serves another model afterwards."""
+        self._arguments += ["--digest", digest]
+
     def start(self, environment: dict[str, str]) -> None:
         self._starts += 1
         self.deadline = time.monotonic() + TIMEOUT_S + GRACE_S
@@ -172,7 +176,9 @@ class Run:
                 self._make_small(node)
             else:
                 tasks.append(asyncio.create_task(self._later(at_s, kind, node, random.Random(dice.random()))))
+        ready = seeds[0].command.out if seeds[0].command else ""
         for node in newcomers:
+            node.pin(ready.partition(" digest ")[2].split()[0])
             node.start(self._environment)
         pending = list(newcomers)
         while pending:

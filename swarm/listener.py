@@ -73,6 +73,8 @@ class Listener:
     async def close(self) -> None:
         """Stops listening, drops strangers, and cancels handlers that still run. Within CLOSE_TIMEOUT_S."""
         tasks = {*self._strangers, *self._leaving, *filter(None, [self._accepting])}
+        # Or asyncio would answer, with a traceback, an accept that was cancelled while a connection waited for it.
+        asyncio.get_running_loop().remove_reader(self._sock)
         for task in tasks:
             task.cancel()
         if tasks:

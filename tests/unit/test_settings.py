@@ -32,6 +32,7 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "timeout_s": ("2.5", 2.5),
     "chunk_bytes": ("4096", 4096),
     "leaf_bytes": ("2048", 2048),
+    "compile_caches": ("on", True),
     "chunk_hash": ("blake3", "blake3"),
     "cache": ("/tmp/cache", Path("/tmp/cache")),
     "find_timeout_s": ("1", 1.0),
