@@ -64,6 +64,7 @@ class Engine:
             "SWARM_CACHE": str(home),
             "SWARM_MDNS": "0",
             "SWARM_PEERS": peers,
+            "SWARM_NAME": home.name,
             "BENCH_FORMAT": "auto" if how == "disk" else "swarm",
             "BENCH_EXTRA": "{}" if how == "disk" else json.dumps({"tiers": tiers, "model_id": MODEL_ID, **extra}),
             "BENCH_BEGAN": str(time.time()),
@@ -99,6 +100,10 @@ class Engine:
         if taken := re.search(r"tier taken in ([0-9.]+) s", self.said):
             told["tier_s"] = float(taken[1])
         return told
+
+    def bytes_from(self, name: str) -> int:
+        """What came of the loaded tensors from the engine of this name."""
+        return sum(int(size) for size in re.findall(rf"{name}-0 ([0-9]+) bytes", self.said))
 
     @property
     def address(self) -> str:
@@ -176,8 +181,12 @@ def burst(model: Path, root: Path) -> dict[str, Any]:
                     for n in range(count)
                 ]
                 totals = [one.started["total_s"] for one in several]
-                tiers = [one.started["tier_s"] for one in several]
-            found[str(count)] = {"all_s": time.monotonic() - began, "total_s": totals, "tier_s": tiers}
+                found[str(count)] = {
+                    "all_s": time.monotonic() - began,
+                    "total_s": totals,
+                    "tier_s": [one.started["tier_s"] for one in several],
+                    "copies_of_seed": sum(one.bytes_from("a3") for one in several) / size,
+                }
     found["loaded_bytes"] = size
     return found
 

@@ -300,6 +300,8 @@ class Join:
         store = await loop.run_in_executor(None, IntoStore, manifest, targets)
         log.info("%s: fetches loaded tensors, %d bytes as %s", self, manifest.size, ours.digest)
         fetched = await node.fetch(artifact, store, timeout_s=self.settings.timeout_s)
+        sources = ", ".join(f"{name} {size} bytes" for name, size in fetched.sources.items())
+        log.info("%s: fetched in %.2f s from %s", self, fetched.seconds, sources)
         if not self._options.serve:
             node.withdraw(manifest.digest, "serving is turned off")
             return fetched
