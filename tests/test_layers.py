@@ -176,7 +176,16 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "engines.starts": set(),
         "engines.tiers": {"engines.fingerprint"},
         "engines.vllm": {"engines.vllm_loader"},
-        "engines.vllm_loader": {"engines.caches", "engines.fingerprint", "engines.joining", "engines.metadata"},
+        "engines.vllm_loader": {
+            "engines.caches",
+            "engines.fingerprint",
+            "engines.handover",
+            "engines.joining",
+            "engines.metadata",
+        },
+        "engines.handover": {"engines.joining", "engines.metadata"},
+        "engines.sglang": {"engines.sglang_loader"},
+        "engines.sglang_loader": {"engines.fingerprint", "engines.handover", "engines.joining"},
         "engines.transformers": {"api"},
         "cli": {
             "",
@@ -250,6 +259,8 @@ HOMES: dict[str, set[str]] = {
         "cuda",
         "engines.caches",
         "engines.transformers",
+        "engines.handover",
+        "engines.sglang_loader",
         "engines.vllm_loader",
         "hashing.cuda",
         "store.tensors",
@@ -258,6 +269,7 @@ HOMES: dict[str, set[str]] = {
     },
     "transformers": {"engines.transformers"},
     "vllm": {"engines.vllm", "engines.vllm_loader"},
+    "sglang": {"engines.sglang", "engines.sglang_loader"},
     "triton": {"hashing.kernels"},  # which is imported when there is a batch to hash
     "rich": {"doctor.show", "status.client", "status.progress", "cli", "demo", "simulate"},
     "matplotlib": {"simulation.plot"},
@@ -286,8 +298,12 @@ HOMES: dict[str, set[str]] = {
         "status.own",
     },
 }
-LAZY = {"matplotlib", "torch", "transformers", "vllm", "zeroconf"}  # never at a module's top
-INSIDE = {"engines.vllm_loader"}  # imported by an engine, which has all of it already
+LAZY = {"matplotlib", "sglang", "torch", "transformers", "vllm", "zeroconf"}  # never at a module's top
+INSIDE = {
+    "engines.handover",
+    "engines.sglang_loader",
+    "engines.vllm_loader",
+}  # imported by an engine, which has all of it already
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
 ALLOWED_ANYWAY = {("settings", "os")}  # the environment is one of its sources
 

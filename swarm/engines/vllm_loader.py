@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from swarm import hub
 from swarm.engines import caches, metadata
 from swarm.engines.fingerprint import short_digest
+from swarm.engines.handover import clone, directory_of, is_directory, model_id_of, named_tensors, servable, take
 from swarm.engines.joining import Join, Options, Rank
 from swarm.errors import SettingsError
 
@@ -72,9 +73,9 @@ class SwarmLoader(BaseModelLoader):
         fields = layout_fields(model_config, config)
         join = self._join = Join(
             f"vllm {vllm.__version__}",
-            _model_id(model_config),
+            model_id_of(model_config.model),
             Rank(_rank_label(config), get_world_group().local_rank),
-            directory=_directory(model_config),
+            directory=directory_of(model_config.model, model_config.revision),
             fields=fields,
             options=options,
         )
@@ -84,26 +85,13 @@ class SwarmLoader(BaseModelLoader):
         unsafe = _unsafe(model, config)
 
         def loaded() -> None:
-            live = named_tensors(model)
-            if all(tensor.device.type == "cpu" for tensor in live.values()):
-                targets = _like(live)
-                join.fetch_loaded(targets)
-                _copy_into(live, targets)
-                self._copies = targets
-                return
-            spared = _clone(_not_in_files(model, model_config))
-            try:
-                join.fetch_loaded(live)
-            except BaseException:
-                _copy_into({name: live[name] for name in spared}, spared)
-                raise
-            join.release_twin()  # processing writes to these very tensors
+            self._copies = take(join, named_tensors(model), spared=_not_in_files(model, model_config))
 
         def checkpoint() -> None:
             self._load_from(join.fetch_checkpoint(), model, model_config)
 
         def disk() -> None:
-            if join.local == "whole" or not _is_directory(model_config.model):
+            if join.local == "whole" or not is_directory(model_config.model):
                 self._disk().load_weights(model, model_config)
             elif join.described and hub.is_model_id(join.model_id):
                 self._load_from(join.model_id, model, model_config)
@@ -118,7 +106,7 @@ class SwarmLoader(BaseModelLoader):
         if unsafe or not options.serve:
             self._copies = {}
         elif not self._copies:
-            self._copies = _clone(named_tensors(model))
+            self._copies = clone(named_tensors(model))
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """As every loader does; and remembers what to serve after warm-up."""
@@ -161,14 +149,6 @@ def joins() -> list[Join]:
     return [join for join, _ in _joins]
 
 
-def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer under every name that it has: tied ones are one object."""
-    found: dict[str, torch.Tensor] = {}
-    for tensors in (model.named_parameters, model.named_buffers):
-        found.update(tensors(remove_duplicate=False))
-    return found
-
-
 def _not_in_files(model: nn.Module, model_config: ModelConfig) -> dict[str, torch.Tensor]:
     """What loading from files need not write, so that half a copy of it would stay.
 
@@ -177,21 +157,6 @@ def _not_in_files(model: nn.Module, model_config: ModelConfig) -> dict[str, torc
     if model_config.quantization is not None:
         return named_tensors(model)
     return dict(model.named_buffers(remove_duplicate=False))
-
-
-def servable(copies: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What was loaded, after processing: the live tensor where its bytes are still those, else the copy."""
-    unchanged: dict[int, torch.Tensor] = {}  # by identity of the copy, so that ties stay ties
-    taken: set[int] = set()  # by address: what processing has tied was two tensors before
-    for name, kept in copies.items():
-        now = live.get(name)
-        if now is None or id(kept) in unchanged or now.data_ptr() in taken or not _same_bytes(kept, now):
-            continue
-        unchanged[id(kept)] = now.detach()
-        taken.add(now.data_ptr())
-    served = {name: unchanged.get(id(kept), kept) for name, kept in copies.items()}
-    log.info("%d of %d tensors are served where the engine uses them", len(unchanged), len({*map(id, copies.values())}))
-    return served
 
 
 def layout_fields(model_config: ModelConfig, config: VllmConfig) -> dict[str, str]:
@@ -259,26 +224,6 @@ def _unread(model_config: ModelConfig) -> Any:
     return unread
 
 
-def _model_id(model_config: ModelConfig) -> str:
-    """What the model is called among nodes: as `swarm serve` would call it, or as `swarm run` was told."""
-    path = Path(model_config.model)
-    if not _is_directory(model_config.model):
-        return str(model_config.model)
-    if (path / metadata.NAME).is_file():
-        return (path / metadata.NAME).read_text(encoding="utf-8").strip()
-    return hub.model_id_of(path) or path.resolve().name
-
-
-def _directory(model_config: ModelConfig) -> Path | None:
-    if _is_directory(model_config.model):
-        return Path(model_config.model)
-    return hub.snapshot(model_config.model, revision=model_config.revision or "main")
-
-
-def _is_directory(model: str) -> bool:
-    return Path(model).is_dir()
-
-
 def _rank_label(config: VllmConfig) -> str:
     parallel = config.parallel_config
     parts = {
@@ -287,40 +232,6 @@ def _rank_label(config: VllmConfig) -> str:
         "dp": (parallel.data_parallel_rank, parallel.data_parallel_size),
     }
     return ",".join(f"{name}{rank}" for name, (rank, size) in parts.items() if size > 1) or "0"
-
-
-def _like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """New memory for each tensor, tied as they are: what is one in memory is one here."""
-    made: dict[object, torch.Tensor] = {}
-    found = {}
-    for name, tensor in tensors.items():
-        shape = tuple(tensor.shape)
-        one = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
-        if one not in made:
-            made[one] = torch.empty(shape, dtype=tensor.dtype, device="cpu")
-        found[name] = made[one]
-    return found
-
-
-def _clone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies in the host's memory, tied as they are."""
-    copies = _like(tensors)
-    for name, tensor in tensors.items():
-        copies[name].copy_(tensor.detach())
-    return copies
-
-
-def _copy_into(live: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.data.copy_(tensors[name])
-
-
-def _same_bytes(kept: torch.Tensor, now: torch.Tensor) -> bool:
-    if (kept.dtype, kept.shape) != (now.dtype, now.shape) or not now.is_contiguous():
-        return False
-    there = now.detach().to("cpu")
-    return torch.equal(kept.reshape(-1).view(torch.uint8), there.reshape(-1).view(torch.uint8))
 
 
 def _log_as_vllm_does() -> None:

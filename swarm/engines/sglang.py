@@ -1,0 +1,78 @@
+"""The SGLang plugin: entry point `swarm` of `sglang.srt.plugins`.
+
+SGLang calls `register` in every process of its own. Load formats are a closed list there, so the plugin wraps the
+function that chooses a loader, and answers with its own where it was asked for: `swarm` in
+`--model-loader-extra-config '{"swarm": {}}'`, or SWARM_SGLANG=1 in the environment.
+
+Further hooks say when a scheduler begins to serve, and when its weights are about to change or to go. Must not know:
+nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pkgutil
+from typing import Any
+
+GET_LOADER = "sglang.srt.model_loader.loader.get_model_loader"
+READY = "sglang.srt.managers.scheduler.dispatch_event_loop"
+_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+# Each of them changes weights in memory or gives their memory away.
+CHANGES = (
+    f"{_UPDATER}.update_weights_from_disk",
+    f"{_UPDATER}.update_weights_from_distributed",
+    f"{_UPDATER}.update_weights_from_tensor",
+    f"{_UPDATER}.update_weights_from_ipc",
+    f"{_UPDATER}.release_memory_occupation",
+)
+SWITCH = "SWARM_SGLANG"
+
+
+def register() -> None:
+    """Puts the hooks in place; SGLang applies them once all plugins have been called."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(GET_LOADER, choose_loader, HookType.AROUND)
+    HookRegistry.register(READY, _ready, HookType.BEFORE)
+    for target in CHANGES:
+        HookRegistry.register(target, functools.partial(_stop, target.rpartition(".")[2]), HookType.BEFORE)
+
+
+def choose_loader(original: Any, load_config: Any, model_config: Any = None) -> Any:
+    """What SGLang would choose, or, where it was asked for, the loader that tries the swarm before."""
+    from swarm.engines import sglang_loader
+
+    options, without = sglang_loader.asked_for(load_config)
+    loader = original(without, model_config)
+    if options is None and not _switched_on():
+        return loader
+    return sglang_loader.instead_of(loader, without, model_config, options or {})
+
+
+def unhooked() -> list[str]:
+    """Hooks that this SGLang has no place for, so that nobody would tell when weights change."""
+    return [target for target in CHANGES if not hasattr(_resolved(target), "__wrapped__")]
+
+
+def _resolved(target: str) -> object:
+    try:
+        return pkgutil.resolve_name(target)
+    except (AttributeError, ImportError):
+        return None
+
+
+def _switched_on() -> bool:
+    return os.environ.get(SWITCH, "").lower() in ("1", "true", "yes", "on")
+
+
+def _ready(*_: Any, **__: Any) -> None:
+    from swarm.engines import sglang_loader
+
+    sglang_loader.ready(unhooked())
+
+
+def _stop(why: str, *_: Any, **__: Any) -> None:
+    from swarm.engines import sglang_loader
+
+    sglang_loader.stop(why)
