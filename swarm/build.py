@@ -105,7 +105,12 @@ def checkpoint(
 
 
 def known(
-    path: Path, *, cache_dir: Path, chunk_bytes: int | None = None, leaf_bytes: int | None = None
+    path: Path,
+    *,
+    cache_dir: Path,
+    chunk_bytes: int | None = None,
+    leaf_bytes: int | None = None,
+    chunk_hash: ChunkHash = "xxh3-128",
 ) -> Manifest | None:
     """The manifest that `checkpoint` would build, if no byte has to be read for it; None when a file is not known.
 
@@ -113,7 +118,7 @@ def known(
     """
     with store_errors(path):
         found, _ = walk(path)
-        grid = _grid(chunk_bytes, leaf_bytes, total_bytes=sum(file.stamp.size for file in found))
+        grid = _grid(chunk_bytes, leaf_bytes, chunk_hash, total_bytes=sum(file.stamp.size for file in found))
         entries = _Cache(cache_dir, path, grid).load(found)
     if len(entries) < len(found):
         return None

@@ -147,6 +147,11 @@ class Join:
         self.described, self.local, self.content = self._look_here()
 
     @property
+    def _grid(self) -> dict[str, Any]:
+        """How files are cut and hashed."""
+        return {name: getattr(self.settings, name) for name in ("chunk_bytes", "leaf_bytes", "chunk_hash")}
+
+    @property
     def first_of_host(self) -> bool:
         """Whether this rank is the one that serves what its host has once."""
         return self._rank.local == 0
@@ -162,10 +167,7 @@ class Join:
             return described, "headers", described.content
         if not metadata.is_whole(self.directory):
             return None, "config", None
-        grid = self.settings
-        known = build.known(
-            self.directory, cache_dir=self._cache, chunk_bytes=grid.chunk_bytes, leaf_bytes=grid.leaf_bytes
-        )
+        known = build.known(self.directory, cache_dir=self._cache, **self._grid)
         self._files, self._stamps = self.directory, _stamps(self.directory)
         return None, "whole", known.digest if known else None
 
@@ -395,10 +397,7 @@ class Join:
         source: Source
         if self._files is not None:
             with _turn(self._cache / "checkpoints" / f"hash-{self._files.name}"):
-                grid = self.settings
-                manifest, source, _ = build.checkpoint(
-                    self._files, cache_dir=self._cache, chunk_bytes=grid.chunk_bytes, leaf_bytes=grid.leaf_bytes
-                )
+                manifest, source, _ = build.checkpoint(self._files, cache_dir=self._cache, **self._grid)
             if self.content not in (None, manifest.digest) or (self._stamps and self._stamps != _stamps(self._files)):
                 source.close()
                 raise StoreConflict(self._files, "holds other files than were loaded from it; restart to serve them")
@@ -419,7 +418,7 @@ class Join:
         ours = self.fingerprint = self._fingerprint_of(self.content)
         if kept is None or ours is None:
             return
-        source = build.tensors(kept(), loaded_as=ours.text)
+        source = build.tensors(kept(), loaded_as=ours.text, chunk_hash=self._grid["chunk_hash"])
         with self._lock:
             if self._stopped:
                 source.close()
