@@ -164,7 +164,10 @@ def swarm(*arguments: str) -> list[str]:
 def clean_environment(cwd: Path, **settings: str) -> dict[str, str]:
     """This environment without the user's settings for `swarm`, and with a cache of its own below `cwd`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
-    ours = {"SWARM_CACHE": str(cwd / "cache"), "PYTHONPATH": str(ROOT)}
+    ours = {
+        "SWARM_CACHE": str(cwd / "cache"),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
     return kept | ours | {f"SWARM_{name.upper()}": value for name, value in settings.items()}
 
 

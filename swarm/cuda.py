@@ -30,6 +30,8 @@ HANDLE_BYTES = 64  # the driver's own
 _LAZY_ENABLE_PEER_ACCESS = 1
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 
+_home: int | None = None
+
 
 class CudaError(StoreError):
     """The driver refused something, or a kernel that ran before failed."""
@@ -39,6 +41,21 @@ def in_use() -> bool:
     """Whether this process uses a GPU already; asking does not make it use one."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def settle(index: int) -> None:
+    """Tells that this process has tensors on a GPU: what belongs to no tensor goes there as well."""
+    global _home
+    _home = index
+
+
+def home() -> int:
+    """The GPU that this process's tensors are on; the one told last, where there are several."""
+    if _home is not None:
+        return _home
+    import torch
+
+    return torch.cuda.current_device()
 
 
 class Stream(Protocol):
@@ -92,7 +109,7 @@ class Gpu:
         torch.cuda.init()  # type: ignore[no-untyped-call]
         self.index = index
         self.side = new_stream(index)  # for what must not wait for the work of whoever owns the tensors
-        self._driver = _driver()
+        self._driver, self._prompt = _driver(ctypes.CDLL), _driver(ctypes.PyDLL)
         device, self._context = ctypes.c_int(), ctypes.c_void_p()
         self._ask("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
         self._ask("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
@@ -118,7 +135,8 @@ class Gpu:
         """Enqueues a copy between two addresses, of GPUs or the host, on a stream (its number)."""
         where = ctypes.c_void_p(stream)
         self.enter()
-        self._ask("cuMemcpyAsync", ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size), where)
+        parts = ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size)
+        self._ask("cuMemcpyAsync", *parts, where, prompt=True)
 
     def allocation(self, address: int) -> tuple[int, int, int]:
         """Start and size of the allocation that an address lies in, and a number that no other one of this process
@@ -126,8 +144,8 @@ class Gpu:
         start, size, number = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_uint64()
         self.enter()
         where = ctypes.c_uint64(address)
-        self._ask("cuMemGetAddressRange_v2", ctypes.byref(start), ctypes.byref(size), where)
-        self._ask("cuPointerGetAttribute", ctypes.byref(number), ctypes.c_int(_BUFFER_ID), where)
+        self._ask("cuMemGetAddressRange_v2", ctypes.byref(start), ctypes.byref(size), where, prompt=True)
+        self._ask("cuPointerGetAttribute", ctypes.byref(number), ctypes.c_int(_BUFFER_ID), where, prompt=True)
         return start.value, size.value, number.value
 
     def export(self, start: int) -> bytes:
@@ -152,10 +170,12 @@ class Gpu:
 
     def enter(self) -> None:
         """Makes the device's context this thread's: torch does so only for threads that run kernels."""
-        self._ask("cuCtxSetCurrent", self._context)
+        self._ask("cuCtxSetCurrent", self._context, prompt=True)
 
-    def _ask(self, name: str, *arguments: object) -> None:
-        if status := getattr(self._driver, name)(*arguments):
+    def _ask(self, name: str, *arguments: object, prompt: bool = False) -> None:
+        """`prompt`: it takes a few microseconds, during which no other thread needs to run. To give them the
+        interpreter, and to wait until they give it back, would take longer."""
+        if status := getattr(self._prompt if prompt else self._driver, name)(*arguments):
             text = ctypes.c_char_p()
             self._driver.cuGetErrorName(status, ctypes.byref(text))
             raise CudaError(f"GPU {self.index}: {name} says {(text.value or b'error').decode()} ({status})")
@@ -208,9 +228,9 @@ def flush() -> None:
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def _driver(kind: type[ctypes.CDLL]) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL("libcuda.so.1")
+        return kind("libcuda.so.1")
     except OSError as error:
         raise CudaError(f"the NVIDIA driver cannot be loaded: {error}") from error
 

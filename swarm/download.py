@@ -39,12 +39,14 @@ class PeerJoined:
     """A peer that holds some of the artifact can be asked from now on. `gives`: it is a seed that chooses.
 
     `borders`: how many there are on the way to it: 0 it is on this host, 1 in this rack, 2 elsewhere.
+    `usual_bytes_per_s`: what is expected of it until it is measured; 0: anything.
     """
 
     peer: str
     holds: Bitfield
     gives: bool = False
     borders: int = 0
+    usual_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ class _Peer:
     gives: bool
     borders: int
     transfers: set[int] = field(default_factory=set)
+    usual_bytes_per_s: float = 0.0
     rate_bytes_per_s: float = 0.0
     corrupt: int = 0
     correct: int = 0
@@ -336,7 +339,8 @@ class Download:
             self._count(known, -1)  # it says so again, or its place is known now
             known.holds, known.gives, known.borders, known.barren = event.holds, event.gives, event.borders, False
         else:
-            known = self._peers[event.peer] = _Peer(event.holds, event.gives, event.borders)
+            usual = event.usual_bytes_per_s
+            known = self._peers[event.peer] = _Peer(event.holds, event.gives, event.borders, usual_bytes_per_s=usual)
         self._count(known, 1)
 
     def _count(self, peer: _Peer, sign: int) -> None:
@@ -488,7 +492,7 @@ class Download:
                     name,
                     peer.holds.mask,
                     len(peer.transfers),
-                    peer.rate_bytes_per_s,
+                    peer.rate_bytes_per_s or peer.usual_bytes_per_s,
                     peer.gives,
                     within[peer.borders],
                 )

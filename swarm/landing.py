@@ -22,7 +22,7 @@ from swarm import cuda
 from swarm.bitfield import Bitfield
 from swarm.errors import LocalProtocolError, SourceChanged, StoreError
 from swarm.hashing.cpu import LeafHasher, chunk_digest
-from swarm.hashing.cuda import Batch, start
+from swarm.hashing.cuda import BATCH_BYTES, Batch, start
 from swarm.manifest import Chunk, Manifest
 from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, View
 
@@ -39,8 +39,10 @@ class Landed:
 
 NOBODY = -1
 
-# Bytes hashed by one launch on a GPU: enough leaves for all of it, and the last batch of a transfer is still short.
-BATCH_BYTES = 512 << 20
+BATCHES_MAX = 4  # being hashed at once
+
+# What follows the last view while its chunks are still being hashed: nothing to fill, but not the end either.
+_NOT_YET: View = memoryview(b"")
 
 
 class Landings:
@@ -63,7 +65,8 @@ class Landings:
     def device_views(
         self, transfer: int, chunks: Sequence[int], report: Callable[[Landed], None]
     ) -> Generator[View, None, None]:
-        """As `views`, but GPU memory as it is, if the store has any."""
+        """As `views`, but GPU memory as it is, if the store has any. Behind the last view come empty ones until all is
+        hashed: whoever moves bytes can do something else meanwhile."""
         if not isinstance(self._store, DeviceStore):
             yield from self.views(transfer, chunks, report)
             return
@@ -75,7 +78,7 @@ class Landings:
                     yield from batches.fill(chunk)
                 else:
                     yield from self._chunk_views(transfer, chunk, report)
-            batches.finish()
+            yield from batches.finish()
         finally:
             batches.abandon()
 
@@ -125,7 +128,8 @@ class Landings:
 class _DeviceBatches:
     """The chunks of one transfer that land where GPUs are: filled, then hashed in batches, then reported.
 
-    A chunk that lies partly in host memory (a header among small tensors) is read back and hashed by the CPU.
+    Nobody waits for a hash while there is something to fill: a GPU that has its next copies in time never rests.
+    A chunk that lies on several GPUs, or on none, is hashed by the CPU.
     """
 
     def __init__(
@@ -141,7 +145,8 @@ class _DeviceBatches:
         self._release = release
         self._report = report
         self._unproven: dict[int, Chunk] = {}
-        self._filled: list[tuple[Chunk, list[DeviceView]]] = []
+        self._filled: list[tuple[Chunk, list[View]]] = []
+        self._filled_on = 0  # the GPU
         self._hashing: list[tuple[list[Chunk], Batch]] = []
         self._movers: list[cuda.Stream] = []  # that may still be filling
 
@@ -154,25 +159,29 @@ class _DeviceBatches:
             if isinstance(view, DeviceView):
                 self._remember_mover(view.device)
             yield view
-        on_gpu = [view for view in views if isinstance(view, DeviceView)]
-        if len(on_gpu) < len(views) or len({view.device for view in on_gpu}) > 1:
+        devices = {view.device for view in views if isinstance(view, DeviceView)}
+        if len(devices) != 1:
             cuda.flush()
             self._drain()
             self._settle(chunk, chunk_digest(self._scheme, self._store.read(chunk)))
             return
-        if self._filled and self._filled[0][1][0].device != on_gpu[0].device:
+        if not devices & {self._filled_on}:
             self._hash()
-        self._filled.append((chunk, on_gpu))
+        (self._filled_on,) = devices
+        self._filled.append((chunk, views))
         if sum(chunk.size for chunk, _ in self._filled) >= BATCH_BYTES:
             self._hash()
-            while len(self._hashing) > 1:
-                self._collect()
+        while self._hashing and (len(self._hashing) > BATCHES_MAX or self._hashing[0][1].ready()):
+            self._collect()
 
-    def finish(self) -> None:
-        """Hashes and reports everything that was filled."""
+    def finish(self) -> Iterator[View]:
+        """Hashes and reports everything that was filled; yields while there is something to wait for."""
         self._hash()
         while self._hashing:
-            self._collect()
+            if self._hashing[0][1].ready():
+                self._collect()
+            else:
+                yield _NOT_YET
 
     def abandon(self) -> None:
         """Lets go of what was not found right, once nobody writes there any more."""

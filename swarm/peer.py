@@ -58,6 +58,11 @@ class Peer:
         """The transport that this peer is read through, and why it is that one."""
         return self._route[0].scheme if self._route else "none"
 
+    @property
+    def usual_bytes_per_s(self) -> float:
+        """What to expect of that transport; 0: anything."""
+        return self._route[0].usual_bytes_per_s if self._route else 0.0
+
     def post(self, message: Message) -> None:
         """Queues a message; those of one turn of the loop travel together.
 

@@ -32,6 +32,7 @@ Counts = npt.NDArray[np.int32]
 
 BATCH_S = 0.05  # long against a message's cost (about 0.1 ms), short against what a lost peer may hold up
 BATCHES_OUTSTANDING = 2  # one on the wire, one asked for, so that the wire never waits for a request
+FAIR_BATCH_S = 0.003  # batches do not become shorter towards the end: small ones cost a round trip each
 FEW_PEERS = 4  # beyond that the others fill the wire meanwhile, and what is asked early is tied to a slow peer
 COPIES_MAX = 2  # holders asked for the same chunk in the endgame
 NEWS_CHUNKS, NEWS_MIN_S, NEWS_MAX_S = 4, 0.01, 0.4
@@ -144,20 +145,22 @@ def _outstanding(peer: PeerView) -> int:
 
 
 def _batch_chunks(peer: PeerView, view: View, free: int) -> int:
-    """Chunks that this peer sends in about BATCH_S, but never more than its fair part of what is free."""
+    """Chunks that this peer sends in about BATCH_S, but of what is free no more than its fair part."""
     by_rate = int(peer.rate_bytes_per_s * BATCH_S / view.chunk_bytes)
-    fair = free // (2 * view.peers_total)
-    return min(free, max(1, min(by_rate, fair, view.batch_chunks_max)))
+    least = int(peer.rate_bytes_per_s * FAIR_BATCH_S / view.chunk_bytes)
+    fair = free if view.peers_total == 1 else free // (2 * view.peers_total)
+    return min(free, max(1, min(by_rate, max(fair, least), view.batch_chunks_max)))
 
 
 def _batch(candidates: Mask, rarity: Counts, wanted: int, rng: random.Random) -> tuple[int, ...]:
-    """Up to `wanted` candidates, ascending, from a random one of the rarest on: nearly sequential for the disks."""
+    """Up to `wanted` candidates, ascending, from a random one of the rarest on, or so many before it that the batch is
+    full: nearly sequential for the disks."""
     indices = np.flatnonzero(candidates)
     if not len(indices):
         return ()
     rarities = rarity[indices]
     rarest = np.flatnonzero(rarities == rarities.min())
-    start = int(rarest[rng.randrange(len(rarest))])
+    start = min(int(rarest[rng.randrange(len(rarest))]), max(0, len(indices) - wanted))
     return tuple(int(index) for index in indices[start : start + wanted])
 
 

@@ -192,7 +192,10 @@ class Sharing:
                     announced = peer.artifacts.get(digest)
                     gives = announced is not None and announced.gives
                     holds = _unpacked(peer, bits, share)
-                    share.fetching.handle(download.PeerJoined(peer.node, holds, gives, self._borders(peer.node)))
+                    joined = download.PeerJoined(
+                        peer.node, holds, gives, self._borders(peer.node), peer.usual_bytes_per_s
+                    )
+                    share.fetching.handle(joined)
             case messages.Have(digest, told):
                 if share := self.shares.get(digest):
                     self._hear_have(peer, share, told)

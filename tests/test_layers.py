@@ -51,7 +51,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "store.directory": {"store", "store.disk"},
         "store.staging": {"cuda", "store"},
         "store.memory": {"store", "store.staging"},
-        "store.tensors": {"store", "store.memory"},
+        "store.tensors": {"cuda", "store", "store.memory"},
         "keys": set(),
         "identity": {"keys"},
         "handshake": {"identity"},
@@ -87,7 +87,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "transport.nccl": {
             "cuda",
             "store",
-            "transport",
+            "transport.ends",
             "transport.stream",
             "transport.tcp",
             "transport.tcp_session",

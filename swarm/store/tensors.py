@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from swarm import safetensors_header
+from swarm import cuda, safetensors_header
 from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict, StoreFull
 from swarm.manifest import Manifest, units
 from swarm.safetensors_header import LENGTH_BYTES, Tensor
@@ -445,6 +445,7 @@ def _bytes(tensor: torch.Tensor) -> View:
     flat = _flat(tensor)
     if flat.device.type == "cpu":
         return flat.numpy().data
+    cuda.settle(flat.device.index)
     return DeviceView(flat.device.index, flat.data_ptr(), flat.numel(), flat)
 
 

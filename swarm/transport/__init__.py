@@ -80,6 +80,7 @@ class Transport(Protocol):
     """One data plane of one node: opens sessions as the asker, is handed sessions as the holder."""
 
     scheme: str
+    usual_bytes_per_s: float  # of a session that nobody has measured yet; 0: it may be anything
 
     @property
     def address(self) -> str:

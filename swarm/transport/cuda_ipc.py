@@ -55,6 +55,7 @@ class CudaIpcTransport(TcpTransport):
     """The plane of a node whose process uses a GPU."""
 
     scheme = "cuda_ipc"
+    usual_bytes_per_s = 100e9
     magic = b"SWRI"
 
     def __init__(self, host: str, port: int, *, pace: Pace | None = None, congestion: str | None = None) -> None:
@@ -104,7 +105,7 @@ class CudaIpcInbound(TcpInbound):
     def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
         self.refused: Callable[[str], None] = log.warning
         self._streams: dict[int, cuda.Stream] = {}
-        self._opened: dict[tuple[int, bytes], int] = {}  # by device and handle: where it begins here
+        self._opened: dict[tuple[int, bytes], _Region] = {}  # by device and handle
         self._frame = memoryview(bytearray(FRAME.size))
         self._pinned: cuda.Pinned | None = None
         super().__init__(sock, peer=peer, pool=pool)
@@ -128,9 +129,10 @@ class CudaIpcInbound(TcpInbound):
         if kind != REGION:
             super()._take_payload(landing, kind, length)
             return
-        read = 0
+        read = self._receive_into(self._frame, self._header)  # what follows is read together with it
         while read < length:
             read += self._receive_into(self._frame[read:])
+        self._header_filled = read - length
         handle, offset, size = FRAME.unpack(self._frame)
         while size:
             room = landing.borrow(size)
@@ -138,7 +140,7 @@ class CudaIpcInbound(TcpInbound):
                 return  # nobody wants the rest
             filled = 0
             try:
-                device = room.device if isinstance(room, DeviceView) else 0
+                device = room.device if isinstance(room, DeviceView) else cuda.home()
                 self._read(room, device, self._find_region(device, handle, offset, room.nbytes))
                 filled = room.nbytes
             except cuda.CudaError as error:
@@ -150,17 +152,18 @@ class CudaIpcInbound(TcpInbound):
 
     def _find_region(self, device: int, handle: bytes, offset: int, size: int) -> int:
         """Where the peer's bytes are in this process."""
-        start = _exported.get(handle) or self._opened.get((device, handle))
-        if start is None:
+        own = _exported.get(handle)
+        region = _region(device, own) if own is not None else self._opened.get((device, handle))
+        if region is None:
             try:
-                start = self._opened[device, handle] = cuda.gpu(device).open(handle)
+                start = cuda.gpu(device).open(handle)
             except cuda.CudaError as error:
                 self.refused(str(error))
                 raise
-        begin, length, _ = cuda.gpu(device).allocation(start)
-        if begin != start or offset + size > length:
-            raise TransportError(f"it lent {size} bytes at {offset} of an allocation of {length}")
-        return start + offset
+            region = self._opened[device, handle] = _region(device, start)
+        if offset + size > region.size:
+            raise TransportError(f"it lent {size} bytes at {offset} of an allocation of {region.size}")
+        return region.start + offset
 
     def _read(self, room: View, device: int, source: int) -> None:
         if isinstance(room, DeviceView):
@@ -188,10 +191,23 @@ class CudaIpcInbound(TcpInbound):
                 continue  # the holder is slow to listen; it looks at the session's end too
 
 
-def _close_handles(opened: Mapping[tuple[int, bytes], int]) -> None:
-    for (device, _), start in opened.items():
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """An allocation of another process: where it begins here, and its bytes from there on."""
+
+    start: int
+    size: int
+
+
+def _region(device: int, start: int) -> _Region:
+    begin, size, _ = cuda.gpu(device).allocation(start)
+    return _Region(start, begin + size - start)
+
+
+def _close_handles(opened: Mapping[tuple[int, bytes], _Region]) -> None:
+    for (device, _), region in opened.items():
         try:
-            cuda.gpu(device).close(start)
+            cuda.gpu(device).close(region.start)
         except cuda.CudaError as error:
             log.debug("%s", error)
 

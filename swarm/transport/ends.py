@@ -5,7 +5,7 @@ that is hard to keep: whoever awaits a transfer is not released before its views
 touched only by the holder of the landing's gate. The thread that moves bytes takes the gate for one piece at
 a time; to stop a landing from outside, one leaves a note and then tries the gate, and the mover looks for a
 note after it let go of the gate. So one of the two always ends the landing, and nobody waits for a lock while
-bytes are on their way.
+bytes are on their way. A mover that has others fill what it borrowed (a GPU) pins the landing until they have.
 
 What threads have to say to the loop goes through a `Mailbox`, and whoever waits for a thread awaits an `Outcome`: with
 small chunks, waking the loop and walking through its turns is most of what a transfer costs.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import overload
@@ -26,6 +27,8 @@ from typing import overload
 from swarm.errors import LocalProtocolError, TransportError
 from swarm.store import AnySpan, DeviceView, FileSpan, Span, View
 from swarm.transport import Transfer
+
+LOOK_EVERY_S = 50e-6  # at work of a GPU, which wakes nobody when it is done
 
 _NO_VIEW: View = memoryview(b"")
 
@@ -147,6 +150,7 @@ class Landing:
         self._view = _NO_VIEW
         self._lent = _NO_VIEW
         self._gate = threading.Lock()
+        self._pins = 0
         self._note: Exception | None = None
         self._ended = False
         self._mailbox = mailbox
@@ -167,7 +171,7 @@ class Landing:
             try:
                 self._find_room(most)
             except Exception as error:
-                self._end(error)
+                self._fail(error)
             else:
                 self._lent = self._view[:most]
                 return self._lent
@@ -183,17 +187,32 @@ class Landing:
         if self._note is not None:
             self.stop(self._note)
 
+    def pin(self) -> None:
+        """What was borrowed is being filled although it is given back: only `unpin` lets the landing end badly."""
+        self._pins += 1
+
+    def unpin(self) -> None:
+        """Undoes one `pin`."""
+        self._pins -= 1
+        if self._note is not None:
+            self.stop(self._note)
+
     def finish(self) -> None:
         """The peer has sent everything: lets the views do what they do after the last one, and ends the landing."""
+        while not self.try_finish():
+            time.sleep(LOOK_EVERY_S)
+
+    def try_finish(self) -> bool:
+        """As `finish`, but False when the views have something to wait for, which they say by an empty one."""
         with self._gate:
             if self._ended:
-                return
+                return True
             try:
-                self._check_complete()
+                if self._is_complete():
+                    self._end(None)
             except Exception as error:
-                self._end(error)
-            else:
-                self._end(None)
+                self._fail(error)
+            return self._ended
 
     def stop(self, error: Exception) -> None:
         """Ends the landing with `error`, at once or as soon as the mover gives back what it borrowed. Any thread."""
@@ -201,7 +220,7 @@ class Landing:
             self._note = error
         if self._gate.acquire(blocking=False):
             try:
-                if not self._ended:
+                if not self._ended and not self._pins:
                     self._end(self._note)
             finally:
                 self._gate.release()
@@ -224,14 +243,22 @@ class Landing:
                 )
             self._view = view.cast("B")
 
-    def _check_complete(self) -> None:
+    def _is_complete(self) -> bool:
         if self._note is not None:
             raise self._note
         if self.received != self.transfer.size:
             raise TransportError(f"the peer sent {self.received} of {self.transfer.size} bytes")
-        room = self._view.nbytes + sum(view.nbytes for view in self._views)
-        if room:
+        view = self._view if self._view.nbytes else next(self._views, None)
+        if view is not None and view.nbytes:
+            room = view.nbytes + sum(view.nbytes for view in self._views)
             raise LocalProtocolError(f"the views of a transfer of {self.transfer.size} bytes have room for {room} more")
+        return view is None
+
+    def _fail(self, error: Exception) -> None:
+        if self._pins:
+            self._note = self._note or error
+        else:
+            self._end(error)
 
     def _end(self, error: Exception | None) -> None:
         self._ended = True

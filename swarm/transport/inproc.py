@@ -71,6 +71,7 @@ class InprocTransport:
     """One node's plane within this process."""
 
     scheme = "inproc"
+    usual_bytes_per_s = 0.0
 
     def __init__(self, hub: InprocHub | None = None, *, line: Line | None = None, pace: Pace | None = None) -> None:
         """`line` and `pace` are charged by the holder, for what it sends."""

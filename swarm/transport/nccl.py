@@ -27,16 +27,18 @@ from typing import TYPE_CHECKING
 from swarm import cuda
 from swarm.errors import SettingsError, TransportError
 from swarm.store import DeviceView, View
-from swarm.transport import Pace
+from swarm.transport.ends import LOOK_EVERY_S
 from swarm.transport.stream import Stream
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 from swarm.transport.two_sided import (
     HOST_PIECE_BYTES_MAX,
+    Done,
     TwoSidedInbound,
     TwoSidedOutbound,
     make_lane,
     read_exactly,
+    wait_for,
     write_all,
 )
 
@@ -49,20 +51,14 @@ ID_BYTES = 128
 _IN_PROGRESS = 7
 _UINT8 = 1
 _UNSET = -(1 << 31)
-_LOOK_EVERY_S = 50e-6
 
 
 class NcclTransport(TcpTransport):
-    """The plane of a node whose process uses a GPU; its communicators are on GPU `device`."""
+    """The plane of a node whose process uses a GPU; its communicators are where the process's tensors are."""
 
     scheme = "nccl"
+    usual_bytes_per_s = 100e9
     magic = b"SWRN"
-
-    def __init__(
-        self, host: str, port: int, *, device: int = 0, pace: Pace | None = None, congestion: str | None = None
-    ) -> None:
-        super().__init__(host, port, pace=pace, congestion=congestion)
-        self._device = device
 
     def reach(self, address: str) -> bool:
         """Whether both may have a GPU: who offers this has one."""
@@ -77,7 +73,7 @@ class NcclTransport(TcpTransport):
         return TwoSidedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
     async def _pair(self, stream: Stream, rank: int, *, pool: ThreadPoolExecutor) -> NcclLane:
-        return await make_lane(stream, functools.partial(NcclLane, stream, rank, device=self._device), pool=pool)
+        return await make_lane(stream, functools.partial(NcclLane, stream, rank, device=cuda.home()), pool=pool)
 
 
 def demand() -> None:
@@ -125,14 +121,22 @@ class NcclLane:
         """See `Lane`."""
         self._post("ncclRecv", view, timeout_s)
 
-    def end(self, *, timeout_s: float) -> None:
+    def end(self, *, timeout_s: float) -> Done:
         """See `Lane`."""
         self.flush(timeout_s)
-        done = cuda.gpu(self._device).event()
-        done.record(self._stream())
-        deadline = time.monotonic() + timeout_s
-        while not done.query():
-            self._wait(deadline, timeout_s)
+        event = cuda.gpu(self._device).event()
+        event.record(self._stream())
+        deadline: float | None = None  # its time begins when those before it are done, and somebody asks
+
+        def done() -> bool:
+            nonlocal deadline
+            if event.query():
+                return True
+            deadline = deadline or time.monotonic() + timeout_s
+            self._look(deadline, timeout_s)
+            return False
+
+        return done
 
     def flush(self, timeout_s: float = SETUP_TIMEOUT_S) -> None:
         """See `Lane`."""
@@ -158,14 +162,14 @@ class NcclLane:
         if isinstance(view, DeviceView) and view.device == self._device:
             self._enqueue(name, view)
             return
-        self.end(timeout_s=timeout_s)
+        wait_for(self.end(timeout_s=timeout_s))
         for start in range(0, view.nbytes, HOST_PIECE_BYTES_MAX):
             part = view[start : start + HOST_PIECE_BYTES_MAX]
             room = self.scratch(part.nbytes)
             if name == "ncclSend":
                 cuda.copy_view(room, part)
             self._enqueue(name, room)
-            self.end(timeout_s=timeout_s)
+            wait_for(self.end(timeout_s=timeout_s))
             if name == "ncclRecv":
                 cuda.copy_view(part, room)
 
@@ -196,18 +200,18 @@ class NcclLane:
             self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(status))
             if status.value != _IN_PROGRESS:
                 break
-            self._wait(deadline, timeout_s)
+            self._look(deadline, timeout_s)
+            time.sleep(LOOK_EVERY_S)
         if status.value:
             self._fail(_text(self._nccl, status.value))
 
-    def _wait(self, deadline: float, timeout_s: float) -> None:
+    def _look(self, deadline: float, timeout_s: float) -> None:
         status = ctypes.c_int()
         self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(status))
         if status.value not in (0, _IN_PROGRESS):
             self._fail(_text(self._nccl, status.value))
         if time.monotonic() > deadline:
             self._fail(f"the other end did not call within {timeout_s:g} s")
-        time.sleep(_LOOK_EVERY_S)
 
     def _fail(self, why: str) -> None:
         """Aborts, so that nothing that was enqueued waits any more."""

@@ -18,7 +18,7 @@ from swarm.errors import SettingsError
 
 BURST_S = 0.05  # bounds the overshoot of any one second to 5 %
 SLICE_S = 0.02  # short enough to share the cap among sessions, long enough that 50 wake-ups a second do
-SLICE_BYTES_MIN, SLICE_BYTES_MAX = 4 << 10, 1 << 20  # below, headers and wake-ups dominate; above, a frame is full
+SLICE_BYTES_MIN = 4 << 10  # below, headers and wake-ups dominate
 
 
 class TokenBucket:
@@ -42,7 +42,7 @@ class TokenBucket:
     @property
     def slice_bytes(self) -> int | None:
         """Most bytes worth booking at once."""
-        return int(min(max(self._rate * SLICE_S, SLICE_BYTES_MIN), SLICE_BYTES_MAX))
+        return int(max(self._rate * SLICE_S, SLICE_BYTES_MIN))
 
     def __repr__(self) -> str:
         return f"<TokenBucket {self._rate / 1e6:g} MB/s>"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
 import struct
 from collections.abc import Sequence
@@ -34,6 +35,9 @@ class Stream(Protocol):
 
     def recvmsg_into(self, rooms: Sequence[memoryview], /) -> tuple[Any, ...]:
         """Fills some of the rooms, in order; the first item says how much, 0 at the end."""
+
+    def readable(self) -> bool:
+        """Whether there is something to read, or nothing will ever be; does not wait. On the reading thread."""
 
     def send(self, data: memoryview, flags: int = 0, /) -> int:
         """Sends some of it. `flags` is MSG_MORE when `send_file` follows."""
@@ -78,6 +82,12 @@ class PlainStream(socket.socket):
         poll = struct.pack("@ll", int(poll_s), int(poll_s % 1 * 1e6))
         self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, poll)
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
+
+    def readable(self) -> bool:
+        """See Stream."""
+        poll = select.poll()
+        poll.register(self, select.POLLIN)
+        return bool(poll.poll(0))
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
         """See Stream. Straight from the page cache."""

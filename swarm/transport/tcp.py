@@ -57,6 +57,7 @@ class TcpTransport:
     """The plane of the node whose listener is at `host`:`port`, and hands connections with its `opening` to `adopt`."""
 
     scheme = "tcp"
+    usual_bytes_per_s = 0.0
     magic = MAGIC  # how a preamble begins
 
     def __init__(

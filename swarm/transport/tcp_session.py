@@ -14,6 +14,9 @@ POLL_S. A session takes a thread only while bytes move, and for POLL_S after tha
 closely, and to be woken is cheaper than to be started. Otherwise the loop watches the socket. The socket is closed on
 the loop, when no thread uses it: its number may belong to another connection a moment later.
 
+Views of a GPU may have something to do yet when their transfer has ended. The asker takes the next frames meanwhile,
+and ends that transfer between two of them.
+
 A small chunk costs by the system call. So the end of a frame is read together with the next header, and a payload out
 of memory is written together with its own. END waits for the spans to say that what they lent was right to the last.
 
@@ -31,6 +34,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +42,16 @@ from concurrent.futures import ThreadPoolExecutor
 from swarm.errors import LocalProtocolError, SourceChanged, TransportError
 from swarm.store import AnySpan, FileSpan, Span, View
 from swarm.transport import Pace, Transfer
-from swarm.transport.ends import Landing, Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
+from swarm.transport.ends import (
+    LOOK_EVERY_S,
+    Landing,
+    Mailbox,
+    Outcome,
+    close_iterator,
+    on_host,
+    pieces,
+    span_bytes,
+)
 from swarm.transport.stream import Stream
 
 HEADER = struct.Struct(">QIB3x")
@@ -140,6 +153,7 @@ class TcpInbound(_Session):
         self._landings: dict[int, Landing] = {}  # until their END or ABORT, wanted or not
         self._abandoned: deque[int] = deque()
         self._current: Landing | None = None
+        self._finishing: deque[Landing] = deque()  # everything has come, but their views are not done with it
         self._header = memoryview(bytearray(HEADER.size))
         self._header_filled = 0  # bytes of it that came with the frame before
         self._quiet_s = 0.0
@@ -189,12 +203,40 @@ class TcpInbound(_Session):
     def _pump(self) -> None:
         self._quiet_s = 0.0
         try:
-            while self._lost is None and self._read_header():
+            while self._lost is None and self._await_header():
                 self._take_frame()
+                self._advance()
         except TransportError as error:
             self._lose(str(error))
         except OSError as error:
             self._lose(f"connection lost ({error})")
+        finally:
+            self._let_go()
+
+    def _await_header(self) -> bool:
+        """False when nothing is on its way, nor left to be done."""
+        while self._unfinished() and not self._header_filled and not self._sock.readable():
+            if not self._advance():
+                time.sleep(LOOK_EVERY_S)
+        return self._read_header()
+
+    def _unfinished(self) -> bool:
+        """Whether there is something to look after while nothing comes."""
+        return bool(self._finishing)
+
+    def _advance(self) -> bool:
+        """Looks after it, without waiting; whether something was done."""
+        before = len(self._finishing)
+        while self._finishing and self._finishing[0].try_finish():
+            self._over(self._finishing.popleft().transfer.id)
+        return len(self._finishing) < before
+
+    def _let_go(self) -> None:
+        """Waits for it: the pump ends."""
+        while self._finishing:
+            landing = self._finishing.popleft()
+            landing.finish()
+            self._over(landing.transfer.id)
 
     def _read_header(self) -> bool:
         """False when nothing is on its way."""
@@ -220,11 +262,9 @@ class TcpInbound(_Session):
         self._current = None
         with self._lock:
             self._landings.pop(transfer_id, None)
-        if kind == END:
-            landing.finish()
-        else:
+        if kind == ABORT:
             landing.stop(TransportError(f"{self.peer} aborted transfer {transfer_id}"))
-        self._over(transfer_id)
+        self._finishing.append(landing)
 
     def _over(self, transfer_id: int) -> None:
         """A transfer has ended or was aborted, and its views are left alone."""

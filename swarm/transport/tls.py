@@ -107,6 +107,10 @@ class TlsStream:
         """Fills some of the first room: what is left waits in memory, so the others have nothing to gain."""
         return (self.recv_into(rooms[0]),)
 
+    def readable(self) -> bool:
+        """See Stream. What lies here may be less than a record, so that to read it waits for the rest after all."""
+        return bool(self.connection.pending() or self._incoming.pending) or self._sock.readable()
+
     def send(self, data: memoryview, flags: int = 0) -> int:
         """See Stream. Up to PIECE_BYTES at once; a little that is to be followed by more is kept until then."""
         if flags & socket.MSG_MORE and not self._kept and len(data) <= KEPT_BYTES_MAX:

@@ -34,8 +34,10 @@ from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 from swarm.transport.two_sided import (
     HOST_PIECE_BYTES_MAX,
+    Done,
     TwoSidedInbound,
     TwoSidedOutbound,
+    at_once,
     make_lane,
     read_exactly,
     write_all,
@@ -103,8 +105,9 @@ class PairLane:
         """See `Lane`."""
         self._finish(lambda tensor: self._group.recv([tensor], self._other, 0), view, timeout_s)
 
-    def end(self, *, timeout_s: float) -> None:
-        """Nothing."""
+    def end(self, *, timeout_s: float) -> Done:
+        """See `Lane`."""
+        return at_once
 
     def flush(self) -> None:
         """Nothing."""

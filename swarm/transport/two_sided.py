@@ -8,10 +8,11 @@ aborting, noticing the dead between two frames) is TCP's own.
     holder => asker      4 MiB                         over the lane, once both have called
 
 Lanes of GPUs are told when a frame begins and ends, and may put off the calls in between to make them all at once: a
-kernel that sends waits for the kernels of whoever uses the GPU, so that one for many pieces waits only once. Host
-memory is announced piece by piece.
+kernel that sends waits for the kernels of whoever uses the GPU, so that one for many pieces waits only once. And while
+one frame is under way, both ends make the calls of the next: so the GPUs never wait for their processes. Host memory is
+announced piece by piece.
 
-A call that does not come back within the transfer's idle timeout ends the session.
+A frame that is not done within the transfer's idle timeout ends the session.
 Must not know: what a lane is made of.
 """
 
@@ -22,15 +23,17 @@ import contextlib
 import os
 import socket
 import struct
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from swarm import cuda
 from swarm.errors import SourceChanged, TransportError
 from swarm.store import AnySpan, DeviceView, FileSpan, View
 from swarm.transport import Pace
-from swarm.transport.ends import Landing
+from swarm.transport.ends import LOOK_EVERY_S, Landing
 from swarm.transport.stream import Stream
 from swarm.transport.tcp_session import END, HEADER, Lost, Sending, TcpInbound, TcpOutbound
 
@@ -41,13 +44,13 @@ HOST_PIECE_BYTES_MAX = (
 )  # bounds what a cancelled transfer still moves, and the memory of pieces that fit no view
 DEVICE_PIECE_BYTES_MAX = 64 << 20  # a whole chunk
 FRAME_BYTES_MAX = 512 << 20  # of pieces: enough to hide the start of a kernel
+FRAMES_MAX = 3  # under way at once
 
 
 class Lane(Protocol):
     """Moves bytes between two processes, on one thread at a time. Calls raise TransportError.
 
-    `on_device`: it takes memory of GPUs. Between `begin` and `end` calls need not be done when they return, but those
-    for host memory are.
+    `on_device`: it takes memory of GPUs. Calls need not be done when they return, but those for host memory are.
     """
 
     on_device: bool
@@ -61,8 +64,8 @@ class Lane(Protocol):
     def receive(self, view: View, *, timeout_s: float) -> None:
         """Fills the view with exactly what the other end sends."""
 
-    def end(self, *, timeout_s: float) -> None:
-        """The frame ends: everything is done when this returns."""
+    def end(self, *, timeout_s: float) -> Done:
+        """The frame ends, all its calls are made, and there are `timeout_s` for them once those before are done."""
 
     def flush(self) -> None:
         """What was put off is enqueued when this returns."""
@@ -74,7 +77,22 @@ class Lane(Protocol):
         """Lets go of everything; any thread, when no call is under way. Does not block."""
 
 
+# Whether all calls of a frame are done; raises TransportError, once and for all, when they failed or took too long.
+# Nothing is under way any more then.
+Done: TypeAlias = Callable[[], bool]
+
 L = TypeVar("L", bound=Lane)
+
+
+def at_once() -> bool:
+    """What `end` returns where every call is done when it returns."""
+    return True
+
+
+def wait_for(done: Done) -> None:
+    """Returns when a frame is done. Raises TransportError."""
+    while not done():
+        time.sleep(LOOK_EVERY_S)
 
 
 async def make_lane(stream: Stream, make: Callable[[], L], *, pool: ThreadPoolExecutor) -> L:
@@ -128,11 +146,33 @@ class TwoSidedInbound(TcpInbound):
         self._lane = lane
         self._streams: dict[int, cuda.Stream] = {}
         self._frame = memoryview(bytearray(4 * PIECES_MAX))
+        self._under_way: deque[tuple[Landing, int, Done]] = deque()  # frames, with their bytes
         super().__init__(sock, peer=peer, pool=pool)
 
     def _pump(self) -> None:
         with cuda.moving(self._streams, self._lane.flush):
             super()._pump()
+
+    def _unfinished(self) -> bool:
+        return bool(self._under_way) or super()._unfinished()
+
+    def _advance(self) -> bool:
+        before = len(self._under_way)
+        while self._under_way and self._under_way[0][2]():
+            landing, size, _ = self._under_way.popleft()
+            self.received_bytes += size
+            landing.unpin()
+        return super()._advance() or len(self._under_way) < before
+
+    def _let_go(self) -> None:
+        while self._under_way:
+            landing, _, done = self._under_way.popleft()
+            try:
+                wait_for(done)
+            except TransportError as error:
+                landing.stop(error)
+            landing.unpin()
+        super()._let_go()
 
     def _is_frame(self, kind: int, length: int) -> bool:
         return 0 < length <= 4 * PIECES_MAX and length % 4 == 0 if kind == PIECES else super()._is_frame(kind, length)
@@ -148,12 +188,20 @@ class TwoSidedInbound(TcpInbound):
         most = DEVICE_PIECE_BYTES_MAX if self.on_device else HOST_PIECE_BYTES_MAX
         if max(sizes) > most or not min(sizes) or sum(sizes) > max(FRAME_BYTES_MAX, most):
             raise TransportError(f"it announced {len(sizes)} pieces of up to {max(sizes)} bytes")
+        while len(self._under_way) >= FRAMES_MAX:
+            if not self._advance():
+                time.sleep(LOOK_EVERY_S)
         timeout_s = landing.transfer.idle_timeout_s
-        self._lane.begin()
-        for size in sizes:
-            self._take_piece(landing, size, timeout_s=timeout_s)
-        self._lane.end(timeout_s=timeout_s)
-        self.received_bytes += sum(sizes)
+        landing.pin()
+        try:
+            self._lane.begin()
+            for size in sizes:
+                self._take_piece(landing, size, timeout_s=timeout_s)
+            done = self._lane.end(timeout_s=timeout_s)
+        except BaseException:
+            landing.unpin()
+            raise
+        self._under_way.append((landing, sum(sizes), done))
 
     def _take_piece(self, landing: Landing, size: int, *, timeout_s: float) -> None:
         room = landing.borrow(size)
@@ -169,7 +217,7 @@ class TwoSidedInbound(TcpInbound):
                 return
         rest = self._lane.scratch(size)
         self._lane.receive(rest, timeout_s=timeout_s)
-        self._lane.end(timeout_s=timeout_s)
+        wait_for(self._lane.end(timeout_s=timeout_s))
         while rest.nbytes and (room := landing.borrow(rest.nbytes)) is not None:
             step = room.nbytes
             cuda.copy_view(room, rest[:step])
@@ -193,6 +241,9 @@ class TwoSidedOutbound(TcpOutbound):
         self._streams: dict[int, cuda.Stream] = {}
         self._scratch = memoryview(b"")
         self._held_back: list[DeviceView] = []  # not announced yet
+        self._under_way: deque[tuple[object, Done]] = deque()  # frames, with what they send
+        slice_bytes = pace.slice_bytes if pace else None
+        self._frame_bytes = min(slice_bytes or FRAME_BYTES_MAX, FRAME_BYTES_MAX)
         super().__init__(sock, peer=peer, pool=pool, pace=pace)
 
     def _send_queued(self) -> None:
@@ -202,8 +253,8 @@ class TwoSidedOutbound(TcpOutbound):
     def _send_piece(self, sending: Sending, piece: AnySpan) -> None:
         if isinstance(piece, DeviceView):
             self._held_back.append(piece)
-            whole = sum(view.nbytes for view in self._held_back) + DEVICE_PIECE_BYTES_MAX > FRAME_BYTES_MAX
-            if whole or len(self._held_back) == PIECES_MAX:
+            room = self._frame_bytes - sum(view.nbytes for view in self._held_back)
+            if room < min(self.piece_bytes, self._frame_bytes) or len(self._held_back) == PIECES_MAX:
                 self._send_held_back(sending)
             return
         self._send_held_back(sending)
@@ -235,9 +286,25 @@ class TwoSidedOutbound(TcpOutbound):
             self._lane.begin()
             for view in views:
                 self._lane.send(view, timeout_s=timeout_s)
-            self._lane.end(timeout_s=timeout_s)
+            self._under_way.append((views, self._lane.end(timeout_s=timeout_s)))
+            self._await_frames(FRAMES_MAX - 1)
         except TransportError as error:
             raise Lost(str(error)) from error
+
+    def _await_frames(self, most: int) -> None:
+        """Returns when at most so many are under way."""
+        while len(self._under_way) > most:
+            wait_for(self._under_way[0][1])
+            self._under_way.popleft()
+
+    def _conclude(self, sending: Sending, error: Exception | None) -> None:
+        try:
+            self._await_frames(0)
+        except TransportError as lost:
+            self._under_way.clear()
+            self._lose(str(lost))
+            error = error or lost
+        super()._conclude(sending, error)
 
     def _read(self, span: FileSpan) -> memoryview:
         if not self._scratch.nbytes:

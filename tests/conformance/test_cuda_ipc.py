@@ -30,6 +30,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = FakeGpu()
     monkeypatch.setattr(cuda, "gpu", lambda index: gpu)
     monkeypatch.setattr(cuda, "in_use", lambda: True)
+    monkeypatch.setattr(cuda, "home", lambda: 0)
     monkeypatch.setattr(cuda, "Pinned", HostMemory)
     return gpu
 

@@ -55,8 +55,9 @@ class PutOff:
     def receive(self, view: View, *, timeout_s: float) -> None:
         self._post("receive", view)
 
-    def end(self, *, timeout_s: float) -> None:
+    def end(self, *, timeout_s: float) -> two_sided.Done:
         self.flush()
+        return two_sided.at_once
 
     def flush(self) -> None:
         if self._calls:

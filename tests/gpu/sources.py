@@ -28,7 +28,7 @@ def state(megabytes: int = 256) -> dict[str, torch.Tensor]:
     return tensors | {"tied": tensors["layer0"]}
 
 
-def language_model(seed: int) -> Any:
+def language_model(seed: int, device: str = "cuda:0") -> Any:
     """A model of real architecture with random weights, the same for one seed."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -38,12 +38,12 @@ def language_model(seed: int) -> Any:
         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     model: Any = Qwen2ForCausalLM(config)
-    return model.to(device="cuda", dtype=torch.bfloat16).eval()
+    return model.to(device=device, dtype=torch.bfloat16).eval()
 
 
 def generated(model: Any) -> list[int]:
     """Some tokens, the likeliest each time."""
-    prompt = torch.arange(16, device="cuda")[None]
+    prompt = torch.arange(16, device=model.device)[None]
     greedy = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     tokens = model.generate(prompt, attention_mask=torch.ones_like(prompt), **greedy)
     return [int(token) for token in tokens[0]]

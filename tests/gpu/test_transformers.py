@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 def test_a_newcomer_generates_what_its_source_does(start: StartSource, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     source = start("model")
-    model = language_model(2)
+    model = language_model(2, f"cuda:{torch.cuda.device_count() - 1}")  # of another GPU where there is one
     before = generated(model)
     settings = joining(tmp_path, source)
     time.sleep(0.5)  # the source is in the middle of something

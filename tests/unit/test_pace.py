@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import SettingsError
-from swarm.transport.pace import BURST_S, SLICE_BYTES_MAX, SLICE_BYTES_MIN, TokenBucket, Unlimited
+from swarm.transport.pace import BURST_S, SLICE_BYTES_MIN, TokenBucket, Unlimited
 
 
 class Clock:
@@ -79,8 +79,8 @@ def test_unused_rate_is_saved_only_for_a_moment() -> None:
     assert bucket.take(1000) == pytest.approx(0.001)
 
 
-@pytest.mark.parametrize(("rate", "slice_bytes"), [(1000, SLICE_BYTES_MIN), (10e6, 200_000), (10e9, SLICE_BYTES_MAX)])
-def test_slices_follow_the_rate_within_bounds(rate: float, slice_bytes: int) -> None:
+@pytest.mark.parametrize(("rate", "slice_bytes"), [(1000, SLICE_BYTES_MIN), (10e6, 200_000), (10e9, 200_000_000)])
+def test_slices_follow_the_rate(rate: float, slice_bytes: int) -> None:
     assert TokenBucket(rate).slice_bytes == slice_bytes
 
 
