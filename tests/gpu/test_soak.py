@@ -72,6 +72,7 @@ def test_nothing_is_left_behind(
     for now, then in zip(after, before, strict=True):
         assert now[0] <= then[0] + 2, "descriptors"
         assert now[1] <= then[1] + 2, "threads"
-        assert now[2] <= then[2] + 200, "memory"
+        kept = 5 * count if scheme == "nccl" else 0  # MiB: NCCL keeps some of the host's for each that it aborts
+        assert now[2] <= then[2] + 200 + kept, "memory"
     assert torch.cuda.memory_allocated() <= memory + (1 << 20)
     assert free_mib() >= free - 64, "buffers of communicators, or memory of other processes that is still open"
