@@ -150,6 +150,8 @@ class Engine:
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(30)
+        if self._process.stdin:
+            self._process.stdin.close()
 
     def __repr__(self) -> str:
         return f"<Engine {self.log.stem}>"
