@@ -5,27 +5,21 @@ fetch takes as long as a person looks; one replica's network is slow, and a peer
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.manifest import Chunk
 from swarm.store import Span
+from swarm.transport import Outbound, Transfer
 
 from .lying import LyingPeer
-from .processes import Machine, Process, write_model
+from .processes import MODEL, Machine, Process, write_model
 
-REPLICAS = 7
+PLACES = (("h1", "a"), ("h1", "a"), ("h2", "a"), ("h2", "a"), ("h3", "b"), ("h3", "b"), ("h4", "b"))  # of replicas
 SLOW = 6  # the number of the slow replica
-PLACES = {
-    0: ("h1", "a"),
-    1: ("h1", "a"),
-    2: ("h2", "a"),
-    3: ("h2", "a"),
-    4: ("h3", "b"),
-    5: ("h3", "b"),
-    6: ("h4", "b"),
-}
+MET_THE_LIAR = (1, 4)  # the others hear of it over links
 SLOW_BYTES_PER_S = 700_000
 
 # Read by Python itself as the slow replica starts: its host's network brings so much and no more.
@@ -45,56 +39,55 @@ socket.socket.recvmsg_into = slowed(socket.socket.recvmsg_into)
 
 
 class Liar(LyingPeer):
-    """Sends zeros for half of the chunks that it is asked for."""
+    """Sends zeros. `lied_at_s` is when its first transfer had gone out, on the clock of `time.time`."""
+
+    lied_at_s: float | None = None
 
     def spans(self, chunks: list[Chunk]) -> Iterator[Span]:
         for chunk in chunks:
             yield memoryview(bytes(chunk.size))
 
+    async def carry(self, transfer: Transfer, chunks: list[Chunk], outbound: Outbound) -> None:
+        await super().carry(transfer, chunks, outbound)
+        self.lied_at_s = self.lied_at_s or time.time()
+
 
 @dataclass
 class Stage:
-    """Everything that runs. `url` is the page of the first replica's node."""
+    """Everything that runs. `url` is the seed's page."""
 
     machine: Machine
-    model: Path
     seed: Process
     replicas: list[Process]
+    liar: Liar
 
     @property
     def url(self) -> str:
         return f"http://{self.seed.address}/"
 
-    def liar(self) -> Liar:
-        """One more peer of the seed's model, to be used as a context."""
-        return Liar.of(self.model)
-
-
-def labels(host: str, rack: str, name: str) -> dict[str, str]:
-    return {"SWARM_HOST": host, "SWARM_RACK": rack, "SWARM_NAME": name, "SWARM_NETWORK": "local"}
-
 
 @contextlib.contextmanager
-def staged(root: Path, *, size: int, rate: str, liar: bool = True) -> Iterator[tuple[Stage, str]]:
-    """Starts the swarm; yields it and the liar's name. Everything ends with the block."""
-    root.mkdir(parents=True)
+def staged(root: Path, *, size: int, rate: str) -> Iterator[Stage]:
+    """Starts the swarm: about `size` bytes from a seed, every node sends at most `rate`. Ends with the block."""
     machine = Machine(root)
     model = write_model(root / "model", size=size)
     (root / "slow").mkdir()
     (root / "slow" / "sitecustomize.py").write_text(SLOW_NETWORK)
     with contextlib.ExitStack() as ending:
         ending.callback(machine.close)
-        lying = ending.enter_context(Liar.of(model)) if liar else None
-        seed = machine.serve(model, "--upload-limit", rate, environment=labels("h0", "a", "seed-0"))
+        liar = ending.enter_context(Liar.of(model))
+        seed = machine.serve(model, "--upload-limit", rate, environment=_labels("h0", "a", "seed-0"))
         replicas = []
-        for number in range(REPLICAS):
-            peers = [seed.address] + ([lying.address] if lying and number in (1, 4) else [])
+        for number, (host, rack) in enumerate(PLACES):
+            peers = [seed.address, liar.address] if number in MET_THE_LIAR else [seed.address]
             named = [word for peer in peers for word in ("--peer", peer)]
-            replicas.append(
-                machine.start(
-                    "fetch", "org/model", "--out", root / f"out-{number}", "--no-mdns", "--upload-limit", rate, *named,
-                    environment=labels(*PLACES[number], f"replica-{number}")
-                    | ({"PYTHONPATH": str(root / "slow")} if number == SLOW else {}),
-                )
-            )  # fmt: skip
-        yield Stage(machine, model, seed, replicas), "Liar"
+            environment = _labels(host, rack, f"replica-{number}")
+            if number == SLOW:
+                environment["PYTHONPATH"] = str(root / "slow")
+            flags = ("--out", root / f"out-{number}", "--no-mdns", "--upload-limit", rate)
+            replicas.append(machine.start("fetch", MODEL, *flags, *named, environment=environment))
+        yield Stage(machine, seed, replicas, liar)
+
+
+def _labels(host: str, rack: str, name: str) -> dict[str, str]:
+    return {"SWARM_HOST": host, "SWARM_RACK": rack, "SWARM_NAME": name, "SWARM_NETWORK": "local"}

@@ -1,7 +1,6 @@
 // Chunk maps, as torrent clients show them: a strip for each member, and above them how many copies there are. And, for
 // one chosen chunk, the tree that it took.
 
-import { ordered } from "./swarm.js";
 import * as words from "./words.js";
 
 const maps = document.getElementById("maps");
@@ -10,14 +9,17 @@ const strips = new Map();
 
 function colours() {
   const style = getComputedStyle(document.documentElement);
-  return Object.fromEntries(["held", "missing", "guess", "accent"].map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  return Object.fromEntries(["held", "guess", "accent"].map((name) => {
+    const [red, green, blue] = style.getPropertyValue(`--${name}`).trim().match(/[0-9a-f]{2}/gi).map((hex) => parseInt(hex, 16));
+    return [name, (alpha) => [red, green, blue, Math.round(alpha * 255)]];
+  }));
 }
 
 let palette = colours();
 
 export function recolour() {
   palette = colours();
-  for (const strip of strips.values()) strip.drawn = "";
+  for (const made of strips.values()) made.drawn = "";
 }
 
 function strip(key, onCell) {
@@ -33,44 +35,49 @@ function strip(key, onCell) {
     const part = document.createElement("span");
     part.className = "map-part";
     box.append(name, canvas, part);
-    canvas.addEventListener("click", (event) => onCell((event.offsetX / canvas.clientWidth), made.cells));
-    made = { box, name, canvas, part, drawn: "", cells: "" };
+    canvas.addEventListener("click", (event) => onCell(event.offsetX / canvas.clientWidth));
+    made = { box, name, canvas, part, drawn: "", visible: false };
+    box.strip = made;
+    seen.observe(box);
     strips.set(key, made);
   }
   return made;
 }
 
-// One pixel for each cell; the style sheet stretches it.
-function paint(made, key, levels, marked) {
-  const drawn = `${key}|${marked}`;
-  if (made.drawn === drawn) return;
-  made.drawn = drawn;
-  const { canvas } = made;
-  if (canvas.width !== levels.length) canvas.width = levels.length;
-  const context = canvas.getContext("2d");
-  context.globalAlpha = 1;
-  context.fillStyle = palette.missing;
-  context.fillRect(0, 0, levels.length, 1);
-  levels.forEach(([colour, alpha], n) => {
-    if (!alpha) return;
-    context.globalAlpha = alpha;
-    context.fillStyle = palette[colour];
-    context.fillRect(n, 0, 1, 1);
-  });
-  if (marked != null) {
-    context.globalAlpha = 1;
-    context.fillStyle = palette.accent;
-    context.fillRect(marked, 0, 1, 1);
+const seen = new IntersectionObserver((entries) => {
+  for (const entry of entries) {
+    entry.target.strip.visible = entry.isIntersecting;
+    paint(entry.target.strip);
   }
+}, { root: maps, rootMargin: "60px" });
+
+// One pixel for each cell, which the style sheet stretches; of strips that can be seen alone.
+function paint(made) {
+  const drawn = `${made.key}|${made.marked}`;
+  if (!made.visible || !made.levels?.length || made.drawn === drawn) return;
+  made.drawn = drawn;
+  const { canvas, levels, marked } = made;
+  if (canvas.width !== levels.length) canvas.width = levels.length;
+  const image = new ImageData(levels.length, 1);
+  levels.forEach(([colour, alpha], n) => { if (alpha) image.data.set(palette[colour](alpha), 4 * n); });
+  if (marked != null) image.data.set(palette.accent(1), 4 * marked);
+  canvas.getContext("2d").putImageData(image, 0, 0);
+}
+
+function show(made, key, levels, marked) {
+  Object.assign(made, { key, levels, marked });
+  paint(made);
 }
 
 function say(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  if (element.said === text) return;
+  element.said = text;
+  element.textContent = text;
 }
 
 export function draw(view, { digest, chunk, onChunk }) {
   const artifact = view.artifacts[digest];
-  const holders = ordered(view).filter((id) => view.members[id].holds[digest] && view.members[id].state !== "dead");
+  const holders = view.order.filter((id) => view.members[id].holds[digest] && view.members[id].state !== "dead");
   const total = artifact?.chunks_total ?? 0;
   const count = Math.min(total, 256);
   const marked = chunk != null && total ? Math.floor((chunk * count) / total) : null;
@@ -93,11 +100,12 @@ export function draw(view, { digest, chunk, onChunk }) {
       const filled = Math.round(hold.fraction * Math.max(count, 1));
       levels = Array.from({ length: Math.max(count, 1) }, (_, n) => ["guess", n < filled ? 1 : 0]);
     }
-    paint(made, `${cells ?? hold.fraction}`, levels, marked);
+    show(made, `${cells ?? hold.fraction}`, levels, marked);
     say(made.name, member.name);
     say(made.part, words.percent(hold.fraction));
     const label = `${member.name} holds ${words.percent(hold.fraction)}${cells ? "" : "; which chunks is not told"}`;
-    if (made.canvas.getAttribute("aria-label") !== label) made.canvas.setAttribute("aria-label", label);
+    if (made.label !== label) made.canvas.setAttribute("aria-label", label);
+    made.label = label;
     wanted.push([id, made.box]);
   }
   if (count) {
@@ -105,7 +113,7 @@ export function draw(view, { digest, chunk, onChunk }) {
     made.box.classList.add("copies");
     const most = Math.max(1, ...copies);
     const least = Math.min(...copies);
-    paint(made, copies.join(), copies.map((n) => ["accent", n ? 0.15 + 0.85 * (n / most) : 0]), null);
+    show(made, copies.join(), copies.map((n) => ["accent", n ? 0.15 + 0.85 * (n / most) : 0]), null);
     say(made.name, "copies there are");
     say(made.part, least === most ? `${least}` : `${least} to ${most}`);
     made.canvas.setAttribute("aria-label", `Copies of each part: ${least} to ${most}`);
@@ -114,7 +122,11 @@ export function draw(view, { digest, chunk, onChunk }) {
   wanted.forEach(([, box], n) => { if (maps.children[n] !== box) maps.insertBefore(box, maps.children[n] ?? null); });
   while (maps.children.length > wanted.length) maps.lastChild.remove();
   const present = new Set(wanted.map(([key]) => key));
-  for (const key of strips.keys()) if (!present.has(key)) strips.delete(key);
+  for (const [key, made] of strips) {
+    if (present.has(key)) continue;
+    seen.unobserve(made.box);
+    strips.delete(key);
+  }
 }
 
 export async function ask(digest, chunk) {

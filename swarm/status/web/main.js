@@ -22,6 +22,7 @@ function redraw() {
 }
 
 function draw() {
+  view.order = swarm.ordered(view);
   if (!view.artifacts[chosen.digest]) chosen.digest = mostWanted();
   swarm.draw(view, { digest: chosen.digest, selected: chosen.selected, tree: chosen.tree?.edges ?? null, chosen: select });
   members.draw(view, { digest: chosen.digest, selected: chosen.selected, chosen: select });
@@ -109,7 +110,7 @@ function closeTree() {
 
 function fetches() {
   const found = [];
-  for (const id of swarm.ordered(view)) {
+  for (const id of view.order) {
     const member = view.members[id];
     for (const [digest, fetch] of Object.entries(member.fetches)) {
       const how = fetch.running ? "running" : fetch.error ? "failed" : words.seconds(fetch.seconds);

@@ -1,6 +1,5 @@
 // The tables: members, links and warnings, in words and numbers. The twin of the picture for whoever does not see it.
 
-import { ordered } from "./swarm.js";
 import * as words from "./words.js";
 
 const rows = document.getElementById("rows");
@@ -11,7 +10,9 @@ const LINKS_MAX = 200;
 let said = new Set();
 
 function say(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  if (element.said === text) return;
+  element.said = text;
+  element.textContent = text;
 }
 
 function made(name, kind, parent) {
@@ -56,7 +57,7 @@ function row(chosen) {
 }
 
 export function draw(view, { digest, selected, chosen }) {
-  keyed(rows, ordered(view), row(chosen), (tr, id) => {
+  keyed(rows, view.order, row(chosen), (tr, id) => {
     const member = view.members[id];
     const condition = words.condition(member);
     const fetch = words.running(member);

@@ -5,6 +5,7 @@ import * as words from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const NAMED_MAX = 24; // with more members than this only those that matter have their names written
+const LINKS_MAX = 250; // drawn at once, the fastest first: more are a grey cloud; the table has them
 const RATES_MAX = 9; // of links that have theirs written, the fastest first, where there is room
 const SIGNS = {
   slow: "M-.3-.5H.3L-.3.5H.3z", dead: "M-.5-.5.5.5M.5-.5-.5.5", left: "M-.5-.5.5.5M.5-.5-.5.5", wrong: "M0-.6V.1M0 .5V.55",
@@ -28,20 +29,25 @@ function add(parent, name, kind, attributes = {}) {
   return made;
 }
 
+// What was written last is remembered beside the element: asking the page costs more than comparing here.
 function set(element, attributes) {
+  const written = (element.written ??= {});
   for (const [name, value] of Object.entries(attributes)) {
-    const text = typeof value === "number" ? String(Math.round(value * 100) / 100) : value;
-    if (element.getAttribute(name) !== text) element.setAttribute(name, text);
+    if (written[name] === value) continue;
+    written[name] = value;
+    element.setAttribute(name, typeof value === "number" ? String(Math.round(value * 100) / 100) : value);
   }
 }
 
 function say(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  if ((element.said ?? "") === text) return;
+  element.said = text;
+  element.textContent = text;
 }
 
+const { compare } = new Intl.Collator("en", { numeric: true });
 const byPlace = ([a, x], [b, y]) =>
-  (x.rack ?? "").localeCompare(y.rack ?? "") || (x.host ?? "~").localeCompare(y.host ?? "~") ||
-  x.name.localeCompare(y.name, undefined, { numeric: true }) || a.localeCompare(b);
+  compare(x.rack ?? "", y.rack ?? "") || compare(x.host ?? "~", y.host ?? "~") || compare(x.name, y.name) || compare(a, b);
 
 // Ids in the order in which everything lists them.
 export const ordered = (view) => Object.entries(view.members).filter(([, m]) => m.state !== "left").sort(byPlace).map(([id]) => id);
@@ -177,7 +183,7 @@ export function note(member, short = false) {
     case "left": return "left";
     case "silent": return "does not answer";
     case "wrong": return `lies: ${member.wrong_chunks} wrong chunk${member.wrong_chunks === 1 ? "" : "s"}${Object.keys(member.banned_by).length ? ", banned" : ""}`;
-    case "slow": return `slow · ${progress}`;
+    case "slow": return short ? `slow · ${words.seconds(fetch?.eta_s)}` : `slow · ${progress}`;
     case "fetching": return progress;
     case "unknown": return "heard of";
     case "idle": return "holds nothing";
@@ -270,13 +276,21 @@ function drawLinks(wanted, selected) {
       made = { group, line: add(group, "path", "line"), head: add(group, "path", "head"), label: add(layers.rates, "text", "rate") };
       links.set(link.key, made);
     }
-    const shape = curve(places.get(link.source), places.get(link.target));
-    const width = link.tree ? 3 : 0.7 + 6 * (link.weight / most);
+    if (made.arrangement !== arrangement) {
+      made.arrangement = arrangement;
+      made.shape = curve(places.get(link.source), places.get(link.target));
+    }
+    const { shape } = made;
+    const width = link.tree ? 3 : Math.round(14 * (link.weight / most)) / 2 + 0.5;
     const touched = !selected || link.source === selected || link.target === selected;
     const f = (p) => `${p.x.toFixed(1)} ${p.y.toFixed(1)}`;
     set(made.group, { class: `link${link.tree ? " tree" : ""}${touched ? "" : " dim"}${link.wrong ? " is-wrong" : ""}` });
-    set(made.line, { d: `M${f(shape.start)}Q${f(shape.control)} ${f(shape.end)}`, "stroke-width": width });
-    set(made.head, { d: arrow(shape, 6 + width * 1.3) });
+    if (made.width !== width || made.drawn !== shape) {
+      made.width = width;
+      made.drawn = shape;
+      set(made.line, { d: `M${f(shape.start)}Q${f(shape.control)} ${f(shape.end)}`, "stroke-width": width });
+      set(made.head, { d: arrow(shape, 6 + width * 1.3) });
+    }
     const wants = link.tree || (touched && (Boolean(selected) || written.length < enough));
     const free = wants && [0.5, 0.38, 0.62].map((t) => along(shape, t)).find((p) => written.every((q) => Math.abs(p.x - q.x) > 56 || Math.abs(p.y - q.y) > 15));
     if (free) {
@@ -289,7 +303,7 @@ function drawLinks(wanted, selected) {
 
 // `tree`: {node: {source, at_s}} of a chosen chunk, instead of the links.
 export function draw(view, { digest, selected, tree, chosen }) {
-  const ids = ordered(view);
+  const ids = view.order;
   if (!ids.length) return;
   arrange(view, ids);
   const crowd = ids.length > NAMED_MAX;
@@ -319,5 +333,6 @@ export function draw(view, { digest, selected, tree, chosen }) {
     drawNode(id, view.members[id], { digest, selected, crowd, chosen, dim: Boolean(tree) && !tree[id] });
   }
   if (!roving || !nodes.has(roving)) rove(ids[0]);
-  drawLinks(wanted, tree ? null : selected);
+  if (wanted.length > LINKS_MAX) wanted.sort((a, b) => b.weight - a.weight);
+  drawLinks(wanted.slice(0, LINKS_MAX), tree ? null : selected);
 }

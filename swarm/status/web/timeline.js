@@ -21,8 +21,8 @@ export async function ask(node, digest) {
   return answer.ok ? answer.json() : null;
 }
 
-function ticks(seconds) {
-  const step = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600].find((s) => seconds / s <= 8) ?? 7200;
+function ticks(seconds, most) {
+  const step = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600].find((s) => seconds / s <= most) ?? 7200;
   return Array.from({ length: Math.floor(seconds / step) + 1 }, (_, n) => n * step);
 }
 
@@ -56,7 +56,7 @@ export function draw(found) {
     if (x(at + phase.seconds) - x(at) > text.length * 6.6) add(svg, "text", `phase-name ${PHASES[phase.name] ?? ""}`, { x: x(at) + 7, y: 21 }, text);
     at += phase.seconds;
   }
-  for (const s of ticks(total)) {
+  for (const s of ticks(total, Math.max(2, Math.min(8, inner / 50)))) {
     add(svg, "line", "tick", { x1: x(s), x2: x(s), y1: TOP - 12, y2: height - 24 });
     add(svg, "text", "tick-name", { x: x(s), y: height - 8, "text-anchor": "middle" }, words.seconds(s).replace(".0 s", " s"));
   }

@@ -1,0 +1,190 @@
+"""The dashboard in a real browser, of a real swarm: does a person see what happens, whatever they see it with?
+
+Needs playwright and Chromium. With `SWARM_SCREENSHOTS=docs/pictures` the pictures of the documents are made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .processes import wait_until
+from .stage import SLOW, Stage, staged
+
+playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+axe_file = pytest.importorskip("axe_playwright_python.base", reason="axe-core is not installed").AXE_FILE_PATH
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(170)]
+
+CHROMIUM = Path("/usr/bin/chromium")
+SHOWN_MS = 20_000  # what bench/dashboard.py measures as a second or two, on a machine that has nothing else to do
+HARMLESS = {"minor", "moderate"}
+KILLED = 2
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    with staged(tmp_path_factory.mktemp("stage"), size=160_000_000, rate="5MB/s") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM.exists():
+        pytest.skip("chromium is not installed")
+    with playwright_api.sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Any, stage: Stage) -> Iterator[Any]:
+    """The seed's dashboard, open; nothing may be complained of until it is closed."""
+    complaints: list[str] = []
+    opened = browser.new_page(viewport={"width": 1440, "height": 1000})
+    opened.set_default_timeout(SHOWN_MS)
+    opened.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("request", lambda asked: complaints.append(asked.url) if not asked.url.startswith(stage.url) else None)
+    opened.goto(stage.url)
+    yield opened
+    opened.close()
+    assert complaints == []
+
+
+def said(stage: Stage, path: str) -> Any:
+    with urllib.request.urlopen(stage.url + path) as answer:
+        return json.loads(answer.read())
+
+
+def node(name: str) -> str:
+    return f"#ring .node[aria-label^='{name}:']"
+
+
+def faults(page: Any) -> list[str]:
+    """What axe-core finds that keeps somebody out."""
+    page.evaluate(Path(axe_file).read_text())
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")
+    return [
+        f"{wrong['id']}: {at['target']} {at['failureSummary']}"
+        for wrong in found["violations"]
+        if wrong["impact"] not in HARMLESS
+        for at in wrong["nodes"]
+    ]
+
+
+def picture(page: Any, name: str) -> None:
+    """Keeps a screenshot, if pictures are wanted."""
+    if folder := os.environ.get("SWARM_SCREENSHOTS"):
+        wait_until(lambda: re.search(r" [2-9]\d %", page.get_attribute(node("replica-3"), "aria-label")), "progress")
+        page.screenshot(path=f"{folder}/dashboard-{name}.png", full_page=True)
+
+
+def test_shows_the_page_what_happens_while_a_fetch_runs(page: Any, stage: Stage) -> None:
+    page.wait_for_selector("#rows tr:nth-child(9)")  # the seed, seven replicas, the liar
+    page.wait_for_selector(f"{node('Liar')}.is-wrong")
+    page.wait_for_selector(".link .line")
+    wait_until(lambda: "is slow" in page.inner_text("#warnings"), "the slow replica to be named")
+    page.wait_for_selector(f"{node(f'replica-{SLOW}')}.is-slow")
+    assert "Liar sent" in page.inner_text("#warnings")
+    assert re.search(r"ready in \d", page.get_attribute(node("replica-3"), "aria-label"))
+    picture(page, "light")
+    assert faults(page) == []
+
+    stage.replicas[KILLED].kill()
+    page.wait_for_selector(f"{node(f'replica-{KILLED}')}.is-dead")
+    wait_until(lambda: f"replica-{KILLED} is dead" in page.inner_text("#announcement"), "the death to be announced")
+
+
+def test_shows_the_page_the_way_of_a_chunk_in_the_dark(page: Any, stage: Stage) -> None:
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_selector("#maps .map:nth-child(4) canvas")
+    page.click("#maps .map:nth-child(3) canvas", position={"x": 30, "y": 5})
+    page.wait_for_selector("#tree li")
+    wait_until(lambda: said(stage, page.get_attribute("#tree-twin", "href")[1:])["edges"], "an edge")
+    chunk = int(page.input_value("#chunk"))
+    digest = stage.seed.digest
+    wait_until(lambda: len(said(stage, f"tree/{digest}/{chunk}")["edges"]) > 2, "the chunk to travel")
+    page.click("#chunk-form button[type=submit]")
+    page.wait_for_selector(".link.tree")
+    edges = said(stage, f"tree/{digest}/{chunk}")["edges"]
+    members = said(stage, "view")["members"]
+    roots = [name for name, edge in edges.items() if edge["source"] is None]
+    assert [members[root]["name"] for root in roots] == ["seed-0"]
+    assert all(edge["source"] in members for edge in edges.values() if edge["source"])
+    picture(page, "dark")
+    assert faults(page) == []
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#chunk-close", state="hidden")
+
+
+def test_works_the_page_by_keyboard_alone(page: Any) -> None:
+    page.wait_for_selector("#rows tr:nth-child(8)")
+    page.focus("#ring .node[tabindex='0']")
+    first = page.evaluate("document.activeElement.dataset.node")
+    page.keyboard.press("ArrowRight")
+    second = page.evaluate("document.activeElement.dataset.node")
+    assert first != second
+    page.keyboard.press("Enter")
+    page.wait_for_selector(f"#rows tr.selected[data-key='{second}']")
+    page.keyboard.press("Home")
+    assert page.evaluate("document.activeElement.dataset.node") == first
+    assert page.locator("#ring .node[tabindex='0']").count() == 1
+
+
+def test_does_the_page_fit_a_narrow_screen(page: Any) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_selector("#rows tr:nth-child(8)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    picture(page, "narrow")
+    assert faults(page) == []
+
+
+def test_goes_the_theme_where_it_is_told_to_and_stays(page: Any) -> None:
+    page.select_option("#theme", "dark")
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.reload()
+    page.wait_for_selector("#rows tr")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == dark
+    page.select_option("#theme", "light")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
+    page.select_option("#theme", "")
+
+
+def test_is_the_timeline_that_of_the_fetch(page: Any, stage: Stage) -> None:
+    def victims() -> list[str]:
+        """Nodes that have banned the liar and still run."""
+        members = said(stage, "view")["members"]
+        return [victim for m in members.values() for victim in m["banned_by"] if members[victim]["state"] == "alive"]
+
+    victim = wait_until(victims, "somebody to ban the liar")[0]
+    page.wait_for_selector("#lanes svg")
+    page.select_option("#fetch", f"{victim}/{stage.seed.digest}")
+    page.wait_for_selector(f"#timeline-twin[href*='{victim}']")
+    found = said(stage, f"timeline/{stage.seed.digest}/of/{victim}")
+    assert sum(phase["seconds"] for phase in found["phases"]) == pytest.approx(found["seconds"], abs=0.01)
+    assert sum(lane["bytes"] for lane in found["lanes"]) == found["received_bytes"]
+    liar = next(lane for lane in found["lanes"] if lane["name"] == "Liar")
+    assert liar["bytes"] == 0
+    assert liar["rejected_chunks"] == len(liar["rejected_at_s"]) >= 3
+    assert "corrupt" in liar["banned"]
+    page.wait_for_selector("#lanes .lane-wrong")
+
+
+def test_is_only_what_is_in_the_table_served(stage: Stage) -> None:
+    for path in ("web/../picture.py", "web/%2e%2e/picture.py", "web/", "web/none.js", "tree/x/1", "timeline/../view"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(stage.url + path)
+    with urllib.request.urlopen(stage.url) as answer:
+        policy = answer.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
