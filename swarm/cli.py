@@ -14,6 +14,7 @@ import logging
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Collection, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from swarm.simulation.setup import Setup, flag_of
 
 INTERRUPTED = 130
 PROBLEMS_FOUND = 1
-REDRAW_S = 1.0
+MDNS_S = 2.0  # to look for a node
 METAVARS = {
     "advertise": "ADDRESS[:PORT]",
     "key_file": "PATH",
@@ -79,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_become)
 
     status = commands.add_parser("status", parents=[common], help="show the swarm as a running node sees it")
-    status.add_argument("--peer", metavar="HOST:PORT", help="the node to ask; by default one on this machine")
+    status.add_argument(
+        "--peer", metavar="HOST:PORT", help="the node to ask; by default one on this machine, else one that mDNS finds"
+    )
     status.add_argument("--key-file", metavar="PATH", help="the cluster key, to ask nodes of other machines")
     status.add_argument("--json", action="store_true", help="print one JSON object")
     status.add_argument("--watch", action="store_true", help="show it again every second")
@@ -252,30 +255,39 @@ def _become(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    import time
-
-    from swarm.status import client, running
+    from swarm.status import running, table, watching
+    from swarm.status.seen import healthy
 
     settings = Settings.load({"key_file": options.key_file})
     context = None
-    if options.peer and settings.key_file:
+    if settings.key_file:
         from swarm import keys
         from swarm.identity import visitor
 
         context = visitor(keys.load(settings.key_file))
-
-    def once() -> None:
-        report = client.ask_any([options.peer] if options.peer else running.addresses(settings.cache), context)
+    here = [] if options.peer else running.addresses(settings.cache)
+    given = [options.peer] if options.peer else here or _heard_of(settings)
+    ask = watching.Asker(given, context, proven=not here)
+    if options.watch and not options.json:
+        return watching.watch(ask)
+    while True:
+        swarm = ask()
         if options.json:
-            print(json.dumps(report), flush=True)
+            print(json.dumps(swarm), flush=True)
         else:
-            client.show(report)
+            table.show(swarm)
+        if not options.watch:
+            return 0 if healthy(swarm) else PROBLEMS_FOUND
+        time.sleep(watching.EVERY_S)
 
-    once()
-    while options.watch:
-        time.sleep(REDRAW_S)
-        once()
-    return 0
+
+def _heard_of(settings: Settings) -> list[str]:
+    """Nodes that multicast DNS knows, where none of this user runs here."""
+    if not settings.mdns:
+        return []
+    from swarm.discovery import nearby
+
+    return asyncio.run(nearby(MDNS_S))
 
 
 def _doctor(options: argparse.Namespace) -> int:

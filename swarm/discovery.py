@@ -22,6 +22,7 @@ Must not know: links, membership, models. zeroconf is imported only when mDNS st
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import logging
 import socket
@@ -48,6 +49,8 @@ LOOKUPS_MAX = 64  # names asked about at once; an announcement normally carries 
 
 _ASK_S = 5.0  # the quick questions go out after 0, 1 and 3 s; later nodes announce themselves
 _LOOKUP_TIMEOUT_MS = 3000
+_DEFAULT_ROUTE = "0.0.0.0"  # noqa: S104  # stands for the address that it uses; nothing is bound
+_TOGETHER_S = 0.2  # answers to one question arrive within
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +104,7 @@ class Mdns:
 
         Every address of a node is reported once. `found` runs on the loop; it must be quick and must not raise. Returns
         before anything was announced or found. Where there is no multicast this logs one line and does nothing. A
-        wildcard host stands for the address that this machine's default route uses.
+        wildcard host stands for the address that this machine's default route uses. Without a port (0) it only listens.
         """
         host, port = address
         self._node_id, self._found = node_id, found
@@ -147,6 +150,9 @@ class Mdns:
         asking = browse(asker, None)
         shared = AsyncZeroconf(interfaces=interfaces)
         browse(shared, DNSQuestionType.QM)
+        self._spawn(self._stop_asking(asker, asking), "ask")
+        if not port:
+            return
         info = ServiceInfo(
             SERVICE_TYPE,
             f"{self._node_id}.{SERVICE_TYPE}",
@@ -156,7 +162,6 @@ class Mdns:
             server=f"{self._node_id}.local.",
         )
         self._spawn(self._announce(shared, info), "announce")
-        self._spawn(self._stop_asking(asker, asking), "ask")
 
     async def _announce(self, messenger: AsyncZeroconf, info: ServiceInfo) -> None:
         from zeroconf import Error
@@ -214,6 +219,28 @@ class Mdns:
         task = asyncio.get_running_loop().create_task(work, name=f"mdns: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+async def nearby(timeout_s: float) -> list[str]:
+    """Addresses of nodes of this machine and its network: those that are found within `timeout_s`, or at once the first
+    that answers and who answers with it."""
+    found: list[str] = []
+    heard = asyncio.Event()
+
+    def report(address: str) -> None:
+        found.append(address)
+        heard.set()
+
+    listening = [Mdns(), Mdns()]
+    try:
+        for mdns, host in zip(listening, ("127.0.0.1", _DEFAULT_ROUTE), strict=True):
+            await mdns.start(node_id="", address=(host, 0), found=report)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(heard.wait(), timeout_s)
+            await asyncio.sleep(_TOGETHER_S)
+    finally:
+        await asyncio.gather(*(mdns.close() for mdns in listening))
+    return found
 
 
 async def _announced(host: str) -> list[str]:

@@ -18,7 +18,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from swarm import tuning
+from swarm import __version__, tuning
 from swarm.node import Node
 from swarm.settings import Settings, is_loopback, split_address
 from swarm.status.client import PATH as STATUS_PATH
@@ -33,7 +33,8 @@ EXIT_TIMEOUT_S = 2.0
 
 def new_node(settings: Settings) -> tuple[Node, Picture]:
     """A node of this machine, not open yet, and the picture that its status page shows."""
-    picture, histories = Picture(), Histories()
+    picture = Picture(lambda: {"version": __version__, "open": world.open_to_all, "mdns": world.mdns})
+    histories = Histories()
     dashboard = Dashboard(picture, histories)
     world = HostWorld(settings, {STATUS_PATH: lambda: picture.report(node.now()), **dashboard.pages()})
     host, _ = split_address("listen", settings.listen, default_port=0)

@@ -87,6 +87,20 @@ class HostWorld:
         self._datagrams: Datagrams | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def open_to_all(self) -> bool:
+        """Whether other machines may talk to the node, and no key protects it."""
+        return self._settings.insecure and not is_loopback(
+            split_address("listen", self._settings.listen, default_port=0)[0]
+        )
+
+    @property
+    def mdns(self) -> str:
+        """off, on, or blocked: it was wanted and there is no multicast."""
+        if self._mdns is None:
+            return "off"
+        return "on" if self._mdns.started else "blocked"
+
     async def open(
         self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
     ) -> str:

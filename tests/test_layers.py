@@ -143,11 +143,15 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "status.picture": set(),
         "status.progress": {"status.picture"},
         "status.client": set(),
+        "status.seen": set(),
+        "status.table": {"status.progress"},
+        "status.watching": {"status.client", "status.seen", "status.table"},
         "status.running": set(),
         "status.history": set(),
         "status.own": {"status.history", "status.picture"},
         "status.collecting": {"status.own"},
-        "status.view": {"status.collecting", "status.own"},
+        "status.warnings": set(),
+        "status.view": {"status.collecting", "status.own", "status.warnings"},
         "status.feed": {"status.view"},
         "status.dashboard": {
             "status.collecting",
@@ -198,9 +202,11 @@ ROWS: dict[str, dict[str, set[str]]] = {
             "runtime",
             "simulate",
             "simulation.setup",
-            "status.client",
             "status.progress",
             "status.running",
+            "status.seen",
+            "status.table",
+            "status.watching",
         },
         "doctor": set(),
         "doctor.facts": {"engines.fingerprint", "engines.starts"},
@@ -245,6 +251,7 @@ PURE = ["words", "nouns", "policy", "protocols"]
 VERSION_ONLY = {
     "doctor.examine",
     "node",
+    "runtime",
 }  # may import `__version__` from the package itself, which is no more than a word
 
 # Where each third-party package lives.
@@ -271,7 +278,7 @@ HOMES: dict[str, set[str]] = {
     "vllm": {"engines.vllm", "engines.vllm_loader"},
     "sglang": {"engines.sglang", "engines.sglang_loader"},
     "triton": {"hashing.kernels"},  # which is imported when there is a batch to hash
-    "rich": {"doctor.show", "status.client", "status.progress", "cli", "demo", "simulate"},
+    "rich": {"doctor.show", "status.table", "status.watching", "status.progress", "cli", "demo", "simulate"},
     "matplotlib": {"simulation.plot"},
     "numpy": {
         "bitfield",

@@ -1,4 +1,4 @@
-"""`swarm status`: asks a running node what it sees, and prints that.
+"""Asks a running node what it sees.
 
 Needs no event loop and none of the node's libraries, so that it starts at once. A node of this user leaves a note
 with its address while it runs (`running.py`); another one is named with --peer.
@@ -20,14 +20,15 @@ from swarm.settings import split_address
 TIMEOUT_S = 3.0
 REPORT_BYTES_MAX = 16 << 20
 PATH = "/status"
+VIEW_PATH = "/view"
 
 
-def ask_any(addresses: Sequence[str], context: ssl.SSLContext | None = None) -> dict[str, Any]:
-    """The report of the last of these nodes that answers. Raises PeerUnreachable."""
+def ask_any(addresses: Sequence[str], context: ssl.SSLContext | None = None) -> tuple[str, dict[str, Any]]:
+    """The last of these nodes that answers, and its report. Raises PeerUnreachable."""
     failure = PeerUnreachable("status", "no node of this user runs on this machine; name one with --peer HOST:PORT")
     for address in reversed(addresses):
         try:
-            return ask(address, context)
+            return address, ask(address, context)
         except PeerUnreachable as error:
             failure = error
     raise failure
@@ -52,6 +53,16 @@ def ask(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
     return report
 
 
+def view(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any] | None:
+    """The view of the node at HOST:PORT (docs/dashboard.md); None where it has none, or is gone by now."""
+    try:
+        answer, data = _get(address, context, VIEW_PATH)
+        told = json.loads(data) if answer.status == http.HTTPStatus.OK else None
+    except (PeerUnreachable, ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) and {"members", "links", "warnings", "asked"} <= told.keys() else None
+
+
 def clock_ahead_s(address: str, context: ssl.SSLContext | None = None) -> float | None:
     """How far the clock of the node at HOST:PORT is ahead of this one, to a second; None when it does not tell.
 
@@ -68,7 +79,7 @@ def clock_ahead_s(address: str, context: ssl.SSLContext | None = None) -> float 
     return ahead_s if abs(ahead_s) > 1 else 0.0
 
 
-def _get(address: str, context: ssl.SSLContext | None) -> tuple[http.client.HTTPResponse, bytes]:
+def _get(address: str, context: ssl.SSLContext | None, path: str = PATH) -> tuple[http.client.HTTPResponse, bytes]:
     host, port = split_address("peer", address)
     connection = (
         http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
@@ -76,7 +87,7 @@ def _get(address: str, context: ssl.SSLContext | None) -> tuple[http.client.HTTP
         else http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
     )
     try:
-        connection.request("GET", PATH)
+        connection.request("GET", path)
         answer = connection.getresponse()
         return answer, answer.read(REPORT_BYTES_MAX)
     except ssl.SSLError as error:
@@ -88,37 +99,3 @@ def _get(address: str, context: ssl.SSLContext | None) -> tuple[http.client.HTTP
         raise PeerUnreachable(address, f"{error}; is a node running there?") from error
     finally:
         connection.close()
-
-
-def show(report: dict[str, Any]) -> None:
-    """Prints a report as tables."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(markup=False)  # names come from others, and may look like markup
-    node = report["node"]
-    here = [member for member in report["members"] if member["state"] in ("alive", "suspect")]
-    console.print(f"{node['name']} at {node['address']}, {len(here)} member{'' if len(here) == 1 else 's'}")
-    members = Table("member", "address", "state", "link", "host", "rack", "uploads", "holds")
-    for member in here:
-        holds = [
-            f"{artifact['model_id']} {artifact['members'][member['name']]:.0%}"
-            for artifact in report["artifacts"]
-            if member["name"] in artifact["members"]
-        ]
-        load = f"{member['uploads']}/{member['slots']}" if member.get("slots") else "-"
-        told = [member.get(key) or "-" for key in ("address", "state", "transport", "host", "rack")]
-        members.add_row(member["name"], *told, load, "\n".join(holds) or "nothing yet")
-    console.print(members)
-    names = {artifact["digest"]: artifact["model_id"] for artifact in report["artifacts"]}
-    present = {member["name"] for member in here}
-    moving = [t for t in report["transfers"] if t["rate_bytes_per_s"] and t["peer"] in present]
-    if not moving:
-        console.print("nothing is moving")
-        return
-    transfers = Table("model", "direction", "peer", "MB", "MB/s")
-    for t in moving:
-        direction = "from" if t["direction"] == "down" else "to"
-        mb, rate = f"{t['bytes'] / 1e6:.1f}", f"{t['rate_bytes_per_s'] / 1e6:.1f}"
-        transfers.add_row(names.get(t["digest"], t["digest"][:12]), direction, t["peer"], mb, rate)
-    console.print(transfers)

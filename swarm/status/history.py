@@ -45,6 +45,11 @@ class Fetch:
         """How many arrived."""
         return len(self._chunks)
 
+    @property
+    def heard_at_s(self) -> float:
+        """When the last one arrived, on the node's clock; without any, when it began."""
+        return self.began_at_s + (self._at[-1] if self._at else 0.0)
+
     def add(self, at_s: float, node: str, chunk: int, size: int) -> None:
         """A chunk arrived and is verified."""
         if node not in self.sources:

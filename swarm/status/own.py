@@ -48,10 +48,12 @@ class Rejected(msgspec.Struct, frozen=True):
     peer: NodeId
     chunks: Size
     banned: bool
+    why: Annotated[str, msgspec.Meta(max_length=1000)] | None = None  # it is banned
 
 
 class OwnFetch(msgspec.Struct, frozen=True):
-    """A fetch of this node. `average_bytes_per_s` is since it began, `rate_bytes_per_s` now."""
+    """A fetch of this node. `average_bytes_per_s` is since it began, `rate_bytes_per_s` now; `quiet_s` is how long ago
+    the last chunk was verified."""
 
     model_id: ModelId
     digest: Digest
@@ -64,6 +66,7 @@ class OwnFetch(msgspec.Struct, frozen=True):
     sources: Size
     running: bool
     error: Annotated[str, msgspec.Meta(max_length=1000)] | None
+    quiet_s: Seconds = 0.0
 
 
 class Held(msgspec.Struct, frozen=True):
@@ -95,6 +98,7 @@ class Own(msgspec.Struct, frozen=True):
     fetches: Annotated[tuple[OwnFetch, ...], msgspec.Meta(max_length=HELD_MAX)]
     held: Annotated[tuple[Held, ...], msgspec.Meta(max_length=HELD_MAX)]
     rejected: Annotated[tuple[Rejected, ...], msgspec.Meta(max_length=FLOWS_MAX)]
+    version: Annotated[str, msgspec.Meta(max_length=64)] | None = None  # of swarm
 
 
 _decoder = msgspec.json.Decoder(Own)
@@ -128,7 +132,7 @@ def own(
     flows.sort(key=lambda flow: -flow.rate_bytes_per_s)
     latest = list(reversed(histories.fetches.values()))[:HELD_MAX]
     rejected = [
-        Rejected(fetch.digest, by, chunks, by in fetch.banned)
+        Rejected(fetch.digest, by, chunks, by in fetch.banned, fetch.banned.get(by, "")[:1000] or None)
         for fetch in latest
         for by, chunks in fetch.rejected.items()
     ]
@@ -141,6 +145,7 @@ def own(
         tuple(_own_fetch(fetch, running.get(fetch.digest), now) for fetch in latest),
         tuple(Held(d, len(bits), bits.length, cells(bits)) for d, bits in list(held.items())[:HELD_MAX]),
         tuple(rejected[:FLOWS_MAX]),
+        report["node"].get("version"),
     )
 
 
@@ -160,6 +165,7 @@ def _own_fetch(fetch: Fetch, running: FetchPicture | None, now: float) -> OwnFet
         len(fetch.sources),
         fetch.seconds is None,
         fetch.error and fetch.error[:1000],
+        max(0.0, now - fetch.heard_at_s) if fetch.seconds is None else 0.0,
     )
 
 

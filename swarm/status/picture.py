@@ -7,7 +7,7 @@ members that left and fetches that ended are forgotten after a while.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,7 @@ class _Member:
     transport: str | None = None
     artifacts: dict[str, Announcement] = field(default_factory=dict)
     record: Record | None = None
+    linked_at_s: float | None = None
 
     @property
     def state(self) -> str:
@@ -74,12 +75,16 @@ class _Member:
         heard = self.record.profile.artifacts if self.record else ()
         return [(a.model_id, a.digest, a.tier, None, _fraction(a.chunks, a.chunks_total)) for a in heard]
 
-    def report(self) -> dict[str, Any]:
+    def report(self, now: float) -> dict[str, Any]:
         profile = self.record.profile if self.record else None
         return {
             "address": self.address,
             "state": self.state,
             "transport": self.transport,
+            "linked_s": None
+            if self.transport is None or self.linked_at_s is None
+            else round(now - self.linked_at_s, 1),
+            "gossip": self.record is not None,
             "host": profile.host if profile else None,
             "rack": profile.rack if profile else None,
             "uploads": profile.uploads if profile else None,
@@ -125,9 +130,13 @@ def distinct_names(members: Iterable[tuple[str, str, str]]) -> dict[str, str]:
 
 
 class Picture:
-    """Let it `follow` a journal; read `report` and `fetches`."""
+    """Let it `follow` a journal; read `report` and `fetches`.
 
-    def __init__(self) -> None:
+    `condition` says what the journal does not, of the node itself: its version, whether it is open to all, its mDNS.
+    """
+
+    def __init__(self, condition: Callable[[], Mapping[str, Any]] = dict) -> None:
+        self._condition = condition
         self.fetches: dict[str, FetchPicture] = {}  # by digest, those that run
         self._node = {"id": "", "name": "", "address": ""}
         self._members: dict[str, _Member] = {}
@@ -147,7 +156,9 @@ class Picture:
                 self._members[node] = _Member(name, address, "self")
             case Joined(node, name, address, scheme):
                 heard = self._members.get(node)
-                self._members[node] = _Member(name, address, scheme, record=heard.record if heard else None)
+                self._members[node] = _Member(
+                    name, address, scheme, record=heard.record if heard else None, linked_at_s=entry.at_s
+                )
             case Changed(record):
                 self._hear(record)
             case Left(node):
@@ -172,8 +183,10 @@ class Picture:
         """What `swarm status --json` prints: node, members, artifacts, transfers."""
         names = self._names()
         return {
-            "node": self._node,
-            "members": [{"id": node, "name": names[node], **member.report()} for node, member in self._members.items()],
+            "node": {**self._node, **self._condition()},
+            "members": [
+                {"id": node, "name": names[node], **member.report(now)} for node, member in self._members.items()
+            ],
             "artifacts": self._artifacts(names),
             "transfers": [
                 {

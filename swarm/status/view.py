@@ -7,11 +7,12 @@ a JSON merge patch (RFC 7396): what changed, and null for what is gone. See docs
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from swarm.status.collecting import Told
 from swarm.status.own import Own
+from swarm.status.warnings import STALLED_AFTER_S, warnings
 
 Json: TypeAlias = dict[str, Any]
 
@@ -45,7 +46,7 @@ class Viewer:
             "members": members,
             "links": links,
             "artifacts": artifacts,
-            "warnings": _warnings(report, members),
+            "warnings": warnings(report, members),
             "asked": {"members": len(told) + 1, "answered": len(heard)},
         }
 
@@ -71,6 +72,7 @@ class Viewer:
                 "rack": heard[node].rack if node in heard else known["rack"],
                 "uploads": known["uploads"],
                 "slots": known["slots"],
+                "version": heard[node].version if node in heard else None,
                 "tells": node in heard,
                 "why_not": answer.failure if answer else None,
             }
@@ -93,6 +95,7 @@ def _member(name: str, address: str, state: str) -> Json:
         "rack": None,
         "uploads": None,
         "slots": None,
+        "version": None,
         "tells": False,
         "why_not": None,
         "up_bytes_per_s": 0,
@@ -154,6 +157,8 @@ def _artifacts(report: Mapping[str, Any], heard: Mapping[str, Own], members: Jso
                 "eta_s": None if fetch.eta_s is None else round(fetch.eta_s, 1 if fetch.eta_s < 10 else None),
                 "seconds": None if fetch.running else round(fetch.seconds, 2),
                 "sources": fetch.sources,
+                "rejected_chunks": sum(wrong.chunks for wrong in own.rejected if wrong.digest == fetch.digest),
+                "stalled": fetch.running and fetch.quiet_s > STALLED_AFTER_S,
                 "running": fetch.running,
                 "error": fetch.error,
             }
@@ -185,38 +190,7 @@ def _mark_wrong(members: Json, heard: Mapping[str, Own]) -> None:
             if wrong.peer in members:
                 members[wrong.peer]["wrong_chunks"] += wrong.chunks
                 if wrong.banned:
-                    members[wrong.peer]["banned_by"][node] = True
-
-
-def _warnings(report: Mapping[str, Any], members: Json) -> Json:
-    """What is wrong, most urgent first in the order of their keys, each with what to do."""
-    found: list[tuple[str, str, str | None, str, str]] = []
-    for node, member in members.items():
-        name = member["name"]
-        if member["wrong_chunks"]:
-            chunks = _counted(member["wrong_chunks"], "wrong chunk")
-            by = member["banned_by"]
-            banned = f" and is banned by {_named(by, members)}" if by else ""
-            what = f"{name} sent {chunks}{banned}"
-            do = "Its chunks were thrown away and asked elsewhere. Stop it, and look at its disk and memory."
-            found.append(("1-lies", "bad", node, what, do))
-        if member["state"] == "dead":
-            found.append(("2-dead", "bad", node, f"{name} is dead", "If it should run, restart it: a fetch resumes."))
-        elif member["state"] in ("suspect", "silent"):
-            do = "It counts as dead soon unless it answers. Is its process stopped, or its network gone?"
-            found.append(("3-silent", "warn", node, f"{name} does not answer", do))
-        for digest, fetch in member["fetches"].items():
-            if fetch["error"]:
-                do = "Run the same fetch again: it resumes."
-                found.append(("2-failed", "bad", node, f"{name}: {fetch['error']}", do))
-            if member["slow"] and fetch["running"]:
-                rate = f"{fetch['average_bytes_per_s'] / 1e6:.1f} MB/s"
-                what = f"{name} is slow: {rate}, less than half of what others get"
-                do = "Look at its network and its disk; nobody waits for it but itself."
-                found.append((f"4-slow-{digest[:8]}", "warn", node, what, do))
-    return {
-        f"{key}-{node}": {"level": level, "node": node, "what": what, "do": do} for key, level, node, what, do in found
-    }
+                    members[wrong.peer]["banned_by"][node] = wrong.why or True
 
 
 def patch(old: Json, new: Json) -> Json:
@@ -234,12 +208,3 @@ def _rounded(rate: int) -> int:
     """With three digits: what changes less is no news."""
     step = int(10 ** max(0, len(str(rate)) - 3))
     return round(rate / step) * step
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _named(nodes: Iterable[str], members: Json) -> str:
-    names = [members[node]["name"] for node in nodes if node in members]
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

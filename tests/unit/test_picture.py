@@ -63,7 +63,7 @@ def test_are_members_shown_that_only_gossip_knows() -> None:
     (_, far) = picture.report(2)["members"]
     assert far == {
         "id": "f" * 16, "name": "far", "address": "10.0.0.9:1", "state": "alive", "transport": None,
-        "host": "h1", "rack": "r1", "uploads": 2, "slots": 8,
+        "host": "h1", "rack": "r1", "uploads": 2, "slots": 8, "linked_s": None, "gossip": True,
     }  # fmt: skip
     (artifact,) = picture.report(2)["artifacts"]
     assert (artifact["bytes"], artifact["members"]) == (None, {"far": 0.25})

@@ -1,0 +1,82 @@
+"""What `swarm status` shows and `swarm status --json` prints: a node's own report joined with its view of the swarm.
+
+Pure, and on the reader's side: a node of another version, which has no view, still shows what its report says. The JSON
+is documented in docs/status.md; `SCHEMA` counts changes that would break a reader, and new fields are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+Json: TypeAlias = dict[str, Any]
+
+SCHEMA = 1
+OF_VIEW = ("version", "up_bytes_per_s", "down_bytes_per_s", "slow", "wrong_chunks", "banned_by")
+
+
+def seen(report: Mapping[str, Any], view: Mapping[str, Any] | None) -> Json:
+    """The swarm as a node reports and views it; without a view, what only that knows is null or empty."""
+    viewed = view["members"] if view else {}
+    known = {member["id"]: member for member in report["members"]}
+    members = [_member(member, viewed.get(node)) for node, member in known.items()]
+    members += [
+        {"id": node, "name": m["name"], "address": m["address"], "state": m["state"], "transport": None} | _of_view(m)
+        for node, m in viewed.items()
+        if node not in known
+    ]
+    names = {member["id"]: member["name"] for member in members}
+    links = [_named(link, names) for link in view["links"].values()] if view else []
+    return {
+        "schema": SCHEMA,
+        **report,
+        "members": members,
+        "fetches": [
+            _fetch(node, digest, fetch, names, links)
+            for node, member in viewed.items()
+            for digest, fetch in member["fetches"].items()
+        ],
+        "links": links,
+        "warnings": [{"key": key, **warning} for key, warning in sorted(view["warnings"].items())] if view else [],
+        "asked": view["asked"] if view else None,
+    }
+
+
+def healthy(swarm: Mapping[str, Any]) -> bool:
+    """Whether nothing fails: there may be warnings, but none is bad."""
+    return not any(warning["level"] == "bad" for warning in swarm["warnings"])
+
+
+def _member(member: Json, viewed: Mapping[str, Any] | None) -> Json:
+    if viewed is None:
+        return {**member, **dict.fromkeys(OF_VIEW)}
+    placed = {key: viewed[key] for key in ("state", "host", "rack") if viewed.get(key) is not None}
+    return {**member, **placed, **_of_view(viewed)}
+
+
+def _of_view(viewed: Mapping[str, Any]) -> Json:
+    return {key: viewed.get(key) for key in OF_VIEW}
+
+
+def _named(link: Mapping[str, Any], names: Mapping[str, str]) -> Json:
+    ends = {f"{end}_name": names.get(link[end], link[end]) for end in ("source", "target")}
+    return {**link, **ends}
+
+
+def _fetch(node: str, digest: str, fetch: Mapping[str, Any], names: Mapping[str, str], links: list[Json]) -> Json:
+    """`sources` counts all of the fetch so far, `fed_by` are the links that bring something now, the fastest first."""
+    fed_by = [
+        {"node": link["source"], "name": link["source_name"], "rate_bytes_per_s": link["rate_bytes_per_s"]}
+        for link in links
+        if link["target"] == node and link["rate_bytes_per_s"] and fetch["running"]
+    ]
+    fed_by.sort(key=lambda one: -one["rate_bytes_per_s"])
+    fraction = round(fetch["done_bytes"] / fetch["bytes"], 4) if fetch["bytes"] else 1.0
+    return {
+        "node": node,
+        "name": names.get(node, node),
+        "digest": digest,
+        **fetch,
+        "fraction": fraction,
+        "fed_by": fed_by,
+    }

@@ -1,0 +1,198 @@
+"""What `swarm status` shows: joined from a report and a view, in a table, in a line, again and again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from swarm.errors import PeerUnreachable
+from swarm.status import client, table, watching
+from swarm.status.collecting import Told
+from swarm.status.own import Flow, Known, Own, OwnFetch, Rejected
+from swarm.status.seen import SCHEMA, Json, healthy, seen
+from swarm.status.view import Viewer
+
+DIGEST, OTHER = "d" * 64, "e" * 64
+ME, A, LIAR = ("1" * 16, "a" * 16, "f" * 16)
+
+
+def member(node: str, name: str, state: str = "alive", **facts: Any) -> Json:
+    nothing = {"host": "h", "rack": None, "uploads": 1, "slots": 8, "linked_s": 20.0, "gossip": True}
+    return {"id": node, "name": name, "address": "127.0.0.1:1", "state": state, "transport": "tcp"} | nothing | facts
+
+
+def report(*members: Json, node: dict[str, Any] | None = None, artifacts: tuple[Json, ...] = ()) -> Json:
+    here = {"id": ME, "name": "me", "address": "127.0.0.1:1", "version": "1"} | (node or {})
+    return {
+        "node": here,
+        "members": [member(ME, "me", transport="self"), *members],
+        "artifacts": list(artifacts),
+        "transfers": [],
+    }
+
+
+def held(digest: str, name: str) -> Json:
+    return {"model_id": "org/m", "digest": digest, "tier": "checkpoint", "bytes": 9, "members": {name: 1.0}}
+
+
+def fetching(*, quiet_s: float = 0.0) -> Own:
+    """Tells of a fetch that A feeds, and that the liar spoilt."""
+    return Own(
+        ME, "h", "", (Known(A, "ann", "127.0.0.1:2"),), (Flow(DIGEST, "down", A, 70, 7_000_000),),
+        (OwnFetch("org/m", DIGEST, 1000, 250, 7_000_000, 7_000_000, 5.0, 9.0, 2, True, None, quiet_s),), (),
+        (Rejected(DIGEST, LIAR, 3, True, "3 wrong chunks in a row"),), "1",
+    )  # fmt: skip
+
+
+def swarm(known: Json, own: Own | None = None, **told: Own) -> Json:
+    own = own or Own(ME, "h", "", (), (), (), (), (), known["node"]["version"])
+    return seen(known, Viewer().view(known, own, {each.node: Told(each) for each in told.values()}, 0.0))
+
+
+def codes(known: Json, own: Own | None = None, **told: Own) -> list[str]:
+    return [warning["code"] for warning in swarm(known, own, **told)["warnings"]]
+
+
+ALL = report(member(A, "ann"), member(LIAR, "liar"))
+
+
+def test_is_a_fetch_told_with_who_feeds_it_and_who_lied() -> None:
+    told = swarm(ALL, fetching())
+    (fetch,) = told["fetches"]
+    assert fetch["fed_by"] == [{"node": A, "name": "ann", "rate_bytes_per_s": 7_000_000}]
+    assert (fetch["fraction"], fetch["rejected_chunks"], fetch["stalled"]) == (0.25, 3, False)
+    (warning,) = told["warnings"]
+    assert warning["what"] == "liar sent 3 wrong chunks and is banned by me (3 wrong chunks in a row)"
+    assert not healthy(told)
+
+
+def test_are_the_fields_of_the_json_those_that_are_documented() -> None:
+    told = swarm(ALL, fetching())
+    assert told["schema"] == SCHEMA == 1
+    assert list(told) == [
+        "schema",
+        "node",
+        "members",
+        "artifacts",
+        "transfers",
+        "fetches",
+        "links",
+        "warnings",
+        "asked",
+    ]
+    assert set(told["warnings"][0]) == {"key", "code", "level", "node", "what", "do"}
+    assert {"state", "host", "rack", "up_bytes_per_s", "down_bytes_per_s", "version"} <= set(told["members"][0])
+
+
+@pytest.mark.parametrize(
+    ("known", "code"),
+    [
+        (report(node={"open": True}), "no-key"),
+        (report(node={"mdns": "blocked"}), "mdns"),
+        (report(member(A, "ann", gossip=False)), "gossip-deaf"),
+        (report(member(A, "ann", "dead")), "dead"),
+        (report(member(A, "ann", "suspect")), "silent"),
+        (report(artifacts=(held(DIGEST, "me"), held(OTHER, "ann"))), "conflict"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_is_it_warned_of(known: Json, code: str) -> None:
+    assert codes(known) == [code]
+
+
+def test_is_a_version_told_that_differs() -> None:
+    other = Own(A, "h", "", (), (), (), (), (), "2")
+    assert codes(report(member(A, "ann")), None, a=other) == ["version-skew"]
+    assert codes(report(member(A, "ann")), None, a=Own(A, "h", "", (), (), (), (), (), "1")) == []
+
+
+def test_is_a_fetch_stalled_that_gets_nothing() -> None:
+    assert codes(report(), fetching(quiet_s=9.0)) == ["stalled"]
+
+
+@pytest.mark.parametrize(
+    "known",
+    [report(), report(member(A, "ann", gossip=False, linked_s=1.0)), report(member(A, "ann", "left"))],
+    ids=["alone", "linked just now", "left"],
+)
+def test_is_there_nothing_to_warn_of(known: Json) -> None:
+    assert codes(known) == []
+    assert healthy(swarm(known))
+
+
+def test_is_a_node_without_a_view_shown_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    told = seen(ALL, None)
+    assert (told["warnings"], told["fetches"], told["asked"]) == ([], [], None)
+    table.show(told)
+    assert "3 members" in capsys.readouterr().out
+
+
+def drawn(told: Json, width: int = 200) -> str:
+    console = Console(width=width, markup=False, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        console.print(table.screen(told))
+    return console.export_text()
+
+
+def test_do_warnings_come_first_and_rates_with_units() -> None:
+    shown = drawn(swarm(ALL, fetching()))
+    assert shown.index("liar sent") < shown.index("member ") < shown.index("rejected")
+    for word in ("me at 127.0.0.1:1, 3 members", "25%", "7 MB/s", "5 s", "ann 7 MB/s", "━"):
+        assert word in shown
+
+
+def test_can_a_name_do_nothing_to_the_terminal() -> None:
+    shown = drawn(swarm(report(member(A, "\x1b[2J[red]ann\r"))))
+    assert "\x1b" not in shown.replace("\x1b[0m", "")
+    assert "[red]ann" in shown
+
+
+def test_does_a_line_say_all_of_it() -> None:
+    line = table.line(swarm(ALL, fetching()))
+    assert line.startswith("3 members; 1 fetch at 25%, 7 MB/s; bad: liar sent 3 wrong chunks")
+
+
+class Cluster:
+    """Answers for nodes by address, as `client` does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.alive = {"1:1", "2:2"}
+        monkeypatch.setattr(client, "ask", self.ask)
+        monkeypatch.setattr(client, "view", lambda address, context: None)
+
+    def ask(self, address: str, context: object = None) -> Json:
+        if address not in self.alive:
+            raise PeerUnreachable(address, "is gone")
+        return report(member(A, "ann", address="2:2"), node={"address": address})
+
+
+def test_is_another_member_asked_when_a_node_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch)
+    ask = watching.Asker(["1:1"], None, proven=False)
+    assert ask()["node"]["address"] == "1:1"
+    cluster.alive = {"2:2"}
+    assert ask()["node"]["address"] == "2:2"
+    cluster.alive = set()
+    with pytest.raises(PeerUnreachable):
+        ask()
+
+
+def test_are_there_plain_lines_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    answers: list[Json | BaseException] = [
+        swarm(report()), PeerUnreachable("1:1", "is gone"), swarm(ALL, fetching()), KeyboardInterrupt(),
+    ]  # fmt: skip
+
+    def ask() -> Json:
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(watching, "EVERY_S", 0)
+    assert watching.watch(ask) == 1
+    first, second, third = capsys.readouterr().out.splitlines()
+    for words, said in (("1 member", first), ("asking again", second), ("1 fetch at 25%", third)):
+        assert words in said
+    assert "\x1b" not in first + second + third
