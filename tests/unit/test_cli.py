@@ -260,7 +260,7 @@ def test_is_a_served_model_shown_and_fetched(
     for arguments in (["status", "--json"], ["status", "--json", "--peer", seed]):
         assert main(arguments) == 0
         report = json.loads(printed(capsys)[0])
-        assert report.keys() == {"node", "members", "artifacts", "transfers"}
+        assert list(report) == FIELDS
         assert report["node"]["address"] == seed
         assert report["artifacts"][0]["members"] == {"seed": 1.0}
     assert main(["status"]) == 0
