@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Coroutine, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if options.log_json:
+        logging.getLogger().handlers[0].setFormatter(_JsonLines())
     logging.getLogger("swarm").setLevel(logging.DEBUG if options.verbose else logging.INFO)
     try:
         return int(options.run(options))
@@ -51,20 +54,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+class _JsonLines(logging.Formatter):
+    """One object a line: `time` (UTC), `level`, `logger`, `message`, and `error` with a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            said["error"] = self.formatException(record.exc_info)
+        return json.dumps(said)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("swarm", description="Peer-to-peer distribution of model weights.")
     parser.add_argument("--version", action="version", version=f"swarm {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--verbose", action="store_true", help="say what happens in detail")
+    common.add_argument("--log-json", action="store_true", help="log one JSON object a line")
+    traced = argparse.ArgumentParser(add_help=False)
+    traced.add_argument("--trace", type=Path, metavar="FILE", help="write what happens, a JSON line each")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    serve = commands.add_parser("serve", parents=[common], help="offer a model to others")
+    serve = commands.add_parser("serve", parents=[common, traced], help="offer a model to others")
     serve.add_argument("model", metavar="PATH|MODEL_ID", help="a model directory, or a model of the Hugging Face cache")
     serve.add_argument("--model-id", metavar="ID", help="what others fetch it by; by default the hub's id or the name")
     _add_settings(serve, without={"timeout_s"})
     serve.set_defaults(run=_serve)
 
-    fetch = commands.add_parser("fetch", parents=[common], help="get a model from whoever serves it")
+    fetch = commands.add_parser("fetch", parents=[common, traced], help="get a model from whoever serves it")
     fetch.add_argument("model_id", metavar="MODEL_ID")
     fetch.add_argument("--out", type=Path, metavar="DIR", help="directory to fill; by default the Hugging Face cache")
     fetch.add_argument("--digest", metavar="D", help="accept only this content")
@@ -87,6 +108,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="print one JSON object")
     status.add_argument("--watch", action="store_true", help="show it again every second")
     status.set_defaults(run=_status)
+
+    replay = commands.add_parser("replay", parents=[common], help="say where the time of a traced fetch went")
+    replay.add_argument("trace", type=Path, metavar="FILE", help="what --trace wrote")
+    replay.add_argument("--json", action="store_true", help="print one JSON object")
+    replay.set_defaults(run=_replay)
 
     doctor = commands.add_parser("doctor", parents=[common], help="say why a start does, or did not, use the swarm")
     doctor.add_argument("model_id", nargs="?", metavar="MODEL_ID", help="a model to look for")
@@ -167,12 +193,15 @@ def _serve(options: argparse.Namespace) -> int:
     from swarm.runtime import new_node
     from swarm.status import running
     from swarm.status.progress import size_text
+    from swarm.status.trace import tracing
 
     settings = _settings(options)
 
     async def serve() -> int:
         node, _ = new_node(settings)
-        async with node:
+        async with contextlib.AsyncExitStack() as open_:
+            open_.enter_context(tracing(node.journal, options.trace))
+            await open_.enter_async_context(node)
             name, source, origin = await asyncio.to_thread(
                 open_source, options.model, model_id=options.model_id, settings=settings
             )
@@ -193,12 +222,15 @@ def _fetch(options: argparse.Namespace) -> int:
     from swarm.runtime import new_node
     from swarm.status import running
     from swarm.status.progress import progress, size_text
+    from swarm.status.trace import tracing
 
     settings = _settings(options)
 
     async def fetch() -> int:
         node, picture = new_node(settings)
-        async with node:
+        async with contextlib.AsyncExitStack() as open_:
+            open_.enter_context(tracing(node.journal, options.trace))
+            await open_.enter_async_context(node)
             with running.note(settings.cache, node.address):
                 async with progress(picture, node.now, quiet=options.json):
                     fetched, _, path = await fetch_on(
@@ -279,6 +311,17 @@ def _status(options: argparse.Namespace) -> int:
         if not options.watch:
             return 0 if healthy(swarm) else PROBLEMS_FOUND
         time.sleep(watching.EVERY_S)
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from swarm.status import replaying
+
+    told = replaying.read(options.trace)
+    if options.json:
+        print(json.dumps(told))
+    else:
+        replaying.show(told)
+    return 0
 
 
 def _heard_of(settings: Settings) -> list[str]:

@@ -20,10 +20,14 @@ from typing import Any, TypeVar
 
 from swarm import __version__, tuning
 from swarm.node import Node
+from swarm.pages import Asset
 from swarm.settings import Settings, is_loopback, split_address
+from swarm.status import spans
 from swarm.status.client import PATH as STATUS_PATH
 from swarm.status.dashboard import Dashboard
 from swarm.status.history import Histories
+from swarm.status.metrics import PATH as METRICS_PATH
+from swarm.status.metrics import Metrics
 from swarm.status.picture import Picture
 from swarm.world import HostWorld, machine_label
 
@@ -36,7 +40,11 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     picture = Picture(lambda: {"version": __version__, "open": world.open_to_all, "mdns": world.mdns})
     histories = Histories()
     dashboard = Dashboard(picture, histories)
-    world = HostWorld(settings, {STATUS_PATH: lambda: picture.report(node.now()), **dashboard.pages()})
+    metrics = Metrics(lambda: picture.report(node.now()), dashboard.view)
+    metrics_page = Asset("text/plain", metrics.exposition)
+    world = HostWorld(
+        settings, {STATUS_PATH: lambda: picture.report(node.now()), METRICS_PATH: metrics_page, **dashboard.pages()}
+    )
     host, _ = split_address("listen", settings.listen, default_port=0)
     network = settings.network or ("local" if is_loopback(host) else "lan")
     node = Node(
@@ -51,6 +59,8 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     node.name = settings.name or f"{socket.gethostname()}-{node.id[:6]}"
     picture.follow(node.journal)
     histories.follow(node.journal)
+    metrics.follow(node.journal)
+    spans.follow(node.journal)
     dashboard.attach(node, world.read)
     return node, picture
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from swarm.status.progress import size_text
@@ -68,7 +68,7 @@ def _warnings(swarm: Mapping[str, Any]) -> Table:
 
 
 def _members(swarm: Mapping[str, Any]) -> Table:
-    table = Table("member", "address", "state", "host", "rack", "link", "sends", "holds")
+    table = Table(_whole("member"), _whole("address"), "state", "host", "rack", "link", "sends", "holds")
     for name in ("up", "down"):
         table.add_column(name, justify="right", no_wrap=True)
     holds: dict[str, list[str]] = {}
@@ -97,13 +97,13 @@ def _members(swarm: Mapping[str, Any]) -> Table:
 
 
 def _fetches(fetches: list[Mapping[str, Any]]) -> Table:
-    table = Table("member", "fetches", "done", "", "rate", "left", "from", "rejected")
+    table = Table(_whole("member"), "fetches", "done", "", "rate", "left", "from", "rejected")
     for fetch in fetches:
         eta_s = fetch["eta_s"]
         left = "stalled" if fetch["stalled"] else "waiting" if eta_s is None else f"{eta_s:.0f} s"
-        sources = [f"{one['name']} {_rate(one['rate_bytes_per_s'])}" for one in fetch["fed_by"][:3]]
-        more = len(fetch["fed_by"]) - len(sources)
-        from_ = "\n".join([*sources, *([f"and {more} more"] if more > 0 else [])]) or f"{fetch['sources']} so far"
+        best = [f"{one['name']} {_rate(one['rate_bytes_per_s'])}" for one in fetch["fed_by"][:1]]
+        more = len(fetch["fed_by"]) - len(best)
+        from_ = ", ".join([*best, *([f"{more} more"] if more > 0 else [])]) or f"{fetch['sources']} so far"
         table.add_row(
             _words(fetch["name"]),
             _words(fetch["model_id"]),
@@ -115,6 +115,11 @@ def _fetches(fetches: list[Mapping[str, Any]]) -> Table:
             Text(str(fetch["rejected_chunks"]), "red" if fetch["rejected_chunks"] else ""),
         )
     return table
+
+
+def _whole(header: str) -> Column:
+    """Where the screen is narrow, others give way."""
+    return Column(header, no_wrap=True, overflow="fold")
 
 
 def _rate(rate: float | None) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from swarm import __version__
 from swarm.errors import SettingsError
 from swarm.node import Node
 from swarm.runtime import Runtime, new_node, runtime
@@ -206,6 +207,8 @@ def test_does_the_picture_follow_the_node(tmp_path: Path) -> None:
     async def scenario() -> None:
         node, picture = new_node(settings(tmp_path, name="me"))
         async with node:
-            assert picture.report(node.now())["node"] == {"id": node.id, "name": "me", "address": node.address}
+            told = picture.report(node.now())["node"]
+            assert (told["id"], told["name"], told["address"]) == (node.id, "me", node.address)
+            assert (told["version"], told["open"], told["mdns"]) == (__version__, False, "off")
 
     runtime().run(scenario())
