@@ -186,6 +186,7 @@ export function note(member, short = false) {
     case "slow": return short ? `slow · ${words.seconds(fetch?.eta_s)}` : `slow · ${progress}`;
     case "fetching": return progress;
     case "unknown": return "heard of";
+    case "part": return `has ${words.percent(words.fraction(member))}`;
     case "idle": return "holds nothing";
     default: return member.up_bytes_per_s && short ? words.rate(member.up_bytes_per_s) : member.up_bytes_per_s ? `has all · gives ${words.rate(member.up_bytes_per_s)}` : "has all";
   }

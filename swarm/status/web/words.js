@@ -38,12 +38,14 @@ export function condition(member) {
   if (member.slow && running(member)) return "slow";
   if (running(member)) return "fetching";
   if (member.state === "unknown") return "unknown";
-  return Object.keys(member.holds).length ? "seed" : "idle";
+  const holds = Object.values(member.holds);
+  if (!holds.length) return "idle";
+  return holds.every((hold) => hold.fraction >= 1) ? "seed" : "part"; // it may fetch, and has not told so
 }
 
 export const STATES = {
   dead: "dead", left: "left", wrong: "wrong chunks", silent: "no answer", slow: "slow", fetching: "fetching",
-  unknown: "heard of", seed: "seed", idle: "holds nothing",
+  unknown: "heard of", seed: "seed", part: "has a part", idle: "holds nothing",
 };
 
 export function place(member) {
