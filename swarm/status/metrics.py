@@ -59,7 +59,8 @@ class Metrics:
 
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
-        return generate_latest(registry)
+        text: bytes = generate_latest(registry)
+        return text
 
     def collect(self) -> Iterator[Metric]:
         """As prometheus_client asks for them."""
