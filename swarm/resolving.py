@@ -45,41 +45,78 @@ async def resolve(
     failures: dict[str, None] = {}  # each once, in order
     introducers = networks(trusted)
     unusable: set[str] = set()  # nodes whose manifest is not what its digest says; asking again changes nothing
-    while True:
-        with node.seeking(digest):
-            found_digest, holders = await _agreed(node, model_id, digest=digest, deadline=deadline, trusted=introducers)
-        if found_digest and (own := node.described(found_digest)):
-            return own
-        if found_digest is None:
-            distrusted = sorted(
-                set(chain.from_iterable(map(_names, node.holders(model_id).values()))) if introducers else ()
-            )
-            told = [f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted]
-            raise ManifestNotFound(model_id, tried=[*told, *failures, *node.tried()], waited_s=find_timeout_s)
-        with node.seeking(found_digest):  # gossip may know holders where no link leads to
-            for peer in [holder.peer for holder in holders if holder.peer and holder.node not in unusable]:
-                if failures and node.now() > deadline:
-                    break
-                try:
-                    manifest = await _manifest(node, peer, found_digest)
-                except (PeerError, ManifestError) as error:
-                    failures[f"{peer.name}: {error}"] = None
-                    if isinstance(error, ManifestError):
-                        unusable.add(peer.node)
-                    continue
-                return manifest, await node.inquiries.origin(peer, found_digest, timeout_s=ORIGIN_TIMEOUT_S)
-            if node.now() > deadline:
-                raise ManifestNotFound(model_id, tried=list(failures) or node.tried(), waited_s=find_timeout_s)
-            await node.changed(POLL_S)
+    with _Answers(node) as answers:
+        while True:
+            with node.seeking(digest):
+                found_digest, holders = await _agreed(
+                    node, model_id, answers, digest=digest, deadline=deadline, trusted=introducers
+                )
+            if found_digest and (own := node.described(found_digest)):
+                return own
+            if found_digest is None:
+                distrusted = sorted(
+                    set(chain.from_iterable(map(_names, node.holders(model_id).values()))) if introducers else ()
+                )
+                told = [f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted]
+                raise ManifestNotFound(model_id, tried=[*told, *failures, *node.tried()], waited_s=find_timeout_s)
+            with node.seeking(found_digest):  # gossip may know holders where no link leads to
+                for peer in [holder.peer for holder in holders if holder.peer and holder.node not in unusable]:
+                    if failures and node.now() > deadline:
+                        break
+                    try:
+                        return await answers.of(peer, found_digest)
+                    except (PeerError, ManifestError) as error:
+                        failures[f"{peer.name}: {error}"] = None
+                        if isinstance(error, ManifestError):
+                            unusable.add(peer.node)
+                if node.now() > deadline:
+                    raise ManifestNotFound(model_id, tried=list(failures) or node.tried(), waited_s=find_timeout_s)
+                await node.changed(POLL_S)
 
 
-async def _manifest(node: Node, peer: Peer, digest: str) -> Manifest:
-    data = await node.inquiries.manifest(peer, digest, timeout_s=MANIFEST_TIMEOUT_S)
-    return await asyncio.get_running_loop().run_in_executor(None, partial(decode, data, digest=digest))
+class _Answers:
+    """What peers say that a digest stands for. It may be asked for ahead, while it is not agreed yet that it is wanted:
+    on a busy link that takes longer than to agree."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._asked: dict[tuple[str, str], asyncio.Task[tuple[Manifest, Origin | None]]] = {}
+
+    def ask(self, peer: Peer, digest: str) -> asyncio.Task[tuple[Manifest, Origin | None]]:
+        """Asks, if that has not been done."""
+        key = peer.node, digest
+        if key not in self._asked:
+            self._asked[key] = asyncio.create_task(self._ask(peer, digest))
+        return self._asked[key]
+
+    async def of(self, peer: Peer, digest: str) -> tuple[Manifest, Origin | None]:
+        """The answer. Raises PeerError or ManifestInvalid; who is asked again after that may say something else."""
+        try:
+            return await self.ask(peer, digest)
+        finally:
+            del self._asked[peer.node, digest]
+
+    async def _ask(self, peer: Peer, digest: str) -> tuple[Manifest, Origin | None]:
+        inquiries = self._node.inquiries
+        origin = asyncio.create_task(inquiries.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S))
+        try:
+            data = await inquiries.manifest(peer, digest, timeout_s=MANIFEST_TIMEOUT_S)
+            manifest = await asyncio.get_running_loop().run_in_executor(None, partial(decode, data, digest=digest))
+            return manifest, await origin
+        finally:
+            origin.cancel()
+
+    def __enter__(self) -> _Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for task in self._asked.values():
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # asked ahead and not wanted: nobody else will look at it
 
 
 async def _agreed(
-    node: Node, model_id: str, *, digest: str | None, deadline: float, trusted: Sequence[Network]
+    node: Node, model_id: str, answers: _Answers, *, digest: str | None, deadline: float, trusted: Sequence[Network]
 ) -> tuple[str | None, list[Holder]]:
     """The digest to fetch and who announces it; (None, []) when nobody did before the deadline."""
     first_seen: float | None = None
@@ -99,6 +136,10 @@ async def _agreed(
                 if len(holders) > 1:
                     raise ManifestConflict(model_id, {d: _names(who) for d, who in holders.items()})
                 return next(iter(holders.items()))
+            if len(holders) == 1:
+                [(found, who)] = holders.items()
+                if linked := next((holder.peer for holder in who if holder.peer), None):
+                    answers.ask(linked, found)
         elif now >= deadline:
             return None, []
         await node.changed(SETTLE_LEAST_S if holders else POLL_S)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 SAID_BYTES_MAX = 4096
+LEAST_BYTES_MAX = 64 << 10  # waking a thread costs what hashing so much does; waiting for more saves little
 
 
 class Stream(Protocol):
@@ -31,10 +32,11 @@ class Stream(Protocol):
         """From now on the calls of threads wait, for at most `poll_s` each."""
 
     def recv_into(self, room: memoryview, /) -> int:
-        """Fills some of the room; 0 at the end."""
+        """Fills some of the room; 0 at the end. May wait for all of it: there must be as much to come."""
 
     def recvmsg_into(self, rooms: Sequence[memoryview], /) -> tuple[Any, ...]:
-        """Fills some of the rooms, in order; the first item says how much, 0 at the end."""
+        """Fills some of the rooms, in order; the first item says how much, 0 at the end. May wait for all of the first
+        room."""
 
     def readable(self) -> bool:
         """Whether there is something to read, or nothing will ever be; does not wait. On the reading thread."""
@@ -62,11 +64,20 @@ class Stream(Protocol):
 
 
 class PlainStream(socket.socket):
-    """A connected TCP socket, which belongs to the stream from now on."""
+    """A connected TCP socket, which belongs to the stream from now on.
+
+    On a slow link every packet would wake the thread that reads. So it reads what is there, and when there is nothing,
+    sleeps until LEAST_BYTES_MAX are, or what it waits for (SO_RCVLOWAT). That bounds `poll` and not `recv`, which would
+    begin to count anew after each packet that it has taken.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        self._least_bytes = 1
+        self._poll_ms = 0.0
+        self._arriving = select.poll()
+        self._arriving.register(self, select.POLLIN)
 
     async def hear(self, most: int) -> bytes:
         """See Stream."""
@@ -79,15 +90,39 @@ class PlainStream(socket.socket):
     def block(self, poll_s: float) -> None:
         """See Stream. One system call per read, unlike Python's own timeouts."""
         self.setblocking(True)
+        self._poll_ms = 1e3 * poll_s
         poll = struct.pack("@ll", int(poll_s), int(poll_s % 1 * 1e6))
-        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, poll)
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
 
-    def readable(self) -> bool:
+    def recv_into(self, room: memoryview) -> int:  # type: ignore[override]
         """See Stream."""
-        poll = select.poll()
-        poll.register(self, select.POLLIN)
-        return bool(poll.poll(0))
+        return self.recv_least(room, len(room))
+
+    def recv_least(self, room: memoryview, least: int) -> int:
+        """As `recv_into`, but so many bytes are worth waking up for."""
+        try:
+            return super().recv_into(room, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._await(least)
+            return super().recv_into(room, 0, socket.MSG_DONTWAIT)
+
+    def recvmsg_into(self, rooms: Sequence[memoryview]) -> tuple[Any, ...]:  # type: ignore[override]
+        """See Stream."""
+        try:
+            return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            self._await(len(rooms[0]))
+            return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
+
+    def readable(self) -> bool:
+        """See Stream. Looks itself: `poll` would wait for as much as the last read did."""
+        try:
+            self.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
         """See Stream. Straight from the page cache."""
@@ -99,3 +134,11 @@ class PlainStream(socket.socket):
             return self.recv(SAID_BYTES_MAX, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
+
+    def _await(self, least: int) -> None:
+        """Until so many bytes can be read, or the other end has left; for a while at most."""
+        least = min(least, LEAST_BYTES_MAX)
+        if least != self._least_bytes:
+            self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
+            self._least_bytes = least
+        self._arriving.poll(self._poll_ms)

@@ -98,7 +98,7 @@ class TlsStream:
             except ssl.SSLWantReadError:
                 if filled:
                     break
-                self._receive()
+                self._receive(len(room))
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 break
         return filled
@@ -152,10 +152,11 @@ class TlsStream:
     async def _hear_more(self) -> None:
         self._take(await self._sock.hear(RECORD_BYTES))
 
-    def _receive(self) -> None:
+    def _receive(self, wanted: int) -> None:
         if self._cipher is None:
             self._cipher = memoryview(bytearray(PIECE_BYTES))
-        self._take(self._cipher[: self._sock.recv_into(self._cipher)])
+        least = max(1, wanted - RECORD_BYTES)  # so much of it OpenSSL may hold already, of a record without its end
+        self._take(self._cipher[: self._sock.recv_least(self._cipher, least)])
 
     def _take(self, data: bytes | memoryview) -> None:
         if data:
