@@ -32,6 +32,8 @@ class Inquiries:
 
     async def manifest(self, peer: Peer, digest: str, *, timeout_s: float) -> bytes:
         """A manifest's bytes as one peer sends them: bounded, but not checked. Raises PeerError."""
+        if peer.why_gone:  # nobody would say so later: `left` was called before
+            raise PeerError(peer.name, peer.why_gone)
         key = peer.node, digest
         if key not in self._manifests:
             self._manifests[key] = _Manifest(peer, partial(self._manifests.pop, key))
@@ -43,6 +45,8 @@ class Inquiries:
 
     async def origin(self, peer: Peer, digest: str, *, timeout_s: float) -> Origin | None:
         """Where a peer says that a checkpoint came from; None when it does not know or does not answer."""
+        if peer.why_gone:
+            return None
         key = peer.node, digest
         if key not in self._origins:
             self._origins[key] = _Open(partial(self._origins.pop, key))

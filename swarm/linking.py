@@ -199,6 +199,7 @@ class Linking:
         """What was agreed on over a link ends with it, if it is the one that counts."""
         if self._party.peers.get(peer.node) is not peer:
             return
+        peer.why_gone = peer.why_gone or why
         del self._party.peers[peer.node]
         self._party.record(peer.node, Left(peer.node, why))
         self._party.left(peer, why)

@@ -105,6 +105,18 @@ def test_do_two_who_ask_the_same_share_one_answer() -> None:
     run(scenario)
 
 
+def test_is_a_peer_asked_whose_link_was_replaced_a_moment_ago() -> None:
+    async def scenario() -> None:
+        peer, inquiries = FakePeer(), Inquiries(nothing)
+        peer.why_gone = "another link is open"
+        with pytest.raises(PeerError, match="another link is open"):
+            await inquiries.manifest(peer, DIGEST, timeout_s=DEADLINE_S)
+        assert await inquiries.origin(peer, DIGEST, timeout_s=DEADLINE_S) is None
+        assert not peer.posted
+
+    run(scenario)
+
+
 def test_is_an_answered_question_asked_again() -> None:
     async def scenario() -> None:
         peer, inquiries = FakePeer(), Inquiries(nothing)
