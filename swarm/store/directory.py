@@ -40,8 +40,8 @@ from swarm.store.disk import (
     ConfinedDirectory,
     Stamp,
     Writeback,
-    holds_data,
     lock_alone,
+    next_data,
     remove_if_empty,
     reserve_descriptors,
     store_errors,
@@ -154,10 +154,13 @@ class DirectoryStore:
 
     def present(self) -> Iterator[Chunk]:
         """Chunks that may be here: those of files with a final name, and those whose range is not a hole."""
+        data_at: dict[int, float] = {}  # by file: where there is some next; a new file is asked once
         for chunk in self.manifest.chunks:
             file = self._files[chunk.file]
             self._check(file)
-            if file.final or holds_data(file.fd, chunk.offset, chunk.size):
+            if not file.final and data_at.get(chunk.file, -1) < chunk.offset:
+                data_at[chunk.file] = next_data(file.fd, chunk.offset)
+            if file.final or data_at[chunk.file] < chunk.offset + chunk.size:
                 yield chunk
 
     def spans(self, chunk: Chunk) -> Iterator[FileSpan]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import resource
 import shutil
@@ -260,12 +261,13 @@ def reserve_descriptors(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
 
 
-def holds_data(fd: int, offset: int, size: int) -> bool:
-    """Whether anything was ever written to this range of a file; True when the file system cannot tell."""
+def next_data(fd: int, offset: int) -> float:
+    """Where something was first written to a file, from here on: this very offset when the file system cannot tell,
+    inf when nothing was."""
     try:
-        return os.lseek(fd, offset, os.SEEK_DATA) < offset + size
+        return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
-        return error.errno != errno.ENXIO  # ENXIO: nothing but holes from here on
+        return math.inf if error.errno == errno.ENXIO else offset
 
 
 def lock_alone(fd: int, where: Path) -> None:
