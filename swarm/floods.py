@@ -34,7 +34,7 @@ class Floods:
     def muted(self, who: str, now: float) -> bool:
         """Whether nothing that it says counts at this time."""
         sender = self._senders.get(who)
-        return sender is not None and now < sender.muted_until_s
+        return sender is not None and now < sender.muted_until_s <= now + MUTE_S  # later: the clock was set back
 
     def says(self, who: str, now: float) -> bool:
         """It says something more; returns whether it floods, and is muted from now on: once for each time."""
@@ -42,9 +42,10 @@ class Floods:
         self._senders[who] = sender
         if len(self._senders) > SENDERS_MAX:
             del self._senders[next(iter(self._senders))]
-        sender.allowance = min(self._burst, sender.allowance + (now - sender.at_s) * self._rate_per_s)
+        passed_s = max(0.0, now - sender.at_s)  # less than nothing: the clock was set back
+        sender.allowance = min(self._burst, sender.allowance + passed_s * self._rate_per_s)
         sender.at_s = now
-        if sender.allowance < 1.0 and now >= sender.muted_until_s:
+        if sender.allowance < 1.0 and not self.muted(who, now):
             sender.muted_until_s = now + MUTE_S
             return True
         sender.allowance = max(0.0, sender.allowance - 1.0)

@@ -137,9 +137,9 @@ async def _agreed(
                     raise ManifestConflict(model_id, {d: _names(who) for d, who in holders.items()})
                 return next(iter(holders.items()))
             if len(holders) == 1:
-                [(found, who)] = holders.items()
-                if linked := next((holder.peer for holder in who if holder.peer), None):
-                    answers.ask(linked, found)
+                [(candidate, claimants)] = holders.items()
+                if linked := next((holder.peer for holder in claimants if holder.peer), None):
+                    answers.ask(linked, candidate)
         elif now >= deadline:
             return None, []
         await node.changed(SETTLE_LEAST_S if holders else POLL_S)

@@ -37,3 +37,13 @@ def test_does_nobody_make_it_remember_more() -> None:
     for n in range(2 * SENDERS_MAX):
         made.says(str(n), 0.0)
     assert repr(made) == f"<Floods {SENDERS_MAX} senders, 10 a second each>"
+
+
+def test_does_a_clock_that_is_set_back_mute_nobody() -> None:
+    made = floods()
+    assert not any(made.says("a", n / 10) for n in range(10))
+    assert not any(made.says("a", n / 10 - 3600.0) for n in range(1000))
+    while not made.says("b", 0.0):
+        assert not made.muted("b", 0.0)
+    assert made.muted("b", 0.0)
+    assert not made.muted("b", -3600.0)

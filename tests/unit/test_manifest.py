@@ -145,7 +145,7 @@ def test_is_a_huge_manifest_refused_before_it_is_hashed(monkeypatch: pytest.Monk
     "changes",
     [
         {"version": 2},
-        {"tier": "cache"},
+        {"tier": "hoard"},
         {"fingerprint": "x" * 4097},
         {"chunk_bytes": 0},
         {"chunk_bytes": CHUNK_BYTES_MAX + 1},

@@ -95,7 +95,7 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
                     {"model_id": "org/model\n"},
                     {"digest": "0" * 63},
                     {"digest": DIGEST + "\n"},
-                    {"tier": "cache"},
+                    {"tier": "hoard"},
                     {"size": -1},
                     {"chunks": -1},
                     {"chunks": CHUNKS_MAX + 1},
