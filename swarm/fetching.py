@@ -9,6 +9,7 @@ Must not know: links' messages beyond those it sends, HTTP, files.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -160,6 +161,8 @@ class Fetching:
         self._host.record(subject, event)
         if isinstance(event, download.PeerLeft):
             self._forsake(event.peer)
+        elif isinstance(event, download.PeerJoined) and (joined := self._host.peers.get(event.peer)):
+            self._spawn(self._connect(joined), f"connect to {joined.name}")
         for action in self.machine.handle(event, self._host.now()):
             self._host.record(subject, action)
             match action:
@@ -219,6 +222,11 @@ class Fetching:
                 why = f"sent nothing for {self._idle_timeout_s:g} s"
                 self._abandon(receiving, download.TransferFailed(receiving.peer.node, number, why))
         self.handle(download.Tick())
+
+    async def _connect(self, peer: Peer) -> None:
+        """Ahead: what will be asked of a peer should not wait for round trips on a link that is busy by then."""
+        with contextlib.suppress(PeerError, TransportError):  # whoever asks will meet it again
+            await peer.session()
 
     def _ask(self, peer: Peer, ask: download.Ask) -> None:
         self.meet(peer)
