@@ -141,6 +141,7 @@ class HttpLinks:
         self._runner: web.AppRunner | None = None
         self._client: aiohttp.ClientSession | None = None
         self._asked: weakref.WeakKeyDictionary[asyncio.BaseTransport, asyncio.Event] = weakref.WeakKeyDictionary()
+        self._encrypted: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self._shaking: dict[asyncio.Task[Any], None] = {}  # oldest first
         self._refused: set[tuple[str, Refusal]] = set()
 
@@ -160,7 +161,7 @@ class HttpLinks:
             keepalive_timeout=REQUEST_TIMEOUT_S,
         )
         await self._runner.setup()
-        connector = _Connector(self._identity) if self._identity else aiohttp.TCPConnector(limit=0)
+        connector = _Connector(self._identity, self._encrypted) if self._identity else aiohttp.TCPConnector(limit=0)
         self._client = aiohttp.ClientSession(connector=connector)
 
     async def adopt(self, sock: socket.socket) -> None:
@@ -187,6 +188,7 @@ class HttpLinks:
             try:
                 with self._shaking_hands():
                     transport, _ = await shake(server, sock, context, server_side=True, timeout_s=HANDSHAKE_TIMEOUT_S)
+                self._encrypted.add(transport)
             except OSError as error:
                 self._refuse(name, refusal(error) or Refusal.HUNG_UP)
             else:
@@ -245,6 +247,10 @@ class HttpLinks:
             await self._client.close()
         if self._runner:
             await self._runner.cleanup()
+        # TLS would wait for the other end's goodbye, for longer than the loop may live.
+        for transport in list(self._encrypted):
+            transport.abort()
+        await asyncio.sleep(0)  # in which they close their sockets
 
     @contextlib.contextmanager
     def _shaking_hands(self) -> Iterator[None]:
@@ -308,11 +314,12 @@ class HttpLinks:
 
 
 class _Connector(aiohttp.BaseConnector):
-    """Connections inside TLS whose other end belongs to the cluster."""
+    """Connections inside TLS whose other end belongs to the cluster; they are added to `made`."""
 
-    def __init__(self, identity: Identity) -> None:
+    def __init__(self, identity: Identity, made: weakref.WeakSet[asyncio.Transport]) -> None:
         super().__init__(limit=0)
         self._identity = identity
+        self._made = made
 
     async def _create_connection(
         self, req: aiohttp.ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
@@ -327,9 +334,10 @@ class _Connector(aiohttp.BaseConnector):
         except BaseException:
             sock.close()
             raise
-        _, handler = await shake(
+        transport, handler = await shake(
             self._factory, sock, self._identity.client, server_side=False, timeout_s=HANDSHAKE_TIMEOUT_S
         )
+        self._made.add(transport)
         return handler
 
 
