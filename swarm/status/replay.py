@@ -31,9 +31,9 @@ class _Fetch:
     size: int
     resumed_bytes: int
     began_at_s: float
+    heard_at_s: float  # the last entry about it
     ended_at_s: float | None = None
     error: str | None = None
-    heard_at_s: float = 0.0
     asked: dict[tuple[str, int], float] = field(default_factory=dict)
     granted: dict[tuple[str, int], float] = field(default_factory=dict)
     wires: list[tuple[float, float]] = field(default_factory=list)
@@ -55,7 +55,7 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         if kind in ("Joined", "Opened"):
             names[entry["node"]] = entry["name"]
         elif kind == "FetchStarted":
-            fetch = _Fetch(entry["model_id"], entry["digest"], entry["size"], entry["resumed_bytes"], at_s)
+            fetch = _Fetch(entry["model_id"], entry["digest"], entry["size"], entry["resumed_bytes"], at_s, at_s)
             fetches[fetch.digest] = fetch
             done.append(fetch)
         elif kind == "LeftOut":

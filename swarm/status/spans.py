@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from swarm.journal import Entry, FetchEnded, FetchStarted, Journal
 
 
 def follow(journal: Journal) -> None:
     """Makes a span of every fetch from now on. Does nothing without opentelemetry-api."""
-    if importlib.util.find_spec("opentelemetry") is None:
+    try:
+        from opentelemetry import trace
+    except ImportError:  # the name `opentelemetry` alone says little: other packages live in it
         return
-    from opentelemetry import trace
 
     tracer = trace.get_tracer("swarm")
     running: dict[str, trace.Span] = {}

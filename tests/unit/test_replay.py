@@ -44,6 +44,9 @@ def test_is_a_trace_that_was_cut_short_told() -> None:
     (fetch,) = replay(map(event, STORY[:6]))["fetches"]
     assert not fetch["complete"]
     assert fetch["seconds"] == 3.5
+    (begun,) = replay(map(event, STORY[:2]))["fetches"]
+    assert begun["seconds"] == 0.0
+    assert set(begun["phases"].values()) == {0.0}
 
 
 def test_is_a_trace_written_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
