@@ -88,7 +88,7 @@ class PlainStream(socket.socket):
         await asyncio.get_running_loop().sock_sendall(self, data)
 
     def block(self, poll_s: float) -> None:
-        """See Stream. One system call per read, unlike Python's own timeouts."""
+        """See Stream. One system call per write, unlike with Python's own timeouts."""
         self.setblocking(True)
         self._poll_ms = 1e3 * poll_s
         poll = struct.pack("@ll", int(poll_s), int(poll_s % 1 * 1e6))

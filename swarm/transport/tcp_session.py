@@ -9,7 +9,7 @@ and keeps the session. Transfers do not interleave. The asker says nothing: what
 so that anything readable at the holder means that the asker is gone.
 
 Sockets block, and work is done on pool threads: `recv_into` and `sendfile` release the GIL, and asyncio costs
-a quarter of the speed. Their timeouts (SO_RCVTIMEO, SO_SNDTIMEO) make a blocked thread look around every
+a quarter of the speed. Their timeouts (of `poll`, SO_SNDTIMEO) make a blocked thread look around every
 POLL_S. A session takes a thread only while bytes move, and for POLL_S after that: small chunks follow each other
 closely, and to be woken is cheaper than to be started. Otherwise the loop watches the socket. The socket is closed on
 the loop, when no thread uses it: its number may belong to another connection a moment later.
