@@ -30,6 +30,7 @@ from children import Child
 from hosts import TICKS_PER_S, Host, Network
 
 SYSTEMS = ("swarm", "star", "http", "libtorrent", "aria2")
+WATCHED = "swarm-watched"  # every node traced, the first seed scraped and its dashboard open
 DISTURB_AT = 0.5  # of the bound: when newcomers are killed
 CHUNKS_MIN = 512
 LEAF_BYTES = 128 << 10  # swarm's default
@@ -153,7 +154,8 @@ class _Burst:
             tracker = self._python(held, self._seeds[0], "torrent.py", self._seeds[0].address, str(TRACKER_PORT))
             _await(tracker, "ready")
         for number, seed in enumerate(self._seeds):
-            started = self._swarm_seed(held, number) if system == "swarm" else self._worker(held, seed, "seed", 0)
+            ours = system in ("swarm", WATCHED)
+            started = self._swarm_seed(held, number) if ours else self._worker(held, seed, "seed", 0)
             _await(started, "ready")
             if tracker:
                 _await(tracker, "seeded")
@@ -162,6 +164,8 @@ class _Burst:
         newcomers = [self._worker(held, host, "newcomer", index) for index, host in enumerate(self._newcomers)]
         for newcomer in newcomers:
             _await(newcomer, "ready")
+        if system == WATCHED:
+            _await(self._python(held, self._seeds[0], "watcher.py", f"127.0.0.1:{SWARM_PORT}"), "ready")
         return newcomers
 
     def _swarm_seed(self, held: contextlib.ExitStack, number: int) -> Child:
@@ -172,6 +176,8 @@ class _Burst:
         )
         if number:
             argv += ["--peer", f"{self._seeds[0].address}:{SWARM_PORT}"]
+        if self._scenario.system == WATCHED:
+            argv += ["--trace", "seed.trace", "--advertise", listen, "--listen", f"0.0.0.0:{SWARM_PORT}"]
         chunk_bytes, leaf_bytes = self._grid
         sizes = {"chunk_bytes": str(chunk_bytes), "leaf_bytes": str(leaf_bytes)}
         place = self._place_of(seed)

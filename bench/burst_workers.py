@@ -26,6 +26,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workers import traced
+
 if TYPE_CHECKING:
     import libtorrent
     import torch
@@ -78,7 +80,7 @@ def main() -> None:
     ROLES[role, system](Task.read(task))
 
 
-def swarm_newcomer(task: Task) -> None:
+def swarm_newcomer(task: Task, *, watched: bool = False) -> None:
     import swarm
     from swarm.runtime import runtime
 
@@ -94,11 +96,18 @@ def swarm_newcomer(task: Task) -> None:
         fsync=False,
         cache=Path("cache").absolute(),
     )
-    with going() as answer:
-        weights = fetch(MODEL_ID, out=task.file.parent, timeout_s=task.deadline_s, settings=settings)
-        done(answer)
-        answer |= {"sources": weights.fetched.sources, "rejected_chunks": weights.fetched.rejected_chunks}
-    stay()
+    with contextlib.ExitStack() as open_:
+        with going() as answer:
+            if watched:
+                open_.enter_context(traced(settings, Path("newcomer.trace")))
+            weights = fetch(MODEL_ID, out=task.file.parent, timeout_s=task.deadline_s, settings=settings)
+            done(answer)
+            answer |= {"sources": weights.fetched.sources, "rejected_chunks": weights.fetched.rejected_chunks}
+        stay()
+
+
+def swarm_watched_newcomer(task: Task) -> None:
+    swarm_newcomer(task, watched=True)
 
 
 def swarm_liar(task: Task) -> None:
@@ -259,6 +268,7 @@ def aria2_newcomer(task: Task) -> None:
 ROLES: dict[tuple[str, str], Callable[[Task], None]] = {
     ("liar", "swarm"): swarm_liar,
     ("newcomer", "swarm"): swarm_newcomer,
+    ("newcomer", "swarm-watched"): swarm_watched_newcomer,
     ("seed", "star"): star_seed,
     ("newcomer", "star"): star_newcomer,
     ("seed", "http"): http_seed,

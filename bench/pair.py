@@ -114,6 +114,7 @@ class Bench:
             for encryption in ("tls", "none")
         }
         self._blake3 = self._serve(held, model, "--no-mdns", chunk_hash="blake3")
+        self._traced = self._serve(held, model, "--no-mdns", "--trace", "seed.trace")
         self._fetcher = self._worker(held, "fetcher", str(model))
         self._fetcher.line(self._deadline_s)
         self._server = self._worker(held, "http-server", str(model))
@@ -175,6 +176,7 @@ class Bench:
             "swarm.fetch into warm tensors": lambda: self._fetch("into"),
             "  with a key, chunks in the open": lambda: self._fetch("into", encryption="none"),
             "  with a key, inside TLS": lambda: self._fetch("into", encryption="tls"),
+            "  traced, scraped and on a dashboard": self._watched,
             "  chunks hashed with BLAKE3": lambda: self._asked(
                 self._fetcher, "into", self._blake3[0], peer=self._blake3[1]
             ),
@@ -212,6 +214,16 @@ class Bench:
         keyed = {"key_file": str(self._place / "key"), "data_encryption": encryption}
         return self._asked(self._fetcher, how, seed, peer=address, settings=keyed)
 
+    def _watched(self) -> dict[str, Any]:
+        """Both ends are traced and scraped, and the seed's dashboard is open."""
+        seed, address = self._traced
+        newcomer = f"127.0.0.1:{_free_port()}"
+        argv = [sys.executable, str(Path(__file__).with_name("watcher.py")), address, newcomer]
+        with Child(argv, cwd=self._place) as watcher:
+            watcher.line(READY_TIMEOUT_S)
+            settings = {"listen": newcomer}
+            return self._asked(self._fetcher, "into", seed, peer=address, settings=settings, trace="newcomer.trace")
+
     def _populate(self) -> dict[str, Any]:
         answer = self._fetcher.ask({"do": "populate", "bytes": self.size}, timeout_s=self._deadline_s)
         return {"seconds": answer["seconds"], "cpu_s": {"client": answer["cpu_s"]}}
@@ -224,9 +236,10 @@ class Bench:
         *,
         peer: str | None = None,
         settings: Mapping[str, str] | None = None,
+        trace: str | None = None,
     ) -> dict[str, Any]:
         before_s = server.cpu_s()
-        question = {"do": what, "peer": peer or self._seed_address, "settings": dict(settings or {})}
+        question = {"do": what, "peer": peer or self._seed_address, "settings": dict(settings or {}), "trace": trace}
         answer = client.ask(question, timeout_s=self._deadline_s)
         return {
             "seconds": answer["seconds"],

