@@ -152,14 +152,18 @@ def networks(trusted: Sequence[str]) -> list[Network]:
 
 def introduced(holders: Mapping[str, list[Holder]], trusted: Sequence[Network]) -> dict[str, list[Holder]]:
     """Those digests that somebody announces who is linked from a machine that may introduce models."""
-    return {digest: who for digest, who in holders.items() if any(_may_introduce(holder, trusted) for holder in who)}
+    return {
+        digest: who
+        for digest, who in holders.items()
+        if any(holder.peer and may_introduce(holder.peer, trusted) for holder in who)
+    }
 
 
-def _may_introduce(holder: Holder, trusted: Sequence[Network]) -> bool:
-    if holder.peer:
-        with contextlib.suppress(SettingsError, ValueError):  # of a peer in this process, or behind a name
-            address = ipaddress.ip_address(split_address("peer", holder.peer.link.remote)[0])
-            return any(address in network for network in trusted)
+def may_introduce(peer: Peer, trusted: Sequence[Network]) -> bool:
+    """Whether a peer is linked from a machine that may introduce models."""
+    with contextlib.suppress(SettingsError, ValueError):  # of a peer in this process, or behind a name
+        address = ipaddress.ip_address(split_address("peer", peer.link.remote)[0])
+        return any(address in network for network in trusted)
     return False
 
 

@@ -199,10 +199,17 @@ def model(facts: Facts) -> Iterator[Finding]:
         return
     offers = list(_offers(facts))
     digests: dict[str, list[str]] = defaultdict(list)
+    barred = _barred(facts)
     for who, digest, tier, fraction, _ in offers:
-        if tier == "checkpoint":
+        if tier == "checkpoint" and digest not in barred:
             digests[digest].append(who)
         yield Finding("model", "ok", f"{who} holds {fraction:.0%} of {facts.model_id}, {tier} tier, {digest[:16]}")
+    if barred:
+        kept_out = [offer for offer in offers if offer[1] in barred]
+        who = ", ".join(sorted({f"{name} ({digest[:16]})" for name, digest, *_ in kept_out}))
+        what = f"`trusted` ({', '.join(facts.trusted)}) names no machine that may introduce what these hold: {who}"
+        todo = "add a machine that holds it to SWARM_TRUSTED, by the address that its link comes from, or pin --digest"
+        yield Finding("model", "bad" if not digests else "note", what, todo)
     if len(digests) > 1:
         sides = "; ".join(f"{digest[:16]} at {', '.join(who)}" for digest, who in sorted(digests.items()))
         todo = "stop the wrong source, or choose one with --digest"
@@ -280,6 +287,14 @@ def _offers(facts: Facts) -> Iterator[tuple[str, str, str, float, int | None]]:
         for artifact_id, digest, tier, fraction in member.artifacts:
             if artifact_id == wanted or is_loaded(artifact_id, wanted):
                 yield member.name, digest, tier, fraction, None
+
+
+def _barred(facts: Facts) -> set[str]:
+    """Digests of the model that nobody who may do so introduces: a fetch passes them over unless they are pinned."""
+    if not facts.trusted:
+        return set()
+    held = {digest for _, digest, *_ in _offers(facts)}
+    return held - {a.digest for contact in facts.contacts if contact.introduces for a in contact.artifacts}
 
 
 def _level(contact: Contact) -> Level:

@@ -24,6 +24,7 @@ from swarm.journal import Unreached
 from swarm.keys import Keyring
 from swarm.manifest import decode
 from swarm.node import Node
+from swarm.resolving import Network, may_introduce, networks
 from swarm.runtime import new_node
 from swarm.settings import Settings, is_loopback, split_address
 from swarm.status import client, running
@@ -45,6 +46,7 @@ async def examine(settings: Settings, model_id: str | None, *, wait_s: float = W
         key=key,
         insecure=settings.insecure,
         loopback=is_loopback(host),
+        trusted=settings.trusted,
         model_id=model_id,
         rooms=_rooms(settings),
         starts=tuple(starts.recall(settings.cache)),
@@ -57,7 +59,7 @@ async def examine(settings: Settings, model_id: str | None, *, wait_s: float = W
         with node.seeking(None):
             await _settled(node, _given(names), multicast, wait_s=wait_s)
             found = _mdns(multicast, node)
-            contacts = _contacts(node, names, found, here)
+            contacts = _contacts(node, names, found, here, networks(settings.trusted))
             return dataclasses.replace(
                 facts,
                 port=dataclasses.replace(port, reached=await _reaches(node.address)),
@@ -193,7 +195,11 @@ def _mdns(multicast: _Multicast, node: Node) -> Mdns:
 
 
 def _contacts(
-    node: Node, names: Mapping[str, tuple[str, ...] | str], mdns: Mdns, here: Sequence[Running]
+    node: Node,
+    names: Mapping[str, tuple[str, ...] | str],
+    mdns: Mdns,
+    here: Sequence[Running],
+    trusted: Sequence[Network],
 ) -> list[Contact]:
     ways = {"given": _given(names), "mdns": mdns.found, "here": {each.address for each in here}}
     gossiping = {member.node for member in node.members()}
@@ -213,6 +219,7 @@ def _contacts(
                 software=peer.hello.software,
                 gossips=peer.node in gossiping,
                 artifacts=tuple(peer.artifacts.values()),
+                introduces=not trusted or may_introduce(peer, trusted),
             )
         )
     failed: dict[str, SwarmError] = {address: PeerTimeout(address, "no answer in time") for address in ways["given"]}

@@ -50,7 +50,8 @@ class Contact:
     """One address that was dialled. With an `error` nobody was talked to, else `name` answered.
 
     `ways`: how it was found, of 'given', 'mdns', 'told', 'here'. `gossips`: whether datagrams of that node arrive.
-    `clock_s`: how much its clock is ahead, None where it does not tell.
+    `clock_s`: how much its clock is ahead, None where it does not tell. `introduces`: whether `trusted` lets its machine
+    introduce models.
     """
 
     address: str
@@ -61,6 +62,7 @@ class Contact:
     gossips: bool = False
     clock_s: float | None = None
     artifacts: tuple[Announcement, ...] = ()
+    introduces: bool = True
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,13 @@ class LoadedTier:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything. `model_id` None: no model was asked about."""
+    """Everything. `model_id` None: no model was asked about. `trusted` names machines, () for all of them."""
 
     software: str
     key: Key
     insecure: bool
     loopback: bool
+    trusted: tuple[str, ...] = ()
     model_id: str | None = None
     port: Port | None = None  # None where no node could be opened at all
     mdns: Mdns | None = None  # None where it is switched off

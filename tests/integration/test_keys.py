@@ -10,7 +10,7 @@ import pytest
 
 from swarm import keys
 
-from .processes import Machine, contents
+from .processes import MODEL, Machine, contents
 
 
 def own_address() -> str:
@@ -147,4 +147,6 @@ def test_may_trusted_machines_alone_introduce_a_model(machine: Machine, model: P
     elsewhere, here = ({**keyed(key), "SWARM_TRUSTED": network} for network in ("10.1.0.0/16", "127.0.0.0/8"))
     fetch = machine.fetch(out, peers=[seed.address], environment=elsewhere)
     assert "may not introduce it" in fetch.end().error(3)
+    doctor = machine.start("doctor", MODEL, "--peer", seed.address, "--no-mdns", environment=elsewhere).end()
+    assert "`trusted` (10.1.0.0/16) names no machine that may introduce" in " ".join(doctor.out.split())
     assert machine.fetch(out, peers=[seed.address], environment=here).end().code == 0

@@ -207,6 +207,21 @@ def test_who_holds_the_model() -> None:
     assert [f.level for f in seen("model", heard)] == ["ok", "note"]
 
 
+def test_does_it_say_whom_trusted_keeps_out() -> None:
+    stranger = dataclasses.replace(holding(held("a")), introduces=False)
+    kept_out = facts(trusted=("10.1.0.0/16",), model_id="org/m", contacts=(stranger,))
+    found = bad("model", kept_out)
+    assert "`trusted` (10.1.0.0/16) names no machine that may introduce what these hold: seed (aaaa" in found.what
+    assert "SWARM_TRUSTED" in found.todo
+    introduced = dataclasses.replace(holding(held("a"), name="own"), introduces=True)
+    assert {f.level for f in seen("model", dataclasses.replace(kept_out, contacts=(stranger, introduced)))} == {"ok"}
+    other = dataclasses.replace(holding(held("b"), name="own"), introduces=True)
+    found = seen("model", dataclasses.replace(kept_out, contacts=(stranger, other)))
+    assert [f.level for f in found] == ["ok", "ok", "note"], "what is kept out is no conflict"
+    heard = Member("far", "10.1.0.7:7000", (("org/m", "c" * 64, "checkpoint", 1.0),))
+    assert "far (cccc" in bad("model", dataclasses.replace(kept_out, contacts=(), members=(heard,))).what
+
+
 def test_what_did_the_last_start_of_each_rank_decide() -> None:
     loaded = Step("loaded", False, "nobody has this layout")
     good = Start("vllm 1", "org/m", "tp 0 of 2", {}, (loaded, Step("checkpoint", True, "from 2 peers")))
