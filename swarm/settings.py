@@ -104,7 +104,10 @@ class Settings:
         "hash of chunks when serving: xxh3-128 finds accidents; blake3 finds lies too, costs more, CPU only",
         flag=False,
     )
-    cache: Path = _setting(_cache_dir, "directory for cached manifests", flag=False)
+    cache: Path = _setting(_cache_dir, "directory for cached manifests, and for what engines fetch", flag=False)
+    cache_limit_gb: float = _setting(
+        200.0, "GB that engines leave in `cache`; what none of them uses goes beyond that, oldest first", flag=False
+    )
     find_timeout_s: float = _setting(10.0, "seconds to look for somebody who serves the model", flag=False)
     stall_timeout_s: float = _setting(
         30.0, "seconds without one verified chunk after which a fetch gives up", flag=False
@@ -155,6 +158,8 @@ class Settings:
         for name in ("find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(name, f"{getattr(self, name)} is not a number above zero")
+        if not self.cache_limit_gb >= 0:
+            raise SettingsError("cache_limit_gb", f"{self.cache_limit_gb} is no size; 0 keeps nothing, inf everything")
         for name in ("upload_limit", "timeout_s", "chunk_bytes", "leaf_bytes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:  # which a NaN is not either
@@ -170,6 +175,11 @@ class Settings:
                 ipaddress.ip_network(network, strict=False)
             except ValueError as error:
                 raise SettingsError("trusted", f"{error}; name addresses or networks, as in 10.1.0.0/16") from error
+
+    @property
+    def cache_limit_bytes(self) -> float:
+        """`cache_limit_gb` in bytes; may be infinite."""
+        return self.cache_limit_gb * 1e9
 
     @property
     def reaches_out(self) -> bool:

@@ -177,18 +177,20 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "api": {"runtime"},
         "engines": set(),
         "engines.fingerprint": set(),
-        "engines.caches": {"api", "engines.fingerprint", "runtime", "status.running"},
+        "engines.caches": {"api", "engines.fingerprint", "engines.pruning", "runtime", "status.running"},
         "engines.joining": {
             "api",
             "engines.fingerprint",
             "engines.metadata",
+            "engines.pruning",
             "engines.starts",
             "engines.tiers",
             "runtime",
             "status.running",
         },
-        "engines.launch": {"api", "engines.fingerprint", "engines.metadata"},
-        "engines.metadata": set(),
+        "engines.launch": {"api", "engines.fingerprint", "engines.metadata", "engines.pruning"},
+        "engines.metadata": {"engines.pruning"},
+        "engines.pruning": set(),
         "engines.starts": set(),
         "engines.tiers": {"engines.fingerprint"},
         "engines.vllm": {"engines.vllm_loader"},
@@ -471,8 +473,9 @@ def test_does_nothing_depend_on_global_dice_or_on_the_time_of_day(module: str) -
     assert dice(tree) <= {"Random", "SystemRandom"}
     if ROW_OF[module] not in ("world", "driver", "faces"):
         assert "time" not in packages(imported(statements(tree)))
-    # build compares the times of files with the clock that gave them; certificates and seals carry the time of day
-    if module not in ("build", "world", "identity"):
+    # build and pruning compare the times of files with the clock that gave them; certificates and seals carry the time
+    # of day
+    if module not in ("build", "engines.pruning", "world", "identity"):
         assert not {"time", "time_ns"} & used(tree, "time")
     if module.startswith("simulation"):
         assert not {"time", "secrets"} & packages(imported(statements(tree)))

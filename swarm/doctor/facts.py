@@ -50,8 +50,8 @@ class Contact:
     """One address that was dialled. With an `error` nobody was talked to, else `name` answered.
 
     `ways`: how it was found, of 'given', 'mdns', 'told', 'here'. `gossips`: whether datagrams of that node arrive.
-    `clock_s`: how much its clock is ahead, None where it does not tell. `introduces`: whether `trusted` lets its machine
-    introduce models.
+    `clock_s`: how much its clock is ahead, None where it does not tell. `introduces`: whether `trusted` lets its
+    machine introduce models.
     """
 
     address: str

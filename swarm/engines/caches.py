@@ -43,6 +43,7 @@ import msgspec
 
 from swarm import build
 from swarm.api import Served, serve_source
+from swarm.engines import pruning
 from swarm.engines.fingerprint import Fingerprint, short_digest
 from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, SwarmError
 from swarm.manifest import Manifest
@@ -59,7 +60,7 @@ CACHE_BYTES_MAX = 16 << 30  # far above what engines compile; a member must not 
 PACKAGES = ("torch", "triton", "flashinfer-python", "vllm", "sglang")  # whose versions decide what is compiled, and how
 PASSING = (".lock", ".tmp", ".pid")  # ends of names that mean nothing to another process
 PASSING_DIRECTORIES = {"locks"}
-STAGING, OWN = "compiled", "own-"  # below the cache directory: what was fetched by its digest, and copies to serve
+STAGING, OWN = "compiled", "compiled-own"  # below the cache directory: what was fetched by digest, and copies to serve
 SETTLE_S = 0.5  # for others that hold it, counted from the first
 POLL_S = 0.05
 
@@ -133,9 +134,9 @@ def offer(fields: Mapping[str, str], settings: Settings, *, places: Mapping[str,
     """
     _demand_allowed(settings)
     wanted = key(fields)
-    room = settings.cache / STAGING
+    room = settings.cache / OWN
     _clean(room)
-    copy = room / f"{OWN}{os.getpid()}-{secrets.token_hex(4)}"
+    copy = room / f"{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with store_errors(copy):
             found = _copy(copy / "files", directories() if places is None else places)
@@ -203,6 +204,10 @@ async def _install(
         manifest, _ = await resolve(node, artifact_id(wanted), digest=digest, find_timeout_s=settings.find_timeout_s)
         content = _check(manifest, wanted)
         path = settings.cache / STAGING / digest[:32]
+        pruning.hold(path)
+        await asyncio.to_thread(
+            lambda: pruning.prune(settings.cache, settings.cache_limit_bytes, need_bytes=manifest.size)
+        )
         # No power cut matters here: what is torn has another sha256.
         store = await asyncio.to_thread(lambda: DirectoryStore(path, manifest, fsync=False))
         fetched = await node.fetch(artifact_id(wanted), store, timeout_s=timeout_s)
@@ -268,8 +273,8 @@ class _Copy(DirectorySource):
 
 def _clean(room: Path) -> None:
     """Removes copies that processes have left which were killed."""
-    for left in room.glob(f"{OWN}*-*"):
-        pid = left.name.removeprefix(OWN).partition("-")[0]
+    for left in room.glob("*-*"):
+        pid = left.name.partition("-")[0]
         if pid.isdigit() and not running.alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 

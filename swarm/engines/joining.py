@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from swarm import build
 from swarm.api import fetch_on
-from swarm.engines import metadata
+from swarm.engines import metadata, pruning
 from swarm.engines.fingerprint import CONTENT, Fingerprint, is_loaded, metadata_id
 from swarm.engines.starts import Start, Step, record
 from swarm.engines.tiers import Choice, Layout, Local, Other, Situation, TierName, choose
@@ -162,6 +162,8 @@ class Join:
         """What is on this machine: a description, how much of the files, and which content they are."""
         if self.directory is None or not self.directory.is_dir():
             return None, "config", None
+        if pruning.is_kept(self.directory, self._cache):
+            pruning.hold(self.directory)
         if (self.directory / metadata.DESCRIPTION).is_file() and not metadata.is_whole(self.directory):
             described = metadata.read(self.directory)
             return described, "headers", described.content
@@ -320,6 +322,10 @@ class Join:
         if self.content is None:
             raise SettingsError("content", "is not known, so no files can be the right ones")
         place = self._cache / "checkpoints" / self.content[:16]
+        pruning.hold(place)
+        size = sum(header.size for header in self.described.headers.values()) if self.described else 0
+        missing_bytes = max(0, size - pruning.size_bytes(place))
+        pruning.prune(self._cache, self.settings.cache_limit_bytes, need_bytes=missing_bytes)
         with _turn(place):
             if not self._complete(place):
                 runtime().run(self._fetch_checkpoint(place, self.content))

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from swarm import hub
 from swarm.api import fetch
-from swarm.engines import metadata
+from swarm.engines import metadata, pruning
 from swarm.engines.fingerprint import metadata_id
 from swarm.errors import ManifestNotFound, SettingsError
 from swarm.settings import Settings
@@ -77,7 +77,10 @@ def _bring(model_id: str, settings: Settings) -> Path:
             adopted = metadata.adopt(settings.cache, incoming)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-    return metadata.lay_out(settings.cache, model_id, adopted)
+    directory = metadata.lay_out(settings.cache, model_id, adopted)
+    pruning.hold(directory, through_exec=True)
+    pruning.prune(settings.cache, settings.cache_limit_bytes)
+    return directory
 
 
 def _model(command: Sequence[str], model_id: str | None) -> tuple[int, str]:

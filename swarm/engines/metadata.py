@@ -25,6 +25,7 @@ from pathlib import Path
 import msgspec
 
 from swarm import build, safetensors_header
+from swarm.engines import pruning
 from swarm.errors import ManifestInvalid, SourceChanged
 from swarm.manifest import FILE_BYTES_MAX, Digest, Manifest, unsafe_path
 from swarm.store.disk import store_errors
@@ -82,6 +83,9 @@ def stage(cache: Path, root: Path, manifest: Manifest) -> Path:
 def staged(cache: Path, content: str) -> Path | None:
     """The directory that `stage` made for this content, or that `adopt` brought from the swarm."""
     place = _staged(cache, content)
+    if not (place / DESCRIPTION).is_file():
+        return None
+    pruning.hold(place)
     return place if (place / DESCRIPTION).is_file() else None
 
 
@@ -175,7 +179,8 @@ def _staged(cache: Path, content: str) -> Path:
 
 
 def _make(place: Path, fill: Callable[[Path], None]) -> Path:
-    """`place`, filled aside and renamed when it is whole, unless it is there already. Raises StoreError."""
+    """`place`, filled aside and renamed when it is whole, unless it is there already; held. Raises StoreError."""
+    pruning.hold(place)
     with store_errors(place):
         if place.is_dir():
             return place

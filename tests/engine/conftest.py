@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

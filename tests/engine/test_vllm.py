@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,11 @@ from swarm import build
 from .engines import MODEL_ID, Engine, Server
 from .models import PROMPTS, bigger, dense, write
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed; .ci/run installs it"),
+]
 
 Models: TypeAlias = "Callable[[str], Path]"
 Start: TypeAlias = "Callable[..., Engine]"

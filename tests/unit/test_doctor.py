@@ -216,8 +216,8 @@ def test_does_it_say_whom_trusted_keeps_out() -> None:
     introduced = dataclasses.replace(holding(held("a"), name="own"), introduces=True)
     assert {f.level for f in seen("model", dataclasses.replace(kept_out, contacts=(stranger, introduced)))} == {"ok"}
     other = dataclasses.replace(holding(held("b"), name="own"), introduces=True)
-    found = seen("model", dataclasses.replace(kept_out, contacts=(stranger, other)))
-    assert [f.level for f in found] == ["ok", "ok", "note"], "what is kept out is no conflict"
+    both = seen("model", dataclasses.replace(kept_out, contacts=(stranger, other)))
+    assert [f.level for f in both] == ["ok", "ok", "note"], "what is kept out is no conflict"
     heard = Member("far", "10.1.0.7:7000", (("org/m", "c" * 64, "checkpoint", 1.0),))
     assert "far (cccc" in bad("model", dataclasses.replace(kept_out, contacts=(), members=(heard,))).what
 

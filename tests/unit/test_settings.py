@@ -35,6 +35,7 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "compile_caches": ("on", True),
     "chunk_hash": ("blake3", "blake3"),
     "cache": ("/tmp/cache", Path("/tmp/cache")),
+    "cache_limit_gb": ("0.5", 0.5),
     "find_timeout_s": ("1", 1.0),
     "stall_timeout_s": ("1e1", 10.0),
     "idle_timeout_s": ("0.5", 0.5),

@@ -1,0 +1,157 @@
+"""What engines leave under the cache directory, which would grow for ever: held while it is used, else bounded.
+
+    hold(place)               nobody removes it before this process ends; its last use is now
+    prune(cache, keep_bytes)  what nobody holds goes, least recently used first, until the rest fits
+
+A hold is a shared lock of `.use-NAME` beside the directory, so the kernel lets go of it when its process dies, and a
+pruner is whoever gets the exclusive one. The time of that file is the time of the last use.
+
+Must not know: what is in these directories.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import secrets
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDERS = ("checkpoints", "metadata", "models", "compiled")  # of the cache directory; each entry is a whole
+USE = ".use-"
+STALE_S = 3600.0  # what was being filled for so long was left by a process that died
+BLOCK_BYTES = 512  # of which st_blocks counts
+
+log = logging.getLogger("swarm")
+_held: dict[Path, int] = {}  # open locks of this process
+_lock = threading.Lock()
+
+
+def hold(place: Path, *, through_exec: bool = False) -> None:
+    """Keeps a directory, which may be still to be made, until this process ends or `release`s it.
+
+    `through_exec`: also for the program that this process becomes. Where no lock can be made, nothing can be removed
+    either: that is logged and nothing else.
+    """
+    place = place.absolute()
+    with _lock:
+        try:
+            if place not in _held:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                _held[place] = _locked(place, fcntl.LOCK_SH)
+            os.utime(_held[place])
+            os.set_inheritable(_held[place], through_exec or os.get_inheritable(_held[place]))
+        except OSError as error:
+            log.debug("%s is not held: %s", place, error)
+
+
+def release(place: Path) -> None:
+    """Ends a hold of this process, if there is one."""
+    with _lock:
+        if (fd := _held.pop(place.absolute(), None)) is not None:
+            os.close(fd)
+
+
+def is_kept(place: Path, cache: Path) -> bool:
+    """Whether a directory is one of those that `prune` may remove."""
+    return place.absolute().parent in {cache.absolute() / folder for folder in FOLDERS}
+
+
+def prune(cache: Path, keep_bytes: float, *, need_bytes: int = 0) -> list[Path]:
+    """Removes what nobody holds, least recently used first, until what is left and `need_bytes` more take at most
+    `keep_bytes`, and the disk has room for those; returns what was removed. Never raises: what cannot be removed stays.
+    """
+    removed: list[Path] = []
+    with contextlib.suppress(OSError):
+        entries = sorted((_last_use(place), place, size_bytes(place)) for place in _entries(cache))
+        total_bytes = sum(size for *_, size in entries)
+        for used, place, size in entries:
+            room_bytes = shutil.disk_usage(cache).free
+            if total_bytes + need_bytes <= keep_bytes and need_bytes <= room_bytes:
+                break
+            if _remove(place):
+                total_bytes -= size
+                removed.append(place)
+                days = (time.time() - used) / 86400
+                log.info("%s is removed: %.2f GB, not used for %.1f days", place, size / 1e9, days)
+    return removed
+
+
+def size_bytes(place: Path) -> int:
+    """What a directory takes of the disk: holes in its files take nothing."""
+    found = 0
+    for parent, _, files in os.walk(place):
+        for file in files:
+            with contextlib.suppress(OSError):  # removed meanwhile
+                found += os.lstat(os.path.join(parent, file)).st_blocks * BLOCK_BYTES
+    return found
+
+
+def _entries(cache: Path) -> Iterator[Path]:
+    """Directories that may go. What dead processes left unfinished, and locks of what is gone, go on the way."""
+    for folder in FOLDERS:
+        for path in (cache / folder).glob("*"):
+            with contextlib.suppress(OSError):
+                status = path.lstat()
+                if path.name.startswith(USE):
+                    if not (folder_of := path.with_name(path.name.removeprefix(USE))).is_dir():
+                        _remove(folder_of)
+                elif not stat.S_ISDIR(status.st_mode):
+                    continue
+                elif not path.name.startswith("."):
+                    yield path
+                elif status.st_mtime < time.time() - STALE_S:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def _last_use(place: Path) -> float:
+    for path in (_lock_of(place), place):
+        with contextlib.suppress(FileNotFoundError):
+            return path.stat().st_mtime
+    return 0.0
+
+
+def _remove(place: Path) -> bool:
+    """Whether it is gone: not while anybody holds it."""
+    try:
+        fd = _locked(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    try:
+        aside = place.with_name(f".gone-{secrets.token_hex(8)}")  # at once, for whoever looks for it
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(place, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        _lock_of(place).unlink(missing_ok=True)
+        place.with_name(f".lock-{place.name}").unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", place, error.strerror or error)
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _lock_of(place: Path) -> Path:
+    return place.with_name(f"{USE}{place.name}")
+
+
+def _locked(place: Path, how: int) -> int:
+    """The lock, open. Raises OSError: BlockingIOError for a lock that somebody else has and is not waited for."""
+    while True:
+        fd = os.open(_lock_of(place), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, how)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), _lock_of(place).stat()):
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)  # removed between opening and locking: whoever comes next would lock another file
