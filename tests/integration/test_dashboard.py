@@ -101,7 +101,11 @@ def test_shows_the_page_what_happens_while_a_fetch_runs(page: Any, stage: Stage)
     assert faults(page) == []
 
     stage.replicas[KILLED].kill()
-    page.wait_for_selector(f"{node(f'replica-{KILLED}')}.is-dead")
+    killed = node(f"replica-{KILLED}")
+    lost = page.wait_for_selector(f"{killed}.is-silent, {killed}.is-dead")  # as soon as its link breaks
+    assert re.search(": (lost|dead)", lost.get_attribute("aria-label"))
+    assert re.search(rf"replica-{KILLED} is (lost|dead)", page.inner_text("#warnings"))
+    page.wait_for_selector(f"{killed}.is-dead")  # once gossip gives it up
     wait_until(lambda: f"replica-{KILLED} is dead" in page.inner_text("#announcement"), "the death to be announced")
 
 
