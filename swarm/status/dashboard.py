@@ -41,7 +41,8 @@ ASSETS = {
     "index.html": "text/html",
     "style.css": "text/css",
     **dict.fromkeys(
-        ("main.js", "stream.js", "swarm.js", "members.js", "chunks.js", "timeline.js", "words.js"), "text/javascript"
+        ("main.js", "stream.js", "swarm.js", "members.js", "chunks.js", "timeline.js", "replay.js", "words.js"),
+        "text/javascript",
     ),
     "icon.svg": "image/svg+xml",
 }
