@@ -112,6 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     replay = commands.add_parser("replay", parents=[common], help="say where the time of a traced fetch went")
     replay.add_argument("trace", type=Path, metavar="FILE", help="what --trace wrote")
     replay.add_argument("--json", action="store_true", help="print one JSON object")
+    replay.add_argument("--web", action="store_true", help="show it again in the dashboard, on this machine")
+    replay.add_argument("--port", type=int, default=0, metavar="PORT", help="of the dashboard; by default any")
     replay.set_defaults(run=_replay)
 
     doctor = commands.add_parser("doctor", parents=[common], help="say why a start does, or did not, use the swarm")
@@ -321,6 +323,16 @@ def _replay(options: argparse.Namespace) -> int:
         print(json.dumps(told))
     else:
         replaying.show(told)
+    return _run(_screen(options.trace, options.port)) if options.web else 0
+
+
+async def _screen(trace: Path, port: int) -> int:
+    from swarm.status.screening import Screening
+
+    screening = await asyncio.to_thread(Screening, trace)
+    async with screening.serve(port) as address:
+        print(f"http://{address}/ shows it again; Ctrl-C to stop", flush=True)
+        await _until_stopped()
     return 0
 
 

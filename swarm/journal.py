@@ -19,11 +19,13 @@ ENTRIES_KEPT = 2000  # enough to see what led to a failure; an entry may hold al
 
 @dataclass(frozen=True)
 class Opened:
-    """This node listens."""
+    """This node listens; `host` and `rack` are the labels of its place."""
 
     node: str
     name: str
     address: str
+    host: str = ""
+    rack: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,15 @@ class Announced:
 
 @dataclass(frozen=True)
 class FetchStarted:
-    """A fetch of `size` bytes begins; `resumed_bytes` of them were here already."""
+    """A fetch of `size` bytes begins; `resumed_bytes` of them were here already: of `chunks_total` those that `held`
+    names, as (first, count) runs."""
 
     model_id: str
     digest: str
     size: int
     resumed_bytes: int
+    chunks_total: int = 0
+    held: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any
 
 from swarm import __version__, download, membership, messages, rumours, tuning
-from swarm.bitfield import Bitfield
+from swarm.bitfield import Bitfield, runs
 from swarm.download import Download
 from swarm.errors import FetchTimeout, LocalProtocolError, SwarmError
 from swarm.fetching import Fetching
@@ -145,7 +145,7 @@ class Node:
             slots=self._upload_slots,
             idle_timeout_s=self._idle_timeout_s,
         )
-        self.record("node", Opened(self.id, self.name, self.address))
+        self.record("node", Opened(self.id, self.name, self.address, *self.place))
         self._gathering.open(self.id, self.address, self.name, self._profile())
         self._linking.open()
         self.spawn(self._ticks(), "ticks")
@@ -212,7 +212,8 @@ class Node:
                 resumed = await self._resume(store, held)
                 # No await from here to `_fetch`: two fetches may be here.
                 own = await self._sharing.own(manifest.digest)
-                self.record("node", FetchStarted(model_id, manifest.digest, manifest.size, resumed))
+                kept = tuple(runs(list(held)))
+                self.record("node", FetchStarted(model_id, manifest.digest, manifest.size, resumed, held.length, kept))
                 if own:
                     sources[self.name] = await self._copy(own, store, held)
                 else:

@@ -45,9 +45,10 @@ class Asset:
 
 @dataclass(frozen=True)
 class Stream:
-    """Server-sent events: chunks of bytes, each one event or several, for one reader."""
+    """Server-sent events: chunks of bytes, each one event or several, for one reader. `events` gets what the pattern of
+    the path names, by keyword."""
 
-    events: Callable[[], AsyncGenerator[bytes]]
+    events: Callable[..., AsyncGenerator[bytes]]
 
 
 # What a path shows. A function gets what the pattern of its path names, by keyword, and returns what JSON can say, or
@@ -88,7 +89,7 @@ class Pages:
                 headers = {**PAGE_SECURITY, "Cache-Control": "no-cache"}
                 return web.Response(body=body(), content_type=content_type, charset="utf-8", headers=headers)
             case Stream(events):
-                return await self._stream(request, events())
+                return await self._stream(request, events(**request.match_info))
             case _:
                 said = page(**request.match_info)
                 if inspect.isawaitable(said):

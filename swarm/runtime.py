@@ -62,6 +62,7 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     metrics.follow(node.journal)
     spans.follow(node.journal)
     dashboard.attach(node, world.read)
+    dashboard.follow(node.journal)
     return node, picture
 
 

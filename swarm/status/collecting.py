@@ -70,6 +70,11 @@ class Collector:
             self.told.clear()
             self._running = False
 
+    def hurry(self, node: str) -> None:
+        """Something happened to this member: it is asked at the next look, whenever it was asked last."""
+        if told := self.told.get(node):
+            told.asked_at_s = float("-inf")
+
     async def ask_all(self, most: int) -> None:
         """Asks once, for whoever looks once: as many members as that, in one round trip or within TIMEOUT_S."""
         if self._running:

@@ -24,6 +24,7 @@ import msgspec
 
 from swarm.bitfield import Bitfield
 from swarm.errors import PeerError, SettingsError
+from swarm.journal import Entry, Journal, Left
 from swarm.manifest import CHUNKS_MAX, Digest
 from swarm.messages import ModelId, NodeId, Text
 from swarm.pages import Asset, Page, Stream
@@ -40,7 +41,8 @@ ASSETS = {
     "index.html": "text/html",
     "style.css": "text/css",
     **dict.fromkeys(
-        ("main.js", "stream.js", "swarm.js", "members.js", "chunks.js", "timeline.js", "words.js"), "text/javascript"
+        ("main.js", "stream.js", "swarm.js", "members.js", "chunks.js", "timeline.js", "replay.js", "words.js"),
+        "text/javascript",
     ),
     "icon.svg": "image/svg+xml",
 }
@@ -137,6 +139,16 @@ class Dashboard:
         self._node = node
         self._read = read
         self._collector = Collector(read, node.members, node.now)
+
+    def follow(self, journal: Journal) -> None:
+        """Asks whoever has lost its link from now on at once, so that one that was killed is seen to be lost before
+        gossip gives it up."""
+
+        def apply(entry: Entry) -> None:
+            if isinstance(entry.what, Left):
+                self._collector.hurry(entry.what.node)
+
+        journal.subscribe(apply, Left)
 
     def pages(self) -> dict[str, Page]:
         """All of them, by path."""

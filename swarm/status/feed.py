@@ -79,20 +79,20 @@ class Feed:
             if not changes:
                 continue
             self._whole = None
-            event = _event("patch", changes)
+            news = event("patch", changes)
             for watcher in self._watchers:
                 if len(watcher.queue) >= QUEUE_MAX:
                     watcher.queue.clear()
                     watcher.behind = True
                 elif not watcher.behind:
-                    watcher.queue.append(event)
+                    watcher.queue.append(news)
                 watcher.news.set()
 
     def _next(self, watcher: _Watcher) -> bytes:
         """What a watcher gets now."""
         if watcher.behind:
             watcher.behind = False
-            self._whole = self._whole or _event("snapshot", self._shown)
+            self._whole = self._whole or event("snapshot", self._shown)
             return self._whole
         if watcher.queue:
             events = b"".join(watcher.queue)
@@ -104,5 +104,6 @@ class Feed:
         return f"<Feed {len(self._watchers)} watch>"
 
 
-def _event(name: str, data: Json) -> bytes:
+def event(name: str, data: Json) -> bytes:
+    """One of them, as it goes out."""
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'), ensure_ascii=False)}\n\n".encode()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,17 @@ from rich.table import Table
 from swarm.errors import StoreError
 from swarm.status.progress import size_text
 from swarm.status.replay import replay
+from swarm.status.trace import lines
 
 
 def read(path: Path) -> dict[str, Any]:
     """What `replay` says of a trace. Raises StoreError for a file that is none."""
     try:
-        return replay(_lines(path))
+        return replay(lines(path))
     except OSError as error:
         raise StoreError(str(path), f"cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(str(path), f"is no trace of swarm ({error!r}); `--trace FILE` writes one") from error
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # the last one may have been cut as its process died
-                yield json.loads(line)
 
 
 def show(told: Mapping[str, Any]) -> None:

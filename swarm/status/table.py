@@ -20,6 +20,7 @@ HERE = ("alive", "suspect", "silent")
 SHOWN = (*HERE, "dead")  # who left in peace is no news
 STYLES = {"alive": "green", "suspect": "yellow", "silent": "yellow", "dead": "red"}
 MARKS = {"bad": ("✗", "bold red"), "warn": ("!", "yellow")}
+LOST = "lost: no answer"  # whether gossip or whoever asked it noticed first
 MEMBERS_MAX = 200  # rows; --json has all
 BAR_WIDTH = 20
 
@@ -80,7 +81,8 @@ def _members(swarm: Mapping[str, Any]) -> Table:
     for member in shown[:MEMBERS_MAX]:
         told = (member.get(key) or "-" for key in ("host", "rack", "transport"))
         load = f"{member['uploads']}/{member['slots']}" if member.get("slots") else "-"
-        state = f"{member['state']}, slow" if member.get("slow") else member["state"]
+        word = LOST if member["state"] in ("suspect", "silent") else member["state"]
+        state = f"{word}, slow" if member.get("slow") else word
         table.add_row(
             _words(member["name"], "bold" if member["id"] == swarm["node"]["id"] else ""),
             _words(member["address"]),

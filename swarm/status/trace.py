@@ -9,25 +9,69 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
+from swarm.bitfield import Bitfield
+from swarm.download import Ban, ChunkCorrupt, PeerHas, PeerJoined, PeerLeft
 from swarm.errors import StoreError
-from swarm.journal import Entry, Journal
+from swarm.gossip import Changed
+from swarm.journal import (
+    Announced,
+    Entry,
+    FetchEnded,
+    FetchStarted,
+    Joined,
+    Journal,
+    Left,
+    Opened,
+    Received,
+    Sent,
+)
 
 QUEUED_MAX = 100_000
 FILE_BYTES_MAX = 1 << 30
 WRITE_EVERY_S = 0.5
 
+_SHOWN_AGAIN: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        Announced, Ban, Changed, ChunkCorrupt, FetchEnded, FetchStarted, Joined, Left, Opened, PeerHas, PeerJoined,
+        PeerLeft, Received, Sent,
+    )
+}  # fmt: skip
+
 
 def event(entry: Entry) -> dict[str, Any]:
     """An entry as an object of JSON: `at_s`, `subject`, `event` (what kind), and the fields of what happened."""
-    fields = msgspec.to_builtins(entry.what, enc_hook=str)
+    fields = msgspec.to_builtins(entry.what, enc_hook=_encoded)
     said = fields if isinstance(fields, dict) else {"said": fields}
     return {"at_s": round(entry.at_s, 6), "subject": entry.subject, "event": type(entry.what).__name__, **said}
+
+
+def entry(line: Mapping[str, Any]) -> Entry | None:
+    """The entry that `event` said so; None where it is of no kind that is shown again. Raises ValueError or KeyError
+    where it is no line of a trace."""
+    kind = _SHOWN_AGAIN.get(line["event"])
+    if kind is None:
+        return None
+    return Entry(float(line["at_s"]), str(line["subject"]), msgspec.convert(line, kind, dec_hook=_decoded))
+
+
+def _encoded(value: object) -> Any:
+    """A set of chunks as `chunks_total` and their bits in hexadecimal, chunk 0 first; others in words."""
+    if isinstance(value, Bitfield):
+        return {"chunks_total": value.length, "held": value.pack().hex()}
+    return str(value)
+
+
+def _decoded(kind: type, value: Any) -> Any:
+    if kind is not Bitfield or not isinstance(value, Mapping):
+        raise ValueError(f"no {kind.__name__}: {value!r}")
+    return Bitfield.unpack(bytes.fromhex(value["held"]), msgspec.convert(value["chunks_total"], int))
 
 
 @contextlib.contextmanager
@@ -47,6 +91,14 @@ def tracing(journal: Journal, path: Path | None) -> Iterator[None]:
             yield
         finally:
             writer.close()
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What was written there, as far as it is whole. Raises OSError, and ValueError for a file that is no trace."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):  # the last one may have been cut as its process died
+                yield msgspec.json.decode(line, type=dict[str, Any])
 
 
 class _Writer:

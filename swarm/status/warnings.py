@@ -112,8 +112,8 @@ def _of_member(node: str, member: Mapping[str, Any], members: Mapping[str, Any])
     if member["state"] == "dead":
         yield Warn("dead", "bad", node, node, f"{name} is dead", "If it should run, restart it: a fetch resumes.")
     elif member["state"] in ("suspect", "silent"):
-        do = "It counts as dead soon unless it answers. Is its process stopped, or its network gone?"
-        yield Warn("silent", "warn", node, node, f"{name} does not answer", do)
+        do = "In a few seconds it counts as dead unless it answers. Is its process gone or stopped, or its network?"
+        yield Warn("silent", "warn", node, node, f"{name} is lost: it does not answer", do)
     for digest, fetch in member["fetches"].items():
         about = f"{digest[:8]}-{node}"
         if fetch["error"]:

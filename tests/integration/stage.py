@@ -19,6 +19,7 @@ from .processes import MODEL, Machine, Process, write_model
 
 PLACES = (("h1", "a"), ("h1", "a"), ("h2", "a"), ("h2", "a"), ("h3", "b"), ("h3", "b"), ("h4", "b"))  # of replicas
 SLOW = 6  # the number of the slow replica
+TRACED = 1  # one of those that met the liar
 MET_THE_LIAR = (1, 4)  # the others hear of it over links
 SLOW_BYTES_PER_S = 700_000
 
@@ -62,6 +63,11 @@ class Stage:
     liar: Liar
 
     @property
+    def trace(self) -> Path:
+        """What replica TRACED writes."""
+        return self.machine.root / "trace"
+
+    @property
     def url(self) -> str:
         return f"http://{self.seed.address}/"
 
@@ -82,6 +88,8 @@ def staged(root: Path, *, size: int, rate: str) -> Iterator[Stage]:
             peers = [seed.address, liar.address] if number in MET_THE_LIAR else [seed.address]
             named = [word for peer in peers for word in ("--peer", peer)]
             environment = _labels(host, rack, f"replica-{number}")
+            if number == TRACED:
+                named += ["--trace", str(root / "trace")]
             if number == SLOW:
                 environment["PYTHONPATH"] = str(root / "slow")
             flags = ("--out", root / f"out-{number}", "--no-mdns", "--upload-limit", rate)

@@ -5,9 +5,11 @@ Needs playwright and Chromium. With `SWARM_SCREENSHOTS=docs/pictures` the pictur
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 
 from .processes import wait_until
-from .stage import SLOW, Stage, staged
+from .stage import SLOW, TRACED, Stage, staged
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 axe_file = pytest.importorskip("axe_playwright_python.base", reason="axe-core is not installed").AXE_FILE_PATH
@@ -48,14 +50,21 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, stage: Stage) -> Iterator[Any]:
-    """The seed's dashboard, open; nothing may be complained of until it is closed."""
+    """The seed's dashboard."""
+    with opened_at(browser, stage.url) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def opened_at(browser: Any, url: str) -> Iterator[Any]:
+    """A page, open; nothing may be complained of until it is closed."""
     complaints: list[str] = []
     opened = browser.new_page(viewport={"width": 1440, "height": 1000})
     opened.set_default_timeout(SHOWN_MS)
     opened.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
     opened.on("pageerror", lambda error: complaints.append(str(error)))
-    opened.on("request", lambda asked: complaints.append(asked.url) if not asked.url.startswith(stage.url) else None)
-    opened.goto(stage.url)
+    opened.on("request", lambda asked: complaints.append(asked.url) if not asked.url.startswith(url) else None)
+    opened.goto(url)
     yield opened
     opened.close()
     assert complaints == []
@@ -101,7 +110,11 @@ def test_shows_the_page_what_happens_while_a_fetch_runs(page: Any, stage: Stage)
     assert faults(page) == []
 
     stage.replicas[KILLED].kill()
-    page.wait_for_selector(f"{node(f'replica-{KILLED}')}.is-dead")
+    killed = node(f"replica-{KILLED}")
+    lost = page.wait_for_selector(f"{killed}.is-silent, {killed}.is-dead")  # as soon as its link breaks
+    assert re.search(": (lost|dead)", lost.get_attribute("aria-label"))
+    assert re.search(rf"replica-{KILLED} is (lost|dead)", page.inner_text("#warnings"))
+    page.wait_for_selector(f"{killed}.is-dead")  # once gossip gives it up
     wait_until(lambda: f"replica-{KILLED} is dead" in page.inner_text("#announcement"), "the death to be announced")
 
 
@@ -178,6 +191,40 @@ def test_is_the_timeline_that_of_the_fetch(page: Any, stage: Stage) -> None:
     assert liar["rejected_chunks"] == len(liar["rejected_at_s"]) >= 3
     assert "corrupt" in liar["banned"]
     page.wait_for_selector("#lanes .lane-wrong")
+
+
+def test_is_a_trace_shown_again_in_the_same_page(browser: Any, stage: Stage) -> None:
+    wait_until(lambda: '"Ban"' in stage.trace.read_text(), "the trace to tell of the liar")
+    replay = stage.machine.start("replay", stage.trace, "--web")
+    replay.wait_for(" shows it again")
+    url = re.findall(r"http://\S+", replay.out)[0]
+    me = node(f"replica-{TRACED}")
+    with opened_at(browser, url) as page:
+        page.wait_for_selector("#replay:not([hidden])")
+        page.click("#replay-play")
+        page.wait_for_selector("#replay-play:text('Play')")
+        stands = page.input_value("#replay-at")
+        seek(page, 0)
+        page.wait_for_selector(f"{me}:not(.is-fetching)")
+        page.select_option("#replay-speed", "16")
+        page.click("#replay-play")
+        page.wait_for_selector(f"{me}.is-fetching")
+        page.wait_for_selector(f"{node('Liar')}.is-wrong")
+        page.wait_for_selector(".link .line")
+        page.wait_for_selector("#replay-play:text('Play again')")
+        assert float(page.input_value("#replay-at")) > float(stands)
+        page.wait_for_selector("#lanes .lane-wrong")
+        page.wait_for_selector("#maps .map:nth-child(4) canvas")
+        assert faults(page) == []
+        seek(page, 0)
+        page.wait_for_selector(f"{node('Liar')}.is-wrong", state="detached")
+    replay.send(signal.SIGTERM)
+    assert replay.end().code == 0
+
+
+def seek(page: Any, at_s: float) -> None:
+    """As whoever moves the slider and lets it go."""
+    page.locator("#replay-at").fill(str(at_s))
 
 
 def test_is_only_what_is_in_the_table_served(stage: Stage) -> None:

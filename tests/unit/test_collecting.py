@@ -86,6 +86,20 @@ def test_are_few_members_asked_once_a_second_each(monkeypatch: pytest.MonkeyPatc
     run(scenario)
 
 
+def test_is_who_lost_its_link_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        swarm = Swarm(3)
+        await swarm.collector.ask_all(10)
+        swarm.said[2] = PeerUnreachable("m2", "connection refused")
+        swarm.collector.hurry(member(2).node)
+        swarm.collector.hurry(member(9).node)  # nobody it knows
+        await swarm.collector.ask_all(10)
+        assert swarm.asked == [1, 2, 3, 2]
+        assert swarm.collector.told[member(2).node].silent
+
+    run(scenario)
+
+
 def test_are_many_members_asked_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         swarm = Swarm(200)

@@ -2,6 +2,7 @@
 
 import * as chunks from "./chunks.js";
 import * as members from "./members.js";
+import * as replay from "./replay.js";
 import { follow } from "./stream.js";
 import * as swarm from "./swarm.js";
 import * as timeline from "./timeline.js";
@@ -29,6 +30,7 @@ function draw() {
   members.warn(view, select);
   chunks.draw(view, { digest: chosen.digest, chunk: chosen.chunk, onChunk: (chunk) => { element("chunk").value = chunk; showTree(); } });
   head();
+  replay.draw(view.replay);
   options(element("artifact"), Object.entries(view.artifacts).map(([digest, a]) => [digest, `${a.model_id} (${words.bytes(a.bytes)})`]), chosen.digest);
   fetches();
 }
@@ -167,8 +169,15 @@ new ResizeObserver(([entry]) => {
 }).observe(element("lanes"));
 theme();
 
-follow("/events", (changed) => { view = changed; redraw(); }, (connected) => {
-  const place = element("connection");
-  place.textContent = connected ? "live" : "not connected; trying again";
-  place.className = connected ? "live" : "lost";
-});
+let leave = null;
+function watch(url) {
+  leave?.();
+  leave = follow(url, (changed) => { view = changed; redraw(); }, (connected) => {
+    const place = element("connection");
+    place.textContent = connected ? "live" : "not connected; trying again";
+    place.className = connected ? "live" : "lost";
+  });
+}
+
+replay.follow(watch);
+watch("/events");

@@ -9,7 +9,8 @@ function merge(target, changes) {
   return target;
 }
 
-// `show(view)` is called with every change; `tell(connected)` when the connection comes or goes.
+// `show(view)` is called with every change; `tell(connected)` when the connection comes or goes. Returns
+// what ends it.
 export function follow(url, show, tell) {
   let view = null;
   const source = new EventSource(url);
@@ -18,4 +19,5 @@ export function follow(url, show, tell) {
   source.addEventListener("snapshot", (event) => { view = merge({}, JSON.parse(event.data)); show(view); });
   source.addEventListener("patch", (event) => { if (view) show(merge(view, JSON.parse(event.data))); });
   addEventListener("pagehide", () => source.close());
+  return () => source.close();
 }

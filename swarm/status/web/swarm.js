@@ -181,7 +181,7 @@ export function note(member, short = false) {
   switch (condition) {
     case "dead": return "dead";
     case "left": return "left";
-    case "silent": return "does not answer";
+    case "silent": return short ? "lost" : "lost: does not answer";
     case "wrong": return `lies: ${member.wrong_chunks} wrong chunk${member.wrong_chunks === 1 ? "" : "s"}${Object.keys(member.banned_by).length ? ", banned" : ""}`;
     case "slow": return short ? `slow · ${words.seconds(fetch?.eta_s)}` : `slow · ${progress}`;
     case "fetching": return progress;

@@ -44,7 +44,7 @@ export function condition(member) {
 }
 
 export const STATES = {
-  dead: "dead", left: "left", wrong: "wrong chunks", silent: "no answer", slow: "slow", fetching: "fetching",
+  dead: "dead", left: "left", wrong: "wrong chunks", silent: "lost: no answer", slow: "slow", fetching: "fetching",
   unknown: "heard of", seed: "seed", part: "has a part", idle: "holds nothing",
 };
 

@@ -1,0 +1,43 @@
+// A recording instead of a live swarm: where it is, and where a person wants it to be. What the page shows is the path of
+// its events, so that to pause, to seek and to go faster is to follow another path.
+
+import * as words from "./words.js";
+
+const element = (id) => document.getElementById(`replay-${id}`);
+const bar = document.getElementById("replay");
+let now = null; // what the view says of it
+let watch = null;
+let held = false; // the slider is in somebody's hand
+
+const atEnd = () => now.at_s >= now.seconds;
+
+function go(at_s, speed) {
+  now = { ...now, at_s, speed };
+  watch(`/events/${Math.round(at_s * 1000)}/${speed}`);
+}
+
+// `watch(url)` follows other events from now on.
+export function follow(watching) {
+  watch = watching;
+}
+
+export function draw(replay) {
+  bar.hidden = !replay;
+  document.body.classList.toggle("recorded", Boolean(replay));
+  if (!replay) return;
+  now = replay;
+  element("play").textContent = now.speed && !atEnd() ? "Pause" : atEnd() ? "Play again" : "Play";
+  const slider = element("at");
+  if (slider.max !== String(now.seconds)) slider.max = now.seconds;
+  if (!held) slider.value = now.at_s;
+  slider.setAttribute("aria-valuetext", `${words.seconds(now.at_s)} of ${words.seconds(now.seconds)}`);
+  element("time").textContent = `${words.seconds(now.at_s)} of ${words.seconds(now.seconds)}, ${now.file}`;
+}
+
+element("play").addEventListener("click", () => {
+  if (atEnd()) go(0, Number(element("speed").value));
+  else go(now.at_s, now.speed ? 0 : Number(element("speed").value));
+});
+element("at").addEventListener("input", () => { held = true; });
+element("at").addEventListener("change", (event) => { held = false; go(Number(event.target.value), now.speed); });
+element("speed").addEventListener("change", (event) => { if (now.speed) go(now.at_s, Number(event.target.value)); });
