@@ -22,7 +22,7 @@ from swarm import schedule
 from swarm.bitfield import Bitfield
 from swarm.errors import LocalProtocolError
 from swarm.manifest import Manifest
-from swarm.messages import REQUEST_CHUNKS_MAX
+from swarm.messages import PACE_BYTES_PER_S_MAX, REQUEST_CHUNKS_MAX
 
 # One wrong chunk may be a flaky wire. So many from one peer, and more than this part of all that it sent, is a broken
 # or lying one.
@@ -151,6 +151,7 @@ class Ask:
     count: int = 0
     hungry: bool = False
     sources: int = 1  # how many peers there are to be asked
+    pace_bytes_per_s: int = 0  # what arrived so far, per second since the download began
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,7 @@ class Download:
         self._stall_timeout_s = stall_timeout_s
         self._rng = rng
         self._now = now
+        self._began = now
         self._progress_at = now
         self._peers: dict[str, _Peer] = {}
         self._banned: set[str] = set()
@@ -426,12 +428,13 @@ class Download:
         if not peers:
             return []  # most events change nothing about that
         asks = schedule.plan(self._view(peers), self._rng)
+        due = len(self._peers), self._pace_bytes_per_s
         actions: list[Action] = []
         for ask in asks:
             number = next(self._transfer_ids)
             self._transfers[number] = _Transfer(ask.peer, set(ask.chunks), self._size(ask.chunks), self._now)
             self._peers[ask.peer].transfers.add(number)
-            actions.append(Ask(ask.peer, number, ask.chunks, ask.why, ask.count, ask.hungry, len(self._peers)))
+            actions.append(Ask(ask.peer, number, ask.chunks, ask.why, ask.count, ask.hungry, *due))
         for name in peers.keys() - {ask.peer for ask in asks}:
             self._peers[name].barren = True
         for ask in asks:
@@ -501,6 +504,12 @@ class Download:
             peers_total=len(self._peers),
             hungry=schedule.hungry(sum(1 for peer in others if peer.transfers), len(others)),
         )
+
+    @property
+    def _pace_bytes_per_s(self) -> int:
+        elapsed_s = self._now - self._began
+        pace = sum(self.sources.values()) / elapsed_s if elapsed_s > 0 else 0.0
+        return min(round(pace), PACE_BYTES_PER_S_MAX)
 
     def _measure(self, name: str, number: int) -> None:
         peer, transfer = self._peers.get(name), self._transfers.get(number)

@@ -248,8 +248,8 @@ class Fetching:
         event: download.Event = download.TransferEnded(peer.node, number)
         try:
             session = await peer.session()
-            digest = self._manifest.digest
-            peer.post(messages.Request(peer.scheme, digest, number, ask.chunks, ask.count, ask.hungry, ask.sources))
+            due = ask.hungry, ask.sources, ask.pace_bytes_per_s
+            peer.post(messages.Request(peer.scheme, self._manifest.digest, number, ask.chunks, ask.count, *due))
             chunks = await receiving.chunks
             size = sum(self._manifest.chunks[index].size for index in chunks)
             receiving.session = session

@@ -38,6 +38,7 @@ FRAME_BYTES_WANTED = 64 << 10  # no further message joins a frame beyond that; o
 MANIFEST_PART_BYTES = 256 << 10  # small enough to let other messages through between two parts
 REQUEST_CHUNKS_MAX = 256  # chunks in one transfer: more would tie too much to one peer
 SOURCES_MAX = 1024
+PACE_BYTES_PER_S_MAX = 1 << 50
 ANNOUNCED_MAX = 256  # artifacts one node serves
 ADDRESSES_MAX = 64  # members told in one message
 RUNS_MAX = 4096  # runs of chunks in one Have
@@ -179,7 +180,8 @@ class Request(Message, frozen=True):
     """Asks for a transfer over `scheme`: of these chunks in this order, or of up to `count` that the holder chooses.
 
     Exactly one of `chunks` and `count` is given. `hungry` tells a seed that the asker has nobody else to ask, `sources`
-    how many the asker is fed by: who has few gets more of each. The id is the asker's own, unique on this link.
+    how many the asker is fed by: who has few gets more of each. `pace_bytes_per_s` is what it got since it began: who
+    fell behind gets more. The id is the asker's own, unique on this link.
     """
 
     scheme: Scheme
@@ -189,6 +191,7 @@ class Request(Message, frozen=True):
     count: Annotated[int, msgspec.Meta(ge=0, le=REQUEST_CHUNKS_MAX)]
     hungry: bool
     sources: Annotated[int, msgspec.Meta(ge=1, le=SOURCES_MAX)]
+    pace_bytes_per_s: Annotated[int, msgspec.Meta(ge=0, le=PACE_BYTES_PER_S_MAX)]
 
 
 class Grant(Message, frozen=True):

@@ -89,7 +89,8 @@ class Serving:
             self._requests[key] = request
             expected = sum(share.manifest.chunks[index].size for index in request.chunks)
             size = expected or request.count * share.manifest.chunk_bytes
-            self._handle(upload.Requested(peer.node, request.transfer, size, request.sources))
+            pace = request.pace_bytes_per_s
+            self._handle(upload.Requested(peer.node, request.transfer, size, request.sources, pace))
 
     def cancelled(self, peer: Peer, number: int) -> None:
         """A peer does not want a transfer any more."""

@@ -338,7 +338,8 @@ class Crowd:
         if all(chunk in member.held for chunk in request.chunks) and (request.chunks or member.gifts):
             member.requests[peer.name, request.transfer] = request
             size = (len(request.chunks) or request.count) * self.setup.chunk_bytes
-            self._upload(member, upload.Requested(peer.name, request.transfer, size, request.sources))
+            asked = upload.Requested(peer.name, request.transfer, size, request.sources, request.pace_bytes_per_s)
+            self._upload(member, asked)
         else:
             self._say(member, peer, messages.Refuse(request.transfer, "not_held", REFUSED_RETRY_S))
 
@@ -411,9 +412,9 @@ class Crowd:
         for action in actions:
             self._note(member, action)
             match action:
-                case download.Ask(name, number, chunks, _, count, hungry, sources):
+                case download.Ask(name, number, chunks, _, count, hungry, sources, pace):
                     member.receiving[number] = _Receiving(name, self._clock.now)
-                    request = messages.Request(SCHEME, DIGEST, number, chunks, count, hungry, sources)
+                    request = messages.Request(SCHEME, DIGEST, number, chunks, count, hungry, sources, pace)
                     self._say(member, self._members[name], request)
                 case download.Cancel(name, number):
                     member.receiving.pop(number, None)

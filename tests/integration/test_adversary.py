@@ -302,7 +302,7 @@ def test_member_that_floods(target: Target, what: str) -> None:
                 for number in range(20_000):
                     match what:
                         case "requests":
-                            await link.send(messages.Request("tls", digest, number, (0,), 0, False, 1))
+                            await link.send(messages.Request("tls", digest, number, (0,), 0, False, 1, 0))
                         case "manifests":
                             await link.send(messages.ManifestRequest(digest))
                         case "nonsense":

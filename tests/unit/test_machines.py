@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -98,6 +99,15 @@ def test_a_chunk_that_arrives_twice_counts_once() -> None:
     fetch.tell(ChunkVerified("b", ask.transfer, ask.chunks[0]))
     assert fetch.tell(ChunkVerified("a", 0, ask.chunks[0])) == []
     assert sum(fetch.machine.sources.values()) == fetch.machine.manifest.chunks[ask.chunks[0]].size
+
+
+def test_what_is_asked_says_how_much_came_since_the_download_began() -> None:
+    fetch = Fetch(64)
+    (first,) = fetch.joined("a")[:1]
+    assert first.pace_bytes_per_s == 0
+    fetch.tell(ChunkVerified("a", first.transfer, first.chunks[0]), at=2.0)
+    size = fetch.machine.manifest.chunks[first.chunks[0]].size
+    assert fetch.joined("b")[0].pace_bytes_per_s == round(size / 2.0)
 
 
 def test_the_third_corrupt_chunk_bans() -> None:
@@ -580,6 +590,42 @@ def test_who_comes_late_is_not_served_alone_until_it_has_caught_up() -> None:
     granted = [action.peer for action in told(machine, Ended("old", 100), Ended("new", 0), Ended("new", 1))]
     assert "old" in granted, "it waits for a newcomer to get all that it has"
     assert "new" in granted
+
+
+def test_nobody_gets_a_second_slot_while_somebody_waits_for_a_first() -> None:
+    """Else the slots of a seed fill with slow newcomers, and its link is idle."""
+    machine = Upload(slots=3)
+    told(machine, Requested("slow", 0, 1), Requested("slow", 1, 1), Requested("quick", 0, 1000))
+    told(machine, Requested("slow", 2, 1), *(Requested(peer, 0, 1000) for peer in ("late", "later")))
+    assert told(machine, Ended("quick", 0)) == [Grant("late", 0, 0)]
+    assert told(machine, Ended("late", 0)) == [Grant("later", 0, 0)]
+    assert told(machine, Ended("slow", 0)) == [Grant("slow", 2, 2)], "when nobody waits the link must not be idle"
+
+
+def test_who_fell_behind_gets_more_than_the_fastest() -> None:
+    got = served_of({"fast": 100.0, "behind": 50.0}, rounds=500)
+    assert got["behind"] == pytest.approx(4 * got["fast"], rel=0.1), "a byte is charged by the square of the pace"
+
+
+def test_who_claims_to_get_nothing_cannot_have_everything() -> None:
+    got = served_of({"honest": 100.0, "liar": 0.0}, rounds=650)
+    assert got["honest"] == pytest.approx(10, abs=1), f"charged as if it got 1 / {upload.SLOWEST} of the fastest"
+
+
+def served_of(paces: dict[str, float], *, rounds: int) -> Counter[str]:
+    """Transfers of peers that always want more, out of so many, one at a time."""
+    machine, numbers = Upload(slots=1), itertools.count()
+    for peer, pace in paces.items():
+        told(machine, *(Requested(peer, next(numbers), 100, 1, pace) for _ in range(3)))
+    got: Counter[str] = Counter()
+    name, number = next(iter(paces)), 0
+    for _ in range(rounds):
+        (grant,) = told(machine, Ended(name, number))
+        assert isinstance(grant, Grant)
+        name, number = grant.peer, grant.transfer
+        got[name] += 1
+        told(machine, Requested(name, next(numbers), 100, 1, paces[name]))
+    return got
 
 
 def test_slots_and_transfers_per_peer_are_limited() -> None:

@@ -40,9 +40,9 @@ GOLDEN: dict[Message, str] = {
     messages.Interest(DIGEST, b"\xc0"): f'{{"type":"Interest","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Holdings(DIGEST, b"\xc0"): f'{{"type":"Holdings","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Have(DIGEST, ((0, 2), (5, 1))): f'{{"type":"Have","digest":"{DIGEST}","runs":[[0,2],[5,1]]}}',
-    messages.Request("tcp", DIGEST, 7, (3, 1), 0, False, 5): (
+    messages.Request("tcp", DIGEST, 7, (3, 1), 0, False, 5, 9): (
         f'{{"type":"Request","scheme":"tcp","digest":"{DIGEST}","transfer":7,"chunks":[3,1],"count":0,"hungry":false,'
-        '"sources":5}'
+        '"sources":5,"pace_bytes_per_s":9}'
     ),
     messages.Grant(7, 0, (3, 1)): '{"type":"Grant","transfer":7,"sequence":0,"chunks":[3,1]}',
     messages.Refuse(7, "busy", 1.5): '{"type":"Refuse","transfer":7,"reason":"busy","retry_s":1.5}',
@@ -150,6 +150,10 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("Request", "count"): ([0, messages.REQUEST_CHUNKS_MAX], [-1, messages.REQUEST_CHUNKS_MAX + 1]),
     ("Request", "hungry"): ([True, False], [1, None]),
     ("Request", "sources"): ([1, messages.SOURCES_MAX], [0, messages.SOURCES_MAX + 1, 1.5, None]),
+    ("Request", "pace_bytes_per_s"): (
+        [0, messages.PACE_BYTES_PER_S_MAX],
+        [-1, messages.PACE_BYTES_PER_S_MAX + 1, 1.5, None],
+    ),
     ("Grant", "transfer"): (TRANSFER, [-1, 1 << 62]),
     ("Grant", "sequence"): ([0], [-1]),
     ("Grant", "chunks"): CHUNKS,
