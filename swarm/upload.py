@@ -14,7 +14,7 @@ Simulated, the last newcomer over the lower bound (32 newcomers, 2048 chunks; on
                                                     undisturbed     a tenth at quarter speed
     every byte charged by sources                   1.025, 1.074    1.188, 1.193
     no second transfer while somebody waits         1.025, 1.074    1.059, 1.192
-    and by pace                                     1.023, 1.044    1.061, 1.098
+    and by pace                                     1.022, 1.046    1.057, 1.098
 
 Transfers to one peer keep the order of its requests.
 

@@ -48,7 +48,7 @@ def test_is_a_liar_banned_by_all_who_took_from_it_and_nobody_honest(dice: int) -
         if isinstance(what, download.ChunkCorrupt):
             wrong[node, what.peer] += 1
 
-    report = played(replace(BURST, chunks=40, model_bytes=2_500_000_000, liars=1, dice=dice), observe)
+    report = played(replace(BURST, chunks=48, model_bytes=3_000_000_000, liars=1, dice=dice), observe)
     (liar,) = report.liars
     fooled = {node for (node, source), count in wrong.items() if count >= download.CORRUPT_CHUNKS_MAX}
     assert {source for _, source in wrong} == {liar}
