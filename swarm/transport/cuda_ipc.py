@@ -311,6 +311,7 @@ class CudaIpcOutbound(TcpOutbound):
         super()._drop_transfers()
         with self._lock:
             over = [lease for lease in self._leases.values() if lease.outcome is not None]
-            self._leases.clear()
+            for lease in over:  # the others are still to be concluded, as unread
+                del self._leases[lease.sending.transfer.id]
         for lease in over:
             lease.sending.end(lease.outcome[0] if lease.outcome and lease.outcome[0] else self._error())

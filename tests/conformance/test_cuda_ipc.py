@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
 
 import pytest
@@ -15,7 +16,8 @@ from swarm.errors import TransportError
 from swarm.listener import Listener
 from swarm.store import View
 from swarm.transport import cuda_ipc
-from swarm.transport.cuda_ipc import CudaIpcTransport
+from swarm.transport.cuda_ipc import CudaIpcOutbound, CudaIpcTransport
+from swarm.transport.tcp_session import Sending
 
 from .check_transport import CHECKS, Check, Pair, outcome, run_check, session, transfer
 from .fake_gpu import FakeGpu
@@ -175,6 +177,37 @@ def test_is_the_holder_reached_otherwise_once_a_handle_was_refused(
     with caplog.at_level(logging.WARNING):
         run(check())
     assert len([record for record in caplog.records if "cannot be read directly" in record.message]) == 1
+
+
+@pytest.mark.usefixtures("foreign")
+def test_is_a_transfer_unread_whose_session_went_just_after_its_last_frame(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.refuses = True
+    dropped = threading.Event()
+    conclude, drop_transfers = CudaIpcOutbound._conclude, CudaIpcOutbound._drop_transfers
+
+    def late(holder: CudaIpcOutbound, sending: Sending, error: Exception | None) -> None:
+        assert dropped.wait(DEADLINE_S)
+        conclude(holder, sending, error)
+
+    def drop(holder: CudaIpcOutbound) -> None:
+        drop_transfers(holder)
+        dropped.set()
+
+    monkeypatch.setattr(CudaIpcOutbound, "_conclude", late)
+    monkeypatch.setattr(CudaIpcOutbound, "_drop_transfers", drop)
+
+    async def check() -> None:
+        async with session(ipc_pair) as (outbound, inbound, _):
+            agreed = transfer(1, SIZE)
+            target = torch.zeros(SIZE, dtype=torch.uint8)
+            sending = asyncio.create_task(outbound.send(agreed, iter([gpu.own(random_bytes(SIZE))])))
+            with pytest.raises(TransportError, match="INVALID_HANDLE"):
+                await inbound.receive(agreed, lent([gpu.own(target)], gpu))
+            assert isinstance(await outcome(sending), TransportError)
+
+    run(check())
 
 
 @pytest.mark.usefixtures("foreign")
