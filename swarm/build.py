@@ -222,6 +222,9 @@ class _Kept(msgspec.Struct, forbid_unknown_fields=True):
     version: Literal[1] = 1
 
 
+_kept_decoder = msgspec.json.Decoder(_Kept)
+
+
 def _grid(
     chunk_bytes: int | None, leaf_bytes: int | None, chunk_hash: ChunkHash = "xxh3-128", *, total_bytes: int
 ) -> _Grid:
@@ -453,7 +456,7 @@ def _fetched(cache_dir: Path, directory: Path) -> Path:
 
 def _load(place: Path) -> tuple[Manifest, dict[str, tuple[int, int, int]]] | None:
     try:
-        kept = msgspec.json.decode(place.read_bytes(), type=_Kept)
+        kept = _kept_decoder.decode(place.read_bytes())
         return decode(kept.manifest.encode(), digest=kept.digest), kept.stamps
     except FileNotFoundError:
         return None

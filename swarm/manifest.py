@@ -182,6 +182,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         return f"<Manifest {self.digest[:12]} {len(self.files)} files, {len(self.chunks)} chunks, {self.size} bytes>"
 
 
+# Decoders are made where their types are: what msgspec knows of a type is incomplete while the first decoder is made,
+# and another thread that decodes meanwhile ends the process.
+_decoder = msgspec.json.Decoder(Manifest)
+
+
 def decode(data: bytes, *, digest: str) -> Manifest:
     """The manifest with this identity. Raises ManifestInvalid for anything but its exact canonical bytes."""
     if len(data) > MANIFEST_BYTES_MAX:
@@ -189,7 +194,7 @@ def decode(data: bytes, *, digest: str) -> Manifest:
     if hashlib.sha256(data).hexdigest() != digest:
         raise ManifestInvalid("manifest", f"its bytes do not have the digest {digest[:16]}…: a peer altered it")
     try:
-        manifest = msgspec.json.decode(data, type=Manifest)
+        manifest = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestInvalid("manifest", str(error)) from error
     if manifest.encoded != data:

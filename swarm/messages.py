@@ -276,6 +276,9 @@ class _Greeting(msgspec.Struct, tag="Hello"):
     software: Text = "unknown"
 
 
+_greeting_decoder = msgspec.json.Decoder(_Greeting)
+
+
 def decode(frame: bytes) -> AnyMessage:
     """The message in a frame of one. Raises ValueError, which says what is wrong with it, or OtherProtocol."""
     _check_size(frame)
@@ -283,7 +286,7 @@ def decode(frame: bytes) -> AnyMessage:
         return _decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            greeting = msgspec.json.decode(frame, type=_Greeting)
+            greeting = _greeting_decoder.decode(frame)
             if greeting.protocol != PROTOCOL:
                 raise OtherProtocol(greeting.protocol, greeting.software) from error
         raise ValueError(str(error)) from error

@@ -517,3 +517,16 @@ def test_does_an_assert_do_no_work(module: str) -> None:
 def test_is_there_no_pickle_and_no_drawer_for_everything(module: str) -> None:
     assert not {"pickle", "marshal", "shelve", "dill"} & packages(imported(statements(tree_of(module))))
     assert module.rpartition(".")[2] not in {"utils", "util", "helpers", "common", "misc"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_is_every_decoder_made_with_its_module(module: str) -> None:
+    """Made by the first thread that decodes, it crashes the second: msgspec's types are half made meanwhile."""
+    tree = tree_of(module)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    decoding = [call for call in calls if ast.unparse(call.func) in ("msgspec.json.decode", "msgspec.msgpack.decode")]
+    types = {ast.unparse(word.value) for call in decoding for word in call.keywords if word.arg == "type"}
+    assert types <= {"dict[str, Any]"}
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    late = [call for function in functions for call in ast.walk(function) if call in calls]
+    assert not [call for call in late if ast.unparse(call.func).endswith(("json.Decoder", "msgpack.Decoder"))]

@@ -54,6 +54,9 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return {tensor.name for path, header in self.headers.items() for tensor in _parse(path, header)}
 
 
+_decoder = msgspec.json.Decoder(Description)
+
+
 def describe(manifest: Manifest) -> Description:
     """What can be said of a checkpoint without its bytes."""
     return Description(
@@ -125,7 +128,7 @@ def read(directory: Path) -> Description:
             raise ManifestInvalid(str(directory), f"has no {DESCRIPTION}")
         data = place.read_bytes()
     try:
-        found = msgspec.json.decode(data, type=Description)
+        found = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestInvalid(str(place), str(error)) from error
     for path, header in found.headers.items():

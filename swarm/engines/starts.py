@@ -55,6 +55,9 @@ class Start(msgspec.Struct, frozen=True):
         return next((step for step in self.steps if step.taken), None)
 
 
+_decoder = msgspec.json.Decoder(Start)
+
+
 def record(cache: Path, start: Start) -> None:
     """Keeps a start under the cache directory; never raises."""
     folder = cache / FOLDER
@@ -77,7 +80,7 @@ def recall(cache: Path) -> list[tuple[float, Start]]:
     for mtime_ns, path in _newest_first(cache / FOLDER):
         try:
             with path.open("rb") as file:
-                found.append((mtime_ns / 1e9, msgspec.json.decode(file.read(FILE_BYTES_MAX), type=Start)))
+                found.append((mtime_ns / 1e9, _decoder.decode(file.read(FILE_BYTES_MAX))))
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             log.warning("%s is ignored: %s", path, error)
     return found

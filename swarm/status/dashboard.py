@@ -105,6 +105,10 @@ class _Timeline(msgspec.Struct, frozen=True):
     lanes: Annotated[tuple[_Lane, ...], msgspec.Meta(max_length=LANES_MAX)]
 
 
+_edge_decoder = msgspec.json.Decoder(_Edge)
+_timeline_decoder = msgspec.json.Decoder(_Timeline)
+
+
 class Watched(Protocol):
     """What the dashboard needs of a node."""
 
@@ -195,7 +199,7 @@ class Dashboard:
             async with limit:
                 data = await self._asked(member, f"/chunk/{digest}/{int(index)}", EDGE_BYTES_MAX)
             try:
-                edge = msgspec.json.decode(data or b"", type=_Edge)
+                edge = _edge_decoder.decode(data or b"")
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 return None
             return edge if edge.node == member.node else None
@@ -230,7 +234,7 @@ class Dashboard:
         if not data:
             return None
         try:
-            return dict(msgspec.to_builtins(msgspec.json.decode(data, type=_Timeline)))
+            return dict(msgspec.to_builtins(_timeline_decoder.decode(data)))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return None
 

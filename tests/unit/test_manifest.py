@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
 from typing import Any
 
 import msgspec
@@ -243,3 +245,19 @@ def test_which_names_are_tied() -> None:
     assert manifests.units(size, entry.tensors()) == [8 + len(header), 1, 1]
     assert manifests.units(7, file("config.json", 7).tensors()) == [7]
     assert file().aliases() == {}
+
+
+def test_may_threads_read_the_first_manifests_at_once() -> None:
+    first = f"""
+import sys, threading
+from swarm import manifest
+sys.setswitchinterval(1e-6)
+together = threading.Barrier(8)
+def read():
+    together.wait()
+    manifest.decode({GOLDEN!r}, digest={GOLDEN_DIGEST!r})
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+    assert [subprocess.run([sys.executable, "-c", first], timeout=60).returncode for _ in range(3)] == [0, 0, 0]
