@@ -63,6 +63,18 @@ class Announced:
 
 
 @dataclass(frozen=True)
+class Resolved:
+    """It was found out, or not (`error`), what a model id stands for: seconds on the node's clock of the beginning, and
+    of when it was agreed on a digest and its manifest was wanted. `digest` is None as long as there is none."""
+
+    model_id: str
+    digest: str | None
+    began_at_s: float
+    agreed_at_s: float | None
+    error: str | None
+
+
+@dataclass(frozen=True)
 class FetchStarted:
     """A fetch of `size` bytes begins; `resumed_bytes` of them were here already: of `chunks_total` those that `held`
     names, as (first, count) runs."""

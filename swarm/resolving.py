@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TypeAlias
 
 from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError, SettingsError
+from swarm.journal import Resolved
 from swarm.manifest import Manifest, decode
 from swarm.messages import Origin
 from swarm.node import Holder, Node
@@ -41,6 +42,31 @@ async def resolve(
 
     Raises ManifestNotFound when nobody serves it in time, ManifestConflict when peers disagree and no digest is pinned.
     """
+    began_at_s = node.now()
+    agreed: dict[str, float] = {}  # digest -> when, on the node's clock
+
+    def over(error: str | None) -> None:
+        found, agreed_at_s = next(iter(agreed.items()), (digest, None))
+        node.record("node", Resolved(model_id, found, began_at_s, agreed_at_s, error))
+
+    try:
+        found = await _resolve(node, model_id, agreed, digest=digest, find_timeout_s=find_timeout_s, trusted=trusted)
+    except BaseException as error:
+        over(str(error) or type(error).__name__)
+        raise
+    over(None)
+    return found
+
+
+async def _resolve(
+    node: Node,
+    model_id: str,
+    agreed: dict[str, float],
+    *,
+    digest: str | None,
+    find_timeout_s: float,
+    trusted: Sequence[str],
+) -> tuple[Manifest, Origin | None]:
     deadline = node.now() + find_timeout_s
     failures: dict[str, None] = {}  # each once, in order
     introducers = networks(trusted)
@@ -51,6 +77,8 @@ async def resolve(
                 found_digest, holders = await _agreed(
                     node, model_id, answers, digest=digest, deadline=deadline, trusted=introducers
                 )
+            if found_digest:
+                agreed.setdefault(found_digest, node.now())
             if found_digest and (own := node.described(found_digest)):
                 return own
             if found_digest is None:

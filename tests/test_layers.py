@@ -482,9 +482,9 @@ def test_does_nothing_depend_on_global_dice_or_on_the_time_of_day(module: str) -
     assert dice(tree) <= {"Random", "SystemRandom"}
     if ROW_OF[module] not in ("world", "driver", "faces"):
         assert "time" not in packages(imported(statements(tree)))
-    # build and pruning compare the times of files with the clock that gave them; certificates and seals carry the time
-    # of day
-    if module not in ("build", "engines.pruning", "world", "identity"):
+    # build and pruning compare the times of files with the clock that gave them; certificates, seals and spans carry
+    # the time of day
+    if module not in ("build", "engines.pruning", "world", "identity", "status.spans"):
         assert not {"time", "time_ns"} & used(tree, "time")
     if module.startswith("simulation"):
         assert not {"time", "secrets"} & packages(imported(statements(tree)))

@@ -11,6 +11,7 @@ from swarm import resolving
 from swarm.datagrams import Hear
 from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable
 from swarm.hashing.cpu import chunk_digest
+from swarm.journal import Resolved
 from swarm.link import Link
 from swarm.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.messages import AnyMessage, Message, Origin, decode, encode
@@ -144,6 +145,24 @@ def test_is_a_served_model_found_with_its_origin() -> None:
             seed.serve(MODEL, source := Zeros(), origin=ORIGIN)
             manifest, origin = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
             assert (manifest, origin) == (source.manifest, ORIGIN)
+
+    run(scenario)
+
+
+def test_does_the_journal_say_how_it_went() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+            seed.serve(MODEL, source := Zeros())
+            await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+            with pytest.raises(ManifestNotFound):
+                await resolve(newcomer, "org/other", digest=None, find_timeout_s=0.01)
+            found, missed = (entry.what for entry in newcomer.journal if isinstance(entry.what, Resolved))
+            assert (found.model_id, found.digest, found.error) == (MODEL, source.manifest.digest, None)
+            assert found.agreed_at_s is not None
+            assert found.began_at_s <= found.agreed_at_s <= newcomer.now()
+            assert (missed.model_id, missed.digest, missed.agreed_at_s) == ("org/other", None, None)
+            assert str(missed.error).startswith("nobody serves 'org/other'")
 
     run(scenario)
 
