@@ -3,7 +3,9 @@
 import asyncio
 import importlib.util
 import json
+import re
 import secrets
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -69,15 +71,41 @@ def test_does_a_real_model_arrive_without_any_address_given(machine: Machine, mi
     assert same_tensors(loaded, safetensors.torch.load_file(minilm / "model.safetensors"))
 
 
-def test_is_a_fetch_without_a_terminal_quiet(machine: Machine, model: Path, out: Path) -> None:
-    seed = machine.serve(model)
-    ended = machine.run("fetch", MODEL, "--out", out, "--no-seed", "--no-mdns", "--peer", seed.address)
+@pytest.mark.parametrize("keyed", [False, True])
+def test_does_a_swarm_that_is_well_log_only_what_a_person_acts_on(
+    machine: Machine, model: Path, tmp_path: Path, *, keyed: bool
+) -> None:
+    opening = "no cluster key: listening on this machine only (--key-file opens the node to members)"
+    flags = ["--no-mdns"]
+    if keyed:
+        [fingerprint] = re.findall("[0-9a-f]{8}", machine.run("keygen", "swarm.key").out)
+        opening = f"cluster key {fingerprint}: only members are talked to"
+        flags += ["--key-file", "swarm.key"]
+    as_json = [*flags, "--log-json"]
+
+    def logged(process: Process) -> list[tuple[str, str]]:
+        lines = [json.loads(line) for line in process.err.splitlines()]
+        return [(line["level"], line["message"]) for line in lines]
+
+    seed = machine.start("serve", model, "--model-id", MODEL, *as_json)
+    seed.wait_for(" ready: ")
+    second = machine.start("fetch", MODEL, "--out", tmp_path / "second", "--peer", seed.address, *as_json)
+    second.wait_for("serving it on at")
+    third = machine.start("fetch", MODEL, "--out", tmp_path / "third", "--no-seed", "--peer", seed.address, *flags)
+    ended = third.end()
     assert ended.code == 0
     assert ended.out.startswith(f"{MODEL}: 2 MB in ")
-    assert ended.out.rstrip().endswith(f"-> {out}")
-    assert ended.err.splitlines() == [
-        "no cluster key: listening on this machine only (--key-file opens the node to members)"
-    ]
+    assert ended.out.rstrip().endswith(f"-> {tmp_path / 'third'}")
+    for process in (second, seed):
+        process.send(signal.SIGTERM)
+        process.end()
+    assert ended.err.splitlines() == [opening]
+    [(_, serving)] = [line for line in logged(second) if line != ("info", opening)]
+    assert logged(second) == [("info", opening), ("info", serving)]
+    assert serving.startswith("serving it on at ")
+    assert logged(seed) == [
+        ("info", opening), ("info", f"fetch it with: swarm fetch {MODEL} --peer {seed.address}"),
+    ]  # fmt: skip
 
 
 def test_does_a_second_fetch_transfer_nothing(machine: Machine, model: Path, out: Path) -> None:

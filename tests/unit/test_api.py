@@ -87,6 +87,17 @@ def test_are_tensors_fetched(there: Settings, state: dict[str, torch.Tensor]) ->
         assert repr(weights) == f"<Weights org/model {weights.digest[:12]} 2 tensors>"
 
 
+def test_is_nothing_logged_while_all_is_well(
+    here: Settings, state: dict[str, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with swarm.serve(state, model_id=MODEL, settings=here) as served:
+        swarm.fetch(MODEL, settings=beside(here, served)).close()
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    opening = "no cluster key: listening on this machine only (--key-file opens the node to members)"
+    assert said == [("INFO", opening)] * 2
+
+
 def test_are_tensors_fetched_into_those_of_the_caller(there: Settings, state: dict[str, torch.Tensor]) -> None:
     mine = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
     with swarm.fetch(MODEL, into=mine, settings=there) as weights:
