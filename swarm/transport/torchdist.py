@@ -50,7 +50,7 @@ MAGIC = {"gloo": b"SWRG", "ucc": b"SWRU"}
 SETUP_TIMEOUT_S = 4.0  # less than a peer waits for a session; 3 ms are usual, 50 for UCC
 HOLDER, ASKER = 0, 1
 _SIZES = struct.Struct(">II")
-STORED_BYTES_MAX = 64 << 10  # addresses of two processes: hundreds of bytes
+STORED_BYTES_MAX = 64 << 10  # in all: addresses of two processes are hundreds of bytes
 
 
 class TorchDistTransport(TcpTransport):
@@ -174,6 +174,7 @@ def _store_class() -> Any:
             super().__init__()
             self._stream = stream
             self._known: dict[str, bytes] = {}
+            self._room = STORED_BYTES_MAX
 
         def set(self, key: str, value: str | bytes) -> None:
             data = value.encode() if isinstance(value, str) else bytes(value)
@@ -183,8 +184,9 @@ def _store_class() -> Any:
         def get(self, key: str) -> bytes:
             while key not in self._known:
                 key_bytes, value_bytes = _SIZES.unpack(read_exactly(self._stream, _SIZES.size))
-                if key_bytes + value_bytes > STORED_BYTES_MAX:
-                    raise EOFError(f"the peer stores {key_bytes + value_bytes} bytes")
+                self._room -= _SIZES.size + key_bytes + value_bytes
+                if self._room < 0:
+                    raise EOFError(f"the peer stores more than {STORED_BYTES_MAX} bytes")
                 known = read_exactly(self._stream, key_bytes).decode("ascii", "replace")
                 self._known[known] = read_exactly(self._stream, value_bytes)
             return self._known[key]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 
@@ -46,6 +48,15 @@ class LazyEvent:
             self.stream.synchronize()
 
 
+class HostMemory:
+    """Pinned memory, but for the pinning."""
+
+    def __init__(self, size: int) -> None:
+        self._tensor = torch.zeros(size, dtype=torch.uint8)
+        self.view = self._tensor.numpy().data
+        self.address = self._tensor.data_ptr()
+
+
 class FakeGpu:
     """`foreign`: handles count as another process's, which `open` opens. `refuses`: it does not."""
 
@@ -61,6 +72,12 @@ class FakeGpu:
         """Makes CPU memory an allocation of this GPU."""
         self._allocations.append(tensor)
         return on_gpu(tensor)
+
+    @contextlib.contextmanager
+    def in_place_of_cuda(self) -> Iterator[None]:
+        """Meanwhile this process uses this GPU."""
+        with mock.patch.multiple(cuda, gpu=lambda index: self, in_use=lambda: True, home=lambda: 0, Pinned=HostMemory):
+            yield
 
     def event(self) -> LazyEvent:
         return LazyEvent()

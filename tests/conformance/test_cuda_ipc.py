@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Coroutine, Iterator
 import pytest
 import torch
 
-from swarm import cuda
 from swarm.errors import TransportError
 from swarm.listener import Listener
 from swarm.store import View
@@ -28,13 +27,10 @@ SIZE = 3 << 20
 
 
 @pytest.fixture(autouse=True)
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+def gpu() -> Iterator[FakeGpu]:
     gpu = FakeGpu()
-    monkeypatch.setattr(cuda, "gpu", lambda index: gpu)
-    monkeypatch.setattr(cuda, "in_use", lambda: True)
-    monkeypatch.setattr(cuda, "home", lambda: 0)
-    monkeypatch.setattr(cuda, "Pinned", HostMemory)
-    return gpu
+    with gpu.in_place_of_cuda():
+        yield gpu
 
 
 @pytest.fixture
@@ -46,13 +42,6 @@ def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
 class Forgetful(dict[bytes, int]):
     def __setitem__(self, handle: bytes, start: int) -> None:
         """Forgets it."""
-
-
-class HostMemory:
-    def __init__(self, size: int) -> None:
-        self._tensor = torch.zeros(size, dtype=torch.uint8)
-        self.view = self._tensor.numpy().data
-        self.address = self._tensor.data_ptr()
 
 
 @contextlib.asynccontextmanager

@@ -19,7 +19,7 @@ SLOW_S = 1.0  # one input of at most 4 KiB that keeps a node busy for so long is
 
 def main() -> int:
     """Feeds every target its share; returns 1 when any of them broke."""
-    parser = argparse.ArgumentParser("python -m tests.fuzz", description=__doc__)
+    parser = argparse.ArgumentParser("python -m fuzz", description=__doc__)
     parser.add_argument("--inputs", type=int, default=100_000, help="how many, over all targets")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--target", action="append", choices=[target.name for target in TARGETS])
@@ -71,7 +71,7 @@ def _broke(target: Target, data: bytes, keep: Path) -> int:
             keep.mkdir(exist_ok=True)
             path.write_bytes(data)
             traceback.print_exc()
-            print(f"again with: python -m tests.fuzz --target {target.name} --replay {path}", flush=True)
+            print(f"again with: python -m fuzz --target {target.name} --replay {path}", flush=True)
         return 1
     return 0
 

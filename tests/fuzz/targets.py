@@ -8,14 +8,19 @@ import hashlib
 import json
 import random
 import socket
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from unittest import mock
 
-from swarm import manifest, messages, rumours, safetensors_header, tuning
+import torch
+from conformance.fake_gpu import FakeGpu
+
+from swarm import cuda, manifest, messages, rumours, safetensors_header, tuning
 from swarm.bitfield import Bitfield
+from swarm.cuda import CudaError
 from swarm.errors import ManifestInvalid, SettingsError, TransportError
 from swarm.gossip import Gossip, Heard
 from swarm.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
@@ -23,8 +28,9 @@ from swarm.messages import Announcement, Offer, Origin
 from swarm.rumours import Ack, Claim, Holding, News, Ping, PingRequest, Profile, Record, State, Sync
 from swarm.sealing import Opener, Sealer, SealKey
 from swarm.settings import join_address, split_address
-from swarm.transport import Transfer, tcp_session
-from swarm.transport.stream import PlainStream
+from swarm.store import View
+from swarm.transport import Transfer, cuda_ipc, tcp_session, torchdist, two_sided
+from swarm.transport.stream import PlainStream, Stream
 from swarm.transport.tcp import TcpTransport, preamble_of
 from swarm.transport.tcp_session import ABORT, DATA, END, HEADER, TcpInbound
 
@@ -33,6 +39,7 @@ ME, ANN, BEN = "0" * 16, "1" * 16, "f" * 16
 DIGEST, TOKEN = "ab" * 32, "0123456789abcdef" * 2
 PREAMBLE = preamble_of(bytes.fromhex(TOKEN), 1)
 DEADLINE_S = 20.0
+WANTED = 40, 8  # bytes of the transfers that a holder was asked for
 
 
 @dataclass(frozen=True)
@@ -231,28 +238,155 @@ _pool = ThreadPoolExecutor(1, thread_name_prefix="fuzz")
 
 def feed_frames(data: bytes) -> bool:
     """What a holder sends over a session, which then ends: a transfer of 40 bytes and one of 8 were asked for."""
-    return _runner.run(_receive(data))
+    return _runner.run(_receive(data, TcpInbound, *map(_room, WANTED)))
 
 
-async def _receive(data: bytes) -> bool:
+def _room(size: int) -> Iterator[View]:
+    return iter([memoryview(bytearray(size))])
+
+
+async def _receive(data: bytes, ask: Callable[..., TcpInbound], *rooms: Iterator[View]) -> bool:
     ours, theirs = socket.socketpair()
+    bugs: list[BaseException] = []  # a session ends with what it has no name for, and tells the loop
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: bugs.append(context["exception"]))
     with theirs, mock.patch.object(tcp_session, "UNPOSTED_WAIT_S", 0.0):
         async with asyncio.timeout(DEADLINE_S):
-            session = TcpInbound(PlainStream(ours), peer="fuzz", pool=_pool)
-            buffers = {1: bytearray(40), 2: bytearray(8)}
+            session = ask(PlainStream(ours), peer="fuzz", pool=_pool)
             waiting = [
-                asyncio.ensure_future(session.receive(Transfer(n, len(room), 5.0), iter([memoryview(room)])))
-                for n, room in buffers.items()
+                asyncio.ensure_future(session.receive(Transfer(number, size, 5.0), views))
+                for number, (size, views) in enumerate(zip(WANTED, rooms, strict=True), 1)
             ]
             await asyncio.sleep(0)
             theirs.sendall(data)
             theirs.shutdown(socket.SHUT_WR)
             outcomes = await asyncio.gather(*waiting, return_exceptions=True)
             await session.close()
-    for outcome in outcomes:
+    for outcome in (*bugs, *outcomes):
         if isinstance(outcome, BaseException) and not isinstance(outcome, TransportError):
             raise outcome
     return None in outcomes
+
+
+HANDLE = bytes(range(cuda.HANDLE_BYTES))  # of the one allocation that the holder lends
+LENT = bytes(range(64))
+
+
+def _regions() -> list[bytes]:
+    def frame(transfer: int, kind: int, payload: bytes = b"") -> bytes:
+        return HEADER.pack(transfer, len(payload), kind) + payload
+
+    first = frame(1, cuda_ipc.REGION, cuda_ipc.FRAME.pack(HANDLE, 24, 30)) + frame(1, DATA, b"y" * 10) + frame(1, END)
+    second = frame(2, cuda_ipc.REGION, cuda_ipc.FRAME.pack(HANDLE, 0, 8)) + frame(2, END)
+    return [first + second, frame(1, cuda_ipc.REGION, cuda_ipc.FRAME.pack(HANDLE, 0, 64)) + frame(1, ABORT) + second]
+
+
+def feed_regions(data: bytes) -> bool:
+    """As `feed_frames`, of a holder on this host: the first transfer is wanted in a GPU's memory."""
+    gpu = _LendingGpu()
+    target = torch.zeros(WANTED[0], dtype=torch.uint8)
+
+    def first() -> Iterator[View]:
+        yield gpu.own(target)
+        gpu.current().synchronize()
+
+    with gpu.in_place_of_cuda():
+        return _runner.run(_receive(data, _Reading, first(), _room(WANTED[1])))
+
+
+class _Reading(cuda_ipc.CudaIpcInbound):
+    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
+        super().__init__(sock, peer=peer, pool=pool)
+        self.refused = lambda why: None  # nobody reads the log
+
+
+class _LendingGpu(FakeGpu):
+    """Reads nothing that was not lent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lent = self.own(torch.tensor(list(LENT), dtype=torch.uint8))
+
+    def open(self, handle: bytes) -> int:
+        if handle != HANDLE:
+            raise CudaError("no such handle")
+        self.opened.append(self._lent.address)
+        return self._lent.address
+
+    def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
+        from_lent = 0 <= source - self._lent.address < len(LENT)
+        assert size <= (self._lent.address + len(LENT) - source if from_lent else max(WANTED))
+        super().copy(target, source, size, stream=stream)
+
+
+def _pieces() -> list[bytes]:
+    def frame(transfer: int, kind: int, *sizes: int) -> bytes:
+        return HEADER.pack(transfer, 4 * len(sizes), kind) + struct.pack(f">{len(sizes)}I", *sizes)
+
+    pieces = two_sided.PIECES
+    first = frame(1, pieces, 10, 20) + frame(1, pieces, 10) + frame(1, END)
+    second = frame(2, pieces, 8) + frame(2, END)
+    return [
+        first + second,
+        frame(1, pieces, 40, 40) + frame(1, ABORT) + second,
+        frame(2, pieces, 3, 5) + frame(2, END) + first,
+    ]
+
+
+def feed_pieces(data: bytes) -> bool:
+    """As `feed_frames`, where bytes come over a lane."""
+    return _runner.run(_receive(data, functools.partial(two_sided.TwoSidedInbound, lane=_Lane()), *map(_room, WANTED)))
+
+
+class _Lane:
+    """Brings what is announced, within reason."""
+
+    on_device = False
+    most = 2 * two_sided.HOST_PIECE_BYTES_MAX
+
+    def begin(self) -> None: ...
+
+    def send(self, view: View, *, timeout_s: float) -> None:
+        raise NotImplementedError
+
+    def receive(self, view: View, *, timeout_s: float) -> None:
+        self.most -= view.nbytes
+        if self.most < 0:
+            raise TransportError("the other end did not call")
+
+    def end(self, *, timeout_s: float) -> two_sided.Done:
+        return two_sided.at_once
+
+    def flush(self) -> None: ...
+
+    def scratch(self, size: int) -> View:
+        assert size <= two_sided.HOST_PIECE_BYTES_MAX
+        return memoryview(bytearray(size))
+
+    def close(self) -> None: ...
+
+
+def _stored() -> list[bytes]:
+    def value(key: bytes, data: bytes) -> bytes:
+        return torchdist._SIZES.pack(len(key), len(data)) + key + data
+
+    return [value(b"other", b"x" * 9) + value(b"wanted", b"127.0.0.1:7"), value(b"wanted", b"")]
+
+
+def feed_stored(data: bytes) -> bool:
+    """What the other end of a pair says of itself while torch makes it."""
+    ours, theirs = socket.socketpair()
+    with theirs, PlainStream(ours) as stream:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        stream.block(DEADLINE_S)
+        store = torchdist._store_class()(stream)
+        try:
+            store.get("wanted")
+        except EOFError:
+            return False
+        finally:
+            assert sum(len(key) + len(value) for key, value in store._known.items()) <= torchdist.STORED_BYTES_MAX
+    return True
 
 
 def feed_preamble(data: bytes) -> bool:
@@ -282,7 +416,7 @@ async def _adopt(data: bytes) -> bool:
 
 
 TARGETS = [
-    Target("messages", _messages(), feed_message, 0.34),
+    Target("messages", _messages(), feed_message, 0.335),
     Target("gossip", _packets(), feed_gossip, 0.2),
     Target("sealed", _sealed, feed_sealed, 0.12),
     Target("safetensors", _headers(), feed_header, 0.14),
@@ -290,5 +424,8 @@ TARGETS = [
     Target("bitfield", [b"\xf0" * 10, bytes(10), b"\xff" * 9 + b"\xf8"], feed_bitfield, 0.04),
     Target("address", [b"10.0.0.1:7000", b"[fe80::1]:7000", b"seed.swarm.svc.:80"], feed_address, 0.036),
     Target("frames", _frames(), feed_frames, 0.003),
+    Target("regions", _regions(), feed_regions, 0.002),
+    Target("pieces", _pieces(), feed_pieces, 0.001),
+    Target("stored", _stored(), feed_stored, 0.002),
     Target("preamble", [PREAMBLE], feed_preamble, 0.001),
 ]

@@ -1,4 +1,4 @@
-"""Does any decoder of peer bytes do anything but refuse what is wrong? Seconds of what `python -m tests.fuzz` does."""
+"""Does any decoder of peer bytes do anything but refuse what is wrong? Seconds of what `python -m fuzz` does."""
 
 from __future__ import annotations
 
