@@ -283,7 +283,7 @@ def _become(options: argparse.Namespace) -> int:
     logging.getLogger("swarm").info("becomes: %s", shlex.join(launch.command))
     sys.stdout.flush()
     try:
-        os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})  # noqa: S606
+        os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})  # noqa: S606 - no shell
     except OSError as error:
         raise SettingsError("command", f"{launch.command[0]}: {error.strerror}") from error
 

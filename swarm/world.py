@@ -284,7 +284,7 @@ def _reachable(host: str) -> str:
     """An address to advertise for a listening host: its own, or for 0.0.0.0 the one that the default route uses."""
     if host not in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
         return host
-    family, probe = (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")  # noqa: S104
+    family, probe = (socket.AF_INET6, "2001:db8::1") if host == "::" else (socket.AF_INET, "192.0.2.1")
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect((probe, 9))  # a datagram socket sends nothing on connect
