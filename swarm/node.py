@@ -460,7 +460,8 @@ class Node:
         schemes = tuple(transport.scheme for transport in self._world.transports)
         uploads = self._serving.machine.active if self._serving else 0
         omitted = len(holdings) - len(told)
-        return Profile(told, omitted, schemes, self._host, self._rack, uploads, self._upload_slots)
+        software = __version__[: rumours.SOFTWARE_MAX]
+        return Profile(told, omitted, schemes, self._host, self._rack, uploads, self._upload_slots, software)
 
     def _borders(self, node: str) -> int:
         """On the way to another node; who is not a member may be anywhere in the rack."""

@@ -40,10 +40,12 @@ ARTIFACTS_MAX = 16  # told of one member; the rest is told over its links
 CLAIMS_MAX = 40  # in one Sync: so many fit beside a record of usual length
 WANTS_MAX = 40  # a News wants no more than what a Sync can name
 LABEL_MAX = 32  # characters of names and labels: four bytes each at worst
+SOFTWARE_MAX = 32  # characters of a version of swarm, ASCII
 STEPS = 8  # fractions are told in eighths: every further step costs every member a rumour
 
 Label = Annotated[str, msgspec.Meta(max_length=LABEL_MAX, pattern=PRINTABLE)]
 Address = Annotated[str, msgspec.Meta(min_length=1, max_length=260, pattern=PRINTABLE)]
+Software = Annotated[str, msgspec.Meta(max_length=SOFTWARE_MAX, pattern=r"^[!-~]*\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 Version = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 VERSION_MAX = 1 << 53
@@ -75,7 +77,8 @@ class Holding(_Word, frozen=True):
 
 
 class Profile(_Word, frozen=True):
-    """What a member tells of itself. `omitted` counts artifacts that found no room; `uploads` of `slots` are taken."""
+    """What a member tells of itself. `omitted` counts artifacts that found no room; `uploads` of `slots` are taken;
+    `software` is its version of swarm."""
 
     artifacts: Annotated[tuple[Holding, ...], msgspec.Meta(max_length=ARTIFACTS_MAX)] = ()
     omitted: Count = 0
@@ -84,6 +87,7 @@ class Profile(_Word, frozen=True):
     rack: Label = ""
     uploads: Count = 0
     slots: Count = 0
+    software: Software = ""
 
     def borders(self, host: str, rack: str) -> int:
         """How many borders are on the way there: 0 from the same host, 1 within a rack, 2 from another one."""

@@ -173,7 +173,8 @@ def versions(facts: Facts) -> Iterator[Finding]:
     for contact in facts.contacts:
         if isinstance(contact.error, VersionSkew):
             yield Finding("versions", _level(contact), *_split(str(contact.error)))
-    others = sorted({c.software for c in facts.contacts if not c.error} - {facts.software})
+    told = {c.software for c in facts.contacts if not c.error} | {m.software for m in facts.members}
+    others = sorted(told - {facts.software, ""})
     if others:
         todo = "they understand each other; upgrade the older when it suits"
         yield Finding("versions", "note", f"swarm {facts.software} here, {', '.join(others)} elsewhere", todo)

@@ -252,6 +252,7 @@ def _members(node: Node) -> tuple[Member, ...]:
             member.name,
             member.address,
             tuple((a.model_id, a.digest, a.tier, a.chunks / max(1, a.chunks_total)) for a in member.profile.artifacts),
+            member.profile.software,
         )
         for member in node.members()
         if member.node not in node.peers

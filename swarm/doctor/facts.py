@@ -67,11 +67,13 @@ class Contact:
 
 @dataclass(frozen=True)
 class Member:
-    """Somebody that gossip alone knows. `artifacts`: model id, digest, tier and fraction."""
+    """Somebody that gossip alone knows. `artifacts`: model id, digest, tier and fraction. `software`: its version of
+    swarm, empty where it did not say."""
 
     name: str
     address: str
     artifacts: tuple[tuple[str, str, str, float], ...] = ()
+    software: str = ""
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,7 @@ class _Member:
             "rack": profile.rack if profile else None,
             "uploads": profile.uploads if profile else None,
             "slots": profile.slots if profile else None,
+            "version": (profile.software or None) if profile else None,
         }
 
 

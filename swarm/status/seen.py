@@ -49,7 +49,7 @@ def healthy(swarm: Mapping[str, Any]) -> bool:
 
 def _member(member: Json, viewed: Mapping[str, Any] | None) -> Json:
     if viewed is None:
-        return {**member, **dict.fromkeys(OF_VIEW)}
+        return {**dict.fromkeys(OF_VIEW), **member}
     placed = {key: viewed[key] for key in ("state", "host", "rack") if viewed.get(key) is not None}
     return {**member, **placed, **_of_view(viewed)}
 

@@ -72,7 +72,7 @@ class Viewer:
                 "rack": heard[node].rack if node in heard else known["rack"],
                 "uploads": known["uploads"],
                 "slots": known["slots"],
-                "version": heard[node].version if node in heard else None,
+                "version": (heard[node].version if node in heard else None) or known.get("version"),
                 "tells": node in heard,
                 "why_not": answer.failure if answer else None,
             }

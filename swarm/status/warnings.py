@@ -90,7 +90,7 @@ def _of_artifacts(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iter
 def _versions(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator[Warn]:
     by_version: dict[str, list[str]] = {}
     for member in members.values():
-        if member["version"]:
+        if member["version"] and member["state"] not in ("dead", "left"):
             by_version.setdefault(member["version"], []).append(member["name"])
     if len(by_version) > 1:
         each = "; ".join(f"{version}: {listed(names)}" for version, names in sorted(by_version.items()))

@@ -89,7 +89,9 @@ def feed_message(data: bytes) -> bool:
 
 def _packets() -> list[bytes]:
     held = Holding("org/model", DIGEST, "checkpoint", 40, 80, False)
-    ann = Record(ANN, 1, State.ALIVE, 2, "ann", "10.0.0.1:7000", Profile((held,), 1, ("tcp",), "host", "rack", 1, 8))
+    ann = Record(
+        ANN, 1, State.ALIVE, 2, "ann", "10.0.0.1:7000", Profile((held,), 1, ("tcp",), "host", "rack", 1, 8, "0.1.0")
+    )
     own = Record(ME, 0, State.ALIVE, 0, "me", "10.0.0.9:7000", Profile())
     return [
         rumours.encode(packet)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from swarm import mesh, resolving
+from swarm import __version__, mesh, resolving
 from swarm.errors import ManifestConflict
 from swarm.gossip import Changed
 from swarm.journal import Left
@@ -153,6 +153,15 @@ def test_is_a_process_that_comes_back_under_its_id_one_member() -> None:
         assert again.node.id == before
         await cluster.until(all_know(cluster, 5), timeout_s=LONG_S)
         await cluster.until(lambda: all(cluster.linked(name) == 5 for name in cluster.members), timeout_s=LONG_S)
+
+    played(scenario)
+
+
+def test_is_the_version_of_swarm_told_to_those_that_no_link_leads_to() -> None:
+    async def scenario(cluster: Cluster) -> None:
+        await crowd(cluster, 2)
+        await cluster.until(all_know(cluster, 2))
+        assert {record.profile.software for record in cluster.members["seed-0"].node.members()} == {__version__}
 
     played(scenario)
 

@@ -179,6 +179,9 @@ def test_are_versions_told_apart() -> None:
     older = dataclasses.replace(HEALTHY.contacts[0], software="0.9")
     (found,) = seen("versions", facts(contacts=(older,)))
     assert (found.level, found.what) == ("note", "swarm 1.0 here, 0.9 elsewhere")
+    heard = (Member("far", "10.0.0.7:7000", software="0.8"), Member("mute", "10.0.0.8:7000"))
+    (found,) = seen("versions", facts(members=heard))
+    assert found.what == "swarm 1.0 here, 0.8 elsewhere"
 
 
 def test_is_a_disk_without_room_for_the_model_bad() -> None:

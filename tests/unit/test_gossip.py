@@ -530,7 +530,9 @@ def test_a_member_with_too_much_to_tell_leaves_some_out_and_says_so() -> None:
 
 def test_the_longest_names_fit() -> None:
     long = "\U0001f600" * 100
-    profile = Profile((), 0, tuple(f"{'x' * 15}{c}" for c in "abcdefgh"), long, long, 1 << 31, 1 << 31)
+    profile = Profile(
+        (), 0, tuple(f"{'x' * 15}{c}" for c in "abcdefgh"), long, long, 1 << 31, 1 << 31, "9" * rumours.SOFTWARE_MAX
+    )
     machine = Gossip(
         "f" * 16, "h" * 253 + ":65535", name=long, tuning=T, now=0.0, rng=random.Random(0), profile=profile
     )

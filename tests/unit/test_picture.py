@@ -54,7 +54,7 @@ HOLDING = Holding("org/model", DIGEST, "checkpoint", 1, 4, False)
 
 
 def heard(state: State, version: int = 0) -> Changed:
-    profile = Profile((HOLDING,), 0, ("tcp",), "h1", "r1", 2, 8)
+    profile = Profile((HOLDING,), 0, ("tcp",), "h1", "r1", 2, 8, "0.1.0")
     return Changed(Record("f" * 16, version, state, version, "far", "10.0.0.9:1", profile))
 
 
@@ -63,7 +63,7 @@ def test_are_members_shown_that_only_gossip_knows() -> None:
     (_, far) = picture.report(2)["members"]
     assert far == {
         "id": "f" * 16, "name": "far", "address": "10.0.0.9:1", "state": "alive", "transport": None,
-        "host": "h1", "rack": "r1", "uploads": 2, "slots": 8, "linked_s": None, "gossip": True,
+        "host": "h1", "rack": "r1", "uploads": 2, "slots": 8, "linked_s": None, "gossip": True, "version": "0.1.0",
     }  # fmt: skip
     (artifact,) = picture.report(2)["artifacts"]
     assert (artifact["bytes"], artifact["members"]) == (None, {"far": 0.25})

@@ -22,13 +22,23 @@ def holding(chunks: int, *, of: int = 80) -> Holding:
     return Holding("org/model", "a" * 64, "checkpoint", chunks, of, chunks == of)
 
 
+def gossiped(profile: list[object]) -> Profile:
+    """What a datagram that says this array of a member is read as."""
+    said = [4, ME, [[2, ANN, 0, 0, 0, "ann", "at-ann", profile]]]
+    packet = rumours.decode(rumours.encode(Ack(1, ME, ()))[:4] + msgspec.msgpack.encode(said))
+    assert isinstance(packet, rumours.Gossip)
+    (told,) = packet.rumours
+    assert isinstance(told, Record)
+    return told.profile
+
+
 @pytest.mark.parametrize(
     "packet",
     [
         Ping(1, ME, ANN, (record(ANN), Claim(BEN, 1, State.LEFT, 2))),
         PingRequest(1, ME, ANN, ()),
         Ack(1, ME, ()),
-        rumours.Gossip(ME, (record(ANN, profile=Profile((holding(3),), 1, ("tcp",), "h", "r", 1, 8)),)),
+        rumours.Gossip(ME, (record(ANN, profile=Profile((holding(3),), 1, ("tcp",), "h", "r", 1, 8, "0.1.0")),)),
         Sync(1, record(ME), ANN, BEN, (Claim(BEN, 1, State.DEAD, 2),)),
         News(1, ME, (record(ANN),), (BEN,), None),
     ],
@@ -45,6 +55,23 @@ def test_what_is_no_packet_is_refused() -> None:
     for datagram in bad:
         with pytest.raises(ValueError, match=r"."):
             rumours.decode(datagram)
+
+
+def test_is_a_profile_understood_that_ends_before_fields_that_came_later() -> None:
+    assert gossiped([[], 0, ["tcp"], "h", "r", 1, 8]) == Profile((), 0, ("tcp",), "h", "r", 1, 8)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [[], 0, [], "", "", 0, 0, "1" * 33],
+        [[], 0, [], "", "", 0, 0, "1\x1b[2J"],
+        [[], 0, [], "", "", 0, 0, "1.0", "more"],
+    ],
+)
+def test_is_a_profile_refused_that_says_more_than_it_may(fields: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        gossiped(fields)
 
 
 @given(st.binary(max_size=200))

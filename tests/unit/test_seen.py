@@ -103,6 +103,10 @@ def test_is_it_warned_of(known: Json, code: str) -> None:
 
 
 def test_is_a_version_told_that_differs() -> None:
+    gossiped = report(member(A, "ann") | {"version": "2"})
+    assert codes(gossiped) == ["version-skew"]
+    assert codes(report(member(A, "ann", "left") | {"version": "2"})) == []
+    assert [m["version"] for m in seen(gossiped, None)["members"]] == [None, "2"]
     other = Own(A, "h", "", (), (), (), (), (), "2")
     assert codes(report(member(A, "ann")), None, a=other) == ["version-skew"]
     assert codes(report(member(A, "ann")), None, a=Own(A, "h", "", (), (), (), (), (), "1")) == []
