@@ -4,6 +4,7 @@
     join.load(ways)                  tries tiers in the order of `tiers.choose`; each decision is one line of the log
     join.keep(tensors)               what to serve of a loaded layout
     join.ready()                     after warm-up: hashes and serves in the background
+    join.pause(why), resume()        their memory goes, and is back: served again if every byte is what it was
     join.stop(why)                   the tensors are about to change: they are served no longer
 
 One node for each process, on the runtime's loop, opened when it is first needed and open until the process ends. Every
@@ -140,9 +141,10 @@ class Join:
         self._stamps: dict[str, Stamp] = {}  # of its weights, before they were loaded
         self._kept: Callable[[], dict[str, torch.Tensor]] | None = None
         self._served: set[str] = set()  # digests of loaded tensors
-        self._lock = threading.Lock()  # of what is served, between the thread that serves and the one that stops
+        self._hashed: str | None = None  # digest of the loaded tensors, once they were hashed here
+        self._lock = threading.Lock()  # who holds it reads the tensors, or changes whether they are served
         self._stopped = ""
-        self.serving: Future[None] | None = None  # done when `ready` has come to its end
+        self.serving: Future[None] | None = None  # done when `ready`, or the last `resume`, has come to its end
         self._noted = contextlib.ExitStack()  # for `swarm status` on this machine
         self.described, self.local, self.content = self._look_here()
 
@@ -373,30 +375,62 @@ class Join:
     def ready(self, then: Callable[[], object] | None = None) -> None:
         """The engine answers: serves what it has, from a thread of its own, and does `then`. See `serving`."""
         if self._options.serve and self.serving is None:
-            self.serving = Future()
-            threading.Thread(target=self._serve_all, args=(then,), name="swarm-serve", daemon=True).start()
+            self._start(self._serve_files, self._serve_loaded, then)
+
+    def pause(self, why: str) -> None:
+        """The memory of the loaded tensors is about to go: served no longer, until `resume`.
+
+        Returns when nobody reads them any more.
+        """
+        self._stop(why)
+
+    def resume(self) -> None:
+        """The memory is back: serves the loaded tensors again, from a thread of its own, if they are what they were."""
+        if not self._stopped or self._kept is None:
+            return
+        if self._known is None:
+            self._give_up("their memory went before they were hashed, so it is not known what they were")
+            return
+        self._stopped = ""
+        self._start(self._serve_loaded)
 
     def stop(self, why: str) -> None:
-        """The loaded tensors are served no longer; returns when nobody is being sent any."""
+        """The loaded tensors are about to change: served no longer, for good.
+
+        Returns when nobody reads them any more.
+        """
+        self._stop(why)
+        self._give_up(why)
+
+    def _stop(self, why: str) -> None:
+        self._stopped = why  # first, so that whoever hashes does not come to serve
         with self._lock:
-            self._stopped = why
-            served, self._served, self._kept = self._served, set(), None
+            served, self._served = self._served, set()
         if served:
             runtime().run(self._withdraw(served, why))
             log.info("%s: loaded tensors are served no longer: %s", self, why)
 
-    def _serve_all(self, then: Callable[[], object] | None) -> None:
-        assert self.serving is not None
-        try:
-            self._serve_files()
-            self._serve_loaded()
-            if then is not None:
-                then()
-        except Exception as error:
-            log.warning("%s: not all is served: %s", self, error)
-            self.serving.set_exception(error)
-        else:
-            self.serving.set_result(None)
+    def _give_up(self, why: str) -> None:
+        if self._kept is not None:
+            self._kept = None
+            log.info("%s: loaded tensors are not served again before the engine starts anew: %s", self, why)
+
+    def _start(self, *steps: Callable[[], object] | None) -> None:
+        """Does these in a thread of its own, one after the other. See `serving`."""
+        self.serving = serving = Future[None]()
+
+        def run() -> None:
+            try:
+                for step in steps:
+                    if step is not None:
+                        step()
+            except Exception as error:
+                log.warning("%s: not all is served: %s", self, error)
+                serving.set_exception(error)
+            else:
+                serving.set_result(None)
+
+        threading.Thread(target=run, name="swarm-serve", daemon=True).start()
 
     def _serve_files(self) -> None:
         """Serves the checkpoint and what engines read of it first: one rank of each host does."""
@@ -418,24 +452,30 @@ class Join:
             _, source, _ = build.checkpoint(place, cache_dir=self._cache)
             self._serve(metadata_id(self.model_id), source)
 
+    @property
+    def _known(self) -> str | None:
+        """The digest that the loaded tensors must have, if anybody has hashed them."""
+        return self._hashed or self._twin
+
     def _serve_loaded(self) -> None:
         with self._lock:
-            kept, self._kept = self._kept, None
-        ours = self.fingerprint = self._fingerprint_of(self.content)
-        if kept is None or ours is None:
-            return
-        source = build.tensors(kept(), loaded_as=ours.text, chunk_hash=self._grid["chunk_hash"])
-        with self._lock:
+            ours = self.fingerprint = self._fingerprint_of(self.content)
+            if self._stopped or self._kept is None or ours is None or self._hashed in self._served:
+                return
+            source = build.tensors(self._kept(), loaded_as=ours.text, chunk_hash=self._grid["chunk_hash"])
+            digest = source.manifest.digest
             if self._stopped:
                 source.close()
                 return
-            if self._twin is not None and self._twin != source.manifest.digest:
+            if self._known not in (None, digest):
                 source.close()
-                raise StoreConflict(self.model_id, "processing changed tensors that were to be served as they came")
+                self._give_up("they are not the bytes that they were")
+                return
             if self._twin is not None:
                 runtime().run(self._withdraw({self._twin}, "it moved"))
             self._serve(ours.model_id(self.model_id), source)
-            self._served.add(source.manifest.digest)
+            self._served.add(digest)
+            self._hashed = digest
         log.info("%s: ready, serves %d loaded bytes as %s", self, source.manifest.size, ours.digest)
 
     def _serve(self, artifact: str, source: Source) -> None:

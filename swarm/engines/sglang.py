@@ -18,14 +18,16 @@ from typing import Any
 GET_LOADER = "sglang.srt.model_loader.loader.get_model_loader"
 READY = "sglang.srt.managers.scheduler.dispatch_event_loop"
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
-# Each of them changes weights in memory or gives their memory away.
+# Each of them changes weights in memory.
 CHANGES = (
+    f"{_UPDATER}.begin_weight_update",
     f"{_UPDATER}.update_weights_from_disk",
     f"{_UPDATER}.update_weights_from_distributed",
     f"{_UPDATER}.update_weights_from_tensor",
     f"{_UPDATER}.update_weights_from_ipc",
-    f"{_UPDATER}.release_memory_occupation",
 )
+RELEASE, RESUME = f"{_UPDATER}.release_memory_occupation", f"{_UPDATER}.resume_memory_occupation"
+WEIGHTS = "weights"  # what SGLang tags their memory with
 SWITCH = "SWARM_SGLANG"
 
 
@@ -37,6 +39,8 @@ def register() -> None:
     HookRegistry.register(READY, _ready, HookType.BEFORE)
     for target in CHANGES:
         HookRegistry.register(target, functools.partial(_stop, target.rpartition(".")[2]), HookType.BEFORE)
+    HookRegistry.register(RELEASE, _pause, HookType.BEFORE)
+    HookRegistry.register(RESUME, _resume, HookType.AFTER)
 
 
 def choose_loader(original: Any, load_config: Any, model_config: Any = None) -> Any:
@@ -52,7 +56,7 @@ def choose_loader(original: Any, load_config: Any, model_config: Any = None) -> 
 
 def unhooked() -> list[str]:
     """Hooks that this SGLang has no place for, so that nobody would tell when weights change."""
-    return [target for target in CHANGES if not hasattr(_resolved(target), "__wrapped__")]
+    return [target for target in (*CHANGES, RELEASE) if not hasattr(_resolved(target), "__wrapped__")]
 
 
 def _resolved(target: str) -> object:
@@ -76,3 +80,22 @@ def _stop(why: str, *_: Any, **__: Any) -> None:
     from swarm.engines import sglang_loader
 
     sglang_loader.stop(why)
+
+
+def _pause(_: Any, request: Any) -> None:
+    from swarm.engines import sglang_loader
+
+    if _of_weights(request):
+        sglang_loader.pause()
+
+
+def _resume(_: Any, __: Any, request: Any) -> None:
+    from swarm.engines import sglang_loader
+
+    if _of_weights(request):
+        sglang_loader.resume()
+
+
+def _of_weights(request: Any) -> bool:
+    """Whether a request about memory is about that of weights; one that names no kind is about all."""
+    return not request.tags or WEIGHTS in request.tags

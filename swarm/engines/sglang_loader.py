@@ -148,8 +148,20 @@ def ready(unhooked: Sequence[str] = ()) -> None:
         join.ready()
 
 
+def pause() -> None:
+    """The scheduler is about to give the memory of its weights away, and may restore them."""
+    for join in _joins:
+        join.pause("the engine was told to release their memory")
+
+
+def resume() -> None:
+    """The scheduler has restored its weights, or has memory for others."""
+    for join in _joins:
+        join.resume()
+
+
 def stop(why: str) -> None:
-    """The scheduler is about to change its weights, or to give their memory away."""
+    """The scheduler is about to change its weights."""
     for join in _joins:
         join.stop(f"the engine was told to {why.replace('_', ' ')}")
 

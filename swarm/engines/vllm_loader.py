@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from swarm.engines.handover import clone, directory_of, is_directory, model_id_o
 from swarm.engines.joining import Join, Options, Rank
 from swarm.errors import SettingsError
 
+WEIGHTS = "weights"  # what vLLM tags their memory with
 HEADER_QUANTISATIONS = ("awq", "gptq")  # which vLLM may find out about by the headers of the files
 
 log = logging.getLogger("swarm")
@@ -132,15 +133,34 @@ class SwarmLoader(BaseModelLoader):
         self._disk().load_weights(model, moved)
 
 
-def ready() -> None:
+def ready(*_: object) -> None:
     """The worker has warmed up: what it loaded is served from now on."""
     for join, compiles in _joins:
         join.ready(then=functools.partial(caches.after_warm_up, compiles, join.settings) if compiles else None)
 
 
-def stop(why: str) -> None:
-    """The worker is about to change its weights, or to give their memory away."""
-    for join, _ in _joins:
+def pause(*_: object, **__: object) -> None:
+    """The worker is about to give the memory of its weights away, and may restore them."""
+    for join, _compiles in _joins:
+        join.pause("the engine was told to sleep")
+
+
+def resume(tags: Collection[str] | None = None) -> None:
+    """The worker has memory again of what these tags name, None for all of it."""
+    if tags is None or WEIGHTS in tags:
+        for join, _ in _joins:
+            join.resume()
+
+
+def discard(tags: Collection[str]) -> None:
+    """The worker is about to give memory away of what these tags name, for good."""
+    if WEIGHTS in tags:
+        stop("discard its weights")
+
+
+def stop(why: str, *_: object, **__: object) -> None:
+    """The worker is about to change its weights, or to lose them."""
+    for join, _compiles in _joins:
         join.stop(f"the engine was told to {why.replace('_', ' ')}")
 
 

@@ -74,13 +74,14 @@ def main() -> None:
         "first_s": answered - ready,
         "process_s": time.time() - float(os.environ.get("ENGINE_BEGAN", time.time())),
     }
-    if os.environ.get("ENGINE_RELOADS"):
+    for method in os.environ.get("ENGINE_TOLD", "").split():
         from swarm.engines import vllm_loader
 
         (join,) = vllm_loader.joins()
         assert join.serving
         join.serving.result(60)
-        llm.collective_rpc("reload_weights")
+        llm.collective_rpc(method)
+        print(f"TOLD {method}", flush=True)
     print("ANSWERED " + json.dumps(report), flush=True)
     sys.stdin.read()
     os._exit(0)  # as workers end: no goodbye

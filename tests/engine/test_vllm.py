@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -190,16 +191,76 @@ def test_do_ranks_find_their_twins(models: Models, engine: Start, tmp_path: Path
     assert [step.tier for step in d.steps if step.taken] == ["checkpoint", "checkpoint"]
 
 
+@pytest.mark.parametrize("told", ["reset_weights", pytest.param("reload_weights", marks=pytest.mark.matrix)])
 def test_does_an_engine_that_changes_its_weights_stop_serving_them(
-    models: Models, engine: Start, tmp_path: Path
+    told: str, models: Models, engine: Start, tmp_path: Path
 ) -> None:
     kind = "dense-fp32"
-    a = engine("a", models(kind), **options(kind, ENGINE_RELOADS="1")).serves()
-    a.wait_for("served no longer: the engine was told to reload weights")
+    a = engine("a", models(kind), **options(kind, ENGINE_TOLD=f"{told} sleep wake_up")).wait_for("TOLD wake_up")
+    assert f"served no longer: the engine was told to {told.replace('_', ' ')}" in a.said
     b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind))
     assert b.tokens == a.tokens
     assert b.taken == "checkpoint"
     assert "no twin" in b.why("loaded")
+
+
+def test_does_an_engine_that_slept_serve_again(models: Models, engine: Start, tmp_path: Path) -> None:
+    kind = "dense-fp32"
+    a = engine("a", models(kind), **options(kind, ENGINE_TOLD="sleep wake_up"))
+    a.wait_until(lambda: a.said.count("ready, serves") == 2, "serving before and after")
+    assert "served no longer: the engine was told to sleep" in a.said
+    b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind))
+    assert b.tokens == a.tokens
+    assert b.taken == "loaded", b.steps
+
+
+class Told:
+    """A join that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda why="": self.heard.append(f"{name} {why}".strip())
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "heard"),
+    [
+        ("sleep", {"level": 1}, "pause the engine was told to sleep"),
+        ("wake_up", {"tags": None}, "resume"),
+        ("wake_up", {"tags": ["weights"]}, "resume"),
+        ("wake_up", {"tags": ["kv_cache"]}, None),
+        ("discard", {"tags": ("kv_cache",)}, None),
+        ("discard", {"tags": ("weights",)}, "stop the engine was told to discard its weights"),
+        ("reload_weights", {}, "stop the engine was told to reload weights"),
+        ("reset_weights", {}, "stop the engine was told to reset weights"),
+        ("start_weight_update", {}, "stop the engine was told to start weight update"),
+        ("start_draft_weight_update", {}, "stop the engine was told to start draft weight update"),
+        ("update_weights", {"update_info": {}}, "stop the engine was told to update weights"),
+        ("elastic_ep_execute", {"execute_method": "load_model"}, "stop the engine was told to elastic ep execute"),
+    ],
+)
+def test_is_a_join_told_what_a_worker_is_told(
+    method: str, arguments: dict[str, Any], heard: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The wrapper and the names of its methods are vLLM's own; the worker behind it does nothing."""
+    from vllm.v1.worker.gpu_worker import Worker
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    from swarm.engines import vllm, vllm_loader
+
+    vllm.register()
+    join, done = Told(), []
+    monkeypatch.setattr(vllm_loader, "_joins", [(join, {})])
+    wrapper = WorkerWrapperBase()
+    wrapper.worker = create_autospec(Worker, instance=True)
+    getattr(wrapper.worker, method).side_effect = lambda **given: done.append((given, list(join.heard)))
+    getattr(wrapper, method)(**arguments)
+    ((given, before),) = done
+    assert given == arguments
+    assert join.heard == ([heard] if heard else [])
+    assert before == ([] if method == "wake_up" else join.heard)
 
 
 @pytest.mark.matrix

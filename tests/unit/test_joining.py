@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,11 +70,13 @@ class _Addresses:
         return join._node.address
 
 
-def seed(join: Callable[..., Join], model: Path, **more: object) -> Join:
+def seed(
+    join: Callable[..., Join], model: Path, *, held: dict[str, torch.Tensor] | None = None, **more: object
+) -> Join:
     """A worker that has loaded from disk and serves."""
     a = join("a", model, **more)
     assert a.load({"disk": lambda: None}) == "disk"
-    a.keep(lambda: tensors(1.0))
+    a.keep(lambda: held or tensors(1.0))
     a.ready()
     assert a.serving is not None
     a.serving.result(30)
@@ -100,6 +103,106 @@ def test_does_a_twin_get_the_tensors_and_serve_them_on(join: Callable[..., Join]
     again = tensors(0.0)
     assert c.load({"loaded": lambda: c.fetch_loaded(again), "disk": nowhere}) == "loaded"
     assert torch.equal(again["head"], got["head"])
+
+
+def served(join: Join) -> set[str]:
+    """Digests of the loaded tensors that others can get."""
+    assert join._node is not None
+    assert join.fingerprint is not None
+    return set(join._node.holders(join.fingerprint.model_id(MODEL)))
+
+
+def settled(join: Join) -> None:
+    assert join.serving is not None
+    join.serving.result(30)
+
+
+def test_are_tensors_served_again_whose_memory_went_and_came_back(
+    join: Callable[..., Join], model: Path, tmp_path: Path
+) -> None:
+    held = tensors(1.0)
+    a = seed(join, model, held=held)
+    before = served(a)
+    a.pause("a test")
+    assert not served(a)
+    for tensor in held.values():
+        tensor.data.zero_()
+    for name, tensor in tensors(1.0).items():
+        held[name].data.copy_(tensor)
+    a.resume()
+    settled(a)
+    assert served(a) == before
+    b = join("b", bare(tmp_path, a), a)
+    got = tensors(0.0)
+    assert b.load({"loaded": lambda: b.fetch_loaded(got), "disk": nowhere}) == "loaded"
+    assert torch.equal(got["head"], held["head"])
+
+
+def test_are_tensors_that_came_back_as_others_not_served_again(
+    join: Callable[..., Join], model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = tensors(1.0)
+    a = seed(join, model, held=held)
+    a.pause("a test")
+    held["norm"].data[0] = 7
+    with caplog.at_level("INFO", "swarm"):
+        a.resume()
+        settled(a)
+    assert not served(a)
+    assert "not served again before the engine starts anew: they are not the bytes that they were" in caplog.text
+    held["norm"].data[0] = 2  # what it was
+    a.pause("again")
+    a.resume()
+    settled(a)
+    assert not served(a)
+
+
+def test_are_tensors_not_served_that_nobody_hashed_before_their_memory_went(
+    join: Callable[..., Join], model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = join("a", model)
+    a.load({"disk": lambda: None})
+    a.keep(lambda: tensors(1.0))
+    a.pause("a test")
+    with caplog.at_level("INFO", "swarm"):
+        a.resume()
+    a.ready()
+    settled(a)
+    assert not served(a)
+    assert "went before they were hashed" in caplog.text
+
+
+def test_are_tensors_that_changed_not_served_after_a_sleep(join: Callable[..., Join], model: Path) -> None:
+    a = seed(join, model)
+    a.stop("a test")
+    a.pause("another one")
+    a.resume()
+    settled(a)
+    assert not served(a)
+
+
+def test_does_a_sleep_wait_for_whoever_reads_the_tensors(join: Callable[..., Join], model: Path) -> None:
+    """Memory that is being hashed must not go, and what was hashed is not served by then."""
+    a = join("a", model)
+    a.load({"disk": lambda: None})
+    reading, asleep = threading.Event(), threading.Event()
+
+    def slowly() -> dict[str, torch.Tensor]:
+        reading.set()
+        asleep.wait(0.2)  # nobody may be asleep meanwhile
+        order.append("read")
+        return tensors(1.0)
+
+    order: list[str] = []
+    a.keep(slowly)
+    a.ready()
+    assert reading.wait(30)
+    a.pause("a test")
+    order.append("asleep")
+    asleep.set()
+    settled(a)
+    assert order == ["read", "asleep"]
+    assert not served(a)
 
 
 def test_does_another_layout_get_the_files_and_the_record_says_why(

@@ -205,6 +205,21 @@ def test_is_what_changes_served_no_longer(load: Load, files: Path, tmp_path: Pat
     assert taken(tmp_path, "second") == "checkpoint"
 
 
+@pytest.mark.parametrize(("tags", "tier"), [(None, "loaded"), (["weights"], "loaded"), (["kv_cache"], "checkpoint")])
+def test_is_what_was_released_served_again_when_it_is_back(
+    load: Load, files: Path, tmp_path: Path, tags: list[str] | None, tier: str
+) -> None:
+    plugin = importlib.import_module("swarm.engines.sglang")
+    load(files, "first")
+    load.ours.ready()  # type: ignore[attr-defined]
+    seed = address(load.ours)  # type: ignore[attr-defined]
+    plugin._pause(None, SimpleNamespace(tags=["weights"]))
+    plugin._resume(None, None, SimpleNamespace(tags=tags))
+    address(load.ours)  # type: ignore[attr-defined]
+    load(bare(tmp_path), "second", seed)
+    assert taken(tmp_path, "second") == tier
+
+
 def test_is_a_model_with_tensors_that_no_name_leads_to_left_to_its_files(
     load: Load, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
