@@ -41,6 +41,7 @@ Found: TypeAlias = Callable[[str], None]
 
 SERVICE_TYPE = "_swarm-weights._tcp.local."
 RESOLVE_TIMEOUT_S = 5.0
+SILENT_AFTER_S = 10.0  # what is sent comes back at once; announcements go out over some seconds
 CLOSE_TIMEOUT_S = 2.0  # saying goodbye takes 0.4 s
 
 # Limits on what strangers on the network can make this node do.
@@ -84,6 +85,8 @@ class Mdns:
     def __init__(self) -> None:
         self._node_id = ""
         self._loopback = False
+        self._heard = False  # anybody, this node's own announcement too
+        self._announced_at_s: float | None = None
         self._found: Found = _ignore
         self._reported: set[tuple[str, str]] = set()
         self._sockets: list[AsyncZeroconf] = []
@@ -98,6 +101,19 @@ class Mdns:
     def started(self) -> bool:
         """Whether there is multicast to speak and listen to."""
         return bool(self._sockets)
+
+    def silent(self, now: float) -> bool:
+        """Whether this node announced itself, and has not heard even that since: the machine's firewall, most likely.
+
+        The kernel brings a machine's multicast back to it without a network, so that it is heard says nothing of the
+        network. `now` is on the loop's clock.
+        """
+        return (
+            bool(self._sockets)
+            and not self._heard
+            and self._announced_at_s is not None
+            and now - self._announced_at_s > SILENT_AFTER_S
+        )
 
     async def start(self, *, node_id: str, address: tuple[str, int], found: Found) -> None:
         """Announces `node_id` at `address`, and from now on calls `found("host:port")` for other nodes.
@@ -169,6 +185,7 @@ class Mdns:
         try:
             # 'cooperating' means: no probing, see the module's docstring.
             await (await messenger.async_register_service(info, cooperating_responders=True))
+            self._announced_at_s = asyncio.get_running_loop().time()
         except (Error, OSError) as error:
             log.warning("mDNS could not announce this node (%r); others reach it only with --peer", error)
 
@@ -184,6 +201,7 @@ class Mdns:
         from zeroconf import ServiceStateChange
         from zeroconf.asyncio import AsyncServiceInfo
 
+        self._heard = True
         node_id = name.removesuffix(f".{SERVICE_TYPE}")
         if node_id == self._node_id or state_change is ServiceStateChange.Removed:
             return

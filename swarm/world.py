@@ -96,10 +96,12 @@ class HostWorld:
 
     @property
     def mdns(self) -> str:
-        """off, on, or blocked: it was wanted and there is no multicast."""
+        """off, on, blocked (it was wanted and there is no multicast), or silent (not even this node is heard)."""
         if self._mdns is None:
             return "off"
-        return "on" if self._mdns.started else "blocked"
+        if not self._mdns.started:
+            return "blocked"
+        return "silent" if self._mdns.silent(asyncio.get_running_loop().time()) else "on"
 
     async def open(
         self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear

@@ -63,8 +63,13 @@ def _of_node(report: Mapping[str, Any]) -> Iterator[Warn]:
     if node.get("open"):
         what = f"{node['name']} has no cluster key: whoever reaches it can read what it serves"
         yield Warn("no-key", "warn", me, me, what, "Make one with `swarm keygen` and give it with --key-file.")
-    if node.get("mdns") == "blocked":
-        what = f"{node['name']} cannot use multicast DNS"
+    if node.get("mdns") in ("blocked", "silent"):
+        cannot = (
+            "cannot use multicast DNS"
+            if node["mdns"] == "blocked"
+            else "hears nothing by multicast DNS, not even itself"
+        )
+        what = f"{node['name']} {cannot}"
         yield Warn("mdns", "warn", me, me, what, "Name a node with --peer; `swarm doctor` says more.")
     linked = [m for m in report["members"] if m["transport"] not in (None, "self") and m["state"] == "alive"]
     if linked and all(m.get("linked_s", 0) > DEAF_AFTER_S and not m.get("gossip") for m in linked):

@@ -1,5 +1,6 @@
 """What the integration tests share: a machine to run commands on, and a small model."""
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -37,20 +38,33 @@ def out(tmp_path: Path) -> Path:
 @pytest.fixture
 def without_udp() -> Iterator[Sequence[str]]:
     """What runs a command in a network of its own, where no datagram gets anywhere."""
-    if os.geteuid() != 0 or shutil.which("ip") is None:
-        pytest.skip("needs root and iproute2")
+    with network_of_its_own(
+        "ip rule add pref 100 table local", "ip rule del pref 0", "ip rule add pref 10 ipproto udp blackhole"
+    ) as wrapper:
+        yield wrapper
+
+
+@pytest.fixture
+def without_mdns() -> Iterator[Sequence[str]]:
+    """What runs a command in a network of its own, where a firewall lets no multicast DNS in."""
+    with network_of_its_own("iptables -A INPUT -p udp --dport 5353 -j DROP") as wrapper:
+        yield wrapper
+
+
+@contextlib.contextmanager
+def network_of_its_own(*rules: str) -> Iterator[Sequence[str]]:
+    """What runs a command in a network namespace with a loopback device, after these commands have run there."""
+    tools = {"ip", *(rule.split()[0] for rule in rules)}
+    if os.geteuid() != 0 or not all(map(shutil.which, tools)):
+        pytest.skip(f"needs root and {', '.join(sorted(tools))}")
     name = f"swarm-{secrets.token_hex(4)}"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, check=False, timeout=10)
     if made.returncode:
         pytest.skip(f"no network namespaces here: {made.stderr.strip()}")
+    wrapper = ("ip", "netns", "exec", name)
     try:
-        for rule in (
-            "link set lo up",
-            "rule add pref 100 table local",
-            "rule del pref 0",
-            "rule add pref 10 ipproto udp blackhole",
-        ):
-            subprocess.run(["ip", "-n", name, *rule.split()], check=True, timeout=10)
-        yield ("ip", "netns", "exec", name)
+        for rule in ("ip link set lo up", *rules):
+            subprocess.run([*wrapper, *rule.split()], check=True, timeout=10)
+        yield wrapper
     finally:
         subprocess.run(["ip", "netns", "del", name], check=True, timeout=10)

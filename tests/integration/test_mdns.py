@@ -151,6 +151,7 @@ def test_is_a_node_never_reported_to_itself_and_others_only_once() -> None:
                 await asyncio.to_thread(other.wait_for, {f"127.0.0.1:{own_port}", f"127.0.0.1:{last_port}"})
                 while not {f"127.0.0.1:{other_port}", f"127.0.0.1:{last_port}"} <= set(found):  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
+        assert not mdns.silent(asyncio.get_running_loop().time() + 3600)
         await mdns.close()
 
     asyncio.run(main())

@@ -89,3 +89,17 @@ def test_do_links_do_where_no_datagram_passes(
     assert contents(out) == contents(other)
     status = machine.start("status", "--json", "--peer", two.address, wrapper=without_udp).end().report
     assert not any(member["gossip"] for member in status["members"]), "gossip was heard"
+
+
+def test_is_it_warned_where_a_node_does_not_hear_itself_by_multicast(
+    machine: Machine, model: Path, without_mdns: Sequence[str]
+) -> None:
+    node = machine.start("serve", model, "--model-id", "org/a", wrapper=without_mdns)
+    node.wait_for(" ready: ")
+
+    def warned() -> list[str]:
+        status = machine.start("status", "--json", "--peer", node.address, wrapper=without_mdns).end().report
+        return [warning["what"] for warning in status["warnings"] if warning["code"] == "mdns"]
+
+    (what,) = wait_until(warned, "the warning")
+    assert what.endswith("hears nothing by multicast DNS, not even itself")
