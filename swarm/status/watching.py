@@ -71,7 +71,9 @@ def watch(ask: Ask) -> int:
     try:
         with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
             for drawn in _again(ask, swarm):
-                live.update(drawn if isinstance(drawn, Text) else table.screen(swarm := drawn), refresh=True)
+                live.update(
+                    drawn if isinstance(drawn, Text) else table.screen(swarm := drawn, in_place=True), refresh=True
+                )
     except KeyboardInterrupt:
         console.print(table.screen(swarm))  # the last one stays when the screen is given back
     return 0 if healthy(swarm) else 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -146,6 +148,82 @@ def test_do_warnings_come_first_and_rates_with_units() -> None:
     assert shown.index("liar sent") < shown.index("member ") < shown.index("rejected")
     for word in ("me at 127.0.0.1:1, 3 members", "25%", "7 MB/s", "5 s", "ann 7 MB/s", "━"):
         assert word in shown
+
+
+def crowded(members: int, *, warnings: int = 1) -> Json:
+    """So many members of which all but the first fetch, and as many warnings."""
+    told = swarm(ALL, fetching())
+    first, fetch, warning = told["members"][0], told["fetches"][0], told["warnings"][0]
+    names = [f"member-{number}" for number in range(members)]
+    return told | {
+        "members": [first | {"name": name, "address": f"10.0.0.{number}:7000"} for number, name in enumerate(names)],
+        "fetches": [fetch | {"name": name} for name in names[1:]],
+        "warnings": [warning] * warnings,
+    }
+
+
+def in_place(told: Json, *, width: int, height: int) -> list[str]:
+    """The lines of a screen that does not scroll."""
+    console = Console(width=width, height=height, markup=False, color_system=None)
+    lines = console.render_lines(table.screen(told, in_place=True), pad=False)
+    return ["".join(segment.text for segment in line).rstrip() for line in lines]
+
+
+@pytest.mark.parametrize("height", [8, 16, 24, 40])
+def test_does_a_small_screen_show_warnings_then_what_fits_and_how_much_does_not(height: int) -> None:
+    shown = in_place(crowded(20), width=80, height=height)
+    assert len(shown) <= height
+    assert "liar sent 3 wrong chunks" in shown[1]
+    members = sum(line.startswith("│ member-") and "%" not in line for line in shown)
+    fetches = sum(line.startswith("│ member-") and "%" in line for line in shown)
+    told = [f"{20 - members} members", *([f"{19 - fetches} fetches"] if fetches < 19 else [])]
+    assert shown[-1] == f"not shown: {', '.join(told)}; --json has all"
+    if height >= 24:
+        assert min(members, fetches) >= 3
+
+
+def test_are_warnings_left_out_last() -> None:
+    shown = in_place(crowded(3, warnings=9), width=80, height=12)
+    assert shown[-1] == "not shown: 6 warnings, 3 members, 2 fetches; --json has all"
+    assert sum("liar sent" in line for line in shown) == 3
+
+
+@pytest.mark.parametrize("height", range(2, 60))
+def test_is_nothing_lost_without_a_word(height: int) -> None:
+    shown = in_place(crowded(9), width=100, height=height)
+    assert len(shown) <= height
+    whole = sum(line.startswith("│ member-") for line in shown) == 9 + 8
+    assert whole != any(line.startswith("not shown: ") for line in shown)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_do_columns_go_before_numbers_are_cut(width: int) -> None:
+    shown = in_place(crowded(3), width=width, height=60)
+    assert max(map(len, shown)) <= width
+    (row,) = [line for line in shown if "member-1 " in line and "25%" in line]
+    assert "7 MB/s" in row
+    assert "5 s" in row
+    head = next(line for line in shown if "state" in line)
+    assert ("address" in head) == (width >= 80)
+    assert ("sends" in head) == (width >= 100)
+
+
+def test_does_watching_fit_the_screen_and_leave_all_of_it_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, width=80, height=24, color_system=None)
+    monkeypatch.setattr(watching, "Console", lambda **_: console)
+    monkeypatch.setattr(watching, "_again", interrupted)
+    assert watching.watch(lambda: crowded(20)) == 1
+    drawn, behind = written.getvalue().split("\x1b[?1049l")
+    assert "not shown: " in drawn
+    assert "member-19" not in drawn
+    assert "not shown: " not in behind
+    assert behind.count("member-19") == 2
+
+
+def interrupted(ask: object, swarm: Json) -> Iterator[Json]:
+    yield swarm
+    raise KeyboardInterrupt
 
 
 def test_can_a_name_do_nothing_to_the_terminal() -> None:
