@@ -130,6 +130,8 @@ class NcclLane:
 
         def done() -> bool:
             nonlocal deadline
+            if not self._communicator:  # the event is done then, but what it marked was cut short
+                raise TransportError("nccl: the communicator was aborted")
             if event.query():
                 return True
             deadline = deadline or time.monotonic() + timeout_s

@@ -405,8 +405,8 @@ class TcpOutbound(_Session):
 
     def _send_queued(self) -> None:
         while True:
+            self._await_queue()
             with self._lock:
-                self._lock.wait_for(lambda: self._queue or self._lost, POLL_S)
                 if not self._queue:
                     return
                 sending = self._queue.popleft()
@@ -416,6 +416,11 @@ class TcpOutbound(_Session):
                 self._abort(sending)
             else:
                 self._send(sending)
+
+    def _await_queue(self) -> None:
+        """Returns when there is something to send, or was nothing for POLL_S."""
+        with self._lock:
+            self._lock.wait_for(lambda: self._queue or self._lost, POLL_S)
 
     def _send(self, sending: Sending) -> None:
         error: Exception | None = None

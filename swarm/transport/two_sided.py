@@ -9,8 +9,8 @@ aborting, noticing the dead between two frames) is TCP's own.
 
 Lanes of GPUs are told when a frame begins and ends, and may put off the calls in between to make them all at once: a
 kernel that sends waits for the kernels of whoever uses the GPU, so that one for many pieces waits only once. And while
-one frame is under way, both ends make the calls of the next: so the GPUs never wait for their processes. Host memory is
-announced piece by piece.
+one frame is under way, both ends make the calls of the next, be it of the next transfer: so the GPUs never wait for
+their processes. A transfer has ended when its last frame is done. Host memory is announced piece by piece.
 
 A frame that is not done within the transfer's idle timeout ends the session.
 Must not know: what a lane is made of.
@@ -27,6 +27,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar
 
 from swarm import cuda
@@ -231,8 +232,19 @@ class TwoSidedInbound(TcpInbound):
             self._lane.close()
 
 
+@dataclass
+class _Frame:
+    """Being sent. `views` are read until it is done. `outcome`: a 1-tuple when this end has said everything of the
+    transfer, whose last frame it is."""
+
+    sending: Sending
+    views: object
+    done: Done
+    outcome: tuple[Exception | None] | None = None
+
+
 class TwoSidedOutbound(TcpOutbound):
-    """The holder's end."""
+    """The holder's end. Its job goes on until nothing is under way."""
 
     def __init__(self, sock: Stream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
         self.on_device = lane.on_device
@@ -241,14 +253,23 @@ class TwoSidedOutbound(TcpOutbound):
         self._streams: dict[int, cuda.Stream] = {}
         self._scratch = memoryview(b"")
         self._held_back: list[DeviceView] = []  # not announced yet
-        self._under_way: deque[tuple[object, Done]] = deque()  # frames, with what they send
+        self._under_way: deque[_Frame] = deque()
         slice_bytes = pace.slice_bytes if pace else None
         self._frame_bytes = min(slice_bytes or FRAME_BYTES_MAX, FRAME_BYTES_MAX)
         super().__init__(sock, peer=peer, pool=pool, pace=pace)
 
     def _send_queued(self) -> None:
         with cuda.moving(self._streams, self._lane.flush):
-            super()._send_queued()
+            try:
+                super()._send_queued()
+            finally:
+                self._await_frames(0)
+
+    def _await_queue(self) -> None:
+        while self._under_way and not self._queue and self.alive:
+            if not self._advance():
+                time.sleep(LOOK_EVERY_S)
+        super()._await_queue()
 
     def _send_piece(self, sending: Sending, piece: AnySpan) -> None:
         if isinstance(piece, DeviceView):
@@ -286,25 +307,42 @@ class TwoSidedOutbound(TcpOutbound):
             self._lane.begin()
             for view in views:
                 self._lane.send(view, timeout_s=timeout_s)
-            self._under_way.append((views, self._lane.end(timeout_s=timeout_s)))
-            self._await_frames(FRAMES_MAX - 1)
+            done = self._lane.end(timeout_s=timeout_s)
         except TransportError as error:
             raise Lost(str(error)) from error
+        self._under_way.append(_Frame(sending, views, done))
+        self._advance()
+        self._await_frames(FRAMES_MAX - 1)
 
     def _await_frames(self, most: int) -> None:
         """Returns when at most so many are under way."""
         while len(self._under_way) > most:
-            wait_for(self._under_way[0][1])
-            self._under_way.popleft()
+            if not self._advance():
+                time.sleep(LOOK_EVERY_S)
+
+    def _advance(self) -> bool:
+        """Looks after what is under way, without waiting; whether something was done. Where a frame fails, no other one
+        goes on, and the session is lost."""
+        before = len(self._under_way)
+        try:
+            while self._under_way and self._under_way[0].done():
+                self._let_go(None)
+        except TransportError as lost:
+            self._lose(str(lost))
+            while self._under_way:
+                self._let_go(lost)
+        return len(self._under_way) < before
+
+    def _let_go(self, lost: TransportError | None) -> None:
+        frame = self._under_way.popleft()
+        if frame.outcome:
+            super()._conclude(frame.sending, frame.outcome[0] or lost)
 
     def _conclude(self, sending: Sending, error: Exception | None) -> None:
-        try:
-            self._await_frames(0)
-        except TransportError as lost:
-            self._under_way.clear()
-            self._lose(str(lost))
-            error = error or lost
-        super()._conclude(sending, error)
+        if self._under_way and self._under_way[-1].sending is sending:
+            self._under_way[-1].outcome = (error,)
+        else:
+            super()._conclude(sending, error)
 
     def _read(self, span: FileSpan) -> memoryview:
         if not self._scratch.nbytes:

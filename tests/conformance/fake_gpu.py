@@ -19,18 +19,30 @@ _numbers = itertools.count(1)
 
 
 class Lazy:
-    """A stream whose work is done when it is waited for."""
+    """A stream whose work is done when it is waited for, and one piece of it whenever somebody asks about an event."""
 
     def __init__(self) -> None:
         self.cuda_stream = next(_numbers)
         self.work: list[Callable[[], object]] = []
+        self.done = 0  # pieces
         self._busy = threading.Lock()
 
     def synchronize(self) -> None:
         with self._busy:
-            work, self.work = self.work, []
-            for copy in work:
-                copy()
+            while self.work:
+                self._work()
+
+    def work_until(self, done: int) -> bool:
+        """Whether so much is done. If not, some of it is done next."""
+        with self._busy:
+            if self.done >= done:
+                return True
+            self._work()
+            return False
+
+    def _work(self) -> None:
+        self.work.pop(0)()
+        self.done += 1
 
     def wait_stream(self, other: object) -> None:
         raise NotImplementedError
@@ -39,9 +51,14 @@ class Lazy:
 class LazyEvent:
     def __init__(self) -> None:
         self.stream: Lazy | None = None
+        self.marked = 0
 
     def record(self, stream: Lazy) -> None:
         self.stream = stream
+        self.marked = stream.done + len(stream.work)
+
+    def query(self) -> bool:
+        return self.stream is None or self.stream.work_until(self.marked)
 
     def synchronize(self) -> None:
         if self.stream:

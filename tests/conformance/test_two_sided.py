@@ -6,9 +6,12 @@ import asyncio
 import collections
 import contextlib
 import ctypes
+import functools
+import itertools
 import queue
 import socket
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Coroutine
 from typing import ClassVar
 
 import pytest
@@ -22,16 +25,16 @@ from swarm.landing import Landed, Landings
 from swarm.listener import Listener
 from swarm.store import DeviceView, View, staging, tensors
 from swarm.store.tensors import IntoStore, TensorSource
-from swarm.transport import two_sided
+from swarm.transport import Inbound, Outbound, two_sided
 from swarm.transport.stream import PlainStream, Stream
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 from swarm.transport.two_sided import TwoSidedInbound, TwoSidedOutbound
 
 from .check_store import KINDS_OF_SAMPLE
-from .check_transport import CHECKS, Check, Pair, run_check, session, transfer
+from .check_transport import CHECKS, Check, MakePair, Pair, run_check, session, transfer
 from .fake_gpu import FakeGpu, on_gpu
-from .test_transports import _hang_up
+from .test_transports import pair_of
 
 Wire = queue.Queue[bytes]
 
@@ -45,6 +48,8 @@ class PutOff:
         self._wire = wire
         self._calls: list[tuple[str, View]] = []
         self.groups: list[int] = []  # how many calls were made at once
+        self.sends = False
+        self.closed = 0
 
     def begin(self) -> None:
         assert not self._calls
@@ -60,33 +65,78 @@ class PutOff:
         return two_sided.at_once
 
     def flush(self) -> None:
-        if self._calls:
-            self.groups.append(len(self._calls))
-        for name, view in self._calls:
-            if name == "send":
-                self._wire.put(content(view))
-                continue
-            try:
-                data = self._wire.get(timeout=2.0)
-            except queue.Empty:
-                raise TransportError("the other end did not call") from None
-            assert len(data) == view.nbytes, "the ends do not call in the same order"
-            if isinstance(view, DeviceView):
-                ctypes.memmove(view.address, data, len(data))
-            else:
-                view[:] = data
-        self._calls.clear()
+        calls, self._calls = self._calls, []
+        if calls:
+            self.sends = calls[0][0] == "send"
+            self.groups.append(len(calls))
+        for name, view in calls:
+            self._call(name, view)
 
     def scratch(self, size: int) -> View:
         return memoryview(bytearray(size))
 
     def close(self) -> None:
         self._calls.clear()
+        self.closed += 1
 
     def _post(self, name: str, view: View) -> None:
         self._calls.append((name, view))
         if not isinstance(view, DeviceView):
             self.flush()
+
+    def _call(self, name: str, view: View) -> None:
+        if name == "send":
+            self._wire.put(content(view))
+            return
+        try:
+            data = self._wire.get(timeout=2.0)
+        except queue.Empty:
+            raise TransportError("the other end did not call") from None
+        assert len(data) == view.nbytes, "the ends do not call in the same order"
+        if isinstance(view, DeviceView):
+            ctypes.memmove(view.address, data, len(data))
+        else:
+            view[:] = data
+
+
+class DoneLater(PutOff):
+    """As a GPU: what it is told is only enqueued, and frames are done later, in order. A call that fails is the end."""
+
+    goes_on = threading.Event()  # while it is not set, a GPU that sends does nothing
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(wire)
+        self.failed: TransportError | None = None
+
+    def end(self, *, timeout_s: float) -> two_sided.Done:
+        self.flush()
+        event, asked = cuda.gpu(0).event(), itertools.count(1)
+        event.record(cuda.gpu(0).current())
+
+        def done() -> bool:
+            if self.failed is None:
+                later = next(asked) < 3 or (self.sends and not self.goes_on.is_set())
+                if later or not event.query():
+                    return False
+            if self.failed is not None:
+                raise self.failed
+            return True
+
+        return done
+
+    def _call(self, name: str, view: View) -> None:
+        if isinstance(view, DeviceView):
+            cuda.gpu(0).current().work.append(functools.partial(self._do, name, view))  # type: ignore[attr-defined]
+            return
+        cuda.gpu(0).current().synchronize()
+        super()._call(name, view)
+
+    def _do(self, name: str, view: View) -> None:
+        if self.failed is None:
+            try:
+                super()._call(name, view)
+            except TransportError as error:
+                self.failed = error
 
 
 def content(view: View) -> bytes:
@@ -98,6 +148,7 @@ class PutOffTransport(TcpTransport):
     magic = b"SWRP"
     wires: ClassVar[collections.defaultdict[int, Wire]] = collections.defaultdict(queue.Queue)  # by the asker's port
     lanes: ClassVar[list[PutOff]] = []
+    make_lane: ClassVar[type[PutOff]] = PutOff
 
     async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
         assert isinstance(stream, PlainStream)
@@ -109,22 +160,27 @@ class PutOffTransport(TcpTransport):
         return TwoSidedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
     def _lane(self, port: int) -> PutOff:
-        self.lanes.append(PutOff(self.wires[port]))
+        self.lanes.append(self.make_lane(self.wires[port]))
         return self.lanes[-1]
 
 
+class DoneLaterTransport(PutOffTransport):
+    make_lane = DoneLater
+
+
 @contextlib.asynccontextmanager
-async def put_off_pair() -> AsyncIterator[Pair]:
+async def put_off_pair(kind: type[PutOffTransport] = PutOffTransport) -> AsyncIterator[Pair]:
     listeners = [await Listener.open("127.0.0.1", 0) for _ in range(2)]
-    holder, asker = (PutOffTransport(*listener.address) for listener in listeners)
-    for listener, transport in zip(listeners, (holder, asker), strict=True):
-        listener.serve({PutOffTransport.magic: transport.adopt}, _hang_up)
-    try:
-        yield Pair(holder, asker)
-    finally:
-        for listener, transport in zip(listeners, (holder, asker), strict=True):
-            await transport.close()
-            await listener.close()
+    holder, asker = (kind(*listener.address) for listener in listeners)
+    async with pair_of(listeners, holder, asker) as pair:
+        yield pair
+
+
+def done_later_pair() -> contextlib.AbstractAsyncContextManager[Pair]:
+    return put_off_pair(DoneLaterTransport)
+
+
+both = pytest.mark.parametrize("make_pair", [put_off_pair, done_later_pair])
 
 
 @pytest.fixture(autouse=True)
@@ -136,16 +192,21 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(hashing_cuda, "_kernels_usable", lambda: False)
     monkeypatch.setattr(PutOffTransport, "wires", collections.defaultdict(queue.Queue))
     monkeypatch.setattr(PutOffTransport, "lanes", [])
+    DoneLater.goes_on.set()
     return gpu
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_keeps_the_contract_for_host_memory(check: Check) -> None:
-    run_check(check, put_off_pair)
+@both
+def test_keeps_the_contract_for_host_memory(make_pair: MakePair, check: Check) -> None:
+    run_check(check, make_pair)
 
 
+@both
 @pytest.mark.parametrize("batch_bytes", [1, 30_000, 1 << 30])
-def test_are_chunks_hashed_behind_the_calls_that_fill_them(monkeypatch: pytest.MonkeyPatch, batch_bytes: int) -> None:
+def test_are_chunks_hashed_behind_the_calls_that_fill_them(
+    monkeypatch: pytest.MonkeyPatch, make_pair: MakePair, batch_bytes: int
+) -> None:
     monkeypatch.setattr("swarm.landing.BATCH_BYTES", batch_bytes)
     from swarm import build
 
@@ -160,7 +221,7 @@ def test_are_chunks_hashed_behind_the_calls_that_fill_them(monkeypatch: pytest.M
         agreed = transfer(1, manifest.size)
         views = landings.device_views(1, range(len(manifest.chunks)), landed.append)
         spans = (span for chunk in manifest.chunks for span in source.device_spans(chunk))
-        async with session(put_off_pair) as (outbound, inbound, _):
+        async with session(make_pair) as (outbound, inbound, _):
             assert inbound.on_device
             assert outbound.on_device
             await asyncio.gather(inbound.receive(agreed, views), outbound.send(agreed, spans))
@@ -170,6 +231,91 @@ def test_are_chunks_hashed_behind_the_calls_that_fill_them(monkeypatch: pytest.M
     assert all(one.correct for one in landed)
     assert all(torch.equal(into[name], given[name]) for name in given)
     assert max(max(lane.groups) for lane in PutOffTransport.lanes) > 1  # the holder's, at least
+
+
+class Queue:
+    """Transfers of GPU memory, all sent over one session whose GPU does nothing until `DoneLater.goes_on` is set."""
+
+    def __init__(self, outbound: Outbound, inbound: Inbound, count: int) -> None:
+        DoneLater.goes_on.clear()
+        self.given = [torch.full((1000,), number, dtype=torch.uint8) for number in range(count)]
+        self.into = [torch.zeros_like(given) for given in self.given]
+        self.told: list[int] = []
+        self.sends, self.receives = list[asyncio.Task[None]](), list[asyncio.Task[None]]()
+        for number, (given, into) in enumerate(zip(self.given, self.into, strict=True)):
+            agreed = transfer(number, given.numel())
+            self.receives.append(asyncio.create_task(inbound.receive(agreed, iter([on_gpu(into)]))))
+            self.sends.append(asyncio.create_task(outbound.send(agreed, iter([on_gpu(given)]))))
+            self.sends[-1].add_done_callback(lambda _, number=number: self.told.append(number))  # type: ignore[misc]
+
+    async def enqueued(self, frames: int) -> None:
+        """Returns when the holder has enqueued so many frames, and none can follow before one is done."""
+        while sum(len(lane.groups) for lane in PutOffTransport.lanes if lane.sends) < frames:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+    def arrived(self, number: int) -> bool:
+        return torch.equal(self.given[number], self.into[number])
+
+
+def run(work: Coroutine[None, None, None]) -> None:
+    asyncio.run(asyncio.wait_for(work, 30))
+
+
+def test_are_frames_of_the_next_transfers_enqueued_while_the_last_one_is_under_way() -> None:
+    async def check() -> None:
+        async with session(done_later_pair) as (outbound, inbound, _):
+            queue = Queue(outbound, inbound, two_sided.FRAMES_MAX + 2)
+            await queue.enqueued(two_sided.FRAMES_MAX)
+            assert queue.told == []
+            DoneLater.goes_on.set()
+            await asyncio.gather(*queue.sends, *queue.receives)
+            assert queue.told == list(range(two_sided.FRAMES_MAX + 2))
+            assert all(queue.arrived(number) for number in queue.told)
+
+    run(check())
+
+
+def test_does_cancelling_one_of_several_that_are_under_way_leave_the_others_alone() -> None:
+    async def check() -> None:
+        async with session(done_later_pair) as (outbound, inbound, _):
+            queue = Queue(outbound, inbound, two_sided.FRAMES_MAX + 1)
+            await queue.enqueued(two_sided.FRAMES_MAX)
+            queue.sends[1].cancel()
+            await asyncio.sleep(0)
+            assert not queue.sends[1].done()  # its memory is being read
+            DoneLater.goes_on.set()
+            ends = await asyncio.gather(*queue.sends, return_exceptions=True)
+            assert [type(end) for end in ends] == [type(None), asyncio.CancelledError, type(None), type(None)]
+            await asyncio.gather(*queue.receives)
+            assert inbound.alive
+
+    run(check())
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_is_everything_under_way_told_of_once_its_session_is_gone(fails: bool) -> None:
+    async def check() -> None:
+        async with session(done_later_pair) as (outbound, inbound, _):
+            queue = Queue(outbound, inbound, two_sided.FRAMES_MAX)
+            await queue.enqueued(two_sided.FRAMES_MAX)
+            (lane,) = (lane for lane in PutOffTransport.lanes if lane.sends)
+            await inbound.close()
+            while outbound.alive:  # type: ignore[attr-defined] # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            assert queue.told == []  # the memory is being read
+            assert not lane.closed
+            if fails:
+                assert isinstance(lane, DoneLater)
+                lane.failed = TransportError("the other end did not call")
+            DoneLater.goes_on.set()
+            ends = await asyncio.gather(*queue.sends, return_exceptions=True)
+            # The last one's end was never written.
+            assert [isinstance(end, TransportError) for end in ends] == [fails] * (two_sided.FRAMES_MAX - 1) + [True]
+            await asyncio.gather(*queue.receives, return_exceptions=True)
+            while not lane.closed:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    run(check())
 
 
 def test_is_an_announcement_beyond_the_limits_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
