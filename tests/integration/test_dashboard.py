@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(170)]
 
 CHROMIUM = Path("/usr/bin/chromium")
 SHOWN_MS = 20_000  # what bench/dashboard.py measures as a second or two, on a machine that has nothing else to do
+LOUD = ("error", "warning")
 HARMLESS = {"minor", "moderate"}
 KILLED = 2
 
@@ -61,13 +62,21 @@ def opened_at(browser: Any, url: str) -> Iterator[Any]:
     complaints: list[str] = []
     opened = browser.new_page(viewport={"width": 1440, "height": 1000})
     opened.set_default_timeout(SHOWN_MS)
-    opened.on("console", lambda said: complaints.append(said.text) if said.type in ("error", "warning") else None)
+    opened.on("console", lambda said: complaints.append(f"{said.text} {said.location}") if said.type in LOUD else None)
     opened.on("pageerror", lambda error: complaints.append(str(error)))
     opened.on("request", lambda asked: complaints.append(asked.url) if not asked.url.startswith(url) else None)
     opened.goto(url)
     yield opened
     opened.close()
     assert complaints == []
+
+
+BEYOND_THE_RING = """() => {
+  const { left, right } = document.getElementById("ring").getBoundingClientRect();
+  return [...document.querySelectorAll("#ring text")]
+    .filter((text) => text.getBoundingClientRect().left < left || text.getBoundingClientRect().right > right)
+    .map((text) => text.textContent);
+}"""
 
 
 def said(stage: Stage, path: str) -> Any:
@@ -157,7 +166,11 @@ def test_works_the_page_by_keyboard_alone(page: Any) -> None:
 def test_does_the_page_fit_a_narrow_screen(page: Any) -> None:
     page.set_viewport_size({"width": 390, "height": 844})
     page.wait_for_selector("#rows tr:nth-child(8)")
+    page.wait_for_selector(f"{node(f'replica-{SLOW}')}.is-slow")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].every((box) => box.scrollWidth <= box.clientWidth)")
+    written = page.evaluate(BEYOND_THE_RING)
+    assert written == []
     picture(page, "narrow")
     assert faults(page) == []
 

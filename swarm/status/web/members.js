@@ -46,11 +46,12 @@ function row(chosen) {
     const button = made("button", "plain", head);
     button.type = "button";
     button.addEventListener("click", () => chosen(id));
-    made("span", "state", made("td", "", tr));
+    made("span", "state under", head); // instead of its column, where the screen is narrow
+    made("span", "state", made("td", "beside", tr));
     const holds = made("td", "holds", tr);
     made("i", "", made("span", "bar", holds));
     made("span", "part", holds);
-    for (let n = 0; n < 3; n += 1) made("td", "number", tr);
+    for (const kind of ["number ready", "number", "number"]) made("td", kind, tr);
     made("td", "place", tr);
     return tr;
   };
@@ -67,6 +68,7 @@ export function draw(view, { digest, selected, chosen }) {
     head.firstChild.title = member.address;
     head.firstChild.setAttribute("aria-pressed", String(selected === id));
     say(state.firstChild, words.STATES[condition]);
+    say(head.lastChild, words.STATES[condition]);
     say(place, [member.rack, member.host].filter(Boolean).join(", ") || "–");
     const part = fetch ? fetch.done_bytes / Math.max(1, fetch.bytes) : words.fraction(member, digest);
     const width = `${(part * 100).toFixed(1)}%`;

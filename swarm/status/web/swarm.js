@@ -73,7 +73,7 @@ function arrange(view, ids) {
   const last = view.members[ids.at(-1)];
   at += ids.length > 1 && first.rack !== last?.rack ? 0.9 : ids.length > 1 && first.host !== last?.host ? 0.45 : 0;
   const narrow = width < 560;
-  const margin = ids.length <= NAMED_MAX ? { x: narrow ? 96 : Math.min(218, width * 0.3), y: 74 } : { x: narrow ? 40 : 120, y: 44 };
+  const margin = ids.length <= NAMED_MAX ? { x: narrow ? 106 : Math.min(218, width * 0.3), y: 74 } : { x: narrow ? 40 : 120, y: 44 };
   const rx = Math.max(60, width / 2 - margin.x);
   const ry = Math.max(60, height / 2 - margin.y);
   centre = { x: width / 2, y: height / 2 };
@@ -177,13 +177,14 @@ export function note(member, short = false) {
   const fetch = words.running(member);
   const done = fetch ? words.percent(fetch.bytes ? fetch.done_bytes / fetch.bytes : 1) : "";
   const left = fetch?.eta_s == null ? "nothing arrives" : `ready in ${words.seconds(fetch.eta_s)}`;
-  const progress = short ? `${done} · ${words.seconds(fetch?.eta_s)}` : `${done} · ${left}`;
+  const progress = short ? `${done} · ${words.soon(fetch?.eta_s)}` : `${done} · ${left}`;
+  const banned = Object.keys(member.banned_by).length > 0;
   switch (condition) {
     case "dead": return "dead";
     case "left": return "left";
     case "silent": return short ? "lost" : "lost: does not answer";
-    case "wrong": return `lies: ${member.wrong_chunks} wrong chunk${member.wrong_chunks === 1 ? "" : "s"}${Object.keys(member.banned_by).length ? ", banned" : ""}`;
-    case "slow": return short ? `slow · ${words.seconds(fetch?.eta_s)}` : `slow · ${progress}`;
+    case "wrong": return short ? `lies${banned ? " · banned" : ""}` : `lies: ${member.wrong_chunks} wrong chunk${member.wrong_chunks === 1 ? "" : "s"}${banned ? ", banned" : ""}`;
+    case "slow": return short ? `slow · ${words.soon(fetch?.eta_s)}` : `slow · ${progress}`;
     case "fetching": return progress;
     case "unknown": return "heard of";
     case "part": return `has ${words.percent(words.fraction(member))}`;
@@ -220,7 +221,7 @@ function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
   const up = side === "middle" ? (Math.sin(angle) < 0 ? -away - 17 : away + 12) : -3;
   set(made.name, { x: tx, y: up, "text-anchor": side });
   set(made.note, { x: tx, y: up + 15, "text-anchor": side });
-  say(made.name, named ? shortened(member.name, narrow ? 12 : 26) : "");
+  say(made.name, named ? shortened(member.name, narrow ? 11 : 26) : "");
   say(made.note, named ? note(member, narrow) : "");
 }
 

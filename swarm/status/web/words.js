@@ -18,6 +18,9 @@ export function seconds(s) {
   return `${(s / 3600).toFixed(1)} h`;
 }
 
+// The same where there is little room.
+export const soon = (s) => (s >= 100 && s < 5400 ? `${Math.round(s / 60)} min` : seconds(s));
+
 // Rounded down: 100 % is said of what is whole only.
 export const percent = (fraction) => `${Math.floor(fraction * 100)} %`;
 
