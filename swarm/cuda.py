@@ -30,6 +30,8 @@ HANDLE_BYTES = 64  # the driver's own
 _LAZY_ENABLE_PEER_ACCESS = 1
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 
+FIRST = -1  # a stream's priority; usual is 0
+
 _home: int | None = None
 
 
@@ -121,7 +123,7 @@ class Gpu:
         streams: dict[int, Stream] | None = getattr(_mover, "streams", None)
         if streams is not None:
             if self.index not in streams:
-                streams[self.index] = new_stream(self.index)
+                streams[self.index] = new_stream(self.index, priority=_mover.priority)
             return streams[self.index]
         return cast(Stream, torch.cuda.current_stream(self.index))
 
@@ -209,12 +211,13 @@ _mover = threading.local()
 
 
 @contextlib.contextmanager
-def moving(streams: dict[int, Stream], flush: Callable[[], None] | None = None) -> Iterator[None]:
+def moving(streams: dict[int, Stream], flush: Callable[[], None] | None = None, *, priority: int = 0) -> Iterator[None]:
     """Meanwhile this thread's current streams are these, by device; they are made when they are first needed.
 
+    `priority`: theirs. Kernels of a lower one go before others that are not running yet, those of FIRST before hashes.
     `flush` enqueues what the mover has put off, for who wants to enqueue something behind it.
     """
-    _mover.streams, _mover.flush = streams, flush
+    _mover.streams, _mover.flush, _mover.priority = streams, flush, priority
     try:
         yield
     finally:
@@ -235,11 +238,11 @@ def _driver(kind: type[ctypes.CDLL]) -> ctypes.CDLL:
         raise CudaError(f"the NVIDIA driver cannot be loaded: {error}") from error
 
 
-def new_stream(device: int) -> Stream:
+def new_stream(device: int, *, priority: int = 0) -> Stream:
     """A stream of its own on a device."""
     import torch
 
-    return cast(Stream, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return cast(Stream, torch.cuda.Stream(device, priority=priority))  # type: ignore[no-untyped-call]
 
 
 @functools.cache

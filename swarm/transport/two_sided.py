@@ -151,7 +151,8 @@ class TwoSidedInbound(TcpInbound):
         super().__init__(sock, peer=peer, pool=pool)
 
     def _pump(self) -> None:
-        with cuda.moving(self._streams, self._lane.flush):
+        # What waits for the hash of the last frames is no hurry; the next frame is, and the holder's GPU waits with it.
+        with cuda.moving(self._streams, self._lane.flush, priority=cuda.FIRST):
             super()._pump()
 
     def _unfinished(self) -> bool:

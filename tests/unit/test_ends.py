@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
 
-from swarm.errors import TransportError
-from swarm.transport.ends import Mailbox, Outcome
+from swarm.errors import StoreError, TransportError
+from swarm.store import View
+from swarm.transport import Transfer
+from swarm.transport.ends import Landing, Mailbox, Outcome
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -108,5 +110,58 @@ def test_does_a_deadline_hold_only_when_the_work_lets_go() -> None:
                 await outcome.reached()
             raise AssertionError("the deadline was missed")
         assert outcome.done()
+
+    run(scenario)
+
+
+def test_does_a_pinned_landing_end_badly_only_when_it_is_unpinned() -> None:
+    async def scenario() -> None:
+        views = iter([memoryview(bytearray(4))])
+        landing = Landing(Transfer(1, 4, 1.0), views, mailbox=Mailbox())
+        for _ in range(2):
+            landing.pin()
+        assert landing.borrow(2) is not None
+        landing.give_back(2)
+        landing.stop(TransportError("not wanted"))
+        landing.unpin()
+        assert not landing.ended  # one of two that fill it still does
+        assert landing.borrow(2) is None  # but nothing more is lent
+        landing.unpin()
+        assert landing.ended
+        with pytest.raises(TransportError, match="not wanted"):
+            await landing.outcome()
+
+    run(scenario)
+
+
+def test_does_an_error_out_of_the_views_of_a_pinned_landing_wait_for_it() -> None:
+    def broken() -> Iterator[View]:
+        yield memoryview(bytearray(2))
+        raise StoreError("disk full")
+
+    async def scenario() -> None:
+        landing = Landing(Transfer(1, 4, 1.0), broken(), mailbox=Mailbox())
+        landing.pin()
+        assert landing.borrow(2) is not None
+        landing.give_back(2)
+        assert landing.borrow(2) is None
+        assert not landing.ended
+        landing.stop(TransportError("and nobody wants it"))
+        landing.unpin()
+        with pytest.raises(StoreError, match="disk full"):  # the first error is the cause
+            await landing.outcome()
+
+    run(scenario)
+
+
+def test_does_a_pinned_landing_end_well() -> None:
+    async def scenario() -> None:
+        landing = Landing(Transfer(1, 4, 1.0), iter([memoryview(bytearray(4))]), mailbox=Mailbox())
+        landing.pin()
+        assert landing.borrow(4) is not None
+        landing.give_back(4)
+        assert landing.try_finish()
+        landing.unpin()
+        await landing.outcome()
 
     run(scenario)
