@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from aiohttp import web
 
-from swarm.settings import is_literal, is_loopback
+from swarm.settings import is_literal, is_loopback, join_address
 
 WATCHERS_MAX = 16  # streams at once: each is a socket, and its reader a person
 WRITE_TIMEOUT_S = 10.0  # a browser that reads nothing for so long is gone; it comes back by itself
@@ -70,7 +70,7 @@ class Pages:
             async def answer(request: web.Request) -> web.StreamResponse:
                 arrived(request)
                 if request.transport is None or (ssl_of(request) is None and not _is_local(request)):
-                    raise web.HTTPForbidden(text="this page is for members of the cluster, and for this machine")
+                    raise web.HTTPForbidden(text=_refusal(request))
                 return await self._answer(request, page)
 
             app.router.add_get(path, answer)
@@ -122,6 +122,20 @@ class Pages:
 def ssl_of(request: web.Request) -> ssl.SSLObject | None:
     """The TLS of a request; None where it came in the open."""
     return request.transport.get_extra_info("ssl_object") if request.transport else None
+
+
+def _refusal(request: web.Request) -> str:
+    """What somebody reads who is neither a member nor on this machine."""
+    own = request.transport.get_extra_info("sockname") if request.transport else None
+    host, port = own[:2] if own else ("HOST", 0)
+    address = join_address(host, port)
+    return (
+        "This page is for members of the cluster, and for browsers and programs of this node's own machine.\n\n"
+        f"In a browser elsewhere, forward the port and open http://127.0.0.1:{port}/\n"
+        f"    ssh -L {port}:{address} {host}\n\n"
+        "In a terminal, with the cluster's key:\n"
+        f"    swarm status --watch --peer {address} --key-file KEY\n"
+    )
 
 
 def _is_local(request: web.Request) -> bool:

@@ -51,6 +51,18 @@ def without_mdns() -> Iterator[Sequence[str]]:
         yield wrapper
 
 
+@pytest.fixture
+def two_hosts() -> Iterator[tuple[Sequence[str], Sequence[str]]]:
+    """What runs a command on each of two hosts, network namespaces with a cable between them: 10.78.0.1 and .2."""
+    with network_of_its_own() as one, network_of_its_own() as other:
+        cable = ("ip", "link", "add", "eth0", "netns", one[-1], "type", "veth", "peer", "name", "eth0")
+        subprocess.run([*cable, "netns", other[-1]], check=True, timeout=10)
+        for number, host in enumerate((one, other), 1):
+            for rule in (f"ip addr add 10.78.0.{number}/24 dev eth0", "ip link set eth0 up"):
+                subprocess.run([*host, *rule.split()], check=True, timeout=10)
+        yield one, other
+
+
 @contextlib.contextmanager
 def network_of_its_own(*rules: str) -> Iterator[Sequence[str]]:
     """What runs a command in a network namespace with a loopback device, after these commands have run there."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -131,6 +134,50 @@ def test_who_may_see_the_status(machine: Machine, model: Path, key: Path, other:
     assert machine.run("status", "--peer", seed.address, "--json", "--key-file", key).code == 0
     refused = machine.run("status", "--peer", seed.address, "--json", "--key-file", other)
     assert "another cluster key" in refused.error(6)
+
+
+READ = """
+import pathlib, sys, urllib.error, urllib.request
+from swarm.identity import visitor
+from swarm import keys
+address, path, key = sys.argv[1:]
+context = visitor(keys.load(pathlib.Path(key))) if key else None
+scheme = "https" if key else "http"
+try:
+    with urllib.request.urlopen(f"{scheme}://{address}{path}", context=context, timeout=10) as answer:
+        print(answer.status, answer.read().decode())
+except urllib.error.HTTPError as refused:
+    print(refused.status, refused.read().decode())
+except urllib.error.URLError as failed:
+    print("no answer", failed)
+"""
+
+
+def read(where: Sequence[str], address: str, path: str, *, key: Path | None = None) -> str:
+    """Status and body of a node's page, for a program that runs there."""
+    command = [*where, sys.executable, "-c", READ, address, path, str(key or "")]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+
+
+@pytest.mark.integration
+def test_who_of_another_machine_may_open_the_dashboard(
+    machine: Machine, model: Path, key: Path, other: Path, two_hosts: tuple[Sequence[str], Sequence[str]]
+) -> None:
+    here, there = two_hosts
+    flags = ("--model-id", MODEL, "--no-mdns", "--listen", "10.78.0.1:7000", "--key-file", str(key))
+    seed = machine.start("serve", model, *flags, wrapper=here)
+    seed.wait_for(" ready: ")
+    assert seed.address == "10.78.0.1:7000"
+    for path, shown in (("/", "200 <!doctype html>"), ("/web/main.js", "200 //"), ("/view", '200 {"node"')):
+        assert read(here, seed.address, path).lower().startswith(shown)
+        assert read(there, seed.address, path, key=key).lower().startswith(shown)
+        assert read(there, seed.address, path, key=other).startswith("no answer")
+        refused = read(there, seed.address, path)
+        assert refused.startswith("403 This page is for members of the cluster")
+        assert "ssh -L 7000:10.78.0.1:7000 10.78.0.1" in refused
+        assert seed.digest not in refused
+    watched = machine.start("status", "--json", "--peer", seed.address, "--key-file", key, wrapper=there).end().report
+    assert [artifact["digest"] for artifact in watched["artifacts"]] == [seed.digest]
 
 
 @pytest.mark.integration
