@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ class Source:
         assert self.process.stdout is not None
         self.address = self.process.stdout.readline().strip()
         assert self.address, "the source did not start"
+
+    def hear(self, timeout_s: float) -> str:
+        """The next line it says. Raises TimeoutError."""
+        assert self.process.stdout is not None
+        return ThreadPoolExecutor(1).submit(self.process.stdout.readline).result(timeout_s).strip()
 
     def kill(self) -> None:
         self.process.kill()

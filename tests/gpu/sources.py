@@ -1,7 +1,7 @@
 """A process that serves tensors of its own on the GPU: `python -m gpu.sources KIND SETTING=VALUE ...`, in tests/.
 
 Prints its address once others can fetch, and serves until its input ends. KIND `corrupt`: it then changes its tensors
-behind torch's back. KIND `model`: a language model, which goes on generating.
+behind torch's back. KIND `model`: a language model, which goes on generating; it says so after the first round.
 """
 
 from __future__ import annotations
@@ -30,15 +30,35 @@ def state(megabytes: int = 256) -> dict[str, torch.Tensor]:
 
 def language_model(seed: int, device: str = "cuda:0") -> Any:
     """A model of real architecture with random weights, the same for one seed."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     torch.manual_seed(seed)
+    return _built().to(device=device)
+
+
+def empty_model(device: str) -> Any:
+    """A model of the same class, built without memory, then given some: what is no weight is made anew."""
+    with torch.device("meta"):
+        model = _built()
+    model.to_empty(device=device)
+    model.tie_weights()
+    for name, module in list(model.named_modules()):
+        if module._non_persistent_buffers_set:  # the rotary embedding's frequencies, which no state dict has
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, type(module)(model.config).to(device))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    return model
+
+
+def _built() -> Any:
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
     config = Qwen2Config(
         vocab_size=4096, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
-    model: Any = Qwen2ForCausalLM(config)
-    return model.to(device=device, dtype=torch.bfloat16).eval()
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval()
 
 
 def generated(model: Any) -> list[int]:
@@ -68,6 +88,8 @@ def main() -> None:
             while not over.is_set():
                 assert generated(model) == first
                 rounds += 1
+                if rounds == 1:
+                    print("generating", flush=True)
             print(rounds, *first, flush=True)
         else:
             _until_it_ends(over)
