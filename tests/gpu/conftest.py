@@ -46,6 +46,13 @@ class Source:
         assert self.process.stdout is not None
         return ThreadPoolExecutor(1).submit(self.process.stdout.readline).result(timeout_s).strip()
 
+    def trim(self, timeout_s: float) -> None:
+        """Its allocator keeps nothing any more. Raises TimeoutError."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("trim\n")
+        self.process.stdin.flush()
+        assert self.hear(timeout_s) == "trimmed"
+
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate()

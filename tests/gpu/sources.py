@@ -1,11 +1,13 @@
 """A process that serves tensors of its own on the GPU: `python -m gpu.sources KIND SETTING=VALUE ...`, in tests/.
 
-Prints its address once others can fetch, and serves until its input ends. KIND `corrupt`: it then changes its tensors
+Prints its address once others can fetch, and serves until its input ends; for each line of it the allocator gives back
+what it kept of the host's memory, and `trimmed` is printed. KIND `corrupt`: it then changes its tensors
 behind torch's back. KIND `model`: a language model, which goes on generating; it says so after the first round.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 from typing import Any
@@ -96,8 +98,15 @@ def main() -> None:
 
 
 def _until_it_ends(over: threading.Event) -> None:
-    sys.stdin.read()
+    for _ in sys.stdin:
+        trim()
+        print("trimmed", flush=True)
     over.set()
+
+
+def trim() -> None:
+    """What the allocator keeps of the host's memory goes back: NCCL leaves it 1.7 MiB for each communicator."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 if __name__ == "__main__":

@@ -13,14 +13,17 @@ import torch
 
 import swarm
 from swarm.settings import Settings
+from swarm.transport import nccl
 
-from .conftest import StartSource, joining
-from .sources import MODEL, state
+from .conftest import Source, StartSource, joining
+from .sources import MODEL, state, trim
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]
 
 WARM = 10
-SETTLE_S = 20.0
+COUNT = 200
+SETTLE_S = 20.0  # communicators end behind their sessions, half a second each
+QUIET_S = 1.5  # longer than any of what goes on after a session
 
 
 def used(process: int) -> tuple[int, int, int]:
@@ -41,9 +44,44 @@ def rounds(settings: Settings, into: dict[str, torch.Tensor], count: int) -> Non
         swarm.fetch(MODEL, into=into, settings=given, timeout_s=60).close()
 
 
-@pytest.mark.parametrize(("scheme", "count"), [("cuda_ipc", 200), ("nccl", 100)])
+@pytest.fixture
+def communicators(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many were made and how many have ended, here."""
+    counts = [0, 0]
+
+    class Counted(nccl.NcclLane):
+        def __init__(self, *args: object, **named: object) -> None:
+            super().__init__(*args, **named)  # type: ignore[arg-type]
+            counts[0] += 1
+
+    real = nccl._abort
+
+    def abort(*args: object) -> None:
+        real(*args)  # type: ignore[arg-type]
+        counts[1] += 1
+
+    monkeypatch.setattr(nccl, "NcclLane", Counted)
+    monkeypatch.setattr(nccl, "_abort", abort)
+    return counts
+
+
+def settled(source: Source, communicators: list[int]) -> tuple[list[tuple[int, int, int]], int]:
+    """What source and newcomer use, and the GPU's free MiB, once nothing of it has changed for a while."""
+    deadline, since, before = time.monotonic() + SETTLE_S, time.monotonic(), None
+    while time.monotonic() < deadline and (time.monotonic() < since + QUIET_S or communicators[0] > communicators[1]):
+        gc.collect()
+        now = [used(process)[:2] for process in (source.process.pid, os.getpid())], free_mib()
+        if now != before:
+            before, since = now, time.monotonic()
+        time.sleep(0.1)
+    source.trim(SETTLE_S)
+    trim()
+    return [used(process) for process in (source.process.pid, os.getpid())], free_mib()
+
+
+@pytest.mark.parametrize("scheme", ["cuda_ipc", "nccl"])
 def test_nothing_is_left_behind(
-    start: StartSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, count: int
+    start: StartSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, communicators: list[int], scheme: str
 ) -> None:
     monkeypatch.setenv("NCCL_HOSTID", "newcomer")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "lo")
@@ -52,27 +90,20 @@ def test_nothing_is_left_behind(
     settings = joining(tmp_path, source, transports=tuple(named.values()))
     into = {name: torch.zeros_like(tensor) for name, tensor in state().items()}
     into["tied"] = into["layer0"]
-    processes = (source.process.pid, os.getpid())
     rounds(settings, into, WARM)
-    before = [used(process) for process in processes]
-    memory, free = torch.cuda.memory_allocated(), free_mib()
-    rounds(settings, into, count)
-    deadline = time.monotonic() + SETTLE_S
-    while time.monotonic() < deadline:
-        gc.collect()
-        after = [used(process) for process in processes]
-        back = all(now[0] <= then[0] + 2 and now[1] <= then[1] + 2 for now, then in zip(after, before, strict=True))
-        if back and free_mib() >= free - 64:
-            break
-        time.sleep(0.1)
-    print(
-        f"{scheme}, {count} newcomers: descriptors, threads, MiB of source and newcomer {before} -> {after}", end="; "
-    )
-    print(f"the GPU's free MiB {free} -> {free_mib()}")
+    before, free = settled(source, communicators)
+    memory, began = torch.cuda.memory_allocated(), time.monotonic()
+    rounds(settings, into, COUNT)
+    took_s = time.monotonic() - began
+    after, free_after = settled(source, communicators)
+    print(f"{scheme}, {COUNT} newcomers in {took_s:.0f} s, {communicators[0]} communicators, {communicators[1]} ended;")
+    print(f"descriptors, threads, MiB of source and newcomer, trimmed: {before} -> {after}; ", end="")
+    print(f"the GPU's free MiB {free} -> {free_after}")
     for now, then in zip(after, before, strict=True):
         assert now[0] <= then[0] + 2, "descriptors"
         assert now[1] <= then[1] + 2, "threads"
-        kept = 5 * count if scheme == "nccl" else 0  # MiB: NCCL keeps some of the host's for each that it aborts
-        assert now[2] <= then[2] + 200 + kept, "memory"
+        assert now[2] <= then[2] + COUNT // 2, "memory"  # half of a MiB for each
+    made, ended = communicators
+    assert ended >= made >= (WARM + COUNT if scheme == "nccl" else 0)
     assert torch.cuda.memory_allocated() <= memory + (1 << 20)
-    assert free_mib() >= free - 64, "buffers of communicators, or memory of other processes that is still open"
+    assert free_after >= free - 64, "buffers of communicators, or memory of other processes that is still open"
