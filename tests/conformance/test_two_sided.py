@@ -258,7 +258,13 @@ class Queue:
 
 
 def run(work: Coroutine[None, None, None]) -> None:
-    asyncio.run(asyncio.wait_for(work, 30))
+    async def within_deadline() -> None:
+        try:
+            await asyncio.wait_for(work, 5)
+        finally:
+            DoneLater.goes_on.set()  # a thread may still wait for it
+
+    asyncio.run(within_deadline())
 
 
 def test_are_frames_of_the_next_transfers_enqueued_while_the_last_one_is_under_way() -> None:
