@@ -208,14 +208,17 @@ def _members(swarm: Mapping[str, Any]) -> _Rows:
         load = f"{member['uploads']}/{member['slots']}" if member.get("slots") else "-"
         word = LOST if member["state"] in ("suspect", "silent") else member["state"]
         state = f"{word}, slow" if member.get("slow") else word
+        if lies := bool(member.get("wrong_chunks")) and word == "alive":
+            state = "wrong chunks"
+        nothing = "nothing yet" if member["state"] in HERE else "-"
         rows.append(
             (
                 _words(member["name"], "bold" if member["id"] == swarm["node"]["id"] else ""),
                 _words(member["address"]),
-                Text(state, STYLES.get(member["state"], "")),
+                Text(state, "bold red" if lies else STYLES.get(member["state"], "")),
                 *map(_words, told),
                 Text(load),
-                _words("\n".join(holds.get(member["name"], ["nothing yet"]))),
+                _words("\n".join(holds.get(member["name"], [nothing]))),
                 Text(_rate(member.get("up_bytes_per_s"))),
                 Text(_rate(member.get("down_bytes_per_s"))),
             )

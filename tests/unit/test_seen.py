@@ -226,6 +226,12 @@ def interrupted(ask: object, swarm: Json) -> Iterator[Json]:
     raise KeyboardInterrupt
 
 
+def test_are_those_marked_who_lie_or_are_dead() -> None:
+    rows = drawn(swarm(report(member(A, "ann", "dead"), member(LIAR, "liar")), fetching())).splitlines()
+    assert any("liar" in row and "wrong chunks" in row and "nothing yet" in row for row in rows)
+    assert any("ann" in row and "dead" in row and "nothing yet" not in row for row in rows)
+
+
 def test_can_a_name_do_nothing_to_the_terminal() -> None:
     shown = drawn(swarm(report(member(A, "\x1b[2J[red]ann\r"))))
     assert "\x1b" not in shown.replace("\x1b[0m", "")
