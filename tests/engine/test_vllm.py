@@ -224,6 +224,7 @@ class Told:
         return lambda why="": self.heard.append(f"{name} {why}".strip())
 
 
+@pytest.mark.filterwarnings("ignore")  # of what vLLM imports
 @pytest.mark.parametrize(
     ("method", "arguments", "heard"),
     [
