@@ -7,7 +7,7 @@ memory. Whatever differs, however little, makes another fingerprint, another art
     model id                ->  'org/model#metadata'          the id of what an engine reads before its weights
 
 Owns the canonical form and what differs between two of them, field by field. Must not know: which fields there are,
-which is each engine's business, beyond `content`, the digest of the checkpoint.
+which is each engine's business, beyond `content`, the digest of the checkpoint, and `weight_version`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from swarm.errors import ManifestInvalid, SettingsError
 
 TEXT_MAX = 4096  # what a manifest has room for
 CONTENT = "content"
+WEIGHT_VERSION = "weight_version"  # of weights that were updated since they were loaded; others have no such field
 LOADED, METADATA = "#loaded-", "#metadata"
 NOWHERE = "(not said)"
 SHOWN_MAX = 48  # characters of a value in a difference

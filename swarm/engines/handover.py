@@ -3,6 +3,7 @@
     take        fills a model's tensors from twins, and keeps copies of what came
     clone       copies of what an engine's own loader brought
     servable    what to serve of either, after processing: live tensors where they are still the same bytes
+    model_fields, model_id_of, ...    what of a model engines say alike
 
 What engines have in common; each has its own loader that calls this. Must not know: engines, nodes.
 """
@@ -12,13 +13,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from swarm import hub
 from swarm.engines import metadata
+from swarm.engines.fingerprint import short_digest
 from swarm.engines.joining import Join
+
+NOT_OF_TENSORS = ("_name_or_path", "transformers_version")  # of a model's config: they differ between machines
 
 log = logging.getLogger("swarm")
 
@@ -50,7 +55,7 @@ def take(
     except BaseException:
         _copy_into({name: live[name] for name in kept}, kept)
         raise
-    join.release_twin()  # processing writes to these very tensors
+    join.offer.release_twin("the engine processes its weights")  # it writes to these very tensors
     return {}
 
 
@@ -75,6 +80,21 @@ def servable(copies: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor
     served = {name: unchanged.get(id(kept), kept) for name, kept in copies.items()}
     log.info("%d of %d tensors are served where the engine uses them", len(unchanged), len({*map(id, copies.values())}))
     return served
+
+
+def model_fields(engine: str, version: str, model_config: Any) -> dict[str, str]:
+    """What every engine's layout depends on, as fields of a fingerprint."""
+    hf = model_config.hf_config
+    config = {key: value for key, value in hf.to_dict().items() if key not in NOT_OF_TENSORS}
+    return {
+        "engine": engine,
+        "engine_version": version,
+        "architectures": ",".join(getattr(hf, "architectures", None) or []),
+        "model_impl": str(model_config.model_impl),
+        "dtype": str(model_config.dtype),
+        "quantization": str(model_config.quantization),
+        "hf_config": short_digest(config),
+    }
 
 
 def model_id_of(model: str) -> str:

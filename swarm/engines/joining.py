@@ -2,10 +2,8 @@
 
     join = Join(...)                 what is known before weights are loaded
     join.load(ways)                  tries tiers in the order of `tiers.choose`; each decision is one line of the log
-    join.keep(tensors)               what to serve of a loaded layout
+    join.offer                       what to serve of a loaded layout, and what becomes of it
     join.ready()                     after warm-up: hashes and serves in the background
-    join.pause(why), resume()        their memory goes, and is back: served again if every byte is what it was
-    join.stop(why)                   the tensors are about to change: they are served no longer
 
 One node for each process, on the runtime's loop, opened when it is first needed and open until the process ends. Every
 wait has a deadline, and every failure is one more reason to move on to the next tier; only the last one is raised.
@@ -21,7 +19,6 @@ import dataclasses
 import fcntl
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -32,7 +29,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from swarm import build
 from swarm.api import fetch_on
 from swarm.engines import metadata, pruning
-from swarm.engines.fingerprint import CONTENT, Fingerprint, is_loaded, metadata_id
+from swarm.engines.fingerprint import CONTENT, WEIGHT_VERSION, Fingerprint, is_loaded, metadata_id
+from swarm.engines.offering import Offer
 from swarm.engines.starts import Start, Step, record
 from swarm.engines.tiers import Choice, Layout, Local, Other, Situation, TierName, choose
 from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError, SwarmError
@@ -43,6 +41,7 @@ from swarm.runtime import runtime
 from swarm.settings import Settings, join_address, split_address
 from swarm.status import running
 from swarm.store import Source
+from swarm.store.directory import DirectorySource
 from swarm.store.disk import Stamp, store_errors
 from swarm.store.tensors import VIRTUAL_PATH, IntoStore, TensorSource
 
@@ -67,8 +66,9 @@ log = logging.getLogger("swarm")
 class Options:
     """How an engine joins: what concerns engines alone, beside the node's `settings`.
 
-    Read from the mapping that the engine hands its loader, and from SWARM_MODEL_ID, SWARM_LOOK_S, SWARM_TIERS and
-    SWARM_SERVE where that says nothing.
+    Read from the mapping that the engine hands its loader, and from SWARM_MODEL_ID, SWARM_LOOK_S, SWARM_TIERS,
+    SWARM_SERVE and SWARM_WEIGHT_VERSION where that says nothing. With a weight version, exactly that is loaded, from
+    those that serve it, or nothing is.
     """
 
     settings: Settings
@@ -76,6 +76,7 @@ class Options:
     look_s: float = LOOK_S
     tiers: tuple[str, ...] = TIERS
     serve: bool = True
+    weight_version: str | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Options:
@@ -96,8 +97,10 @@ class Options:
         except (TypeError, ValueError):
             raise SettingsError("look_s", f"{values['look_s']!r} is not a number of seconds") from None
         serve = str(values.get("serve", True)).lower() not in ("0", "false", "no", "off")
-        model_id = values.get("model_id")
-        return cls(settings, None if model_id is None else str(model_id), look_s, tiers, serve)
+        model_id, version = values.get("model_id"), values.get("weight_version")
+        return cls(
+            settings, None if model_id is None else str(model_id), look_s, tiers, serve, str(version or "") or None
+        )
 
 
 @dataclass(frozen=True)
@@ -136,15 +139,16 @@ class Join:
         self._steps: list[Step] = []
         self.fingerprint: Fingerprint | None = None
         self._node: Node | None = None
-        self._twin: str | None = None  # digest of loaded tensors that were fetched, and are served since
         self._files: Path | None = None  # of the checkpoint, if they are on this machine
         self._stamps: dict[str, Stamp] = {}  # of its weights, before they were loaded
-        self._kept: Callable[[], dict[str, torch.Tensor]] | None = None
-        self._served: set[str] = set()  # digests of loaded tensors
-        self._hashed: str | None = None  # digest of the loaded tensors, once they were hashed here
-        self._lock = threading.Lock()  # who holds it reads the tensors, or changes whether they are served
-        self._stopped = ""
-        self.serving: Future[None] | None = None  # done when `ready`, or the last `resume`, has come to its end
+        self.offer = Offer(
+            repr(self),
+            version=options.weight_version,
+            chunk_hash=self._grid["chunk_hash"],
+            describe=self._loaded_as,
+            serve=self._serve,
+            withdraw=lambda digests, why: runtime().run(self._withdraw(digests, why)),
+        )
         self._noted = contextlib.ExitStack()  # for `swarm status` on this machine
         self.described, self.local, self.content = self._look_here()
 
@@ -171,8 +175,11 @@ class Join:
             return described, "headers", described.content
         if not metadata.is_whole(self.directory):
             return None, "config", None
-        known = build.known(self.directory, cache_dir=self._cache, **self._grid)
         self._files, self._stamps = self.directory, _stamps(self.directory)
+        known = build.known(self.directory, cache_dir=self._cache, **self._grid)
+        if known is None and self._options.weight_version:
+            with contextlib.closing(self._hash_files(self.directory)) as source:
+                known = source.manifest  # those that have the version are told by what it was made of
         return None, "whole", known.digest if known else None
 
     def load(
@@ -187,7 +194,7 @@ class Join:
             choices = choose(self._situation(unsafe, unread))
         except Exception as error:  # whatever the network does, the engine starts
             self._decide("swarm", False, f"failed: {error}")
-            choices = [Choice("disk", True, "the swarm cannot be used")]
+            choices = [Choice("disk", not self.offer.version, "the swarm cannot be used")]
         try:
             return self._try(choices, ways)
         finally:
@@ -209,7 +216,9 @@ class Join:
             else:
                 self._decide(choice.tier, True, choice.why, time.monotonic() - began)
                 return choice.tier
-        raise SwarmError(f"{self.model_id}: no tier is left to load from")
+        raise SwarmError(
+            f"{self.model_id}: no tier is left to load weight version {self.offer.version!r} from: {self._steps[0].why}"
+        )
 
     def _decide(self, tier: str, taken: bool, why: str, seconds: float = 0.0) -> None:
         self._steps.append(Step(tier, taken, why[:4096], seconds))
@@ -219,9 +228,10 @@ class Join:
 
     def _situation(self, unsafe: str, unread: Unread | None) -> Situation:
         barred = frozenset(TIERS) - set(self._options.tiers)
+        known = Situation(self.content, self.local, unsafe=unsafe, barred=barred, version=self.offer.version or "")
         if barred == frozenset(TIERS) or (self.local == "whole" and self.content is None):
-            return Situation(self.content, self.local, barred=barred)  # nobody could help
-        return runtime().run(self._survey(Situation(self.content, self.local, unsafe=unsafe, barred=barred), unread))
+            return known  # nobody could help
+        return runtime().run(self._survey(known, unread))
 
     async def _survey(self, known: Situation, unread: Unread | None) -> Situation:
         """Adds what the others serve to what is known."""
@@ -241,7 +251,7 @@ class Join:
             if self.content is not None and digest != self.content
             for holder in who
         ]
-        self.fingerprint = self._fingerprint_of(self.content)
+        self.fingerprint = self._fingerprint_of(self.content, self.offer.version)
         twins = len(self._twins(node))
         return dataclasses.replace(
             known,
@@ -254,13 +264,14 @@ class Join:
         )
 
     def _twins(self, node: Node) -> list[Holder]:
-        fingerprint = self._fingerprint_of(self.content)
+        fingerprint = self._fingerprint_of(self.content, self.offer.version)
         if fingerprint is None:
             return []
         return [holder for who in node.holders(fingerprint.model_id(self.model_id)).values() for holder in who]
 
-    def _fingerprint_of(self, content: str | None) -> Fingerprint | None:
-        return None if content is None else Fingerprint({**self._fields, CONTENT: content})
+    def _fingerprint_of(self, content: str | None, version: str | None) -> Fingerprint | None:
+        named = {WEIGHT_VERSION: version} if version else {}
+        return None if content is None else Fingerprint({**self._fields, CONTENT: content, **named})
 
     async def _settle(self, node: Node) -> None:
         """Returns when twins are known, a moment after anybody with this model is, or when nobody is in time."""
@@ -311,8 +322,7 @@ class Join:
         if not self._options.serve:
             node.withdraw(manifest.digest, "serving is turned off")
             return fetched
-        self._twin = manifest.digest
-        self._served.add(manifest.digest)
+        self.offer.adopt(manifest.digest)
         return fetched
 
     def fetch_checkpoint(self) -> Path:
@@ -361,83 +371,26 @@ class Join:
 
     # Serving
 
-    def keep(self, tensors: Callable[[], dict[str, torch.Tensor]]) -> None:
-        """What to serve of the loaded layout: called once others may fetch, so that nothing is hashed before."""
-        self._kept = tensors
-
-    def release_twin(self) -> None:
-        """Serves what was fetched from twins no longer: the engine is about to change it."""
-        if self._twin is not None:
-            runtime().run(self._withdraw({self._twin}, "the engine processes its weights"))
-            self._served.discard(self._twin)
-            self._twin = None
-
     def ready(self, then: Callable[[], object] | None = None) -> None:
         """The engine answers: serves what it has, from a thread of its own, and does `then`. See `serving`."""
         if self._options.serve and self.serving is None:
-            self._start(self._serve_files, self._serve_loaded, then)
+            self.offer.begin(self._serve_files, self.offer.publish, then)
 
-    def pause(self, why: str) -> None:
-        """The memory of the loaded tensors is about to go: served no longer, until `resume`.
+    @property
+    def serving(self) -> Future[None] | None:
+        """Done when what was last begun in the background has come to its end; None before `ready`."""
+        return self.offer.serving
 
-        Returns when nobody reads them any more.
-        """
-        self._stop(why)
-
-    def resume(self) -> None:
-        """The memory is back: serves the loaded tensors again, from a thread of its own, if they are what they were."""
-        if not self._stopped or self._kept is None:
-            return
-        if self._known is None:
-            self._give_up("their memory went before they were hashed, so it is not known what they were")
-            return
-        self._stopped = ""
-        self._start(self._serve_loaded)
-
-    def stop(self, why: str) -> None:
-        """The loaded tensors are about to change: served no longer, for good.
-
-        Returns when nobody reads them any more.
-        """
-        self._stop(why)
-        self._give_up(why)
-
-    def _stop(self, why: str) -> None:
-        self._stopped = why  # first, so that whoever hashes does not come to serve
-        with self._lock:
-            served, self._served = self._served, set()
-        if served:
-            runtime().run(self._withdraw(served, why))
-            log.info("%s: loaded tensors are served no longer: %s", self, why)
-
-    def _give_up(self, why: str) -> None:
-        if self._kept is not None:
-            self._kept = None
-            log.info("%s: loaded tensors are not served again before the engine starts anew: %s", self, why)
-
-    def _start(self, *steps: Callable[[], object] | None) -> None:
-        """Does these in a thread of its own, one after the other. See `serving`."""
-        self.serving = serving = Future[None]()
-
-        def run() -> None:
-            try:
-                for step in steps:
-                    if step is not None:
-                        step()
-            except Exception as error:
-                log.warning("%s: not all is served: %s", self, error)
-                serving.set_exception(error)
-            else:
-                serving.set_result(None)
-
-        threading.Thread(target=run, name="swarm-serve", daemon=True).start()
+    def _hash_files(self, directory: Path) -> DirectorySource:
+        with _turn(self._cache / "checkpoints" / f"hash-{directory.name}"):
+            return build.checkpoint(directory, cache_dir=self._cache, **self._grid)[1]
 
     def _serve_files(self) -> None:
         """Serves the checkpoint and what engines read of it first: one rank of each host does."""
         source: Source
         if self._files is not None:
-            with _turn(self._cache / "checkpoints" / f"hash-{self._files.name}"):
-                manifest, source, _ = build.checkpoint(self._files, cache_dir=self._cache, **self._grid)
+            source = self._hash_files(self._files)
+            manifest = source.manifest
             if self.content not in (None, manifest.digest) or (self._stamps and self._stamps != _stamps(self._files)):
                 source.close()
                 raise StoreConflict(self._files, "holds other files than were loaded from it; restart to serve them")
@@ -452,31 +405,9 @@ class Join:
             _, source, _ = build.checkpoint(place, cache_dir=self._cache)
             self._serve(metadata_id(self.model_id), source)
 
-    @property
-    def _known(self) -> str | None:
-        """The digest that the loaded tensors must have, if anybody has hashed them."""
-        return self._hashed or self._twin
-
-    def _serve_loaded(self) -> None:
-        with self._lock:
-            ours = self.fingerprint = self._fingerprint_of(self.content)
-            if self._stopped or self._kept is None or ours is None or self._hashed in self._served:
-                return
-            source = build.tensors(self._kept(), loaded_as=ours.text, chunk_hash=self._grid["chunk_hash"])
-            digest = source.manifest.digest
-            if self._stopped:
-                source.close()
-                return
-            if self._known not in (None, digest):
-                source.close()
-                self._give_up("they are not the bytes that they were")
-                return
-            if self._twin is not None:
-                runtime().run(self._withdraw({self._twin}, "it moved"))
-            self._serve(ours.model_id(self.model_id), source)
-            self._served.add(digest)
-            self._hashed = digest
-        log.info("%s: ready, serves %d loaded bytes as %s", self, source.manifest.size, ours.digest)
+    def _loaded_as(self, version: str | None) -> tuple[str, Fingerprint] | None:
+        ours = self.fingerprint = self._fingerprint_of(self.content, version)
+        return (ours.model_id(self.model_id), ours) if ours else None
 
     def _serve(self, artifact: str, source: Source) -> None:
         async def serve() -> None:

@@ -38,7 +38,7 @@ def register() -> None:
     HookRegistry.register(GET_LOADER, choose_loader, HookType.AROUND)
     HookRegistry.register(READY, _ready, HookType.BEFORE)
     for target in CHANGES:
-        HookRegistry.register(target, functools.partial(_stop, target.rpartition(".")[2]), HookType.BEFORE)
+        HookRegistry.register(target, functools.partial(_change, target.rpartition(".")[2]), HookType.BEFORE)
     HookRegistry.register(RELEASE, _pause, HookType.BEFORE)
     HookRegistry.register(RESUME, _resume, HookType.AFTER)
 
@@ -76,10 +76,10 @@ def _ready(*_: Any, **__: Any) -> None:
     sglang_loader.ready(unhooked())
 
 
-def _stop(why: str, *_: Any, **__: Any) -> None:
+def _change(why: str, *_: Any, **__: Any) -> None:
     from swarm.engines import sglang_loader
 
-    sglang_loader.stop(why)
+    sglang_loader.change(why)
 
 
 def _pause(_: Any, request: Any) -> None:

@@ -28,7 +28,16 @@ from torch import nn
 
 from swarm import hub
 from swarm.engines.fingerprint import short_digest
-from swarm.engines.handover import clone, directory_of, is_directory, model_id_of, named_tensors, servable, take
+from swarm.engines.handover import (
+    clone,
+    directory_of,
+    is_directory,
+    model_fields,
+    model_id_of,
+    named_tensors,
+    servable,
+    take,
+)
 from swarm.engines.joining import Join, Options, Rank
 from swarm.errors import SettingsError
 
@@ -130,7 +139,7 @@ class SwarmLoader(DefaultModelLoader):
         self.postprocess_weights(model, target_device)
         if not unsafe and options.serve:
             served = servable(copies, named_tensors(model))
-            join.keep(lambda: served)
+            join.offer.keep(lambda: served)
         _joins.append(join)
 
     def _load_from(self, place: Path | str, model: nn.Module, target_device: Any) -> None:
@@ -144,26 +153,28 @@ def ready(unhooked: Sequence[str] = ()) -> None:
     """The scheduler begins to serve: so does the swarm. `unhooked` are changes of weights that nobody would tell of."""
     for join in _joins:
         if unhooked:
-            join.stop(f"this SGLang has no {unhooked[0].rpartition('.')[2]}, so nobody would tell when weights change")
+            join.offer.change(
+                f"this SGLang has no {unhooked[0].rpartition('.')[2]}, so nobody would tell when weights change"
+            )
         join.ready()
 
 
 def pause() -> None:
     """The scheduler is about to give the memory of its weights away, and may restore them."""
     for join in _joins:
-        join.pause("the engine was told to release their memory")
+        join.offer.pause("the engine was told to release their memory")
 
 
 def resume() -> None:
     """The scheduler has restored its weights, or has memory for others."""
     for join in _joins:
-        join.resume()
+        join.offer.resume()
 
 
-def stop(why: str) -> None:
+def change(why: str) -> None:
     """The scheduler is about to change its weights."""
     for join in _joins:
-        join.stop(f"the engine was told to {why.replace('_', ' ')}")
+        join.offer.change(f"the engine was told to {why.replace('_', ' ')}")
 
 
 def layout_fields(model_config: Any) -> dict[str, str]:
@@ -171,17 +182,9 @@ def layout_fields(model_config: Any) -> dict[str, str]:
 
     To be called before loading: processing may change the quantisation config.
     """
-    hf = model_config.hf_config
-    config = {key: value for key, value in hf.to_dict().items() if key not in ("_name_or_path", "transformers_version")}
     arguments = {key: value for key, value in vars(get_server_args()).items() if key not in ELSEWHERE}
     return {
-        "engine": "sglang",
-        "engine_version": sglang.__version__,
-        "architectures": ",".join(getattr(hf, "architectures", None) or []),
-        "model_impl": str(model_config.model_impl),
-        "dtype": str(model_config.dtype),
-        "quantization": str(model_config.quantization),
-        "hf_config": short_digest(config),
+        **model_fields("sglang", sglang.__version__, model_config),
         "server_args": short_digest({key: str(value) for key, value in arguments.items()}),
         "platform": "cuda" if torch.cuda.is_available() else "cpu",
         **{name: str(_read(name, "(not said)")) for name in PARALLEL},

@@ -41,7 +41,8 @@ class Situation:
     `content` is the digest of the checkpoint that this engine was configured for; None when it is not known which one.
     `unsafe` says why tensors of this engine cannot be handed from rank to rank; `unread` says what the engine decided
     without the headers of the files, so that it may build another model than the files are for; `barred` names tiers
-    that the user turned off. `strangers` are names of those that serve other contents under the same model id.
+    that the user turned off; `version` is the weight version that is asked for, which no files hold. `strangers` are
+    names of those that serve other contents under the same model id.
     """
 
     content: str | None
@@ -53,6 +54,7 @@ class Situation:
     unsafe: str = ""
     unread: str = ""
     barred: frozenset[str] = field(default_factory=frozenset)
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,7 @@ def choose(situation: Situation) -> list[Choice]:
     return [
         Choice("loaded", not loaded, loaded or f"{_many(situation.twins, 'twin')} of this very layout"),
         Choice("checkpoint", not checkpoint, checkpoint or f"{_many(situation.holders, 'node')} with these files"),
-        Choice(
-            "disk", True, "files of this machine" if situation.local == "whole" else "hub or disk, as without swarm"
-        ),
+        Choice("disk", not situation.version, _versioned(situation) or _disk(situation)),
     ]
 
 
@@ -92,6 +92,8 @@ def _loaded(at: Situation) -> str:
 def _checkpoint(at: Situation) -> str:
     if "checkpoint" in at.barred:
         return "turned off"
+    if at.version:
+        return _versioned(at)
     if at.local == "whole":
         return "the files are on this machine already"
     if at.content is None:
@@ -101,6 +103,14 @@ def _checkpoint(at: Situation) -> str:
     if not at.holders:
         return "; ".join(["nobody serves the files", *_strange(at)])
     return ""
+
+
+def _disk(at: Situation) -> str:
+    return "files of this machine" if at.local == "whole" else "hub or disk, as without swarm"
+
+
+def _versioned(at: Situation) -> str:
+    return f"no files hold weight version {at.version!r}" if at.version else ""
 
 
 def _unknown_content(at: Situation) -> str:

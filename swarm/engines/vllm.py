@@ -3,9 +3,10 @@
 vLLM calls `register` in every process of its own: API server, engine core, workers. So it is light, and may be called
 again. The loader comes from `engines.vllm_loader`, which is imported where vLLM is there already.
 
-Three things are patched into vLLM's worker wrapper, because no hook exists for them: the last step of starting up,
-after which the worker serves; whatever changes weights or takes them away, before which it stops; and waking up, after
-which it serves again what is still the same. Must not know: nodes.
+Patched into vLLM's worker wrapper, because no hook exists for them, are: the last step of starting up, after which
+the worker serves; whatever changes weights or takes them away, before which it stops; waking up, after which it serves
+again what is still the same; and the end of an update, after which it serves what the engine's core calls by a weight
+version. Must not know: nodes.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ CHANGES = (
     "update_weights",
     "elastic_ep_execute",
 )
+# After each of them all weights are there that were to come.
+CHANGED = ("reload_weights", "finish_weight_update")
+CALLED = "swarm_weight_version"  # what workers are told by the engine's core, which is told the version of weights
 _MARK = "_swarm_hook"
 
 
 def register() -> None:
     """Makes `--load-format swarm` known to this process's vLLM."""
     from vllm.model_executor.model_loader import register_model_loader
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from swarm.engines import vllm_loader
@@ -38,10 +43,14 @@ def register() -> None:
         register_model_loader("swarm")(vllm_loader.SwarmLoader)
         _hook(WorkerWrapperBase, WARM_UP, after=vllm_loader.ready)
         for method in CHANGES:
-            _hook(WorkerWrapperBase, method, before=functools.partial(vllm_loader.stop, method))
+            _hook(WorkerWrapperBase, method, before=functools.partial(vllm_loader.change, method))
+        for method in CHANGED:
+            _hook(WorkerWrapperBase, method, after=vllm_loader.changed)
         _hook(WorkerWrapperBase, "sleep", before=vllm_loader.pause)
         _hook(WorkerWrapperBase, "wake_up", after=vllm_loader.resume)
         _hook(WorkerWrapperBase, "discard", before=vllm_loader.discard)
+        setattr(WorkerWrapperBase, CALLED, lambda self, version: vllm_loader.call(version))
+        _tell_workers(EngineCore)
         setattr(WorkerWrapperBase, _MARK, True)
 
 
@@ -63,3 +72,15 @@ def _hook(
         return result
 
     setattr(wrapper, method, hooked)
+
+
+def _tell_workers(core: Any) -> None:
+    """The version of weights is told to the engine's core, and not to its workers: so does this."""
+    known = core.set_weight_version
+
+    def set_weight_version(self: Any, weight_version: str) -> None:
+        known(self, weight_version)
+        if self.vllm_config.load_config.load_format == "swarm":
+            self.model_executor.collective_rpc(CALLED, args=(weight_version,))
+
+    core.set_weight_version = set_weight_version

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,41 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from swarm import hub
 from swarm.engines import caches, metadata
 from swarm.engines.fingerprint import short_digest
-from swarm.engines.handover import clone, directory_of, is_directory, model_id_of, named_tensors, servable, take
+from swarm.engines.handover import (
+    clone,
+    directory_of,
+    is_directory,
+    model_fields,
+    model_id_of,
+    named_tensors,
+    servable,
+    take,
+)
 from swarm.engines.joining import Join, Options, Rank
+from swarm.engines.offering import ANEW
 from swarm.errors import SettingsError
 
 WEIGHTS = "weights"  # what vLLM tags their memory with
 HEADER_QUANTISATIONS = ("awq", "gptq")  # which vLLM may find out about by the headers of the files
 
 log = logging.getLogger("swarm")
-_joins: list[tuple[Join, dict[str, str]]] = []  # of this process, for the hooks, with the key of what they compile
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that this process has loaded, for the hooks.
+
+    `compiles` is the key of what it compiles, if it speaks for its host; `lost` says why its tensors, once they were
+    updated, would not be what another engine has when it has loaded the same, '' when they would.
+    """
+
+    join: Join
+    model: nn.Module
+    compiles: dict[str, str]
+    lost: str
+
+
+_loaded: list[Loaded] = []
 
 
 class SwarmLoader(BaseModelLoader):
@@ -113,11 +140,16 @@ class SwarmLoader(BaseModelLoader):
         """As every loader does; and remembers what to serve after warm-up."""
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         if self._join is not None and model_config is vllm_config.model_config:
+            lost = "they are not to be served"
             if self._copies:
                 served = servable(self._copies, named_tensors(model))
-                self._join.keep(lambda: served)
+                packed = sum(served[name] is kept for name, kept in self._copies.items())
+                lost = f"processing changed {packed} of them, so that it is not known what they were" if packed else ""
+                if model_config.quantization is not None:
+                    lost = "they are quantised, and processing may change others than it did"
+                self._join.offer.keep(lambda: served)
                 self._copies = {}
-            _joins.append((self._join, self._compiles))
+            _loaded.append(Loaded(self._join, model, self._compiles, lost))
         return model
 
     def _disk(self) -> DefaultModelLoader:
@@ -135,38 +167,59 @@ class SwarmLoader(BaseModelLoader):
 
 def ready(*_: object) -> None:
     """The worker has warmed up: what it loaded is served from now on."""
-    for join, compiles in _joins:
-        join.ready(then=functools.partial(caches.after_warm_up, compiles, join.settings) if compiles else None)
+    for one in _loaded:
+        then = functools.partial(caches.after_warm_up, one.compiles, one.join.settings) if one.compiles else None
+        one.join.ready(then=then)
 
 
 def pause(*_: object, **__: object) -> None:
     """The worker is about to give the memory of its weights away, and may restore them."""
-    for join, _compiles in _joins:
-        join.pause("the engine was told to sleep")
+    for one in _loaded:
+        one.join.offer.pause("the engine was told to sleep")
 
 
 def resume(tags: Collection[str] | None = None) -> None:
     """The worker has memory again of what these tags name, None for all of it."""
     if tags is None or WEIGHTS in tags:
-        for join, _ in _joins:
-            join.resume()
+        for one in _loaded:
+            one.join.offer.resume()
 
 
 def discard(tags: Collection[str]) -> None:
     """The worker is about to give memory away of what these tags name, for good."""
     if WEIGHTS in tags:
-        stop("discard its weights")
+        change("discard its weights")
 
 
-def stop(why: str, *_: object, **__: object) -> None:
+def change(why: str, *_: object, **__: object) -> None:
     """The worker is about to change its weights, or to lose them."""
-    for join, _compiles in _joins:
-        join.stop(f"the engine was told to {why.replace('_', ' ')}")
+    for one in _loaded:
+        until = ANEW if one.lost else "an update of them is finished and has a weight version"
+        one.join.offer.change(f"the engine was told to {why.replace('_', ' ')}", until)
+
+
+def changed(*_: object, **__: object) -> None:
+    """The worker has all weights of what it was to change them to."""
+    for one in _loaded:
+        one.join.offer.changed()
+
+
+def call(version: str) -> None:
+    """The engine calls its weights by a version."""
+    for one in _loaded:
+        if one.lost:
+            log.info("%s: weight version %r is not served: %s", one.join, version, one.lost)
+        else:
+            one.join.offer.call(version, functools.partial(_live, one.model))
 
 
 def joins() -> list[Join]:
     """Those of this process, for whoever wants to know what became of them."""
-    return [join for join, _ in _joins]
+    return [one.join for one in _loaded]
+
+
+def _live(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
 
 def _not_in_files(model: nn.Module, model_config: ModelConfig) -> dict[str, torch.Tensor]:
@@ -188,14 +241,8 @@ def layout_fields(model_config: ModelConfig, config: VllmConfig) -> dict[str, st
     lora = config.lora_config
     experts = f"{parallel.expert_placement_strategy}" if parallel.enable_expert_parallel else "off"
     return {
-        "engine": "vllm",
-        "engine_version": vllm.__version__,
-        "architectures": ",".join(getattr(hf, "architectures", None) or []),
-        "model_impl": str(model_config.model_impl),
-        "dtype": str(model_config.dtype),
-        "quantization": str(model_config.quantization),
+        **model_fields("vllm", vllm.__version__, model_config),
         "quantization_config": short_digest(getattr(hf, "quantization_config", None)),
-        "hf_config": short_digest(_layout_of(hf.to_dict())),
         "tied": str(getattr(hf.get_text_config(), "tie_word_embeddings", False)),
         "tp": f"{get_tensor_model_parallel_rank()} of {parallel.tensor_parallel_size}",
         "pp": f"{get_pp_group().rank_in_group} of {parallel.pipeline_parallel_size}",
@@ -205,11 +252,6 @@ def layout_fields(model_config: ModelConfig, config: VllmConfig) -> dict[str, st
         "lora": "" if lora is None else str(getattr(lora, "lora_extra_vocab_size", "on")),
         "platform": vllm.platforms.current_platform.device_type,
     }
-
-
-def _layout_of(hf: dict[str, Any]) -> dict[str, Any]:
-    """A model's config without what says nothing of its tensors and differs between paths and libraries."""
-    return {key: value for key, value in hf.items() if key not in ("_name_or_path", "transformers_version")}
 
 
 def _unsafe(model: nn.Module, config: VllmConfig) -> str:

@@ -35,6 +35,58 @@ def corrupt_what_is_served() -> None:
     build.tensors = corrupting  # type: ignore[assignment]
 
 
+def served() -> None:
+    """Returns once others can fetch."""
+    from swarm.engines import vllm_loader
+
+    (join,) = vllm_loader.joins()
+    assert join.serving
+    join.serving.result(60)
+
+
+def register_updates() -> None:
+    """A way to update weights by the files of another checkpoint, as trainers do by their networks."""
+    from dataclasses import dataclass
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class Update:
+        path: str
+
+    class FromFiles(WeightTransferEngine[Any, Update]):  # type: ignore[misc]
+        init_info_cls, update_info_cls = Update, Update
+
+        def init_transfer_engine(self, init_info: Any) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: Update) -> None:
+            self.model.load_weights(load_file(Path(update_info.path) / "model.safetensors").items())
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    WeightTransferEngineFactory.register_engine("files", FromFiles)
+
+
+def update(llm: Any, path: str, version: str) -> None:
+    """As vLLM's front end does."""
+    llm.collective_rpc("start_weight_update")
+    llm.collective_rpc("update_weights", kwargs={"update_info": {"path": path}})
+    llm.collective_rpc("finish_weight_update")
+    llm.llm_engine.set_weight_version(version)
+
+
 def main() -> None:
     from .models import PROMPTS
 
@@ -50,6 +102,13 @@ def main() -> None:
         vllm.__version__ = version
     if os.environ.get("ENGINE_CORRUPTS"):
         corrupt_what_is_served()
+    if os.environ.get("ENGINE_PLAIN"):  # processing leaves unquantised weights as they are, as on GPUs
+        from vllm import _custom_ops
+
+        _custom_ops._supports_onednn = False
+    updates = os.environ.get("ENGINE_UPDATES")
+    if updates:
+        register_updates()
     llm = LLM(
         model,
         load_format=os.environ.get("ENGINE_FORMAT", "swarm"),
@@ -61,8 +120,12 @@ def main() -> None:
         max_num_seqs=8,
         tensor_parallel_size=ranks,
         **({"distributed_executor_backend": "uni"} if ranks == 1 else {}),
+        **({"weight_transfer_config": {"backend": "files"}} if updates else {}),
     )
     ready = time.monotonic()
+    if updates:
+        served()
+        update(llm, updates, "v1")
     greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     first = llm.generate(PROMPTS[:1], greedy, use_tqdm=False)
     answered = time.monotonic()
@@ -75,11 +138,7 @@ def main() -> None:
         "process_s": time.time() - float(os.environ.get("ENGINE_BEGAN", time.time())),
     }
     for method in os.environ.get("ENGINE_TOLD", "").split():
-        from swarm.engines import vllm_loader
-
-        (join,) = vllm_loader.joins()
-        assert join.serving
-        join.serving.result(60)
+        served()
         llm.collective_rpc(method)
         print(f"TOLD {method}", flush=True)
     print("ANSWERED " + json.dumps(report), flush=True)

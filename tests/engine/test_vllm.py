@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 from unittest.mock import create_autospec
 
@@ -197,7 +198,7 @@ def test_does_an_engine_that_changes_its_weights_stop_serving_them(
 ) -> None:
     kind = "dense-fp32"
     a = engine("a", models(kind), **options(kind, ENGINE_TOLD=f"{told} sleep wake_up")).wait_for("TOLD wake_up")
-    assert f"served no longer: the engine was told to {told.replace('_', ' ')}" in a.said
+    assert f"until the engine starts anew: the engine was told to {told.replace('_', ' ')}" in a.said
     b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind))
     assert b.tokens == a.tokens
     assert b.taken == "checkpoint"
@@ -208,20 +209,55 @@ def test_does_an_engine_that_slept_serve_again(models: Models, engine: Start, tm
     kind = "dense-fp32"
     a = engine("a", models(kind), **options(kind, ENGINE_TOLD="sleep wake_up"))
     a.wait_until(lambda: a.said.count("ready, serves") == 2, "serving before and after")
-    assert "served no longer: the engine was told to sleep" in a.said
+    assert "served no longer, until they are back: the engine was told to sleep" in a.said
     b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind))
     assert b.tokens == a.tokens
     assert b.taken == "loaded", b.steps
 
 
+def test_are_updated_weights_given_to_who_asks_for_their_version_alone(
+    models: Models, engine: Start, tmp_path: Path
+) -> None:
+    kind, plain = "dense-fp32", {"ENGINE_PLAIN": "1"}
+    trained = write(tmp_path / "trained", dense("float32", tied=False), seed=2)
+    a = engine("a", models(kind), **options(kind, ENGINE_UPDATES=str(trained), **plain))
+    a.wait_until(lambda: a.said.count("ready, serves") == 2, "serving before and after")
+    b = engine(
+        "b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind, SWARM_WEIGHT_VERSION="v1", **plain)
+    )
+    assert b.tokens == a.tokens
+    assert b.taken == "loaded", b.steps
+    b.kill()
+    c = engine("c", nothing(tmp_path), nothing=True, peers=a.address, **options(kind, **plain))
+    assert c.tokens != a.tokens
+    assert c.taken == "checkpoint"
+    assert "weight_version is (not said) here and v1 there" in c.why("loaded")
+    c.kill()
+    d = engine("d", models(kind), peers=a.address, **options(kind, SWARM_WEIGHT_VERSION="v2", **plain))
+    assert d.end() != 0
+    assert "no tier is left to load weight version 'v2' from" in d.said
+    assert "v2 here and v1 there" in d.said
+
+
+@pytest.mark.matrix
+def test_are_updated_weights_not_served_that_processing_has_packed(
+    models: Models, engine: Start, tmp_path: Path
+) -> None:
+    trained = write(tmp_path / "trained", dense("float32", tied=False), seed=2)
+    a = engine("a", models("dense-fp32"), **options("dense-fp32", ENGINE_UPDATES=str(trained)))
+    a.wait_for("ANSWERED ")
+    assert "weight version 'v1' is not served: processing changed" in a.said
+    assert a.said.count("ready, serves") == 1
+
+
 class Told:
-    """A join that remembers what it was told."""
+    """An offer that remembers what it was told."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda why="": self.heard.append(f"{name} {why}".strip())
+        return lambda *words: self.heard.append(" ".join([name, *words[:1]]))
 
 
 @pytest.mark.filterwarnings("ignore")  # of what vLLM imports
@@ -233,16 +269,17 @@ class Told:
         ("wake_up", {"tags": ["weights"]}, "resume"),
         ("wake_up", {"tags": ["kv_cache"]}, None),
         ("discard", {"tags": ("kv_cache",)}, None),
-        ("discard", {"tags": ("weights",)}, "stop the engine was told to discard its weights"),
-        ("reload_weights", {}, "stop the engine was told to reload weights"),
-        ("reset_weights", {}, "stop the engine was told to reset weights"),
-        ("start_weight_update", {}, "stop the engine was told to start weight update"),
-        ("start_draft_weight_update", {}, "stop the engine was told to start draft weight update"),
-        ("update_weights", {"update_info": {}}, "stop the engine was told to update weights"),
-        ("elastic_ep_execute", {"execute_method": "load_model"}, "stop the engine was told to elastic ep execute"),
+        ("discard", {"tags": ("weights",)}, "change the engine was told to discard its weights"),
+        ("reload_weights", {}, "change the engine was told to reload weights"),
+        ("reset_weights", {}, "change the engine was told to reset weights"),
+        ("start_weight_update", {}, "change the engine was told to start weight update"),
+        ("start_draft_weight_update", {}, "change the engine was told to start draft weight update"),
+        ("update_weights", {"update_info": {}}, "change the engine was told to update weights"),
+        ("finish_weight_update", {}, "changed"),
+        ("elastic_ep_execute", {"execute_method": "load_model"}, "change the engine was told to elastic ep execute"),
     ],
 )
-def test_is_a_join_told_what_a_worker_is_told(
+def test_is_an_offer_told_what_a_worker_is_told(
     method: str, arguments: dict[str, Any], heard: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wrapper and the names of its methods are vLLM's own; the worker behind it does nothing."""
@@ -252,16 +289,17 @@ def test_is_a_join_told_what_a_worker_is_told(
     from swarm.engines import vllm, vllm_loader
 
     vllm.register()
-    join, done = Told(), []
-    monkeypatch.setattr(vllm_loader, "_joins", [(join, {})])
+    offer, done = Told(), []
+    one: Any = SimpleNamespace(join=SimpleNamespace(offer=offer), lost="")
+    monkeypatch.setattr(vllm_loader, "_loaded", [one])
     wrapper = WorkerWrapperBase()
     wrapper.worker = create_autospec(Worker, instance=True)
-    getattr(wrapper.worker, method).side_effect = lambda **given: done.append((given, list(join.heard)))
+    getattr(wrapper.worker, method).side_effect = lambda **given: done.append((given, list(offer.heard)))
     getattr(wrapper, method)(**arguments)
     ((given, before),) = done
     assert given == arguments
-    assert join.heard == ([heard] if heard else [])
-    assert before == ([] if method == "wake_up" else join.heard)
+    assert offer.heard == [*([heard] if heard else []), *(["changed"] if method == "reload_weights" else [])]
+    assert before == ([] if method in ("wake_up", "finish_weight_update") else offer.heard[:1])
 
 
 @pytest.mark.matrix

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from swarm.demo import write_made_up
 from swarm.engines import metadata, starts
 from swarm.engines.joining import Join, Options, Rank
 from swarm.engines.tiers import TierName
-from swarm.errors import ManifestInvalid, SettingsError, StoreError
+from swarm.errors import ManifestInvalid, SettingsError, StoreError, SwarmError
 from swarm.runtime import runtime
 from swarm.settings import Settings
 
@@ -29,17 +26,8 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
     return {"embed": head, "head": head, "norm": torch.full((8,), value + 1)}
 
 
-def nowhere() -> None:
+def nowhere(*_: object) -> None:
     raise StoreError("there are no files")
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    path.mkdir()
-    write_made_up(path / "model.safetensors", [("a.weight", (300, 100))], rng=np.random.default_rng(1))
-    (path / "config.json").write_text("{}")
-    return path
 
 
 @pytest.fixture
@@ -70,13 +58,11 @@ class _Addresses:
         return join._node.address
 
 
-def seed(
-    join: Callable[..., Join], model: Path, *, held: dict[str, torch.Tensor] | None = None, **more: object
-) -> Join:
+def seed(join: Callable[..., Join], model: Path, **more: object) -> Join:
     """A worker that has loaded from disk and serves."""
     a = join("a", model, **more)
     assert a.load({"disk": lambda: None}) == "disk"
-    a.keep(lambda: held or tensors(1.0))
+    a.offer.keep(lambda: tensors(1.0))
     a.ready()
     assert a.serving is not None
     a.serving.result(30)
@@ -98,111 +84,49 @@ def test_does_a_twin_get_the_tensors_and_serve_them_on(join: Callable[..., Join]
     assert b.load({"loaded": lambda: b.fetch_loaded(got), "checkpoint": nowhere, "disk": nowhere}) == "loaded"
     assert all(torch.equal(got[name], tensor) for name, tensor in tensors(1.0).items())
     assert b.fingerprint == a.fingerprint
-    a.stop("a test")
+    a.offer.change("a test")
     c = join("c", bare(tmp_path, a, "c"), b)
     again = tensors(0.0)
     assert c.load({"loaded": lambda: c.fetch_loaded(again), "disk": nowhere}) == "loaded"
     assert torch.equal(again["head"], got["head"])
 
 
-def served(join: Join) -> set[str]:
-    """Digests of the loaded tensors that others can get."""
-    assert join._node is not None
-    assert join.fingerprint is not None
-    return set(join._node.holders(join.fingerprint.model_id(MODEL)))
-
-
-def settled(join: Join) -> None:
-    assert join.serving is not None
-    join.serving.result(30)
-
-
-def test_are_tensors_served_again_whose_memory_went_and_came_back(
+def test_is_a_weight_version_given_to_who_asks_for_it_alone(
     join: Callable[..., Join], model: Path, tmp_path: Path
 ) -> None:
-    held = tensors(1.0)
-    a = seed(join, model, held=held)
-    before = served(a)
-    a.pause("a test")
-    assert not served(a)
-    for tensor in held.values():
-        tensor.data.zero_()
-    for name, tensor in tensors(1.0).items():
-        held[name].data.copy_(tensor)
-    a.resume()
-    settled(a)
-    assert served(a) == before
-    b = join("b", bare(tmp_path, a), a)
-    got = tensors(0.0)
-    assert b.load({"loaded": lambda: b.fetch_loaded(got), "disk": nowhere}) == "loaded"
-    assert torch.equal(got["head"], held["head"])
-
-
-def test_are_tensors_that_came_back_as_others_not_served_again(
-    join: Callable[..., Join], model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    held = tensors(1.0)
-    a = seed(join, model, held=held)
-    a.pause("a test")
-    held["norm"].data[0] = 7
-    with caplog.at_level("INFO", "swarm"):
-        a.resume()
-        settled(a)
-    assert not served(a)
-    assert "not served again before the engine starts anew: they are not the bytes that they were" in caplog.text
-    held["norm"].data[0] = 2  # what it was
-    a.pause("again")
-    a.resume()
-    settled(a)
-    assert not served(a)
-
-
-def test_are_tensors_not_served_that_nobody_hashed_before_their_memory_went(
-    join: Callable[..., Join], model: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    a = join("a", model)
-    a.load({"disk": lambda: None})
-    a.keep(lambda: tensors(1.0))
-    a.pause("a test")
-    with caplog.at_level("INFO", "swarm"):
-        a.resume()
-    a.ready()
-    settled(a)
-    assert not served(a)
-    assert "went before they were hashed" in caplog.text
-
-
-def test_are_tensors_that_changed_not_served_after_a_sleep(join: Callable[..., Join], model: Path) -> None:
     a = seed(join, model)
-    a.stop("a test")
-    a.pause("another one")
-    a.resume()
-    settled(a)
-    assert not served(a)
+    a.offer.change("a test")
+    a.offer.changed()
+    a.offer.call("v1", lambda: tensors(5.0))
+    assert a.serving is not None
+    a.serving.result(30)
+    got = {name: tensors(0.0) for name in ("b", "c", "d", "e")}
+
+    def load(one: Join, name: str) -> TierName:
+        return one.load({"loaded": lambda: one.fetch_loaded(got[name]), "checkpoint": lambda: None, "disk": nowhere})
+
+    b = join("b", bare(tmp_path, a), a)
+    assert load(b, "b") == "checkpoint"
+    (_, start) = starts.recall(tmp_path / "b")[0]
+    assert "weight_version is (not said) here and v1 there" in start.steps[0].why
+    c = join("c", bare(tmp_path, a, "c"), a, weight_version="v1")
+    assert load(c, "c") == "loaded"
+    assert torch.equal(got["c"]["head"], tensors(5.0)["head"])
+    d = join("d", bare(tmp_path, a, "d"), a, weight_version="v2")
+    with pytest.raises(SwarmError, match=r"weight version 'v2'.*v2 here and v1 there"):
+        load(d, "d")
+    e = join("e", model, a, weight_version="v1")  # has files that nobody hashed, which would do for another
+    assert load(e, "e") == "loaded"
+    assert torch.equal(got["e"]["norm"], tensors(5.0)["norm"])
 
 
-def test_does_a_sleep_wait_for_whoever_reads_the_tensors(join: Callable[..., Join], model: Path) -> None:
-    """Memory that is being hashed must not go, and what was hashed is not served by then."""
-    a = join("a", model)
-    a.load({"disk": lambda: None})
-    reading, asleep = threading.Event(), threading.Event()
-
-    def slowly() -> dict[str, torch.Tensor]:
-        reading.set()
-        asleep.wait(0.2)  # nobody may be asleep meanwhile
-        order.append("read")
-        return tensors(1.0)
-
-    order: list[str] = []
-    a.keep(slowly)
-    a.ready()
-    assert reading.wait(30)
-    a.pause("a test")
-    order.append("asleep")
-    asleep.set()
-    settled(a)
-    assert order == ["read", "asleep"]
-    assert not served(a)
+def test_is_a_weight_version_not_looked_for_on_the_disk_when_the_swarm_fails(
+    join: Callable[..., Join], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = join("a", model, weight_version="v1")
+    monkeypatch.setattr(a, "_situation", nowhere)
+    with pytest.raises(SwarmError, match=r"weight version 'v1'.*there are no files"):
+        a.load({"loaded": lambda: None, "checkpoint": lambda: None, "disk": lambda: None})
 
 
 def test_does_another_layout_get_the_files_and_the_record_says_why(
@@ -222,7 +146,7 @@ def test_does_another_layout_get_the_files_and_the_record_says_why(
     assert [(step.tier, step.taken) for step in start.steps] == [("loaded", False), ("checkpoint", True)]
     assert "tp is 0 of 2 here and 0 of 1 there" in start.steps[0].why
     other_rank = join("b", bare(tmp_path, a), a, fields={**FIELDS, "tp": "1 of 2"}, rank=1)
-    a.stop("a test")
+    a.offer.change("a test")
     assert other_rank.fetch_checkpoint() == found[0]  # the ranks of a host share it
 
 
@@ -286,6 +210,8 @@ def test_is_nothing_served_of_an_engine_that_shall_not(join: Callable[..., Join]
 
 
 def test_are_options_read_from_the_engine_and_the_environment() -> None:
+    assert Options.read({}, {"SWARM_WEIGHT_VERSION": "v1"}).weight_version == "v1"
+    assert Options.read({"weight_version": ""}, {}).weight_version is None
     options = Options.read({"look_s": 1, "upload_limit": "10MB/s"}, {"SWARM_TIERS": "checkpoint", "SWARM_SERVE": "0"})
     assert (options.look_s, options.tiers, options.serve) == (1.0, ("checkpoint",), False)
     assert options.settings.upload_limit == 10e6

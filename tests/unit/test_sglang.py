@@ -200,7 +200,7 @@ def test_is_what_changes_served_no_longer(load: Load, files: Path, tmp_path: Pat
     load(files, "first")
     load.ours.ready()  # type: ignore[attr-defined]
     seed = address(load.ours)  # type: ignore[attr-defined]
-    load.ours.stop("update_weights_from_disk")  # type: ignore[attr-defined]
+    load.ours.change("update_weights_from_disk")  # type: ignore[attr-defined]
     load(bare(tmp_path), "second", seed)
     assert taken(tmp_path, "second") == "checkpoint"
 

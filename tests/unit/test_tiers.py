@@ -37,6 +37,8 @@ def test_are_all_tiers_tried_in_order_with_a_reason_each() -> None:
         ({"local": "whole"}, ["loaded", "disk"], "checkpoint", "on this machine already"),
         ({"content": None}, ["disk"], "checkpoint", "not known which content"),
         ({"content": None, "local": "whole"}, ["disk"], "loaded", "never hashed"),
+        ({"version": "v1"}, ["loaded"], "checkpoint", "no files hold weight version 'v1'"),
+        ({"version": "v1", "local": "whole", "twins": 0}, [], "disk", "no files hold weight version 'v1'"),
         ({"barred": frozenset({"loaded"})}, ["checkpoint", "disk"], "loaded", "turned off"),
         ({"barred": frozenset({"loaded", "checkpoint"})}, ["disk"], "checkpoint", "turned off"),
     ],
