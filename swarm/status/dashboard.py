@@ -226,17 +226,17 @@ class Dashboard:
         return {"node": self._node.id, **found, "lanes": found["lanes"][:LANES_MAX]}
 
     async def timeline_of(self, digest: str, node: str) -> Json | None:
-        """The same of a member."""
+        """The same of a member; `silent` where it does not answer, or knows of none: it may just have died, and a page
+        that asks for what it sees has made no mistake."""
         if node == self._node.id:
             return self.timeline(digest)
+        silent: Json = {"node": node, "digest": digest, "silent": True}
         member = next((member for member in self._node.members() if member.node == node), None)
         data = member and await self._asked(member, f"/timeline/{digest}", TIMELINE_BYTES_MAX)
-        if not data:
-            return None
         try:
-            return dict(msgspec.to_builtins(_timeline_decoder.decode(data)))
+            return dict(msgspec.to_builtins(_timeline_decoder.decode(data or b"")))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return None
+            return silent
 
     def _own(self, report: Json) -> Own:
         fetches, held = self._picture.fetches, self._node.holdings()

@@ -18,7 +18,8 @@ function add(parent, name, kind, attributes = {}, text = "") {
 
 export async function ask(node, digest) {
   const answer = await fetch(`/timeline/${digest}/of/${node}`);
-  return answer.ok ? answer.json() : null;
+  const found = answer.ok ? await answer.json() : null;
+  return found?.silent ? null : found;
 }
 
 function ticks(seconds, most) {
