@@ -31,6 +31,9 @@ class Stream(Protocol):
     def block(self, poll_s: float) -> None:
         """From now on the calls of threads wait, for at most `poll_s` each."""
 
+    def idle(self) -> None:
+        """No thread waits until further notice: whoever watches the socket is to hear of the first byte."""
+
     def recv_into(self, room: memoryview, /) -> int:
         """Fills some of the room; 0 at the end. May wait for all of it: there must be as much to come."""
 
@@ -94,6 +97,10 @@ class PlainStream(socket.socket):
         poll = struct.pack("@ll", int(poll_s), int(poll_s % 1 * 1e6))
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
 
+    def idle(self) -> None:
+        """See Stream. For epoll, too, a socket is readable once there is as much as was waited for last."""
+        self._wake_at(1)
+
     def recv_into(self, room: memoryview) -> int:  # type: ignore[override]
         """See Stream."""
         return self.recv_least(room, len(room))
@@ -137,8 +144,10 @@ class PlainStream(socket.socket):
 
     def _await(self, least: int) -> None:
         """Until so many bytes can be read, or the other end has left; for a while at most."""
-        least = min(least, LEAST_BYTES_MAX)
+        self._wake_at(min(least, LEAST_BYTES_MAX))
+        self._arriving.poll(self._poll_ms)
+
+    def _wake_at(self, least: int) -> None:
         if least != self._least_bytes:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
             self._least_bytes = least
-        self._arriving.poll(self._poll_ms)

@@ -104,6 +104,7 @@ class _Session:
         raise NotImplementedError
 
     def _watch(self) -> None:
+        self._sock.idle()
         self._loop.add_reader(self._sock.fileno(), self._readable)
 
     def _unwatch(self) -> None:

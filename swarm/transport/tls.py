@@ -77,6 +77,10 @@ class TlsStream:
         """See Stream."""
         self._sock.block(poll_s)
 
+    def idle(self) -> None:
+        """See Stream."""
+        self._sock.idle()
+
     def fileno(self) -> int:
         """See Stream."""
         return self._sock.fileno()

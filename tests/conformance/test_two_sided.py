@@ -37,6 +37,8 @@ from .fake_gpu import FakeGpu, on_gpu
 from .test_transports import pair_of
 
 Wire = queue.Queue[bytes]
+ASKER, HOLDER = "asker", "holder"
+AGREED_BYTES = 128
 
 
 class PutOff:
@@ -151,17 +153,27 @@ class PutOffTransport(TcpTransport):
     make_lane: ClassVar[type[PutOff]] = PutOff
 
     async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
-        assert isinstance(stream, PlainStream)
-        return TwoSidedInbound(stream, self._lane(stream.getsockname()[1]), peer=peer, pool=self._askers)
+        return TwoSidedInbound(stream, await self._lane(stream, ASKER), peer=peer, pool=self._askers)
 
     async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
-        assert isinstance(stream, PlainStream)
-        lane = self._lane(stream.getpeername()[1])
+        lane = await self._lane(stream, HOLDER)
         return TwoSidedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
-    def _lane(self, port: int) -> PutOff:
-        self.lanes.append(self.make_lane(self.wires[port]))
+    async def _lane(self, stream: Stream, end: str) -> PutOff:
+        pool = self._askers if end == ASKER else self._holders
+        self.lanes.append(await two_sided.make_lane(stream, functools.partial(self._agree, stream, end), pool=pool))
         return self.lanes[-1]
+
+    def _agree(self, stream: Stream, end: str) -> PutOff:
+        """As those of GPUs do: the holder says more bytes than the first frame will have."""
+        assert isinstance(stream, PlainStream)
+        stream.block(5.0)
+        if end == ASKER:
+            said = two_sided.read_exactly(stream, AGREED_BYTES)
+            assert said == bytes(AGREED_BYTES)
+            return self.make_lane(self.wires[stream.getsockname()[1]])
+        two_sided.write_all(stream, bytes(AGREED_BYTES))
+        return self.make_lane(self.wires[stream.getpeername()[1]])
 
 
 class DoneLaterTransport(PutOffTransport):
@@ -374,3 +386,23 @@ def test_are_ends_that_fall_silent_or_hang_up_told_apart_while_a_lane_is_made() 
         theirs.close()
         with pytest.raises((EOFError, ConnectionError)):
             two_sided.read_exactly(stream, 4)
+
+
+def test_is_the_loop_told_of_one_byte_after_a_thread_has_waited_for_many() -> None:
+    async def check() -> None:
+        stream, theirs = stream_pair()
+        with stream, theirs:
+            reading = asyncio.create_task(asyncio.to_thread(two_sided.read_exactly, stream, AGREED_BYTES))
+            while stream.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:  # until it waits
+                assert not reading.done()
+                await asyncio.sleep(0.001)
+            theirs.sendall(bytes(AGREED_BYTES))
+            await reading
+            stream.idle()
+            heard = asyncio.Event()
+            asyncio.get_running_loop().add_reader(stream, heard.set)
+            theirs.sendall(b"a")
+            await heard.wait()
+            asyncio.get_running_loop().remove_reader(stream)
+
+    asyncio.run(asyncio.wait_for(check(), 30))
