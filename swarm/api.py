@@ -255,22 +255,25 @@ class _Want:
             raise SettingsError("out", "cannot be combined with into: a fetch lands in one place")
         if self.out is None and importlib.util.find_spec("torch") is None:
             raise SettingsError("out", "tensors in memory need torch: pip install torch, or say out=DIR")
-        if self.device != "cpu" and (why := _gpu_missing(self.device)):
-            raise SettingsError("device", why)
+        if self.device != "cpu":
+            object.__setattr__(self, "device", _gpu(self.device))
         if self.out is HUB_CACHE and not hub.is_model_id(self.model_id):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
 
 
-def _gpu_missing(device: str) -> str | None:
-    """Why torch cannot use a device; None when it can, and does from now on."""
+def _gpu(device: str) -> str:
+    """A GPU with its number, which torch can use, and does from now on: `cuda` is the current one of this thread, which
+    is the caller's. Raises SettingsError."""
     import torch
 
     if not torch.cuda.is_available():
-        return f"{device!r} needs a GPU, and torch {torch.__version__} finds none here"
-    if (torch.device(device).index or 0) >= torch.cuda.device_count():
-        return f"{device!r}: torch finds {torch.cuda.device_count()} GPUs here"
+        raise SettingsError("device", f"{device!r} needs a GPU, and torch {torch.__version__} finds none here")
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    return None
+    where = torch.device(device)
+    number = torch.cuda.current_device() if where.index is None else where.index
+    if number >= torch.cuda.device_count():
+        raise SettingsError("device", f"{device!r}: torch finds {torch.cuda.device_count()} GPUs here")
+    return f"cuda:{number}"
 
 
 async def _fetch(want: _Want) -> Weights:

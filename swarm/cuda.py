@@ -136,43 +136,53 @@ class Gpu:
     def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
         """Enqueues a copy between two addresses, of GPUs or the host, on a stream (its number)."""
         where = ctypes.c_void_p(stream)
-        self.enter()
         parts = ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size)
-        self._ask("cuMemcpyAsync", *parts, where, prompt=True)
+        with self._inside():
+            self._ask("cuMemcpyAsync", *parts, where, prompt=True)
 
     def allocation(self, address: int) -> tuple[int, int, int]:
         """Start and size of the allocation that an address lies in, and a number that no other one of this process
         has had. Raises CudaError for memory that is not this process's."""
         start, size, number = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_uint64()
-        self.enter()
         where = ctypes.c_uint64(address)
-        self._ask("cuMemGetAddressRange_v2", ctypes.byref(start), ctypes.byref(size), where, prompt=True)
-        self._ask("cuPointerGetAttribute", ctypes.byref(number), ctypes.c_int(_BUFFER_ID), where, prompt=True)
+        with self._inside():
+            self._ask("cuMemGetAddressRange_v2", ctypes.byref(start), ctypes.byref(size), where, prompt=True)
+            self._ask("cuPointerGetAttribute", ctypes.byref(number), ctypes.c_int(_BUFFER_ID), where, prompt=True)
         return start.value, size.value, number.value
 
     def export(self, start: int) -> bytes:
         """The handle of an allocation. Raises CudaError where it cannot be shared (expandable segments, managed)."""
         handle = Handle()
-        self.enter()
-        self._ask("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(start))
+        with self._inside():
+            self._ask("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(start))
         return bytes(handle.bytes)
 
     def open(self, handle: bytes) -> int:
         """Where another process's allocation begins here. Raises CudaError; each `open` needs a `close`."""
         start = ctypes.c_uint64()
-        self.enter()
         raw = Handle.from_buffer_copy(handle)
-        self._ask("cuIpcOpenMemHandle_v2", ctypes.byref(start), raw, ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS))
+        with self._inside():
+            self._ask("cuIpcOpenMemHandle_v2", ctypes.byref(start), raw, ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS))
         return start.value
 
     def close(self, start: int) -> None:
         """Undoes one `open`."""
-        self.enter()
-        self._ask("cuIpcCloseMemHandle", ctypes.c_uint64(start))
+        with self._inside():
+            self._ask("cuIpcCloseMemHandle", ctypes.c_uint64(start))
 
     def enter(self) -> None:
-        """Makes the device's context this thread's: torch does so only for threads that run kernels."""
+        """Makes the device's context this thread's, for good: torch does so only for threads that run kernels. It makes
+        the device torch's current one as well: not for a thread of anybody else's."""
         self._ask("cuCtxSetCurrent", self._context, prompt=True)
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Meanwhile the device's context is this thread's, whoever's thread it is."""
+        self._ask("cuCtxPushCurrent_v2", self._context, prompt=True)
+        try:
+            yield
+        finally:
+            self._ask("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()), prompt=True)
 
     def _ask(self, name: str, *arguments: object, prompt: bool = False) -> None:
         """`prompt`: it takes a few microseconds, during which no other thread needs to run. To give them the

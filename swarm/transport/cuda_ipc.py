@@ -48,7 +48,8 @@ LEASE_S = 10.0  # reading a transfer takes milliseconds; an asker that is stoppe
 
 log = logging.getLogger("swarm")
 
-_exported: dict[bytes, int] = {}  # handles of this process's own allocations, which it cannot open: where they begin
+# Handles of this process's own allocations, which it cannot open: on which GPU and where they begin.
+_exported: dict[bytes, tuple[int, int]] = {}
 
 
 class CudaIpcTransport(TcpTransport):
@@ -153,7 +154,7 @@ class CudaIpcInbound(TcpInbound):
     def _find_region(self, device: int, handle: bytes, offset: int, size: int) -> int:
         """Where the peer's bytes are in this process."""
         own = _exported.get(handle)
-        region = _region(device, own) if own is not None else self._opened.get((device, handle))
+        region = _region(*own) if own is not None else self._opened.get((device, handle))
         if region is None:
             try:
                 start = cuda.gpu(device).open(handle)
@@ -255,7 +256,7 @@ class CudaIpcOutbound(TcpOutbound):
         if number not in self._handles:
             try:
                 handle = self._handles[number] = gpu.export(start)
-                _exported[handle] = start
+                _exported[handle] = piece.device, start
             except cuda.CudaError as error:
                 if not any(handle is None for handle in self._handles.values()):
                     log.warning(

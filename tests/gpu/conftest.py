@@ -19,9 +19,12 @@ from .sources import state
 
 
 @pytest.fixture(autouse=True)
-def _on_a_gpu() -> None:
+def _on_a_gpu() -> Iterator[None]:
     if not torch.cuda.is_available():
         pytest.skip("no GPU here")
+    current = torch.cuda.current_device()
+    yield
+    assert torch.cuda.current_device() == current, "the caller's current device was changed"
 
 
 class Source:

@@ -161,3 +161,16 @@ def test_a_model_of_the_gpu_is_fetched_into_tensors_of_both(here: Settings, ther
         swarm.fetch(MODEL, into=into, settings=there(served), timeout_s=60),
     ):
         assert equal(into, given)
+
+
+def test_tensors_are_made_on_the_current_gpu_of_whoever_asks(here: Settings, there: Other) -> None:
+    seed = dataclasses.replace(here, upload_limit=1e12)
+    last = torch.cuda.device_count() - 1
+    with torch.cuda.device(last), swarm.serve(state(f"cuda:{last}"), model_id=MODEL, settings=seed) as served:
+        for number in range(last + 1):
+            with (
+                torch.cuda.device(number),
+                swarm.fetch(MODEL, device="cuda", settings=there(served), timeout_s=60) as weights,
+            ):
+                assert {tensor.device.index for tensor in weights.values()} == {number}
+                assert torch.cuda.current_device() == number
