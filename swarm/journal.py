@@ -132,14 +132,18 @@ class Journal:
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque(maxlen=ENTRIES_KEPT)
         self._subscribers: list[tuple[Callable[[Entry], None], frozenset[type]]] = []
+        self._interested: dict[type, tuple[Callable[[Entry], None], ...]] = {}  # in each kind that was recorded
 
     def record(self, at_s: float, subject: str, what: object) -> None:
         """Appends one entry."""
         entry = Entry(at_s, subject, what)
         self._entries.append(entry)
-        for subscriber, kinds in self._subscribers:
-            if not kinds or type(what) in kinds:
-                subscriber(entry)
+        kind = type(what)
+        if (interested := self._interested.get(kind)) is None:
+            asked = (subscriber for subscriber, kinds in self._subscribers if not kinds or kind in kinds)
+            interested = self._interested[kind] = tuple(asked)
+        for subscriber in interested:
+            subscriber(entry)
 
     def subscribe(self, subscriber: Callable[[Entry], None], *kinds: type) -> None:
         """Calls `subscriber` with every entry from now on, or with those about these kinds of things.
@@ -147,6 +151,7 @@ class Journal:
         It must be quick and must not raise: there are several entries for each chunk.
         """
         self._subscribers.append((subscriber, frozenset(kinds)))
+        self._interested.clear()
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(tuple(self._entries))

@@ -124,13 +124,13 @@ class Histories:
     def apply(self, entry: Entry) -> None:
         """Takes one more entry into account."""
         match entry.what:
+            case Received(node, digest, chunk, size):  # first: there are as many as chunks
+                if fetch := self.fetches.get(digest):
+                    fetch.add(entry.at_s, node, chunk, size)
             case FetchStarted(model_id, digest, size, resumed_bytes):
                 self.fetches.pop(digest, None)
                 self.fetches[digest] = Fetch(model_id, digest, size, resumed_bytes, entry.at_s)
                 self._forget()
-            case Received(node, digest, chunk, size):
-                if fetch := self.fetches.get(digest):
-                    fetch.add(entry.at_s, node, chunk, size)
             case FetchEnded(digest, error):
                 if fetch := self.fetches.get(digest):
                     fetch.seconds, fetch.error = entry.at_s - fetch.began_at_s, error

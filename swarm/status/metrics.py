@@ -48,7 +48,7 @@ class Metrics:
         """Counts one more entry."""
         what = entry.what
         self._counts[type(what)] += 1
-        if isinstance(what, Received | Sent):
+        if isinstance(what, (Received, Sent)):  # no union, which would be made anew for every chunk
             self._moved[type(what)] += what.size
         elif isinstance(what, FetchEnded):
             self._ended["complete" if what.error is None else "failed"] += 1

@@ -152,6 +152,14 @@ class Picture:
         """Takes one more entry into account."""
         self._now = entry.at_s
         match entry.what:
+            case Received(node, digest, _, size):  # first: there are as many as chunks
+                self._flow(digest, "down", node, size)
+                if fetch := self.fetches.get(digest):
+                    fetch.done_bytes += size
+                    fetch.rate.add(entry.at_s, size)
+                    fetch.sources.add(node)
+            case Sent(node, digest, size):
+                self._flow(digest, "up", node, size)
             case Opened(node, name, address):
                 self._node = {"id": node, "name": name, "address": address}
                 self._members[node] = _Member(name, address, "self")
@@ -171,14 +179,6 @@ class Picture:
                 self.fetches[digest] = FetchPicture(model_id, size, resumed_bytes, entry.at_s)
             case FetchEnded(digest):
                 self.fetches.pop(digest, None)
-            case Received(node, digest, _, size):
-                self._flow(digest, "down", node, size)
-                if fetch := self.fetches.get(digest):
-                    fetch.done_bytes += size
-                    fetch.rate.add(entry.at_s, size)
-                    fetch.sources.add(node)
-            case Sent(node, digest, size):
-                self._flow(digest, "up", node, size)
 
     def report(self, now: float) -> dict[str, Any]:
         """What `swarm status --json` prints: node, members, artifacts, transfers."""
@@ -219,7 +219,8 @@ class Picture:
         return [found[key] for key in sorted(found)]
 
     def _flow(self, digest: str, direction: str, node: str, size: int) -> None:
-        flow = self._flows.setdefault((digest, direction, node), _Flow())
+        if (flow := self._flows.get((digest, direction, node))) is None:
+            flow = self._flows[digest, direction, node] = _Flow()
         flow.bytes += size
         flow.rate.add(self._now, size)
 

@@ -45,7 +45,7 @@ HOST_PIECE_BYTES_MAX = (
 )  # bounds what a cancelled transfer still moves, and the memory of pieces that fit no view
 DEVICE_PIECE_BYTES_MAX = 64 << 20  # a whole chunk
 FRAME_BYTES_MAX = 512 << 20  # of pieces: enough to hide the start of a kernel
-FRAMES_MAX = 3  # under way at once
+FRAMES_MAX = 6  # under way at once: 9 ms between two GPUs, as an interpreter may keep a thread waiting for 5
 
 
 class Lane(Protocol):
