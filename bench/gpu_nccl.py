@@ -32,6 +32,7 @@ SETTINGS: dict[str, tuple[int | None, dict[str, str]]] = {
     "16 CTAs, buffers of 1 MiB": (16, {"NCCL_BUFFSIZE": str(MIB)}),
     "no cuMem": (None, {"NCCL_CUMEM_ENABLE": "0"}),
     "lazy modules": (None, {"CUDA_MODULE_LOADING": "LAZY"}),
+    "sockets, as between hosts": (None, {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"}),
 }
 
 
