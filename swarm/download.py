@@ -405,7 +405,7 @@ class Download:
         peer.corrupt += 1
         peer.failures += 1
         self._rest(peer, 0.0)
-        why = self._last_words[event.peer] = f"sent {peer.corrupt} corrupt chunks"
+        why = self._last_words[event.peer] = f"sent {peer.corrupt} wrong chunk{'' if peer.corrupt == 1 else 's'}"
         if peer.corrupt < CORRUPT_CHUNKS_MAX or peer.corrupt <= CORRUPT_PART_MAX * (peer.corrupt + peer.correct):
             return []
         self._banned.add(event.peer)

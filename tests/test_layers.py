@@ -150,7 +150,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "status.history": set(),
         "status.own": {"status.history", "status.picture"},
         "status.collecting": {"status.own"},
-        "status.warnings": set(),
+        "status.warnings": {"status.progress"},
         "status.view": {"status.collecting", "status.own", "status.warnings"},
         "status.feed": {"status.view"},
         "status.dashboard": {

@@ -52,8 +52,8 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 class OwnFetch(msgspec.Struct, frozen=True):
-    """A fetch of this node. `average_bytes_per_s` is since it began, `rate_bytes_per_s` now; `quiet_s` is how long ago
-    the last chunk was verified."""
+    """A fetch of this node. `average_bytes_per_s` is since it began, `rate_bytes_per_s` of the last seconds; `quiet_s`
+    is how long ago the last chunk was verified."""
 
     model_id: ModelId
     digest: Digest

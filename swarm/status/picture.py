@@ -16,15 +16,20 @@ from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Jo
 from swarm.messages import Announcement
 from swarm.rumours import Record, State
 
-RATE_WINDOW_S = 2.0
+RATE_WINDOW_S = 5.0  # chunks come in bursts: over less a slow member looks fast now and then
+RATE_LEAST_S = 0.2
 GONE_KEPT = 64  # members that left, kept to be looked at
 _HEARD = (Opened, Joined, Changed, Left, Announced, FetchStarted, FetchEnded, Received, Sent)  # of a journal
 
 
 class Rate:
-    """Bytes per second over the last `RATE_WINDOW_S`."""
+    """Bytes per second over the last `RATE_WINDOW_S`, or over all the time there was `since` it could have moved any.
 
-    def __init__(self) -> None:
+    Always of the same time, so that the rates of its links add up to that of a fetch.
+    """
+
+    def __init__(self, since_s: float = float("-inf")) -> None:
+        self._since_s = since_s
         self._window: deque[tuple[float, int]] = deque()
         self._bytes = 0
 
@@ -39,7 +44,7 @@ class Rate:
         self._forget(now)
         if not self._window:
             return 0.0
-        return self._bytes / max(now - self._window[0][0], RATE_WINDOW_S / 10)
+        return self._bytes / min(RATE_WINDOW_S, max(RATE_LEAST_S, now - self._since_s))
 
     def _forget(self, now: float) -> None:
         while self._window and self._window[0][0] < now - RATE_WINDOW_S:
@@ -107,8 +112,10 @@ class FetchPicture:
     size: int
     done_bytes: int
     started_at_s: float
-    rate: Rate = field(default_factory=Rate)
     sources: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.rate = Rate(self.started_at_s)
 
     def eta_s(self, now: float) -> float | None:
         """Seconds until complete at the present rate; None while nothing moves."""
@@ -220,7 +227,8 @@ class Picture:
 
     def _flow(self, digest: str, direction: str, node: str, size: int) -> None:
         if (flow := self._flows.get((digest, direction, node))) is None:
-            flow = self._flows[digest, direction, node] = _Flow()
+            fetch = self.fetches.get(digest) if direction == "down" else None
+            flow = self._flows[digest, direction, node] = _Flow(rate=Rate(fetch.started_at_s) if fetch else Rate())
         flow.bytes += size
         flow.rate.add(self._now, size)
 

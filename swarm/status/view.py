@@ -17,7 +17,7 @@ from swarm.status.warnings import STALLED_AFTER_S, warnings
 Json: TypeAlias = dict[str, Any]
 
 SLOW_PART = 0.5  # of the median rate of those that fetch the same
-SLOW_AFTER_S = 3.0  # before that, a rate says little
+SLOW_AFTER_S = 3.0  # of its fetch: before that, a rate says little
 GONE = ("dead", "left")
 GONE_SHOWN_S = 90.0
 
@@ -39,7 +39,10 @@ class Viewer:
             members[link["source"]]["up_bytes_per_s"] += link["rate_bytes_per_s"]
             members[link["target"]]["down_bytes_per_s"] += link["rate_bytes_per_s"]
         artifacts = _artifacts(report, heard, members)
-        _mark_slow(members)
+        for member in members.values():
+            if rates := [fetch["rate_bytes_per_s"] for fetch in member["fetches"].values() if fetch["running"]]:
+                member["down_bytes_per_s"] = sum(rates)  # what its time to go and its warning are made of
+        _mark_slow(members, heard)
         _mark_wrong(members, heard)
         return {
             "node": dict(report["node"]),
@@ -102,6 +105,7 @@ def _member(name: str, address: str, state: str) -> Json:
         "down_bytes_per_s": 0,
         "slow": False,
         "wrong_chunks": 0,
+        "wrong_to": {},
         "banned_by": {},
         "holds": {},
         "fetches": {},
@@ -170,13 +174,13 @@ def _artifacts(report: Mapping[str, Any], heard: Mapping[str, Own], members: Jso
     return artifacts
 
 
-def _mark_slow(members: Json) -> None:
+def _mark_slow(members: Json, heard: Mapping[str, Own]) -> None:
     """Who gets much less than others that fetch the same."""
     rates: dict[str, dict[str, int]] = {}
-    for node, member in members.items():
-        for digest, fetch in member["fetches"].items():
-            if fetch["running"]:
-                rates.setdefault(digest, {})[node] = fetch["average_bytes_per_s"]
+    for node, own in heard.items():
+        for fetch in own.fetches:
+            if fetch.running and fetch.seconds >= SLOW_AFTER_S and node in members:
+                rates.setdefault(fetch.digest, {})[node] = fetch.rate_bytes_per_s
     for fetching in rates.values():
         if len(fetching) >= 3:
             median = statistics.median(fetching.values())
@@ -188,9 +192,11 @@ def _mark_wrong(members: Json, heard: Mapping[str, Own]) -> None:
     for node, own in heard.items():
         for wrong in own.rejected:
             if wrong.peer in members:
-                members[wrong.peer]["wrong_chunks"] += wrong.chunks
+                liar = members[wrong.peer]
+                liar["wrong_chunks"] += wrong.chunks
+                liar["wrong_to"][node] = liar["wrong_to"].get(node, 0) + wrong.chunks
                 if wrong.banned:
-                    members[wrong.peer]["banned_by"][node] = wrong.why or True
+                    liar["banned_by"][node] = wrong.why or True
 
 
 def patch(old: Json, new: Json) -> Json:

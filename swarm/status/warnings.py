@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from swarm.status.progress import size_text
+
 STALLED_AFTER_S = 5.0  # without a verified chunk
 DEAF_AFTER_S = 10.0  # a link leads to a member, and gossip has brought nothing of it
 
@@ -108,14 +110,18 @@ def _versions(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator
 def _of_member(node: str, member: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator[Warn]:
     name = member["name"]
     if member["wrong_chunks"]:
-        by = {other: why for other, why in member["banned_by"].items() if other in members}
-        why = next((why for why in by.values() if isinstance(why, str)), None)
-        banned = f" and is banned by {listed(members[other]['name'] for other in by)}" if by else ""
-        what = f"{name} sent {_counted(member['wrong_chunks'], 'wrong chunk')}{banned}{f' ({why})' if why else ''}"
-        do = "Its chunks were thrown away and asked elsewhere. Stop it, and look at its disk and memory."
+        what = f"{name} sent {_counted(member['wrong_chunks'], 'wrong chunk')} to {_banned(member, members)}"
+        do = f"They were thrown away and asked elsewhere. Stop it ({_where(member)}), and look at its disk and memory."
         yield Warn("lies", "bad", node, node, what, do)
     if member["state"] == "dead":
-        yield Warn("dead", "bad", node, node, f"{name} is dead", "If it should run, restart it: a fetch resumes.")
+        yield Warn(
+            "dead",
+            "bad",
+            node,
+            node,
+            f"{name} is dead",
+            f"If it should run, restart it ({_where(member)}): a fetch resumes.",
+        )
     elif member["state"] in ("suspect", "silent"):
         do = "In a few seconds it counts as dead unless it answers. Is its process gone or stopped, or its network?"
         yield Warn("silent", "warn", node, node, f"{name} is lost: it does not answer", do)
@@ -131,11 +137,26 @@ def _of_member(node: str, member: Mapping[str, Any], members: Mapping[str, Any])
                 "stalled", "bad", node, about, what, "Is anybody left who holds it? Start one more who serves it."
             )
         elif member["slow"] and fetch["running"]:
-            rate = f"{fetch['average_bytes_per_s'] / 1e6:.1f} MB/s"
-            what = f"{name} is slow: {rate}, less than half of what others get"
+            what = f"{name} is slow: {size_text(fetch['rate_bytes_per_s'])}/s, less than half of what others get"
             yield Warn(
-                "slow", "warn", node, about, what, "Look at its network and its disk; nobody waits for it but itself."
+                "slow", "warn", node, about, what, "Look at its network and its disk. Only its own fetch ends later."
             )
+
+
+def _banned(member: Mapping[str, Any], members: Mapping[str, Any]) -> str:
+    """Who got wrong chunks of it, and what became of that."""
+    got, by = list(member["wrong_to"]), list(member["banned_by"])
+    names = listed(members[other]["name"] for other in by)
+    if len(got) == 1:
+        return f"{members[got[0]]['name']}{', which has banned it' if by else ''}"
+    if not by:
+        return f"{len(got)} members, which have not banned it yet"
+    return f"{len(got)} members; {'all' if len(by) == len(got) else len(by)} of them banned it: {names}"
+
+
+def _where(member: Mapping[str, Any]) -> str:
+    """So that one knows which machine it is."""
+    return ", ".join([member["address"], *(f"{key} {member[key]}" for key in ("host", "rack") if member[key])])
 
 
 def _counted(number: int, what: str) -> str:

@@ -211,9 +211,9 @@ class RefusesWhatItClaims(LyingPeer):
         await self.say(socket, messages.Refuse(request.transfer, "not_held", 0.0))
 
 
-ANOTHER_CHUNK = Lie(AnotherChunk, 4, "sent 3 corrupt chunks")
+ANOTHER_CHUNK = Lie(AnotherChunk, 4, "sent 3 wrong chunks")
 EMPTY_CLAIM = Lie(RefusesWhatItClaims, 4, "")
-CORRUPT = Lie(WrongBytes, 4, "sent 3 corrupt chunks")
+CORRUPT = Lie(WrongBytes, 4, "sent 3 wrong chunks")
 BAD_TRANSFERS = [
     Lie(TooFew, 4, "the peer sent "),
     Lie(TooMany, 4, "the peer sends more than"),
@@ -237,7 +237,7 @@ def test_is_a_peer_banned_after_three_wrong_chunks_and_the_rest_fetched_elsewher
     assert contents(out) == contents(model)
     assert report["sources"].keys() == {"honest"}
     assert report["rejected_chunks"] >= 3  # more may be on their way by then
-    assert f"banned WrongBytes ({liar.address}): sent 3 corrupt chunks" in newcomer.err
+    assert f"banned WrongBytes ({liar.address}): sent 3 wrong chunks" in newcomer.err
 
 
 def test_does_a_fetch_complete_from_an_honest_seed_beside_bad_sources(

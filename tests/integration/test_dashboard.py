@@ -202,7 +202,7 @@ def test_is_the_timeline_that_of_the_fetch(page: Any, stage: Stage) -> None:
     liar = next(lane for lane in found["lanes"] if lane["name"] == "Liar")
     assert liar["bytes"] == 0
     assert liar["rejected_chunks"] == len(liar["rejected_at_s"]) >= 3
-    assert "corrupt" in liar["banned"]
+    assert "wrong chunks" in liar["banned"]
     page.wait_for_selector("#lanes .lane-wrong")
 
 

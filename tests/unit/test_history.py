@@ -39,7 +39,7 @@ def test_phases_add_up_and_lanes_hold_every_byte() -> None:
         (10, FetchStarted("m", DIGEST, 300, 0)),
         (12, Received(SEED, DIGEST, 0, 100)),
         (12.5, ChunkCorrupt(LIAR, 7, 1)),
-        (12.6, Ban(LIAR, "sent 3 corrupt chunks")),
+        (12.6, Ban(LIAR, "sent 3 wrong chunks")),
         (14, Received(MATE, DIGEST, 1, 200)),
         (15, FetchEnded(DIGEST, None)),
     ).fetches[DIGEST].timeline(99)  # fmt: skip
@@ -52,7 +52,7 @@ def test_phases_add_up_and_lanes_hold_every_byte() -> None:
         (LIAR, 0, 0),
     ]
     liar = timeline["lanes"][2]
-    assert (liar["rejected_chunks"], liar["rejected_at_s"], liar["banned"]) == (1, [2.5], "sent 3 corrupt chunks")
+    assert (liar["rejected_chunks"], liar["rejected_at_s"], liar["banned"]) == (1, [2.5], "sent 3 wrong chunks")
 
 
 def test_a_fetch_that_brought_nothing_yet_waits() -> None:

@@ -121,7 +121,7 @@ def test_the_third_corrupt_chunk_bans() -> None:
         last = fetch.tell(ChunkCorrupt("liar", transfer, chunk))
         assert any(isinstance(action, Ban) for action in last) == (number == download.CORRUPT_CHUNKS_MAX - 1)
         fetch.tell(TransferEnded("liar", transfer))
-    assert last[-1] == Ban("liar", "sent 3 corrupt chunks")
+    assert last[-1] == Ban("liar", "sent 3 wrong chunks")
     assert all(isinstance(action, Cancel) for action in last[:-1])
     assert fetch.machine.rejected_chunks == 3
     assert fetch.joined("liar") == [], "who is banned stays banned"

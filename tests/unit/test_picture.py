@@ -129,7 +129,7 @@ def test_what_is_moving() -> None:
         OPENED, JOINED, Received("n1", DIGEST, 0, 30), Received("n1", DIGEST, 0, 10), Sent("n9", DIGEST, 5)
     )
     down, up = picture.report(5)["transfers"]
-    assert down == {"digest": DIGEST, "direction": "down", "peer": "peer", "bytes": 40, "rate_bytes_per_s": 20}
+    assert down == {"digest": DIGEST, "direction": "down", "peer": "peer", "bytes": 40, "rate_bytes_per_s": 8}
     assert (up["direction"], up["peer"], up["bytes"]) == ("up", "n9", 5)
     assert [flow["rate_bytes_per_s"] for flow in picture.report(60)["transfers"]] == [0, 0]
 
@@ -144,7 +144,7 @@ def test_how_far_is_a_fetch() -> None:
     )
     fetch = picture.fetches[DIGEST]
     assert (fetch.done_bytes, fetch.size, fetch.sources, fetch.started_at_s) == (50, 100, {"n1"}, 3)
-    assert fetch.eta_s(5) == pytest.approx(50 / 30)
+    assert fetch.eta_s(5) == pytest.approx(50 / 15)
     assert fetch.eta_s(60) is None
     picture.apply(Entry(6, "node", FetchEnded(DIGEST, None)))
     picture.apply(Entry(7, "node", FetchEnded("unknown", "why")))
@@ -168,9 +168,27 @@ def test_how_fast_is_a_burst() -> None:
     rate = Rate()
     assert rate.at(0) == 0
     rate.add(10, 100)
-    assert rate.at(10) == 100 / (RATE_WINDOW_S / 10)
-    assert rate.at(11) == 100
+    assert rate.at(10) == rate.at(11) == 100 / RATE_WINDOW_S
     rate.add(11, 100)
-    assert rate.at(12) == 100
-    assert rate.at(12.5) == pytest.approx(100 / 1.5)
+    assert rate.at(12) == 200 / RATE_WINDOW_S
+    assert rate.at(10.5 + RATE_WINDOW_S) == 100 / RATE_WINDOW_S
     assert rate.at(99) == 0
+
+
+def test_how_fast_is_what_has_just_begun() -> None:
+    rate = Rate(since_s=9)
+    rate.add(10, 100)
+    assert rate.at(10) == 100
+    assert rate.at(11) == 50
+    assert rate.at(9 + RATE_WINDOW_S) == rate.at(10 + RATE_WINDOW_S) == 100 / RATE_WINDOW_S
+
+
+def test_do_the_rates_of_its_links_add_up_to_that_of_a_fetch() -> None:
+    picture = picture_of(
+        OPENED,
+        FetchStarted("org/model", DIGEST, 1000, 0),
+        *(Received(node, DIGEST, 0, 30) for node in ("n1", "n2", "n1", "n3", "n2", "n3")),
+    )
+    for now in (8, 9, 11):
+        links = [flow["rate_bytes_per_s"] for flow in picture.report(now)["transfers"]]
+        assert sum(links) == pytest.approx(picture.fetches[DIGEST].rate.at(now), abs=1.5)

@@ -66,7 +66,8 @@ def test_is_a_fetch_told_with_who_feeds_it_and_who_lied() -> None:
     assert fetch["fed_by"] == [{"node": A, "name": "ann", "rate_bytes_per_s": 7_000_000}]
     assert (fetch["fraction"], fetch["rejected_chunks"], fetch["stalled"]) == (0.25, 3, False)
     (warning,) = told["warnings"]
-    assert warning["what"] == "liar sent 3 wrong chunks and is banned by me (3 wrong chunks in a row)"
+    assert warning["what"] == "liar sent 3 wrong chunks to me, which has banned it"
+    assert "127.0.0.1:1, host h" in warning["do"]
     assert not healthy(told)
 
 

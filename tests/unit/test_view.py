@@ -35,8 +35,8 @@ def report(*members: tuple[str, str, str | None]) -> dict[str, Any]:
     }
 
 
-def fetch(average: int, *, error: str | None = None, running: bool = True) -> OwnFetch:
-    return OwnFetch("m", DIGEST, 1000, 500, average, average, 5.0, 1.0, 2, running, error)
+def fetch(rate: int, *, error: str | None = None, running: bool = True, seconds: float = 9.0) -> OwnFetch:
+    return OwnFetch("m", DIGEST, 1000, 500, rate, 50, 5.0, seconds, 2, running, error)
 
 
 def view(known: dict[str, Any], *heard: Own, now: float = 0.0, viewer: Viewer | None = None) -> Json:
@@ -66,6 +66,19 @@ def test_who_is_slow() -> None:
     assert ["slow" in warning["what"] for warning in seen["warnings"].values()] == [True]
 
 
+def test_do_warning_and_table_say_one_rate() -> None:
+    burst = Flow(DIGEST, "down", A, 70, 3_100_000)
+    rates = ((A, 5_000_000, ()), (B, 5_000_000, ()), (C, 600_000, (burst,)))
+    seen = view(ALL, *(told(node, fetches=(fetch(rate),), flows=flows) for node, rate, flows in rates))
+    assert seen["members"][C]["down_bytes_per_s"] == 600_000
+    assert [warning["what"][:20] for warning in seen["warnings"].values()] == ["c is slow: 600 kB/s,"]
+
+
+def test_is_who_has_just_begun_not_called_slow() -> None:
+    began = [told(node, fetches=(fetch(rate, seconds=1.0),)) for node, rate in ((A, 100), (B, 90), (C, 20))]
+    assert not view(ALL, *began)["members"][C]["slow"]
+
+
 def test_are_two_too_few_to_call_one_slow() -> None:
     seen = view(ALL, told(A, fetches=(fetch(100),)), told(B, fetches=(fetch(1),)))
     assert not seen["members"][B]["slow"]
@@ -77,8 +90,17 @@ def test_is_a_liar_named_whom_this_node_does_not_know() -> None:
     assert seen["members"][LIAR]["name"] == "liar"
     assert (seen["members"][LIAR]["wrong_chunks"], seen["members"][LIAR]["banned_by"]) == (3, {A: True})
     (warning,) = seen["warnings"].values()
-    assert warning["what"] == "liar sent 3 wrong chunks and is banned by a"
+    assert warning["what"] == "liar sent 3 wrong chunks to a, which has banned it"
     assert warning["level"] == "bad"
+    assert "127.0.0.1:9" in warning["do"]
+
+
+def test_how_many_of_those_that_got_wrong_chunks_have_banned_who_sent_them() -> None:
+    by = ((A, True), (B, False), (C, True))
+    lied = [told(node, rejected=(Rejected(DIGEST, LIAR, 3, banned),)) for node, banned in by]
+    known = report(*((node, "alive", "tcp") for node in (ME, A, B, C, LIAR)))
+    (warning,) = view(known, *lied)["warnings"].values()
+    assert warning["what"] == "f sent 9 wrong chunks to 3 members; 2 of them banned it: a, c"
 
 
 def test_does_what_the_dead_said_count_no_more() -> None:
