@@ -150,7 +150,7 @@ class Ask:
     why: str
     count: int = 0
     hungry: bool = False
-    sources: int = 1  # how many peers there are to be asked
+    sources: int = 0  # how many peers there are to be asked, by one who is not alone on its host and in its rack
     pace_bytes_per_s: int = 0  # what arrived so far, per second since the download began
 
 
@@ -255,6 +255,7 @@ class Download:
         self.manifest = manifest
         self.held = held
         self.sources: dict[str, int] = {}  # bytes of verified chunks by peer
+        self._has_mates = False
         self.rejected_chunks = 0
         self.done = False
         self._node = node
@@ -304,6 +305,7 @@ class Download:
             case Mates(on_host, in_rack):
                 self._imports[1] = schedule.imports(self._node, on_host, self.held.length)
                 self._imports[2] = schedule.imports(self._node, in_rack, self.held.length)
+                self._has_mates = bool(on_host or in_rack)
                 self._look_again()
             case PeerHas(peer, chunks):
                 self._learn(peer, chunks)
@@ -428,7 +430,7 @@ class Download:
         if not peers:
             return []  # most events change nothing about that
         asks = schedule.plan(self._view(peers), self._rng)
-        due = len(self._peers), self._pace_bytes_per_s
+        due = 0 if self._is_alone else len(self._peers), self._pace_bytes_per_s
         actions: list[Action] = []
         for ask in asks:
             number = next(self._transfer_ids)
@@ -504,6 +506,11 @@ class Download:
             peers_total=len(self._peers),
             hungry=schedule.hungry(sum(1 for peer in others if peer.transfers), len(others)),
         )
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether nobody else of this host or rack is known to want, or to have, the same."""
+        return not self._has_mates and all(peer.borders for peer in self._peers.values())
 
     @property
     def _pace_bytes_per_s(self) -> int:

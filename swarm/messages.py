@@ -179,9 +179,10 @@ class Have(Message, frozen=True):
 class Request(Message, frozen=True):
     """Asks for a transfer over `scheme`: of these chunks in this order, or of up to `count` that the holder chooses.
 
-    Exactly one of `chunks` and `count` is given. `hungry` tells a seed that the asker has nobody else to ask, `sources`
-    how many the asker is fed by: who has few gets more of each. `pace_bytes_per_s` is what it got since it began: who
-    fell behind gets more. The id is the asker's own, unique on this link.
+    Exactly one of `chunks` and `count` is given. `hungry` tells a seed that the asker has nobody else to ask. `sources`
+    is 0, or, when others of the asker's machine or rack fetch the same, how many it is fed by: who has few gets more of
+    each. `pace_bytes_per_s` is what it got since it began: who fell behind gets more. The id is the asker's own, unique
+    on this link.
     """
 
     scheme: Scheme
@@ -190,7 +191,7 @@ class Request(Message, frozen=True):
     chunks: Chunks
     count: Annotated[int, msgspec.Meta(ge=0, le=REQUEST_CHUNKS_MAX)]
     hungry: bool
-    sources: Annotated[int, msgspec.Meta(ge=1, le=SOURCES_MAX)]
+    sources: Annotated[int, msgspec.Meta(ge=0, le=SOURCES_MAX)]
     pace_bytes_per_s: Annotated[int, msgspec.Meta(ge=0, le=PACE_BYTES_PER_S_MAX)]
 
 

@@ -69,7 +69,7 @@ class Serving:
         self._withdraw = withdraw
         self._idle_timeout_s = idle_timeout_s
         self._requests: dict[tuple[str, int], messages.Request] = {}
-        self._sending: dict[tuple[str, int], tuple[asyncio.Task[None], Servable | None]] = {}
+        self._sending: dict[tuple[str, int], tuple[asyncio.Task[None], Servable | None, float]] = {}  # since when
 
     def requested(self, peer: Peer, request: messages.Request) -> None:
         """A peer asks for chunks. Raises RemoteProtocolError when it uses a transfer's number twice."""
@@ -104,7 +104,7 @@ class Serving:
 
     async def stop(self, share: Servable) -> None:
         """Ends every transfer of an artifact that is on the wire; nobody reads its source afterwards."""
-        tasks = [task for task, sent in self._sending.values() if sent is share]
+        tasks = [task for task, sent, _ in self._sending.values() if sent is share]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -122,7 +122,7 @@ class Serving:
                         task = self._host.spawn(
                             self._send(peer, request, share, sequence), f"send {number} to {peer.name}"
                         )
-                        self._sending[node, number] = task, share
+                        self._sending[node, number] = task, share, self._host.now()
                         task.add_done_callback(partial(self._sent, node, number))
                 case upload.Stop(node, number):
                     if sending := self._sending.get((node, number)):
@@ -171,8 +171,8 @@ class Serving:
         return share.gifts.choose(peer.node, request.count, hungry=request.hungry, rank=rank, seeds=seeds)
 
     def _sent(self, node: str, number: int, _: asyncio.Task[None]) -> None:
-        self._sending.pop((node, number), None)
-        self._handle(upload.Ended(node, number))
+        began_at = self._sending.pop((node, number))[2]
+        self._handle(upload.Ended(node, number, self._host.now() - began_at))
 
     def _refuse(self, peer: Peer, number: int, reason: RefusalReason, retry_s: float) -> None:
         peer.post(messages.Refuse(number, reason, retry_s))

@@ -83,7 +83,7 @@ class _Member:
     fresh: list[int] = field(default_factory=list)
     told_at: float = -math.inf
     requests: dict[tuple[str, int], messages.Request] = field(default_factory=dict)
-    sending: dict[tuple[str, int], Flow] = field(default_factory=dict)
+    sending: dict[tuple[str, int], tuple[Flow, float]] = field(default_factory=dict)  # with the time when it began
     receiving: dict[int, _Receiving] = field(default_factory=dict)
 
     @property
@@ -355,8 +355,9 @@ class Crowd:
                 case upload.Grant(name, number, sequence):
                     self._grant(member, self._members[name], member.requests.pop((name, number)), sequence)
                 case upload.Stop(name, number):
-                    self._wire.cancel(member.sending.pop((name, number)))
-                    self._upload(member, upload.Ended(name, number))
+                    flow, began_at = member.sending.pop((name, number))
+                    self._wire.cancel(flow)
+                    self._upload(member, upload.Ended(name, number, self._clock.now - began_at))
                 case upload.Refuse(name, number, reason, retry_s):
                     member.requests.pop((name, number), None)
                     self._say(member, self._members[name], messages.Refuse(number, reason, retry_s))
@@ -366,16 +367,17 @@ class Crowd:
         chunks = request.chunks or self._choose(member, peer, request)
         if not chunks:
             self._say(member, peer, messages.Refuse(number, "nothing_to_give", NOTHING_RETRY_S))
-            self._upload(member, upload.Ended(peer.name, number))
+            self._upload(member, upload.Ended(peer.name, number, 0.0))
             return
         self._say(member, peer, messages.Grant(number, sequence, chunks))
-        flow = member.sending[peer.name, number] = Flow(
+        flow = Flow(
             member.host,
             peer.host,
             [self.setup.chunk_bytes] * len(chunks),
             landed=lambda place: self._landed(peer, member, number, chunks[place]),
             ended=lambda: self._ended(peer, member, number),
         )
+        member.sending[peer.name, number] = flow, self._clock.now
         self._wire.send(flow)
 
     def _choose(self, member: _Member, peer: _Member, request: messages.Request) -> tuple[int, ...]:
@@ -397,8 +399,8 @@ class Crowd:
                 self._download(member, download.ChunkVerified(source.name, number, chunk))
 
     def _ended(self, member: _Member, source: _Member, number: int) -> None:
-        if source.sending.pop((member.name, number), None):
-            self._upload(source, upload.Ended(member.name, number))
+        if sent := source.sending.pop((member.name, number), None):
+            self._upload(source, upload.Ended(member.name, number, self._clock.now - sent[1]))
         if member.receiving.pop(number, None):
             self._download(member, download.TransferEnded(source.name, number))
 

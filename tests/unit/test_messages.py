@@ -149,7 +149,7 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("Request", "chunks"): CHUNKS,
     ("Request", "count"): ([0, messages.REQUEST_CHUNKS_MAX], [-1, messages.REQUEST_CHUNKS_MAX + 1]),
     ("Request", "hungry"): ([True, False], [1, None]),
-    ("Request", "sources"): ([1, messages.SOURCES_MAX], [0, messages.SOURCES_MAX + 1, 1.5, None]),
+    ("Request", "sources"): ([0, messages.SOURCES_MAX], [-1, messages.SOURCES_MAX + 1, 1.5, None]),
     ("Request", "pace_bytes_per_s"): (
         [0, messages.PACE_BYTES_PER_S_MAX],
         [-1, messages.PACE_BYTES_PER_S_MAX + 1, 1.5, None],
