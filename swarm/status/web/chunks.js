@@ -1,9 +1,12 @@
 // Chunk maps, as torrent clients show them: a strip for each member, and above them how many copies there are. And, for
-// one chosen chunk, the tree that it took.
+// one chosen chunk, who gave it to whom.
 
 import * as words from "./words.js";
 
 const maps = document.getElementById("maps");
+const alone = document.getElementById("alone");
+const untold = document.getElementById("untold");
+const heldInPart = document.getElementById("held-in-part");
 const treeBox = document.getElementById("tree");
 const strips = new Map();
 
@@ -77,12 +80,14 @@ function say(element, text) {
 
 export function draw(view, { digest, chunk, onChunk }) {
   const artifact = view.artifacts[digest];
-  const holders = view.order.filter((id) => view.members[id].holds[digest] && view.members[id].state !== "dead");
+  const holders = view.order.filter((id) => view.members[id].holds[digest] && view.members[id].state !== "dead" && !view.members[id].wrong_chunks);
   const total = artifact?.chunks_total ?? 0;
   const count = Math.min(total, 256);
   const marked = chunk != null && total ? Math.floor((chunk * count) / total) : null;
   const onCell = (at) => { if (count) onChunk(Math.ceil((Math.floor(at * count) * total) / count)); };
   const copies = new Array(count).fill(0);
+  const only = new Array(count).fill(null); // the one member that has anything of a cell
+  let told = true;
   const wanted = [];
   for (const id of holders) {
     const member = view.members[id];
@@ -92,11 +97,13 @@ export function draw(view, { digest, chunk, onChunk }) {
     const cells = hold.cells ?? (hold.fraction >= 1 ? "9".repeat(count) : null);
     if (cells && cells.length === count) {
       levels = [...cells].map((digit, n) => {
-        if (digit === "9") copies[n] += 1;
+        copies[n] += Number(digit) / 9;
+        if (digit !== "0") only[n] = only[n] === null ? member.name : "";
         return ["held", digit === "0" ? 0 : digit === "9" ? 1 : 0.25 + Number(digit) * 0.06];
       });
     } else {
       // Known by its size alone: it is not told which chunks these are.
+      told = false;
       const filled = Math.round(hold.fraction * Math.max(count, 1));
       levels = Array.from({ length: Math.max(count, 1) }, (_, n) => ["guess", n < filled ? 1 : 0]);
     }
@@ -111,14 +118,19 @@ export function draw(view, { digest, chunk, onChunk }) {
   if (count) {
     const made = strip("copies", onCell);
     made.box.classList.add("copies");
-    const most = Math.max(1, ...copies);
-    const least = Math.min(...copies);
-    show(made, copies.join(), copies.map((n) => ["accent", n ? 0.15 + 0.85 * (n / most) : 0]), null);
-    say(made.name, "copies there are");
-    say(made.part, least === most ? `${least}` : `${least} to ${most}`);
-    made.canvas.setAttribute("aria-label", `Copies of each part: ${least} to ${most}`);
+    const most = Math.max(1, ...copies.map(Math.round));
+    const least = Math.min(...copies.map(Math.round));
+    show(made, copies.map((n) => n.toFixed(1)).join(), copies.map((n) => ["accent", n ? 0.15 + 0.85 * (n / most) : 0]), null);
+    const many = `${least === most ? "" : `${least} to `}${most} ${most === 1 ? "copy" : "copies"}`;
+    say(made.name, "in the swarm");
+    say(made.part, many);
+    made.canvas.setAttribute("aria-label", `Of each chunk there are ${many} in the swarm`);
     wanted.unshift(["copies", made.box]);
   }
+  untold.hidden = told;
+  heldInPart.hidden = total <= count;
+  say(heldInPart.lastChild, `held in part (a column is ${Math.ceil(total / Math.max(1, count))} chunks)`);
+  warnOfTheOnly(told ? only.filter(Boolean) : [], total, count);
   wanted.forEach(([, box], n) => { if (maps.children[n] !== box) maps.insertBefore(box, maps.children[n] ?? null); });
   while (maps.children.length > wanted.length) maps.lastChild.remove();
   const present = new Set(wanted.map(([key]) => key));
@@ -127,6 +139,16 @@ export function draw(view, { digest, chunk, onChunk }) {
     seen.unobserve(made.box);
     strips.delete(key);
   }
+}
+
+// That some chunks have one copy alone is worth knowing before that member is stopped. Cells are counted, not chunks.
+function warnOfTheOnly(names, total, count) {
+  alone.hidden = !names.length;
+  if (!names.length) return;
+  const holders = [...new Set(names)];
+  const some = names.length === count ? `All ${total} chunks` : `About ${Math.max(1, Math.round((names.length * total) / count))} of ${total} chunks`;
+  const who = holders.length === 1 ? `${holders[0]} only: if it stops, nobody` : `one member only (${holders.slice(0, 3).join(", ")}${holders.length > 3 ? " and others" : ""}): if that stops, nobody`;
+  say(alone, `${some} are with ${who} can get them.`);
 }
 
 export async function ask(digest, chunk) {
@@ -141,7 +163,7 @@ export function tell(view, tree) {
   const name = (id) => view.members[id]?.name ?? id;
   const heading = document.createElement("h3");
   const holders = Object.keys(tree.edges).length;
-  heading.textContent = `Chunk ${tree.chunk} is at ${holders} node${holders === 1 ? "" : "s"}`;
+  heading.textContent = `Chunk ${tree.chunk} is with ${holders} member${holders === 1 ? "" : "s"}`;
   treeBox.append(heading);
   const children = new Map();
   for (const [id, edge] of Object.entries(tree.edges)) {

@@ -67,8 +67,9 @@ function head() {
   const from = `seen from ${view.node.name} at ${view.node.address}`;
   if (element("seen-from").textContent !== from) element("seen-from").textContent = from;
   document.title = `${Object.keys(view.warnings).length ? "(!) " : ""}swarm · ${here.length} members`;
-  const { members: asked, answered } = view.asked;
-  const told = asked === answered ? `All ${asked} members tell of themselves.` : `${answered} of ${asked} members tell of themselves; of the others is shown what gossip and their links say.`;
+  const quiet = here.filter((m) => !m.tells).map((m) => m.name);
+  const named = quiet.slice(0, 5).join(", ") + (quiet.length > 5 ? ` and ${quiet.length - 5} more` : "");
+  const told = quiet.length ? `${here.length - quiet.length} of ${here.length} members tell of themselves. ${named} ${quiet.length > 1 ? "do" : "does"} not: shown is what gossip and links say of ${quiet.length > 1 ? "them" : "it"}.` : `All ${here.length} members tell of themselves.`;
   if (element("asked").textContent !== told) element("asked").textContent = told;
 }
 
@@ -97,7 +98,7 @@ async function showTree() {
   element("chunk-close").hidden = false;
   element("tree-twin").hidden = false;
   element("tree-twin").href = `/tree/${digest}/${chunk}`;
-  element("picture-title").textContent = `The way of chunk ${chunk}`;
+  element("picture-title").textContent = `Who gave chunk ${chunk} to whom`;
   chunks.tell(view, tree);
   redraw();
 }
@@ -130,6 +131,8 @@ async function showTimeline(key) {
   const found = await timeline.ask(node, digest).catch(() => null);
   if (chosen.fetch !== key) return;
   element("fetch").value = key;
+  const name = view.members[node]?.name;
+  element("timeline-title").textContent = found && name ? `How ${name} ${found.running ? "gets" : "got"} it` : "Timeline of a fetch";
   element("timeline-twin").hidden = false;
   element("timeline-twin").href = `/timeline/${digest}/of/${node}`;
   if (!element("lanes").contains(document.activeElement)) timeline.draw(found);
@@ -148,6 +151,7 @@ element("chunk-close").addEventListener("click", closeTree);
 element("artifact").addEventListener("change", (event) => { chosen.digest = event.target.value; closeTree(); });
 element("fetch").addEventListener("change", (event) => showTimeline(event.target.value));
 element("links-twin").addEventListener("toggle", redraw);
+element("links-more").addEventListener("click", () => { members.toggleLinks(); redraw(); });
 addEventListener("keydown", (event) => { if (event.key === "Escape" && chosen.tree) closeTree(); });
 
 const dark = matchMedia("(prefers-color-scheme: dark)");

@@ -6,7 +6,9 @@ const rows = document.getElementById("rows");
 const linkRows = document.getElementById("link-rows");
 const warningList = document.getElementById("warnings-list");
 const announcement = document.getElementById("announcement");
-const LINKS_MAX = 200;
+const linksMore = document.getElementById("links-more");
+const LINKS_MAX = 200, LINKS_FIRST = 5;
+let allLinks = false;
 let said = new Set();
 
 function say(element, text) {
@@ -46,6 +48,7 @@ function row(chosen) {
     const button = made("button", "plain", head);
     button.type = "button";
     button.addEventListener("click", () => chosen(id));
+    made("span", "address", head);
     made("span", "state under", head); // instead of its column, where the screen is narrow
     made("span", "state", made("td", "beside", tr));
     const holds = made("td", "holds", tr);
@@ -65,7 +68,7 @@ export function draw(view, { digest, selected, chosen }) {
     const [head, state, holds, ready, down, up, place] = tr.children;
     tr.className = `is-${condition}${selected === id ? " selected" : ""}`;
     say(head.firstChild, member.name);
-    head.firstChild.title = member.address;
+    say(head.children[1], member.address);
     head.firstChild.setAttribute("aria-pressed", String(selected === id));
     say(state.firstChild, words.STATES[condition]);
     say(head.lastChild, words.STATES[condition]);
@@ -92,8 +95,16 @@ export function draw(view, { digest, selected, chosen }) {
       ["", "", "number", "number"].forEach((kind) => made("td", kind, tr));
       return tr;
     };
-    keyed(linkRows, moving.slice(0, LINKS_MAX).map(([key]) => key), make, fill);
+    keyed(linkRows, moving.slice(0, allLinks ? LINKS_MAX : LINKS_FIRST).map(([key]) => key), make, fill);
+    const more = Math.min(moving.length, LINKS_MAX) - LINKS_FIRST;
+    linksMore.hidden = more <= 0 && !allLinks;
+    say(linksMore, allLinks ? `Only the first ${LINKS_FIRST}` : `Show ${more} more`);
   }
+}
+
+// All links instead of the first few, or these again.
+export function toggleLinks() {
+  allLinks = !allLinks;
 }
 
 // Warnings, and the news among them for screen readers.

@@ -1,4 +1,4 @@
-// The swarm as a picture: nodes on a ring, those of one host and one rack beside each other; links with live rates
+// The swarm as a picture: members on a ring, those of one host and one rack beside each other; links with live rates
 // between them; or, when a chunk is chosen, the tree that it took. Elements are kept and changed, never drawn anew.
 
 import * as words from "./words.js";
@@ -6,7 +6,7 @@ import * as words from "./words.js";
 const SVG = "http://www.w3.org/2000/svg";
 const NAMED_MAX = 24; // with more members than this only those that matter have their names written
 const LINKS_MAX = 250; // drawn at once, the fastest first: more are a grey cloud; the table has them
-const RATES_MAX = 9; // of links that have theirs written, the fastest first, where there is room
+const RATES_MAX = 6; // only the fastest links have their rates written, where there is room
 const SIGNS = {
   slow: "M-.3-.5H.3L-.3.5H.3z", dead: "M-.5-.5.5.5M.5-.5-.5.5", left: "M-.5-.5.5.5M.5-.5-.5.5", wrong: "M0-.6V.1M0 .5V.55",
 };
@@ -64,14 +64,14 @@ function arrange(view, ids) {
   ids.forEach((id, n) => {
     const member = view.members[id];
     const before = n > 0 ? view.members[ids[n - 1]] : null;
-    if (before && before.rack !== member.rack) at += 0.9;
+    if (before && before.rack !== member.rack) at += 1.1;
     else if (before && before.host !== member.host) at += 0.45;
     slots.push([id, at]);
     at += 1;
   });
   const first = view.members[ids[0]];
   const last = view.members[ids.at(-1)];
-  at += ids.length > 1 && first.rack !== last?.rack ? 0.9 : ids.length > 1 && first.host !== last?.host ? 0.45 : 0;
+  at += ids.length > 1 && first.rack !== last?.rack ? 1.1 : ids.length > 1 && first.host !== last?.host ? 0.45 : 0;
   const narrow = width < 560;
   const margin = ids.length <= NAMED_MAX ? { x: narrow ? 106 : Math.min(218, width * 0.3), y: 74 } : { x: narrow ? 40 : 120, y: 44 };
   const rx = Math.max(60, width / 2 - margin.x);
@@ -87,45 +87,48 @@ function arrange(view, ids) {
   ground(view, ids, { rx, ry, r, turn });
 }
 
-// The hosts and racks as bands behind their nodes.
+// The hosts and racks as bands behind their members, each with its name at its beginning; in a crowd the racks' alone.
 function ground(view, ids, { rx, ry, r, turn }) {
   layers.grounds.replaceChildren();
   layers.labels.replaceChildren();
   taken = [];
-  const band = (kind, of, name, width, push) => {
-    const runs = [];
-    for (const id of ids) {
-      const label = of(view.members[id]);
-      if (runs.length && runs.at(-1).label === label) runs.at(-1).ids.push(id);
-      else runs.push({ label, ids: [id] });
-    }
-    if (runs.length < 2 && kind === "host") return;
-    for (const run of runs) {
+  const at = (angle, inwards = 0) => ({ x: centre.x + (rx - inwards) * Math.cos(angle), y: centre.y + (ry - inwards) * Math.sin(angle) });
+  const runs = (of) => ids.reduce((found, id) => {
+    const label = of(view.members[id]);
+    if (found.at(-1)?.label === label) found.at(-1).ids.push(id);
+    else found.push({ label, ids: [id] });
+    return found;
+  }, []);
+  const pace = (angle) => Math.hypot(rx * Math.sin(angle), ry * Math.cos(angle)) || 1; // pixels for a radian, there
+  const roomy = (angle) => pace(angle) * turn > 44;
+  const before = new Map(); // id -> how far before it on the ring the last name ends
+  const names = (kind, text, first, angle) => {
+    const label = add(layers.labels, "text", `band-name ${kind}`);
+    label.textContent = text;
+    const reach = (text.length * 3.6 * rx * Math.abs(Math.sin(angle)) + 8 * ry * Math.abs(Math.cos(angle))) / pace(angle);
+    const distance = (before.get(first) ?? r + 3) + reach;
+    before.set(first, distance + reach);
+    const place = roomy(angle) ? at(angle - distance / pace(angle)) : at(angle, r + 40);
+    set(label, { x: place.x, y: place.y + 4 });
+    taken.push(place);
+    return roomy(angle) ? distance + reach : 0;
+  };
+  const band = (kind, found, name, beyond) => {
+    for (const run of found) {
       if (!run.label) continue;
-      const from = places.get(run.ids[0]).angle - turn * 0.3;
-      const to = places.get(run.ids.at(-1)).angle + turn * 0.3;
-      const steps = Math.max(2, Math.ceil((to - from) / 0.05));
-      const points = Array.from({ length: steps + 1 }, (_, n) => {
-        const angle = from + ((to - from) * n) / steps;
-        return `${(centre.x + rx * Math.cos(angle)).toFixed(1)} ${(centre.y + ry * Math.sin(angle)).toFixed(1)}`;
-      });
-      add(layers.grounds, "path", `band ${kind}`, { d: `M${points.join("L")}`, "stroke-width": width });
-      if (runs.length <= 16) {
-        const middle = (from + to) / 2;
-        const label = add(layers.labels, "text", `band-name ${kind}`, {
-          x: centre.x + (rx - push) * Math.cos(middle), y: centre.y + (ry - push * 0.8) * Math.sin(middle) + 4,
-        });
-        label.textContent = `${name} ${run.label}`;
-        taken.push({ x: Number(label.getAttribute("x")), y: Number(label.getAttribute("y")) - 4 });
-      }
+      const [first, last] = [places.get(run.ids[0]).angle, places.get(run.ids.at(-1)).angle];
+      const named = found.length <= 16 && (kind === "rack" || roomy(first));
+      const reach = named ? names(kind, name(run.label), run.ids[0], first) : 0;
+      const from = first - Math.max(0, reach + 3 - r - beyond) / pace(first);
+      const steps = Math.max(2, Math.ceil((last - from) / 0.05));
+      const points = Array.from({ length: steps + 1 }, (_, n) => at(from + ((last - from) * n) / steps));
+      const d = `M${points.map(({ x, y }) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}`;
+      layers.grounds.prepend(add(layers.grounds, "path", `band ${kind}`, { d, "stroke-width": 2 * (r + beyond) }));
     }
   };
-  band("rack", (m) => m.rack ?? "", "rack", 2 * r + 30, r + 46);
-  band("host", (m) => (m.host ? `${m.rack ?? ""}\u0000${m.host}` : ""), "", 2 * r + 12, r + 24);
-  for (const text of layers.labels.querySelectorAll(".band-name.host")) {
-    text.textContent = text.textContent.split("\u0000").pop();
-    if (ids.length > 40) text.remove();
-  }
+  const hosts = runs((m) => (m.host ? `${m.rack ?? ""}\u0000${m.host}` : ""));
+  if (hosts.length > 1) band("host", hosts, (label) => shortened(label.split("\u0000").pop(), 10), 8);
+  band("rack", runs((m) => m.rack ?? ""), (label) => `rack ${shortened(label, 10)}`, 18);
 }
 
 function node(id, chosen) {
@@ -178,13 +181,13 @@ export function note(member, short = false) {
   const done = fetch ? words.percent(fetch.bytes ? fetch.done_bytes / fetch.bytes : 1) : "";
   const left = fetch?.eta_s == null ? "nothing arrives" : `ready in ${words.seconds(fetch.eta_s)}`;
   const progress = short ? `${done} · ${words.soon(fetch?.eta_s)}` : `${done} · ${left}`;
-  const banned = Object.keys(member.banned_by).length > 0;
+  const banned = Object.keys(member.banned_by).length;
   switch (condition) {
     case "dead": return "dead";
     case "left": return "left";
     case "silent": return short ? "lost" : "lost: does not answer";
-    case "wrong": return short ? `lies${banned ? " · banned" : ""}` : `lies: ${member.wrong_chunks} wrong chunk${member.wrong_chunks === 1 ? "" : "s"}${banned ? ", banned" : ""}`;
-    case "slow": return short ? `slow · ${words.soon(fetch?.eta_s)}` : `slow · ${progress}`;
+    case "wrong": return short ? `wrong chunks${banned ? " · banned" : ""}` : `sent ${member.wrong_chunks} wrong chunk${member.wrong_chunks === 1 ? "" : "s"}${banned ? ` · banned by ${banned} of ${Object.keys(member.wrong_to).length}` : ""}`;
+    case "slow": return short ? `slow · ${words.soon(fetch?.eta_s)}` : `slow · ${done} · ${fetch?.eta_s == null ? left : `ready in ${words.soon(fetch.eta_s)}`}`;
     case "fetching": return progress;
     case "unknown": return "heard of";
     case "part": return `has ${words.percent(words.fraction(member))}`;
@@ -262,7 +265,9 @@ function arrow({ end, control }, size) {
 function drawLinks(wanted, selected) {
   const most = Math.max(1, ...wanted.map((link) => link.weight));
   const written = [...taken];
-  const enough = taken.length + (svg.clientWidth < 560 ? 4 : RATES_MAX);
+  const few = svg.clientWidth < 560 ? 3 : RATES_MAX;
+  const discs = [...places.values()];
+  const clear = (p) => written.every((q) => Math.abs(p.x - q.x) > 60 || Math.abs(p.y - q.y) > 17) && discs.every((q) => Math.abs(p.x - q.x) > q.r + 28 || Math.abs(p.y - q.y) > q.r + 9);
   const present = new Set(wanted.map((link) => link.key));
   for (const [key, made] of links) {
     if (!present.has(key)) {
@@ -271,7 +276,7 @@ function drawLinks(wanted, selected) {
       links.delete(key);
     }
   }
-  for (const link of [...wanted].sort((a, b) => b.weight - a.weight)) {
+  for (const [rank, link] of [...wanted].sort((a, b) => b.weight - a.weight).entries()) {
     let made = links.get(link.key);
     if (!made) {
       const group = add(layers.links, "g", "link");
@@ -283,18 +288,19 @@ function drawLinks(wanted, selected) {
       made.shape = curve(places.get(link.source), places.get(link.target));
     }
     const { shape } = made;
-    const width = link.tree ? 3 : Math.round(14 * (link.weight / most)) / 2 + 0.5;
+    const strength = (link.weight / most) ** 1.5;
+    const width = link.tree ? 3 : Math.round(10 * strength) / 2 + 0.75;
     const touched = !selected || link.source === selected || link.target === selected;
     const f = (p) => `${p.x.toFixed(1)} ${p.y.toFixed(1)}`;
-    set(made.group, { class: `link${link.tree ? " tree" : ""}${touched ? "" : " dim"}${link.wrong ? " is-wrong" : ""}` });
+    set(made.group, { class: `link${link.tree ? " tree" : ""}${touched ? "" : " dim"}${link.wrong ? " is-wrong" : ""}`, opacity: link.tree || link.wrong ? 1 : Math.round(20 * (0.25 + 0.75 * strength)) / 20 });
     if (made.width !== width || made.drawn !== shape) {
       made.width = width;
       made.drawn = shape;
       set(made.line, { d: `M${f(shape.start)}Q${f(shape.control)} ${f(shape.end)}`, "stroke-width": width });
-      set(made.head, { d: arrow(shape, 6 + width * 1.3) });
+      set(made.head, { d: arrow(shape, 6 + width * 1.2) });
     }
-    const wants = link.tree || (touched && (Boolean(selected) || written.length < enough));
-    const free = wants && [0.5, 0.38, 0.62].map((t) => along(shape, t)).find((p) => written.every((q) => Math.abs(p.x - q.x) > 56 || Math.abs(p.y - q.y) > 15));
+    const wants = link.tree || (touched && (Boolean(selected) || rank < few));
+    const free = wants && [0.5, 0.4, 0.6, 0.3, 0.7].map((t) => along(shape, t)).find(clear);
     if (free) {
       written.push(free);
       set(made.label, { x: free.x, y: free.y + 4 });

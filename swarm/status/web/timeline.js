@@ -24,7 +24,7 @@ export async function ask(node, digest) {
 
 function ticks(seconds, most) {
   const step = [0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600].find((s) => seconds / s <= most) ?? 7200;
-  return Array.from({ length: Math.floor(seconds / step) + 1 }, (_, n) => n * step);
+  return [...Array.from({ length: Math.ceil(seconds / step) }, (_, n) => n * step).filter((s) => seconds - s > seconds / most / 2), seconds];
 }
 
 let shown;
@@ -36,7 +36,7 @@ export function draw(found) {
   const open = box.querySelector("details")?.open ?? false;
   box.replaceChildren();
   if (!found) {
-    box.append(Object.assign(document.createElement("p"), { className: "hint", textContent: "No fetch was seen yet, or its node does not tell." }));
+    box.append(Object.assign(document.createElement("p"), { className: "hint", textContent: "No fetch was seen yet, or its member does not tell of it." }));
     return;
   }
   const width = Math.max(320, box.clientWidth || 700);
@@ -75,8 +75,19 @@ export function draw(found) {
     add(svg, "text", "lane-sum", { x: left + inner + 8, y: base - 6 }, lane.rejected_chunks ? `${lane.rejected_chunks} wrong` : words.bytes(lane.bytes));
   });
   box.append(svg);
+  const key = Object.assign(document.createElement("ul"), { className: "key" });
+  const item = (swatch, text) => {
+    const li = document.createElement("li");
+    if (swatch) li.append(Object.assign(document.createElement("i"), { className: `swatch ${swatch}` }));
+    li.append(text);
+    key.append(li);
+  };
+  for (const phase of found.phases) if (phase.seconds >= 0.05) item(PHASES[phase.name], `${phase.name} ${words.seconds(phase.seconds)}`);
+  item("", `A bar: what came verified from that member within ${found.bucket_s < 1 ? `${Math.ceil(found.bucket_s * 1000)} ms` : words.seconds(found.bucket_s)}; the highest is ${words.bytes(most)}`);
+  if (found.lanes.some((lane) => lane.rejected_chunks)) item("", "✕ a wrong chunk");
+  box.append(key);
   const details = document.createElement("details");
-  details.innerHTML = "<summary>The same as a table</summary><table><thead><tr><th scope=col>source</th><th scope=col class=number>bytes</th><th scope=col class=number>chunks</th><th scope=col class=number>wrong chunks</th></tr></thead><tbody></tbody></table><p></p>";
+  details.innerHTML = "<summary>The same as a table</summary><table><thead><tr><th scope=col>source</th><th scope=col class=number>bytes</th><th scope=col class=number>chunks</th><th scope=col class=number>wrong chunks</th></tr></thead><tbody></tbody></table>";
   for (const lane of found.lanes) {
     const tr = details.querySelector("tbody").insertRow();
     [lane.name + (lane.banned ? " (banned)" : ""), words.bytes(lane.bytes), lane.chunks, lane.rejected_chunks].forEach((text, n) => {
@@ -85,7 +96,7 @@ export function draw(found) {
       if (n) cell.className = "number";
     });
   }
-  details.querySelector("p").textContent = found.phases.map((phase) => `${phase.name} ${words.seconds(phase.seconds)}`).join(", ") + (found.error ? `; failed: ${found.error}` : "");
+  if (found.error) item("", `failed: ${found.error}`);
   details.open = open;
   box.append(details);
 }
