@@ -207,7 +207,7 @@ def test_is_the_timeline_that_of_the_fetch(page: Any, stage: Stage) -> None:
 
 
 def test_is_a_trace_shown_again_in_the_same_page(browser: Any, stage: Stage) -> None:
-    wait_until(lambda: '"Ban"' in stage.trace.read_text(), "the trace to tell of the liar")
+    wait_until(lambda: '"ChunkCorrupt"' in stage.trace.read_text(), "the trace to tell of the liar")
     replay = stage.machine.start("replay", stage.trace, "--web")
     replay.wait_for(" shows it again")
     url = re.findall(r"http://\S+", replay.out)[0]
