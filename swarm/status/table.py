@@ -202,13 +202,13 @@ def _members(swarm: Mapping[str, Any]) -> _Rows:
             holds.setdefault(name, []).append(f"{fraction:.0%} {artifact['model_id']}{tier}")
     rows = []
     for member in swarm["members"]:
-        if member["state"] not in SHOWN:
+        if member["state"] not in SHOWN and not member.get("wrong_chunks"):
             continue
         told = (member.get(key) or "-" for key in ("host", "rack", "transport"))
         load = f"{member['uploads']}/{member['slots']}" if member.get("slots") else "-"
         word = LOST if member["state"] in ("suspect", "silent") else member["state"]
         state = f"{word}, slow" if member.get("slow") else word
-        if lies := bool(member.get("wrong_chunks")) and word == "alive":
+        if lies := bool(member.get("wrong_chunks")) and word not in (LOST, "dead"):
             state = "wrong chunks"
         nothing = "nothing yet" if member["state"] in HERE else "-"
         rows.append(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import msgspec
 import pytest
 from rich.console import Console
 
@@ -149,6 +151,12 @@ def test_do_warnings_come_first_and_rates_with_units() -> None:
     assert shown.index("liar sent") < shown.index("member ") < shown.index("rejected")
     for word in ("me at 127.0.0.1:1, 3 members", "25%", "7 MB/s", "5 s", "ann 7 MB/s", "━"):
         assert word in shown
+
+
+def test_is_a_liar_in_the_table_with_its_address_whom_no_link_leads_to() -> None:
+    own = msgspec.structs.replace(fetching(), peers=(Known(LIAR, "liar", "127.0.0.1:9"),))
+    shown = drawn(swarm(report(member(A, "ann")), own))
+    assert re.search(r"│ liar +│ 127.0.0.1:9 +│ wrong chunks", shown)
 
 
 def crowded(members: int, *, warnings: int = 1) -> Json:

@@ -50,7 +50,7 @@ const byPlace = ([a, x], [b, y]) =>
   compare(x.rack ?? "", y.rack ?? "") || compare(x.host ?? "~", y.host ?? "~") || compare(x.name, y.name) || compare(a, b);
 
 // Ids in the order in which everything lists them.
-export const ordered = (view) => Object.entries(view.members).filter(([, m]) => m.state !== "left").sort(byPlace).map(([id]) => id);
+export const ordered = (view) => Object.entries(view.members).filter(([, m]) => m.state !== "left" || m.wrong_chunks).sort(byPlace).map(([id]) => id);
 
 function arrange(view, ids) {
   const width = svg.clientWidth || 800;

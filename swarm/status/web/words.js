@@ -35,8 +35,9 @@ export function fraction(member, digest) {
 
 // The one word that says what a member is; wrong before slow, gone before all.
 export function condition(member) {
-  if (member.state === "dead" || member.state === "left") return member.state;
-  if (member.wrong_chunks) return "wrong";
+  if (member.state === "dead") return "dead";
+  if (member.wrong_chunks) return "wrong"; // one to be stopped, whoever is linked with it
+  if (member.state === "left") return "left";
   if (member.state === "suspect" || member.state === "silent") return "silent";
   if (member.slow && running(member)) return "slow";
   if (running(member)) return "fetching";
