@@ -72,7 +72,7 @@ def _of_node(report: Mapping[str, Any]) -> Iterator[Warn]:
             else "hears nothing by multicast DNS, not even itself"
         )
         what = f"{node['name']} {cannot}"
-        yield Warn("mdns", "warn", me, me, what, "Name a node with --peer; `swarm doctor` says more.")
+        yield Warn("mdns", "warn", me, me, what, "Name a member with --peer; `swarm doctor` says more.")
     linked = [m for m in report["members"] if m["transport"] not in (None, "self") and m["state"] == "alive"]
     if linked and all(m.get("linked_s", 0) > DEAF_AFTER_S and not m.get("gossip") for m in linked):
         what = f"{node['name']} has links, but no gossip arrives over them"

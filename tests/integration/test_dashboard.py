@@ -79,6 +79,14 @@ BEYOND_THE_RING = """() => {
 }"""
 
 
+# In one look, since both go on.
+SAYS_THE_WARNING_WHAT_THE_TABLE_SAYS = """(name) => {
+  const rows = [...document.querySelectorAll("#rows tr")];
+  const row = rows.find((row) => row.querySelector("button").textContent === name);
+  return document.getElementById("warnings").textContent.includes(`${name} is slow: ${row.children[4].textContent},`);
+}"""
+
+
 def said(stage: Stage, path: str) -> Any:
     with urllib.request.urlopen(stage.url + path) as answer:
         return json.loads(answer.read())
@@ -116,6 +124,14 @@ def test_shows_the_page_what_happens_while_a_fetch_runs(page: Any, stage: Stage)
     assert "Liar sent" in page.inner_text("#warnings")
     page.wait_for_selector(f"{node('replica-3')}[aria-label*=' ready in ']")
     picture(page, "light")
+    wait_until(
+        lambda: page.evaluate(SAYS_THE_WARNING_WHAT_THE_TABLE_SAYS, f"replica-{SLOW}"), "one rate of who is slow"
+    )
+    assert re.search(r"chunks are with seed-0 only", page.inner_text("#alone"))
+    assert re.search(r"tell of themselves\. Liar does not", page.inner_text("#asked"))
+    assert page.locator("#link-rows tr").count() == 5
+    page.click("#links-more")
+    page.wait_for_selector("#link-rows tr:nth-child(9)")
     assert faults(page) == []
 
     stage.replicas[KILLED].kill()
