@@ -128,7 +128,7 @@ function ground(view, ids, { rx, ry, r, turn }) {
   };
   const hosts = runs((m) => (m.host ? `${m.rack ?? ""}\u0000${m.host}` : ""));
   if (hosts.length > 1) band("host", hosts, (label) => shortened(label.split("\u0000").pop(), 10), 8);
-  band("rack", runs((m) => m.rack ?? ""), (label) => `rack ${shortened(label, 10)}`, 18);
+  band("rack", runs((m) => m.rack ?? ""), (label) => `${label.startsWith("rack") ? "" : "rack "}${shortened(label, 10)}`, 18);
 }
 
 function node(id, chosen) {
@@ -265,6 +265,7 @@ function arrow({ end, control }, size) {
 function drawLinks(wanted, selected) {
   const most = Math.max(1, ...wanted.map((link) => link.weight));
   const written = [...taken];
+  const thin = Math.min(1, Math.sqrt(60 / Math.max(1, wanted.length))); // many must not hide each other
   const few = svg.clientWidth < 560 ? 3 : RATES_MAX;
   const discs = [...places.values()];
   const clear = (p) => written.every((q) => Math.abs(p.x - q.x) > 60 || Math.abs(p.y - q.y) > 17) && discs.every((q) => Math.abs(p.x - q.x) > q.r + 28 || Math.abs(p.y - q.y) > q.r + 9);
@@ -289,10 +290,10 @@ function drawLinks(wanted, selected) {
     }
     const { shape } = made;
     const strength = (link.weight / most) ** 1.5;
-    const width = link.tree ? 3 : Math.round(10 * strength) / 2 + 0.75;
+    const width = link.tree ? 3 : Math.round(10 * thin * strength) / 2 + 0.75;
     const touched = !selected || link.source === selected || link.target === selected;
     const f = (p) => `${p.x.toFixed(1)} ${p.y.toFixed(1)}`;
-    set(made.group, { class: `link${link.tree ? " tree" : ""}${touched ? "" : " dim"}${link.wrong ? " is-wrong" : ""}`, opacity: link.tree || link.wrong ? 1 : Math.round(20 * (0.25 + 0.75 * strength)) / 20 });
+    set(made.group, { class: `link${link.tree ? " tree" : ""}${touched ? "" : " dim"}${link.wrong ? " is-wrong" : ""}`, opacity: link.tree || link.wrong ? 1 : Math.round(20 * thin * (0.25 + 0.75 * strength)) / 20 });
     if (made.width !== width || made.drawn !== shape) {
       made.width = width;
       made.drawn = shape;
