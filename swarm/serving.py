@@ -69,7 +69,7 @@ class Serving:
         self._withdraw = withdraw
         self._idle_timeout_s = idle_timeout_s
         self._requests: dict[tuple[str, int], messages.Request] = {}
-        self._sending: dict[tuple[str, int], tuple[asyncio.Task[None], Servable | None, float]] = {}  # since when
+        self._sending: dict[tuple[str, int], tuple[asyncio.Task[bool], Servable | None, float]] = {}  # since when
 
     def requested(self, peer: Peer, request: messages.Request) -> None:
         """A peer asks for chunks. Raises RemoteProtocolError when it uses a transfer's number twice."""
@@ -132,19 +132,19 @@ class Serving:
                     if peer:
                         self._refuse(peer, number, reason, retry_s)
 
-    async def _send(self, peer: Peer, request: messages.Request, share: Servable | None, sequence: int) -> None:
-        """One transfer going out. What was here when it was asked for may be gone by now."""
+    async def _send(self, peer: Peer, request: messages.Request, share: Servable | None, sequence: int) -> bool:
+        """One transfer going out; whether it did so whole. What was here when it was asked for may be gone by now."""
         number = request.transfer
         if share is None:
             self._refuse(peer, number, "unknown_artifact", REFUSED_RETRY_S)
-            return
+            return False
         if not _answerable(share, request):
             self._refuse(peer, number, "not_held", REFUSED_RETRY_S)
-            return
+            return False
         indices = request.chunks or self._choose(peer, share, request)
         if not indices:
             self._refuse(peer, number, "nothing_to_give", NOTHING_RETRY_S)
-            return
+            return False
         peer.post(messages.Grant(number, sequence, indices))
         sent = False
         try:
@@ -163,6 +163,7 @@ class Serving:
         finally:
             if share.gifts and not sent:
                 share.gifts.failed(peer.node, indices)
+        return sent
 
     def _choose(self, peer: Peer, share: Servable, request: messages.Request) -> tuple[int, ...]:
         if share.gifts is None:
@@ -170,9 +171,10 @@ class Serving:
         rank, seeds = self._rank(request.digest)
         return share.gifts.choose(peer.node, request.count, hungry=request.hungry, rank=rank, seeds=seeds)
 
-    def _sent(self, node: str, number: int, _: asyncio.Task[None]) -> None:
+    def _sent(self, node: str, number: int, task: asyncio.Task[bool]) -> None:
         began_at = self._sending.pop((node, number))[2]
-        self._handle(upload.Ended(node, number, self._host.now() - began_at))
+        whole = not task.cancelled() and task.exception() is None and task.result()
+        self._handle(upload.Ended(node, number, self._host.now() - began_at, whole))
 
     def _refuse(self, peer: Peer, number: int, reason: RefusalReason, retry_s: float) -> None:
         peer.post(messages.Refuse(number, reason, retry_s))

@@ -63,11 +63,12 @@ class Cancelled:
 
 @dataclass(frozen=True)
 class Ended:
-    """A granted transfer is off the wire, well or not; it held its slot for so long."""
+    """A granted transfer is off the wire, `whole` or not; it held its slot for so long."""
 
     peer: str
     transfer: int
     seconds: float
+    whole: bool = True
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Upload:
         self._slots = slots
         self._peers: dict[str, _Peer] = {}
         self._level = 0.0  # what the peer granted last had been charged before
-        self._taken_s, self._taken_bytes = 0.0, 0  # by all transfers that are charged by time
+        self._taken_s, self._taken_bytes = 0.0, 0  # by whole transfers that are charged by time
 
     def handle(self, event: Event) -> list[Action]:
         """What to do about one event."""
@@ -136,9 +137,9 @@ class Upload:
                     peer.waiting = deque(item for item in peer.waiting if item[0].transfer != transfer)
                     if transfer in peer.active:
                         return [Stop(name, transfer)]
-            case Ended(name, transfer, seconds):
+            case Ended(name, transfer):
                 if (peer := self._peers.get(name)) and (asked := peer.active.pop(transfer, None)):
-                    self._charge_time(peer, asked, seconds)
+                    self._charge_time(peer, asked, event)
                 return list(self._grants())
             case PeerLeft(name):
                 peer = self._peers.pop(name, None)
@@ -159,13 +160,15 @@ class Upload:
         peer.waiting.append((event, self._behind(peer)))
         return list(self._grants())
 
-    def _charge_time(self, peer: _Peer, asked: Requested, seconds: float) -> None:
+    def _charge_time(self, peer: _Peer, asked: Requested, ended: Ended) -> None:
         """In bytes, at the usual rate of a slot, so that both ways to charge can be compared."""
-        if asked.sources or seconds <= 0:
+        if asked.sources:
             return
-        self._taken_s += seconds
-        self._taken_bytes += asked.size
-        peer.charged += seconds * self._taken_bytes / self._taken_s * self._behind(peer) ** 2
+        if ended.whole:
+            self._taken_s += ended.seconds
+            self._taken_bytes += asked.size
+        usual = self._taken_bytes / self._taken_s if self._taken_s > 0 else 1.0  # any, until there is one
+        peer.charged += ended.seconds * usual * self._behind(peer) ** 2
 
     def _behind(self, peer: _Peer) -> float:
         """A peer's pace over that of the fastest: 1 for that one, and for all while nobody got anything yet."""

@@ -357,7 +357,7 @@ class Crowd:
                 case upload.Stop(name, number):
                     flow, began_at = member.sending.pop((name, number))
                     self._wire.cancel(flow)
-                    self._upload(member, upload.Ended(name, number, self._clock.now - began_at))
+                    self._upload(member, upload.Ended(name, number, self._clock.now - began_at, whole=False))
                 case upload.Refuse(name, number, reason, retry_s):
                     member.requests.pop((name, number), None)
                     self._say(member, self._members[name], messages.Refuse(number, reason, retry_s))
@@ -367,7 +367,7 @@ class Crowd:
         chunks = request.chunks or self._choose(member, peer, request)
         if not chunks:
             self._say(member, peer, messages.Refuse(number, "nothing_to_give", NOTHING_RETRY_S))
-            self._upload(member, upload.Ended(peer.name, number, 0.0))
+            self._upload(member, upload.Ended(peer.name, number, 0.0, whole=False))
             return
         self._say(member, peer, messages.Grant(number, sequence, chunks))
         flow = Flow(

@@ -625,6 +625,22 @@ def test_can_both_ways_to_be_charged_be_compared() -> None:
     assert got["alone"] == pytest.approx(got["importing"], rel=0.1)
 
 
+def test_transfers_that_are_cut_short_are_charged_and_say_nothing_of_the_usual_rate() -> None:
+    machine = Upload(slots=1)
+    told(machine, Requested("stays", 0, 100), Ended("stays", 0, 1.0))
+    told(machine, Requested("quits", 0, 1 << 30), Ended("quits", 0, 2.0, whole=False))
+    told(machine, Requested("other", 0, 1), *(Requested("stays", number, 100) for number in range(1, 4)))
+    told(machine, Requested("quits", 1, 100))
+    ends = [Ended("other", 0, 0.1), Ended("stays", 1, 0.5), Ended("stays", 2, 0.6)]
+    assert [action.peer for action in told(machine, *ends)] == ["stays", "stays", "quits"], "200 bytes after 150"
+
+
+def test_does_nobody_wait_for_ever_for_who_always_quits() -> None:
+    machine = Upload(slots=1)
+    told(machine, *(Requested("quits", number, 100) for number in range(3)), Requested("stays", 0, 100))
+    assert told(machine, Ended("quits", 0, 1.0, whole=False)) == [Grant("stays", 0, 0)]
+
+
 @pytest.mark.parametrize("sources", [0, 1])
 def test_who_fell_behind_gets_more_than_the_fastest(sources: int) -> None:
     fast, behind = Want(pace=100.0, sources=sources), Want(pace=50.0, sources=sources)
