@@ -114,14 +114,8 @@ def _of_member(node: str, member: Mapping[str, Any], members: Mapping[str, Any])
         do = f"They were thrown away and asked elsewhere. Stop it ({_where(member)}), and look at its disk and memory."
         yield Warn("lies", "bad", node, node, what, do)
     if member["state"] == "dead":
-        yield Warn(
-            "dead",
-            "bad",
-            node,
-            node,
-            f"{name} is dead",
-            f"If it should run, restart it ({_where(member)}): a fetch resumes.",
-        )
+        do = f"If it should run, restart it ({_where(member)}): a fetch resumes."
+        yield Warn("dead", "bad", node, node, f"{name} is dead", do)
     elif member["state"] in ("suspect", "silent"):
         do = "In a few seconds it counts as dead unless it answers. Is its process gone or stopped, or its network?"
         yield Warn("silent", "warn", node, node, f"{name} is lost: it does not answer", do)
@@ -145,13 +139,15 @@ def _of_member(node: str, member: Mapping[str, Any], members: Mapping[str, Any])
 
 def _banned(member: Mapping[str, Any], members: Mapping[str, Any]) -> str:
     """Who got wrong chunks of it, and what became of that."""
-    got, by = list(member["wrong_to"]), list(member["banned_by"])
-    names = listed(members[other]["name"] for other in by)
+    got, by = (
+        [members[other]["name"] if other in members else "one that is gone" for other in member[told]]
+        for told in ("wrong_to", "banned_by")
+    )
     if len(got) == 1:
-        return f"{members[got[0]]['name']}{', which has banned it' if by else ''}"
+        return f"{got[0]}{', which has banned it' if by else ''}"
     if not by:
         return f"{len(got)} members, which have not banned it yet"
-    return f"{len(got)} members; {'all' if len(by) == len(got) else len(by)} of them banned it: {names}"
+    return f"{len(got)} members; {'all' if len(by) == len(got) else len(by)} of them banned it: {listed(by)}"
 
 
 def _where(member: Mapping[str, Any]) -> str:

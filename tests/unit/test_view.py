@@ -103,6 +103,12 @@ def test_how_many_of_those_that_got_wrong_chunks_have_banned_who_sent_them() -> 
     assert warning["what"] == "f sent 9 wrong chunks to 3 members; 2 of them banned it: a, c"
 
 
+def test_is_a_liar_named_though_who_got_its_chunks_is_known_no_more() -> None:
+    known = report((ME, "alive", "self"), (LIAR, "alive", "tcp"))
+    (warning,) = view(known, told(A, rejected=(Rejected(DIGEST, LIAR, 3, True),)))["warnings"].values()
+    assert warning["what"] == "f sent 3 wrong chunks to one that is gone, which has banned it"
+
+
 def test_does_what_the_dead_said_count_no_more() -> None:
     dead = report((ME, "alive", "self"), (A, "dead", None), (B, "alive", None))
     flow = Flow(DIGEST, "down", A, 70, 7000)
