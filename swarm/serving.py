@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -44,6 +45,15 @@ class Servable(Protocol):
     gifts: Gifts | None  # for seeds, which choose what they send
 
 
+@dataclass(frozen=True)
+class _Sending:
+    """A transfer that holds a slot. `task` returns whether it went out whole."""
+
+    task: asyncio.Task[bool]
+    share: Servable | None
+    began_at: float
+
+
 class Serving:
     """Everything one node sends.
 
@@ -69,7 +79,7 @@ class Serving:
         self._withdraw = withdraw
         self._idle_timeout_s = idle_timeout_s
         self._requests: dict[tuple[str, int], messages.Request] = {}
-        self._sending: dict[tuple[str, int], tuple[asyncio.Task[bool], Servable | None, float]] = {}  # since when
+        self._sending: dict[tuple[str, int], _Sending] = {}
 
     def requested(self, peer: Peer, request: messages.Request) -> None:
         """A peer asks for chunks. Raises RemoteProtocolError when it uses a transfer's number twice."""
@@ -104,7 +114,7 @@ class Serving:
 
     async def stop(self, share: Servable) -> None:
         """Ends every transfer of an artifact that is on the wire; nobody reads its source afterwards."""
-        tasks = [task for task, sent, _ in self._sending.values() if sent is share]
+        tasks = [sending.task for sending in self._sending.values() if sending.share is share]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -122,11 +132,11 @@ class Serving:
                         task = self._host.spawn(
                             self._send(peer, request, share, sequence), f"send {number} to {peer.name}"
                         )
-                        self._sending[node, number] = task, share, self._host.now()
+                        self._sending[node, number] = _Sending(task, share, self._host.now())
                         task.add_done_callback(partial(self._sent, node, number))
                 case upload.Stop(node, number):
                     if sending := self._sending.get((node, number)):
-                        sending[0].cancel()
+                        sending.task.cancel()
                 case upload.Refuse(node, number, reason, retry_s):
                     self._requests.pop((node, number))
                     if peer:
@@ -172,9 +182,9 @@ class Serving:
         return share.gifts.choose(peer.node, request.count, hungry=request.hungry, rank=rank, seeds=seeds)
 
     def _sent(self, node: str, number: int, task: asyncio.Task[bool]) -> None:
-        began_at = self._sending.pop((node, number))[2]
+        seconds = self._host.now() - self._sending.pop((node, number)).began_at
         whole = not task.cancelled() and task.exception() is None and task.result()
-        self._handle(upload.Ended(node, number, self._host.now() - began_at, whole))
+        self._handle(upload.Ended(node, number, seconds, whole))
 
     def _refuse(self, peer: Peer, number: int, reason: RefusalReason, retry_s: float) -> None:
         peer.post(messages.Refuse(number, reason, retry_s))

@@ -111,7 +111,7 @@ Action: TypeAlias = Grant | Stop | Refuse
 
 @dataclass
 class _Peer:
-    waiting: deque[tuple[Requested, float]] = field(default_factory=deque)  # with its part of the fastest's pace
+    waiting: deque[tuple[Requested, float]] = field(default_factory=deque)  # with what its grant is charged
     active: dict[int, Requested] = field(default_factory=dict)  # by the transfer
     charged: float = 0.0  # bytes: those that were granted, or what usually moves in the time that was taken
     pace_bytes_per_s: float = 0.0
@@ -157,7 +157,7 @@ class Upload:
         if len(peer.waiting) >= QUEUED_PER_PEER_MAX:
             return [Refuse(event.peer, event.transfer, "busy", BUSY_RETRY_S)]
         peer.pace_bytes_per_s = event.pace_bytes_per_s
-        peer.waiting.append((event, self._behind(peer)))
+        peer.waiting.append((event, event.size * event.sources * self._behind(peer) ** 2))
         return list(self._grants())
 
     def _charge_time(self, peer: _Peer, asked: Requested, ended: Ended) -> None:
@@ -187,10 +187,10 @@ class Upload:
                 break
             *_, name = min(able)
             peer = self._peers[name]
-            asked, behind = peer.waiting.popleft()
+            asked, charge = peer.waiting.popleft()
             peer.active[asked.transfer] = asked
             self._level = max(self._level, peer.charged)
-            peer.charged += asked.size * asked.sources * behind**2
+            peer.charged += charge
             grants.append(Grant(name, asked.transfer, peer.grants))
             peer.grants += 1
         return grants

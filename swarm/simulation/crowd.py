@@ -400,7 +400,8 @@ class Crowd:
 
     def _ended(self, member: _Member, source: _Member, number: int) -> None:
         if sent := source.sending.pop((member.name, number), None):
-            self._upload(source, upload.Ended(member.name, number, self._clock.now - sent[1]))
+            _, began_at = sent
+            self._upload(source, upload.Ended(member.name, number, self._clock.now - began_at))
         if member.receiving.pop(number, None):
             self._download(member, download.TransferEnded(source.name, number))
 

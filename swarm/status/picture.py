@@ -113,6 +113,7 @@ class FetchPicture:
     done_bytes: int
     started_at_s: float
     sources: set[str] = field(default_factory=set)
+    rate: Rate = field(init=False)
 
     def __post_init__(self) -> None:
         self.rate = Rate(self.started_at_s)

@@ -93,7 +93,7 @@ def test_does_watching_show_what_happens_and_survive_it(stage: Stage, terminal: 
     stage.replicas[KILLED].kill()
     wide = terminal.until(
         lambda shown: (
-            re.search(r"✗ Liar sent \d+ wrong chunks to .* banned it", shown)
+            re.search(r"✗ Liar sent \d+ wrong chunks to .*(which has|of them) banned it", shown)
             and re.search(r"│ Liar .*│ wrong chunks", shown)
             and re.search(rf"│ replica-{SLOW} .*│ alive, slow", shown)
             and f"replica-{KILLED} is dead" in shown
