@@ -172,8 +172,9 @@ class PutOffTransport(TcpTransport):
             said = two_sided.read_exactly(stream, AGREED_BYTES)
             assert said == bytes(AGREED_BYTES)
             return self.make_lane(self.wires[stream.getsockname()[1]])
+        lane = self.make_lane(self.wires[stream.getpeername()[1]])  # before the asker looks for the same wire
         two_sided.write_all(stream, bytes(AGREED_BYTES))
-        return self.make_lane(self.wires[stream.getpeername()[1]])
+        return lane
 
 
 class DoneLaterTransport(PutOffTransport):
