@@ -36,9 +36,9 @@ LONG_BYTES_MIN = 241  # from here on XXH3 has one form, which is the kernel's
 DIGEST_BYTES = 16
 GPU_LEAF_BYTES = 16 << 10  # enough leaves in a batch to keep every multiprocessor busy, see ARCHITECTURE.md
 
-# Hashed by one launch: enough leaves for all of a GPU, the host's part of a launch (0.4 ms) is a tenth of the time
-# that they take to arrive over NVLink, and what a launch needs beside them (20 MB) stays small.
-BATCH_BYTES = 2 << 30
+# Hashed by one launch: enough leaves for all of a GPU, the host's part of a launch (0.3 ms) is a tenth of the time
+# that they take to arrive over NVLink, and little is left to be hashed when the last ones have.
+BATCH_BYTES = 1 << 30
 
 SCRATCH_BYTES = 1 << 20  # allocated at once for leaves that straddle
 
@@ -113,6 +113,7 @@ class _KernelBatch:
 
         self._counts = [-(-sum(view.nbytes for view in views) // scheme.leaf_bytes) for views in chunks]
         self._keep: list[object] = [chunks]  # what the GPU reads, until it has
+        self._pieces: list[tuple[int, int, int]] = []  # to be gathered: target, source, size
         self._short: list[cuda.Pinned] = []
         self._room = self._room_at = 0  # what is left of the memory for leaves that are gathered, and where
         self._gpu = cuda.gpu(next(_devices(chunks)))
@@ -120,11 +121,11 @@ class _KernelBatch:
         stream.wait_stream(self._gpu.current())
         with torch.cuda.device(self._gpu.index), torch.cuda.stream(stream):  # type: ignore[arg-type]
             self._runs = [run for views in chunks for run in self._cut(views, scheme.leaf_bytes)]
+            self._hashed = self._hash([run for run in self._runs if run.size >= LONG_BYTES_MIN])
             for run in self._runs:
                 if run.size < LONG_BYTES_MIN:
                     self._short.append(cuda.Pinned(LONG_BYTES_MIN))
                     self._copy(self._short[-1].address, run.address, run.size)
-            self._hashed = self._hash([run for run in self._runs if run.size >= LONG_BYTES_MIN])
             self._done = stream.record_event()  # type: ignore[attr-defined]
 
     def ready(self) -> bool:
@@ -132,7 +133,7 @@ class _KernelBatch:
 
     def collect(self) -> list[bytes]:
         self._done.synchronize()
-        hashed: memoryview | bytes = self._hashed.numpy().view(np.uint64).byteswap(inplace=True).data.cast("B")
+        hashed: memoryview | bytes = self._hashed.numpy().data.cast("B")
         if self._short:
             hashed = b"".join(self._in_order(hashed))
         self._keep.clear()
@@ -163,7 +164,7 @@ class _KernelBatch:
                     yield _Run(view.address + used, leaf, whole)
                 else:
                     gathered = gathered if gathered_bytes else self._scratch(leaf)
-                    self._copy(gathered + gathered_bytes, view.address + used, step)
+                    self._pieces.append((gathered + gathered_bytes, view.address + used, step))
                     gathered_bytes += step
                     if gathered_bytes == leaf:
                         yield _Run(gathered, leaf, 1)
@@ -196,31 +197,29 @@ class _KernelBatch:
         self._gpu.copy(target, source, size, stream=self._stream.cuda_stream)
 
     def _hash(self, runs: Sequence[_Run]) -> torch.Tensor:
-        """The digests of these leaves, in pinned memory, once the stream has got there: high word, low word."""
+        """The digests of these leaves, in pinned memory, once the stream has got there."""
         import torch
 
         from swarm.hashing import kernels
 
-        count = sum(run.count for run in runs)
-        digests = torch.empty(count, 2, dtype=torch.int64, pin_memory=True)
-        if not runs:
-            return digests
-        device, words = f"cuda:{self._gpu.index}", _words(self._gpu.index)
-        table = np.array([(run.address, run.size, run.count, 0) for run in runs], np.int64)
+        table = np.array([(run.address, run.size, run.count, 0) for run in runs], np.int64).reshape(-1, 4)
         table[1:, 3] = np.cumsum(table[:-1, 2])
-        uploaded = torch.from_numpy(table).pin_memory().to(device, non_blocking=True)
-        rows = uploaded.repeat_interleave(uploaded[:, 2], 0, output_size=count)
-        sizes = rows[:, 1].contiguous()
-        addresses = rows[:, 0] + sizes * (torch.arange(count, device=device) - rows[:, 3])
-        accumulators, out = (torch.empty(count, n, dtype=torch.int64, device=device) for n in (8, 2))
-        aligned = not int(np.bitwise_or.reduce(table[:, :2], axis=None) & 15)
-        kernels.accumulate[(-(-count // kernels.ROWS),)](
-            addresses, sizes, words, accumulators, count, int(table[:, 1].max() - 1) // 1024,
-            ROWS=kernels.ROWS, ALIGNED=aligned,
-        )  # fmt: skip
-        kernels.merge[(-(-count // kernels.MERGED),)](accumulators, sizes, words, out, count, ROWS=kernels.MERGED)
-        self._keep += [addresses, sizes, accumulators, out]
-        return digests.copy_(out, non_blocking=True)
+        told = np.concatenate((table.ravel(), np.array(self._pieces, np.int64).ravel()))
+        if not told.size:
+            return torch.empty(0, dtype=torch.int64)
+        uploaded = torch.from_numpy(told).pin_memory().to(f"cuda:{self._gpu.index}", non_blocking=True)
+        self._keep.append(uploaded)
+        if self._pieces:
+            kernels.gather[(len(self._pieces),)](uploaded[table.size :], GATHERED_BYTES=kernels.GATHERED_BYTES)
+        count = int(table[:, 2].sum())
+        digests = torch.empty(2 * count, dtype=torch.int64, pin_memory=True)
+        if runs:
+            kernels.digest[(-(-count // kernels.ROWS),)](
+                uploaded, len(runs), len(runs).bit_length(), _words(self._gpu.index), digests, count,
+                int(table[:, 1].max() - 1) // 1024,
+                ROWS=kernels.ROWS, ALIGNED=not int(np.bitwise_or.reduce(table[:, :2], axis=None) & 15),
+            )  # fmt: skip
+        return digests
 
 
 @functools.cache

@@ -18,8 +18,8 @@ import struct
 import triton
 import triton.language as tl
 
-ROWS = 32  # of a program of `accumulate`: 4 threads a leaf, each with a pair of lanes, in 4 warps
-MERGED = 128  # of a program of `merge`
+ROWS = 32  # of a program of `digest`: 4 threads a leaf, each with a pair of lanes, in 4 warps
+GATHERED_BYTES = 4096  # at once by a program of `gather`
 
 # The 192 bytes that XXH3 draws its keys from.
 _SECRET = bytes.fromhex(
@@ -56,6 +56,8 @@ _P32_1: tl.constexpr = tl.constexpr(0x9E3779B1)
 _P64_1: tl.constexpr = tl.constexpr(0x9E3779B185EBCA87)
 _P64_2: tl.constexpr = tl.constexpr(0xC2B2AE3D27D4EB4F)
 _MIX: tl.constexpr = tl.constexpr(0x165667919E3779F9)
+_ODD_BYTES: tl.constexpr = tl.constexpr(0x00FF00FF00FF00FF)
+_ODD_PAIRS: tl.constexpr = tl.constexpr(0x0000FFFF0000FFFF)
 
 
 @triton.jit
@@ -82,14 +84,49 @@ def _product(keyed):
 
 
 @triton.jit
-def accumulate(addresses, lengths, words, out, count, blocks_most, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
-    """The 8 accumulators of every input, in `out`; none has more than `blocks_most` whole blocks before its last bytes.
+def gather(pieces, GATHERED_BYTES: tl.constexpr):
+    """Copies bytes: a program for each of the `pieces`, which are (target, source, size)."""
+    piece = pieces + tl.program_id(0) * 3
+    target = tl.load(piece).to(tl.pointer_type(tl.uint8))
+    source = tl.load(piece + 1).to(tl.pointer_type(tl.uint8))
+    size = tl.load(piece + 2)
+    for start in range(0, size, GATHERED_BYTES):
+        at = start + tl.arange(0, GATHERED_BYTES)
+        tl.store(target + at, tl.load(source + at, mask=at < size, other=0), mask=at < size)
 
-    `ALIGNED`: all starts and lengths are multiples of 16. The last row of the last program may be done several times.
+
+@triton.jit
+def _merged(even, odd, words, begin, FROM: tl.constexpr, ROWS: tl.constexpr):
+    """Half of a digest from 8 accumulators, for each row; its bytes are those of a big-endian number."""
+    key_even, key_odd = _key(words, FROM, ROWS)
+    left, right = even ^ key_even, odd ^ key_odd
+    total = begin + tl.sum((left * right) ^ tl.umulhi(left, right), axis=1)
+    total ^= total >> 37
+    total *= _MIX
+    total ^= total >> 32
+    total = ((total & _ODD_BYTES) << 8) | ((total >> 8) & _ODD_BYTES)
+    total = ((total & _ODD_PAIRS) << 16) | ((total >> 16) & _ODD_PAIRS)
+    return ((total << 32) | (total >> 32)).to(tl.int64, bitcast=True)
+
+
+# Specialised for how large batches are, it would be compiled again and again.
+@triton.jit(do_not_specialize=["run_count", "halvings", "count", "blocks_most"])
+def digest(runs, run_count, halvings, words, out, count, blocks_most, ROWS: tl.constexpr, ALIGNED: tl.constexpr):
+    """The digests of `count` inputs, in `out`: 16 bytes each.
+
+    `runs` say where they are, a row for inputs that follow each other: (address of the first, size of each, how many,
+    how many before them). It takes so many `halvings` to find one among `run_count`. No input has more than
+    `blocks_most` whole blocks before its last bytes. `ALIGNED`: all addresses and sizes are multiples of 16.
     """
+    # The last row of the last program may be done several times.
     row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), count - 1)
-    address = tl.load(addresses + row)
-    length = tl.load(lengths + row)
+    run, beyond = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32) + run_count
+    for _ in range(halvings):
+        middle = (run + beyond) // 2
+        later = tl.load(runs + middle * 4 + 3) > row
+        run, beyond = tl.where(later, run, middle), tl.where(later, middle, beyond)
+    length = tl.load(runs + run * 4 + 1)
+    address = tl.load(runs + run * 4) + length * (row - tl.load(runs + run * 4 + 3))
     blocks = (length - 1) // 1024
     stripes = (length - 1 - blocks * 1024) // 64
     # Pointers with this hint, and lanes side by side, make loads of 16 bytes a thread: a pair of lanes.
@@ -121,32 +158,7 @@ def accumulate(addresses, lengths, words, out, count, blocks_most, ROWS: tl.cons
     key_even, key_odd = _key(words, _LAST, ROWS)
     even += right + _product(left ^ key_even)
     odd += left + _product(right ^ key_odd)
-    both = tl.reshape(tl.join(even, odd), [ROWS, 8]).to(tl.int64, bitcast=True)
-    tl.store(out + row[:, None] * 8 + tl.arange(0, 8)[None, :], both)
-
-
-@triton.jit
-def _merged(accumulators, words, begin, row, live, FROM: tl.constexpr):
-    total = begin
-    for pair in tl.static_range(4):
-        left = tl.load(accumulators + row * 8 + 2 * pair, mask=live, other=0).to(tl.uint64, bitcast=True)
-        right = tl.load(accumulators + row * 8 + 2 * pair + 1, mask=live, other=0).to(tl.uint64, bitcast=True)
-        left ^= tl.load(words + FROM + 2 * pair).to(tl.uint64, bitcast=True)
-        right ^= tl.load(words + FROM + 2 * pair + 1).to(tl.uint64, bitcast=True)
-        total += (left * right) ^ tl.umulhi(left, right)
-    total ^= total >> 37
-    total *= _MIX
-    return total ^ (total >> 32)
-
-
-@triton.jit
-def merge(accumulators, lengths, words, out, count, ROWS: tl.constexpr):
-    """The digests, in `out`: the high word of each, then the low one."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < count
-    length = tl.load(lengths + row, mask=live, other=1).to(tl.uint64, bitcast=True)
+    size = length.to(tl.uint64, bitcast=True)
     ones = tl.full([ROWS], -1, tl.int64).to(tl.uint64, bitcast=True)
-    high = _merged(accumulators, words, (length * _P64_2) ^ ones, row, live, _HIGH)
-    low = _merged(accumulators, words, length * _P64_1, row, live, _LOW)
-    tl.store(out + row * 2, high.to(tl.int64, bitcast=True), mask=live)
-    tl.store(out + row * 2 + 1, low.to(tl.int64, bitcast=True), mask=live)
+    tl.store(out + row * 2, _merged(even, odd, words, (size * _P64_2) ^ ones, _HIGH, ROWS))
+    tl.store(out + row * 2 + 1, _merged(even, odd, words, size * _P64_1, _LOW, ROWS))
