@@ -19,7 +19,7 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -217,27 +217,43 @@ def _address(view: Any) -> tuple[int, object]:
     return array.ctypes.data, array
 
 
+class Mover(Protocol):
+    """Puts off some of what it has to enqueue, to enqueue it all at once."""
+
+    def flush(self) -> None:
+        """Enqueues it now."""
+
+    def puts_off(self) -> bool:
+        """Whether `flush` would have to part what belongs together."""
+
+
 _mover = threading.local()
 
 
 @contextlib.contextmanager
-def moving(streams: dict[int, Stream], flush: Callable[[], None] | None = None, *, priority: int = 0) -> Iterator[None]:
+def moving(streams: dict[int, Stream], mover: Mover | None = None, *, priority: int = 0) -> Iterator[None]:
     """Meanwhile this thread's current streams are these, by device; they are made when they are first needed.
 
     `priority`: theirs. Kernels of a lower one go before others that are not running yet, those of FIRST before hashes.
-    `flush` enqueues what the mover has put off, for who wants to enqueue something behind it.
+    `mover` is asked by whoever wants to enqueue something behind what it has put off.
     """
-    _mover.streams, _mover.flush, _mover.priority = streams, flush, priority
+    _mover.streams, _mover.mover, _mover.priority = streams, mover, priority
     try:
         yield
     finally:
-        _mover.streams = _mover.flush = None
+        _mover.streams = _mover.mover = None
 
 
 def flush() -> None:
     """Everything that this thread's mover was lent so far is enqueued when this returns."""
-    if (pending := getattr(_mover, "flush", None)) is not None:
-        pending()
+    if (mover := getattr(_mover, "mover", None)) is not None:
+        mover.flush()
+
+
+def puts_off() -> bool:
+    """Whether `flush` is better called a little later."""
+    mover = getattr(_mover, "mover", None)
+    return mover is not None and mover.puts_off()
 
 
 @functools.cache

@@ -100,12 +100,12 @@ class Declined:
 
 
 @dataclass(frozen=True)
-class ChunkVerified:
-    """A chunk arrived, its digest is right, and it lies in its place."""
+class ChunksVerified:
+    """Chunks of a transfer arrived, their digests are right, and they lie in their places."""
 
     peer: str
     transfer: int
-    chunk: int
+    chunks: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ Event: TypeAlias = (
     | PeerLeft
     | Granted
     | Declined
-    | ChunkVerified
+    | ChunksVerified
     | ChunkCorrupt
     | TransferEnded
     | TransferFailed
@@ -317,7 +317,7 @@ class Download:
                 if known := self._peers.get(peer):
                     known.resting_until = self._now + max(retry_s, DECLINED_REST_S)
                 self._end(number)
-            case ChunkVerified():
+            case ChunksVerified():
                 return self._verified(event)
             case ChunkCorrupt():
                 return self._corrupt(event)
@@ -377,23 +377,24 @@ class Download:
                 transfer.chunks = set(chunks).difference(*(self._transfers[sibling].chunks for sibling in siblings))
                 self._request(transfer.chunks)
 
-    def _verified(self, event: ChunkVerified) -> list[Action]:
-        if event.chunk in self.held:
+    def _verified(self, event: ChunksVerified) -> list[Action]:
+        fresh = tuple(chunk for chunk in event.chunks if chunk not in self.held)
+        if not fresh:
             return []
-        size = self.manifest.chunks[event.chunk].size
         self._progress_at, self._starved = self._now, False
-        self.held.add(event.chunk)
-        if self._free[event.chunk]:  # its transfer was given up meanwhile
-            self._free[event.chunk] = False
-            self._free_count -= 1
-        self.sources[event.peer] = self.sources.get(event.peer, 0) + size
+        for chunk in fresh:
+            self.held.add(chunk)
+            if self._free[chunk]:  # its transfer was given up meanwhile
+                self._free[chunk] = False
+                self._free_count -= 1
+            self._arrived(event.transfer, chunk)
+        self.sources[event.peer] = self.sources.get(event.peer, 0) + self._size(fresh)
         if peer := self._peers.get(event.peer):
             peer.failures = 0
-            peer.correct += 1
-        self._arrived(event.transfer, event.chunk)
-        actions: list[Action] = [Announce((event.chunk,))]
+            peer.correct += len(fresh)
+        actions: list[Action] = [Announce(fresh)]
         for number, other in sorted(self._transfers.items()):  # the endgame's second copies lost
-            if number != event.transfer and other.chunks == {event.chunk}:
+            if number != event.transfer and other.chunks and other.chunks.issubset(fresh):
                 actions.append(Cancel(other.peer, number, "arrived from another peer"))
                 self._end(number)
         return actions

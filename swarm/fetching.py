@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from swarm.errors import (
 )
 from swarm.journal import Received
 from swarm.landing import Landed, Landings
+from swarm.manifest import Chunk
 from swarm.peer import Peer
 from swarm.store import Store, View
 from swarm.transport import Inbound, Transfer
@@ -242,7 +243,7 @@ class Fetching:
         """One transfer coming in; the machine is told how it ended, unless somebody cancelled it."""
         peer, ask, number = receiving.peer, receiving.ask, receiving.ask.transfer
 
-        def report(landed: Landed) -> None:
+        def report(landed: Sequence[Landed]) -> None:
             self._mailbox.post(lambda: self._landed(peer, number, landed))
 
         event: download.Event = download.TransferEnded(peer.node, number)
@@ -266,14 +267,15 @@ class Fetching:
             self.fail(error)
         self.handle(event)  # behind the chunks that the transfer's thread has reported: it did so before it ended
 
-    def _landed(self, peer: Peer, number: int, landed: Landed) -> None:
-        index = landed.chunk.index
-        if not landed.correct:
-            self.handle(download.ChunkCorrupt(peer.node, number, index))
-        elif landed.spare is None:
-            self._verified(peer, number, landed)
-        elif index not in self.machine.held:
-            self._spawn(self._settle(peer, number, landed), f"settle chunk {index}")
+    def _landed(self, peer: Peer, number: int, landed: Sequence[Landed]) -> None:
+        if verified := [one.chunk for one in landed if one.correct and one.spare is None]:
+            self._verified(peer, number, verified)
+        for one in landed:
+            index = one.chunk.index
+            if not one.correct:
+                self.handle(download.ChunkCorrupt(peer.node, number, index))
+            elif one.spare is not None and index not in self.machine.held:
+                self._spawn(self._settle(peer, number, one), f"settle chunk {index}")
 
     async def _settle(self, peer: Peer, number: int, landed: Landed) -> None:
         """A second copy is right while the first is still on its way: the second takes its place."""
@@ -290,11 +292,12 @@ class Fetching:
         if error := job.exception():
             self.fail(error if isinstance(error, StoreError) else LocalProtocolError(f"settling failed: {error!r}"))
         elif job.result():
-            self._verified(peer, number, landed)
+            self._verified(peer, number, [landed.chunk])
 
-    def _verified(self, peer: Peer, number: int, landed: Landed) -> None:
-        self._host.record(peer.node, Received(peer.node, self._manifest.digest, landed.chunk.index, landed.chunk.size))
-        self.handle(download.ChunkVerified(peer.node, number, landed.chunk.index))
+    def _verified(self, peer: Peer, number: int, chunks: Sequence[Chunk]) -> None:
+        for chunk in chunks:
+            self._host.record(peer.node, Received(peer.node, self._manifest.digest, chunk.index, chunk.size))
+        self.handle(download.ChunksVerified(peer.node, number, tuple(chunk.index for chunk in chunks)))
 
     def _plan_news(self) -> None:
         if self._news is None:

@@ -17,6 +17,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from swarm import cuda
 from swarm.bitfield import Bitfield
@@ -37,6 +38,9 @@ class Landed:
     spare: bytearray | None = None
 
 
+# Told of chunks as their last bytes are in; of those that were hashed together all at once.
+Report: TypeAlias = Callable[[Sequence[Landed]], object]
+
 NOBODY = -1
 
 BATCHES_MAX = 4  # being hashed at once
@@ -55,16 +59,12 @@ class Landings:
         # Which transfer may write to a chunk's place. It stays once it is right; what was right before is nobody's.
         self._claimed: dict[int, int] = dict.fromkeys(held, NOBODY)
 
-    def views(
-        self, transfer: int, chunks: Sequence[int], report: Callable[[Landed], None]
-    ) -> Generator[memoryview, None, None]:
+    def views(self, transfer: int, chunks: Sequence[int], report: Report) -> Generator[memoryview, None, None]:
         """The views that a transfer of these chunks fills, in order. Reports every chunk as its last byte is in."""
         for index in chunks:
             yield from self._chunk_views(transfer, self._manifest.chunks[index], report)
 
-    def device_views(
-        self, transfer: int, chunks: Sequence[int], report: Callable[[Landed], None]
-    ) -> Generator[View, None, None]:
+    def device_views(self, transfer: int, chunks: Sequence[int], report: Report) -> Generator[View, None, None]:
         """As `views`, but GPU memory as it is, if the store has any. Behind the last view come empty ones until all is
         hashed: whoever moves bytes can do something else meanwhile."""
         if not isinstance(self._store, DeviceStore):
@@ -100,9 +100,7 @@ class Landings:
         """The transfer whose copy of a chunk is in place or on its way there."""
         return self._claimed.get(chunk)
 
-    def _chunk_views(
-        self, transfer: int, chunk: Chunk, report: Callable[[Landed], None]
-    ) -> Generator[memoryview, None, None]:
+    def _chunk_views(self, transfer: int, chunk: Chunk, report: Report) -> Generator[memoryview, None, None]:
         hasher = LeafHasher(self._manifest.scheme)
         spare = None if self._claim(chunk, transfer) else bytearray(chunk.size)
         correct = False
@@ -114,7 +112,7 @@ class Landings:
         finally:
             if spare is None and not correct:
                 self._release(chunk)
-        report(Landed(chunk, correct, spare))
+        report([Landed(chunk, correct, spare)])
 
     def _claim(self, chunk: Chunk, transfer: int) -> bool:
         with self._lock:
@@ -138,7 +136,7 @@ class _DeviceBatches:
         store: DeviceStore,
         *,
         release: Callable[[Chunk], None],
-        report: Callable[[Landed], None],
+        report: Report,
     ) -> None:
         self._scheme = manifest.scheme
         self._store = store
@@ -146,6 +144,7 @@ class _DeviceBatches:
         self._report = report
         self._unproven: dict[int, Chunk] = {}
         self._filled: list[tuple[Chunk, list[View]]] = []
+        self._filled_bytes = 0
         self._filled_on = 0  # the GPU
         self._hashing: list[tuple[list[Chunk], Batch]] = []
         self._movers: list[cuda.Stream] = []  # that may still be filling
@@ -155,6 +154,8 @@ class _DeviceBatches:
         self._unproven[chunk.index] = chunk
         views: list[View] = []
         for view in self._store.device_landing(chunk):
+            if self._filled_bytes >= BATCH_BYTES and not cuda.puts_off():
+                self._hash()
             views.append(view)
             if isinstance(view, DeviceView):
                 self._remember_mover(view.device)
@@ -163,14 +164,13 @@ class _DeviceBatches:
         if len(devices) != 1:
             cuda.flush()
             self._drain()
-            self._settle(chunk, chunk_digest(self._scheme, self._store.read(chunk)))
+            self._report([self._settled(chunk, chunk_digest(self._scheme, self._store.read(chunk)))])
             return
         if not devices & {self._filled_on}:
             self._hash()
         (self._filled_on,) = devices
         self._filled.append((chunk, views))
-        if sum(chunk.size for chunk, _ in self._filled) >= BATCH_BYTES:
-            self._hash()
+        self._filled_bytes += chunk.size
         while self._hashing and (len(self._hashing) > BATCHES_MAX or self._hashing[0][1].ready()):
             self._collect()
 
@@ -199,18 +199,17 @@ class _DeviceBatches:
             cuda.flush()
             batch = start(self._scheme, [views for _, views in self._filled])
             self._hashing.append(([chunk for chunk, _ in self._filled], batch))
-            self._filled = []
+            self._filled, self._filled_bytes = [], 0
 
     def _collect(self) -> None:
         chunks, batch = self._hashing.pop(0)
-        for chunk, digest in zip(chunks, batch.collect(), strict=True):
-            self._settle(chunk, digest)
+        self._report([self._settled(*hashed) for hashed in zip(chunks, batch.collect(), strict=True)])
 
-    def _settle(self, chunk: Chunk, digest: bytes) -> None:
+    def _settled(self, chunk: Chunk, digest: bytes) -> Landed:
         del self._unproven[chunk.index]
         if digest != chunk.digest:
             self._release(chunk)
-        self._report(Landed(chunk, digest == chunk.digest))
+        return Landed(chunk, digest == chunk.digest)
 
     def _remember_mover(self, device: int) -> None:
         stream = cuda.gpu(device).current()
@@ -233,7 +232,7 @@ def copy(source: Source, store: Store, held: Bitfield) -> int:
     for chunk in store.manifest.chunks:
         if chunk.index in held:
             continue
-        views = landings.views(0, [chunk.index], landed.append)
+        views = landings.views(0, [chunk.index], landed.extend)
         _pour(source.spans(chunk), views)
         if not landed[-1].correct:
             raise SourceChanged(store.manifest.files[chunk.file].path, "its bytes do not have the right digest")

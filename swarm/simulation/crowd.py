@@ -396,7 +396,7 @@ class Crowd:
             if self._rng.random() < (LIES_PART if source.name in self._liars else self.setup.corrupt):
                 self._download(member, download.ChunkCorrupt(source.name, number, chunk))
             else:
-                self._download(member, download.ChunkVerified(source.name, number, chunk))
+                self._download(member, download.ChunksVerified(source.name, number, (chunk,)))
 
     def _ended(self, member: _Member, source: _Member, number: int) -> None:
         if sent := source.sending.pop((member.name, number), None):

@@ -33,7 +33,9 @@ class History:
                 self.verified_at_s[node].append(at_s)
             case download.Announce(chunks):
                 self.verified_at_s[node] += [at_s] * len(chunks)
-            case download.ChunkVerified(source) | download.ChunkCorrupt(source) if source.startswith("seed-"):
+            case download.ChunksVerified(source, _, chunks) if source.startswith("seed-"):
+                self.given_at_s += [at_s] * len(chunks)
+            case download.ChunkCorrupt(source) if source.startswith("seed-"):
                 self.given_at_s.append(at_s)
 
 

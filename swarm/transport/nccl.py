@@ -3,11 +3,11 @@
 The holder draws the communicator's id and says it over the session's connection; both join. No global group, no ports,
 no environment. The communicator is a non-blocking one: every call that would wait is asked about until it is done or
 its time is over, and then aborted, after which the process lives on. It goes with its session, on a thread of its own,
-since that takes half a second.
+since that takes a third of a second.
 
-The library is called directly, by ctypes: the one that torch has loaded, through ten functions that have not changed
+The library is called directly, by ctypes: the one that torch has loaded, through eleven functions that have not changed
 since NCCL 2.18. torch.distributed's NCCL groups bring a watchdog that ends the process when a peer dies, and nccl4py is
-one more package to install for the same ten functions.
+one more package to install for the same functions.
 
 Device views of one frame go into one NCCL group, so that there is one kernel for many chunks: at a busy source each
 kernel waits for those that run. Host memory goes through 4 MiB on the GPU. For clusters whose nodes trust each other:
@@ -46,8 +46,13 @@ if TYPE_CHECKING:
     import torch
 
 SETUP_TIMEOUT_S = 4.5  # less than a peer waits for a session; 0.1 s is usual
+END_TIMEOUT_S = 5.0  # then it is aborted
+END_LOOK_EVERY_S = 0.01
 HOLDER, ASKER = 0, 1
 ID_BYTES = 128
+# They take a few microseconds, during which no other thread needs to run: to hand the interpreter over, and to wait
+# until it comes back, would take longer.
+PROMPT = frozenset(("ncclGroupStart", "ncclSend", "ncclRecv", "ncclCommGetAsyncError"))
 _IN_PROGRESS = 7
 _UINT8 = 1
 _UNSET = -(1 << 31)
@@ -94,9 +99,12 @@ class NcclLane:
     def __init__(self, stream: Stream, rank: int, *, device: int) -> None:
         self._other = ASKER if rank == HOLDER else HOLDER
         self._device = device
-        self._nccl = _library()
+        self._nccl, self._prompt = _library(), _library(ctypes.PyDLL)
         self._communicator = ctypes.c_void_p()
         self._open = 0  # calls of the open group, which is not begun before its first
+        self._settled = True  # the kernels of the last group are enqueued, by a thread of NCCL's
+        self._marks: list[tuple[cuda.Event, cuda.Stream]] = []  # to be recorded once they are
+        self._timeout_s = SETUP_TIMEOUT_S  # for that, as was said with the last call
         self._scratch: DeviceView | None = None
         stream.block(SETUP_TIMEOUT_S)
         try:
@@ -123,13 +131,14 @@ class NcclLane:
 
     def end(self, *, timeout_s: float) -> Done:
         """See `Lane`."""
-        self.flush(timeout_s)
+        self._end_group()
         event = cuda.gpu(self._device).event()
-        event.record(self._stream())
+        self._marks.append((event, self._stream()))
         deadline: float | None = None  # its time begins when those before it are done, and somebody asks
 
         def done() -> bool:
             nonlocal deadline
+            self._mark()
             if not self._communicator:  # the event is done then, but what it marked was cut short
                 raise TransportError("nccl: the communicator was aborted")
             if event.query():
@@ -140,12 +149,14 @@ class NcclLane:
 
         return done
 
-    def flush(self, timeout_s: float = SETUP_TIMEOUT_S) -> None:
+    def flush(self) -> None:
         """See `Lane`."""
-        if self._open:
-            self._open = 0
-            self._call("ncclGroupEnd")
-            self._settle(timeout_s)
+        self._end_group()
+        self._mark()
+
+    def puts_off(self) -> bool:
+        """See `Lane`."""
+        return self._open > 0
 
     def scratch(self, size: int) -> DeviceView:
         """See `Lane`."""
@@ -157,10 +168,11 @@ class NcclLane:
         """See `Lane`."""
         communicator, self._communicator = self._communicator, ctypes.c_void_p()
         if communicator:
-            abort = functools.partial(_abort, self._nccl, communicator, self._device)
-            threading.Thread(target=abort, name="swarm-nccl-abort", daemon=True).start()
+            end = functools.partial(_end, self._nccl, communicator, self._device)
+            threading.Thread(target=end, name="swarm-nccl-end", daemon=True).start()
 
     def _post(self, name: str, view: View, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
         if isinstance(view, DeviceView) and view.device == self._device:
             self._enqueue(name, view)
             return
@@ -177,12 +189,27 @@ class NcclLane:
 
     def _enqueue(self, name: str, view: DeviceView) -> None:
         if not self._open:
+            self._mark()
             cuda.gpu(self._device).enter()
             self._call("ncclGroupStart")
         self._open += 1
         where = ctypes.c_void_p(self._stream().cuda_stream)
         address, size = ctypes.c_void_p(view.address), ctypes.c_size_t(view.nbytes)
         self._call(name, address, size, ctypes.c_int(_UINT8), ctypes.c_int(self._other), self._communicator, where)
+
+    def _end_group(self) -> None:
+        if self._open:
+            self._open, self._settled = 0, False
+            self._call("ncclGroupEnd")
+
+    def _mark(self) -> None:
+        """Sees to it that the last group's kernels are enqueued. Meanwhile whoever ended it could do something else."""
+        if not self._settled:
+            self._settle(self._timeout_s)
+            self._settled = True
+        for event, stream in self._marks:
+            event.record(stream)
+        self._marks.clear()
 
     def _stream(self) -> cuda.Stream:
         return cuda.gpu(self._device).current()
@@ -225,7 +252,7 @@ class NcclLane:
     def _call(self, name: str, *arguments: object) -> None:
         if name not in ("ncclGetUniqueId", "ncclCommInitRankConfig") and not self._communicator:
             raise TransportError("nccl: the communicator was aborted")
-        status = getattr(self._nccl, name)(*arguments)
+        status = getattr(self._prompt if name in PROMPT else self._nccl, name)(*arguments)
         if status not in (0, _IN_PROGRESS):
             self._open = 0
             self._fail(f"{name}: {_text(self._nccl, status)}")
@@ -258,14 +285,28 @@ class _Config(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def _library(kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
     """Raises OSError."""
-    return ctypes.CDLL("libnccl.so.2")
+    return kind("libnccl.so.2")
 
 
 def _text(nccl: ctypes.CDLL, status: int) -> str:
     nccl.ncclGetErrorString.restype = ctypes.c_char_p
     return bytes(nccl.ncclGetErrorString(status)).decode()
+
+
+def _end(nccl: ctypes.CDLL, communicator: ctypes.c_void_p, device: int) -> None:
+    """Ends a communicator that has nothing under way. What `ncclCommAbort` leaves of the host's memory (3.5 MiB where
+    the bytes went through sockets), this does not."""
+    cuda.gpu(device).enter()
+    deadline, status = time.monotonic() + END_TIMEOUT_S, ctypes.c_int(nccl.ncclCommFinalize(communicator))
+    while status.value == _IN_PROGRESS and time.monotonic() < deadline:
+        time.sleep(END_LOOK_EVERY_S)
+        nccl.ncclCommGetAsyncError(communicator, ctypes.byref(status))
+    if status.value:
+        _abort(nccl, communicator, device)
+    else:
+        nccl.ncclCommDestroy(communicator)
 
 
 def _abort(nccl: ctypes.CDLL, communicator: ctypes.c_void_p, device: int) -> None:

@@ -112,6 +112,10 @@ class PairLane:
     def flush(self) -> None:
         """Nothing."""
 
+    def puts_off(self) -> bool:
+        """Never."""
+        return False
+
     def scratch(self, size: int) -> View:
         """See `Lane`."""
         if self._scratch is None:

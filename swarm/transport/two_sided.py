@@ -69,7 +69,10 @@ class Lane(Protocol):
         """The frame ends, all its calls are made, and there are `timeout_s` for them once those before are done."""
 
     def flush(self) -> None:
-        """What was put off is enqueued when this returns."""
+        """What was put off is enqueued when this returns, and so are the calls of frames that ended."""
+
+    def puts_off(self) -> bool:
+        """Whether `flush` would part a frame."""
 
     def scratch(self, size: int) -> View:
         """Memory for a piece that fits no view."""
@@ -152,7 +155,7 @@ class TwoSidedInbound(TcpInbound):
 
     def _pump(self) -> None:
         # What waits for the hash of the last frames is no hurry; the next frame is, and the holder's GPU waits with it.
-        with cuda.moving(self._streams, self._lane.flush, priority=cuda.FIRST):
+        with cuda.moving(self._streams, self._lane, priority=cuda.FIRST):
             super()._pump()
 
     def _unfinished(self) -> bool:
@@ -260,7 +263,7 @@ class TwoSidedOutbound(TcpOutbound):
         super().__init__(sock, peer=peer, pool=pool, pace=pace)
 
     def _send_queued(self) -> None:
-        with cuda.moving(self._streams, self._lane.flush):
+        with cuda.moving(self._streams, self._lane):
             try:
                 super()._send_queued()
             finally:

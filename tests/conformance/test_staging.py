@@ -97,7 +97,7 @@ def test_are_chunks_reported_once_their_bytes_are_there(gpu: FakeGpu) -> None:
     indices = range(len(manifest.chunks))
     data = b"".join(content(manifest, contents, chunk) for chunk in manifest.chunks)
     landings = Landings(manifest, store, Bitfield(len(manifest.chunks)))
-    land(landings.device_views(1, indices, landed.append), data, gpu)
+    land(landings.device_views(1, indices, landed.extend), data, gpu)
     assert sorted(one.chunk.index for one in landed) == list(indices)
     assert all(one.correct and one.spare is None for one in landed)
     assert all(landings.holder(index) == 1 for index in indices)
@@ -109,12 +109,12 @@ def test_is_a_wrong_chunk_let_go_and_a_second_copy_kept_aside(gpu: FakeGpu) -> N
     landings = Landings(manifest, store, Bitfield(len(manifest.chunks)))
     chunk = manifest.chunks[1]
     right = content(manifest, contents, chunk)
-    land(landings.device_views(1, [1], landed.append), bytes(byte ^ 1 for byte in right), gpu)
+    land(landings.device_views(1, [1], landed.extend), bytes(byte ^ 1 for byte in right), gpu)
     assert not landed[0].correct
     assert landings.holder(1) is None
-    slow = landings.device_views(2, [1], landed.append)
+    slow = landings.device_views(2, [1], landed.extend)
     next(slow)
-    land(landings.device_views(3, [1], landed.append), right, gpu)
+    land(landings.device_views(3, [1], landed.extend), right, gpu)
     assert landed[1].correct
     assert bytes(landed[1].spare or b"") == right
     slow.close()

@@ -74,6 +74,9 @@ class PutOff:
         for name, view in calls:
             self._call(name, view)
 
+    def puts_off(self) -> bool:
+        return bool(self._calls)
+
     def scratch(self, size: int) -> View:
         return memoryview(bytearray(size))
 
@@ -232,7 +235,7 @@ def test_are_chunks_hashed_behind_the_calls_that_fill_them(
     async def check() -> None:
         landings = Landings(manifest, IntoStore(manifest, into), Bitfield(len(manifest.chunks)))
         agreed = transfer(1, manifest.size)
-        views = landings.device_views(1, range(len(manifest.chunks)), landed.append)
+        views = landings.device_views(1, range(len(manifest.chunks)), landed.extend)
         spans = (span for chunk in manifest.chunks for span in source.device_spans(chunk))
         async with session(make_pair) as (outbound, inbound, _):
             assert inbound.on_device

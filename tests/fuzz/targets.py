@@ -360,6 +360,9 @@ class _Lane:
 
     def flush(self) -> None: ...
 
+    def puts_off(self) -> bool:
+        return False
+
     def scratch(self, size: int) -> View:
         assert size <= two_sided.HOST_PIECE_BYTES_MAX
         return memoryview(bytearray(size))

@@ -189,11 +189,11 @@ def test_is_nothing_to_give_no_failure(reason: str, failures: int) -> None:
 def test_is_the_first_chunk_told_at_once_and_what_follows_together() -> None:
     async def scenario(fetch: Fetch) -> None:
         request = await fetch.asked()
-        verified = partial(download.ChunkVerified, fetch.source.node, request.transfer)
-        fetch.fetching.handle(verified(1))
+        verified = partial(download.ChunksVerified, fetch.source.node, request.transfer)
+        fetch.fetching.handle(verified((1,)))
         await fetch.until(lambda: fetch.told)
-        fetch.fetching.handle(verified(2))
-        fetch.fetching.handle(verified(3))
+        fetch.fetching.handle(verified((2,)))
+        fetch.fetching.handle(verified((3,)))
         await fetch.until(lambda: len(fetch.told) > 1)
         assert fetch.told == [[1], [2, 3]]
 
@@ -205,7 +205,7 @@ def test_are_the_last_chunks_told_before_the_fetch_is_over() -> None:
         request = await fetch.asked()
         running = asyncio.create_task(fetch.fetching.run())
         for chunk in range(CHUNKS):
-            fetch.fetching.handle(download.ChunkVerified(fetch.source.node, request.transfer, chunk))
+            fetch.fetching.handle(download.ChunksVerified(fetch.source.node, request.transfer, (chunk,)))
         await running
         assert sorted(itertools.chain(*fetch.told)) == list(range(CHUNKS))
 

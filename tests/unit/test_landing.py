@@ -62,7 +62,7 @@ class Transfer:
 
     def __init__(self, landings: Landings, number: int, *chunks: int) -> None:
         self.landed: list[Landed] = []
-        self._views = landings.views(number, chunks, self.landed.append)
+        self._views = landings.views(number, chunks, self.landed.extend)
         self._view = next(self._views)
 
     def fill(self, data: bytes) -> Transfer:
@@ -153,7 +153,7 @@ def test_is_there_nothing_to_settle_about_a_chunk_in_place(landings: Landings) -
 def test_does_a_full_disk_free_the_place() -> None:
     store = Failing(manifest())
     landings = Landings(store.manifest, store, Bitfield(len(store.manifest.chunks)))
-    views = landings.views(1, [0], list[Landed]().append)
+    views = landings.views(1, [0], list[Landed]().extend)
     next(views)
     with pytest.raises(StoreFull):
         next(views)

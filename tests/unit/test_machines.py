@@ -22,7 +22,7 @@ from swarm.download import (
     Ban,
     Cancel,
     ChunkCorrupt,
-    ChunkVerified,
+    ChunksVerified,
     Complete,
     Declined,
     Download,
@@ -83,9 +83,17 @@ def test_the_copy_that_loses_the_endgame_is_cancelled() -> None:
     (slow,) = fetch.joined("a")
     (fast,) = fetch.joined("b")
     assert (slow.chunks, fast.chunks, fast.why) == ((1,), (1,), "endgame")
-    actions = fetch.tell(ChunkVerified("b", fast.transfer, 1))
+    actions = fetch.tell(ChunksVerified("b", fast.transfer, (1,)))
     assert actions[:2] == [Announce((1,)), Cancel("a", slow.transfer, "arrived from another peer")]
     assert actions[-1] == Complete()
+
+
+def test_chunks_that_are_verified_together_are_announced_together() -> None:
+    fetch = Fetch(4)
+    fetch.tell(PeerJoined("a", Bitfield.full(4), usual_bytes_per_s=1e9))
+    assert fetch.tell(ChunksVerified("a", 0, (1,)))[0] == Announce((1,))
+    assert fetch.tell(ChunksVerified("a", 0, (0, 1, 2)))[0] == Announce((0, 2))
+    assert fetch.machine.sources == {"a": sum(fetch.machine.manifest.chunks[chunk].size for chunk in range(3))}
 
 
 def test_a_third_copy_is_never_asked_for() -> None:
@@ -97,8 +105,8 @@ def test_a_chunk_that_arrives_twice_counts_once() -> None:
     fetch = Fetch(4, held=[0])
     fetch.joined("a")
     ask = fetch.joined("b")[0]
-    fetch.tell(ChunkVerified("b", ask.transfer, ask.chunks[0]))
-    assert fetch.tell(ChunkVerified("a", 0, ask.chunks[0])) == []
+    fetch.tell(ChunksVerified("b", ask.transfer, (ask.chunks[0],)))
+    assert fetch.tell(ChunksVerified("a", 0, (ask.chunks[0],))) == []
     assert sum(fetch.machine.sources.values()) == fetch.machine.manifest.chunks[ask.chunks[0]].size
 
 
@@ -106,7 +114,7 @@ def test_what_is_asked_says_how_much_came_since_the_download_began() -> None:
     fetch = Fetch(64)
     (first,) = fetch.joined("a")[:1]
     assert first.pace_bytes_per_s == 0
-    fetch.tell(ChunkVerified("a", first.transfer, first.chunks[0]), at=2.0)
+    fetch.tell(ChunksVerified("a", first.transfer, (first.chunks[0],)), at=2.0)
     size = fetch.machine.manifest.chunks[first.chunks[0]].size
     assert fetch.joined("b")[0].pace_bytes_per_s == round(size / 2.0)
 
@@ -154,7 +162,7 @@ def test_each_failure_in_a_row_doubles_the_rest_and_a_chunk_ends_it() -> None:
         number = found[0].transfer
         rests.append(fetch.now - began)
     assert rests == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
-    fetch.tell(ChunkVerified("a", number, found[0].chunks[0]))
+    fetch.tell(ChunksVerified("a", number, (found[0].chunks[0],)))
     assert fetch.machine._peers["a"].failures == 0
 
 
@@ -169,7 +177,7 @@ def test_who_leaves_gives_its_chunks_back() -> None:
         of_b |= {chunk for ask in found for chunk in ask.chunks}
         for ask in found:
             for chunk in ask.chunks:
-                fetch.tell(ChunkVerified("b", ask.transfer, chunk))
+                fetch.tell(ChunksVerified("b", ask.transfer, (chunk,)))
         found = [new for ask in found for new in asks(fetch.tell(TransferEnded("b", ask.transfer)))]
     assert of_b >= of_a
 
@@ -212,7 +220,7 @@ def test_a_transfer_that_fails_after_its_peer_left_does_not_hide_why_it_left() -
 def test_every_chunk_puts_the_stall_off() -> None:
     fetch = Fetch(4)
     (ask, *_) = fetch.joined("a")
-    fetch.tell(ChunkVerified("a", ask.transfer, ask.chunks[0]), at=STALL_S - 1.0)
+    fetch.tell(ChunksVerified("a", ask.transfer, (ask.chunks[0],)), at=STALL_S - 1.0)
     assert not any(isinstance(action, GiveUp) for action in fetch.tell(download.Tick(), at=2 * STALL_S - 2.0))
     assert isinstance(fetch.tell(download.Tick(), at=2 * STALL_S)[-1], GiveUp)
 
@@ -240,7 +248,7 @@ def test_a_seed_that_chooses_is_asked_for_some_and_again_when_they_are_here() ->
     assert len(fetch.later(0.0)) == 1, "one more, so that the wire never waits"
     assert fetch.tell(Granted("seed", ask.transfer, (2,))) == []
     assert list(fetch.machine._requested) == [0, 0, 1]
-    actions = fetch.tell(ChunkVerified("seed", ask.transfer, 2)) + fetch.tell(TransferEnded("seed", ask.transfer))
+    actions = fetch.tell(ChunksVerified("seed", ask.transfer, (2,))) + fetch.tell(TransferEnded("seed", ask.transfer))
     assert actions[0] == Announce((2,))
     assert [(again.chunks, again.count) for again in asks(actions)] == [((), 1)]
     assert fetch.machine.sources == {"seed": fetch.machine.manifest.chunks[2].size}
@@ -279,7 +287,7 @@ def test_a_chunk_that_is_asked_of_a_peer_may_also_be_given_and_the_slower_copy_i
     asked = next(ask for ask in fetch.joined("a") if ask.peer == "a")
     fetch.tell(Granted("seed", gift.transfer, asked.chunks))
     assert fetch.machine._requested[asked.chunks[0]] == 2
-    actions = fetch.tell(ChunkVerified("seed", gift.transfer, asked.chunks[0]))
+    actions = fetch.tell(ChunksVerified("seed", gift.transfer, (asked.chunks[0],)))
     assert Cancel("a", asked.transfer, "arrived from another peer") in actions
     assert fetch.machine._requested[asked.chunks[0]] == 0
 
@@ -288,7 +296,7 @@ def test_a_gift_of_what_is_here_already_does_no_harm() -> None:
     fetch = Fetch(3, held=[0])
     ask = fetch.joined("seed", gives=True)[0]
     fetch.tell(Granted("seed", ask.transfer, (0,)))
-    assert fetch.tell(ChunkVerified("seed", ask.transfer, 0)) == []
+    assert fetch.tell(ChunksVerified("seed", ask.transfer, (0,))) == []
     fetch.tell(TransferEnded("seed", ask.transfer))
     assert fetch.machine._requested.sum() == 0
 
@@ -359,14 +367,16 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
         transfer = dice.choice([*fetch.machine._transfers] or [0])
         if known := fetch.machine._transfers.get(transfer):
             peer = known.peer
-        chunk = dice.choice(sorted(known.chunks) if known and known.chunks else [0])
+        chunk, *more = (
+            dice.sample(sorted(known.chunks), dice.randint(1, len(known.chunks))) if known and known.chunks else [0]
+        )
         fits = known and (tuple(known.chunks) or tuple(dice.sample(range(9), 2)))
         events: list[download.Event] = [
             PeerJoined(peer, Bitfield(9, dice.sample(range(9), 5)), peer == "c"),
             Granted(peer, transfer, fits) if fits else download.Tick(),
             PeerHas(peer, (dice.randrange(9),)),
             PeerLeft(peer, "left"),
-            ChunkVerified(peer, transfer, chunk) if known and known.chunks else download.Tick(),
+            ChunksVerified(peer, transfer, (chunk, *more)) if known and known.chunks else download.Tick(),
             ChunkCorrupt(peer, transfer, chunk) if known and known.chunks else download.Tick(),
             TransferEnded(peer, transfer),
             TransferFailed(peer, transfer, "failed"),
@@ -382,7 +392,7 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
         for ask in [*todo, *asks(actions)]:
             if ask.peer == "honest":
                 for chunk in ask.chunks:
-                    actions += fetch.tell(ChunkVerified("honest", ask.transfer, chunk))
+                    actions += fetch.tell(ChunksVerified("honest", ask.transfer, (chunk,)))
                 actions += fetch.tell(TransferEnded("honest", ask.transfer))
         todo = asks(actions)
         completed += actions.count(Complete())
