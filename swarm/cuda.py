@@ -39,6 +39,15 @@ class CudaError(StoreError):
     """The driver refused something, or a kernel that ran before failed."""
 
 
+@contextlib.contextmanager
+def torch_errors(what: str) -> Iterator[None]:
+    """What torch raises meanwhile, for want of memory or when a kernel has failed, becomes a CudaError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CudaError(f"{what}: {error}") from error
+
+
 def in_use() -> bool:
     """Whether this process uses a GPU already; asking does not make it use one."""
     torch = sys.modules.get("torch")

@@ -394,7 +394,7 @@ class Download:
             peer.correct += len(fresh)
         actions: list[Action] = [Announce(fresh)]
         for number, other in sorted(self._transfers.items()):  # the endgame's second copies lost
-            if number != event.transfer and other.chunks and other.chunks.issubset(fresh):
+            if other.chunks and all(chunk in self.held for chunk in other.chunks):
                 actions.append(Cancel(other.peer, number, "arrived from another peer"))
                 self._end(number)
         return actions

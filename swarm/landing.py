@@ -15,13 +15,14 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from swarm import cuda
 from swarm.bitfield import Bitfield
-from swarm.errors import LocalProtocolError, SourceChanged, StoreError
+from swarm.errors import LocalProtocolError, SourceChanged, StoreError, TransportError
 from swarm.hashing.cpu import LeafHasher, chunk_digest
 from swarm.hashing.cuda import BATCH_BYTES, Batch, start
 from swarm.manifest import Chunk, Manifest
@@ -44,6 +45,8 @@ Report: TypeAlias = Callable[[Sequence[Landed]], object]
 NOBODY = -1
 
 BATCHES_MAX = 4  # being hashed at once
+FILLED_TIMEOUT_S = 30.0  # for a chunk that lies on several GPUs, once all of it was asked for
+LOOK_EVERY_S = 50e-6  # at that
 
 # What follows the last view while its chunks are still being hashed: nothing to fill, but not the end either.
 _NOT_YET: View = memoryview(b"")
@@ -147,7 +150,7 @@ class _DeviceBatches:
         self._filled_bytes = 0
         self._filled_on = 0  # the GPU
         self._hashing: list[tuple[list[Chunk], Batch]] = []
-        self._movers: list[cuda.Stream] = []  # that may still be filling
+        self._movers: list[tuple[int, cuda.Stream]] = []  # that may still be filling, and their GPUs
 
     def fill(self, chunk: Chunk) -> Generator[View, None, None]:
         """The views of a chunk, whose place is this transfer's."""
@@ -163,7 +166,7 @@ class _DeviceBatches:
         devices = {view.device for view in views if isinstance(view, DeviceView)}
         if len(devices) != 1:
             cuda.flush()
-            self._drain()
+            self._await_movers()
             self._report([self._settled(chunk, chunk_digest(self._scheme, self._store.read(chunk)))])
             return
         if not devices & {self._filled_on}:
@@ -212,12 +215,23 @@ class _DeviceBatches:
         return Landed(chunk, digest == chunk.digest)
 
     def _remember_mover(self, device: int) -> None:
-        stream = cuda.gpu(device).current()
-        if stream not in self._movers:
-            self._movers.append(stream)
+        mover = device, cuda.gpu(device).current()
+        if mover not in self._movers:
+            self._movers.append(mover)
+
+    def _await_movers(self) -> None:
+        """Raises TransportError: what fills the chunk may wait for a peer."""
+        deadline = time.monotonic() + FILLED_TIMEOUT_S
+        for device, stream in self._movers:
+            event = cuda.gpu(device).event()
+            event.record(stream)
+            while not event.query():
+                if time.monotonic() > deadline:
+                    raise TransportError(f"a chunk was not filled within {FILLED_TIMEOUT_S:g} s")
+                time.sleep(LOOK_EVERY_S)
 
     def _drain(self) -> None:
-        for stream in self._movers:
+        for _, stream in self._movers:
             stream.synchronize()
 
 

@@ -13,6 +13,7 @@ Must not know: where the bytes came from, or what their digest should be.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import logging
@@ -41,6 +42,7 @@ GPU_LEAF_BYTES = 16 << 10  # enough leaves in a batch to keep every multiprocess
 BATCH_BYTES = 1 << 30
 
 SCRATCH_BYTES = 1 << 20  # allocated at once for leaves that straddle
+GATHERED_BYTES = 64 << 10  # of a piece of one: a thread block of the GPU copies each
 
 log = logging.getLogger("swarm")
 
@@ -57,7 +59,7 @@ class Batch(Protocol):
 
 def start(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> Batch:
     """Hashes chunks, each the views that it is in order, once everything enqueued so far is done. All views that are a
-    GPU's are of one, and there is one."""
+    GPU's are of one, and there is one. Raises CudaError."""
     if _kernels_usable():
         return _KernelBatch(scheme, chunks)
     return _HostBatch(scheme, chunks)
@@ -73,6 +75,23 @@ def chunk_digests(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> list[
             digests += start(scheme, some).collect()
             some = []
     return digests + (start(scheme, some).collect() if some else [])
+
+
+@functools.cache
+def prepare(device: int) -> None:
+    """Has the kernels built and loaded, but for tensors that are not aligned. Blocks; raises CudaError.
+
+    To load one may take until the GPU is idle. A batch behind which a peer may have fallen silent must not wait for
+    that: whoever starts it is the one who keeps the deadlines.
+    """
+    if not _kernels_usable():
+        return
+    with cuda.torch_errors(f"hashing on GPU {device}"):
+        import torch
+
+        memory = torch.zeros(512, dtype=torch.uint8, device=f"cuda:{device}")
+    leaf = DeviceView(device, memory.data_ptr(), memory.numel(), memory)
+    chunk_digests(HashScheme(leaf_bytes=leaf.nbytes), [[leaf], [leaf[:256], leaf[256:]]])
 
 
 @functools.cache
@@ -114,25 +133,27 @@ class _KernelBatch:
         self._counts = [-(-sum(view.nbytes for view in views) // scheme.leaf_bytes) for views in chunks]
         self._keep: list[object] = [chunks]  # what the GPU reads, until it has
         self._pieces: list[tuple[int, int, int]] = []  # to be gathered: target, source, size
-        self._short: list[cuda.Pinned] = []
         self._room = self._room_at = 0  # what is left of the memory for leaves that are gathered, and where
         self._gpu = cuda.gpu(next(_devices(chunks)))
         self._stream = stream = _hash_stream(self._gpu.index)
-        stream.wait_stream(self._gpu.current())
-        with torch.cuda.device(self._gpu.index), torch.cuda.stream(stream):  # type: ignore[arg-type]
+        with self._errors(), torch.cuda.device(self._gpu.index), torch.cuda.stream(stream):  # type: ignore[arg-type]
+            words = _words(self._gpu.index)  # before anything that might take long
+            stream.wait_stream(self._gpu.current())
             self._runs = [run for views in chunks for run in self._cut(views, scheme.leaf_bytes)]
-            self._hashed = self._hash([run for run in self._runs if run.size >= LONG_BYTES_MIN])
-            for run in self._runs:
-                if run.size < LONG_BYTES_MIN:
-                    self._short.append(cuda.Pinned(LONG_BYTES_MIN))
-                    self._copy(self._short[-1].address, run.address, run.size)
+            short = [run for run in self._runs if run.size < LONG_BYTES_MIN]
+            self._short = [cuda.Pinned(LONG_BYTES_MIN) for _ in short]
+            self._hashed = self._hash([run for run in self._runs if run.size >= LONG_BYTES_MIN], words)
+            for run, pinned in zip(short, self._short, strict=True):
+                self._copy(pinned.address, run.address, run.size)
             self._done = stream.record_event()  # type: ignore[attr-defined]
 
     def ready(self) -> bool:
-        return bool(self._done.query())
+        with self._errors():
+            return bool(self._done.query())
 
     def collect(self) -> list[bytes]:
-        self._done.synchronize()
+        with self._errors():
+            self._done.synchronize()
         hashed: memoryview | bytes = self._hashed.numpy().data.cast("B")
         if self._short:
             hashed = b"".join(self._in_order(hashed))
@@ -164,7 +185,7 @@ class _KernelBatch:
                     yield _Run(view.address + used, leaf, whole)
                 else:
                     gathered = gathered if gathered_bytes else self._scratch(leaf)
-                    self._pieces.append((gathered + gathered_bytes, view.address + used, step))
+                    self._gather(gathered + gathered_bytes, view.address + used, step)
                     gathered_bytes += step
                     if gathered_bytes == leaf:
                         yield _Run(gathered, leaf, 1)
@@ -193,10 +214,17 @@ class _KernelBatch:
         self._room, self._room_at = self._room - taken, self._room_at + taken
         return address
 
+    def _gather(self, target: int, source: int, size: int) -> None:
+        for start in range(0, size, GATHERED_BYTES):
+            self._pieces.append((target + start, source + start, min(GATHERED_BYTES, size - start)))
+
+    def _errors(self) -> contextlib.AbstractContextManager[None]:
+        return cuda.torch_errors(f"hashing on GPU {self._gpu.index}")
+
     def _copy(self, target: int, source: int, size: int) -> None:
         self._gpu.copy(target, source, size, stream=self._stream.cuda_stream)
 
-    def _hash(self, runs: Sequence[_Run]) -> torch.Tensor:
+    def _hash(self, runs: Sequence[_Run], words: torch.Tensor) -> torch.Tensor:
         """The digests of these leaves, in pinned memory, once the stream has got there."""
         import torch
 
@@ -215,7 +243,7 @@ class _KernelBatch:
         digests = torch.empty(2 * count, dtype=torch.int64, pin_memory=True)
         if runs:
             kernels.digest[(-(-count // kernels.ROWS),)](
-                uploaded, len(runs), len(runs).bit_length(), _words(self._gpu.index), digests, count,
+                uploaded, len(runs), len(runs).bit_length(), words, digests, count,
                 int(table[:, 1].max() - 1) // 1024,
                 ROWS=kernels.ROWS, ALIGNED=not int(np.bitwise_or.reduce(table[:, :2], axis=None) & 15),
             )  # fmt: skip

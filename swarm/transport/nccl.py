@@ -22,6 +22,7 @@ import functools
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from swarm import cuda
@@ -50,9 +51,6 @@ END_TIMEOUT_S = 5.0  # then it is aborted
 END_LOOK_EVERY_S = 0.01
 HOLDER, ASKER = 0, 1
 ID_BYTES = 128
-# They take a few microseconds, during which no other thread needs to run: to hand the interpreter over, and to wait
-# until it comes back, would take longer.
-PROMPT = frozenset(("ncclGroupStart", "ncclSend", "ncclRecv", "ncclCommGetAsyncError"))
 _IN_PROGRESS = 7
 _UINT8 = 1
 _UNSET = -(1 << 31)
@@ -99,11 +97,11 @@ class NcclLane:
     def __init__(self, stream: Stream, rank: int, *, device: int) -> None:
         self._other = ASKER if rank == HOLDER else HOLDER
         self._device = device
-        self._nccl, self._prompt = _library(), _library(ctypes.PyDLL)
+        self._nccl = _library()
         self._communicator = ctypes.c_void_p()
         self._open = 0  # calls of the open group, which is not begun before its first
-        self._settled = True  # the kernels of the last group are enqueued, by a thread of NCCL's
-        self._marks: list[tuple[cuda.Event, cuda.Stream]] = []  # to be recorded once they are
+        # Ends of frames, to be recorded once their kernels are enqueued, by a thread of NCCL's.
+        self._unmarked: list[_Mark] = []
         self._timeout_s = SETUP_TIMEOUT_S  # for that, as was said with the last call
         self._scratch: DeviceView | None = None
         stream.block(SETUP_TIMEOUT_S)
@@ -114,7 +112,7 @@ class NcclLane:
             self._call(
                 "ncclCommInitRankConfig", ctypes.byref(self._communicator), 2, unique, rank, ctypes.byref(config)
             )
-            self._settle(SETUP_TIMEOUT_S)
+            self._settle()
         except (OSError, EOFError) as error:
             raise TransportError(f"nccl: no pair came about ({error})") from error
 
@@ -132,19 +130,21 @@ class NcclLane:
     def end(self, *, timeout_s: float) -> Done:
         """See `Lane`."""
         self._end_group()
-        event = cuda.gpu(self._device).event()
-        self._marks.append((event, self._stream()))
+        mark = _Mark(cuda.gpu(self._device).event(), self._stream())
+        self._unmarked.append(mark)
         deadline: float | None = None  # its time begins when those before it are done, and somebody asks
 
         def done() -> bool:
             nonlocal deadline
-            self._mark()
             if not self._communicator:  # the event is done then, but what it marked was cut short
                 raise TransportError("nccl: the communicator was aborted")
-            if event.query():
+            if not mark.recorded and not self._in_progress():
+                self._mark()
+            if mark.recorded and mark.event.query():
                 return True
+            self._in_progress()
             deadline = deadline or time.monotonic() + timeout_s
-            self._look(deadline, timeout_s)
+            self._expire(deadline, timeout_s)
             return False
 
         return done
@@ -152,7 +152,16 @@ class NcclLane:
     def flush(self) -> None:
         """See `Lane`."""
         self._end_group()
-        self._mark()
+        self._settle()
+
+    def abandon(self) -> None:
+        """See `Lane`."""
+        communicator, self._communicator = self._communicator, ctypes.c_void_p()
+        if communicator:
+            if self._open:  # all communicators of a thread share its group: left open, nobody's kernels would start
+                self._open = 0
+                self._nccl.ncclGroupEnd()
+            _abort(self._nccl, communicator, self._device)
 
     def puts_off(self) -> bool:
         """See `Lane`."""
@@ -161,7 +170,7 @@ class NcclLane:
     def scratch(self, size: int) -> DeviceView:
         """See `Lane`."""
         if self._scratch is None or self._scratch.nbytes < size:
-            self._scratch = _allocate(self._device, max(size, HOST_PIECE_BYTES_MAX))
+            self._scratch = _allocate(self._device, max(size, HOST_PIECE_BYTES_MAX), self._stream())
         return self._scratch[:size]
 
     def close(self) -> None:
@@ -189,7 +198,7 @@ class NcclLane:
 
     def _enqueue(self, name: str, view: DeviceView) -> None:
         if not self._open:
-            self._mark()
+            self._settle()
             cuda.gpu(self._device).enter()
             self._call("ncclGroupStart")
         self._open += 1
@@ -199,17 +208,14 @@ class NcclLane:
 
     def _end_group(self) -> None:
         if self._open:
-            self._open, self._settled = 0, False
+            self._open = 0
             self._call("ncclGroupEnd")
 
     def _mark(self) -> None:
-        """Sees to it that the last group's kernels are enqueued. Meanwhile whoever ended it could do something else."""
-        if not self._settled:
-            self._settle(self._timeout_s)
-            self._settled = True
-        for event, stream in self._marks:
-            event.record(stream)
-        self._marks.clear()
+        for mark in self._unmarked:
+            mark.event.record(mark.stream)
+            mark.recorded = True
+        self._unmarked.clear()
 
     def _stream(self) -> cuda.Stream:
         return cuda.gpu(self._device).current()
@@ -222,40 +228,46 @@ class NcclLane:
             return unique
         return _UniqueId.from_buffer_copy(read_exactly(stream, ID_BYTES))
 
-    def _settle(self, timeout_s: float) -> None:
-        """Waits until the communicator has nothing in progress."""
-        deadline, status = time.monotonic() + timeout_s, ctypes.c_int(_IN_PROGRESS)
-        while True:
-            self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(status))
-            if status.value != _IN_PROGRESS:
-                break
-            self._look(deadline, timeout_s)
+    def _settle(self) -> None:
+        """Waits until the communicator has nothing in progress: the last group's kernels are enqueued then."""
+        deadline = time.monotonic() + self._timeout_s
+        while self._in_progress():
+            self._expire(deadline, self._timeout_s)
             time.sleep(LOOK_EVERY_S)
-        if status.value:
-            self._fail(_text(self._nccl, status.value))
+        self._mark()
 
-    def _look(self, deadline: float, timeout_s: float) -> None:
-        status = ctypes.c_int()
+    def _in_progress(self) -> bool:
+        """Whether it has. Raises TransportError when it has failed."""
+        status = ctypes.c_int(_IN_PROGRESS)
         self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(status))
         if status.value not in (0, _IN_PROGRESS):
             self._fail(_text(self._nccl, status.value))
+        return status.value == _IN_PROGRESS
+
+    def _expire(self, deadline: float, timeout_s: float) -> None:
         if time.monotonic() > deadline:
             self._fail(f"the other end did not call within {timeout_s:g} s")
 
     def _fail(self, why: str) -> None:
         """Aborts, so that nothing that was enqueued waits any more."""
-        communicator, self._communicator = self._communicator, ctypes.c_void_p()
-        if communicator:
-            _abort(self._nccl, communicator, self._device)
+        self.abandon()
         raise TransportError(f"nccl: {why}")
 
     def _call(self, name: str, *arguments: object) -> None:
         if name not in ("ncclGetUniqueId", "ncclCommInitRankConfig") and not self._communicator:
             raise TransportError("nccl: the communicator was aborted")
-        status = getattr(self._prompt if name in PROMPT else self._nccl, name)(*arguments)
+        status = getattr(self._nccl, name)(*arguments)
         if status not in (0, _IN_PROGRESS):
-            self._open = 0
             self._fail(f"{name}: {_text(self._nccl, status)}")
+
+
+@dataclass(eq=False)
+class _Mark:
+    """The end of a frame on the stream that its kernels are on."""
+
+    event: cuda.Event
+    stream: cuda.Stream
+    recorded: bool = False
 
 
 class _UniqueId(ctypes.Structure):
@@ -285,9 +297,10 @@ class _Config(ctypes.Structure):
 
 
 @functools.cache
-def _library(kind: type[ctypes.CDLL] = ctypes.CDLL) -> ctypes.CDLL:
-    """Raises OSError."""
-    return kind("libnccl.so.2")
+def _library() -> ctypes.CDLL:
+    """Raises OSError. Its calls let go of the interpreter: any may wait for the driver, and that for a kernel whose
+    peer died, until another thread aborts it."""
+    return ctypes.CDLL("libnccl.so.2")
 
 
 def _text(nccl: ctypes.CDLL, status: int) -> str:
@@ -314,8 +327,10 @@ def _abort(nccl: ctypes.CDLL, communicator: ctypes.c_void_p, device: int) -> Non
     nccl.ncclCommAbort(communicator)
 
 
-def _allocate(device: int, size: int) -> DeviceView:
+def _allocate(device: int, size: int, stream: cuda.Stream) -> DeviceView:
+    """Memory that no other stream has used, or may still be using."""
     import torch
 
-    memory: torch.Tensor = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+    with cuda.torch_errors(f"{size} bytes of GPU {device}"), torch.cuda.stream(stream):  # type: ignore[arg-type]
+        memory: torch.Tensor = torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
     return DeviceView(device, memory.data_ptr(), size, memory)

@@ -116,6 +116,9 @@ class PairLane:
         """Never."""
         return False
 
+    def abandon(self) -> None:
+        """Nothing is enqueued."""
+
     def scratch(self, size: int) -> View:
         """See `Lane`."""
         if self._scratch is None:

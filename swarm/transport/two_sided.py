@@ -74,6 +74,9 @@ class Lane(Protocol):
     def puts_off(self) -> bool:
         """Whether `flush` would part a frame."""
 
+    def abandon(self) -> None:
+        """A frame that was begun will not be completed: nothing can come over the lane any more. Where it was begun."""
+
     def scratch(self, size: int) -> View:
         """Memory for a piece that fits no view."""
 
@@ -203,9 +206,10 @@ class TwoSidedInbound(TcpInbound):
             for size in sizes:
                 self._take_piece(landing, size, timeout_s=timeout_s)
             done = self._lane.end(timeout_s=timeout_s)
-        except BaseException:
+        except Exception as error:  # whatever it is, the other end has called, or will
+            self._lane.abandon()
             landing.unpin()
-            raise
+            raise TransportError(str(error)) from error
         self._under_way.append((landing, sum(sizes), done))
 
     def _take_piece(self, landing: Landing, size: int, *, timeout_s: float) -> None:
@@ -312,7 +316,8 @@ class TwoSidedOutbound(TcpOutbound):
             for view in views:
                 self._lane.send(view, timeout_s=timeout_s)
             done = self._lane.end(timeout_s=timeout_s)
-        except TransportError as error:
+        except Exception as error:  # whatever it is, the other end waits for what was announced
+            self._lane.abandon()
             raise Lost(str(error)) from error
         self._under_way.append(_Frame(sending, views, done))
         self._advance()

@@ -77,6 +77,9 @@ class PutOff:
     def puts_off(self) -> bool:
         return bool(self._calls)
 
+    def abandon(self) -> None:
+        self._calls.clear()
+
     def scratch(self, size: int) -> View:
         return memoryview(bytearray(size))
 

@@ -363,6 +363,8 @@ class _Lane:
     def puts_off(self) -> bool:
         return False
 
+    def abandon(self) -> None: ...
+
     def scratch(self, size: int) -> View:
         assert size <= two_sided.HOST_PIECE_BYTES_MAX
         return memoryview(bytearray(size))

@@ -11,7 +11,7 @@ import pytest
 from swarm import cuda
 from swarm.errors import TransportError
 from swarm.store import DeviceView
-from swarm.transport import nccl
+from swarm.transport import nccl, two_sided
 from swarm.transport.stream import PlainStream
 
 
@@ -64,9 +64,34 @@ def test_does_a_frame_fail_whose_kernels_are_never_enqueued(lane: nccl.NcclLane,
     library.in_progress = 1 << 30
     done = lane.end(timeout_s=0.01)
     with pytest.raises(TransportError, match="did not call within"):
-        done()
+        two_sided.wait_for(done)
     assert gpu.recorded == 0
     assert library.called.count("ncclCommAbort") == 1
+
+
+def test_is_a_frame_done_whatever_the_next_one_waits_for(lane: nccl.NcclLane, library: Nccl) -> None:
+    frames = []
+    for in_progress in (0, 1 << 30):
+        lane.begin()
+        lane.send(DeviceView(0, 4096, 8, None), timeout_s=1)
+        library.in_progress = in_progress
+        frames.append(lane.end(timeout_s=1))
+        assert frames[0]()
+    assert not frames[1]()
+
+
+def test_is_the_group_of_a_thread_closed_before_its_communicator_is_aborted(lane: nccl.NcclLane, library: Nccl) -> None:
+    view = DeviceView(0, 4096, 8, None)
+    lane.begin()
+    lane.receive(view, timeout_s=1)
+    library.fails = "ncclRecv"
+    with pytest.raises(TransportError, match="ncclRecv: an error"):
+        lane.receive(view, timeout_s=1)
+    lane.abandon()
+    calls = [name for name in library.called if name != "ncclCommGetAsyncError"]
+    assert calls == ["ncclGroupStart", "ncclRecv", "ncclRecv", "ncclGroupEnd", "ncclCommAbort"]
+    with pytest.raises(TransportError, match="aborted"):
+        lane.receive(view, timeout_s=1)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +128,7 @@ def library() -> Nccl:
 @pytest.fixture
 def lane(gpu: Gpu, library: Nccl, monkeypatch: pytest.MonkeyPatch) -> nccl.NcclLane:
     """One whose communicator has come about."""
-    monkeypatch.setattr(nccl, "_library", lambda *kind: library)
+    monkeypatch.setattr(nccl, "_library", lambda: library)
     ours, theirs = socket.socketpair()
     with theirs, PlainStream(ours) as stream:
         lane = nccl.NcclLane(stream, nccl.HOLDER, device=0)
@@ -138,11 +163,14 @@ class Nccl:
     def __init__(self) -> None:
         self.in_progress = 0
         self.called: list[str] = []
+        self.fails = ""
         self.ncclGetErrorString = lambda status: b"an error"
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         def call(*arguments: object) -> int:
             self.called.append(name)
+            if name == self.fails:
+                return 3
             if name == "ncclCommInitRankConfig":
                 arguments[0]._obj.value = 1  # type: ignore[attr-defined]
             status = 7 if self.in_progress else 0

@@ -96,6 +96,14 @@ def test_chunks_that_are_verified_together_are_announced_together() -> None:
     assert fetch.machine.sources == {"a": sum(fetch.machine.manifest.chunks[chunk].size for chunk in range(3))}
 
 
+def test_a_copy_that_others_have_brought_bit_by_bit_is_cancelled() -> None:
+    fetch = Fetch(3, held=[0])
+    fetch.tell(PeerJoined("a", Bitfield.full(3), usual_bytes_per_s=1e9))
+    slow = next(number for number, transfer in fetch.machine._transfers.items() if transfer.chunks == {1, 2})
+    assert Cancel("a", slow, "arrived from another peer") not in fetch.tell(ChunksVerified("b", 7, (1,)))
+    assert Cancel("a", slow, "arrived from another peer") in fetch.tell(ChunksVerified("c", 8, (2,)))
+
+
 def test_a_third_copy_is_never_asked_for() -> None:
     fetch = Fetch(2, held=[0])
     assert [len(fetch.joined(peer)) for peer in "abcd"] == [1, 1, 0, 0]
