@@ -10,7 +10,7 @@ import torch
 
 from swarm import cuda
 from swarm.bitfield import Bitfield
-from swarm.errors import SourceChanged
+from swarm.errors import SourceChanged, TransportError
 from swarm.hashing import cuda as hashing_cuda
 from swarm.landing import Landed, Landings
 from swarm.manifest import Manifest
@@ -120,6 +120,24 @@ def test_is_a_wrong_chunk_let_go_and_a_second_copy_kept_aside(gpu: FakeGpu) -> N
     slow.close()
     assert landings.settle(landed[1], 3)
     assert landings.holder(1) == 3
+
+
+def test_is_a_chunk_that_is_never_filled_given_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NeverDone:
+        def record(self, stream: object) -> None: ...
+
+        def query(self) -> bool:
+            return False
+
+    manifest, contents = sample(9)
+    monkeypatch.setattr("swarm.landing.FILLED_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(gpu, "event", NeverDone)
+    landings = Landings(manifest, make(manifest), Bitfield(len(manifest.chunks)))
+    chunks = [2, 0]  # the second is the host's, read by the CPU once whatever was asked for is there
+    data = b"".join(content(manifest, contents, manifest.chunks[index]) for index in chunks)
+    with pytest.raises(TransportError, match=r"not filled within 0\.01 s"):
+        land(landings.device_views(1, chunks, lambda landed: None), data, gpu)
+    assert all(landings.holder(index) is None for index in chunks)
 
 
 def test_is_a_served_tensor_that_moved_named() -> None:

@@ -19,7 +19,7 @@ import torch
 
 from swarm import cuda
 from swarm.bitfield import Bitfield
-from swarm.errors import TransportError
+from swarm.errors import StoreError, TransportError
 from swarm.hashing import cuda as hashing_cuda
 from swarm.landing import Landed, Landings
 from swarm.listener import Listener
@@ -51,7 +51,7 @@ class PutOff:
         self._calls: list[tuple[str, View]] = []
         self.groups: list[int] = []  # how many calls were made at once
         self.sends = False
-        self.closed = 0
+        self.closed = self.abandoned = 0
 
     def begin(self) -> None:
         assert not self._calls
@@ -79,6 +79,7 @@ class PutOff:
 
     def abandon(self) -> None:
         self._calls.clear()
+        self.abandoned += 1
 
     def scratch(self, size: int) -> View:
         return memoryview(bytearray(size))
@@ -348,6 +349,29 @@ def test_is_everything_under_way_told_of_once_its_session_is_gone(fails: bool) -
                 await asyncio.sleep(0.005)
 
     run(check())
+
+
+@pytest.mark.parametrize("end", [HOLDER, ASKER])
+def test_does_whatever_fails_within_a_frame_end_the_session(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    def fail(lane: PutOff, view: View, *, timeout_s: float) -> None:
+        raise StoreError("no memory left")
+
+    async def check() -> None:
+        async with session(put_off_pair) as (outbound, inbound, _):
+            monkeypatch.setattr(PutOff, "send" if end == HOLDER else "receive", fail)
+            agreed = transfer(1, 1000, idle_timeout_s=1)
+            views, room = iter([on_gpu(torch.zeros(1000, dtype=torch.uint8))]), torch.zeros(1000, dtype=torch.uint8)
+            sending = asyncio.create_task(outbound.send(agreed, views))
+            receiving = asyncio.create_task(inbound.receive(agreed, iter([on_gpu(room)])))
+            ends = await asyncio.gather(sending, receiving, return_exceptions=True)
+            assert isinstance(ends[end == ASKER], TransportError)
+            assert "no memory left" in str(ends[end == ASKER])
+            for one in (outbound, inbound):
+                while one.alive:  # type: ignore[union-attr] # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
+            assert any(lane.abandoned for lane in PutOffTransport.lanes)
+
+    asyncio.run(asyncio.wait_for(check(), 30))
 
 
 def test_is_an_announcement_beyond_the_limits_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
