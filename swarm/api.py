@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, Final
 from swarm import build, hub
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.hashing.cpu import demand
-from swarm.hashing.cuda import prepare
 from swarm.manifest import Manifest
 from swarm.messages import Origin
 from swarm.node import Fetched, Node
@@ -353,19 +352,13 @@ def _store(
             "device", f"chunks are hashed with {manifest.scheme.name}, which is for the CPU: fetch there"
         )
     if into is not None:
-        return _prepared(IntoStore(manifest, into)), None
+        return IntoStore(manifest, into), None
     if out is None:
-        return MemoryStore(manifest) if device == "cpu" else _prepared(DeviceStore(manifest, device)), None
+        return MemoryStore(manifest) if device == "cpu" else DeviceStore(manifest, device), None
     path = hub.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
     if path.exists() and not path.is_dir():
         raise StoreConflict(path, "is not a directory; fetch to another place")
     return DirectoryStore(path, manifest, fsync=settings.fsync), path
-
-
-def _prepared(store: IntoStore) -> IntoStore:
-    for device in store.devices:
-        prepare(device)
-    return store
 
 
 def _remember(cache: Path, path: Path, manifest: Manifest) -> None:

@@ -107,6 +107,7 @@ class Fetching:
         self._loop = asyncio.get_running_loop()
         self._mailbox = Mailbox()
         self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._preparing: asyncio.Future[None] | None = None
         self._receiving: dict[int, _Receiving] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -249,6 +250,8 @@ class Fetching:
         event: download.Event = download.TransferEnded(peer.node, number)
         try:
             session = await peer.session()
+            if session.on_device:
+                await self._prepared()
             due = ask.hungry, ask.sources, ask.pace_bytes_per_s
             peer.post(messages.Request(peer.scheme, self._manifest.digest, number, ask.chunks, ask.count, *due))
             chunks = await receiving.chunks
@@ -266,6 +269,12 @@ class Fetching:
             event = download.TransferFailed(peer.node, number, str(error))
             self.fail(error)
         self.handle(event)  # behind the chunks that the transfer's thread has reported: it did so before it ended
+
+    async def _prepared(self) -> None:
+        """Once, before anything is asked for that GPUs will move."""
+        if self._preparing is None:
+            self._preparing = self._loop.run_in_executor(None, self._landings.prepare)
+        await asyncio.shield(self._preparing)
 
     def _landed(self, peer: Peer, number: int, landed: Sequence[Landed]) -> None:
         if verified := [one.chunk for one in landed if one.correct and one.spare is None]:

@@ -24,7 +24,7 @@ from swarm import cuda
 from swarm.bitfield import Bitfield
 from swarm.errors import LocalProtocolError, SourceChanged, StoreError, TransportError
 from swarm.hashing.cpu import LeafHasher, chunk_digest
-from swarm.hashing.cuda import BATCH_BYTES, Batch, start
+from swarm.hashing.cuda import BATCH_BYTES, Batch, prepare, start
 from swarm.manifest import Chunk, Manifest
 from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, View
 
@@ -84,6 +84,12 @@ class Landings:
             yield from batches.finish()
         finally:
             batches.abandon()
+
+    def prepare(self) -> None:
+        """Before the first `device_views` are filled. Blocks; raises CudaError."""
+        if isinstance(self._store, DeviceStore):
+            for device in self._store.devices:
+                prepare(device)
 
     def settle(self, spare: Landed, transfer: int) -> bool:
         """Puts a spare copy in place, if its chunk's place is free. Blocks; raises StoreError."""

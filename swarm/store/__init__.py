@@ -109,7 +109,9 @@ class DeviceSource(Source, Protocol):
 
 @runtime_checkable
 class DeviceStore(DeviceSource, Store, Protocol):
-    """A store that may lie in the memory of GPUs."""
+    """A store that may lie in the memory of GPUs: of `devices`, by number."""
+
+    devices: frozenset[int]
 
     def device_landing(self, chunk: Chunk) -> Iterator[View]:
         """As `landing`, but GPU memory as it is."""

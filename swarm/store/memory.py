@@ -99,6 +99,8 @@ class MemorySource:
 class MemoryLanding(MemorySource):
     """A `Store` over placed files, except for `seal`."""
 
+    devices: frozenset[int] = frozenset()
+
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
         """The same as `spans`."""
         return self.spans(chunk)

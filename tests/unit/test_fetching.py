@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
 from types import SimpleNamespace
@@ -14,8 +15,10 @@ import pytest
 
 from swarm import download, messages
 from swarm.bitfield import Bitfield
+from swarm.cuda import CudaError
 from swarm.errors import RemoteProtocolError
 from swarm.fetching import Fetching
+from swarm.landing import Landings
 from swarm.peer import Peer
 from swarm.simulation.content import BytesStore, Content
 
@@ -152,6 +155,42 @@ def test_is_a_gift_received_once_it_is_known() -> None:
         assert fetch.source.receiving == [fetch.fetching.machine.manifest.chunks[5].size]
 
     run(scenario, gives=True)
+
+
+def test_is_what_gpus_need_there_before_anything_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, may_end = list[Landings](), threading.Event()
+
+    def prepare(landings: Landings) -> None:
+        prepared.append(landings)
+        assert may_end.wait(DEADLINE_S)
+
+    monkeypatch.setattr(Landings, "prepare", prepare)
+    monkeypatch.setattr(Source, "on_device", True)
+
+    async def scenario(fetch: Fetch) -> None:
+        await fetch.until(lambda: prepared)
+        fetch.fetching.handle(download.Tick())  # which asks for more
+        assert not fetch.source.requests
+        may_end.set()
+        await fetch.until(lambda: len(fetch.source.requests) == 2)
+        assert len(prepared) == 1
+
+    run(scenario, gives=False)
+
+
+def test_does_a_fetch_fail_whose_gpu_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(landings: Landings) -> None:
+        raise CudaError("hashing on GPU 0: out of memory")
+
+    monkeypatch.setattr(Landings, "prepare", prepare)
+    monkeypatch.setattr(Source, "on_device", True)
+
+    async def scenario(fetch: Fetch) -> None:
+        with pytest.raises(CudaError, match="out of memory"):
+            await asyncio.wait_for(fetch.fetching.run(), DEADLINE_S)
+        assert not fetch.source.requests
+
+    run(scenario, gives=False)
 
 
 def test_is_a_grant_of_what_somebody_else_was_asked_for_ignored() -> None:
