@@ -77,6 +77,9 @@ class Stream(Protocol):
     def wait_stream(self, other: Any) -> None:
         """What is enqueued from now on waits for what the other stream has enqueued so far."""
 
+    def query(self) -> bool:
+        """Whether everything enqueued so far is done."""
+
     def synchronize(self) -> None:
         """Waits for everything enqueued so far."""
 
@@ -230,10 +233,10 @@ class Mover(Protocol):
     """Puts off some of what it has to enqueue, to enqueue it all at once."""
 
     def flush(self) -> None:
-        """Enqueues it now."""
+        """What was put off is enqueued when this returns, and so is all that was called for before."""
 
     def puts_off(self) -> bool:
-        """Whether `flush` would have to part what belongs together."""
+        """Whether `flush` would part what belongs together."""
 
 
 _mover = threading.local()

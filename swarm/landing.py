@@ -156,7 +156,7 @@ class _DeviceBatches:
         self._filled_bytes = 0
         self._filled_on = 0  # the GPU
         self._hashing: list[tuple[list[Chunk], Batch]] = []
-        self._movers: list[tuple[int, cuda.Stream]] = []  # that may still be filling, and their GPUs
+        self._movers: list[cuda.Stream] = []  # that may still be filling
 
     def fill(self, chunk: Chunk) -> Generator[View, None, None]:
         """The views of a chunk, whose place is this transfer's."""
@@ -221,23 +221,21 @@ class _DeviceBatches:
         return Landed(chunk, digest == chunk.digest)
 
     def _remember_mover(self, device: int) -> None:
-        mover = device, cuda.gpu(device).current()
-        if mover not in self._movers:
-            self._movers.append(mover)
+        stream = cuda.gpu(device).current()
+        if stream not in self._movers:
+            self._movers.append(stream)
 
     def _await_movers(self) -> None:
         """Raises TransportError: what fills the chunk may wait for a peer."""
         deadline = time.monotonic() + FILLED_TIMEOUT_S
-        for device, stream in self._movers:
-            event = cuda.gpu(device).event()
-            event.record(stream)
-            while not event.query():
+        for stream in self._movers:
+            while not stream.query():
                 if time.monotonic() > deadline:
                     raise TransportError(f"a chunk was not filled within {FILLED_TIMEOUT_S:g} s")
                 time.sleep(LOOK_EVERY_S)
 
     def _drain(self) -> None:
-        for _, stream in self._movers:
+        for stream in self._movers:
             stream.synchronize()
 
 

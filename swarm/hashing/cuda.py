@@ -42,7 +42,7 @@ GPU_LEAF_BYTES = 16 << 10  # enough leaves in a batch to keep every multiprocess
 BATCH_BYTES = 1 << 30
 
 SCRATCH_BYTES = 1 << 20  # allocated at once for leaves that straddle
-GATHERED_BYTES = 64 << 10  # of a piece of one: a thread block of the GPU copies each
+PIECE_BYTES_MAX = 64 << 10  # of one, copied by a thread block of the GPU
 
 log = logging.getLogger("swarm")
 
@@ -215,8 +215,8 @@ class _KernelBatch:
         return address
 
     def _gather(self, target: int, source: int, size: int) -> None:
-        for start in range(0, size, GATHERED_BYTES):
-            self._pieces.append((target + start, source + start, min(GATHERED_BYTES, size - start)))
+        for start in range(0, size, PIECE_BYTES_MAX):
+            self._pieces.append((target + start, source + start, min(PIECE_BYTES_MAX, size - start)))
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return cuda.torch_errors(f"hashing on GPU {self._gpu.index}")

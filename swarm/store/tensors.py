@@ -140,7 +140,7 @@ class IntoStore(MemoryLanding):
         _refuse_overlaps(given)
         demand_room(manifest.size - sum(entry.size for entry in index.owners.values()))
         self.manifest = manifest
-        self.devices = frozenset(tensor.device.index for tensor in given.values() if tensor.device.type != "cpu")
+        self.devices = _devices(given.values())
         self._watches: list[_Watch] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, landed)
         self._twins: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # (name, landed, landed in another place)
@@ -473,11 +473,16 @@ def _cached_bytes(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def _finish_work(tensors: Iterable[torch.Tensor]) -> set[int]:
+def _devices(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
+    """The GPUs that these tensors are on, by number."""
+    return frozenset(tensor.device.index for tensor in tensors if tensor.device.type != "cpu")
+
+
+def _finish_work(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
     """Waits for everything that was enqueued on the GPUs of these tensors; returns their numbers."""
     import torch
 
-    devices = {tensor.device.index for tensor in tensors if tensor.device.type != "cpu"}
+    devices = _devices(tensors)
     for device in devices:
         torch.cuda.synchronize(device)
     return devices

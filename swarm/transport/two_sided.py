@@ -48,7 +48,7 @@ FRAME_BYTES_MAX = 512 << 20  # of pieces: enough to hide the start of a kernel
 FRAMES_MAX = 6  # under way at once: 9 ms between two GPUs, as an interpreter may keep a thread waiting for 5
 
 
-class Lane(Protocol):
+class Lane(cuda.Mover, Protocol):
     """Moves bytes between two processes, on one thread at a time. Calls raise TransportError.
 
     `on_device`: it takes memory of GPUs. Calls need not be done when they return, but those for host memory are.
@@ -67,12 +67,6 @@ class Lane(Protocol):
 
     def end(self, *, timeout_s: float) -> Done:
         """The frame ends, all its calls are made, and there are `timeout_s` for them once those before are done."""
-
-    def flush(self) -> None:
-        """What was put off is enqueued when this returns, and so are the calls of frames that ended."""
-
-    def puts_off(self) -> bool:
-        """Whether `flush` would part a frame."""
 
     def abandon(self) -> None:
         """A frame that was begun will not be completed: nothing can come over the lane any more. Where it was begun."""

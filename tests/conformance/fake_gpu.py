@@ -32,6 +32,9 @@ class Lazy:
             while self.work:
                 self._work()
 
+    def query(self) -> bool:
+        return self.work_until(self.done + len(self.work))
+
     def work_until(self, done: int) -> bool:
         """Whether so much is done. If not, some of it is done next."""
         with self._busy:

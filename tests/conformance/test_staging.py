@@ -123,15 +123,9 @@ def test_is_a_wrong_chunk_let_go_and_a_second_copy_kept_aside(gpu: FakeGpu) -> N
 
 
 def test_is_a_chunk_that_is_never_filled_given_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    class NeverDone:
-        def record(self, stream: object) -> None: ...
-
-        def query(self) -> bool:
-            return False
-
     manifest, contents = sample(9)
     monkeypatch.setattr("swarm.landing.FILLED_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(gpu, "event", NeverDone)
+    monkeypatch.setattr(gpu.side, "query", lambda: False)
     landings = Landings(manifest, make(manifest), Bitfield(len(manifest.chunks)))
     chunks = [2, 0]  # the second is the host's, read by the CPU once whatever was asked for is there
     data = b"".join(content(manifest, contents, manifest.chunks[index]) for index in chunks)
