@@ -200,10 +200,11 @@ ROWS: dict[str, dict[str, set[str]]] = {
         "engines.launch": {"api", "engines.fingerprint", "engines.metadata", "engines.pruning"},
         "engines.metadata": {"engines.pruning"},
         "engines.offering": {"engines.fingerprint"},
+        "engines.plugging": set(),
         "engines.pruning": set(),
         "engines.starts": set(),
         "engines.tiers": {"engines.fingerprint"},
-        "engines.vllm": {"engines.vllm_loader"},
+        "engines.vllm": {"engines.plugging", "engines.vllm_loader"},
         "engines.vllm_loader": {
             "engines.caches",
             "engines.fingerprint",
@@ -213,7 +214,7 @@ ROWS: dict[str, dict[str, set[str]]] = {
             "engines.offering",
         },
         "engines.handover": {"engines.fingerprint", "engines.joining", "engines.metadata"},
-        "engines.sglang": {"engines.sglang_loader"},
+        "engines.sglang": {"engines.plugging", "engines.sglang_loader"},
         "engines.sglang_loader": {"engines.fingerprint", "engines.handover", "engines.joining"},
         "engines.transformers": {"api"},
         "cli": {

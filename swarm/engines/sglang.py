@@ -13,7 +13,10 @@ from __future__ import annotations
 import functools
 import os
 import pkgutil
+from collections.abc import Callable
 from typing import Any
+
+from swarm.engines.plugging import Plug
 
 GET_LOADER = "sglang.srt.model_loader.loader.get_model_loader"
 READY = "sglang.srt.managers.scheduler.dispatch_event_loop"
@@ -30,17 +33,37 @@ RELEASE, RESUME = f"{_UPDATER}.release_memory_occupation", f"{_UPDATER}.resume_m
 WEIGHTS = "weights"  # what SGLang tags their memory with
 SWITCH = "SWARM_SGLANG"
 
+_plug = Plug("SGLang", "sglang")
+
 
 def register() -> None:
-    """Puts the hooks in place; SGLang applies them once all plugins have been called."""
+    """Puts the hooks in place; SGLang applies them once all plugins have been called.
+
+    Never raises: what this SGLang lacks, it goes without.
+    """
+    if not _plug.place("swarm", _registry):
+        return
+
+    def hooks(feature: str, target: str, told: Callable[..., Any], kind: str) -> None:
+        def put() -> None:
+            registry, kinds = _registry()
+            registry.register(target, told, kinds[kind])
+
+        _plug.place(f"{feature} ({target.rpartition('.')[2]})", put)
+
+    hooks("loading by swarm", GET_LOADER, choose_loader, "AROUND")
+    for target in CHANGES:
+        told = functools.partial(_change, target.rpartition(".")[2])
+        hooks("serving its loaded tensors", target, told, "BEFORE")
+    hooks("serving its loaded tensors", RELEASE, _pause, "BEFORE")
+    hooks("serving again after it slept", RESUME, _resume, "AFTER")
+    hooks("serving what it loaded", READY, _ready, "BEFORE")
+
+
+def _registry() -> tuple[Any, Any]:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(GET_LOADER, choose_loader, HookType.AROUND)
-    HookRegistry.register(READY, _ready, HookType.BEFORE)
-    for target in CHANGES:
-        HookRegistry.register(target, functools.partial(_change, target.rpartition(".")[2]), HookType.BEFORE)
-    HookRegistry.register(RELEASE, _pause, HookType.BEFORE)
-    HookRegistry.register(RESUME, _resume, HookType.AFTER)
+    return HookRegistry, HookType
 
 
 def choose_loader(original: Any, load_config: Any, model_config: Any = None) -> Any:

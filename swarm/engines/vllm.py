@@ -15,6 +15,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from swarm.engines.plugging import Plug
+
 WARM_UP = "compile_or_warm_up_model"
 # Each of them changes weights in memory, or what they are tied to, or moves them elsewhere.
 CHANGES = (
@@ -28,30 +30,58 @@ CHANGES = (
 # After each of them all weights are there that were to come.
 CHANGED = ("reload_weights", "finish_weight_update")
 CALLED = "swarm_weight_version"  # what workers are told by the engine's core, which is told the version of weights
-_MARK = "_swarm_hook"
+
+_plug = Plug("vLLM", "vllm")
 
 
 def register() -> None:
-    """Makes `--load-format swarm` known to this process's vLLM."""
+    """Makes `--load-format swarm` known to this process's vLLM. Never raises: what this vLLM lacks, it goes without."""
+    if not _plug.place("--load-format swarm", _add_format):
+        return
+    from swarm.engines import vllm_loader
+
+    if not _plug.place("serving what it loaded", _wrapper):
+        return
+
+    def hooks(feature: str, method: str, **told: Callable[..., None]) -> bool:
+        return _plug.place(f"{feature} ({method})", lambda: _hook(_wrapper(), method, **told))
+
+    stops: dict[str, Callable[..., None]] = {
+        **{method: functools.partial(vllm_loader.change, method) for method in CHANGES},
+        "sleep": vllm_loader.pause,
+        "discard": vllm_loader.discard,
+    }
+    unhooked = [
+        method for method, told in stops.items() if not hooks("serving its loaded tensors", method, before=told)
+    ]
+    hooks("serving again after it slept", "wake_up", after=vllm_loader.resume)
+    for method in CHANGED:
+        hooks("serving weights that were updated", method, after=vllm_loader.changed)
+    _plug.place("serving weights that were updated", _add_versions)
+    hooks("serving what it loaded", WARM_UP, after=lambda *_, **__: vllm_loader.ready(unhooked))
+
+
+def _add_format() -> None:
     from vllm.model_executor.model_loader import register_model_loader
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     from swarm.engines import vllm_loader
 
-    if not getattr(WorkerWrapperBase, _MARK, False):
-        register_model_loader("swarm")(vllm_loader.SwarmLoader)
-        _hook(WorkerWrapperBase, WARM_UP, after=vllm_loader.ready)
-        for method in CHANGES:
-            _hook(WorkerWrapperBase, method, before=functools.partial(vllm_loader.change, method))
-        for method in CHANGED:
-            _hook(WorkerWrapperBase, method, after=vllm_loader.changed)
-        _hook(WorkerWrapperBase, "sleep", before=vllm_loader.pause)
-        _hook(WorkerWrapperBase, "wake_up", after=vllm_loader.resume)
-        _hook(WorkerWrapperBase, "discard", before=vllm_loader.discard)
-        setattr(WorkerWrapperBase, CALLED, lambda self, version: vllm_loader.call(version))
-        _tell_workers(EngineCore)
-        setattr(WorkerWrapperBase, _MARK, True)
+    register_model_loader("swarm")(vllm_loader.SwarmLoader)
+
+
+def _wrapper() -> Any:
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    return WorkerWrapperBase
+
+
+def _add_versions() -> None:
+    from vllm.v1.engine.core import EngineCore
+
+    from swarm.engines import vllm_loader
+
+    setattr(_wrapper(), CALLED, lambda self, version: vllm_loader.call(version))
+    _tell_workers(EngineCore)
 
 
 def _hook(

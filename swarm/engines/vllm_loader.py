@@ -17,7 +17,7 @@ import copy
 import dataclasses
 import functools
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,9 +165,14 @@ class SwarmLoader(BaseModelLoader):
         self._disk().load_weights(model, moved)
 
 
-def ready(*_: object) -> None:
-    """The worker has warmed up: what it loaded is served from now on."""
+def ready(unhooked: Sequence[str] = ()) -> None:
+    """The worker has warmed up: what it loaded is served from now on.
+
+    `unhooked` are changes of weights that this vLLM would not tell of.
+    """
     for one in _loaded:
+        if unhooked:
+            one.join.offer.change(f"this vLLM has no {unhooked[0]}, which would tell when weights change")
         then = functools.partial(caches.after_warm_up, one.compiles, one.join.settings) if one.compiles else None
         one.join.ready(then=then)
 

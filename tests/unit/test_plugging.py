@@ -1,0 +1,244 @@
+"""Plugins in engines of other versions, which lack what a plugin wants: each such engine is a made-up module."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from swarm.engines.plugging import Plug
+
+FORMATS, WORKER, CORE = "vllm.model_executor.model_loader", "vllm.v1.worker.worker_base", "vllm.v1.engine.core"
+REGISTRY = "sglang.srt.plugins.hook_registry"
+Told = list[tuple[str, Any]]
+
+
+def module(name: str, **content: Any) -> Any:
+    made = types.ModuleType(name)
+    made.__dict__.update(content)
+    return made
+
+
+class Explosive(types.ModuleType):
+    """A module that fails in a way of its own when anything is taken from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"{name} needs a GPU")
+
+
+class Rigid(type):
+    """A class that does not let some methods be replaced."""
+
+    rigid: frozenset[str] = frozenset()
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name in cls.rigid:
+            raise TypeError(f"{name} cannot be replaced")
+        super().__setattr__(name, value)
+
+
+def importing(monkeypatch: pytest.MonkeyPatch, package: str, modules: dict[str, Any], plugin: str) -> Any:
+    """The plugin, imported anew where the package is made of these modules and of no others."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)  # cannot be imported
+    for name, made in modules.items():
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            parent = ".".join(parts[:end])
+            if sys.modules.get(parent) is None:
+                monkeypatch.setitem(sys.modules, parent, module(parent, __path__=[], __version__="0.25.1"))
+        monkeypatch.setitem(sys.modules, name, made)
+    monkeypatch.delitem(sys.modules, plugin, raising=False)
+    found = importlib.import_module(plugin)
+    monkeypatch.delitem(sys.modules, plugin)
+    return found
+
+
+class VLLM:
+    """A vLLM that has everything the plugin wants, until a test takes something away."""
+
+    def __init__(self) -> None:
+        self.formats: dict[str, Any] = {}
+        self.told: Told = []
+
+        class WorkerWrapperBase(metaclass=Rigid):
+            """Forwards to its worker, as vLLM's does."""
+
+            def __init__(self, worker: Any) -> None:
+                self.worker = worker
+
+        class EngineCore:
+            def set_weight_version(self, weight_version: str) -> None:
+                pass
+
+        self.wrapper: Any = WorkerWrapperBase
+        self.core: Any = EngineCore
+        self.modules: dict[str, Any] = {
+            FORMATS: module(
+                FORMATS, register_model_loader=lambda name: lambda loader: self.formats.setdefault(name, loader)
+            ),
+            WORKER: module(WORKER, WorkerWrapperBase=WorkerWrapperBase),
+            CORE: module(CORE, EngineCore=EngineCore),
+        }
+
+    def register(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        def hook(name: str) -> Callable[..., None]:
+            return lambda *words: self.told.append((name, words))
+
+        names = ("ready", "change", "changed", "pause", "resume", "discard", "call")
+        loader = module("swarm.engines.vllm_loader", SwarmLoader=object, **{name: hook(name) for name in names})
+        monkeypatch.setitem(sys.modules, "swarm.engines.vllm_loader", loader)
+        monkeypatch.setattr(importlib.import_module("swarm.engines"), "vllm_loader", loader, raising=False)
+        plugin = importing(monkeypatch, "vllm", self.modules, "swarm.engines.vllm")
+        plugin.register()
+        return plugin
+
+    def warmed_up(self) -> list[str]:
+        """What the loader is told that this vLLM would not tell of, when a worker has warmed up."""
+        self.wrapper(types.SimpleNamespace(compile_or_warm_up_model=lambda: None)).compile_or_warm_up_model()
+        ((name, (unhooked,)),) = self.told
+        assert name == "ready"
+        return list(unhooked)
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "swarm"]
+
+
+def test_does_an_engine_that_has_everything_say_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = VLLM()
+    plugin = engine.register(monkeypatch)
+    plugin.register()  # vLLM may call it again
+    assert set(engine.formats) == {"swarm"}
+    assert engine.warmed_up() == []
+    assert lines(caplog) == []
+
+
+def test_does_vllm_without_weight_versions_go_without_these_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = VLLM()
+    del engine.core.set_weight_version
+    plugin = engine.register(monkeypatch)
+    plugin.register()
+    assert set(engine.formats) == {"swarm"}
+    assert engine.warmed_up() == []
+    (line,) = lines(caplog)
+    assert line.startswith("vLLM 0.25.1 goes without serving weights that were updated: ")
+    assert "no attribute 'set_weight_version' (AttributeError)" in line
+
+
+@pytest.mark.parametrize(
+    ("missing", "feature"),
+    [
+        (FORMATS, "--load-format swarm"),
+        (WORKER, "serving what it loaded"),
+        (CORE, "serving weights that were updated"),
+    ],
+)
+@pytest.mark.parametrize("how", ["no module", "nothing in it", "it raises"])
+def test_does_a_module_that_vllm_lacks_cost_its_feature(
+    missing: str, feature: str, how: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = VLLM()
+    engine.modules[missing] = {"no module": None, "nothing in it": module(missing), "it raises": Explosive(missing)}[
+        how
+    ]
+    engine.register(monkeypatch)
+    assert set(engine.formats) == (set() if missing == FORMATS else {"swarm"})
+    (line,) = lines(caplog)
+    assert line.startswith(f"vLLM 0.25.1 goes without {feature}: ")
+
+
+@pytest.mark.parametrize("method", ["update_weights", "sleep"])
+def test_does_a_change_that_nobody_would_tell_of_keep_tensors_from_being_served(
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = VLLM()
+    engine.wrapper.rigid = frozenset({method})
+    engine.register(monkeypatch)
+    assert engine.warmed_up() == [method]
+    (line,) = lines(caplog)
+    assert line.startswith(f"vLLM 0.25.1 goes without serving its loaded tensors ({method}): ")
+
+
+def test_does_no_vllm_at_all_stop_no_process(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    importing(monkeypatch, "vllm", {}, "swarm.engines.vllm").register()
+    (line,) = lines(caplog)
+    assert line.startswith("vLLM of an unknown version goes without --load-format swarm: ")
+
+
+class Registry:
+    """SGLang's registry of hooks, which may refuse some."""
+
+    def __init__(self, *refused: str) -> None:
+        self.hooks: dict[str, str] = {}
+        self._refused = refused
+
+    def register(self, target: str, hook: Any, kind: str) -> None:
+        if target.rpartition(".")[2] in self._refused:
+            raise ValueError(f"{target} is not for plugins")
+        self.hooks[target.rpartition(".")[2]] = kind
+
+
+KINDS = {"AROUND": "around", "BEFORE": "before", "AFTER": "after"}
+
+
+def sglang(monkeypatch: pytest.MonkeyPatch, **content: Any) -> Any:
+    made = {REGISTRY: module(REGISTRY, **content)} if content else {}
+    return importing(monkeypatch, "sglang", made, "swarm.engines.sglang")
+
+
+def test_does_a_hook_that_sglang_refuses_cost_no_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry("update_weights_from_ipc", "resume_memory_occupation")
+    sglang(monkeypatch, HookRegistry=registry, HookType=KINDS).register()
+    assert registry.hooks["get_model_loader"] == "around"
+    assert registry.hooks["dispatch_event_loop"] == "before"
+    assert len(registry.hooks) == 7
+    assert [line.partition(": ")[0] for line in lines(caplog)] == [
+        "SGLang 0.25.1 goes without serving its loaded tensors (update_weights_from_ipc)",
+        "SGLang 0.25.1 goes without serving again after it slept (resume_memory_occupation)",
+    ]
+
+
+def test_does_a_kind_of_hook_that_sglang_lacks_cost_what_needs_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = Registry()
+    kinds = {name: kind for name, kind in KINDS.items() if name != "AFTER"}
+    sglang(monkeypatch, HookRegistry=registry, HookType=kinds).register()
+    assert "get_model_loader" in registry.hooks
+    (line,) = lines(caplog)
+    assert "goes without serving again after it slept" in line
+
+
+@pytest.mark.parametrize("content", [{}, {"HookRegistry": Registry()}])
+def test_does_sglang_without_plugins_of_this_kind_start(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sglang(monkeypatch, **content).register()
+    (line,) = lines(caplog)
+    assert " goes without swarm: " in line
+
+
+def test_is_a_failure_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    plug, tried = Plug("An engine", "no_such_engine"), []
+
+    def put() -> None:
+        tried.append(1)
+        raise OSError("no")
+
+    assert not plug.place("flying", put)
+    assert not plug.place("flying", put)
+    assert tried == [1]
+    (line,) = lines(caplog)
+    assert line.startswith("An engine of an unknown version goes without flying: no (OSError); docs/engines.md")
