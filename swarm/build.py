@@ -1,4 +1,4 @@
-"""Builds the manifest of a checkpoint from its files, and checks directories against manifests.
+"""Builds manifests of a checkpoint, of files that are none, and of tensors; checks directories against manifests.
 
 Owns how files are hashed in parallel, and the cache that spares hashing them again:
 
@@ -84,24 +84,26 @@ def checkpoint(
     """The manifest of a model directory, or of one safetensors file; a source that serves it; and what was left out.
 
     `progress(done, total)` is told bytes, on the calling thread. `threads` None is one per core. Raises ManifestInvalid
-    when the files cannot be an artifact, SettingsError for sizes out of bounds, SourceChanged when a file changes
-    meanwhile, StoreError when one cannot be read.
+    when the files cannot be an artifact, or are not all that an index names, SettingsError for sizes out of bounds,
+    SourceChanged when a file changes meanwhile, StoreError when one cannot be read.
     """
-    began_ns = time.time_ns()
     with store_errors(path):
         found, skipped = walk(path)
         grid = _grid(chunk_bytes, leaf_bytes, chunk_hash, total_bytes=sum(file.stamp.size for file in found))
         _check_indexes(found)
-        cache = _Cache(cache_dir, path, grid)
-        known = cache.load(found)
-        entries = _describe(found, known, grid, progress=progress, threads=threads)
-        manifest = Manifest(1, "checkpoint", "", grid.scheme, grid.chunk_bytes, tuple(entries))
-        decode(manifest.encoded, digest=manifest.digest)  # what no peer would accept must not be announced
-        settled = [file for file in found if file.path in known or file.stamp.mtime_ns < began_ns - RACY_NS]
-        if len(known) < len(found):
-            cache.save(manifest, settled)
-    paths, stamps = [file.real for file in found], [file.stamp for file in found]
-    return manifest, DirectorySource(path, manifest, paths=paths, stamps=stamps), skipped
+        source = _hashed(path, found, grid, cache_dir=cache_dir, progress=progress, threads=threads)
+    return source.manifest, source, skipped
+
+
+def files(path: Path, *, cache_dir: Path) -> DirectorySource:
+    """A source of the files of a directory that is no checkpoint: what an index names need not be there.
+
+    Raises as `checkpoint` does.
+    """
+    with store_errors(path):
+        found, _ = walk(path)
+        grid = _grid(None, None, total_bytes=sum(file.stamp.size for file in found))
+        return _hashed(path, found, grid, cache_dir=cache_dir)
 
 
 def known(
@@ -258,6 +260,28 @@ def _hash_on_gpus(
         if chunks:
             digests |= zip(chunks, chunk_digests(scheme, list(chunks.values())), strict=True)
     return digests
+
+
+def _hashed(
+    path: Path,
+    found: Sequence[Found],
+    grid: _Grid,
+    *,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> DirectorySource:
+    """A source of these files, hashing those that the cache does not know."""
+    began_ns = time.time_ns()
+    cache = _Cache(cache_dir, path, grid)
+    known = cache.load(found)
+    entries = _describe(found, known, grid, progress=progress, threads=threads)
+    manifest = Manifest(1, "checkpoint", "", grid.scheme, grid.chunk_bytes, tuple(entries))
+    decode(manifest.encoded, digest=manifest.digest)  # what no peer would accept must not be announced
+    settled = [file for file in found if file.path in known or file.stamp.mtime_ns < began_ns - RACY_NS]
+    if len(known) < len(found):
+        cache.save(manifest, settled)
+    return DirectorySource(path, manifest, paths=[f.real for f in found], stamps=[f.stamp for f in found])
 
 
 def _check_indexes(found: Sequence[Found]) -> None:

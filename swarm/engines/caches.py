@@ -142,10 +142,10 @@ def offer(fields: Mapping[str, str], settings: Settings, *, places: Mapping[str,
             found = _copy(copy / "files", directories() if places is None else places)
         if not found:
             return None
-        manifest, source, _ = build.checkpoint(copy / "files", cache_dir=copy)
+        source = build.files(copy / "files", cache_dir=copy)
         source.close()
-        text = Fingerprint({**wanted.fields, CONTENT: _content(copy / "files", manifest)}).text
-        manifest = msgspec.structs.replace(manifest, tier="cache", fingerprint=text)
+        text = Fingerprint({**wanted.fields, CONTENT: _content(copy / "files", source.manifest)}).text
+        manifest = msgspec.structs.replace(source.manifest, tier="cache", fingerprint=text)
         return serve_source(artifact_id(wanted), _Copy(copy, manifest), None, settings=settings)
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)

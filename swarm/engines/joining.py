@@ -30,7 +30,7 @@ from swarm import build
 from swarm.api import fetch_on
 from swarm.engines import metadata, pruning
 from swarm.engines.fingerprint import CONTENT, WEIGHT_VERSION, Fingerprint, is_loaded, metadata_id
-from swarm.engines.offering import Offer
+from swarm.engines.offering import TENSORS, Offer
 from swarm.engines.starts import Start, Step, record
 from swarm.engines.tiers import Choice, Layout, Local, Other, Situation, TierName, choose
 from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError, SwarmError
@@ -141,6 +141,7 @@ class Join:
         self._node: Node | None = None
         self._files: Path | None = None  # of the checkpoint, if they are on this machine
         self._stamps: dict[str, Stamp] = {}  # of its weights, before they were loaded
+        self._hashed: Manifest | None = None  # of these files, once they are served
         self.offer = Offer(
             repr(self),
             version=options.weight_version,
@@ -374,7 +375,12 @@ class Join:
     def ready(self, then: Callable[[], object] | None = None) -> None:
         """The engine answers: serves what it has, from a thread of its own, and does `then`. See `serving`."""
         if self._options.serve and self.serving is None:
-            self.offer.begin(self._serve_files, self.offer.publish, then)
+            steps: dict[str, Callable[[], object]] = {
+                "the checkpoint": self._serve_checkpoint,
+                "metadata": self._serve_metadata,
+                TENSORS: self.offer.publish,
+            }
+            self.offer.begin(steps if then is None else {**steps, "what was compiled": then})
 
     @property
     def serving(self) -> Future[None] | None:
@@ -385,25 +391,51 @@ class Join:
         with _turn(self._cache / "checkpoints" / f"hash-{directory.name}"):
             return build.checkpoint(directory, cache_dir=self._cache, **self._grid)[1]
 
-    def _serve_files(self) -> None:
-        """Serves the checkpoint and what engines read of it first: one rank of each host does."""
-        source: Source
-        if self._files is not None:
+    def _serve_checkpoint(self) -> None:
+        """Serves the files of the checkpoint where they are here: one rank of each host does."""
+        if self._files is None:
+            return
+        try:
             source = self._hash_files(self._files)
-            manifest = source.manifest
-            if self.content not in (None, manifest.digest) or (self._stamps and self._stamps != _stamps(self._files)):
-                source.close()
-                raise StoreConflict(self._files, "holds other files than were loaded from it; restart to serve them")
-            self.content = manifest.digest
-            if self.first_of_host:
-                self._serve(self.model_id, source)
-                log.info("%s: serves the files at %s, digest %s", self, self._files, manifest.digest)
-                metadata.stage(self._cache, self._files, manifest)
-            else:
-                source.close()
-        if self.first_of_host and self.content and (place := metadata.staged(self._cache, self.content)):
-            _, source, _ = build.checkpoint(place, cache_dir=self._cache)
-            self._serve(metadata_id(self.model_id), source)
+        except Exception:
+            self._demand_loaded(self._files)
+            raise
+        try:
+            self._demand_loaded(self._files, source.manifest)
+            self.content, self._hashed = source.manifest.digest, source.manifest
+        except BaseException:
+            source.close()
+            raise
+        if not self.first_of_host:
+            source.close()
+            return
+        self._serve(self.model_id, source)
+        log.info("%s: serves the files at %s, digest %s", self, self._files, self.content)
+
+    def _demand_loaded(self, files: Path, manifest: Manifest | None = None) -> None:
+        """Raises StoreConflict if the files were changed since the weights were loaded from them.
+
+        Then either may have been loaded, so that the content is unknown and nothing is served by its name.
+        """
+        if self.content in (None, manifest.digest if manifest else self.content) and self._unchanged(files):
+            return
+        self.content = None
+        raise StoreConflict(files, "holds other files than were loaded from it; restart to serve them")
+
+    def _unchanged(self, files: Path) -> bool:
+        try:
+            return not self._stamps or self._stamps == _stamps(files)
+        except OSError:
+            return False
+
+    def _serve_metadata(self) -> None:
+        """Serves what engines read before the weights: one rank of each host does."""
+        if not self.first_of_host or self.content is None:
+            return
+        if self._files is not None and self._hashed is not None:
+            metadata.stage(self._cache, self._files, self._hashed)
+        if place := metadata.staged(self._cache, self.content):
+            self._serve(metadata_id(self.model_id), metadata.source(self._cache, place))
 
     def _loaded_as(self, version: str | None) -> tuple[str, Fingerprint] | None:
         ours = self.fingerprint = self._fingerprint_of(self.content, version)

@@ -1,6 +1,7 @@
 """What an engine reads before its weights: config, tokenizer and the headers of safetensors files, as an artifact.
 
-    stage      a checkpoint's small files and a description of it -> a directory to serve as '<model id>#metadata'
+    stage      a checkpoint's small files and a description of it -> a directory
+    source     such a directory -> what to serve as '<model id>#metadata'
     lay_out    such a directory, as it was fetched -> a model directory whose safetensors files are headers alone
 
 Engines decide by headers, too: whether embeddings are tied, which dtype, which quantisation. Without them a newcomer
@@ -28,6 +29,7 @@ from swarm import build, safetensors_header
 from swarm.engines import pruning
 from swarm.errors import ManifestInvalid, SourceChanged
 from swarm.manifest import FILE_BYTES_MAX, Digest, Manifest, unsafe_path
+from swarm.store.directory import DirectorySource
 from swarm.store.disk import store_errors
 
 DESCRIPTION = "swarm_checkpoint.json"
@@ -90,6 +92,14 @@ def staged(cache: Path, content: str) -> Path | None:
         return None
     pruning.hold(place)
     return place if (place / DESCRIPTION).is_file() else None
+
+
+def source(cache: Path, place: Path) -> DirectorySource:
+    """Serves a directory of `staged`, which is no checkpoint: it has an index without the files that this names.
+
+    Raises what `build.files` raises.
+    """
+    return build.files(place, cache_dir=cache)
 
 
 def adopt(cache: Path, fetched: Path) -> Path:

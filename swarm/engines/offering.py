@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 ANEW = "the engine starts anew"
+TENSORS = "loaded tensors"  # what the log calls them
 
 log = logging.getLogger("swarm")
 
@@ -97,7 +98,7 @@ class Offer:
             self._give_up("their memory went before they were hashed, so it is not known what they were")
             return
         self._stopped = ""
-        self.begin(self.publish)
+        self.begin({TENSORS: self.publish})
 
     def change(self, why: str, until: str = ANEW) -> None:
         """They are about to change: what they are is served no longer. Returns when nobody reads them any more."""
@@ -118,7 +119,7 @@ class Offer:
         self._called.add(version)
         self.version, self._kept, self._twin, self._hashed = version, tensors, None, None
         self._changes, self._stopped = 0, ""
-        self.begin(self.publish)
+        self.begin({TENSORS: self.publish})
 
     def _unfit(self, version: str) -> str:
         """Why tensors cannot be served as a version; '' when they can."""
@@ -134,7 +135,10 @@ class Offer:
         """Hashes and serves what is kept. Raises SettingsError, ManifestInvalid, StoreError."""
         with self._lock:
             described = self._describe(self.version)
-            if self._stopped or self._kept is None or described is None or self._hashed in self._served:
+            if self._stopped or self._kept is None or self._hashed in self._served:
+                return
+            if described is None:
+                log.info("%s: %s are not served: it is not known which checkpoint they are of", self._label, TENSORS)
                 return
             artifact, ours = described
             source = build.tensors(self._kept(), loaded_as=ours.text, chunk_hash=self._chunk_hash)
@@ -169,18 +173,23 @@ class Offer:
         self._kept = None
         log.info("%s: loaded tensors are not served again: %s", self._label, why)
 
-    def begin(self, *steps: Callable[[], object] | None) -> None:
-        """Does these in the background, one after the other. See `serving`."""
+    def begin(self, steps: Mapping[str, Callable[[], object]]) -> None:
+        """Does these in the background, one after the other, by what each serves. See `serving`.
+
+        One that fails is logged, and the others are done all the same. The first failure is what `serving` raises.
+        """
         self.serving = serving = Future[None]()
 
         def run() -> None:
-            try:
-                for step in steps:
-                    if step is not None:
-                        step()
-            except Exception as error:
-                log.warning("%s: not all is served: %s", self._label, error)
-                serving.set_exception(error)
+            failures: list[Exception] = []
+            for what, step in steps.items():
+                try:
+                    step()
+                except Exception as error:
+                    log.warning("%s: %s cannot be served: %s", self._label, what, error)
+                    failures.append(error)
+            if failures:
+                serving.set_exception(failures[0])
             else:
                 serving.set_result(None)
 

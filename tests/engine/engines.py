@@ -69,7 +69,7 @@ class Engine:
                     "HF_HOME": str(cache / "hf"),
                     "VLLM_NO_USAGE_STATS": "1",
                     "DO_NOT_TRACK": "1",
-                    "PYTHONPATH": str(ROOT / "tests"),
+                    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",  # this tree, whichever is installed
                     "SWARM_CACHE": str(cache),
                     "SWARM_MODEL_ID": MODEL_ID,
                     "SWARM_FSYNC": "0",

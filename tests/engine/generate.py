@@ -68,7 +68,8 @@ def register_updates() -> None:
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, update_info: Update) -> None:
-            self.model.load_weights(load_file(Path(update_info.path) / "model.safetensors").items())
+            for file in sorted(Path(update_info.path).glob("*.safetensors")):
+                self.model.load_weights(load_file(file).items())
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

@@ -24,6 +24,7 @@ from transformers import (
 
 VOCABULARY = 512
 SCALE = 5.0
+SHARD = 0.4  # of a model's bytes: three files
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
@@ -77,15 +78,17 @@ def deepseek() -> PreTrainedConfig:
     )
 
 
-def write(directory: Path, config: PreTrainedConfig, *, seed: int = 1) -> Path:
-    """A model directory with weights, config and tokenizer."""
+def write(directory: Path, config: PreTrainedConfig, *, seed: int = 1, sharded: bool = True) -> Path:
+    """A model directory with weights, config and tokenizer: in several files with an index, unless told otherwise."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "norm" not in name:
                 parameter.mul_(SCALE)
-    model.save_pretrained(directory)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    model.save_pretrained(directory, max_shard_size=int(size * SHARD) if sharded else size * 2)
+    assert (directory / "model.safetensors.index.json").exists() == sharded
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,8 +103,8 @@ def write(directory: Path, config: PreTrainedConfig, *, seed: int = 1) -> Path:
 
 
 def write_w8a8(directory: Path, *, seed: int = 1) -> Path:
-    """A dense model in compressed-tensors W8A8-int8: weights per channel, activations per token."""
-    write(directory, dense("bfloat16", tied=False), seed=seed)
+    """A dense model in compressed-tensors W8A8-int8, in one file: weights per channel, activations per token."""
+    write(directory, dense("bfloat16", tied=False), seed=seed, sharded=False)
     file = directory / "model.safetensors"
     tensors = {}
     for name, tensor in load_file(file).items():

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from swarm import build
 from swarm.engines import metadata, starts
+from swarm.engines.fingerprint import is_loaded, metadata_id
 from swarm.engines.joining import Join, Options, Rank
 from swarm.engines.tiers import TierName
-from swarm.errors import ManifestInvalid, SettingsError, StoreError, SwarmError
+from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError, SwarmError
 from swarm.runtime import runtime
 from swarm.settings import Settings
 
@@ -89,6 +92,82 @@ def test_does_a_twin_get_the_tensors_and_serve_them_on(join: Callable[..., Join]
     again = tensors(0.0)
     assert c.load({"loaded": lambda: c.fetch_loaded(again), "disk": nowhere}) == "loaded"
     assert torch.equal(again["head"], got["head"])
+
+
+def test_does_a_newcomer_get_all_of_a_model_of_several_files(
+    join: Callable[..., Join], sharded: Path, tmp_path: Path
+) -> None:
+    a = seed(join, sharded)
+    b = join("b", bare(tmp_path, a), a)
+    assert b.described is not None
+    assert b.described.tensor_names() == {"a.weight", "b.weight", "c.weight"}
+    got = tensors(0.0)
+    assert b.load({"loaded": lambda: b.fetch_loaded(got), "checkpoint": nowhere, "disk": nowhere}) == "loaded"
+    c = join("c", bare(tmp_path, a, "c"), a, fields={**FIELDS, "tp": "0 of 2"})
+    found: list[Path] = []
+    assert c.load({"checkpoint": lambda: found.append(c.fetch_checkpoint()), "disk": nowhere}) == "checkpoint"
+    assert metadata.is_whole(found[0])
+
+
+FAILING: dict[str, Callable[[Join], tuple[object, str] | None]] = {
+    "the checkpoint": lambda a: (a, "_hash_files"),
+    "metadata": lambda a: (metadata, "stage"),
+    "loaded tensors": lambda a: (a.offer, "_serve"),
+    "what was compiled": lambda a: None,
+}
+
+
+@pytest.mark.parametrize("failing", FAILING)
+def test_does_what_cannot_be_served_keep_nothing_else_from_being_served(
+    failing: str,
+    join: Callable[..., Join],
+    sharded: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    for path in sharded.iterdir():
+        os.utime(path, (1, 1))  # long enough ago for the hashes to be trusted: it is known what was loaded
+    _, source, _ = build.checkpoint(sharded, cache_dir=tmp_path / "a")
+    source.close()
+    a = join("a", sharded)
+    a.load({"disk": lambda: None})
+    a.offer.keep(lambda: tensors(1.0))
+    assert a.content is not None
+    metadata.stage(tmp_path / "a", sharded, source.manifest)
+    if patched := FAILING[failing](a):
+        monkeypatch.setattr(*patched, nowhere)
+    compiled: list[str] = []
+    a.ready(nowhere if failing == "what was compiled" else lambda: compiled.append("served"))
+    assert a.serving is not None
+    with pytest.raises(StoreError, match="there are no files"):
+        a.serving.result(30)
+    assert a._node is not None
+    served = {"what was compiled"} if compiled else set()
+    for one in a._node._sharing.announcements():
+        served |= {"loaded tensors"} if is_loaded(one.model_id, MODEL) else set()
+        served |= {"metadata"} if one.model_id == metadata_id(MODEL) else set()
+        served |= {"the checkpoint"} if one.model_id == MODEL else set()
+    assert served == set(FAILING) - {failing}
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == f"org/model rank 0: {failing} cannot be served: there are no files"
+
+
+def test_is_nothing_served_by_the_name_of_files_that_changed_while_they_were_loaded(
+    join: Callable[..., Join], sharded: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = join("a", sharded)
+    a.load({"disk": lambda: None})
+    shard = sharded / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    a.offer.keep(lambda: tensors(1.0))
+    with caplog.at_level("INFO", "swarm"):
+        a.ready()
+        assert a.serving is not None
+        with pytest.raises(StoreConflict, match="other files than were loaded"):
+            a.serving.result(30)
+    assert a._node is None or not a._node._sharing.announcements()
+    assert "loaded tensors are not served: it is not known which checkpoint they are of" in caplog.text
 
 
 def test_is_a_weight_version_given_to_who_asks_for_it_alone(

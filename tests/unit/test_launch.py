@@ -9,6 +9,7 @@ import pytest
 
 import swarm
 from swarm import build
+from swarm.api import serve_source
 from swarm.demo import write_made_up
 from swarm.engines import metadata
 from swarm.engines.fingerprint import metadata_id
@@ -37,6 +38,20 @@ def peer(tmp_path: Path) -> Iterator[str]:
     staged = metadata.stage(cache, model, manifest)
     with swarm.serve(staged, model_id=metadata_id(MODEL), settings=Settings(mdns=False, cache=cache)) as served:
         yield served.address
+
+
+def test_is_a_model_of_several_files_laid_out_with_its_index(sharded: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "theirs"
+    manifest, source, _ = build.checkpoint(sharded, cache_dir=cache)
+    source.close()
+    staged = metadata.source(cache, metadata.stage(cache, sharded, manifest))
+    theirs = Settings(mdns=False, cache=cache)
+    with serve_source(metadata_id(MODEL), staged, None, settings=theirs) as served:
+        launch = prepare(["vllm", "serve", MODEL], settings(tmp_path, served.address))
+    here = Path(launch.command[2])
+    assert {path.name for path in sharded.iterdir()} < {path.name for path in here.iterdir()}
+    assert metadata.read(here).content == manifest.digest
+    assert not metadata.is_whole(here)
 
 
 def settings(tmp_path: Path, *peers: str) -> Settings:

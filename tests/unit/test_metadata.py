@@ -61,12 +61,28 @@ def test_is_the_same_content_staged_the_same_everywhere(model: Path, tmp_path: P
     for machine in ("a", "b"):
         manifest, source, _ = build.checkpoint(model, cache_dir=tmp_path / machine)
         source.close()
-        staged, files, _ = build.checkpoint(
-            metadata.stage(tmp_path / machine, model, manifest), cache_dir=tmp_path / "c"
-        )
-        files.close()
-        digests.add(staged.digest)
+        staged = metadata.source(tmp_path / "c", metadata.stage(tmp_path / machine, model, manifest))
+        staged.close()
+        digests.add(staged.manifest.digest)
     assert len(digests) == 1
+
+
+def test_is_an_index_served_and_laid_out_without_its_shards(sharded: Path, tmp_path: Path) -> None:
+    manifest, source, _ = build.checkpoint(sharded, cache_dir=tmp_path / "a")
+    source.close()
+    staged = metadata.stage(tmp_path / "a", sharded, manifest)
+    served = metadata.source(tmp_path / "a", staged)
+    served.close()
+    index = "model.safetensors.index.json"
+    assert {file.path for file in served.manifest.files} == {"config.json", index, metadata.DESCRIPTION}
+    with pytest.raises(ManifestInvalid, match="3 of the files it names are missing"):
+        build.checkpoint(staged, cache_dir=tmp_path / "a")  # which it is not
+    out = metadata.lay_out(tmp_path / "b", "org/model", metadata.adopt(tmp_path / "b", staged))
+    assert names(out) == {*names(sharded), metadata.DESCRIPTION, metadata.NAME}
+    assert (out / index).read_bytes() == (sharded / index).read_bytes()
+    assert metadata.read(out).tensor_names() == {"a.weight", "b.weight", "c.weight"}
+    assert not metadata.is_whole(out)
+    assert metadata.is_whole(sharded)
 
 
 def test_are_files_that_changed_since_they_were_hashed_not_staged(model: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ class Stand:
 
     def serving(self, held: Callable[[], dict[str, torch.Tensor]]) -> Stand:
         self.offer.keep(held)
-        self.offer.begin(self.offer.publish)
+        self.offer.begin({"tensors": self.offer.publish})
         assert self.settled()
         return self
 
@@ -88,7 +88,7 @@ def test_are_tensors_not_served_that_nobody_hashed_before_their_memory_went(
     stand.offer.pause("a test")
     with caplog.at_level("INFO", "swarm"):
         stand.offer.resume()
-    stand.offer.begin(stand.offer.publish)
+    stand.offer.begin({"tensors": stand.offer.publish})
     assert not stand.settled()
     assert "went before they were hashed" in caplog.text
 
@@ -116,7 +116,7 @@ def test_does_a_sleep_wait_for_whoever_reads_the_tensors() -> None:
         return tensors(1)
 
     stand.offer.keep(slowly)
-    stand.offer.begin(stand.offer.publish)
+    stand.offer.begin({"tensors": stand.offer.publish})
     assert reading.wait(30)
     stand.offer.pause("a test")
     order.append("asleep")
