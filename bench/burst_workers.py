@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroupGloo
 
-    from swarm.manifest import Chunk
+    from swarm.content.manifest import Chunk
     from swarm.store import Source, Span
 
 Answer = dict[str, Any]
@@ -113,7 +113,7 @@ def swarm_watched_newcomer(task: Task) -> None:
 def swarm_liar(task: Task) -> None:
     """Announces the whole model; about every tenth chunk that it has is not what it says."""
     import swarm
-    from swarm import build
+    from swarm.checkpoint import manifest_builder
     from swarm.runtime import runtime
 
     peers = tuple(f"{seed}:{SWARM_PORT}" for seed in task.seeds)
@@ -127,7 +127,7 @@ def swarm_liar(task: Task) -> None:
         mdns=False,
         cache=cache,
     )
-    _, source, _ = build.checkpoint(
+    _, source, _ = manifest_builder.checkpoint(
         task.file.parent, cache_dir=cache, chunk_bytes=task.chunk_bytes, leaf_bytes=task.leaf_bytes
     )
 

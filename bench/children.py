@@ -158,7 +158,7 @@ def run(argv: Sequence[str], *, cwd: Path, timeout_s: float, environment: dict[s
 
 def swarm(*arguments: str) -> list[str]:
     """The `swarm` command line with these arguments."""
-    return [sys.executable, "-m", "swarm.cli", *arguments]
+    return [sys.executable, "-m", "swarm", *arguments]
 
 
 def clean_environment(cwd: Path, **settings: str) -> dict[str, str]:

@@ -24,15 +24,15 @@ from typing import Any
 from children import ROOT, host
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from swarm.link import HttpLinks, Link
-from swarm.listener import Listener
-from swarm.pages import Stream
-from swarm.status.collecting import Told
-from swarm.status.dashboard import ASSETS, asset
-from swarm.status.feed import Feed
-from swarm.status.history import Fetch
-from swarm.status.own import CELLS_MAX, Flow, Held, Known, Own, OwnFetch
-from swarm.status.view import Json, Viewer
+from swarm.dashboard.collector import Told
+from swarm.dashboard.member_report import CELLS_MAX, Flow, Held, Known, Own, OwnFetch
+from swarm.dashboard.server import ASSETS, asset
+from swarm.dashboard.sse import Feed
+from swarm.dashboard.swarm_view import Json, Viewer
+from swarm.net.http_pages import Stream
+from swarm.net.listener import Listener
+from swarm.net.websocket import HttpLinks, Link
+from swarm.observe.fetch_history import Fetch
 
 CHROMIUM = "/usr/bin/chromium"
 RESULTS = ROOT / "bench" / "results"

@@ -43,8 +43,8 @@ import forked
 from children import host, isolate
 from proxy import Proxy
 
-from swarm import keys
-from swarm.demo import write_made_up
+from swarm.cli.demo import write_made_up
+from swarm.security import cluster_key
 
 MODEL, TENSOR_BYTES = "org/model", 3_000_000
 NODES = 6
@@ -127,7 +127,7 @@ class Run:
         self._outcome = Outcome(seed)
         self._environment = {**PATIENCE, "SWARM_CACHE": str(place / "cache"), "SWARM_NETWORK": "local"}
         if self._dice.random() < 0.5:
-            keys.create(place / "key")
+            cluster_key.create(place / "key")
             self._environment["SWARM_KEY_FILE"] = str(place / "key")
             self._outcome.faults.append("with a key")
         seeds = self._dice.randint(1, 2)

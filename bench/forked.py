@@ -15,7 +15,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 _context = get_context("forkserver")
-_context.set_forkserver_preload(["swarm.cli", "swarm.api", "swarm.runtime", "swarm.status.running", "aiohttp.web"])
+_context.set_forkserver_preload(
+    ["swarm.cli.main", "swarm.api", "swarm.runtime", "swarm.node.local_nodes", "aiohttp.web"]
+)
 
 STOP_TIMEOUT_S = 20.0  # a node says goodbye within seconds; a busy machine takes its time
 
@@ -73,7 +75,7 @@ class Command:
 
 def _main(arguments: list[str], environment: dict[str, str], place: str, out: str, err: str) -> None:
     """In the new process."""
-    from swarm import cli
+    from swarm.cli import main
 
     for number, path in ((1, out), (2, err)):
         target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -84,4 +86,4 @@ def _main(arguments: list[str], environment: dict[str, str], place: str, out: st
     os.environ |= environment
     os.chdir(place)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(cli.main(arguments))
+    sys.exit(main.main(arguments))

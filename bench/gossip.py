@@ -9,19 +9,24 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
+from pathlib import Path
 
 from gossip_real import real
 
-from swarm import tuning
-from swarm.rumours import Holding, Profile, State
-from swarm.simulation.gossip import Flock
+from swarm.membership import config
+from swarm.protocol.packets import Holding, Profile, State
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the simulated group is the tests'
+
+from sim.swim_group import Flock
 
 LIMIT_S = 600.0
 
 
 def flock(members: int, *, seed: int, loss: float = 0.0) -> Flock:
     """Members that joined through the first at once and have fallen quiet."""
-    found = Flock(seed=seed, tuning=tuning.lan(), checked=False)
+    found = Flock(seed=seed, tuning=config.lan(), checked=False)
     for number in range(members):
         found.add(f"m{number}", contacts=("m0",) if number else ())
     while found.now < LIMIT_S and not all(found.knows(name) == members - 1 for name in found.hosts):
@@ -88,7 +93,7 @@ def cost(members: int, *, busy: bool) -> tuple[float, float]:
     found = flock(members, seed=0)
     if not busy:
         return bytes_per_s(found, 15.0)
-    seconds = math.ceil(tuning.lan().between_profiles_s(members)) + 10
+    seconds = math.ceil(config.lan().between_profiles_s(members)) + 10
     sent = []
     for step in range(2 * seconds):
         done = 10 * (step % 9)

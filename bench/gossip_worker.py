@@ -14,12 +14,12 @@ import sys
 import time
 from typing import Any
 
-from swarm.gossip import Changed
 from swarm.journal import Entry
-from swarm.node import Node
+from swarm.membership.config import Tuning, lan, local, wan
+from swarm.membership.swim import Changed
+from swarm.net.environment import HostWorld, machine_label
+from swarm.node.node import Node
 from swarm.settings import Settings
-from swarm.tuning import Tuning, lan, local, wan
-from swarm.world import HostWorld, machine_label
 
 NETWORKS: dict[str, Tuning] = {"local": local(), "lan": lan(), "wan": wan()}
 UDP_IP_BYTES = 28

@@ -15,11 +15,10 @@ from collections.abc import Callable
 import torch
 import triton
 
-from swarm import cuda
+from swarm.content.manifest import HashScheme
 from swarm.hashing import cuda as on_gpu
 from swarm.hashing import kernels
-from swarm.manifest import HashScheme
-from swarm.store import DeviceView
+from swarm.store import DeviceView, cuda
 
 LEAVES = [4 << 10, 16 << 10, 64 << 10, 128 << 10]
 BATCHES = [16 << 20, 64 << 20, 256 << 20, 1 << 30, 4 << 30]

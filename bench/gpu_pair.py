@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 import swarm
-from swarm import cuda
 from swarm.settings import Settings
+from swarm.store import cuda
 
 MODEL = "bench/pair"
 LAYER = [

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 import swarm
-from swarm import cuda
-from swarm.download import Ask, Complete
 from swarm.journal import Journal
 from swarm.settings import Settings
+from swarm.store import cuda
+from swarm.transfer.download import Ask, Complete
 
 MODEL = "bench/qwen2.5-7b"
 HIDDEN, INNER, KEYS, VOCABULARY = 3584, 18944, 512, 152064

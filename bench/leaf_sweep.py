@@ -18,8 +18,8 @@ from collections.abc import Callable
 import children
 import numpy as np
 
+from swarm.content.manifest import HashScheme
 from swarm.hashing.cpu import LeafHasher
-from swarm.manifest import HashScheme
 
 VIEW_BYTES = 1 << 20
 LEAVES = [4 << 10, 16 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 4 << 20]

@@ -64,7 +64,7 @@ def warm(path: Path) -> None:
 def _make(path: Path, size: int) -> None:
     import numpy as np
 
-    from swarm.demo import write_made_up
+    from swarm.cli.demo import write_made_up
 
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.Generator(np.random.SFC64(1))

@@ -35,7 +35,7 @@ import children
 import models
 from children import Child
 
-from swarm import keys
+from swarm.security import cluster_key
 
 QUICK_REPEATS = 10  # of what takes less than a second
 READY_TIMEOUT_S = 120.0
@@ -107,7 +107,7 @@ class Bench:
         self._seed, self._seed_address = self._serve(held, model, "--no-mdns")
         self._tiny = models.model(place, TINY_BYTES)
         _, self._tiny_address = self._serve(held, self._tiny)
-        keys.create(place / "key")
+        cluster_key.create(place / "key")
         keyed = {"key_file": str(place / "key")}
         self._keyed = {
             encryption: self._serve(held, model, "--no-mdns", **keyed, data_encryption=encryption)

@@ -22,7 +22,7 @@ from typing import Any
 from disturbances import DISTURBANCES
 
 from swarm import __version__
-from swarm.simulate import Outcome, as_plain, failure, play_each
+from swarm.cli.simulate import Outcome, as_plain, failure, play_each
 from swarm.simulation.report import Report
 from swarm.simulation.setup import Setup
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from disturbances import DISTURBANCES
 
-from swarm.simulate import Outcome, failure, play_each
+from swarm.cli.simulate import Outcome, failure, play_each
 from swarm.simulation.report import Report
 from swarm.simulation.setup import Setup
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import forked
 
-from swarm import keys
-from swarm.demo import write_made_up
+from swarm.cli.demo import write_made_up
+from swarm.security import cluster_key
 
 MODEL, MODEL_BYTES = "soak/model", 8_000_000
 LOOKS = 180
@@ -88,7 +88,7 @@ class Soak:
         write_made_up(self._model / "a.safetensors", [("a", shape)], rng=np.random.default_rng(1))
         self._environment = {"SWARM_MDNS": "false", "SWARM_CACHE": str(place / "cache"), "SWARM_UPLOAD_LIMIT": "40MB/s"}
         if key:
-            keys.create(place / "key")
+            cluster_key.create(place / "key")
             self._environment["SWARM_KEY_FILE"] = str(place / "key")
         self._guests: list[Guest] = []
         self._counts = {"came": 0, "complete": 0, "killed early": 0, "failed": 0, "wrong": 0}

@@ -79,8 +79,8 @@ def fetcher(model: Path) -> None:
 @contextmanager
 def traced(settings: Settings, path: Path) -> Iterator[None]:
     """The node of these settings is open, and what happens on it is written to a file."""
+    from swarm.observe.trace import tracing
     from swarm.runtime import runtime
-    from swarm.status.trace import tracing
 
     node = runtime().run(runtime().acquire(settings))
     try:
@@ -128,7 +128,7 @@ def read_all(model: Path) -> dict[Path, dict[str, torch.Tensor]]:
     """New tensors like those of the model, touched and still empty, by file in the order of their bytes."""
     import torch
 
-    from swarm import safetensors_header
+    from swarm.content import safetensors_header
 
     found = {}
     for path in sorted(model.glob("*.safetensors")):

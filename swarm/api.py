@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from swarm import build, hub
+from swarm.checkpoint import hf_cache, manifest_builder
+from swarm.content.manifest import Manifest
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.hashing.cpu import demand
-from swarm.manifest import Manifest
-from swarm.messages import Origin
-from swarm.node import Fetched, Node
-from swarm.resolving import resolve
+from swarm.node.node import Fetched, Node
+from swarm.node.resolve import resolve
+from swarm.protocol.messages import Origin
 from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.store import Source, Store
@@ -215,20 +215,20 @@ def open_source(
             raise SettingsError("model_id", "tensors have no name of their own; say model_id='org/model'")
         if not what:
             raise SettingsError("tensors", "there are none")
-        return model_id, build.tensors(what, **grid), None
+        return model_id, manifest_builder.tensors(what, **grid), None
     path = _locate(what)
-    _, source, skipped = build.checkpoint(path, cache_dir=settings.cache, **grid)
+    _, source, skipped = manifest_builder.checkpoint(path, cache_dir=settings.cache, **grid)
     for entry in skipped:
         log.info("not served: %s (%s)", entry.path, entry.why)
-    return model_id or hub.model_id_of(path) or path.resolve().name, source, hub.origin(path)
+    return model_id or hf_cache.model_id_of(path) or path.resolve().name, source, hf_cache.origin(path)
 
 
 def _locate(what: str | Path) -> Path:
     path = Path(what)
     if path.exists():
         return path
-    if isinstance(what, str) and hub.is_model_id(what):
-        if found := hub.snapshot(what):
+    if isinstance(what, str) and hf_cache.is_model_id(what):
+        if found := hf_cache.snapshot(what):
             return found
         raise SettingsError("path", f"{what!r} is neither a path here nor a model in the local Hugging Face cache")
     raise SettingsError("path", f"{path} does not exist")
@@ -257,7 +257,7 @@ class _Want:
             raise SettingsError("out", "tensors in memory need torch: pip install torch, or say out=DIR")
         if self.device != "cpu":
             object.__setattr__(self, "device", _gpu(self.device))
-        if self.out is HUB_CACHE and not hub.is_model_id(self.model_id):
+        if self.out is HUB_CACHE and not hf_cache.is_model_id(self.model_id):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
 
 
@@ -329,7 +329,7 @@ async def fetch_on(
         raise FetchTimeout(model_id, timeout_s=timeout_s or error.timeout_s, fraction=error.fraction) from error
     try:
         if isinstance(out, _HubCache):
-            path = await loop.run_in_executor(None, hub.CacheEntry(model_id).publish, manifest, origin)
+            path = await loop.run_in_executor(None, hf_cache.CacheEntry(model_id).publish, manifest, origin)
         elif path is not None:
             await loop.run_in_executor(None, _remember, settings.cache, path, manifest)
     except BaseException:
@@ -355,7 +355,7 @@ def _store(
         return IntoStore(manifest, into), None
     if out is None:
         return MemoryStore(manifest) if device == "cpu" else DeviceStore(manifest, device), None
-    path = hub.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
+    path = hf_cache.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
     if path.exists() and not path.is_dir():
         raise StoreConflict(path, "is not a directory; fetch to another place")
     return DirectoryStore(path, manifest, fsync=settings.fsync), path
@@ -363,7 +363,7 @@ def _store(
 
 def _remember(cache: Path, path: Path, manifest: Manifest) -> None:
     try:
-        build.remember(cache, path, manifest)
+        manifest_builder.remember(cache, path, manifest)
     except StoreError as error:
         log.warning("%s; the fetch is complete, but `swarm verify %s` will know nothing of it", error, path)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from swarm.errors import SwarmError
-from swarm.messages import Announcement
+from swarm.protocol.messages import Announcement
 
 ENTRIES_KEPT = 2000  # enough to see what led to a failure; an entry may hold all of a peer's announcements, some 100 KB
 

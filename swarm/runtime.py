@@ -18,18 +18,19 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from swarm import __version__, tuning
-from swarm.node import Node
-from swarm.pages import Asset
+from swarm import __version__
+from swarm.dashboard.server import Dashboard
+from swarm.membership import config
+from swarm.net.environment import HostWorld, machine_label
+from swarm.net.http_pages import Asset
+from swarm.node.node import Node
+from swarm.node.status_client import PATH as STATUS_PATH
+from swarm.observe import opentelemetry
+from swarm.observe.fetch_history import Histories
+from swarm.observe.node_report import Picture
+from swarm.observe.prometheus import PATH as METRICS_PATH
+from swarm.observe.prometheus import Metrics
 from swarm.settings import Settings, is_loopback, split_address
-from swarm.status import spans
-from swarm.status.client import PATH as STATUS_PATH
-from swarm.status.dashboard import Dashboard
-from swarm.status.history import Histories
-from swarm.status.metrics import PATH as METRICS_PATH
-from swarm.status.metrics import Metrics
-from swarm.status.picture import Picture
-from swarm.world import HostWorld, machine_label
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
@@ -49,7 +50,7 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     network = settings.network or ("local" if is_loopback(host) else "lan")
     node = Node(
         world,
-        network={"local": tuning.local, "lan": tuning.lan, "wan": tuning.wan}[network](),
+        network={"local": config.local, "lan": config.lan, "wan": config.wan}[network](),
         host=settings.host or machine_label(),
         rack=settings.rack or "",
         upload_slots=settings.upload_slots,
@@ -60,7 +61,7 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     picture.follow(node.journal)
     histories.follow(node.journal)
     metrics.follow(node.journal)
-    spans.follow(node.journal)
+    opentelemetry.follow(node.journal)
     dashboard.attach(node, world.read)
     dashboard.follow(node.journal)
     return node, picture

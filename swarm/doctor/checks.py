@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from swarm.doctor.facts import Contact, Facts
-from swarm.engines.fingerprint import Fingerprint, is_loaded
-from swarm.engines.starts import Start
+from swarm.engines.layout import Fingerprint, is_loaded
+from swarm.engines.start_log import Start
 from swarm.errors import NotAdmitted, VersionSkew
 
 Level: TypeAlias = Literal["ok", "note", "bad"]

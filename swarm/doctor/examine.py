@@ -14,21 +14,24 @@ import shutil
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from swarm import __version__, discovery, hub, keys
+from swarm import __version__
+from swarm.checkpoint import hf_cache
+from swarm.content.manifest import decode
 from swarm.doctor.facts import Contact, Facts, Key, LoadedTier, Mdns, Member, Port, Room, Running
-from swarm.engines import starts
-from swarm.engines.fingerprint import Fingerprint, is_loaded
+from swarm.engines import start_log
+from swarm.engines.layout import Fingerprint, is_loaded
 from swarm.errors import ManifestError, PeerError, PeerTimeout, SettingsError, SwarmError
-from swarm.identity import visitor
 from swarm.journal import Unreached
-from swarm.keys import Keyring
-from swarm.manifest import decode
-from swarm.node import Node
-from swarm.resolving import Network, may_introduce, networks
+from swarm.net import discovery
+from swarm.net.environment import new_id
+from swarm.node import local_nodes, status_client
+from swarm.node.node import Node
+from swarm.node.resolve import Network, may_introduce, networks
 from swarm.runtime import new_node
+from swarm.security import cluster_key
+from swarm.security.certificates import visitor
+from swarm.security.cluster_key import Keyring
 from swarm.settings import Settings, is_loopback, split_address
-from swarm.status import client, running
-from swarm.world import new_id
 
 WAIT_S = 6.0  # a dial that is not answered takes 5 s
 LEAST_S = 1.5  # for those that multicast and gossip bring
@@ -49,12 +52,12 @@ async def examine(settings: Settings, model_id: str | None, *, wait_s: float = W
         trusted=settings.trusted,
         model_id=model_id,
         rooms=_rooms(settings),
-        starts=tuple(starts.recall(settings.cache)),
+        starts=tuple(start_log.recall(settings.cache)),
     )
     if key.error:
         return facts
     names = await _resolve(settings.peers)
-    here = await asyncio.to_thread(_running, running.addresses(settings.cache))
+    here = await asyncio.to_thread(_running, local_nodes.addresses(settings.cache))
     async with _opened(settings, here) as (node, port), _listening(settings, node) as multicast:
         with node.seeking(None):
             await _settled(node, _given(names), multicast, wait_s=wait_s)
@@ -76,7 +79,7 @@ def _key(settings: Settings) -> tuple[Key, Keyring | None]:
     if settings.key_file is None:
         return Key(), None
     try:
-        keyring = keys.load(settings.key_file)
+        keyring = cluster_key.load(settings.key_file)
     except SettingsError as error:
         return Key(error=error.why), None
     return Key(fingerprint=str(keyring)), keyring
@@ -84,7 +87,7 @@ def _key(settings: Settings) -> tuple[Key, Keyring | None]:
 
 def _rooms(settings: Settings) -> tuple[Room, ...]:
     found = []
-    for purpose, path in (("models", hub.cache_root()), ("manifests", settings.cache)):
+    for purpose, path in (("models", hf_cache.cache_root()), ("manifests", settings.cache)):
         existing = next(place for place in (path, *path.absolute().parents) if place.exists())
         with contextlib.suppress(OSError):
             found.append(Room(purpose, path, shutil.disk_usage(existing).free))
@@ -109,7 +112,7 @@ def _running(addresses: Sequence[str]) -> tuple[Running, ...]:
     found = []
     for address in addresses:
         try:
-            report = client.ask(address)
+            report = status_client.ask(address)
         except PeerError as error:
             found.append(Running(address, error=str(error)))
         else:
@@ -236,7 +239,7 @@ async def _with_clocks(contacts: Sequence[Contact], context: ssl.SSLContext | No
             return contact
         try:
             return dataclasses.replace(
-                contact, clock_s=await asyncio.to_thread(client.clock_ahead_s, contact.address, context)
+                contact, clock_s=await asyncio.to_thread(status_client.clock_ahead_s, contact.address, context)
             )
         except PeerError as error:
             logging.getLogger("swarm").debug("%s", error)

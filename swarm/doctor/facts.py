@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from swarm.engines.fingerprint import Fingerprint
-from swarm.engines.starts import Start
+from swarm.engines.layout import Fingerprint
+from swarm.engines.start_log import Start
 from swarm.errors import SwarmError
-from swarm.messages import Announcement
+from swarm.protocol.messages import Announcement
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm import hub
 from swarm.api import fetch
-from swarm.engines import metadata, pruning
-from swarm.engines.fingerprint import metadata_id
+from swarm.checkpoint import hf_cache
+from swarm.engines import cache_gc, metadata
+from swarm.engines.layout import metadata_id
 from swarm.errors import ManifestNotFound, SettingsError
 from swarm.settings import Settings
 
@@ -55,7 +55,7 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     try:
         directory = _bring(name, settings)
     except ManifestNotFound as error:
-        if not (hub.is_model_id(word) and here is None and not Path(word).exists()) and not _configured(here):
+        if not (hf_cache.is_model_id(word) and here is None and not Path(word).exists()) and not _configured(here):
             raise
         log.warning("%s; going on without the swarm", error)
         return Launch(_with_format(command), _environment(settings, name))
@@ -78,8 +78,8 @@ def _bring(model_id: str, settings: Settings) -> Path:
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
     directory = metadata.lay_out(settings.cache, model_id, adopted)
-    pruning.hold(directory, through_exec=True)
-    pruning.prune(settings.cache, settings.cache_limit_bytes)
+    cache_gc.hold(directory, through_exec=True)
+    cache_gc.prune(settings.cache, settings.cache_limit_bytes)
     return directory
 
 
@@ -103,14 +103,14 @@ def _model(command: Sequence[str], model_id: str | None) -> tuple[int, str]:
 
 def _here(word: str) -> Path | None:
     """The directory that the engine would read, if there is one."""
-    return Path(word) if Path(word).is_dir() else hub.snapshot(word)
+    return Path(word) if Path(word).is_dir() else hf_cache.snapshot(word)
 
 
 def _name(word: str, here: Path | None) -> str:
     if here is None and not word.startswith((".", "/")):
         return word
     path = here or Path(word)
-    return hub.model_id_of(path) or path.resolve().name
+    return hf_cache.model_id_of(path) or path.resolve().name
 
 
 def _configured(here: Path | None) -> bool:

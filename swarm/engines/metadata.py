@@ -25,10 +25,11 @@ from pathlib import Path
 
 import msgspec
 
-from swarm import build, safetensors_header
-from swarm.engines import pruning
+from swarm.checkpoint import manifest_builder
+from swarm.content import safetensors_header
+from swarm.content.manifest import FILE_BYTES_MAX, Digest, Manifest, unsafe_path
+from swarm.engines import cache_gc
 from swarm.errors import ManifestInvalid, SourceChanged
-from swarm.manifest import FILE_BYTES_MAX, Digest, Manifest, unsafe_path
 from swarm.store.directory import DirectorySource
 from swarm.store.disk import store_errors
 
@@ -78,7 +79,7 @@ def stage(cache: Path, root: Path, manifest: Manifest) -> Path:
         for file in small:
             _copy(root / file.path, fresh / file.path)
         few = Manifest(1, "checkpoint", "", manifest.scheme, manifest.chunk_bytes, small)
-        if problems := build.verify(fresh, few):
+        if problems := manifest_builder.verify(fresh, few):
             raise SourceChanged(root, problems[0])
         (fresh / DESCRIPTION).write_bytes(msgspec.json.encode(describe(manifest), order="sorted"))
 
@@ -90,16 +91,16 @@ def staged(cache: Path, content: str) -> Path | None:
     place = _staged(cache, content)
     if not (place / DESCRIPTION).is_file():
         return None
-    pruning.hold(place)
+    cache_gc.hold(place)
     return place if (place / DESCRIPTION).is_file() else None
 
 
 def source(cache: Path, place: Path) -> DirectorySource:
     """Serves a directory of `staged`, which is no checkpoint: it has an index without the files that this names.
 
-    Raises what `build.files` raises.
+    Raises what `manifest_builder.files` raises.
     """
-    return build.files(place, cache_dir=cache)
+    return manifest_builder.files(place, cache_dir=cache)
 
 
 def adopt(cache: Path, fetched: Path) -> Path:
@@ -193,7 +194,7 @@ def _staged(cache: Path, content: str) -> Path:
 
 def _make(place: Path, fill: Callable[[Path], None]) -> Path:
     """`place`, filled aside and renamed when it is whole, unless it is there already; held. Raises StoreError."""
-    pruning.hold(place)
+    cache_gc.hold(place)
     with store_errors(place):
         if place.is_dir():
             return place

@@ -26,9 +26,10 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.srt.runtime_context import get_parallel, get_server_args
 from torch import nn
 
-from swarm import hub
-from swarm.engines.fingerprint import short_digest
-from swarm.engines.handover import (
+from swarm.checkpoint import hf_cache
+from swarm.engines.layout import short_digest
+from swarm.engines.load import Join, Options, Rank
+from swarm.engines.snapshot import (
     clone,
     directory_of,
     is_directory,
@@ -38,7 +39,6 @@ from swarm.engines.handover import (
     servable,
     take,
 )
-from swarm.engines.joining import Join, Options, Rank
 from swarm.errors import SettingsError
 
 KEY = "swarm"  # in the loader's extra config, beside SGLang's own keys
@@ -123,7 +123,7 @@ class SwarmLoader(DefaultModelLoader):
         def disk() -> None:
             if join.local == "whole" or not is_directory(config.model_path):
                 self.load_weights_only(model, weights, target_device)
-            elif join.described and hub.is_model_id(join.model_id):
+            elif join.described and hf_cache.is_model_id(join.model_id):
                 self._load_from(join.model_id, model, target_device)
             else:
                 raise SettingsError("model path", f"{config.model_path} holds no weights, and none came from the swarm")

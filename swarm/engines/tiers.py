@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from swarm.engines.fingerprint import Difference
-from swarm.manifest import FileEntry, Manifest
+from swarm.content.manifest import FileEntry, Manifest
+from swarm.engines.layout import Difference
 
 TierName: TypeAlias = Literal["loaded", "checkpoint", "disk"]
 Local: TypeAlias = Literal["whole", "headers", "config"]  # what there is on this machine already

@@ -31,10 +31,12 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_w
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from swarm import hub
-from swarm.engines import caches, metadata
-from swarm.engines.fingerprint import short_digest
-from swarm.engines.handover import (
+from swarm.checkpoint import hf_cache
+from swarm.engines import compile_caches, metadata
+from swarm.engines.layout import short_digest
+from swarm.engines.load import Join, Options, Rank
+from swarm.engines.serve_loaded import ANEW
+from swarm.engines.snapshot import (
     clone,
     directory_of,
     is_directory,
@@ -44,8 +46,6 @@ from swarm.engines.handover import (
     servable,
     take,
 )
-from swarm.engines.joining import Join, Options, Rank
-from swarm.engines.offering import ANEW
 from swarm.errors import SettingsError
 
 WEIGHTS = "weights"  # what vLLM tags their memory with
@@ -109,7 +109,7 @@ class SwarmLoader(BaseModelLoader):
         )
         if join.first_of_host:
             self._compiles = {**fields, "compilation": config.compute_hash()}
-            caches.before_compiling(self._compiles, join.settings)
+            compile_caches.before_compiling(self._compiles, join.settings)
         unsafe = _unsafe(model, config)
 
         def loaded() -> None:
@@ -121,7 +121,7 @@ class SwarmLoader(BaseModelLoader):
         def disk() -> None:
             if join.local == "whole" or not is_directory(model_config.model):
                 self._disk().load_weights(model, model_config)
-            elif join.described and hub.is_model_id(join.model_id):
+            elif join.described and hf_cache.is_model_id(join.model_id):
                 self._load_from(join.model_id, model, model_config)
             else:
                 raise SettingsError(
@@ -173,7 +173,9 @@ def ready(unhooked: Sequence[str] = ()) -> None:
     for one in _loaded:
         if unhooked:
             one.join.offer.change(f"this vLLM has no {unhooked[0]}, which would tell when weights change")
-        then = functools.partial(caches.after_warm_up, one.compiles, one.join.settings) if one.compiles else None
+        then = (
+            functools.partial(compile_caches.after_warm_up, one.compiles, one.join.settings) if one.compiles else None
+        )
         one.join.ready(then=then)
 
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import xxhash
 
+from swarm.content.manifest import HashScheme
 from swarm.errors import SettingsError
-from swarm.manifest import HashScheme
 
 
 def demand(scheme: HashScheme) -> None:

@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import xxhash
 
-from swarm import cuda
+from swarm.content.manifest import HashScheme
 from swarm.hashing.cpu import chunk_digest
-from swarm.manifest import HashScheme
-from swarm.store import DeviceView, View
+from swarm.store import DeviceView, View, cuda
 from swarm.store.staging import outgoing
 
 if TYPE_CHECKING:

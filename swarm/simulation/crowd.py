@@ -18,21 +18,23 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from swarm import download, mesh, messages, schedule, upload
-from swarm.bitfield import Bitfield, runs
-from swarm.download import Download
+from swarm.content.bitfield import Bitfield, runs
+from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import LocalProtocolError
-from swarm.gifts import Gifts
-from swarm.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
-from swarm.membership import LINKS_MAX
-from swarm.mesh import Candidate
-from swarm.messages import Message
-from swarm.node import TICK_S
-from swarm.serving import NOTHING_RETRY_S, REFUSED_RETRY_S
+from swarm.node.node import TICK_S
+from swarm.peers import selection
+from swarm.peers.connections import LINKS_MAX
+from swarm.peers.selection import Candidate
+from swarm.protocol import messages
+from swarm.protocol.messages import Message
 from swarm.simulation.report import Report
 from swarm.simulation.setup import SLOWER, Setup
 from swarm.simulation.wire import Clock, Domain, Flow, Host, Trunk, Wire
-from swarm.upload import Upload
+from swarm.transfer import download, scheduler, upload
+from swarm.transfer.download import Download
+from swarm.transfer.superseed import Gifts
+from swarm.transfer.upload import Upload
+from swarm.transfer.upload_driver import NOTHING_RETRY_S, REFUSED_RETRY_S
 
 DIGEST, SCHEME = "0" * 64, "simulated"
 FRAME_BYTES = 8  # around each message
@@ -94,7 +96,7 @@ class _Member:
     def full(self) -> bool:
         if not self.fetches:
             return len(self.links) >= LINKS_MAX
-        return sum(not other.held.complete for other in self.links.values()) >= mesh.LINKS_FULL
+        return sum(not other.held.complete for other in self.links.values()) >= selection.LINKS_FULL
 
 
 class Crowd:
@@ -226,8 +228,8 @@ class Crowd:
             rng=member.rng,
         )
         self._note(member, Asked())
-        self._look_for_links(member, mesh.LINKS_FIRST)
-        self._clock.after(mesh.SETTLE_S, self._keep_links, member)
+        self._look_for_links(member, selection.LINKS_FIRST)
+        self._clock.after(selection.SETTLE_S, self._keep_links, member)
         self._clock.after(TICK_S, self._tick, member)
         self._tell_mates_soon()
 
@@ -253,8 +255,8 @@ class Crowd:
 
     def _keep_links(self, member: _Member) -> None:
         if member.fetches:
-            self._look_for_links(member, mesh.LINKS_WANTED)
-            self._clock.after(mesh.LOOK_EVERY_S, self._keep_links, member)
+            self._look_for_links(member, selection.LINKS_WANTED)
+            self._clock.after(selection.LOOK_EVERY_S, self._keep_links, member)
 
     def _look_for_links(self, member: _Member, wanted: int) -> None:
         linked = [self._candidate(member, other) for other in member.links.values()]
@@ -263,7 +265,7 @@ class Crowd:
             for other in self._members.values()
             if other.host.alive and not other.full and other is not member and other.name not in member.links
         ]
-        for candidate in mesh.choose(linked, others, wanted=wanted, rng=member.rng):
+        for candidate in selection.choose(linked, others, wanted=wanted, rng=member.rng):
             other = self._members[candidate.node]
             member.links[other.name], other.links[member.name] = other, member
             self._show_interest(member, other)
@@ -284,7 +286,7 @@ class Crowd:
     def _tell_mates_soon(self) -> None:
         if (self.setup.per_machine > 1 or self._racks) and not self._mates_due:
             self._mates_due = True
-            self._clock.after(mesh.SETTLE_S, self._tell_mates)
+            self._clock.after(selection.SETTLE_S, self._tell_mates)
 
     def _tell_mates(self) -> None:
         self._mates_due = False
@@ -424,7 +426,7 @@ class Crowd:
                     self._say(member, self._members[name], messages.Cancel(number))
                 case download.Announce(chunks):
                     if not member.fresh:
-                        every_s = schedule.news_every_s(self.setup.chunk_bytes, machine.rate_bytes_per_s)
+                        every_s = scheduler.news_every_s(self.setup.chunk_bytes, machine.rate_bytes_per_s)
                         self._clock.after(max(0.0, member.told_at + every_s - self._clock.now), self._tell, member)
                     member.fresh += chunks
                 case download.Ban(name):

@@ -11,10 +11,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from swarm import download
 from swarm.errors import SettingsError
 from swarm.simulation.crowd import Asked
 from swarm.simulation.report import Report
+from swarm.transfer import download
 
 INCHES = (15.0, 4.5)
 

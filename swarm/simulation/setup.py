@@ -119,7 +119,7 @@ class Setup:
     )
 
     def __post_init__(self) -> None:
-        from swarm.manifest import CHUNK_BYTES_MAX  # not at the top: it would load a library before any flag is read
+        from swarm.content.manifest import CHUNK_BYTES_MAX
 
         for name in ("newcomers", "seeds", "chunks", "model_bytes", "rate_bytes_per_s", "per_machine", "racks"):
             if not 1 <= getattr(self, name) < math.inf:  # which a NaN is not either

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
-from swarm.manifest import Chunk, Manifest
+from swarm.content.manifest import Chunk, Manifest
 
 
 @dataclass(frozen=True, slots=True)

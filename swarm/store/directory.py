@@ -33,8 +33,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
-from swarm.manifest import Chunk, FileEntry, Manifest
 from swarm.store import FileSpan
 from swarm.store.disk import (
     ConfinedDirectory,

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from swarm.content.manifest import Chunk, FileEntry, Manifest
+from swarm.content.safetensors_header import Tensor
 from swarm.errors import ManifestInvalid, SourceChanged, StoreFull
-from swarm.manifest import Chunk, FileEntry, Manifest
-from swarm.safetensors_header import Tensor
 from swarm.store import AnySpan, DeviceView, View
 from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 

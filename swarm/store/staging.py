@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from swarm import cuda
-from swarm.store import DeviceView
+from swarm.store import DeviceView, cuda
 
 # A view is hashed as soon as it is full: 1 MiB is still in the core's own cache then, and large enough for a
 # system call.

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from swarm import cuda, safetensors_header
+from swarm.content import safetensors_header
+from swarm.content.manifest import Manifest, units
+from swarm.content.safetensors_header import LENGTH_BYTES, Tensor
 from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict, StoreFull
-from swarm.manifest import Manifest, units
-from swarm.safetensors_header import LENGTH_BYTES, Tensor
-from swarm.store import DeviceView, View
+from swarm.store import DeviceView, View, cuda
 from swarm.store.memory import MemoryLanding, MemorySource, Place, PlacedFile, TensorIndex, buffer, demand_room
 
 if TYPE_CHECKING:

@@ -30,13 +30,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm import cuda
 from swarm.errors import TransportError
-from swarm.store import AnySpan, DeviceView, View
+from swarm.store import AnySpan, DeviceView, View, cuda
 from swarm.store.staging import outgoing
 from swarm.transport import Pace
-from swarm.transport.ends import Landing, pieces, span_bytes
-from swarm.transport.stream import Stream
+from swarm.transport.byte_stream import Stream
+from swarm.transport.sink import Landing, pieces, span_bytes
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import FRAME_BYTES_MAX, HEADER, Sending, TcpInbound, TcpOutbound
 

@@ -23,7 +23,7 @@ from typing import TypeAlias
 from swarm.errors import LocalProtocolError, SourceChanged, TransportError
 from swarm.store import AnySpan, FileSpan, Span, View
 from swarm.transport import Pace, Transfer
-from swarm.transport.ends import Landing, Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
+from swarm.transport.sink import Landing, Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
 
 REMEMBERED_MAX = 4096  # transfers of which one end is over and the other has not come; the oldest never will
 SLICE_BYTES = 1 << 20  # bounds what a cancelled transfer still copies

@@ -25,14 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from swarm import cuda
 from swarm.errors import SettingsError, TransportError
-from swarm.store import DeviceView, View
-from swarm.transport.ends import LOOK_EVERY_S
-from swarm.transport.stream import Stream
-from swarm.transport.tcp import TcpTransport
-from swarm.transport.tcp_session import TcpInbound, TcpOutbound
-from swarm.transport.two_sided import (
+from swarm.store import DeviceView, View, cuda
+from swarm.transport.byte_stream import Stream
+from swarm.transport.paired import (
     HOST_PIECE_BYTES_MAX,
     Done,
     TwoSidedInbound,
@@ -42,6 +38,9 @@ from swarm.transport.two_sided import (
     wait_for,
     write_all,
 )
+from swarm.transport.sink import LOOK_EVERY_S
+from swarm.transport.tcp import TcpTransport
+from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
 if TYPE_CHECKING:
     import torch

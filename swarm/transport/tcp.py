@@ -26,12 +26,12 @@ import socket
 from concurrent.futures import ThreadPoolExecutor
 
 from swarm.errors import SettingsError, TransportError
-from swarm.identity import Identity, refusal
+from swarm.security.certificates import Identity, refusal
 from swarm.settings import is_loopback, join_address, split_address
 from swarm.transport import Pace
-from swarm.transport.stream import PlainStream, Stream
+from swarm.transport.byte_stream import PlainStream, Stream
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
-from swarm.transport.tls import TlsStream
+from swarm.transport.tls_stream import TlsStream
 
 MAGIC, TLS_MAGIC = b"SWRM", b"SWRT"
 VERSION = 2

@@ -42,17 +42,8 @@ from concurrent.futures import ThreadPoolExecutor
 from swarm.errors import LocalProtocolError, SourceChanged, TransportError
 from swarm.store import AnySpan, FileSpan, Span, View
 from swarm.transport import Pace, Transfer
-from swarm.transport.ends import (
-    LOOK_EVERY_S,
-    Landing,
-    Mailbox,
-    Outcome,
-    close_iterator,
-    on_host,
-    pieces,
-    span_bytes,
-)
-from swarm.transport.stream import Stream
+from swarm.transport.byte_stream import Stream
+from swarm.transport.sink import LOOK_EVERY_S, Landing, Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
 
 HEADER = struct.Struct(">QIB3x")
 DATA, END, ABORT = 1, 2, 3

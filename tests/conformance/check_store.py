@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from swarm import safetensors_header
+from swarm.content import safetensors_header
+from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest, cut, units
 from swarm.errors import StoreError
 from swarm.hashing.cpu import chunk_digest
-from swarm.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest, cut, units
 from swarm.store import FileSpan, Source, Store
 
 CHUNK_BYTES = 16 << 10

@@ -11,9 +11,8 @@ from unittest import mock
 
 import torch
 
-from swarm import cuda
-from swarm.cuda import CudaError
-from swarm.store import DeviceView
+from swarm.store import DeviceView, cuda
+from swarm.store.cuda import CudaError
 
 _numbers = itertools.count(1)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from swarm.errors import TransportError
-from swarm.listener import Listener
+from swarm.net.listener import Listener
 from swarm.store import View
 from swarm.transport import cuda_ipc
 from swarm.transport.cuda_ipc import CudaIpcOutbound, CudaIpcTransport

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from swarm import cuda
-from swarm.bitfield import Bitfield
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Manifest
 from swarm.errors import SourceChanged, TransportError
 from swarm.hashing import cuda as hashing_cuda
-from swarm.landing import Landed, Landings
-from swarm.manifest import Manifest
-from swarm.store import DeviceView, View, staging, tensors
+from swarm.store import DeviceView, View, cuda, staging, tensors
 from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 from swarm.store.tensors import IntoStore, TensorSource
+from swarm.transfer.verify import Landed, Landings
 
 from .check_store import KINDS_OF_SAMPLE, check_store, content, sample
 from .fake_gpu import FakeGpu, on_gpu
@@ -124,7 +123,7 @@ def test_is_a_wrong_chunk_let_go_and_a_second_copy_kept_aside(gpu: FakeGpu) -> N
 
 def test_is_a_chunk_that_is_never_filled_given_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, contents = sample(9)
-    monkeypatch.setattr("swarm.landing.FILLED_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("swarm.transfer.verify.FILLED_TIMEOUT_S", 0.01)
     monkeypatch.setattr(gpu.side, "query", lambda: False)
     landings = Landings(manifest, make(manifest), Bitfield(len(manifest.chunks)))
     chunks = [2, 0]  # the second is the host's, read by the CPU once whatever was asked for is there

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import StoreError
-from swarm.manifest import Chunk, Manifest
 from swarm.store import FileSpan
 from swarm.store.directory import DirectoryStore
 

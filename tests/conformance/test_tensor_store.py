@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import StoreError
-from swarm.manifest import Chunk, Manifest
 from swarm.store.tensors import IntoStore, MemoryStore
 
 from .check_store import KINDS_OF_SAMPLE, check_store

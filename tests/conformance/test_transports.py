@@ -11,18 +11,18 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from swarm import keys
-from swarm.identity import Identity
-from swarm.keys import Keyring
-from swarm.listener import Listener
+from swarm.net.listener import Listener
+from swarm.security import cluster_key
+from swarm.security.certificates import Identity
+from swarm.security.cluster_key import Keyring
 from swarm.transport.inproc import InprocTransport
 from swarm.transport.pace import TokenBucket
 from swarm.transport.tcp import TcpTransport
-from swarm.transport.torchdist import TorchDistTransport
+from swarm.transport.torch_distributed import TorchDistTransport
 
 from .check_transport import CHECKS, Check, MakePair, Pair, run_check
 
-MEMBER = Identity(Keyring((keys.generate(),)), "a" * 16, now_s=time.time())
+MEMBER = Identity(Keyring((cluster_key.generate(),)), "a" * 16, now_s=time.time())
 
 
 async def _hang_up(sock: socket.socket) -> None:

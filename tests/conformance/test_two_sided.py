@@ -17,19 +17,18 @@ from typing import ClassVar
 import pytest
 import torch
 
-from swarm import cuda
-from swarm.bitfield import Bitfield
+from swarm.content.bitfield import Bitfield
 from swarm.errors import StoreError, TransportError
 from swarm.hashing import cuda as hashing_cuda
-from swarm.landing import Landed, Landings
-from swarm.listener import Listener
-from swarm.store import DeviceView, View, staging, tensors
+from swarm.net.listener import Listener
+from swarm.store import DeviceView, View, cuda, staging, tensors
 from swarm.store.tensors import IntoStore, TensorSource
-from swarm.transport import Inbound, Outbound, two_sided
-from swarm.transport.stream import PlainStream, Stream
+from swarm.transfer.verify import Landed, Landings
+from swarm.transport import Inbound, Outbound, paired
+from swarm.transport.byte_stream import PlainStream, Stream
+from swarm.transport.paired import TwoSidedInbound, TwoSidedOutbound
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
-from swarm.transport.two_sided import TwoSidedInbound, TwoSidedOutbound
 
 from .check_store import KINDS_OF_SAMPLE
 from .check_transport import CHECKS, Check, MakePair, Pair, run_check, session, transfer
@@ -62,9 +61,9 @@ class PutOff:
     def receive(self, view: View, *, timeout_s: float) -> None:
         self._post("receive", view)
 
-    def end(self, *, timeout_s: float) -> two_sided.Done:
+    def end(self, *, timeout_s: float) -> paired.Done:
         self.flush()
-        return two_sided.at_once
+        return paired.at_once
 
     def flush(self) -> None:
         calls, self._calls = self._calls, []
@@ -117,7 +116,7 @@ class DoneLater(PutOff):
         super().__init__(wire)
         self.failed: TransportError | None = None
 
-    def end(self, *, timeout_s: float) -> two_sided.Done:
+    def end(self, *, timeout_s: float) -> paired.Done:
         self.flush()
         event, asked = cuda.gpu(0).event(), itertools.count(1)
         event.record(cuda.gpu(0).current())
@@ -168,7 +167,7 @@ class PutOffTransport(TcpTransport):
 
     async def _lane(self, stream: Stream, end: str) -> PutOff:
         pool = self._askers if end == ASKER else self._holders
-        self.lanes.append(await two_sided.make_lane(stream, functools.partial(self._agree, stream, end), pool=pool))
+        self.lanes.append(await paired.make_lane(stream, functools.partial(self._agree, stream, end), pool=pool))
         return self.lanes[-1]
 
     def _agree(self, stream: Stream, end: str) -> PutOff:
@@ -176,11 +175,11 @@ class PutOffTransport(TcpTransport):
         assert isinstance(stream, PlainStream)
         stream.block(5.0)
         if end == ASKER:
-            said = two_sided.read_exactly(stream, AGREED_BYTES)
+            said = paired.read_exactly(stream, AGREED_BYTES)
             assert said == bytes(AGREED_BYTES)
             return self.make_lane(self.wires[stream.getsockname()[1]])
         lane = self.make_lane(self.wires[stream.getpeername()[1]])  # before the asker looks for the same wire
-        two_sided.write_all(stream, bytes(AGREED_BYTES))
+        paired.write_all(stream, bytes(AGREED_BYTES))
         return lane
 
 
@@ -227,11 +226,11 @@ def test_keeps_the_contract_for_host_memory(make_pair: MakePair, check: Check) -
 def test_are_chunks_hashed_behind_the_calls_that_fill_them(
     monkeypatch: pytest.MonkeyPatch, make_pair: MakePair, batch_bytes: int
 ) -> None:
-    monkeypatch.setattr("swarm.landing.BATCH_BYTES", batch_bytes)
-    from swarm import build
+    monkeypatch.setattr("swarm.transfer.verify.BATCH_BYTES", batch_bytes)
+    from swarm.checkpoint import manifest_builder
 
     given = {name: torch.rand(shape).to(dtype) for name, (dtype, shape) in KINDS_OF_SAMPLE.items()}
-    source: TensorSource = build.tensors(given, chunk_bytes=4096, leaf_bytes=1024)
+    source: TensorSource = manifest_builder.tensors(given, chunk_bytes=4096, leaf_bytes=1024)
     manifest = source.manifest
     into = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
     landed: list[Landed] = []
@@ -296,12 +295,12 @@ def run(work: Coroutine[None, None, None]) -> None:
 def test_are_frames_of_the_next_transfers_enqueued_while_the_last_one_is_under_way() -> None:
     async def check() -> None:
         async with session(done_later_pair) as (outbound, inbound, _):
-            queue = Queue(outbound, inbound, two_sided.FRAMES_MAX + 2)
-            await queue.enqueued(two_sided.FRAMES_MAX)
+            queue = Queue(outbound, inbound, paired.FRAMES_MAX + 2)
+            await queue.enqueued(paired.FRAMES_MAX)
             assert queue.told == []
             DoneLater.goes_on.set()
             await asyncio.gather(*queue.sends, *queue.receives)
-            assert queue.told == list(range(two_sided.FRAMES_MAX + 2))
+            assert queue.told == list(range(paired.FRAMES_MAX + 2))
             assert all(queue.arrived(number) for number in queue.told)
 
     run(check())
@@ -310,15 +309,15 @@ def test_are_frames_of_the_next_transfers_enqueued_while_the_last_one_is_under_w
 def test_does_cancelling_one_of_several_that_are_under_way_leave_the_others_alone() -> None:
     async def check() -> None:
         async with session(done_later_pair) as (outbound, inbound, _):
-            queue = Queue(outbound, inbound, two_sided.FRAMES_MAX + 1)
-            await queue.enqueued(two_sided.FRAMES_MAX)
+            queue = Queue(outbound, inbound, paired.FRAMES_MAX + 1)
+            await queue.enqueued(paired.FRAMES_MAX)
             queue.sends[1].cancel()
             await asyncio.sleep(0)
             assert not queue.sends[1].done()  # its memory is being read
             DoneLater.goes_on.set()
             ends = await asyncio.gather(*queue.sends, return_exceptions=True)
             assert isinstance(ends.pop(1), asyncio.CancelledError)
-            assert ends == [None] * two_sided.FRAMES_MAX
+            assert ends == [None] * paired.FRAMES_MAX
             await asyncio.gather(*queue.receives)
             assert inbound.alive
 
@@ -329,8 +328,8 @@ def test_does_cancelling_one_of_several_that_are_under_way_leave_the_others_alon
 def test_is_everything_under_way_told_of_once_its_session_is_gone(fails: bool) -> None:
     async def check() -> None:
         async with session(done_later_pair) as (outbound, inbound, _):
-            queue = Queue(outbound, inbound, two_sided.FRAMES_MAX)
-            await queue.enqueued(two_sided.FRAMES_MAX)
+            queue = Queue(outbound, inbound, paired.FRAMES_MAX)
+            await queue.enqueued(paired.FRAMES_MAX)
             (lane,) = (lane for lane in PutOffTransport.lanes if lane.sends)
             await inbound.close()
             while outbound.alive:  # type: ignore[attr-defined] # noqa: ASYNC110
@@ -343,7 +342,7 @@ def test_is_everything_under_way_told_of_once_its_session_is_gone(fails: bool) -
             DoneLater.goes_on.set()
             ends = await asyncio.gather(*queue.sends, return_exceptions=True)
             # The last one's end was never written.
-            assert [isinstance(end, TransportError) for end in ends] == [fails] * (two_sided.FRAMES_MAX - 1) + [True]
+            assert [isinstance(end, TransportError) for end in ends] == [fails] * (paired.FRAMES_MAX - 1) + [True]
             await asyncio.gather(*queue.receives, return_exceptions=True)
             while not lane.closed:  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
@@ -377,8 +376,8 @@ def test_does_whatever_fails_within_a_frame_end_the_session(monkeypatch: pytest.
 def test_is_an_announcement_beyond_the_limits_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
         async with session(put_off_pair) as (outbound, inbound, _):
-            monkeypatch.setattr(two_sided, "HOST_PIECE_BYTES_MAX", 1 << 30)
-            monkeypatch.setattr(two_sided, "DEVICE_PIECE_BYTES_MAX", 1 << 20)
+            monkeypatch.setattr(paired, "HOST_PIECE_BYTES_MAX", 1 << 30)
+            monkeypatch.setattr(paired, "DEVICE_PIECE_BYTES_MAX", 1 << 20)
             data = bytes(3 << 20)
             agreed = transfer(1, len(data), idle_timeout_s=1)
             sending = asyncio.create_task(outbound.send(agreed, iter([memoryview(data)])))
@@ -403,7 +402,7 @@ def test_is_what_the_other_end_says_read_to_the_byte(parts: list[bytes]) -> None
     with stream, theirs:
         for part in parts:
             theirs.sendall(part)
-        assert two_sided.read_exactly(stream, 4) == b"abcd"
+        assert paired.read_exactly(stream, 4) == b"abcd"
 
 
 def test_are_ends_that_fall_silent_or_hang_up_told_apart_while_a_lane_is_made() -> None:
@@ -411,20 +410,20 @@ def test_are_ends_that_fall_silent_or_hang_up_told_apart_while_a_lane_is_made() 
     with stream, theirs:
         theirs.sendall(b"abc")
         with pytest.raises(TimeoutError, match="says nothing"):
-            two_sided.read_exactly(stream, 4)
+            paired.read_exactly(stream, 4)
         with pytest.raises(TimeoutError, match="does not read"):
-            two_sided.write_all(stream, bytes(64 << 20))
+            paired.write_all(stream, bytes(64 << 20))
         theirs.sendall(b"abc")
         theirs.close()
         with pytest.raises((EOFError, ConnectionError)):
-            two_sided.read_exactly(stream, 4)
+            paired.read_exactly(stream, 4)
 
 
 def test_is_the_loop_told_of_one_byte_after_a_thread_has_waited_for_many() -> None:
     async def check() -> None:
         stream, theirs = stream_pair()
         with stream, theirs:
-            reading = asyncio.create_task(asyncio.to_thread(two_sided.read_exactly, stream, AGREED_BYTES))
+            reading = asyncio.create_task(asyncio.to_thread(paired.read_exactly, stream, AGREED_BYTES))
             while stream.getsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT) == 1:  # until it waits
                 assert not reading.done()
                 await asyncio.sleep(0.001)

@@ -21,9 +21,9 @@ def corrupt_what_is_served() -> None:
     """From now on a tensor changes as soon as it is served, in a way that no counter of torch sees."""
     import torch
 
-    from swarm import build
+    from swarm.checkpoint import manifest_builder
 
-    honest = build.tensors
+    honest = manifest_builder.tensors
 
     def corrupting(given: dict[str, torch.Tensor], **how: Any) -> Any:
         source = honest(given, **how)
@@ -32,7 +32,7 @@ def corrupt_what_is_served() -> None:
         print("CORRUPTED", flush=True)
         return source
 
-    build.tensors = corrupting  # type: ignore[assignment]
+    manifest_builder.tensors = corrupting  # type: ignore[assignment]
 
 
 def served() -> None:

@@ -12,7 +12,7 @@ from unittest.mock import create_autospec
 
 import pytest
 
-from swarm import build
+from swarm.checkpoint import manifest_builder
 
 from .engines import MODEL_ID, Engine, Server
 from .models import PROMPTS, bigger, dense, write
@@ -44,7 +44,7 @@ def remember(model: Path, cache: Path) -> None:
     """Hashes a model, as a machine that has served it before has."""
     for path in model.iterdir():
         os.utime(path, (1, 1))  # long enough ago for the hashes to be trusted
-    build.checkpoint(model, cache_dir=cache)
+    manifest_builder.checkpoint(model, cache_dir=cache)
 
 
 @pytest.mark.parametrize(

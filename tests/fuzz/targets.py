@@ -18,19 +18,21 @@ from unittest import mock
 import torch
 from conformance.fake_gpu import FakeGpu
 
-from swarm import cuda, manifest, messages, rumours, safetensors_header, tuning
-from swarm.bitfield import Bitfield
-from swarm.cuda import CudaError
+from swarm.content import manifest, safetensors_header
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import ManifestInvalid, SettingsError, TransportError
-from swarm.gossip import Gossip, Heard
-from swarm.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
-from swarm.messages import Announcement, Offer, Origin
-from swarm.rumours import Ack, Claim, Holding, News, Ping, PingRequest, Profile, Record, State, Sync
-from swarm.sealing import Opener, Sealer, SealKey
+from swarm.membership import config
+from swarm.membership.swim import Gossip, Heard
+from swarm.protocol import messages, packets
+from swarm.protocol.messages import Announcement, Offer, Origin
+from swarm.protocol.packets import Ack, Claim, Holding, News, Ping, PingRequest, Profile, Record, State, Sync
+from swarm.security.datagram_seal import Opener, Sealer, SealKey
 from swarm.settings import join_address, split_address
-from swarm.store import View
-from swarm.transport import Transfer, cuda_ipc, tcp_session, torchdist, two_sided
-from swarm.transport.stream import PlainStream, Stream
+from swarm.store import View, cuda
+from swarm.store.cuda import CudaError
+from swarm.transport import Transfer, cuda_ipc, paired, tcp_session, torch_distributed
+from swarm.transport.byte_stream import PlainStream, Stream
 from swarm.transport.tcp import TcpTransport, preamble_of
 from swarm.transport.tcp_session import ABORT, DATA, END, HEADER, TcpInbound
 
@@ -94,12 +96,12 @@ def _packets() -> list[bytes]:
     )
     own = Record(ME, 0, State.ALIVE, 0, "me", "10.0.0.9:7000", Profile())
     return [
-        rumours.encode(packet)
+        packets.encode(packet)
         for packet in (
             Ping(1, ANN, ME, (ann, Claim(BEN, 1, State.SUSPECT, 2))),
             PingRequest(1, ANN, BEN, ()),
             Ack(1, ANN, (Claim(ME, 1, State.DEAD, 2),)),
-            rumours.Gossip(ANN, (ann, own)),
+            packets.Gossip(ANN, (ann, own)),
             Sync(1, ann, ME, BEN, (Claim(BEN, 1, State.ALIVE, 2),)),
             News(1, ANN, (ann,), (ME, BEN), BEN),
         )
@@ -109,11 +111,11 @@ def _packets() -> list[bytes]:
 def feed_gossip(data: bytes) -> bool:
     """A datagram, and what it does to the machine that is handed it."""
     try:
-        packet = rumours.decode(data)
+        packet = packets.decode(data)
     except ValueError:
         return False
-    assert rumours.decode(rumours.encode(packet)) == packet
-    machine = Gossip(ME, "10.0.0.9:7000", name="me", tuning=tuning.lan(), now=NOW, rng=random.Random(1))
+    assert packets.decode(packets.encode(packet)) == packet
+    machine = Gossip(ME, "10.0.0.9:7000", name="me", tuning=config.lan(), now=NOW, rng=random.Random(1))
     for event in (Heard("10.0.0.1:7000", packet),) * 2:
         machine.handle(event, NOW)
         machine.check()
@@ -324,7 +326,7 @@ def _pieces() -> list[bytes]:
     def frame(transfer: int, kind: int, *sizes: int) -> bytes:
         return HEADER.pack(transfer, 4 * len(sizes), kind) + struct.pack(f">{len(sizes)}I", *sizes)
 
-    pieces = two_sided.PIECES
+    pieces = paired.PIECES
     first = frame(1, pieces, 10, 20) + frame(1, pieces, 10) + frame(1, END)
     second = frame(2, pieces, 8) + frame(2, END)
     return [
@@ -336,14 +338,14 @@ def _pieces() -> list[bytes]:
 
 def feed_pieces(data: bytes) -> bool:
     """As `feed_frames`, where bytes come over a lane."""
-    return _runner.run(_receive(data, functools.partial(two_sided.TwoSidedInbound, lane=_Lane()), *map(_room, WANTED)))
+    return _runner.run(_receive(data, functools.partial(paired.TwoSidedInbound, lane=_Lane()), *map(_room, WANTED)))
 
 
 class _Lane:
     """Brings what is announced, within reason."""
 
     on_device = False
-    most = 2 * two_sided.HOST_PIECE_BYTES_MAX
+    most = 2 * paired.HOST_PIECE_BYTES_MAX
 
     def begin(self) -> None: ...
 
@@ -355,8 +357,8 @@ class _Lane:
         if self.most < 0:
             raise TransportError("the other end did not call")
 
-    def end(self, *, timeout_s: float) -> two_sided.Done:
-        return two_sided.at_once
+    def end(self, *, timeout_s: float) -> paired.Done:
+        return paired.at_once
 
     def flush(self) -> None: ...
 
@@ -366,7 +368,7 @@ class _Lane:
     def abandon(self) -> None: ...
 
     def scratch(self, size: int) -> View:
-        assert size <= two_sided.HOST_PIECE_BYTES_MAX
+        assert size <= paired.HOST_PIECE_BYTES_MAX
         return memoryview(bytearray(size))
 
     def close(self) -> None: ...
@@ -374,7 +376,7 @@ class _Lane:
 
 def _stored() -> list[bytes]:
     def value(key: bytes, data: bytes) -> bytes:
-        return torchdist._SIZES.pack(len(key), len(data)) + key + data
+        return torch_distributed._SIZES.pack(len(key), len(data)) + key + data
 
     return [value(b"other", b"x" * 9) + value(b"wanted", b"127.0.0.1:7"), value(b"wanted", b"")]
 
@@ -386,13 +388,15 @@ def feed_stored(data: bytes) -> bool:
         theirs.sendall(data)
         theirs.shutdown(socket.SHUT_WR)
         stream.block(DEADLINE_S)
-        store = torchdist._store_class()(stream)
+        store = torch_distributed._store_class()(stream)
         try:
             store.get("wanted")
         except EOFError:
             return False
         finally:
-            assert sum(len(key) + len(value) for key, value in store._known.items()) <= torchdist.STORED_BYTES_MAX
+            assert (
+                sum(len(key) + len(value) for key, value in store._known.items()) <= torch_distributed.STORED_BYTES_MAX
+            )
     return True
 
 

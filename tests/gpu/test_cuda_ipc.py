@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import swarm
-from swarm import cuda
+from swarm.store import cuda
 
 from .conftest import StartSource, is_right, joining
 from .sources import MODEL, state

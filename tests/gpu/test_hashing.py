@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm import cuda
+from swarm.content.manifest import HashScheme
 from swarm.hashing import cuda as on_gpu
 from swarm.hashing.cpu import chunk_digest
-from swarm.manifest import HashScheme
-from swarm.store import DeviceView
+from swarm.store import DeviceView, cuda
 
 pytestmark = pytest.mark.gpu
 

@@ -11,10 +11,10 @@ import torch
 from conformance.check_store import KINDS_OF_SAMPLE, check_store
 
 import swarm
-from swarm import build
+from swarm.checkpoint import manifest_builder
+from swarm.content.manifest import Manifest
 from swarm.errors import SourceChanged, StoreConflict
 from swarm.hashing.cpu import chunk_digest
-from swarm.manifest import Manifest
 from swarm.settings import Settings
 from swarm.store import DeviceView
 from swarm.store.tensors import DeviceStore, IntoStore
@@ -76,7 +76,9 @@ def test_the_manifest_is_the_one_that_the_cpu_would_make() -> None:
     tensors = state()
     on_the_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
     on_the_cpu["tied"] = on_the_cpu["wide"]
-    on_gpu, on_cpu = (build.tensors(given, leaf_bytes=4096, chunk_bytes=300_000) for given in (tensors, on_the_cpu))
+    on_gpu, on_cpu = (
+        manifest_builder.tensors(given, leaf_bytes=4096, chunk_bytes=300_000) for given in (tensors, on_the_cpu)
+    )
     assert on_gpu.manifest.digest == on_cpu.manifest.digest
     scheme = on_gpu.manifest.scheme
     assert all(chunk_digest(scheme, on_gpu.spans(chunk)) == chunk.digest for chunk in on_gpu.manifest.chunks)
@@ -84,7 +86,7 @@ def test_the_manifest_is_the_one_that_the_cpu_would_make() -> None:
 
 def test_chunks_are_ranges_of_the_tensors_own_memory() -> None:
     tensors = state()
-    source = build.tensors(tensors)
+    source = manifest_builder.tensors(tensors)
     lent = [span for chunk in source.manifest.chunks for span in source.device_spans(chunk)]
     addresses = {view.address for view in lent if isinstance(view, DeviceView)}
     assert {tensors["wide"].data_ptr(), tensors["half"].data_ptr()} <= addresses
@@ -94,7 +96,7 @@ def test_chunks_are_ranges_of_the_tensors_own_memory() -> None:
 @pytest.mark.parametrize("how", ["written", "moved"])
 def test_a_change_while_served_is_noticed(how: str) -> None:
     parameter = torch.nn.Parameter(torch.ones(64, device="cuda"))
-    source = build.tensors({"w": parameter})
+    source = manifest_builder.tensors({"w": parameter})
     if how == "written":
         with torch.no_grad():
             parameter.mul_(2)
@@ -106,14 +108,14 @@ def test_a_change_while_served_is_noticed(how: str) -> None:
 
 def test_freed_memory_is_noticed() -> None:
     tensor = torch.ones(1 << 20, device="cuda")
-    source = build.tensors({"w": tensor})
+    source = manifest_builder.tensors({"w": tensor})
     tensor.untyped_storage().resize_(0)
     with pytest.raises(SourceChanged, match=r"w changed .*moved"):
         list(source.spans(source.manifest.chunks[-1]))
 
 
 def test_overlaps_are_refused() -> None:
-    source = build.tensors({"a": torch.ones(4), "b": torch.ones(4)})
+    source = manifest_builder.tensors({"a": torch.ones(4), "b": torch.ones(4)})
     flat = torch.zeros(6, device="cuda")
     with pytest.raises(StoreConflict, match="b: overlaps 'a'"):
         IntoStore(source.manifest, {"a": flat[:4], "b": flat[2:]})

@@ -20,12 +20,14 @@ from typing import Self, TypeAlias
 import aiohttp
 from aiohttp import web
 
-from swarm import build, link, messages
-from swarm.bitfield import Bitfield
+from swarm.checkpoint import manifest_builder
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import TransportError
-from swarm.listener import Listener
-from swarm.manifest import Chunk, Manifest
-from swarm.messages import Message
+from swarm.net import websocket
+from swarm.net.listener import Listener
+from swarm.protocol import messages
+from swarm.protocol.messages import Message
 from swarm.store import Source, Span
 from swarm.transport import Outbound, Transfer
 from swarm.transport.tcp import MAGIC, TcpTransport
@@ -56,7 +58,7 @@ class LyingPeer:
     @classmethod
     def of(cls, path: Path) -> Self:
         """One that has this model directory."""
-        manifest, source, _ = build.checkpoint(path, cache_dir=path.parent / "liar-cache")
+        manifest, source, _ = manifest_builder.checkpoint(path, cache_dir=path.parent / "liar-cache")
         return cls(manifest, source)
 
     def __enter__(self) -> Self:
@@ -124,7 +126,7 @@ class LyingPeer:
         self._tcp = TcpTransport(*listener.address)
         self._tcp.admit(TOKEN)
         app = web.Application()
-        app.router.add_get(link.PATH, self._talk)
+        app.router.add_get(websocket.PATH, self._talk)
         runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=0.1)
         await runner.setup()
 
@@ -186,7 +188,7 @@ async def heard(address: str, *questions: Question, last: type[Message] = messag
     async with (
         asyncio.timeout(DEADLINE_S),
         aiohttp.ClientSession() as client,
-        client.ws_connect(f"http://{address}{link.PATH}") as socket,
+        client.ws_connect(f"http://{address}{websocket.PATH}") as socket,
     ):
         hello = messages.decode((await socket.receive_str()).encode())
         assert isinstance(hello, messages.Hello)

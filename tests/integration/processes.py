@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from swarm.demo import write_made_up
+from swarm.cli.demo import write_made_up
 
 T = TypeVar("T")
 
@@ -163,7 +163,7 @@ class Machine:
         self, *arguments: str | Path, environment: Mapping[str, str] | None = None, wrapper: Sequence[str] = ()
     ) -> Process:
         """Starts `swarm ARGUMENTS`; a `wrapper` is a command that runs another one."""
-        command = [*wrapper, sys.executable, "-m", "swarm.cli", *map(str, arguments)]
+        command = [*wrapper, sys.executable, "-m", "swarm", *map(str, arguments)]
         logs = self._logs / f"{len(self._started)}-{arguments[0]}"
         process = Process(command, {**self.environment, **(environment or {})}, logs=logs, cwd=self.cwd)
         self._started.append(process)

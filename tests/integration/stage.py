@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.manifest import Chunk
+from swarm.content.manifest import Chunk
 from swarm.store import Span
 from swarm.transport import Outbound, Transfer
 

@@ -21,14 +21,15 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from swarm import keys, messages, rumours
 from swarm.errors import NotAdmitted, SwarmError
-from swarm.identity import Identity, Refusal
-from swarm.keys import Keyring
-from swarm.link import PATH, HttpLinks, Link
-from swarm.messages import Hello, Offer
-from swarm.rumours import Profile, Record, State
-from swarm.sealing import Sealer
+from swarm.net.websocket import PATH, HttpLinks, Link
+from swarm.protocol import messages, packets
+from swarm.protocol.messages import Hello, Offer
+from swarm.protocol.packets import Profile, Record, State
+from swarm.security import cluster_key
+from swarm.security.certificates import Identity, Refusal
+from swarm.security.cluster_key import Keyring
+from swarm.security.datagram_seal import Sealer
 from swarm.settings import split_address
 from swarm.transport.tcp import MAGIC, TLS_MAGIC, VERSION
 
@@ -46,7 +47,7 @@ class Target:
     """A seed with a key that members on this machine can reach, and how it was before an attack."""
 
     def __init__(self, machine: Machine, model: Path, key: Path, out: Path) -> None:
-        self.keyring = keys.load(key)
+        self.keyring = cluster_key.load(key)
         self._machine, self._model, self._out = machine, model, out
         self._environment = {"SWARM_KEY_FILE": str(key), "SWARM_NETWORK": "local"}
         self.seed: Process = machine.serve(model, environment=self._environment)
@@ -74,7 +75,7 @@ class Target:
 
 @pytest.fixture
 def target(machine: Machine, model: Path, out: Path, tmp_path: Path) -> Iterator[Target]:
-    keys.create(tmp_path / "key")
+    cluster_key.create(tmp_path / "key")
     target = Target(machine, model, tmp_path / "key", out)
     yield target
     target.check()
@@ -152,7 +153,7 @@ def test_no_key(target: Target) -> None:
 
 def test_wrong_key(target: Target) -> None:
     async def attack() -> None:
-        mallory = target.identity(keyring=Keyring((keys.generate(),)))
+        mallory = target.identity(keyring=Keyring((cluster_key.generate(),)))
         mallory.client.verify_mode = ssl.CERT_NONE  # she does not care who answers
         with pytest.raises(NotAdmitted, match="does not accept this node's key"):
             async with linked(target, mallory):
@@ -216,9 +217,9 @@ def test_replayed_datagrams(target: Target) -> None:
     sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
     ghost = secrets.token_hex(8)
     record = Record(ghost, 0, State.ALIVE, 0, "ghost", "127.0.0.1:9", Profile())
-    gone = rumours.Claim(ghost, 1, State.LEFT, 0)
-    said = [sealer.seal(rumours.encode(rumours.Gossip(ghost, (each,))), time.time()) for each in (record, gone)]
-    unsaid = sealer.seal(rumours.encode(rumours.Gossip(ghost, (record,))), time.time())
+    gone = packets.Claim(ghost, 1, State.LEFT, 0)
+    said = [sealer.seal(packets.encode(packets.Gossip(ghost, (each,))), time.time()) for each in (record, gone)]
+    unsaid = sealer.seal(packets.encode(packets.Gossip(ghost, (record,))), time.time())
     forged = unsaid[:-1] + bytes([unsaid[-1] ^ 1])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for datagram in said * 1000:
@@ -232,8 +233,8 @@ def test_replayed_datagrams(target: Target) -> None:
 
 
 def test_datagrams_of_strangers(target: Target) -> None:
-    plain = rumours.encode(rumours.Gossip(secrets.token_hex(8), ()))
-    other = Sealer(Keyring((keys.generate(),)).seal_keys[0], secrets.token_bytes).seal(plain, time.time())
+    plain = packets.encode(packets.Gossip(secrets.token_hex(8), ()))
+    other = Sealer(Keyring((cluster_key.generate(),)).seal_keys[0], secrets.token_bytes).seal(plain, time.time())
     old = Sealer(target.keyring.seal_keys[0], secrets.token_bytes).seal(plain, time.time() - 3600)
     dice = random.Random(1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -286,7 +287,7 @@ def test_sybil_flood_of_1000_claimed_members(target: Target) -> None:
                 Record(secrets.token_hex(8), 0, State.ALIVE, 0, f"sybil-{n}", f"127.0.0.1:{20000 + n}", Profile())
                 for n in range(number, number + 5)
             )
-            packet = rumours.encode(rumours.Gossip(claimed[0].node, claimed))
+            packet = packets.encode(packets.Gossip(claimed[0].node, claimed))
             sock.sendto(sealer.seal(packet, time.time()), (target.host, target.port))
 
 
@@ -338,7 +339,7 @@ def test_member_that_floods_is_muted_and_named(target: Target) -> None:
 
 def test_member_that_floods_with_datagrams_is_muted_and_named(target: Target) -> None:
     sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
-    packet = rumours.encode(rumours.Gossip(secrets.token_hex(8), ()))
+    packet = packets.encode(packets.Gossip(secrets.token_hex(8), ()))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         own = "{}:{}".format(*sock.getsockname())

@@ -13,10 +13,10 @@ import msgspec
 import pytest
 from aiohttp import web
 
-from swarm import messages
-from swarm.bitfield import Bitfield
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.hashing.cpu import chunk_digest
-from swarm.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
+from swarm.protocol import messages
 from swarm.store import Span
 from swarm.transport import Outbound, Transfer
 

@@ -257,7 +257,7 @@ def seek(page: Any, at_s: float) -> None:
 
 
 def test_is_only_what_is_in_the_table_served(stage: Stage) -> None:
-    for path in ("web/../picture.py", "web/%2e%2e/picture.py", "web/", "web/none.js", "tree/x/1", "timeline/../view"):
+    for path in ("web/../server.py", "web/%2e%2e/server.py", "web/", "web/none.js", "tree/x/1", "timeline/../view"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(stage.url + path)
     with urllib.request.urlopen(stage.url) as answer:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swarm.demo import differences, write_made_up
-from swarm.walk import walk
+from swarm.checkpoint.files import walk
+from swarm.cli.demo import differences, write_made_up
 
 pytestmark = pytest.mark.integration
 
@@ -43,7 +43,7 @@ def scratch(tmp_path: Path) -> Path:
 @contextlib.contextmanager
 def running_demo(path: Path, scratch: Path) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [sys.executable, "-m", "swarm.cli", "demo", str(path)],
+        [sys.executable, "-m", "swarm", "demo", str(path)],
         env={**os.environ, "TMPDIR": str(scratch)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from swarm import keys
-from swarm.engines import starts
-from swarm.engines.starts import Start, Step
+from swarm.engines import start_log
+from swarm.engines.start_log import Start, Step
+from swarm.security import cluster_key
 
 from .processes import MODEL, Ended, Machine
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.integration
 
 
 def key(path: Path) -> Path:
-    keys.create(path)
+    cluster_key.create(path)
     return path
 
 
@@ -107,7 +107,7 @@ def test_are_a_taken_port_and_a_name_that_nobody_knows_seen(machine: Machine) ->
 def test_are_the_last_starts_told_to_people(machine: Machine, model: Path) -> None:
     seed = machine.serve(model)
     left = Step("loaded", False, "nobody has this layout")
-    starts.record(machine.cache, Start("vllm 9.9", MODEL, "tp 0 of 1", {}, (left, Step("disk", True, "no peer"))))
+    start_log.record(machine.cache, Start("vllm 9.9", MODEL, "tp 0 of 1", {}, (left, Step("disk", True, "no peer"))))
     ended = machine.run("doctor", MODEL, "--no-mdns", "--peer", seed.address, environment={"COLUMNS": "200"})
     assert ended.code == 1
     assert (

@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 
 import swarm
+from swarm.node import status_client
 from swarm.settings import Settings
-from swarm.status import client
 
 from .processes import DEADLINE_S, MODEL, QUICK, Machine, Process, contents, wait_until, write_model
 
@@ -136,7 +136,7 @@ def test_does_status_show_who_has_how_much(machine: Machine, model: Path, out: P
     machine.start(*command).wait_for('"rejected_chunks"')
 
     def known() -> bool:
-        artifacts = client.ask(seed.address)["artifacts"]
+        artifacts = status_client.ask(seed.address)["artifacts"]
         return [artifact["members"] for artifact in artifacts] == [{"first": 1.0, "second": 1.0}]
 
     wait_until(known, "the seed to hear that the newcomer is complete")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm import keys
+from swarm.security import cluster_key
 
 from .processes import MODEL, Machine, contents
 
@@ -31,13 +31,13 @@ OWN = own_address()
 
 @pytest.fixture
 def key(tmp_path: Path) -> Path:
-    keys.create(tmp_path / "key")
+    cluster_key.create(tmp_path / "key")
     return tmp_path / "key"
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> Path:
-    keys.create(tmp_path / "other")
+    cluster_key.create(tmp_path / "other")
     return tmp_path / "other"
 
 
@@ -54,7 +54,7 @@ def joined(tmp_path: Path, name: str, *paths: Path) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    return str(keys.load(path))
+    return str(cluster_key.load(path))
 
 
 @pytest.mark.integration
@@ -141,7 +141,7 @@ import pathlib, sys, urllib.error, urllib.request
 from swarm.identity import visitor
 from swarm import keys
 address, path, key = sys.argv[1:]
-context = visitor(keys.load(pathlib.Path(key))) if key else None
+context = visitor(cluster_key.load(pathlib.Path(key))) if key else None
 scheme = "https" if key else "http"
 try:
     with urllib.request.urlopen(f"{scheme}://{address}{path}", context=context, timeout=10) as answer:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from swarm.status import client, running
+from swarm.node import local_nodes, status_client
 
 from .processes import Ended, Machine, Process, contents, wait_until, write_model
 
@@ -83,9 +83,9 @@ def test_does_a_fetch_survive_a_seed_killed_at_any_moment(machine: Machine, big:
 def test_is_an_interrupted_fetch_resumed(machine: Machine, big: Path, out: Path, number: signal.Signals) -> None:
     seed = machine.serve(big, "--upload-limit", "40MB/s")
     newcomer = machine.fetch(out, peers=[seed.address])
-    wait_until(lambda: len(running.addresses(machine.cache)) == 2, "the newcomer to leave its note")
-    (address,) = set(running.addresses(machine.cache)) - {seed.address}
-    wait_until(lambda: received(client.ask(address)), "some bytes to be verified")
+    wait_until(lambda: len(local_nodes.addresses(machine.cache)) == 2, "the newcomer to leave its note")
+    (address,) = set(local_nodes.addresses(machine.cache)) - {seed.address}
+    wait_until(lambda: received(status_client.ask(address)), "some bytes to be verified")
     newcomer.send(number)
     line = newcomer.end().error(130)
     assert "run the same command again" in line
@@ -123,4 +123,4 @@ def received(report: dict[str, Any]) -> int:
 
 
 def states(node: Process) -> dict[str, str]:
-    return {member["name"]: member["state"] for member in client.ask(node.address)["members"]}
+    return {member["name"]: member["state"] for member in status_client.ask(node.address)["members"]}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from swarm.discovery import Mdns
+from swarm.net.discovery import Mdns
 
 pytestmark = pytest.mark.integration
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from swarm.errors import PeerUnreachable
-from swarm.status import client
+from swarm.node import status_client
 
 from .processes import Machine, Process, contents, wait_until, write_model
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.integration
 def members(address: str) -> dict[str, dict[str, Any]]:
     """What the node at an address says of each of its members, by name."""
     try:
-        return {member["name"]: member for member in client.ask(address)["members"]}
+        return {member["name"]: member for member in status_client.ask(address)["members"]}
     except PeerUnreachable:  # busy
         return {}
 
@@ -53,7 +53,7 @@ def test_do_processes_know_each_other_through_one_and_who_is_killed(machine: Mac
     nodes[3].kill()
     for node in (nodes[0], nodes[1], nodes[4]):
         wait_until(partial(is_dead, node.address, "n3"), "n3 to be declared dead")
-        assert "n3" not in {name for a in client.ask(node.address)["artifacts"] for name in a["members"]}
+        assert "n3" not in {name for a in status_client.ask(node.address)["artifacts"] for name in a["members"]}
 
 
 def test_is_a_goodbye_told(machine: Machine, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def stage(tmp_path: Path) -> Iterator[Stage]:
 def terminal(stage: Stage, tmp_path: Path) -> Iterator[Terminal]:
     """Watches the seed; what it exits with is its last line."""
     unset = ("env", "-u", "LINES", "-u", "COLUMNS")  # pytest's readline sets them, and they would hold for any window
-    command = [*unset, sys.executable, "-m", "swarm.cli", "status", "--watch", "--peer", stage.seed.address]
+    command = [*unset, sys.executable, "-m", "swarm", "status", "--watch", "--peer", stage.seed.address]
     made = Terminal(f"{shlex.join(command)}; echo ended with $?; sleep 60", cwd=stage.machine.cwd)
     yield made
     made.close()

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import pytest
 
-from swarm import download
 from swarm.errors import LocalProtocolError
 from swarm.simulation.crowd import Asked, Crowd, Died, Observer
 from swarm.simulation.report import Report
 from swarm.simulation.setup import SLOWER, Setup
-from swarm.upload import Upload
+from swarm.transfer import download
+from swarm.transfer.upload import Upload
 
 BURST = Setup(newcomers=8, chunks=20, model_bytes=1_250_000_000)
 EVERYTHING = replace(

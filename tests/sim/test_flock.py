@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from swarm import tuning
-from swarm.rumours import Holding, Profile, State
-from swarm.simulation.gossip import Flock
+from swarm.membership import config
+from swarm.protocol.packets import Holding, Profile, State
 
-T = tuning.lan()
+from .swim_group import Flock
+
+T = config.lan()
 LIMIT_S = 120.0
 
 

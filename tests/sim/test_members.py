@@ -7,16 +7,19 @@ from collections.abc import Callable
 
 import pytest
 
-from swarm import __version__, mesh, resolving
+from swarm import __version__
 from swarm.errors import ManifestConflict
-from swarm.gossip import Changed
 from swarm.journal import Left
-from swarm.node import Node
-from swarm.rumours import State
-from swarm.simulation import scenarios
-from swarm.simulation.cluster import MODEL_ID, Cluster, Member, Report, Setup
-from swarm.simulation.content import BytesStore, Content
-from swarm.tuning import lan
+from swarm.membership.config import lan
+from swarm.membership.swim import Changed
+from swarm.node import resolve
+from swarm.node.node import Node
+from swarm.peers import selection
+from swarm.protocol.packets import State
+
+from . import scenarios
+from .cluster import MODEL_ID, Cluster, Member, Report, Setup
+from .content import BytesStore, Content
 
 QUIET = Setup(newcomers=0, chunks=8, limit_s=3000.0)
 LONG_S = 300.0
@@ -53,7 +56,7 @@ def test_do_all_know_all_through_one_member_and_link_with_few() -> None:
         await crowd(cluster, CROWD)
         await cluster.until(all_know(cluster, CROWD), timeout_s=LONG_S)
         dialled = [len(member.node._linking.machine._by_itself()) for member in cluster.members.values()]
-        assert max(dialled) <= mesh.LINKS_MOST
+        assert max(dialled) <= selection.LINKS_MOST
 
     played(scenario)
 
@@ -74,7 +77,7 @@ def test_is_found_what_is_held_where_no_link_leads(loss: float) -> None:
         holder, other = members[3].node, Content.random(9, chunks=8, chunk_bytes=64)
         seeker = next(m.node for m in members if holder.id not in m.node.peers)
         holder.serve("org/rare", BytesStore(other.manifest, other.files))
-        manifest, _ = await resolving.resolve(seeker, "org/rare", digest=None, find_timeout_s=10.0)
+        manifest, _ = await resolve.resolve(seeker, "org/rare", digest=None, find_timeout_s=10.0)
         assert manifest.digest == other.manifest.digest
         fetched = await seeker.fetch("org/rare", BytesStore(manifest))
         assert fetched.sources.keys() == {holder.name}
@@ -92,7 +95,7 @@ def test_do_two_contents_of_one_name_conflict_though_no_link_leads_to_one_of_the
         far.serve(MODEL_ID, BytesStore(other.manifest, other.files))
         await cluster.until(lambda: len(asker.holders(MODEL_ID)) == 2)
         with pytest.raises(ManifestConflict, match=far.name):
-            await resolving.resolve(asker, MODEL_ID, digest=None, find_timeout_s=10.0)
+            await resolve.resolve(asker, MODEL_ID, digest=None, find_timeout_s=10.0)
 
     played(scenario)
 
@@ -207,7 +210,7 @@ def test_do_links_do_where_datagrams_are_stopped(blocked: str) -> None:
             host.datagrams_pass = False
         cluster.members["member-19"].node.serve("org/rare", BytesStore(other.manifest, other.files))
         node = cluster.members["member-7"].node
-        manifest, _ = await resolving.resolve(node, "org/rare", digest=None, find_timeout_s=30.0)
+        manifest, _ = await resolve.resolve(node, "org/rare", digest=None, find_timeout_s=30.0)
         assert manifest.digest == other.manifest.digest
 
     other = Content.random(9, chunks=8, chunk_bytes=64)

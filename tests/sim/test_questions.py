@@ -11,17 +11,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from swarm import download, resolving
+from swarm.content.manifest import Chunk
 from swarm.errors import ManifestConflict, Stalled
-from swarm.manifest import Chunk
-from swarm.simulation import scenarios
-from swarm.simulation.cluster import MODEL_ID, Cluster, Report, Setup
-from swarm.simulation.content import BytesStore, Content, Liar
-from swarm.simulation.network import HEARTBEAT_MISSED_S
+from swarm.node import resolve
 from swarm.store import Span
+from swarm.transfer import download
+
+from . import scenarios
+from .cluster import MODEL_ID, Cluster, Report, Setup
+from .content import BytesStore, Content, Liar
+from .network import HEARTBEAT_MISSED_S
+
+ROOT = Path(__file__).parents[2]
 
 SEEDS = (1, 2, 3)
 NEWCOMERS, MANY = 8, 128  # so many chunks tell a policy from luck
@@ -234,11 +239,9 @@ def test_are_two_contents_of_one_id_a_conflict(seed: int) -> None:
         other = await cluster.seed("seed-other", Content.random(seed + 1000, chunks=8, chunk_bytes=4096))
         asker = await cluster.open("asker", BytesStore(cluster.content.manifest))
         with pytest.raises(ManifestConflict) as conflict:
-            await resolving.resolve(asker.node, MODEL_ID, digest=None, find_timeout_s=10.0)
+            await resolve.resolve(asker.node, MODEL_ID, digest=None, find_timeout_s=10.0)
         caught.append(conflict.value)
-        pinned, _ = await resolving.resolve(
-            asker.node, MODEL_ID, digest=other.store.manifest.digest, find_timeout_s=10.0
-        )
+        pinned, _ = await resolve.resolve(asker.node, MODEL_ID, digest=other.store.manifest.digest, find_timeout_s=10.0)
         assert pinned == other.store.manifest
 
     played(replace(BURST, seed=seed, newcomers=0, chunks=8, known="all"), ask)
@@ -256,5 +259,5 @@ def test_is_a_trace_the_same_in_another_process(scenario: str) -> None:
     here = played(setup)
     command = [sys.executable, *setup.command.split()[1:]]
     environment = {**os.environ, "PYTHONHASHSEED": "12345"}
-    there = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    there = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
     assert there.stdout == f"{here}\n"

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from swarm.download import Download
 from swarm.errors import LocalProtocolError, PeerTimeout, PeerUnreachable
-from swarm.link import Link
-from swarm.messages import Cancel
-from swarm.simulation import clock, cluster, network
-from swarm.simulation.cluster import Cluster, Setup
-from swarm.simulation.content import BytesStore, Content, Liar
-from swarm.simulation.network import Fabric, MemoryLink, SimulatedWorld
+from swarm.net.websocket import Link
+from swarm.protocol.messages import Cancel
+from swarm.transfer.download import Download
+
+from . import clock, cluster, network
+from .cluster import Cluster, Setup
+from .content import BytesStore, Content, Liar
+from .network import Fabric, MemoryLink, SimulatedWorld
 
 
 def play(main: Coroutine[Any, Any, None], *, limit_s: float = 100.0) -> None:
@@ -296,7 +297,7 @@ def test_two_runs_of_one_seed_are_one_trace_and_another_seed_is_another() -> Non
 def test_the_command_of_a_run_replays_it(capsys: pytest.CaptureFixture[str]) -> None:
     setup = Setup(seed=11, newcomers=2, chunks=8, known="all", scenario="newcomer_is_late")
     report = Cluster(setup).run()
-    prefix, command = "python -m swarm.simulation.cluster ", report.command
+    prefix, command = "python -m tests.sim.cluster ", report.command
     assert command.startswith(prefix)
     assert cluster.main(shlex.split(command.removeprefix(prefix))) == 0
     assert capsys.readouterr().out == f"{report}\n"
@@ -309,7 +310,7 @@ def test_a_broken_invariant_fails_the_run_and_names_the_command(monkeypatch: pyt
     monkeypatch.setattr(Download, "check", broken)
     with pytest.raises(LocalProtocolError, match="the invariant of the day") as caught:
         Cluster(Setup(seed=3, newcomers=1, chunks=4)).run()
-    assert caught.value.__notes__ == ["replay: python -m swarm.simulation.cluster --seed 3 --newcomers 1 --chunks 4"]
+    assert caught.value.__notes__ == ["replay: python -m tests.sim.cluster --seed 3 --newcomers 1 --chunks 4"]
 
 
 def test_a_task_that_fails_unseen_fails_the_run() -> None:

@@ -12,7 +12,7 @@ def model(tmp_path: Path) -> Path:
     """A model directory with one tensor of 60 kB and a config."""
     import numpy as np
 
-    from swarm.demo import write_made_up
+    from swarm.cli.demo import write_made_up
 
     path = tmp_path / "model"
     path.mkdir()
@@ -28,7 +28,7 @@ def sharded(tmp_path: Path) -> Path:
 
     import numpy as np
 
-    from swarm.demo import write_made_up
+    from swarm.cli.demo import write_made_up
 
     path = tmp_path / "sharded"
     path.mkdir()

@@ -24,7 +24,7 @@ from swarm.errors import (
     StoreConflict,
     StoreError,
 )
-from swarm.node import Fetched
+from swarm.node.node import Fetched
 from swarm.runtime import runtime
 
 MODEL = "org/model"
@@ -300,7 +300,7 @@ def test_does_a_failure_after_the_fetch_stop_serving(there: Settings, monkeypatc
     def fail(*_: object) -> None:
         raise StoreError("the cache is broken")
 
-    monkeypatch.setattr("swarm.hub.CacheEntry.publish", fail)
+    monkeypatch.setattr("swarm.checkpoint.hf_cache.CacheEntry.publish", fail)
     with swarm.fetch(MODEL, settings=Settings(**{**vars(there), "name": "newcomer"})):  # keeps the node open
         assert nodes() == 2
         with pytest.raises(StoreError, match="the cache is broken"):
@@ -320,7 +320,7 @@ def test_does_the_callers_deadline_hold_while_nobody_is_found(here: Settings) ->
 
 
 def test_does_the_callers_deadline_hold_while_nothing_arrives(there: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarm.serving.Serving.requested", lambda *_: None)
+    monkeypatch.setattr("swarm.transfer.upload_driver.Serving.requested", lambda *_: None)
     with pytest.raises(FetchTimeout, match=r"0% complete after the 0\.2 s allowed") as caught:
         swarm.fetch(MODEL, timeout_s=0.2, settings=there)
     assert (caught.value.timeout_s, caught.value.fraction) == (0.2, 0.0)
@@ -330,7 +330,7 @@ def test_does_the_callers_deadline_hold_while_nothing_arrives(there: Settings, m
 def test_does_a_fetch_that_gets_nothing_stall(
     here: Settings, served: swarm.Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarm.serving.Serving.requested", lambda *_: None)
+    monkeypatch.setattr("swarm.transfer.upload_driver.Serving.requested", lambda *_: None)
     there = Settings(mdns=False, cache=here.cache, peers=(served.address,), stall_timeout_s=0.2)
     with pytest.raises(Stalled, match="run the same fetch again"):
         swarm.fetch(MODEL, settings=there)

@@ -18,10 +18,10 @@ import pytest
 
 from swarm import __version__
 from swarm.errors import SettingsError
-from swarm.node import Node
+from swarm.net.environment import HostWorld
+from swarm.node.node import Node
 from swarm.runtime import Runtime, new_node, runtime
 from swarm.settings import Settings
-from swarm.world import HostWorld
 
 DEADLINE_S = 20.0
 

@@ -1,0 +1,261 @@
+"""`swarm simulate`: plays a burst of newcomers and says how it compares with the lower bound and with a star.
+
+The machines are those of a real node, so what it finds is true of the policy; links, disks and CPUs are made up.
+
+    curve:   when 1/4, 1/2, 3/4, 9/10 and all of the newcomers were done, each from its own request
+    star:    the same newcomers if each got the model whole from a seed, one after another
+
+Owns what is printed and written. Must not know: how a burst is played.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from rich.console import Console
+from rich.table import Table
+
+from swarm.content.bitfield import Bitfield
+from swarm.errors import LocalProtocolError, SettingsError, StoreError
+from swarm.observe.units import size_text
+from swarm.simulation.crowd import Crowd, Observer
+from swarm.simulation.report import Report, quantile
+from swarm.simulation.setup import Setup
+
+PARTS = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "9/10": 0.9, "all": 1.0}
+NOT_ALL_FINISHED = 1
+COLUMNS = 100  # of a table, when there is no terminal to ask
+
+Outcome: TypeAlias = Report | LocalProtocolError
+
+
+def simulate(setup: Setup, *, runs: int, as_json: bool, trace: Path | None, plot: Path | None) -> int:
+    """Plays and prints; 0 when every newcomer that was not killed finished in every run.
+
+    Raises SettingsError, and StoreError for a file that cannot be written.
+    """
+    if runs < 1:
+        raise SettingsError("runs", f"{runs}; at least 1 is needed")
+    if runs > 1 and (trace or plot):
+        raise SettingsError("trace" if trace else "plot", "tells of one run; leave out --runs")
+    console = Console() if sys.stdout.isatty() else Console(width=COLUMNS)
+    with Console(stderr=True).status(f"{runs} x {setup.newcomers} newcomers, {setup.chunks} chunks"):
+        outcomes = play_all(setup, runs) if runs > 1 else [_play_and_write(setup, trace, plot)]
+    reports = [outcome for outcome in outcomes if isinstance(outcome, Report)]
+    if as_json:
+        bounds = {"copy_s": setup.copy_s, "bound_s": setup.bound_s}
+        played = [as_plain(outcome) for outcome in outcomes]
+        print(json.dumps({"setup": dataclasses.asdict(setup), **bounds, "runs": played}))
+    elif runs == 1:
+        for report in reports:
+            show(report, console)
+    elif reports:
+        show_all(reports, console)
+    failures = [line for outcome in outcomes if (line := failure(outcome))]
+    for line in failures:
+        print(f"swarm: {line}", file=sys.stderr)
+    return NOT_ALL_FINISHED if failures else 0
+
+
+def play(setup: Setup, observe: Observer | None = None) -> Outcome:
+    """One run; a machine that broke its own rules is an outcome too."""
+    try:
+        return Crowd(setup, observe).run()
+    except LocalProtocolError as error:
+        return error
+
+
+def play_all(setup: Setup, runs: int) -> list[Outcome]:
+    """So many runs, each with the next dice, in as many processes as there are cores."""
+    setups = [dataclasses.replace(setup, dice=setup.dice + number) for number in range(runs)]
+    return list(play_each(setups))
+
+
+def play_each(setups: Sequence[Setup]) -> Iterator[Outcome]:
+    """The outcomes in the order of the setups, played in as many processes as there are cores."""
+    processes = min(len(setups), len(os.sched_getaffinity(0)))
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield from pool.map(play, setups)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def failure(outcome: Outcome) -> str | None:
+    """What went wrong and the command that replays it, on one line; None when all finished."""
+    if isinstance(outcome, LocalProtocolError):
+        return str(outcome)
+    if not outcome.unfinished:
+        return None
+    why = (
+        f"{outcome.lost_chunks} of {outcome.setup.chunks} chunks died with their last holders"
+        if outcome.lost_chunks
+        else "although somebody holds each chunk, which is a bug in swarm"
+    )
+    names = ", ".join(outcome.unfinished[:3]) + (", ..." if len(outcome.unfinished) > 3 else "")
+    who = f"{len(outcome.unfinished)} of {outcome.setup.newcomers} newcomers ({names})"
+    return f"{who} did not finish, {why}; replay it with: {outcome.setup.command}"
+
+
+def measures(report: Report) -> dict[str, tuple[float, str]]:
+    """What is worth knowing of a run, with the pattern that prints it; what does not apply is left out."""
+    setup = report.setup
+    found = {
+        "last newcomer, times its lower bound": (report.last_ratio, "{:.3f}"),
+        "mean newcomer, times its lower bound": (report.mean_ratio, "{:.3f}"),
+        "seeds sent, copies of the model": (report.seed_models, "{:.2f}"),
+        "control messages, part of the payload": (report.control_part, "{:.3%}"),
+    }
+    if setup.corrupt or setup.liars:
+        found["rejected chunks"] = (report.rejected_chunks, "{:.0f}")
+    if setup.racks > 1:
+        found["copies that left a rack"] = (report.crossed_models, "{:.2f}")
+    if setup.per_machine > 1:
+        found["copies that entered a machine"] = (report.entered_models, "{:.2f}")
+    return found
+
+
+def show(report: Report, console: Console) -> None:
+    """Prints one run."""
+    _head(report.setup, console)
+    lived_s, star_s, bound_s = report.lived_s, report.star_s, report.setup.bound_s
+    table = Table("done", "swarm", "lower bound", "ratio", "star")
+    for words, part in PARTS.items():
+        time_s = quantile(lived_s, part)
+        star = seconds_text(quantile(star_s, part))
+        table.add_row(words, seconds_text(time_s), seconds_text(bound_s), f"{time_s / bound_s:.3f}", star)
+    console.print(table)
+    for words, (value, pattern) in measures(report).items():
+        console.print(f"{words}: {pattern.format(value)}", highlight=False)
+    for name, count in sorted(report.banned_by.items()):
+        what = "which lies" if name in report.liars else "honest"
+        console.print(f"{name}, {what}: banned by {count}", highlight=False)
+
+
+def show_all(reports: Sequence[Report], console: Console) -> None:
+    """Prints many runs of one setup: median and range."""
+    setup = reports[0].setup
+    _head(setup, console)
+    table = Table(f"{len(reports)} runs", "median", "least", "most")
+    for words, part in PARTS.items():
+        times_s = [quantile(report.lived_s, part) for report in reports]
+        table.add_row(f"{words} done", *_range(times_s, seconds_text))
+    for words, (_, pattern) in measures(reports[0]).items():
+        table.add_row(words, *_range([measures(report)[words][0] for report in reports], pattern.format))
+    console.print(table)
+    last_s = [report.star_s[-1] for report in reports if report.star_s]
+    star = seconds_text(statistics.median(last_s)) if last_s else "-"
+    console.print(f"lower bound {seconds_text(setup.bound_s)}; last of a star {star}", highlight=False)
+
+
+def seconds_text(seconds: float) -> str:
+    """Seconds for people."""
+    if math.isnan(seconds):
+        return "-"
+    if math.isinf(seconds):
+        return "never"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
+
+
+def as_plain(outcome: Outcome) -> dict[str, Any]:
+    """One run for machines; what is no number is null."""
+    if isinstance(outcome, LocalProtocolError):
+        return {"failure": str(outcome)}
+    lived_s, star_s = outcome.lived_s, outcome.star_s
+    numbers = {
+        "curve_s": {words: quantile(lived_s, part) for words, part in PARTS.items()},
+        "star_s": {words: quantile(star_s, part) for words, part in PARTS.items()},
+        "last_ratio": outcome.last_ratio,
+        "mean_ratio": outcome.mean_ratio,
+        "seed_models": outcome.seed_models,
+        "control_part": outcome.control_part,
+        "crossed_models": outcome.crossed_models,
+        "entered_models": outcome.entered_models,
+        "rejected_chunks": outcome.rejected_chunks,
+        "banned_by": dict(outcome.banned_by),
+        "liars": sorted(outcome.liars),
+        "killed": sorted(outcome.killed),
+        "unfinished": outcome.unfinished,
+        "times_s": dict(outcome.times_s),
+    }
+    told = {"dice": outcome.setup.dice, "command": outcome.setup.command, "failure": failure(outcome)}
+    return {**told, **{name: _finite(value) for name, value in numbers.items()}}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _head(setup: Setup, console: Console) -> None:
+    seeds = "one seed" if setup.seeds == 1 else f"{setup.seeds} seeds"
+    model = f"{size_text(setup.model_bytes)} in {setup.chunks} chunks, links of {size_text(setup.rate_bytes_per_s)}/s"
+    console.print(
+        f"{setup.newcomers} newcomers, {seeds}, {model}: one copy takes {seconds_text(setup.copy_s)}", highlight=False
+    )
+
+
+def _range(values: Sequence[float], text: Callable[[float], str]) -> tuple[str, str, str]:
+    return text(statistics.median(values)), text(min(values)), text(max(values))
+
+
+def _play_and_write(setup: Setup, trace: Path | None, plot: Path | None) -> Outcome:
+    """One run; its journal and its picture appear when they are whole."""
+    if plot is None and trace is None:
+        return play(setup)
+    from swarm.simulation.plot import History, Picture
+
+    picture = Picture(plot) if plot else None  # fails before the run, not after
+    history = History()
+    with contextlib.ExitStack() as files:
+        draft = files.enter_context(_replacing(trace)) if trace else None
+        file = files.enter_context(draft.open("w", encoding="utf-8")) if draft else None
+
+        def observe(at_s: float, node: str, what: object) -> None:
+            history.note(at_s, node, what)
+            if file:
+                file.write(trace_line(at_s, node, what))
+
+        outcome = play(setup, observe)
+    if plot and picture and isinstance(outcome, Report):
+        with _replacing(plot) as draft:
+            picture.draw(outcome, history, draft)
+    return outcome
+
+
+def trace_line(at_s: float, node: str, what: Any) -> str:
+    """One entry of the journal as a line of JSON: when, who, what, and the fields of that."""
+    kind = f"{type(what).__module__.rpartition('.')[2]}.{type(what).__name__}"
+    fields = {field.name: getattr(what, field.name) for field in dataclasses.fields(what)}
+    return json.dumps({"at_s": at_s, "node": node, "what": kind, **fields}, default=_as_json) + "\n"
+
+
+def _as_json(value: object) -> object:
+    """Holdings as their number, sets in order."""
+    return len(value) if isinstance(value, Bitfield) else sorted(value)  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A place to write what takes the name `path` at the end. Raises StoreError."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield draft
+        draft.replace(path)
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)

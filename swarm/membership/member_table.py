@@ -1,0 +1,282 @@
+"""What one node knows of every member, how two accounts of one become one, and which rumours are fresh.
+
+An account has two halves. The claim is (incarnation, state): the greater incarnation holds, and within one the worse
+state; only the member itself raises its incarnation. The facts (name, address, profile) are numbered by `version`: the
+greater holds. So merging is a maximum: rumours may be late, doubled and in any order, and all end with one view.
+
+A member that is dead or has left stays here for a while as a tombstone: a late rumour that it was alive is then
+known to be old. Tombstones are never taken from others, or they would circulate for ever.
+
+Must not know: messages' ways, sockets, clocks.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from dataclasses import dataclass
+
+from swarm.errors import LocalProtocolError
+from swarm.protocol import packets
+from swarm.protocol.packets import CLAIMS_MAX, ID_LAST, VERSION_MAX, Claim, Record, Rumour, State, Sync
+
+MEMBERS_MAX = 4096  # beyond that strangers cannot make this node remember more
+MISSES_MAX = 8  # rumours too long for what is left of a datagram, after which it is sent as it is
+SMALLEST_BYTES = 20  # no rumour is shorter
+
+
+class Roster:
+    """All members but oneself, the living in a random order for probing."""
+
+    def __init__(self, *, rng: random.Random) -> None:
+        self._rng = rng
+        self._records: dict[str, Record] = {}
+        self._ids: list[str] = []  # sorted
+        self._living: list[str] = []  # alive or suspect, in the order of probing
+        self._next = 0
+
+    def __len__(self) -> int:
+        """How many are alive or suspect."""
+        return len(self._living)
+
+    def get(self, node: str) -> Record | None:
+        """The record of a member, living or not."""
+        return self._records.get(node)
+
+    def records(self) -> list[Record]:
+        """All records, by id."""
+        return [self._records[node] for node in self._ids]
+
+    def lost(self) -> list[Record]:
+        """Members that died without goodbye and are not forgotten yet."""
+        return [record for record in self._records.values() if record.state is State.DEAD]
+
+    def between(self, first: str, last: str) -> list[Record]:
+        """Records with ids from `first` to `last`, both included, by id."""
+        low, high = bisect.bisect_left(self._ids, first), bisect.bisect_right(self._ids, last)
+        return [self._records[node] for node in self._ids[low:high]]
+
+    def merge(self, heard: Rumour) -> Record | None:
+        """Takes in one rumour about somebody else. Returns the record that it led to, or None if it is no news."""
+        known = self._records.get(heard.node)
+        if known is None:
+            if not isinstance(heard, Record) or heard.state >= State.DEAD or len(self._records) >= MEMBERS_MAX:
+                return None
+            self._add(heard)
+            return heard
+        merged = known
+        if isinstance(heard, Record) and heard.version > known.version:
+            merged = packets.replaced(heard, incarnation=known.incarnation, state=known.state)
+        if (heard.incarnation, heard.state) > (known.incarnation, known.state):
+            merged = packets.replaced(merged, incarnation=heard.incarnation, state=heard.state)
+        if merged is known:
+            return None
+        self._records[heard.node] = merged
+        was, lives = known.state < State.DEAD, merged.state < State.DEAD
+        if lives and not was:
+            self._enlist(heard.node)
+        elif was and not lives:
+            self._strike(heard.node)
+        return merged
+
+    def softened(self, heard: Rumour) -> Rumour:
+        """What a comparison says, which may be old: that a living member is dead makes it a suspect, who can refute."""
+        known = self._records.get(heard.node)
+        if heard.state is not State.DEAD or (known and known.state >= State.DEAD):
+            return heard
+        if isinstance(heard, Record):
+            return packets.replaced(heard, state=State.SUSPECT) if known else heard
+        return Claim(heard.node, heard.incarnation, State.SUSPECT, heard.version)
+
+    def window(self, first: str, *, room_bytes: int) -> tuple[str, tuple[Claim, ...]]:
+        """Claims on the ids from `first` on, as many as fit, and the last id that they cover."""
+        claims: list[Claim] = []
+        for node in self._ids[bisect.bisect_left(self._ids, first) :]:
+            claim = self._records[node].claim
+            room_bytes -= packets.size(claim)
+            if claims and (room_bytes < 0 or len(claims) == CLAIMS_MAX):
+                return claims[-1].node, tuple(claims)
+            claims.append(claim)
+        return ID_LAST, tuple(claims)
+
+    def compare(self, sync: Sync, *, own: Record) -> tuple[list[Record], tuple[str, ...]]:
+        """What the sender of a Sync lacks within its window, by id, and of whom it knows more than this node."""
+        theirs = {claim.node: claim for claim in sync.claims}
+        ours = [record for record in (*self.between(sync.first, sync.last), own) if record.node != sync.sender]
+        lacking = [
+            record
+            for record in ours
+            if sync.first <= record.node <= sync.last and _is_news(record, theirs.get(record.node))
+        ]
+        wants = tuple(claim.node for claim in sync.claims if claim.node != own.node and self._wants(claim))
+        return sorted(lacking, key=lambda record: record.node), wants
+
+    def forget(self, node: str) -> None:
+        """Removes a tombstone."""
+        if (record := self._records.get(node)) and record.state >= State.DEAD:
+            del self._records[node]
+            del self._ids[bisect.bisect_left(self._ids, node)]
+
+    def next_to_probe(self) -> Record | None:
+        """The living in turn; a new order once all had theirs, so that nobody waits for more than two rounds."""
+        if not self._living:
+            return None
+        if self._next >= len(self._living):
+            self._rng.shuffle(self._living)
+            self._next = 0
+        self._next += 1
+        return self._records[self._living[self._next - 1]]
+
+    def some(self, count: int, *, but: str | None = None) -> list[Record]:
+        """Up to `count` different living members, by lot."""
+        chosen = self._rng.sample(self._living, min(count + 1, len(self._living)))
+        return [self._records[node] for node in chosen if node != but][:count]
+
+    def check(self) -> None:
+        """Raises LocalProtocolError when an invariant does not hold."""
+        living = {node for node, record in self._records.items() if record.state < State.DEAD}
+        if len(self._living) != len(living) or set(self._living) != living:
+            raise LocalProtocolError(f"{self!r}: the order of probing is not the living")
+        if self._ids != sorted(self._records):
+            raise LocalProtocolError(f"{self!r}: the ids are not those of the records")
+
+    def _wants(self, claim: Claim) -> bool:
+        known = self._records.get(claim.node)
+        return claim.version > known.version if known else claim.state < State.DEAD
+
+    def _add(self, record: Record) -> None:
+        self._records[record.node] = record
+        bisect.insort(self._ids, record.node)
+        self._enlist(record.node)
+
+    def _enlist(self, node: str) -> None:
+        # SWIM: at a random place, so that newcomers are not all probed at once.
+        self._living.insert(self._rng.randrange(len(self._living) + 1), node)
+
+    def _strike(self, node: str) -> None:
+        place = self._living.index(node)
+        del self._living[place]
+        if place < self._next:
+            self._next -= 1
+
+    def __repr__(self) -> str:
+        return f"<Roster {len(self)} living of {len(self._records)}>"
+
+
+class Walk:
+    """How far the comparison with others has come on its way along the ring of ids, again and again.
+
+    Of Syncs under way only the latest counts, so that an answer that is lost, late or invented does no harm.
+    """
+
+    def __init__(self) -> None:
+        self.cursor = packets.ID_FIRST  # from where on to compare next
+        self.whole = False  # it has been round once
+        self._laps = 0  # still to go in a hurry
+        self._asked: tuple[int, str] | None = None
+
+    @property
+    def hurried(self) -> bool:
+        """Whether to compare often: at first, and for a round after there was a reason."""
+        return self._laps > 0 or not self.whole
+
+    def hurry(self) -> None:
+        """There is more to find than usual, anywhere on the ring."""
+        self._laps = 2  # what is left of this one, and another one
+
+    def asked(self, sequence: int, last: str) -> None:
+        """A Sync was sent of the ids from the cursor to `last`."""
+        self._asked = sequence, last
+
+    def settled(self, sequence: int, until: str) -> bool:
+        """An answer came. Returns whether to go on at once: there is more of this window, or of the first round."""
+        if self._asked is None or self._asked[0] != sequence or not self.cursor <= until <= self._asked[1]:
+            return False
+        last = self._asked[1]
+        self._asked = None
+        self.cursor = packets.following(until)
+        if until == ID_LAST:
+            self.whole = True
+            self._laps = max(0, self._laps - 1)
+        return until < last or not self.whole
+
+
+def agree(one: Record, other: Record) -> bool:
+    """Whether two records say the same of a member, or one is older and may differ."""
+    told = one.name, one.address, one.profile
+    return one.version != other.version or told == (other.name, other.address, other.profile)
+
+
+def refute(own: Record, heard: Rumour) -> Record | None:
+    """The own record with so great an incarnation that it overrules what was heard, or None if that is true or old.
+
+    A process that had this id before may have told of greater numbers, or of other things under the same.
+    """
+    differs = isinstance(heard, Record) and not agree(own, heard)
+    accused = heard.state is not State.ALIVE and heard.incarnation >= own.incarnation
+    if not accused and not differs and heard.version <= own.version and heard.incarnation <= own.incarnation:
+        return None
+    version = max(own.version, heard.version) + 1 if differs or heard.version > own.version else own.version
+    incarnation = max(own.incarnation, heard.incarnation) + 1
+    return packets.replaced(own, incarnation=min(incarnation, VERSION_MAX), version=min(version, VERSION_MAX))
+
+
+def _is_news(record: Record, claim: Claim | None) -> bool:
+    """Whether somebody who knows no more than the claim lacks this record. Nobody needs tombs of strangers."""
+    if claim is None:
+        return record.state < State.DEAD
+    newer = (record.incarnation, record.state) > (claim.incarnation, claim.state)
+    return newer or record.version > claim.version
+
+
+@dataclass(frozen=True)
+class _Fresh:
+    rumour: Rumour
+    size: int
+
+
+class Spread:
+    """Rumours still to be passed on: those sent least first, and of those the newest.
+
+    One claim and one record a member wait at most; news about it replaces them, and counts as unsent.
+    """
+
+    def __init__(self) -> None:
+        self._rounds: list[dict[tuple[str, type], _Fresh]] = [{}]  # by how often they were sent
+
+    def __bool__(self) -> bool:
+        return any(self._rounds)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._rounds))
+
+    def put(self, rumour: Rumour) -> None:
+        """Something is news. A record says what a claim says, so it replaces that as well."""
+        replaced: tuple[type, ...] = (Claim, Record) if isinstance(rumour, Record) else (Claim,)
+        for waiting in self._rounds:
+            for kind in replaced:
+                waiting.pop((rumour.node, kind), None)
+        self._rounds[0][rumour.node, type(rumour)] = _Fresh(rumour, packets.size(rumour))
+
+    def take(self, room_bytes: int, *, times: int) -> list[Rumour]:
+        """Rumours that fit; each is given `times` times in all."""
+        taken: list[tuple[int, tuple[str, type]]] = []
+        misses = 0
+        for sent, waiting in enumerate(self._rounds):
+            for key in reversed(waiting):
+                if room_bytes < SMALLEST_BYTES or misses > MISSES_MAX:
+                    break
+                if waiting[key].size <= room_bytes:
+                    room_bytes -= waiting[key].size
+                    taken.append((sent, key))
+                else:
+                    misses += 1
+        return [self._advance(sent, key, times) for sent, key in taken]
+
+    def _advance(self, sent: int, key: tuple[str, type], times: int) -> Rumour:
+        fresh = self._rounds[sent].pop(key)
+        if sent + 1 < times:
+            while len(self._rounds) <= sent + 1:
+                self._rounds.append({})
+            self._rounds[sent + 1][key] = fresh
+        return fresh.rumour

@@ -1,0 +1,277 @@
+"""First contact: the addresses of nodes that nobody has told us about yet.
+
+Three equal ways, since none works everywhere: addresses that the user lists, names that DNS resolves to many
+addresses (a Kubernetes headless service), and mDNS, which needs no setting up but rarely crosses subnets or pods.
+
+Bootstrap only. A killed node stays listed by mDNS for more than an hour and by DNS for as long as it likes; who is
+alive is decided elsewhere, from links. An address found here is a rumour: the handshake says who answers there.
+
+What mDNS says is readable by everyone on the network, so it says nothing of models. A node on loopback is announced
+on loopback only.
+
+How a newcomer finds a seed by mDNS within about 0.1 s (measured with up to 8 nodes on one host, newcomers 0.3 s apart):
+
+- It asks from a port of its own. A question from the shared port 5353 is either answered to everyone, and then no
+  answer is repeated within a second, for which the newcomers of a burst would wait (1.1 to 1.7 s); or answered to the
+  asker alone, and then the kernel hands the answer to any process of the host that shares the port (1.1 s).
+- It does not probe for its name before it announces itself: node ids are random, and probing takes 1 s.
+
+Must not know: links, membership, models. zeroconf is imported only when mDNS starts: it costs the command line time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+from swarm.errors import PeerError, PeerTimeout, PeerUnreachable
+from swarm.protocol.messages import PROTOCOL
+from swarm.settings import is_literal, join_address, split_address
+
+if TYPE_CHECKING:
+    from zeroconf import ServiceInfo, ServiceStateChange, Zeroconf
+    from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
+
+Found: TypeAlias = Callable[[str], None]
+
+SERVICE_TYPE = "_swarm-weights._tcp.local."
+RESOLVE_TIMEOUT_S = 5.0
+SILENT_AFTER_S = 10.0  # what is sent comes back at once; announcements go out over some seconds
+CLOSE_TIMEOUT_S = 2.0  # saying goodbye takes 0.4 s
+
+# Limits on what strangers on the network can make this node do.
+FOUND_MAX = 4096  # addresses remembered, so that each is reported once
+LOOKUPS_MAX = 64  # names asked about at once; an announcement normally carries its address
+
+_ASK_S = 5.0  # the quick questions go out after 0, 1 and 3 s; later nodes announce themselves
+_LOOKUP_TIMEOUT_MS = 3000
+_DEFAULT_ROUTE = "0.0.0.0"  # noqa: S104  # stands for the address that it uses; nothing is bound
+_TOGETHER_S = 0.2  # answers to one question arrive within
+
+log = logging.getLogger(__name__)
+
+
+def static(peers: Sequence[str]) -> list[str]:
+    """The listed addresses in their one form, each once. Raises SettingsError that names the first wrong one."""
+    return list(dict.fromkeys(join_address(*split_address("peer", peer)) for peer in peers))
+
+
+async def resolve(address: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[str]:
+    """Every `host:port` that an address stands for: one for each address of its name, or itself.
+
+    Raises SettingsError for a malformed address, PeerUnreachable when the name is unknown, PeerTimeout.
+    """
+    host, port = split_address("peer", address)
+    if is_literal(host):
+        return [join_address(host, port)]
+    try:
+        async with asyncio.timeout(timeout_s):
+            infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except TimeoutError as error:
+        raise PeerTimeout(address, f"its name was not resolved within {timeout_s:g} s") from error
+    except OSError as error:
+        raise PeerUnreachable(address, f"its name cannot be resolved ({error.strerror or error})") from error
+    return list(dict.fromkeys(join_address(str(sockaddr[0]), port) for *_, sockaddr in infos))
+
+
+class Mdns:
+    """Announces one node on the local network and reports the others. `start` once, `close` always."""
+
+    def __init__(self) -> None:
+        self._node_id = ""
+        self._loopback = False
+        self._heard = False  # anybody, this node's own announcement too
+        self._announced_at_s: float | None = None
+        self._found: Found = _ignore
+        self._reported: set[tuple[str, str]] = set()
+        self._sockets: list[AsyncZeroconf] = []
+        self._browsers: list[AsyncServiceBrowser] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        state = "on" if self._sockets else "off"
+        return f"<Mdns {self._node_id or '-'} {state}, {len(self._reported)} found>"
+
+    @property
+    def started(self) -> bool:
+        """Whether there is multicast to speak and listen to."""
+        return bool(self._sockets)
+
+    def silent(self, now: float) -> bool:
+        """Whether this node announced itself, and has not heard even that since: the machine's firewall, most likely.
+
+        The kernel brings a machine's multicast back to it without a network, so that it is heard says nothing of the
+        network. `now` is on the loop's clock.
+        """
+        return (
+            bool(self._sockets)
+            and not self._heard
+            and self._announced_at_s is not None
+            and now - self._announced_at_s > SILENT_AFTER_S
+        )
+
+    async def start(self, *, node_id: str, address: tuple[str, int], found: Found) -> None:
+        """Announces `node_id` at `address`, and from now on calls `found("host:port")` for other nodes.
+
+        Every address of a node is reported once. `found` runs on the loop; it must be quick and must not raise. Returns
+        before anything was announced or found. Where there is no multicast this logs one line and does nothing. A
+        wildcard host stands for the address that this machine's default route uses. Without a port (0) it only listens.
+        """
+        host, port = address
+        self._node_id, self._found = node_id, found
+        try:
+            hosts = await _announced(host)
+            self._loopback = all(ipaddress.ip_address(one).is_loopback for one in hosts)
+            self._open(hosts, port)
+        except (OSError, PeerError) as error:
+            log.warning("mDNS is unavailable (%s); nodes will not find each other: name one with --peer", error)
+            await self.close()
+
+    async def close(self, *, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Says goodbye and closes the sockets."""
+        tasks, self._tasks = self._tasks, set()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        browsers, self._browsers = self._browsers, []
+        sockets, self._sockets = self._sockets, []
+        try:
+            async with asyncio.timeout(timeout_s):
+                for browser in browsers:
+                    await browser.async_cancel()
+                await asyncio.gather(*(each.async_close() for each in sockets))
+        except TimeoutError:
+            log.warning("mDNS did not close within %g s; others may list this node for a while", timeout_s)
+
+    def _open(self, hosts: list[str], port: int) -> None:
+        from zeroconf import DNSQuestionType, ServiceInfo
+        from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
+
+        def browse(messenger: AsyncZeroconf, question: DNSQuestionType | None) -> AsyncServiceBrowser:
+            self._sockets.append(messenger)
+            browser = AsyncServiceBrowser(
+                messenger.zeroconf, SERVICE_TYPE, handlers=[self._on_change], question_type=question
+            )
+            self._browsers.append(browser)
+            return browser
+
+        # There is no multicast on ::1; what is said on 127.0.0.1 may name an IPv6 address all the same.
+        interfaces = ["127.0.0.1"] if self._loopback else hosts
+        asker = AsyncZeroconf(interfaces=interfaces, unicast=True)
+        asking = browse(asker, None)
+        shared = AsyncZeroconf(interfaces=interfaces)
+        browse(shared, DNSQuestionType.QM)
+        self._spawn(self._stop_asking(asker, asking), "ask")
+        if not port:
+            return
+        info = ServiceInfo(
+            SERVICE_TYPE,
+            f"{self._node_id}.{SERVICE_TYPE}",
+            port=port,
+            parsed_addresses=hosts,
+            properties={"v": str(PROTOCOL)},
+            server=f"{self._node_id}.local.",
+        )
+        self._spawn(self._announce(shared, info), "announce")
+
+    async def _announce(self, messenger: AsyncZeroconf, info: ServiceInfo) -> None:
+        from zeroconf import Error
+
+        try:
+            # 'cooperating' means: no probing, see the module's docstring.
+            await (await messenger.async_register_service(info, cooperating_responders=True))
+            self._announced_at_s = asyncio.get_running_loop().time()
+        except (Error, OSError) as error:
+            log.warning("mDNS could not announce this node (%r); others reach it only with --peer", error)
+
+    async def _stop_asking(self, asker: AsyncZeroconf, browser: AsyncServiceBrowser) -> None:
+        # Answers to a private port count as valid for 10 s only, so a browser left there would ask for ever.
+        await asyncio.sleep(_ASK_S)
+        await browser.async_cancel()
+        await asker.async_close()
+        self._browsers.remove(browser)
+        self._sockets.remove(asker)
+
+    def _on_change(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
+        from zeroconf import ServiceStateChange
+        from zeroconf.asyncio import AsyncServiceInfo
+
+        self._heard = True
+        node_id = name.removesuffix(f".{SERVICE_TYPE}")
+        if node_id == self._node_id or state_change is ServiceStateChange.Removed:
+            return
+        info = AsyncServiceInfo(service_type, name)
+        if info.load_from_cache(zeroconf):
+            self._report(info)
+        elif len(self._tasks) < LOOKUPS_MAX:
+            self._spawn(self._look_up(zeroconf, info), f"look up {node_id}")
+
+    async def _look_up(self, zeroconf: Zeroconf, info: ServiceInfo) -> None:
+        from zeroconf import Error
+
+        try:
+            if await info.async_request(zeroconf, _LOOKUP_TIMEOUT_MS):
+                self._report(info)
+        except (Error, OSError) as error:
+            log.debug("mDNS lists %s, but not where it is: %r", info.name, error)
+
+    def _report(self, info: ServiceInfo) -> None:
+        for host in info.parsed_scoped_addresses():
+            # A loopback address means this host only to a node that is on loopback too.
+            if not info.port or ipaddress.ip_address(host).is_loopback != self._loopback:
+                continue
+            address = join_address(host, info.port)
+            if (info.name, address) in self._reported:
+                continue
+            if len(self._reported) >= FOUND_MAX:
+                self._reported.clear()  # a report twice does no harm
+            self._reported.add((info.name, address))
+            self._found(address)
+
+    def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.get_running_loop().create_task(work, name=f"mdns: {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+async def nearby(timeout_s: float) -> list[str]:
+    """Addresses of nodes of this machine and its network: those that are found within `timeout_s`, or at once the first
+    that answers and who answers with it."""
+    found: list[str] = []
+    heard = asyncio.Event()
+
+    def report(address: str) -> None:
+        found.append(address)
+        heard.set()
+
+    listening = [Mdns(), Mdns()]
+    try:
+        for mdns, host in zip(listening, ("127.0.0.1", _DEFAULT_ROUTE), strict=True):
+            await mdns.start(node_id="", address=(host, 0), found=report)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(heard.wait(), timeout_s)
+            await asyncio.sleep(_TOGETHER_S)
+    finally:
+        await asyncio.gather(*(mdns.close() for mdns in listening))
+    return found
+
+
+async def _announced(host: str) -> list[str]:
+    """The addresses behind the host that a node listens on. Raises OSError or PeerError when there are none."""
+    if not is_literal(host):
+        return [split_address("peer", address)[0] for address in await resolve(join_address(host, 1))]
+    if not ipaddress.ip_address(host).is_unspecified:
+        return [host]
+    family, elsewhere = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((elsewhere, 9))  # sends nothing: asks the routing table which address would be used
+        return [str(probe.getsockname()[0])]
+
+
+def _ignore(address: str) -> None:
+    """What `found` is before `start`."""

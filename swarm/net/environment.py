@@ -1,0 +1,297 @@
+"""The world as a node sees it: ways to other nodes, and data planes to read from them.
+
+`World` is the seam between a node and everything that has a socket or a clock of its own; the simulation has another
+one. `HostWorld` is the real one: one listening socket for links and bulk data, HTTP links, TCP and in-process
+transports, CUDA IPC where a GPU is in use as the node opens, those that the settings name, a socket for datagrams on
+the same port, multicast DNS and addresses given by hand. It decides what may be reached from where (loopback only,
+unless the settings say otherwise).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from swarm.errors import PeerError, SettingsError
+from swarm.net import discovery
+from swarm.net.http_pages import Page
+from swarm.net.listener import Handler, Listener
+from swarm.net.udp import Datagrams, Envelope, Hear, Postcard, Seal
+from swarm.net.websocket import HttpLinks, Link
+from swarm.security import cluster_key
+from swarm.security.certificates import Identity
+from swarm.settings import Settings, is_loopback, join_address, split_address
+from swarm.store import cuda
+from swarm.transport import Pace, Transport, nccl, torch_distributed
+from swarm.transport.cuda_ipc import CudaIpcTransport
+from swarm.transport.inproc import InprocTransport
+from swarm.transport.nccl import NcclTransport
+from swarm.transport.pace import TokenBucket, Unlimited
+from swarm.transport.tcp import TcpTransport
+
+DIAL_TIMEOUT_S = 5.0
+PORTS_TRIED = 16  # where the system chooses: one whose UDP twin somebody else has is not taken
+MACHINE_IDS = ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")
+RENEW_LOOK_S = 60.0
+TLS_RECORD = b"\x16\x03"  # how a handshake begins
+RESOLVE_EVERY_S = 5.0  # names given by hand may point to more addresses later: replicas that start after this one
+
+log = logging.getLogger("swarm")
+
+
+class World(Protocol):
+    """What a node is put into."""
+
+    transports: Sequence[Transport]  # preferred first; usable once open
+
+    async def open(
+        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
+    ) -> str:
+        """Starts to listen and to look for others; returns the address under which others reach this node.
+
+        `accept` is awaited for every incoming link; `found(address, lasting)` is called for every address that turns
+        up; `hear(source, datagram)` for every datagram.
+        """
+
+    async def dial(self, address: str) -> Link:
+        """A link to another node. Raises PeerError."""
+
+    def send(self, address: str, datagram: bytes) -> None:
+        """Sends a datagram to another node. It may get lost; nothing is raised or awaited."""
+
+    def drain(self) -> None:
+        """Hands over the datagrams that have arrived already."""
+
+    async def close(self) -> None:
+        """Stops everything; never hangs."""
+
+
+class HostWorld:
+    """This machine."""
+
+    transports: Sequence[Transport] = ()
+
+    def __init__(self, settings: Settings, pages: Mapping[str, Page] | None = None) -> None:
+        self._settings = settings
+        self._keyring = cluster_key.load(settings.key_file) if settings.key_file else None
+        self._peers = discovery.static(settings.peers)
+        self._links = HttpLinks(pages)
+        self._mdns = discovery.Mdns() if settings.mdns else None
+        self._listener: Listener | None = None
+        self._datagrams: Datagrams | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def open_to_all(self) -> bool:
+        """Whether other machines may talk to the node, and no key protects it."""
+        return self._settings.insecure and not is_loopback(
+            split_address("listen", self._settings.listen, default_port=0)[0]
+        )
+
+    @property
+    def mdns(self) -> str:
+        """off, on, blocked (it was wanted and there is no multicast), or silent (not even this node is heard)."""
+        if self._mdns is None:
+            return "off"
+        if not self._mdns.started:
+            return "blocked"
+        return "silent" if self._mdns.silent(asyncio.get_running_loop().time()) else "on"
+
+    async def open(
+        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
+    ) -> str:
+        """See World. Raises SettingsError when the address cannot be listened on."""
+        for name in self._settings.transports:
+            nccl.demand() if name == NcclTransport.scheme else torch_distributed.demand(name)
+        self._listener, self._datagrams = await self._listen(hear)
+        host, port = self._listener.address
+        local = _reachable(host), port
+        advertised = self._advertised(*local)
+        identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
+        self._tell(host, identity)
+        routes = self._open_transports(local, advertised, identity)
+        await self._links.open(accept, identity=identity)
+        self._listener.serve({TLS_RECORD: self._links.adopt_tls, **routes}, self._links.adopt)
+        self._tasks.append(asyncio.create_task(self._resolve(found), name="swarm-resolve"))
+        if identity:
+            self._tasks.append(asyncio.create_task(_renew(identity), name="swarm-renew"))
+        if self._mdns:
+            await self._mdns.start(node_id=node, address=local, found=lambda address: found(address, False))
+        return join_address(*advertised)
+
+    async def dial(self, address: str) -> Link:
+        """See World."""
+        self._demand_reachable(address)
+        return await self._links.dial(address, timeout_s=DIAL_TIMEOUT_S)
+
+    async def read(self, address: str, path: str, timeout_s: float, bytes_max: int) -> bytes:
+        """A page of another node. Raises PeerError, see `HttpLinks.read`."""
+        self._demand_reachable(address)
+        return await self._links.read(address, path, timeout_s=timeout_s, bytes_max=bytes_max)
+
+    def send(self, address: str, datagram: bytes) -> None:
+        """See World."""
+        if self._datagrams:
+            self._datagrams.send(address, datagram)
+
+    def drain(self) -> None:
+        """See World."""
+        if self._datagrams:
+            self._datagrams.drain()
+
+    async def close(self) -> None:
+        """See World."""
+        for task in self._tasks:
+            task.cancel()
+        if self._mdns:
+            await self._mdns.close()
+        if self._datagrams:
+            self._datagrams.close()
+        if self._listener:
+            await self._listener.close()
+        await self._links.close()
+        for transport in self.transports:
+            await transport.close()
+
+    def _demand_reachable(self, address: str) -> None:
+        host, _ = split_address("peer", address)
+        if not self._settings.reaches_out and not is_loopback(host):
+            raise SettingsError("peer", f"{address} is beyond this machine, which needs --key-file, or --insecure")
+
+    async def _listen(self, hear: Hear) -> tuple[Listener, Datagrams]:
+        """One port for both. Raises SettingsError."""
+        host, wanted = split_address("listen", self._settings.listen, default_port=0)
+        for _ in range(PORTS_TRIED):
+            listener = await Listener.open(host, wanted)
+            where, port = listener.address
+            try:
+                return listener, Datagrams(
+                    where, port, hear, envelope=self._envelope(), loopback_only=not self._settings.reaches_out
+                )
+            except OSError as error:
+                await listener.close()
+                if wanted or error.errno != errno.EADDRINUSE:
+                    why = (
+                        f"UDP port {port} on {where} cannot be had ({error.strerror}); members hear of each other there"
+                    )
+                    raise SettingsError("listen", f"{why}: choose another port, or 0 for any free one") from error
+        raise SettingsError("listen", f"no port of {host} is free for both TCP and UDP; choose one that is")
+
+    def _envelope(self) -> Envelope:
+        if self._keyring is None:
+            return Postcard()
+        return Seal(self._keyring.seal_keys, time=time.time, dice=secrets.token_bytes)
+
+    def _advertised(self, host: str, port: int) -> tuple[str, int]:
+        """Where others are told to reach this node, which they reach at this address of the machine itself."""
+        if self._settings.advertise is None:
+            return host, port
+        given, mapped = split_address("advertise", self._settings.advertise, default_port=0)
+        return given, mapped or port
+
+    def _open_transports(
+        self, local: tuple[str, int], advertised: tuple[str, int], identity: Identity | None
+    ) -> dict[bytes, Handler]:
+        """Makes the transports; returns how connections to them begin, and who takes those."""
+        host, port = advertised
+        limit, congestion = self._settings.upload_limit, self._settings.congestion
+        pace = Unlimited() if limit is None else TokenBucket(limit)
+        planes = [self._plane(name, *local, pace) for name in self._settings.transports]
+        if cuda.in_use():  # with a key too: its bytes stay within the host
+            planes.append(CudaIpcTransport(host, port, pace=pace, congestion=congestion))
+        if identity is None or self._settings.data_encryption == "none":
+            planes.append(TcpTransport(host, port, pace=pace, congestion=congestion))
+        if identity:
+            planes.append(TcpTransport(host, port, pace=pace, congestion=congestion, identity=identity))
+        # A cap counts what leaves the process: with one, even a neighbour in this process is served through TCP.
+        self.transports = planes if limit is not None else [InprocTransport(), *planes]
+        return {plane.opening: plane.adopt for plane in planes}
+
+    def _plane(self, name: str, host: str, port: int, pace: Pace) -> TcpTransport:
+        """One that the settings name."""
+        congestion = self._settings.congestion
+        if name == NcclTransport.scheme:
+            return NcclTransport(host, port, pace=pace, congestion=congestion)
+        return torch_distributed.TorchDistTransport(host, port, backend=name, pace=pace, congestion=congestion)
+
+    def _tell(self, host: str, identity: Identity | None) -> None:
+        if identity is None and is_loopback(host):
+            log.info("no cluster key: listening on this machine only (--key-file opens the node to members)")
+        elif identity is None:
+            log.warning("listening on %s without a cluster key: anyone who reaches it can read what it serves", host)
+        elif self._settings.data_encryption == "none":
+            log.warning(
+                "cluster key %s; chunks are not encrypted (data_encryption = none): who reads the network reads them, "
+                "and who changes what is on it is found out by checksums alone",
+                identity.keyring,
+            )
+            if self._settings.transports:
+                log.warning(
+                    "%s opens connections of its own, which no key protects: whoever reaches its ports may stop this "
+                    "process; use it on networks that you trust",
+                    ", ".join(self._settings.transports),
+                )
+        else:
+            log.info("cluster key %s: only members are talked to", identity.keyring)
+
+    async def _resolve(self, found: Callable[[str, bool], None]) -> None:
+        unknown: set[str] = set()
+        while True:
+            for name in self._peers:
+                try:
+                    addresses = await discovery.resolve(name)
+                except PeerError as error:
+                    if name not in unknown:  # it may come to exist with the first replica that it stands for
+                        log.warning("%s; asking again every %g s", error, RESOLVE_EVERY_S)
+                    unknown.add(name)
+                    continue
+                for address in addresses:
+                    found(address, address == name)
+            await asyncio.sleep(RESOLVE_EVERY_S)
+
+
+async def _renew(identity: Identity) -> None:
+    """Keeps the certificate valid. Looks often: a machine may sleep, and its clock may be set."""
+    while True:
+        await asyncio.sleep(RENEW_LOOK_S)
+        if time.time() >= identity.renew_at:
+            identity.renew(time.time())
+
+
+def new_id() -> str:
+    """A fresh node id."""
+    return secrets.token_hex(8)
+
+
+def machine_label() -> str:
+    """What the nodes of one machine have in common, and those of no other: a digest of the id of its last boot.
+
+    Containers share their machine's kernel, so they have the label of the machine, whatever they call themselves.
+    """
+    for path in MACHINE_IDS:
+        try:
+            return hashlib.sha256(Path(path).read_bytes().strip()).hexdigest()[:12]
+        except OSError:
+            continue
+    return socket.gethostname()
+
+
+def _reachable(host: str) -> str:
+    """An address to advertise for a listening host: its own, or for 0.0.0.0 the one that the default route uses."""
+    if host not in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        return host
+    family, probe = (socket.AF_INET6, "2001:db8::1") if host == "::" else (socket.AF_INET, "192.0.2.1")
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect((probe, 9))  # a datagram socket sends nothing on connect
+        except OSError:
+            return "127.0.0.1" if family == socket.AF_INET else "::1"
+        return str(sock.getsockname()[0])

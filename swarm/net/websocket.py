@@ -1,0 +1,379 @@
+"""Links: the control connections between nodes, as WebSockets over aiohttp; and HTTP as far as pages need it.
+
+A link carries whole messages, in order, both ways, with a bound on their size; those sent together share frames. It
+decodes what arrives (`messages.unpack`), pings so that a dead peer is noticed, and knows nothing about what the
+messages mean. It reads other nodes' pages, too. Only this and `pages` import aiohttp.
+
+With an identity links are inside TLS, and both ends have proven that they belong to the cluster before the first
+message; what speaks plain HTTP from elsewhere is told to bring the key. A connection that has not asked for anything
+within REQUEST_TIMEOUT_S is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+import weakref
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from http import HTTPStatus
+from typing import Any, Protocol
+
+import aiohttp
+from aiohttp import web
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.http import HttpProcessingError
+
+from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError, VersionSkew
+from swarm.net.http_pages import Page, Pages, ssl_of
+from swarm.protocol import messages
+from swarm.protocol.messages import AnyMessage, Message
+from swarm.security.certificates import Identity, Refusal, node_of, refusal
+from swarm.security.tls_handshake import part, shake
+from swarm.settings import join_address
+
+PATH = "/swarm/link"
+HEARTBEAT_S = 5.0  # a peer that answers no ping for this long is gone
+SEND_TIMEOUT_S = 10.0  # a peer that does not read its control messages for this long is gone
+CLOSE_TIMEOUT_S = 1.0
+HANDSHAKE_TIMEOUT_S = 5.0  # two round trips, on a machine that is busy
+HANDSHAKES_MAX = 64  # under way at once: asyncio takes 400 KB for each before it is known who is there
+REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's head: nothing in it takes long to write
+REFUSALS_MAX = 1000  # different ones that are logged; strangers cannot make this node remember more
+
+log = logging.getLogger("swarm")
+_web_log = logging.getLogger("swarm.http")
+
+
+class Link(Protocol):
+    """One control connection. One task receives; any task sends."""
+
+    remote: str  # the other end's socket address, for logs
+    member: str | None  # the node id that the other end has proven; None without a cluster key
+
+    async def send(self, *several: Message) -> None:
+        """Raises PeerUnreachable when the link is gone, PeerTimeout when the peer does not read."""
+
+    async def receive(self) -> AnyMessage:
+        """The next message. Raises PeerUnreachable at the end, RemoteProtocolError for anything that is not a
+        message."""
+
+    async def close(self) -> None:
+        """Ends the link; never raises."""
+
+
+class WebSocketLink:
+    """A link over an open WebSocket of either side."""
+
+    def __init__(
+        self, socket: web.WebSocketResponse | aiohttp.ClientWebSocketResponse, remote: str, *, member: str | None = None
+    ) -> None:
+        self.remote = remote
+        self.member = member
+        self._socket = socket
+        self._heard: deque[AnyMessage] = deque()  # came with a message that was received
+
+    async def send(self, *several: Message) -> None:
+        """See Link."""
+        for frame in messages.pack(several):
+            await self._send(frame.decode())
+
+    async def receive(self) -> AnyMessage:
+        """See Link."""
+        if not self._heard:
+            self._heard.extend(await self._receive())
+        return self._heard.popleft()
+
+    async def close(self) -> None:
+        """See Link."""
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._socket.close()
+        except (TimeoutError, ConnectionError, RuntimeError, aiohttp.ClientError):
+            return  # it is gone either way
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+
+    async def _send(self, frame: str) -> None:
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT_S):
+                await self._socket.send_str(frame)
+        except TimeoutError:
+            raise PeerTimeout(self.remote, f"did not read its messages for {SEND_TIMEOUT_S:g} s") from None
+        except (ConnectionError, RuntimeError, aiohttp.ClientError) as error:
+            raise PeerUnreachable(self.remote, str(error) or "the link is closed") from error
+        except asyncio.CancelledError:
+            if _is_cancelled():
+                raise
+            raise PeerUnreachable(self.remote, "another message was not read") from None
+
+    async def _receive(self) -> Sequence[AnyMessage]:
+        frame = await self._socket.receive()
+        if frame.type is aiohttp.WSMsgType.TEXT:
+            try:
+                return messages.unpack(frame.data.encode())
+            except messages.OtherProtocol as other:
+                raise VersionSkew(
+                    self.remote, theirs=other.protocol, ours=messages.PROTOCOL, software=other.software
+                ) from other
+            except ValueError as error:
+                raise RemoteProtocolError(self.remote, f"sent what is no message: {error}") from error
+        if frame.type is aiohttp.WSMsgType.BINARY:
+            raise RemoteProtocolError(self.remote, "sent a binary frame; messages are text")
+        if isinstance(frame.data, aiohttp.WebSocketError):
+            raise RemoteProtocolError(self.remote, f"broke the WebSocket protocol: {frame.data}")
+        if frame.type is aiohttp.WSMsgType.ERROR:
+            raise PeerUnreachable(self.remote, str(self._socket.exception() or "the link broke"))
+        raise PeerUnreachable(self.remote, "closed the link")
+
+
+class HttpLinks:
+    """Dials links and accepts them on sockets that a listener hands over; inside TLS, with an identity."""
+
+    def __init__(self, pages: Mapping[str, Page] | None = None) -> None:
+        self._pages = Pages(pages or {})
+        self._identity: Identity | None = None
+        self._accept: Callable[[Link], Awaitable[None]] | None = None
+        self._runner: web.AppRunner | None = None
+        self._client: aiohttp.ClientSession | None = None
+        self._asked: weakref.WeakKeyDictionary[asyncio.BaseTransport, asyncio.Event] = weakref.WeakKeyDictionary()
+        self._encrypted: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+        self._shaking: dict[asyncio.Task[Any], None] = {}  # oldest first
+        self._refused: set[tuple[str, Refusal]] = set()
+
+    async def open(self, accept: Callable[[Link], Awaitable[None]], *, identity: Identity | None = None) -> None:
+        """Starts to serve. `accept` is awaited for every incoming link, and the link lives as long as that takes."""
+        self._accept = accept
+        self._identity = identity
+        app = web.Application(client_max_size=0)
+        app.router.add_get(PATH, self._incoming)
+        self._pages.add_to(app, self._arrived)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            logger=_web_log,
+            handle_signals=False,
+            shutdown_timeout=CLOSE_TIMEOUT_S,
+            keepalive_timeout=REQUEST_TIMEOUT_S,
+        )
+        await self._runner.setup()
+        connector = _Connector(self._identity, self._encrypted) if self._identity else aiohttp.TCPConnector(limit=0)
+        self._client = aiohttp.ClientSession(connector=connector)
+
+    async def adopt(self, sock: socket.socket) -> None:
+        """Speaks HTTP on an accepted socket."""
+        server = self._runner.server if self._runner else None
+        if server is None:
+            sock.close()
+            return
+        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(server, sock)
+        await self._await_request(transport)
+
+    async def adopt_tls(self, sock: socket.socket) -> None:
+        """Speaks TLS on an accepted socket, and HTTP inside; refuses it where there is no identity."""
+        server = self._runner.server if self._runner else None
+        if server is None:
+            sock.close()
+        elif self._identity is None:
+            with sock:
+                self._refuse(_name(sock), Refusal.HAS_KEY)
+                await part(sock, b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")  # what is no TLS
+        else:
+            name = _name(sock)
+            context = self._identity.server
+            try:
+                with self._shaking_hands():
+                    transport, _ = await shake(server, sock, context, server_side=True, timeout_s=HANDSHAKE_TIMEOUT_S)
+                self._encrypted.add(transport)
+            except OSError as error:
+                self._refuse(name, refusal(error) or Refusal.HUNG_UP)
+            else:
+                await self._await_request(transport)
+
+    async def dial(self, address: str, *, timeout_s: float) -> Link:
+        """A link to the node that listens at HOST:PORT. Raises NotAdmitted, PeerUnreachable or PeerTimeout."""
+        if self._client is None or self._client.closed:
+            raise PeerUnreachable(address, "this node is not open")
+        try:
+            async with asyncio.timeout(timeout_s):
+                socket = await self._client.ws_connect(
+                    f"http://{address}{PATH}",
+                    heartbeat=HEARTBEAT_S,
+                    max_msg_size=messages.FRAME_BYTES_MAX,
+                    autoclose=True,
+                )
+        except TimeoutError:
+            raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            if why := _why_refused(error):
+                raise NotAdmitted(address, self._said(why)) from error
+            cause = getattr(error, "os_error", error)  # aiohttp's own words speak of TLS where there is none
+            raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
+        link = WebSocketLink(socket, address, member=_member(socket.get_extra_info("ssl_object")))
+        if self._identity and link.member is None:
+            await link.close()
+            raise NotAdmitted(address, Refusal.NOT_A_NODE.value)
+        return link
+
+    async def read(self, address: str, path: str, *, timeout_s: float, bytes_max: int) -> bytes:
+        """A page of the node that listens at HOST:PORT. Raises PeerUnreachable or PeerTimeout when nobody answers, and
+        RemoteProtocolError for an answer that is no page or has more than `bytes_max`."""
+        if self._client is None or self._client.closed:
+            raise PeerUnreachable(address, "this node is not open")
+        try:
+            async with asyncio.timeout(timeout_s), self._client.get(f"http://{address}{path}") as answer:
+                if answer.status != HTTPStatus.OK:
+                    raise RemoteProtocolError(address, f"answers {answer.status} {answer.reason}")
+                data = b""
+                while len(data) <= bytes_max and (part := await answer.content.readany()):
+                    data += part
+        except TimeoutError:
+            raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            cause = getattr(error, "os_error", error)
+            raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
+        if len(data) > bytes_max:
+            raise RemoteProtocolError(address, f"sent more than {bytes_max} bytes")
+        return data
+
+    async def close(self) -> None:
+        """Closes every link and stops serving."""
+        self._pages.close()
+        if self._client:
+            await self._client.close()
+        if self._runner:
+            await self._runner.cleanup()
+        # TLS would wait for the other end's goodbye, for longer than the loop may live.
+        for transport in list(self._encrypted):
+            transport.abort()
+        await asyncio.sleep(0)  # in which they close their sockets
+
+    @contextlib.contextmanager
+    def _shaking_hands(self) -> Iterator[None]:
+        """For this task, which is cancelled when HANDSHAKES_MAX others have begun after it."""
+        task = asyncio.current_task()
+        if task is not None:
+            self._shaking[task] = None
+        if len(self._shaking) > HANDSHAKES_MAX:
+            next(iter(self._shaking)).cancel()
+        try:
+            yield
+        finally:
+            if task is not None:
+                self._shaking.pop(task, None)
+
+    async def _await_request(self, transport: asyncio.BaseTransport) -> None:
+        """Returns when the other end has asked for something, or has been cut off because it did not."""
+        asked = self._asked.setdefault(transport, asyncio.Event())
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                await asked.wait()
+        except BaseException as error:
+            if isinstance(transport, asyncio.WriteTransport):
+                transport.abort()
+            if not isinstance(error, TimeoutError):
+                raise
+
+    async def _incoming(self, request: web.Request) -> web.StreamResponse:
+        self._arrived(request)
+        if "Origin" in request.headers:  # only browsers send it, on behalf of pages that have no business here
+            raise web.HTTPForbidden(text="links are for nodes, not for web pages")
+        member = None
+        if self._identity:
+            connection = ssl_of(request)
+            member = _member(connection)
+            host = _remote(request).rpartition(":")[0].strip("[]")
+            if connection is None:
+                self._refuse(host, Refusal.PLAINTEXT)
+                return web.Response(status=HTTPStatus.UPGRADE_REQUIRED, headers={"Upgrade": "TLS/1.3"})
+            if member is None:
+                self._refuse(host, Refusal.NOT_A_NODE)
+                raise web.HTTPForbidden(text="the certificate names no node")
+        socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=messages.FRAME_BYTES_MAX)
+        await socket.prepare(request)
+        if self._accept:
+            await self._accept(WebSocketLink(socket, _remote(request), member=member))
+        return socket
+
+    def _arrived(self, request: web.Request) -> None:
+        if request.transport:
+            self._asked.setdefault(request.transport, asyncio.Event()).set()
+
+    def _refuse(self, host: str, why: Refusal) -> None:
+        """Logs it, once for each host and reason. Those who hang up may be anybody."""
+        if (host, why) not in self._refused and len(self._refused) < REFUSALS_MAX:
+            self._refused.add((host, why))
+            log.log(logging.DEBUG if why is Refusal.HUNG_UP else logging.WARNING, "%s %s", host, self._said(why))
+
+    def _said(self, why: Refusal) -> str:
+        return f"{why.value} (this node's key: {self._identity.keyring})" if self._identity else why.value
+
+
+class _Connector(aiohttp.BaseConnector):
+    """Connections inside TLS whose other end belongs to the cluster; they are added to `made`."""
+
+    def __init__(self, identity: Identity, made: weakref.WeakSet[asyncio.Transport]) -> None:
+        super().__init__(limit=0)
+        self._identity = identity
+        self._made = made
+
+    async def _create_connection(
+        self, req: aiohttp.ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(req.url.host, req.url.port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, where = found[0]
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.setblocking(False)
+            await loop.sock_connect(sock, where)
+        except BaseException:
+            sock.close()
+            raise
+        transport, handler = await shake(
+            self._factory, sock, self._identity.client, server_side=False, timeout_s=HANDSHAKE_TIMEOUT_S
+        )
+        self._made.add(transport)
+        return handler
+
+
+def _is_cancelled() -> bool:
+    """Whether this task was cancelled. All writers of an aiohttp socket wait for one future, so that giving up one
+    send cancels it, and raises CancelledError in tasks that nobody has cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def _remote(request: web.Request) -> str:
+    peer = request.transport.get_extra_info("peername") if request.transport else None
+    return join_address(str(peer[0]), peer[1]) if peer else "unknown"
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether something went wrong here: strangers' requests are no news, nor is who hangs up before the answer."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | ConnectionError))
+
+
+_web_log.addFilter(_is_ours)
+
+
+def _member(connection: ssl.SSLObject | None) -> str | None:
+    return node_of(connection) if connection else None
+
+
+def _name(sock: socket.socket) -> str:
+    try:
+        return str(sock.getpeername()[0])
+    except OSError:
+        return "unknown"
+
+
+def _why_refused(error: BaseException) -> Refusal | None:
+    """Why the other end and this one are not of one cluster, if that is what the error says."""
+    if isinstance(error, aiohttp.WSServerHandshakeError):
+        return Refusal.WANTS_KEY if error.status == HTTPStatus.UPGRADE_REQUIRED else None
+    return refusal(error.__cause__) if error.__cause__ else None

@@ -1,0 +1,1 @@
+"""The node, and how other programs of its machine find and ask it."""

@@ -1,0 +1,514 @@
+"""The node: one member of the swarm, on one task loop.
+
+Joins the parts and is what users ask: `sharing` has the artifacts, `linking` the links, `gathering` the gossip,
+`serving` the uploads, `inquiries` the questions, and every fetch is a `Fetching`. It serves any number of artifacts and
+fetches any number at once; whatever it has verified it serves on. Everything it does and hears goes to its journal.
+
+    link message ─┐                       ┌─> message to a peer
+    datagram     ─┼─> machine.handle() ───┼─> transfer received or sent by a transport
+    landed chunk ─┤                       ├─> datagram to a member
+    tick         ─┘                       └─> a fetch completes or gives up
+
+Must not know: HTTP, sockets, files. Those are behind `World`, `Store` and `Transport`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import random
+from collections import Counter
+from collections.abc import Collection, Coroutine, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from swarm import __version__
+from swarm.content.bitfield import Bitfield, runs
+from swarm.content.manifest import Chunk, Manifest
+from swarm.errors import FetchTimeout, LocalProtocolError, SwarmError
+from swarm.hashing.cpu import chunk_digest
+from swarm.journal import FetchEnded, FetchStarted, Journal, Opened
+from swarm.membership import config
+from swarm.membership.config import Tuning
+from swarm.membership.swim import Changed, Gossip
+from swarm.membership.swim_driver import Gathering
+from swarm.net.environment import World
+from swarm.peers import connections
+from swarm.peers.connections import Membership
+from swarm.peers.connections_driver import Linking
+from swarm.peers.manifest_requests import Inquiries
+from swarm.peers.peer import Peer
+from swarm.protocol import messages, packets
+from swarm.protocol.messages import Announcement, AnyMessage, Hello, Offer, Origin
+from swarm.protocol.packets import Holding, Profile, Record
+from swarm.store import Source, Store
+from swarm.transfer import download
+from swarm.transfer.download import Download
+from swarm.transfer.download_driver import Fetching
+from swarm.transfer.shares import Share, Sharing
+from swarm.transfer.upload import Upload
+from swarm.transfer.upload_driver import Serving
+from swarm.transfer.verify import copy
+
+TICK_S = 0.25
+RESUME_JOBS = 4
+OFFERS_SHOWN = 3
+MEMBERS_SHOWN = 16  # of those not linked, in error messages
+
+log = logging.getLogger("swarm")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A finished fetch. `sources`: bytes by the name of the peer they came from."""
+
+    model_id: str
+    digest: str
+    bytes: int
+    seconds: float
+    sources: dict[str, int]
+    rejected_chunks: int
+    resumed_bytes: int
+
+    @property
+    def rate_bytes_per_s(self) -> float:
+        """Transferred bytes per second."""
+        return (self.bytes - self.resumed_bytes) / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Somebody who says that it holds an artifact; `peer` is None while this node is not linked with it."""
+
+    node: str
+    name: str
+    address: str
+    peer: Peer | None
+
+
+class Node:
+    """One member of the swarm. Use it as `async with Node(world) as node:`.
+
+    `host` and `rack` are labels of where it runs, told to others; `network` says how patient its gossip is.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        name: str | None = None,
+        upload_slots: int = 8,
+        idle_timeout_s: float = 5.0,
+        stall_timeout_s: float = 30.0,
+        network: Tuning | None = None,
+        host: str = "",
+        rack: str = "",
+        rng: random.Random | None = None,
+    ) -> None:
+        self._rng = rng or random.SystemRandom()
+        self.id = f"{self._rng.getrandbits(64):016x}"
+        self.name = name or f"node-{self.id[:6]}"
+        self.address = ""
+        self.journal = Journal()
+        self.peers: dict[str, Peer] = {}  # by node id
+        self.inquiries = Inquiries(self.described)
+        self._world = world
+        self._upload_slots = upload_slots
+        self._idle_timeout_s = idle_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._host, self._rack = host[: packets.LABEL_MAX], rack[: packets.LABEL_MAX]
+        machine = Membership(self.id, rng=self._rng, host=self._host, rack=self._rack)
+        self._linking = Linking(world, machine, party=self)
+        self._gathering = Gathering(
+            world, tuning=network or config.lan(), rng=self._rng, clock=self.now, changed=self._member_changed
+        )
+        self._sharing = Sharing(host=self, rng=self._rng, announced=self._tell_everybody, borders=self._borders)
+        self._serving: Serving | None = None  # until the transports are there
+        self._sought: Counter[str | None] = Counter()  # digests; None where only a model id is known
+        self._withdrawn: list[Share] = []  # until they are closed
+        self._transfer_ids = itertools.count()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._changed = asyncio.Event()  # somebody came, went or announced
+        self._closing = False
+
+    # Life
+
+    async def open(self) -> None:
+        """Joins the swarm. Raises SettingsError when the listening address cannot be used."""
+        self._loop = asyncio.get_running_loop()
+        self.address = await self._world.open(self.id, self._linking.converse, self._found, self._gathering.hear)
+        self._serving = Serving(
+            host=self,
+            transports=self._world.transports,
+            shares=self._sharing.shares,
+            rank=self._sharing.rank,
+            withdraw=self.withdraw,
+            slots=self._upload_slots,
+            idle_timeout_s=self._idle_timeout_s,
+        )
+        self.record("node", Opened(self.id, self.name, self.address, *self.place))
+        self._gathering.open(self.id, self.address, self.name, self._profile())
+        self._linking.open()
+        self.spawn(self._ticks(), "ticks")
+
+    async def close(self, reason: str = "shutting down") -> None:
+        """Leaves the swarm: says goodbye, ends transfers, closes what it serves."""
+        self._closing = True
+        self._gathering.close()
+        await self._linking.close(reason)
+        for fetching in self._sharing.fetchings():
+            fetching.fail(SwarmError("the node was closed"))
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._world.close()
+        for share in (*self._sharing.shares.values(), *self._withdrawn):
+            share.close()
+
+    async def __aenter__(self) -> Node:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    # What users ask for
+
+    def serve(self, model_id: str, source: Source, *, origin: Origin | None = None) -> None:
+        """Offers a complete artifact under a model id from now on.
+
+        Raises SettingsError when this node offers the same content under another model id: it has one name here.
+        """
+        self._sharing.serve(model_id, source, origin)
+
+    def release(self, digest: str) -> None:
+        """Undoes one `serve` or one successful `fetch` of an artifact; without users it is offered no longer."""
+        if share := self._sharing.shares.get(digest):
+            share.users -= 1
+            if share.users == 0:
+                self.withdraw(digest, "not served any more")
+
+    def withdraw(self, digest: str, why: str) -> asyncio.Task[Any] | None:
+        """Stops offering an artifact, whoever still uses it. The task ends when nothing of it is read any more."""
+        if share := self._sharing.remove(digest, why):
+            self._withdrawn.append(share)
+            return self.spawn(self._close_share(share), f"close {share.model_id}")
+        return None
+
+    async def fetch(
+        self, model_id: str, store: Store, *, origin: Origin | None = None, timeout_s: float | None = None
+    ) -> Fetched:
+        """Fills a store from every peer that has its artifact, seals it, and serves it from then on.
+
+        Raises FetchError when it gives up and StoreError when the store fails. The store is closed then; a directory
+        keeps what was verified for the next attempt.
+        """
+        began, manifest = self.now(), store.manifest
+        held = Bitfield(len(manifest.chunks))
+        share = Share(model_id, store, held, origin)
+        sources: dict[str, int] = {}
+        rejected_chunks = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                resumed = await self._resume(store, held)
+                # No await from here to `_fetch`: two fetches may be here.
+                own = await self._sharing.own(manifest.digest)
+                kept = tuple(runs(list(held)))
+                self.record("node", FetchStarted(model_id, manifest.digest, manifest.size, resumed, held.length, kept))
+                if own:
+                    sources[self.name] = await self._copy(own, store, held)
+                else:
+                    fetching = await self._fetch(share, store)
+                    sources = fetching.sources()
+                    rejected_chunks = fetching.machine.rejected_chunks
+            await self._loop.run_in_executor(None, store.seal)
+        except BaseException as error:
+            self.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
+            if self._sharing.shares.get(manifest.digest) is share:
+                self.withdraw(manifest.digest, "the fetch failed")
+            await self._loop.run_in_executor(None, store.close)
+            if isinstance(error, TimeoutError) and timeout_s is not None:
+                done = len(held) / max(1, held.length)
+                raise FetchTimeout(model_id, timeout_s=timeout_s, fraction=done) from None
+            raise
+        finally:
+            share.settled.set()
+        self.record("node", FetchEnded(manifest.digest, None))
+        self._sharing.add(share)
+        seconds = self.now() - began
+        return Fetched(model_id, manifest.digest, manifest.size, seconds, sources, rejected_chunks, resumed)
+
+    async def _copy(self, own: Share, store: Store, held: Bitfield) -> int:
+        own.users += 1  # nobody closes it meanwhile
+        try:
+            return await self._loop.run_in_executor(None, copy, own.source, store, held)
+        finally:
+            self.release(own.manifest.digest)
+
+    async def _fetch(self, share: Share, store: Store) -> Fetching:
+        fetching = share.fetching = Fetching(
+            share.model_id,
+            store,
+            share.held,
+            host=self,
+            idle_timeout_s=self._idle_timeout_s,
+            stall_timeout_s=self._stall_timeout_s,
+            transfer_ids=self._transfer_ids,
+            rng=self._rng,
+            tell=partial(self._sharing.tell, share.manifest.digest),
+        )
+        self._sharing.add(share)
+        try:
+            with self.seeking(share.manifest.digest):
+                await fetching.run()
+        finally:
+            share.fetching = None
+        return fetching
+
+    async def _resume(self, store: Store, held: Bitfield) -> int:
+        """Adds the chunks that a store holds from an earlier attempt, every one hashed again; returns their bytes."""
+        manifest = store.manifest
+        present: list[Chunk] = await self._loop.run_in_executor(None, lambda: list(store.present()))
+
+        def verified(some: list[Chunk]) -> list[Chunk]:
+            return [chunk for chunk in some if chunk_digest(manifest.scheme, store.read(chunk)) == chunk.digest]
+
+        jobs = [job for start in range(RESUME_JOBS) if (job := present[start::RESUME_JOBS])]
+        found = await asyncio.gather(*(self._loop.run_in_executor(None, verified, job) for job in jobs))
+        for chunk in itertools.chain.from_iterable(found):
+            held.add(chunk.index)
+        return sum(manifest.chunks[index].size for index in held)
+
+    # What it knows
+
+    @contextlib.contextmanager
+    def seeking(self, digest: str | None) -> Iterator[None]:
+        """While the block runs, links to those that hold this are wanted; None: something of unknown digest."""
+        self._sought[digest] += 1
+        self._tell_wants()
+        try:
+            yield
+        finally:
+            self._sought[digest] -= 1
+            self._sought += Counter()  # without what nobody seeks any more
+            if not self._closing:
+                self._tell_wants()
+
+    def holders(self, model_id: str) -> dict[str, list[Holder]]:
+        """Who announces a model id, by the digest that it stands for there; [] where only this node does."""
+        shares = self._sharing.shares.values()
+        holders: dict[str, list[Holder]] = {s.manifest.digest: [] for s in shares if s.model_id == model_id}
+        for holder, digest, named in self._offers():
+            if named == model_id:
+                holders.setdefault(digest, []).append(holder)
+        return holders
+
+    def holders_of(self, digest: str) -> list[Holder]:
+        """Who announces a digest, under whatever model id."""
+        return [holder for holder, held, _ in self._offers() if held == digest]
+
+    def members(self) -> list[Record]:
+        """All others that gossip knows to be alive or suspect, by id."""
+        return self._gathering.members()
+
+    def described(self, digest: str) -> tuple[Manifest, Origin | None] | None:
+        """Manifest and origin of an artifact that this node shares."""
+        share = self._sharing.shares.get(digest)
+        return (share.manifest, share.origin) if share else None
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Labels of the host and the rack that this node is on, empty where there is none."""
+        return self._host, self._rack
+
+    def holdings(self) -> dict[str, Bitfield]:
+        """The chunks that this node holds, by digest."""
+        return {digest: share.held for digest, share in self._sharing.shares.items()}
+
+    async def changed(self, timeout_s: float) -> None:
+        """Waits until a peer comes, goes or announces something, or until the time is over."""
+        self._changed.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._changed.wait()
+
+    @property
+    def searching(self) -> bool:
+        """Whether somebody was asked who there is, or dialled, and has neither answered nor failed yet."""
+        return bool(self._linking.machine.unanswered()) or self._gathering.joining
+
+    @property
+    def machines(self) -> list[Download | Upload | Membership | Gossip]:
+        """The state machines of an open node, for whoever checks their invariants."""
+        gossip = [] if self._gathering.machine is None else [self._gathering.machine]
+        upload = [] if self._serving is None else [self._serving.machine]
+        fetches = [fetching.machine for fetching in self._sharing.fetchings()]
+        return [self._linking.machine, *gossip, *upload, *fetches]
+
+    def tried(self) -> list[str]:
+        """What became of everyone who could have had something, for error messages."""
+        peers = [_serves(p.name, p.hello.address, p.artifacts.values()) for p in self.peers.values()]
+        others = [member for member in self.members() if member.node not in self.peers]
+        heard = [_serves(m.name, m.address, m.profile.artifacts) for m in others[:MEMBERS_SHOWN]]
+        more = [f"{len(others) - MEMBERS_SHOWN} more members"] if len(others) > MEMBERS_SHOWN else []
+        return [*peers, *heard, *more, *self._linking.machine.tried(), *sorted(self._linking.warned)]
+
+    def _offers(self) -> Iterator[tuple[Holder, str, str]]:
+        """Everything that others announce: who, digest and model id. A link says it sooner than gossip."""
+        for peer in self.peers.values():
+            for announced in peer.artifacts.values():
+                holder = Holder(peer.node, peer.name, peer.hello.address, peer)
+                yield holder, announced.digest, announced.model_id
+        for member in self.members():
+            if member.node not in self.peers:
+                for held in member.profile.artifacts:
+                    yield Holder(member.node, member.name, member.address, None), held.digest, held.model_id
+
+    # What its parts ask for (see fetching.Host and linking.Party)
+
+    def now(self) -> float:
+        """Seconds on the loop's clock."""
+        return self._loop.time()
+
+    def record(self, subject: str, what: object) -> None:
+        """Writes to the journal."""
+        self.journal.record(self.now(), subject, what)
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        """Runs something until the node closes; its failure is logged."""
+        task = asyncio.create_task(work, name=f"swarm: {name}")
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def token(self) -> str:
+        """A fresh one, for one link."""
+        return f"{self._rng.getrandbits(128):032x}"
+
+    def hello(self, token: str) -> Hello:
+        """How this node greets."""
+        offers = tuple(Offer(transport.scheme, transport.address) for transport in self._world.transports)
+        artifacts = self._sharing.announcements()
+        return Hello(messages.PROTOCOL, __version__, self.id, self.name, self.address, token, offers, artifacts)
+
+    def reached(self, address: str) -> None:
+        """A node was dialled there, and greeted: maybe gossip gets through as well."""
+        if all(member.address != address for member in self.members()):
+            self._gathering.found(address)
+
+    def joined(self, peer: Peer) -> None:
+        """There is a link to this node."""
+        self._sharing.inquire(peer)
+
+    def left(self, peer: Peer, why: str) -> None:
+        """There is none any more."""
+        self._sharing.left(peer, why)
+        if self._serving:
+            self._serving.left(peer.node)
+        self.inquiries.left(peer.node, why)
+
+    def hear(self, peer: Peer, message: AnyMessage) -> None:
+        """Acts on one message. Raises RemoteProtocolError for what a well-behaved peer would not say."""
+        match message:
+            case messages.ManifestRequest() | messages.OriginRequest():
+                self.spawn(self.inquiries.answer(peer, message), f"answer {peer.name}")
+            case messages.ManifestPart() | messages.OriginReply():
+                self.inquiries.hear(peer, message)
+            case messages.Request() if self._serving:
+                self._serving.requested(peer, message)
+            case messages.Cancel(transfer) if self._serving:
+                self._serving.cancelled(peer, transfer)
+            case _:
+                self._sharing.hear(peer, message)
+
+    def noticed(self) -> None:
+        """Somebody came, went or failed to answer."""
+        self._changed.set()
+
+    def _finished(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("%s failed", task.get_name(), exc_info=error)
+            for fetching in self._sharing.fetchings():  # it may be what would have ended them
+                fetching.fail(LocalProtocolError(f"{task.get_name()} failed: {error!r}; please report this"))
+
+    async def _close_share(self, share: Share) -> None:
+        if self._serving:
+            await self._serving.stop(share)
+        await self._loop.run_in_executor(None, share.close)
+        self._withdrawn.remove(share)
+
+    # Members
+
+    def _found(self, address: str, lasting: bool) -> None:
+        self._gathering.found(address)
+        self._linking.meet(connections.Found(address, lasting))
+
+    def _member_changed(self, record: Record) -> None:
+        self.record(record.node, Changed(record))
+        if not self._closing:
+            self._linking.meet(connections.Heard(record))
+            for fetching in self._sharing.fetchings():
+                fetching.placed(record.node, record.profile.borders(self._host, self._rack))
+
+    def _tell_wants(self) -> None:
+        digests = frozenset(digest for digest in self._sought if digest is not None)
+        self._linking.meet(connections.Wants(digests, more=None in self._sought))
+
+    def _profile(self) -> Profile:
+        holdings = tuple(share.holding() for share in self._sharing.shares.values())
+        told = holdings[: packets.ARTIFACTS_MAX]
+        schemes = tuple(transport.scheme for transport in self._world.transports)
+        uploads = self._serving.machine.active if self._serving else 0
+        omitted = len(holdings) - len(told)
+        software = __version__[: packets.SOFTWARE_MAX]
+        return Profile(told, omitted, schemes, self._host, self._rack, uploads, self._upload_slots, software)
+
+    def _borders(self, node: str) -> int:
+        """On the way to another node; who is not a member may be anywhere in the rack."""
+        record = self._gathering.member(node)
+        return record.profile.borders(self._host, self._rack) if record else 1
+
+    def _tell_mates(self) -> None:
+        """Tells every fetch who fetches the same nearby: each chunk comes in once for all of them."""
+        members = self.members()
+        for fetching in self._sharing.fetchings():
+            near: tuple[set[str], set[str]] = (set(), set())
+            for member in members:
+                borders = member.profile.borders(self._host, self._rack)
+                if borders < download.BORDERS_MAX and self._fetches(member, fetching.digest):
+                    for names in near[borders:]:
+                        names.add(member.node)
+            # Without a label of its own a rack is everybody, and has no border.
+            fetching.met(download.Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
+
+    def _fetches(self, member: Record, digest: str) -> bool:
+        """Whether a member fetches this just now. Its link says so sooner than gossip."""
+        if (peer := self.peers.get(member.node)) and (told := peer.artifacts.get(digest)):
+            return told.chunks < told.chunks_total
+        return any(held.digest == digest and held.chunks < held.chunks_total for held in member.profile.artifacts)
+
+    def _tell_everybody(self) -> None:
+        self._gathering.tell(self._profile())
+
+    # Time
+
+    async def _ticks(self) -> None:
+        while True:
+            await asyncio.sleep(TICK_S)
+            self._linking.meet(connections.Tick())
+            self._tell_mates()
+            self._sharing.tick()
+            self._tell_everybody()
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name} {self.address} | {len(self.peers)} peers | {len(self._sharing.shares)} artifacts>"
+
+
+def _serves(name: str, address: str, artifacts: Collection[Announcement | Holding]) -> str:
+    offers = [f"{a.model_id} ({a.digest[:16]})" for a in artifacts]
+    more = f" and {len(offers) - OFFERS_SHOWN} more" if len(offers) > OFFERS_SHOWN else ""
+    return f"{name} at {address} serves {', '.join(offers[:OFFERS_SHOWN]) + more if offers else 'nothing'}"

@@ -1,0 +1,199 @@
+"""From a model id to its manifest: who has it, do they agree, and what exactly is it.
+
+Xxhash digests in a manifest find accidents; that the manifest is the right one rests on its sha256, which the caller
+pins, or on all reachable peers naming the same one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import TypeAlias
+
+from swarm.content.manifest import Manifest, decode
+from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError, SettingsError
+from swarm.journal import Resolved
+from swarm.node.node import Holder, Node
+from swarm.peers.peer import Peer
+from swarm.protocol.messages import Origin
+from swarm.settings import split_address
+
+Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Time for others to object, counted from the first peer that has the model: while some address has not answered yet,
+# and in any case until that peer has told of the members it knows.
+SETTLE_S, SETTLE_LEAST_S = 0.3, 0.05
+POLL_S = 0.1
+MANIFEST_TIMEOUT_S = 15.0
+ORIGIN_TIMEOUT_S = 2.0
+
+
+async def resolve(
+    node: Node, model_id: str, *, digest: str | None, find_timeout_s: float, trusted: Sequence[str] = ()
+) -> tuple[Manifest, Origin | None]:
+    """The manifest that a model id stands for in this swarm, and where the model came from if its peers know.
+
+    With `trusted`, addresses and networks, and no digest, it is what a node there announces over a link: where a link
+    comes from is proven by its packets, and what gossip says of others is not.
+
+    Raises ManifestNotFound when nobody serves it in time, ManifestConflict when peers disagree and no digest is pinned.
+    """
+    began_at_s = node.now()
+    agreed: dict[str, float] = {}  # digest -> when, on the node's clock
+
+    def over(error: str | None) -> None:
+        found, agreed_at_s = next(iter(agreed.items()), (digest, None))
+        node.record("node", Resolved(model_id, found, began_at_s, agreed_at_s, error))
+
+    try:
+        found = await _resolve(node, model_id, agreed, digest=digest, find_timeout_s=find_timeout_s, trusted=trusted)
+    except BaseException as error:
+        over(str(error) or type(error).__name__)
+        raise
+    over(None)
+    return found
+
+
+async def _resolve(
+    node: Node,
+    model_id: str,
+    agreed: dict[str, float],
+    *,
+    digest: str | None,
+    find_timeout_s: float,
+    trusted: Sequence[str],
+) -> tuple[Manifest, Origin | None]:
+    deadline = node.now() + find_timeout_s
+    failures: dict[str, None] = {}  # each once, in order
+    introducers = networks(trusted)
+    unusable: set[str] = set()  # nodes whose manifest is not what its digest says; asking again changes nothing
+    with _Answers(node) as answers:
+        while True:
+            with node.seeking(digest):
+                found_digest, holders = await _agreed(
+                    node, model_id, answers, digest=digest, deadline=deadline, trusted=introducers
+                )
+            if found_digest:
+                agreed.setdefault(found_digest, node.now())
+            if found_digest and (own := node.described(found_digest)):
+                return own
+            if found_digest is None:
+                distrusted = sorted(
+                    set(chain.from_iterable(map(_names, node.holders(model_id).values()))) if introducers else ()
+                )
+                told = [f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted]
+                raise ManifestNotFound(model_id, tried=[*told, *failures, *node.tried()], waited_s=find_timeout_s)
+            with node.seeking(found_digest):  # gossip may know holders where no link leads to
+                for peer in [holder.peer for holder in holders if holder.peer and holder.node not in unusable]:
+                    if failures and node.now() > deadline:
+                        break
+                    try:
+                        return await answers.of(peer, found_digest)
+                    except (PeerError, ManifestError) as error:
+                        failures[f"{peer.name}: {error}"] = None
+                        if isinstance(error, ManifestError):
+                            unusable.add(peer.node)
+                if node.now() > deadline:
+                    raise ManifestNotFound(model_id, tried=list(failures) or node.tried(), waited_s=find_timeout_s)
+                await node.changed(POLL_S)
+
+
+class _Answers:
+    """What peers say that a digest stands for. It may be asked for ahead, while it is not agreed yet that it is wanted:
+    on a busy link that takes longer than to agree."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._asked: dict[tuple[str, str], asyncio.Task[tuple[Manifest, Origin | None]]] = {}
+
+    def ask(self, peer: Peer, digest: str) -> asyncio.Task[tuple[Manifest, Origin | None]]:
+        """Asks, if that has not been done."""
+        key = peer.node, digest
+        if key not in self._asked:
+            self._asked[key] = asyncio.create_task(self._ask(peer, digest))
+        return self._asked[key]
+
+    async def of(self, peer: Peer, digest: str) -> tuple[Manifest, Origin | None]:
+        """The answer. Raises PeerError or ManifestInvalid; who is asked again after that may say something else."""
+        try:
+            return await self.ask(peer, digest)
+        finally:
+            del self._asked[peer.node, digest]
+
+    async def _ask(self, peer: Peer, digest: str) -> tuple[Manifest, Origin | None]:
+        inquiries = self._node.inquiries
+        origin = asyncio.create_task(inquiries.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S))
+        try:
+            data = await inquiries.manifest(peer, digest, timeout_s=MANIFEST_TIMEOUT_S)
+            manifest = await asyncio.get_running_loop().run_in_executor(None, partial(decode, data, digest=digest))
+            return manifest, await origin
+        finally:
+            origin.cancel()
+
+    def __enter__(self) -> _Answers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for task in self._asked.values():
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # asked ahead and not wanted: nobody else will look at it
+
+
+async def _agreed(
+    node: Node, model_id: str, answers: _Answers, *, digest: str | None, deadline: float, trusted: Sequence[Network]
+) -> tuple[str | None, list[Holder]]:
+    """The digest to fetch and who announces it; (None, []) when nobody did before the deadline."""
+    first_seen: float | None = None
+    while True:
+        if digest is not None:
+            holders = {digest: found} if (found := node.holders_of(digest)) or node.described(digest) else {}
+        else:
+            holders = node.holders(model_id)
+            if trusted:
+                own = {d: who for d, who in holders.items() if node.described(d)}
+                holders = own | introduced(holders, trusted)
+        now = node.now()
+        if holders:
+            first_seen = now if first_seen is None else first_seen
+            settle_s = SETTLE_S if node.searching else SETTLE_LEAST_S
+            if digest is not None or now - first_seen >= settle_s:
+                if len(holders) > 1:
+                    raise ManifestConflict(model_id, {d: _names(who) for d, who in holders.items()})
+                return next(iter(holders.items()))
+            if len(holders) == 1:
+                [(candidate, claimants)] = holders.items()
+                if linked := next((holder.peer for holder in claimants if holder.peer), None):
+                    answers.ask(linked, candidate)
+        elif now >= deadline:
+            return None, []
+        await node.changed(SETTLE_LEAST_S if holders else POLL_S)
+
+
+def networks(trusted: Sequence[str]) -> list[Network]:
+    """The networks that `trusted` names, which Settings has checked."""
+    return [ipaddress.ip_network(one, strict=False) for one in trusted]
+
+
+def introduced(holders: Mapping[str, list[Holder]], trusted: Sequence[Network]) -> dict[str, list[Holder]]:
+    """Those digests that somebody announces who is linked from a machine that may introduce models."""
+    return {
+        digest: who
+        for digest, who in holders.items()
+        if any(holder.peer and may_introduce(holder.peer, trusted) for holder in who)
+    }
+
+
+def may_introduce(peer: Peer, trusted: Sequence[Network]) -> bool:
+    """Whether a peer is linked from a machine that may introduce models."""
+    with contextlib.suppress(SettingsError, ValueError):  # of a peer in this process, or behind a name
+        address = ipaddress.ip_address(split_address("peer", peer.link.remote)[0])
+        return any(address in network for network in trusted)
+    return False
+
+
+def _names(holders: list[Holder]) -> list[str]:
+    return [f"{holder.name} ({holder.address})" for holder in holders] or ["this node"]

@@ -1,0 +1,101 @@
+"""Asks a running node what it sees.
+
+Needs no event loop and none of the node's libraries, so that it starts at once. A node of this user leaves a note
+with its address while it runs (`running.py`); another one is named with --peer.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from swarm.errors import PeerUnreachable
+from swarm.settings import split_address
+
+TIMEOUT_S = 3.0
+REPORT_BYTES_MAX = 16 << 20
+PATH = "/status"
+VIEW_PATH = "/view"
+
+
+def ask_any(addresses: Sequence[str], context: ssl.SSLContext | None = None) -> tuple[str, dict[str, Any]]:
+    """The last of these nodes that answers, and its report. Raises PeerUnreachable."""
+    failure = PeerUnreachable("status", "no node of this user runs on this machine; name one with --peer HOST:PORT")
+    for address in reversed(addresses):
+        try:
+            return address, ask(address, context)
+        except PeerUnreachable as error:
+            failure = error
+    raise failure
+
+
+def ask(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
+    """The report of the node at HOST:PORT. Raises PeerUnreachable.
+
+    `context` proves that this is a member; without one a node tells programs of its own machine only.
+    """
+    answer, data = _get(address, context)
+    if answer.status == http.HTTPStatus.FORBIDDEN:
+        raise PeerUnreachable(address, "tells members and its own machine alone; name the key with --key-file")
+    if answer.status != http.HTTPStatus.OK:
+        raise PeerUnreachable(address, f"answers {answer.status} {answer.reason}; is it a swarm node?")
+    try:
+        report = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise PeerUnreachable(address, f"{error}; is a node running there?") from error
+    if not isinstance(report, dict) or not {"node", "members", "artifacts", "transfers"} <= report.keys():
+        raise PeerUnreachable(address, "answers something that is no swarm status")
+    return report
+
+
+def view(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any] | None:
+    """The view of the node at HOST:PORT (docs/dashboard.md); None where it has none, or is gone by now."""
+    try:
+        answer, data = _get(address, context, VIEW_PATH)
+        told = json.loads(data) if answer.status == http.HTTPStatus.OK else None
+    except (PeerUnreachable, ValueError, RecursionError):
+        return None
+    return told if isinstance(told, dict) and {"members", "links", "warnings", "asked"} <= told.keys() else None
+
+
+def clock_ahead_s(address: str, context: ssl.SSLContext | None = None) -> float | None:
+    """How far the clock of the node at HOST:PORT is ahead of this one, to a second; None when it does not tell.
+
+    Raises PeerUnreachable.
+    """
+    before = datetime.now(UTC)
+    answer, _ = _get(address, context)
+    after = datetime.now(UTC)
+    try:
+        told = parsedate_to_datetime(answer.headers["Date"])
+    except (TypeError, ValueError):  # none, or none that can be read
+        return None
+    ahead_s = (told - before - (after - before) / 2).total_seconds() + 0.5  # it counts whole seconds
+    return ahead_s if abs(ahead_s) > 1 else 0.0
+
+
+def _get(address: str, context: ssl.SSLContext | None, path: str = PATH) -> tuple[http.client.HTTPResponse, bytes]:
+    host, port = split_address("peer", address)
+    connection = (
+        http.client.HTTPSConnection(host, port, timeout=TIMEOUT_S, context=context)
+        if context
+        else http.client.HTTPConnection(host, port, timeout=TIMEOUT_S)
+    )
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer, answer.read(REPORT_BYTES_MAX)
+    except ssl.SSLError as error:
+        from swarm.security.certificates import Refusal, refusal
+
+        why = refusal(error) or Refusal.BROKEN
+        raise PeerUnreachable(address, f"it {why.value}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise PeerUnreachable(address, f"{error}; is a node running there?") from error
+    finally:
+        connection.close()

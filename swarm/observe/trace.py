@@ -1,0 +1,140 @@
+"""A journal as a file of JSON lines: `swarm fetch --trace FILE`.
+
+Entries are only queued where they happen; a thread encodes and writes them. Bounded: when the disk cannot follow, or
+the file is full, entries are left out and the last line says how many.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from swarm.content.bitfield import Bitfield
+from swarm.errors import StoreError
+from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Opened, Received, Sent
+from swarm.membership.swim import Changed
+from swarm.transfer.download import Ban, ChunkCorrupt, PeerHas, PeerJoined, PeerLeft
+
+QUEUED_MAX = 100_000
+FILE_BYTES_MAX = 1 << 30
+WRITE_EVERY_S = 0.5
+
+_SHOWN_AGAIN: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        Announced, Ban, Changed, ChunkCorrupt, FetchEnded, FetchStarted, Joined, Left, Opened, PeerHas, PeerJoined,
+        PeerLeft, Received, Sent,
+    )
+}  # fmt: skip
+
+
+def event(entry: Entry) -> dict[str, Any]:
+    """An entry as an object of JSON: `at_s`, `subject`, `event` (what kind), and the fields of what happened."""
+    fields = msgspec.to_builtins(entry.what, enc_hook=_encoded)
+    said = fields if isinstance(fields, dict) else {"said": fields}
+    return {"at_s": round(entry.at_s, 6), "subject": entry.subject, "event": type(entry.what).__name__, **said}
+
+
+def entry(line: Mapping[str, Any]) -> Entry | None:
+    """The entry that `event` said so; None where it is of no kind that is shown again. Raises ValueError or KeyError
+    where it is no line of a trace."""
+    kind = _SHOWN_AGAIN.get(line["event"])
+    if kind is None:
+        return None
+    return Entry(float(line["at_s"]), str(line["subject"]), msgspec.convert(line, kind, dec_hook=_decoded))
+
+
+def _encoded(value: object) -> Any:
+    """A set of chunks as `chunks_total` and their bits in hexadecimal, chunk 0 first; others in words."""
+    if isinstance(value, Bitfield):
+        return {"chunks_total": value.length, "held": value.pack().hex()}
+    return str(value)
+
+
+def _decoded(kind: type, value: Any) -> Any:
+    if kind is not Bitfield or not isinstance(value, Mapping):
+        raise ValueError(f"no {kind.__name__}: {value!r}")
+    return Bitfield.unpack(bytes.fromhex(value["held"]), msgspec.convert(value["chunks_total"], int))
+
+
+@contextlib.contextmanager
+def tracing(journal: Journal, path: Path | None) -> Iterator[None]:
+    """Writes what happens while the block runs; without a path nothing. Raises StoreError if there can be no file."""
+    if path is None:
+        yield
+        return
+    try:
+        file = path.open("wb")
+    except OSError as error:
+        raise StoreError(str(path), f"no trace can be written there: {error.strerror}") from error
+    with file:
+        writer = _Writer(file)
+        journal.subscribe(writer.queue)
+        try:
+            yield
+        finally:
+            writer.close()
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    """What was written there, as far as it is whole. Raises OSError, and ValueError for a file that is no trace."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):  # the last one may have been cut as its process died
+                yield msgspec.json.decode(line, type=dict[str, Any])
+
+
+class _Writer:
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._queued: deque[Entry] = deque()
+        self._left_out = 0
+        self._written_bytes = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="swarm: trace", daemon=True)
+        self._thread.start()
+
+    def queue(self, entry: Entry) -> None:
+        if self._over.is_set():
+            return
+        if len(self._queued) < QUEUED_MAX:
+            self._queued.append(entry)
+        else:
+            self._left_out += 1
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(WRITE_EVERY_S):
+            self._write()
+        self._write()
+        if self._left_out:
+            self._put({"event": "LeftOut", "entries": self._left_out})
+            with contextlib.suppress(OSError):
+                self._file.flush()
+
+    def _write(self) -> None:
+        while self._queued:
+            entry = self._queued.popleft()
+            if self._written_bytes > FILE_BYTES_MAX:
+                self._left_out += 1
+            else:
+                self._put(event(entry))
+        with contextlib.suppress(OSError):
+            self._file.flush()
+
+    def _put(self, said: dict[str, Any]) -> None:
+        line = msgspec.json.encode(said) + b"\n"
+        self._written_bytes += len(line)
+        try:
+            self._file.write(line)
+        except OSError:  # the disk is full: a trace is not worth a fetch
+            self._left_out += 1

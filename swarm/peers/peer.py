@@ -1,0 +1,168 @@
+"""One connected peer: its link with an outbox, what it said of itself, and the session its chunks are read through.
+
+Owns what lives exactly as long as one link does. It does not interpret messages and takes no decisions: `node` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import Sequence
+
+from swarm.content.manifest import MANIFEST_BYTES_MAX
+from swarm.errors import TransportError
+from swarm.net.websocket import Link
+from swarm.protocol.messages import FRAME_MESSAGES_MAX, Announcement, Hello, Holdings, Interest, ManifestPart, Message
+from swarm.transport import Inbound, Transport
+
+OUTBOX_MAX = 4096  # messages a peer may leave unread before it counts as gone
+OUTBOX_BYTES_MAX = MANIFEST_BYTES_MAX + (16 << 20)  # the largest manifest whole, and room for all else meanwhile
+CONNECT_TIMEOUT_S = 5.0
+
+log = logging.getLogger("swarm")
+
+
+class Peer:
+    """A node at the other end of an open link. `token` is what it must show to open a session to this node."""
+
+    def __init__(self, number: int, link: Link, hello: Hello, *, token: str, transports: Sequence[Transport]) -> None:
+        self.number = number
+        self.node = hello.node
+        self.hello = hello
+        self.token = token
+        self.link = link
+        self.artifacts: dict[str, Announcement] = {a.digest: a for a in hello.artifacts}
+        self.wants: set[str] = set()  # digests it asked to hear about
+        self.asked: set[str] = set()  # digests it was asked to tell about
+        self.why_gone: str | None = None  # set by whoever cuts it off
+        self._outbox: deque[Message] = deque()  # until the link has taken them
+        self._posted = asyncio.Event()
+        self._unsent_bytes = 0
+        self._overflowed = asyncio.Event()
+        self._session: Inbound | None = None
+        self._connecting = asyncio.Lock()
+        self._closed = False
+        self._transports = transports
+        self._given_up: set[str] = set()  # schemes that failed to connect
+        self._route = self._choose()
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return self.hello.name
+
+    @property
+    def scheme(self) -> str:
+        """The transport that this peer is read through, and why it is that one."""
+        return self._route[0].scheme if self._route else "none"
+
+    @property
+    def usual_bytes_per_s(self) -> float:
+        """What to expect of that transport; 0: anything."""
+        return self._route[0].usual_bytes_per_s if self._route else 0.0
+
+    def post(self, message: Message) -> None:
+        """Queues a message; those of one turn of the loop travel together.
+
+        A peer that leaves too many unread is cut off; to one that is gone nothing is sent.
+        """
+        if len(self._outbox) >= OUTBOX_MAX:
+            self._cut_off(f"left {OUTBOX_MAX} messages unread")
+        elif self._unsent_bytes + _payload_bytes(message) > OUTBOX_BYTES_MAX:
+            self._cut_off(f"left {self._unsent_bytes} bytes unread")
+        else:
+            self._unsent_bytes += _payload_bytes(message)
+            self._outbox.append(message)
+            self._posted.set()
+
+    async def write(self) -> None:
+        """Sends what is posted until the link breaks or the peer is cut off, and then closes the link."""
+        overflow = asyncio.create_task(self._overflowed.wait())
+        sending = asyncio.create_task(self._send_all())
+        try:
+            await asyncio.wait([overflow, sending], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            overflow.cancel()
+            sending.cancel()
+            await asyncio.gather(overflow, sending, return_exceptions=True)
+            await self.link.close()
+
+    async def _send_all(self) -> None:
+        while True:
+            await self._posted.wait()
+            batch = tuple(itertools.islice(self._outbox, FRAME_MESSAGES_MAX))
+            await self.link.send(*batch)
+            for message in batch:
+                self._outbox.popleft()
+                self._unsent_bytes -= _payload_bytes(message)
+            if not self._outbox:
+                self._posted.clear()
+
+    def _cut_off(self, why: str) -> None:
+        self.why_gone = self.why_gone or why
+        self._overflowed.set()
+
+    async def session(self) -> Inbound:
+        """The open session to this peer. Raises TransportError."""
+        async with self._connecting:
+            self._check_open()
+            if self._session is None or not self._session.alive:
+                if self._session is not None:
+                    await self._session.close()
+                session = await self._connect()
+                if self._closed:  # meanwhile: nobody else would ever close it
+                    await session.close()
+                self._check_open()
+                self._session = session
+            return self._session
+
+    async def _connect(self) -> Inbound:
+        """A session over the best transport that works: what fails is not tried with this peer again, if there is
+        another. Raises TransportError."""
+        while route := self._choose():
+            self._route = transport, address = route
+            try:
+                return await transport.connect(address, self.hello.token, timeout_s=CONNECT_TIMEOUT_S)
+            except TransportError as error:
+                self._given_up.add(transport.scheme)
+                if (rest := self._choose()) is None:
+                    self._given_up.clear()  # it may be back later
+                    raise
+                log.warning("%s is read over %s from now on: %s", self.name, rest[0].scheme, error)
+        raise TransportError(f"{self.name} offers no transport that this node can use")
+
+    def _choose(self) -> tuple[Transport, str] | None:
+        """The first of this node's transports, preferred first, that the peer offers at an address within reach."""
+        offers = {offer.scheme: offer.address for offer in self.hello.transports}
+        for transport in self._transports:
+            address = offers.get(transport.scheme)
+            if address is not None and transport.scheme not in self._given_up and transport.reach(address):
+                return transport, address
+        return None
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise TransportError(f"{self.name} is gone")
+
+    async def close(self) -> None:
+        """Ends the session and the link."""
+        self._closed = True
+        if self._session is not None:
+            await self._session.close()
+        await self.link.close()
+
+    def __repr__(self) -> str:
+        return f"<Peer {self.name} {self.hello.address} {self.scheme} | {len(self.artifacts)} artifacts>"
+
+
+def _payload_bytes(message: Message) -> int:
+    """What a message alone keeps in memory, roughly; the other kinds are small, or one object in every outbox."""
+    match message:
+        case ManifestPart(data=data):
+            return len(data)
+        case Interest(bits=bits) | Holdings(bits=bits):
+            return len(bits)
+        case _:
+            return 0

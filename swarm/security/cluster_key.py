@@ -1,0 +1,155 @@
+"""The cluster key: the one secret that decides who belongs; the file it lies in, and what is derived from it.
+
+    # fingerprint 5d0c1a77
+    swarm-key-1:q83vASNFZ4mrze8BI0VniavN7wEjRWeJq83vASNFZ4k          32 random bytes, base64url without padding
+
+A file holds one key, or two while keys are exchanged: the first one signs and seals, both are accepted. Blank lines
+and lines that begin with # mean nothing. Every use has a secret of its own, derived by HKDF-SHA256 under its name, so
+that none of them tells anything of the key or of another one. The fingerprint is derived as well and may be shown.
+
+Must not know: TLS, datagrams, nodes. Keys are never printed: the reprs show fingerprints.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import re
+import secrets
+import stat
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from swarm.errors import SettingsError
+from swarm.security.datagram_seal import SealKey
+
+PREFIX = "swarm-key-1:"
+KEY_BYTES = 32
+KEYS_MAX = 2  # one that is used, one that comes or goes
+FILE_BYTES_MAX = 4096  # two keys and a few comments; the path may be a slip, and the file huge
+FINGERPRINT_BYTES = 4  # of two clusters that meet by mistake, one pair in four billion looks the same
+
+_SALT = b"swarm cluster key 1"
+_LINE = re.compile(re.escape(PREFIX) + r"([A-Za-z0-9_-]{43})")
+
+
+@dataclass(frozen=True)
+class ClusterKey:
+    """One secret of KEY_BYTES bytes. Whoever has it is a member."""
+
+    secret: bytes = field(repr=False)
+
+    def derive(self, purpose: str, size: int = KEY_BYTES) -> bytes:
+        """`size` bytes that belong to this purpose alone."""
+        return HKDF(SHA256(), size, _SALT, purpose.encode()).derive(self.secret)
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """FINGERPRINT_BYTES bytes that tell keys apart and may be shown to everyone."""
+        return self.derive("fingerprint", FINGERPRINT_BYTES)
+
+    def __str__(self) -> str:
+        return self.fingerprint.hex()
+
+
+@dataclass(frozen=True)
+class Keyring:
+    """The keys that this node accepts. It signs and seals with the first."""
+
+    keys: tuple[ClusterKey, ...]
+
+    @property
+    def first(self) -> ClusterKey:
+        """The key that signs and seals."""
+        return self.keys[0]
+
+    @property
+    def seal_keys(self) -> tuple[SealKey, ...]:
+        """What gossip is sealed with, in the same order."""
+        return tuple(SealKey(key.fingerprint, key.derive("gossip")) for key in self.keys)
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.keys))
+
+
+def generate() -> ClusterKey:
+    """A new key, from the system's dice."""
+    return ClusterKey(secrets.token_bytes(KEY_BYTES))
+
+
+def create(path: Path) -> ClusterKey:
+    """Writes a new key to a new file that its owner alone can read. Raises SettingsError ('keygen')."""
+    key = generate()
+    line = PREFIX + base64.urlsafe_b64encode(key.secret).rstrip(b"=").decode()
+    try:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            os.fchmod(file.fileno(), 0o600)  # an odd umask may have taken bits from it
+            file.write(f"# fingerprint {key}\n{line}\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except FileExistsError:
+        raise SettingsError("keygen", f"{path} exists, and no key is ever overwritten; name another file") from None
+    except OSError as error:
+        raise SettingsError("keygen", f"{path} cannot be written: {error.strerror or error}") from error
+    return key
+
+
+def load(path: Path) -> Keyring:
+    """The keys of a file. Raises SettingsError ('key_file') when it cannot be used, or others can read it."""
+    try:
+        # Not blocking: the path may name a pipe, which would be waited for before it can be refused.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            _check_private(path, os.fstat(file.fileno()))
+            data = file.read(FILE_BYTES_MAX + 1)
+    except FileNotFoundError:
+        raise _unusable(f"{path} does not exist; make one with: swarm keygen {path}") from None
+    except OSError as error:
+        raise _unusable(f"{path} cannot be read: {error.strerror or error}") from error
+    if len(data) > FILE_BYTES_MAX:
+        raise _unusable(f"{path} has more than {FILE_BYTES_MAX} bytes; a key file has one line")
+    return parse(data, path)
+
+
+def parse(data: bytes, path: Path) -> Keyring:
+    """The keys in a file's bytes. Raises SettingsError ('key_file'), which never shows what it read."""
+    lines = data.decode("ascii", "replace").splitlines()
+    meant = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"]
+    keys = [_parse_line(line, f"{path}, line {number}") for number, line in meant]
+    if not keys:
+        raise _unusable(f"{path} holds no key; make one with: swarm keygen")
+    if len(keys) > KEYS_MAX:
+        raise _unusable(f"{path} holds {len(keys)} keys; at most {KEYS_MAX} are accepted, remove the oldest")
+    if len(set(keys)) < len(keys):
+        raise _unusable(f"{path} holds the same key twice; remove one of the lines")
+    return Keyring(tuple(keys))
+
+
+def _parse_line(line: str, where: str) -> ClusterKey:
+    match = _LINE.fullmatch(line)
+    if match is None:
+        raise _unusable(f"{where} is no key ({PREFIX} and 43 letters, digits, - or _); copy the line whole")
+    try:
+        secret = base64.b64decode(match[1] + "=", altchars=b"-_", validate=True)
+    except binascii.Error:  # cannot be, by the pattern, but whoever reads secrets does not guess
+        raise _unusable(f"{where} is no base64") from None
+    return ClusterKey(secret)
+
+
+def _check_private(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        raise _unusable(f"{path} is not a file")
+    if found.st_uid not in (0, os.geteuid()):
+        raise _unusable(f"{path} belongs to another user (uid {found.st_uid}); run: chown {os.geteuid()} {path}")
+    # A secret that an orchestrator mounts belongs to root and is readable by the group that the process runs in.
+    allowed = 0o740 if found.st_uid == 0 and os.geteuid() != 0 else 0o700
+    if found.st_mode & 0o777 & ~allowed:
+        raise _unusable(f"{path} can be used by others (mode {found.st_mode & 0o777:04o}); run: chmod 600 {path}")
+
+
+def _unusable(why: str) -> SettingsError:
+    return SettingsError("key_file", why)

@@ -1,0 +1,112 @@
+"""What a seed has given of one artifact and to whom, as a state machine: it remembers, `scheduler.give` chooses.
+
+A chunk counts as given from the moment it is sent. When its transfer fails it counts no longer, and when the newcomer
+leaves nothing that it was given does: the next burst starts afresh. Bytes can also be lost unseen, in a socket that
+breaks or as a wrong chunk, and only the newcomer knows. It then asks on although everything was sent to it: the second
+time in a row, what it does not say it has counts as lost.
+
+Must not know: sockets, clocks.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from swarm.content.bitfield import Bitfield
+from swarm.errors import LocalProtocolError
+from swarm.transfer import scheduler
+
+
+@dataclass
+class _Newcomer:
+    holds: Bitfield
+    sent: Bitfield
+    starved: bool = False  # it was hungry when it asked last, and there was nothing left to give it
+
+
+class Gifts:
+    """One artifact of `length` chunks, given away."""
+
+    def __init__(self, length: int, *, rng: random.Random) -> None:
+        self._given = np.zeros(length, dtype=np.int32)
+        self._held = np.zeros(length, dtype=np.int32)
+        self._newcomers: dict[str, _Newcomer] = {}
+        self._own = 0, 1, np.ones(length, dtype=np.bool_)  # the territory of rank 0 of 1
+        self._rng = rng
+
+    def joined(self, peer: str, holds: Bitfield) -> None:
+        """A newcomer says what it holds."""
+        self.left(peer)
+        self._newcomers[peer] = _Newcomer(holds, Bitfield(holds.length))
+        self._held += holds.mask
+
+    def has(self, peer: str, chunks: Iterable[int]) -> None:
+        """A newcomer verified more chunks."""
+        if newcomer := self._newcomers.get(peer):
+            for chunk in chunks:
+                if chunk not in newcomer.holds:
+                    newcomer.holds.add(chunk)
+                    self._held[chunk] += 1
+
+    def choose(self, peer: str, count: int, *, hungry: bool, rank: int, seeds: int) -> tuple[int, ...]:
+        """The chunks to send to a newcomer now, at most `count`; none when it had better ask its peers.
+
+        This seed is number `rank` of `seeds`; chunk c is the territory of seed c modulo `seeds`.
+        """
+        newcomer = self._newcomers.get(peer)
+        if newcomer is None:
+            return ()
+        wanted = ~(newcomer.holds.mask | newcomer.sent.mask)
+        if hungry and newcomer.starved and not wanted.any():  # once, and what it lacks may be on its way, or news of it
+            self.failed(peer, newcomer.sent)
+            wanted = ~newcomer.holds.mask
+        chunks = scheduler.give(
+            wanted,
+            given=self._given,
+            held=self._held,
+            territory=self._territory(rank, seeds),
+            count=count,
+            hungry=hungry,
+            rng=self._rng,
+        )
+        for chunk in chunks:
+            newcomer.sent.add(chunk)
+            self._given[chunk] += 1
+        newcomer.starved = not chunks and (hungry or newcomer.starved)
+        return chunks
+
+    def _territory(self, rank: int, seeds: int) -> scheduler.Mask:
+        if self._own[:2] != (rank, seeds):
+            self._own = rank, seeds, np.arange(len(self._given)) % seeds == rank
+        return self._own[2]
+
+    def failed(self, peer: str, chunks: Iterable[int]) -> None:
+        """A transfer of these chunks did not get through."""
+        if newcomer := self._newcomers.get(peer):
+            for chunk in chunks:
+                if chunk in newcomer.sent and chunk not in newcomer.holds:
+                    newcomer.sent.discard(chunk)
+                    self._given[chunk] -= 1
+
+    def left(self, peer: str) -> None:
+        """A newcomer is gone, and with it what it held."""
+        if newcomer := self._newcomers.pop(peer, None):
+            self._held -= newcomer.holds.mask
+            self._given -= newcomer.sent.mask
+
+    def check(self) -> None:
+        """Raises LocalProtocolError when an invariant does not hold."""
+        for count, fields in (
+            (self._given, [newcomer.sent for newcomer in self._newcomers.values()]),
+            (self._held, [newcomer.holds for newcomer in self._newcomers.values()]),
+        ):
+            if (count != sum((field.mask.astype(np.int32) for field in fields), np.zeros_like(count))).any():
+                raise LocalProtocolError(f"{self!r}: counts do not add up")
+
+    def __repr__(self) -> str:
+        once = int((np.maximum(self._given, self._held) > 0).sum())
+        return f"<Gifts {once}/{len(self._given)} given | {len(self._newcomers)} newcomers>"

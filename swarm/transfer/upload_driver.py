@@ -1,0 +1,203 @@
+"""Serving: the upload machine, driven by real transfers.
+
+Answers requests out of the artifacts a node shares, and withdraws one whose source turns out to have changed. Runs on
+the node's loop; only spans are advanced on other threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Chunk, Manifest
+from swarm.errors import RemoteProtocolError, StoreError, TransportError
+from swarm.journal import Sent
+from swarm.peers.host import Host
+from swarm.peers.peer import Peer
+from swarm.protocol import messages
+from swarm.protocol.messages import RefusalReason
+from swarm.store import AnySpan, DeviceSource, Source
+from swarm.transfer import upload
+from swarm.transfer.superseed import Gifts
+from swarm.transfer.upload import Upload
+from swarm.transport import Transfer, Transport
+
+ACCEPT_TIMEOUT_S = 5.0  # a peer opens its session before it asks
+REFUSED_RETRY_S = 1.0
+NOTHING_RETRY_S = 0.1  # by then the newcomer may be hungry
+
+log = logging.getLogger("swarm")
+
+
+class Servable(Protocol):
+    """An artifact, or as much of it as is verified."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """What its chunks are."""
+
+    source: Source
+    held: Bitfield
+    gifts: Gifts | None  # for seeds, which choose what they send
+
+
+@dataclass(frozen=True)
+class _Sending:
+    """A transfer that holds a slot. `task` returns whether it went out whole."""
+
+    task: asyncio.Task[bool]
+    share: Servable | None
+    began_at: float
+
+
+class Serving:
+    """Everything one node sends.
+
+    `rank(digest)` says which of how many seeds this node is; `withdraw(digest, why)` is called when a source changed.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: Host,
+        transports: Sequence[Transport],
+        shares: Mapping[str, Servable],
+        rank: Callable[[str], tuple[int, int]],
+        withdraw: Callable[[str, str], object],
+        slots: int,
+        idle_timeout_s: float,
+    ) -> None:
+        self.machine = Upload(slots=slots)
+        self._host = host
+        self._transports = {transport.scheme: transport for transport in transports}
+        self._shares = shares
+        self._rank = rank
+        self._withdraw = withdraw
+        self._idle_timeout_s = idle_timeout_s
+        self._requests: dict[tuple[str, int], messages.Request] = {}
+        self._sending: dict[tuple[str, int], _Sending] = {}
+
+    def requested(self, peer: Peer, request: messages.Request) -> None:
+        """A peer asks for chunks. Raises RemoteProtocolError when it uses a transfer's number twice."""
+        key = (peer.node, request.transfer)
+        if key in self._requests or key in self._sending:
+            raise RemoteProtocolError(peer.name, f"asked for transfer {request.transfer} twice")
+        share = self._shares.get(request.digest)
+        if share is None:
+            self._refuse(peer, request.transfer, "unknown_artifact", REFUSED_RETRY_S)
+        elif bool(request.chunks) == bool(request.count):
+            raise RemoteProtocolError(peer.name, "asked for chunks in a way that cannot be answered")
+        elif not _answerable(share, request):
+            self._refuse(peer, request.transfer, "not_held", REFUSED_RETRY_S)
+        elif request.scheme not in self._transports:
+            self._refuse(peer, request.transfer, "no_transport", REFUSED_RETRY_S)
+        else:
+            self._requests[key] = request
+            expected = sum(share.manifest.chunks[index].size for index in request.chunks)
+            size = expected or request.count * share.manifest.chunk_bytes
+            pace = request.pace_bytes_per_s
+            self._handle(upload.Requested(peer.node, request.transfer, size, request.sources, pace))
+
+    def cancelled(self, peer: Peer, number: int) -> None:
+        """A peer does not want a transfer any more."""
+        self._requests.pop((peer.node, number), None)
+        self._handle(upload.Cancelled(peer.node, number))
+
+    def left(self, node: str) -> None:
+        """A peer is gone."""
+        self._requests = {key: request for key, request in self._requests.items() if key[0] != node}
+        self._handle(upload.PeerLeft(node))
+
+    async def stop(self, share: Servable) -> None:
+        """Ends every transfer of an artifact that is on the wire; nobody reads its source afterwards."""
+        tasks = [sending.task for sending in self._sending.values() if sending.share is share]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _handle(self, event: upload.Event) -> None:
+        """Tells the machine, and does what it says."""
+        for action in self.machine.handle(event):
+            self._host.record("upload", action)
+            peer = self._host.peers.get(action.peer)
+            match action:
+                case upload.Grant(node, number, sequence):
+                    request = self._requests.pop((node, number))
+                    if peer:
+                        share = self._shares.get(request.digest)
+                        task = self._host.spawn(
+                            self._send(peer, request, share, sequence), f"send {number} to {peer.name}"
+                        )
+                        self._sending[node, number] = _Sending(task, share, self._host.now())
+                        task.add_done_callback(partial(self._sent, node, number))
+                case upload.Stop(node, number):
+                    if sending := self._sending.get((node, number)):
+                        sending.task.cancel()
+                case upload.Refuse(node, number, reason, retry_s):
+                    self._requests.pop((node, number))
+                    if peer:
+                        self._refuse(peer, number, reason, retry_s)
+
+    async def _send(self, peer: Peer, request: messages.Request, share: Servable | None, sequence: int) -> bool:
+        """One transfer going out; whether it did so whole. What was here when it was asked for may be gone by now."""
+        number = request.transfer
+        if share is None:
+            self._refuse(peer, number, "unknown_artifact", REFUSED_RETRY_S)
+            return False
+        if not _answerable(share, request):
+            self._refuse(peer, number, "not_held", REFUSED_RETRY_S)
+            return False
+        indices = request.chunks or self._choose(peer, share, request)
+        if not indices:
+            self._refuse(peer, number, "nothing_to_give", NOTHING_RETRY_S)
+            return False
+        peer.post(messages.Grant(number, sequence, indices))
+        sent = False
+        try:
+            chunks = [share.manifest.chunks[index] for index in indices]
+            outbound = await self._transports[request.scheme].accept(peer.token, timeout_s=ACCEPT_TIMEOUT_S)
+            transfer = Transfer(number, sum(chunk.size for chunk in chunks), self._idle_timeout_s)
+            await outbound.send(transfer, _spans(share.source, chunks, on_device=outbound.on_device))
+            self._host.record("upload", Sent(peer.node, request.digest, transfer.size))
+            sent = True
+        except TransportError as error:
+            log.debug("transfer %d to %s: %s", number, peer.name, error)
+        except StoreError as error:
+            log.error("%s", error)
+            self._refuse(peer, number, "source_changed", REFUSED_RETRY_S)
+            self._withdraw(request.digest, str(error))
+        finally:
+            if share.gifts and not sent:
+                share.gifts.failed(peer.node, indices)
+        return sent
+
+    def _choose(self, peer: Peer, share: Servable, request: messages.Request) -> tuple[int, ...]:
+        if share.gifts is None:
+            return ()
+        rank, seeds = self._rank(request.digest)
+        return share.gifts.choose(peer.node, request.count, hungry=request.hungry, rank=rank, seeds=seeds)
+
+    def _sent(self, node: str, number: int, task: asyncio.Task[bool]) -> None:
+        seconds = self._host.now() - self._sending.pop((node, number)).began_at
+        whole = not task.cancelled() and task.exception() is None and task.result()
+        self._handle(upload.Ended(node, number, seconds, whole))
+
+    def _refuse(self, peer: Peer, number: int, reason: RefusalReason, retry_s: float) -> None:
+        peer.post(messages.Refuse(number, reason, retry_s))
+
+
+def _answerable(share: Servable, request: messages.Request) -> bool:
+    """Whether everything asked for is here. Who asks for a choice may not have heard yet that this is no seed now."""
+    if request.count:
+        return share.gifts is not None
+    return all(index < share.held.length and index in share.held for index in request.chunks)
+
+
+def _spans(source: Source, chunks: Sequence[Chunk], *, on_device: bool) -> Iterator[AnySpan]:
+    for chunk in chunks:
+        yield from source.device_spans(chunk) if on_device and isinstance(source, DeviceSource) else source.spans(chunk)

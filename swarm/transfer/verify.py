@@ -1,0 +1,278 @@
+"""Where received chunks land: hashed on the way in, and never written over one another.
+
+A chunk has one place. The first transfer that brings it writes there; a second copy of the same chunk (the endgame
+asks for some) lands in memory of its own, because it must not touch bytes that may be verified already. If the second
+copy turns out right first, it is put in place once the first one has let go.
+
+In host memory a chunk is hashed view by view, as it arrives. In the memory of a GPU it is hashed there, many chunks at
+once, and while the next ones arrive: so a chunk is reported some time after its last byte was asked for.
+
+Runs on the transports' worker threads; tells what happened through `report`. Knows stores and hashes, no peers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Chunk, Manifest
+from swarm.errors import LocalProtocolError, SourceChanged, StoreError, TransportError
+from swarm.hashing.cpu import LeafHasher, chunk_digest
+from swarm.hashing.cuda import BATCH_BYTES, Batch, prepare, start
+from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, View, cuda
+
+
+@dataclass(frozen=True)
+class Landed:
+    """A chunk of a transfer has arrived. `spare`: its right bytes, not in place yet, because another copy was
+    landing."""
+
+    chunk: Chunk
+    correct: bool
+    spare: bytearray | None = None
+
+
+# Told of chunks as their last bytes are in; of those that were hashed together all at once.
+Report: TypeAlias = Callable[[Sequence[Landed]], object]
+
+NOBODY = -1
+
+BATCHES_MAX = 4  # being hashed at once
+FILLED_TIMEOUT_S = 30.0  # for a chunk that lies on several GPUs, once all of it was asked for
+LOOK_EVERY_S = 50e-6  # at that
+
+# What follows the last view while its chunks are still being hashed: nothing to fill, but not the end either.
+_NOT_YET: View = memoryview(b"")
+
+
+class Landings:
+    """The landings of one fetch, over all its transfers. `held`: chunks that were here, and right, before it."""
+
+    def __init__(self, manifest: Manifest, store: Store, held: Bitfield) -> None:
+        self._manifest = manifest
+        self._store = store
+        self._lock = threading.Lock()
+        # Which transfer may write to a chunk's place. It stays once it is right; what was right before is nobody's.
+        self._claimed: dict[int, int] = dict.fromkeys(held, NOBODY)
+
+    def views(self, transfer: int, chunks: Sequence[int], report: Report) -> Generator[memoryview, None, None]:
+        """The views that a transfer of these chunks fills, in order. Reports every chunk as its last byte is in."""
+        for index in chunks:
+            yield from self._chunk_views(transfer, self._manifest.chunks[index], report)
+
+    def device_views(self, transfer: int, chunks: Sequence[int], report: Report) -> Generator[View, None, None]:
+        """As `views`, but GPU memory as it is, if the store has any. Behind the last view come empty ones until all is
+        hashed: whoever moves bytes can do something else meanwhile."""
+        if not isinstance(self._store, DeviceStore):
+            yield from self.views(transfer, chunks, report)
+            return
+        batches = _DeviceBatches(self._manifest, self._store, release=self._release, report=report)
+        try:
+            for index in chunks:
+                chunk = self._manifest.chunks[index]
+                if self._claim(chunk, transfer):
+                    yield from batches.fill(chunk)
+                else:
+                    yield from self._chunk_views(transfer, chunk, report)
+            yield from batches.finish()
+        finally:
+            batches.abandon()
+
+    def prepare(self) -> None:
+        """Before the first `device_views` are filled. Blocks; raises CudaError."""
+        if isinstance(self._store, DeviceStore):
+            for device in self._store.devices:
+                prepare(device)
+
+    def settle(self, spare: Landed, transfer: int) -> bool:
+        """Puts a spare copy in place, if its chunk's place is free. Blocks; raises StoreError."""
+        if spare.spare is None or not self._claim(spare.chunk, transfer):
+            return False
+        rest = memoryview(spare.spare)
+        try:
+            for view in self._store.landing(spare.chunk):
+                view[:] = rest[: len(view)]
+                rest = rest[len(view) :]
+        except BaseException:
+            self._release(spare.chunk)
+            raise
+        return True
+
+    def holder(self, chunk: int) -> int | None:
+        """The transfer whose copy of a chunk is in place or on its way there."""
+        return self._claimed.get(chunk)
+
+    def _chunk_views(self, transfer: int, chunk: Chunk, report: Report) -> Generator[memoryview, None, None]:
+        hasher = LeafHasher(self._manifest.scheme)
+        spare = None if self._claim(chunk, transfer) else bytearray(chunk.size)
+        correct = False
+        try:
+            for view in self._store.landing(chunk) if spare is None else [memoryview(spare)]:
+                yield view
+                hasher.update(view)
+            correct = hasher.digest() == chunk.digest
+        finally:
+            if spare is None and not correct:
+                self._release(chunk)
+        report([Landed(chunk, correct, spare)])
+
+    def _claim(self, chunk: Chunk, transfer: int) -> bool:
+        with self._lock:
+            return self._claimed.setdefault(chunk.index, transfer) == transfer
+
+    def _release(self, chunk: Chunk) -> None:
+        with self._lock:
+            del self._claimed[chunk.index]
+
+
+class _DeviceBatches:
+    """The chunks of one transfer that land where GPUs are: filled, then hashed in batches, then reported.
+
+    Nobody waits for a hash while there is something to fill: a GPU that has its next copies in time never rests.
+    A chunk that lies on several GPUs, or on none, is hashed by the CPU.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: DeviceStore,
+        *,
+        release: Callable[[Chunk], None],
+        report: Report,
+    ) -> None:
+        self._scheme = manifest.scheme
+        self._store = store
+        self._release = release
+        self._report = report
+        self._unproven: dict[int, Chunk] = {}
+        self._filled: list[tuple[Chunk, list[View]]] = []
+        self._filled_bytes = 0
+        self._filled_on = 0  # the GPU
+        self._hashing: list[tuple[list[Chunk], Batch]] = []
+        self._movers: list[cuda.Stream] = []  # that may still be filling
+
+    def fill(self, chunk: Chunk) -> Generator[View, None, None]:
+        """The views of a chunk, whose place is this transfer's."""
+        self._unproven[chunk.index] = chunk
+        views: list[View] = []
+        for view in self._store.device_landing(chunk):
+            if self._filled_bytes >= BATCH_BYTES and not cuda.puts_off():
+                self._hash()
+            views.append(view)
+            if isinstance(view, DeviceView):
+                self._remember_mover(view.device)
+            yield view
+        devices = {view.device for view in views if isinstance(view, DeviceView)}
+        if len(devices) != 1:
+            cuda.flush()
+            self._await_movers()
+            self._report([self._settled(chunk, chunk_digest(self._scheme, self._store.read(chunk)))])
+            return
+        if not devices & {self._filled_on}:
+            self._hash()
+        (self._filled_on,) = devices
+        self._filled.append((chunk, views))
+        self._filled_bytes += chunk.size
+        while self._hashing and (len(self._hashing) > BATCHES_MAX or self._hashing[0][1].ready()):
+            self._collect()
+
+    def finish(self) -> Iterator[View]:
+        """Hashes and reports everything that was filled; yields while there is something to wait for."""
+        self._hash()
+        while self._hashing:
+            if self._hashing[0][1].ready():
+                self._collect()
+            else:
+                yield _NOT_YET
+
+    def abandon(self) -> None:
+        """Lets go of what was not found right, once nobody writes there any more."""
+        if self._unproven:
+            self._drain()
+        for _, batch in self._hashing:  # it may still copy to memory of its own
+            with contextlib.suppress(StoreError):
+                batch.collect()
+        for chunk in list(self._unproven.values()):
+            self._release(chunk)
+        self._unproven.clear()
+
+    def _hash(self) -> None:
+        if self._filled:
+            cuda.flush()
+            batch = start(self._scheme, [views for _, views in self._filled])
+            self._hashing.append(([chunk for chunk, _ in self._filled], batch))
+            self._filled, self._filled_bytes = [], 0
+
+    def _collect(self) -> None:
+        chunks, batch = self._hashing.pop(0)
+        self._report([self._settled(*hashed) for hashed in zip(chunks, batch.collect(), strict=True)])
+
+    def _settled(self, chunk: Chunk, digest: bytes) -> Landed:
+        del self._unproven[chunk.index]
+        if digest != chunk.digest:
+            self._release(chunk)
+        return Landed(chunk, digest == chunk.digest)
+
+    def _remember_mover(self, device: int) -> None:
+        stream = cuda.gpu(device).current()
+        if stream not in self._movers:
+            self._movers.append(stream)
+
+    def _await_movers(self) -> None:
+        """Raises TransportError: what fills the chunk may wait for a peer."""
+        deadline = time.monotonic() + FILLED_TIMEOUT_S
+        for stream in self._movers:
+            while not stream.query():
+                if time.monotonic() > deadline:
+                    raise TransportError(f"a chunk was not filled within {FILLED_TIMEOUT_S:g} s")
+                time.sleep(LOOK_EVERY_S)
+
+    def _drain(self) -> None:
+        for stream in self._movers:
+            stream.synchronize()
+
+
+def copy(source: Source, store: Store, held: Bitfield) -> int:
+    """Fills a store from a source of the same manifest in this process; returns the bytes copied.
+
+    Blocks. Chunks in `held` are left alone, the others are added to it. Raises StoreError, and SourceChanged when the
+    source's bytes are not the manifest's.
+    """
+    landings, copied = Landings(store.manifest, store, held), 0
+    landed: list[Landed] = []
+    for chunk in store.manifest.chunks:
+        if chunk.index in held:
+            continue
+        views = landings.views(0, [chunk.index], landed.extend)
+        _pour(source.spans(chunk), views)
+        if not landed[-1].correct:
+            raise SourceChanged(store.manifest.files[chunk.file].path, "its bytes do not have the right digest")
+        held.add(chunk.index)
+        copied += chunk.size
+    return copied
+
+
+def _pour(spans: Iterator[Span], views: Iterator[memoryview]) -> None:
+    nothing = memoryview(b"")
+    view = next(views, nothing)
+    for span in spans:
+        done, size = 0, span.size if isinstance(span, FileSpan) else span.nbytes
+        while done < size:
+            if not view.nbytes and not (view := next(views, nothing)).nbytes:
+                raise LocalProtocolError("a source gives more bytes than its chunk has")
+            step = min(view.nbytes, size - done)
+            if isinstance(span, FileSpan):
+                step = os.preadv(span.fd, [view[:step]], span.offset + done)
+                if not step:
+                    raise SourceChanged(f"file {span.fd}", "it became shorter")
+            else:
+                view[:step] = span[done : done + step]
+            view, done = view[step:], done + step
+    if view.nbytes or next(views, nothing).nbytes:  # which also reports the chunk as landed
+        raise LocalProtocolError("a source gives less bytes than its chunk has")

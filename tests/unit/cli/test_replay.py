@@ -1,0 +1,84 @@
+"""Traces: what is written, and where it says that the time went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from swarm.cli.main import main
+from swarm.cli.replay_report import replay
+from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Received
+from swarm.observe import trace
+from swarm.observe.trace import event, tracing
+from swarm.transfer.download import Ask, Ban, ChunkCorrupt, Granted, TransferEnded
+
+DIGEST = "d" * 64
+HERE = DIGEST[:12]
+STORY = (
+    Entry(9.0, "p", Joined("p", "pat", "127.0.0.1:1", "tcp")),
+    Entry(10.0, "node", FetchStarted("org/m", DIGEST, 30, 0)),
+    Entry(11.0, HERE, Ask("p", 1, (0, 1), "first")),
+    Entry(12.0, HERE, Granted("p", 1, (0, 1))),
+    Entry(13.0, "p", Received("p", DIGEST, 0, 10)),
+    Entry(13.5, HERE, ChunkCorrupt("q", 2, 2)),
+    Entry(13.6, HERE, Ban("q", "it lies")),
+    Entry(14.0, HERE, TransferEnded("p", 1)),
+    Entry(14.5, "p", Received("p", DIGEST, 1, 20)),
+    Entry(15.0, "node", FetchEnded(DIGEST, None)),
+)
+
+
+def test_do_the_phases_add_up() -> None:
+    (fetch,) = replay(map(event, STORY))["fetches"]
+    assert fetch["phases"] == {"waiting for sources": 2.0, "wire": 2.0, "hashing and disk": 0.5, "sealing": 0.5}
+    assert sum(fetch["phases"].values()) == fetch["seconds"] == 5.0
+    assert fetch["complete"]
+    pat, liar = fetch["sources"]
+    assert (pat["name"], pat["bytes"], pat["waited_s"], pat["wire_s"]) == ("pat", 30, 1.0, 2.0)
+    assert (liar["rejected_chunks"], liar["banned"]) == (1, "it lies")
+
+
+def test_is_a_trace_that_was_cut_short_told() -> None:
+    (fetch,) = replay(map(event, STORY[:6]))["fetches"]
+    assert not fetch["complete"]
+    assert fetch["seconds"] == 3.5
+    (begun,) = replay(map(event, STORY[:2]))["fetches"]
+    assert begun["seconds"] == 0.0
+    assert set(begun["phases"].values()) == {0.0}
+
+
+def test_is_a_trace_written_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    journal, path = Journal(), tmp_path / "trace"
+    with tracing(journal, path):
+        for entry in STORY:
+            journal.record(*entry)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        json.loads(json.dumps(event(entry))) for entry in STORY
+    ]
+    assert main(["replay", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == replay(map(event, STORY))
+    assert main(["replay", str(path)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("org/m", "complete", "hashing and disk", "pat", "it lies"):
+        assert word in shown
+
+
+def test_is_what_is_left_out_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "FILE_BYTES_MAX", 100)
+    journal, path = Journal(), tmp_path / "trace"
+    with tracing(journal, path):
+        for entry in STORY:
+            journal.record(*entry)
+    last = json.loads(path.read_text().splitlines()[-1])
+    assert last["event"] == "LeftOut"
+    assert last["entries"] == len(STORY) - (len(path.read_text().splitlines()) - 1)
+
+
+@pytest.mark.parametrize("text", ["[]\n", "no trace\n", '{"event": "FetchStarted"}\n', '{"event": "Joined"}\n', None])
+def test_is_another_file_refused(text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if text is not None:
+        (tmp_path / "x").write_text(text)
+    assert main(["replay", str(tmp_path / "x")]) == 5
+    assert capsys.readouterr().err.startswith("swarm: ")

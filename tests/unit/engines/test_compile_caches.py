@@ -1,0 +1,266 @@
+"""Does a compile cache get from node to node, from those alone who may introduce code, and harm nothing there?"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+import swarm
+from swarm import Settings
+from swarm.api import serve_source
+from swarm.checkpoint import manifest_builder
+from swarm.content.manifest import Manifest
+from swarm.engines import compile_caches
+from swarm.engines.layout import Fingerprint
+from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, StoreConflict
+from swarm.runtime import runtime
+
+FIELDS = {"model": "org/model", "dtype": "bfloat16"}
+COMPILED = {
+    "inductor/ab/cab.so": b"\x7fELF" * 1000,
+    "inductor/fxgraph/x/y": b"pickle",
+    "triton/K7/kernel.cubin": b"cubin",
+}
+
+Start = Callable[..., Settings]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+    runtime()._close_all()
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Start:
+    def settings(name: str, *peers: str, trusted: tuple[str, ...] = ("127.0.0.0/8",)) -> Settings:
+        return Settings(
+            name=name, mdns=False, peers=peers, cache=tmp_path / name, trusted=trusted, compile_caches=True,
+            find_timeout_s=2, stall_timeout_s=5,
+        )  # fmt: skip
+
+    return settings
+
+
+def places(root: Path) -> dict[str, Path]:
+    return {name: root / name for name in ("inductor", "triton", "flashinfer")}
+
+
+def write(root: Path, files: dict[str, bytes]) -> dict[str, Path]:
+    for path, contents in files.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(contents)
+    return places(root)
+
+
+def read(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def source(tmp_path: Path, node: Start) -> Iterator[swarm.Served]:
+    offered = compile_caches.offer(FIELDS, node("source"), places=write(tmp_path / "there", COMPILED))
+    assert offered is not None
+    with offered:
+        yield offered
+
+
+def test_is_what_one_compiled_there_for_the_other(tmp_path: Path, node: Start, source: swarm.Served) -> None:
+    installed = compile_caches.install(FIELDS, node("other", source.address), places=places(tmp_path / "here"))
+    assert read(tmp_path / "here") == COMPILED
+    assert (installed.new, installed.kept) == (3, 0)
+    assert installed.bytes == sum(map(len, COMPILED.values()))
+    assert list(installed.sources) == ["source"]
+    assert not list((tmp_path / "here").rglob(".swarm*"))
+    installed.served.close()
+
+
+def test_is_it_served_on(tmp_path: Path, node: Start, source: swarm.Served) -> None:
+    first = compile_caches.install(FIELDS, node("first", source.address), places=places(tmp_path / "1"))
+    source.close()
+    second = compile_caches.install(FIELDS, node("second", first.served.address), places=places(tmp_path / "2"))
+    assert read(tmp_path / "2") == COMPILED
+    assert list(second.sources) == ["first"]
+
+
+@pytest.mark.parametrize("age_s", [-1_000_000, 1_000_000])
+def test_is_what_is_there_kept_whatever_its_age(tmp_path: Path, node: Start, source: swarm.Served, age_s: int) -> None:
+    mine = {"inductor/ab/cab.so": b"compiled here", "triton/mine": b"mine"}
+    write(tmp_path / "here", mine)
+    at = (tmp_path / "there/inductor/ab/cab.so").stat().st_mtime + age_s
+    os.utime(tmp_path / "here/inductor/ab/cab.so", (at, at))
+    installed = compile_caches.install(FIELDS, node("other", source.address), places=places(tmp_path / "here"))
+    assert read(tmp_path / "here") == COMPILED | mine
+    assert (installed.new, installed.kept) == (2, 1)
+
+
+def test_stays_behind_what_means_nothing_elsewhere(tmp_path: Path, node: Start) -> None:
+    passing = {"inductor/locks/a.lock": b"", "triton/x.tmp": b"half", "triton/.hidden/k": b"", "triton/a.pid": b"1"}
+    where = write(tmp_path / "there", COMPILED | passing)
+    (tmp_path / "there/triton/link").symlink_to("/etc/passwd")
+    offered = compile_caches.offer(FIELDS, node("source"), places=where)
+    assert offered is not None
+    compile_caches.install(FIELDS, node("other", offered.address), places=places(tmp_path / "here"))
+    assert read(tmp_path / "here") == COMPILED
+
+
+def test_may_a_cache_change_while_it_is_served(tmp_path: Path, node: Start, source: swarm.Served) -> None:
+    write(tmp_path / "there", {"inductor/ab/cab.so": b"compiled anew", "inductor/new": b"later"})
+    compile_caches.install(FIELDS, node("other", source.address), places=places(tmp_path / "here"))
+    assert read(tmp_path / "here") == COMPILED
+
+
+def test_is_it_off_unless_machines_are_named(tmp_path: Path, node: Start) -> None:
+    off = dataclasses.replace(node("off"), compile_caches=False)
+    assert not Settings().compile_caches
+    for settings, told in ((off, "compile_caches: is off"), (node("nobody", trusted=()), "trusted: names nobody")):
+        with pytest.raises(SettingsError, match=told):
+            compile_caches.install(FIELDS, settings, places=places(tmp_path))
+        with pytest.raises(SettingsError, match=told):
+            compile_caches.offer(FIELDS, settings, places=places(tmp_path))
+    assert compile_caches.before_compiling(FIELDS, off) is None
+    assert compile_caches.after_warm_up(FIELDS, off) is None
+
+
+def test_is_code_of_other_machines_left_alone(tmp_path: Path, node: Start, source: swarm.Served) -> None:
+    wary = node("wary", source.address, trusted=("10.1.0.0/16",))
+    with pytest.raises(ManifestNotFound):
+        compile_caches.install(FIELDS, wary, places=places(tmp_path / "here"))
+    assert read(tmp_path / "here") == {}
+
+
+def test_is_a_cache_of_other_programs_another_one(tmp_path: Path, node: Start, source: swarm.Served) -> None:
+    with pytest.raises(ManifestNotFound):
+        compile_caches.install(
+            {**FIELDS, "dtype": "float16"}, node("other", source.address), places=places(tmp_path / "here")
+        )
+    assert "torch" in compile_caches.machine()
+    assert compile_caches.machine() == compile_caches.machine()
+
+
+def offered_as(
+    tmp_path: Path, settings: Settings, change: Callable[[Manifest], Manifest], files: dict[str, bytes]
+) -> str:
+    """A member that serves what it likes under the id of a cache; its address."""
+    root = tmp_path / "lie"
+    write(root, files)
+    _, source, _ = manifest_builder.checkpoint(root, cache_dir=tmp_path / "lie-cache")
+    wanted = compile_caches.key(FIELDS)
+    content = compile_caches._content(root, source.manifest)
+    text = Fingerprint({**wanted.fields, compile_caches.CONTENT: content}).text
+    source.manifest = change(msgspec.structs.replace(source.manifest, tier="cache", fingerprint=text))
+    return serve_source(compile_caches.artifact_id(wanted), source, None, settings=settings).address
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"tier": "checkpoint"}, "no compile cache"),
+        ({"fingerprint": ""}, "is not JSON"),
+        (
+            {"fingerprint": Fingerprint({**FIELDS, "sha256": "0"}).text},
+            r"other machines: cpu is .* here and \(not said\)",
+        ),
+        ({"fingerprint": None}, "what arrived is not what was introduced"),
+    ],
+)
+def test_is_what_is_no_such_cache_refused(
+    tmp_path: Path, node: Start, changes: dict[str, str | None], told: str
+) -> None:
+    if "fingerprint" in changes and changes["fingerprint"] is None:
+        changes = {"fingerprint": Fingerprint({**compile_caches.key(FIELDS).fields, "sha256": "ab" * 32}).text}
+    address = offered_as(tmp_path, node("liar"), lambda m: msgspec.structs.replace(m, **changes), COMPILED)
+    with pytest.raises(ManifestInvalid, match=told):
+        compile_caches.install(FIELDS, node("other", address), places=places(tmp_path / "here"))
+    assert read(tmp_path / "here") == {}
+    kept = (tmp_path / "other" / compile_caches.STAGING).glob("[!.]*")
+    assert not list(kept), "nor is it kept"
+
+
+def test_does_nothing_land_beside_the_caches(tmp_path: Path, node: Start) -> None:
+    files = {**COMPILED, "bin/sh": b"elsewhere", "top": b"elsewhere"}
+    address = offered_as(tmp_path, node("liar"), lambda m: m, files)
+    compile_caches.install(FIELDS, node("other", address), places=places(tmp_path / "here"))
+    assert read(tmp_path / "here") == COMPILED
+
+
+def test_is_no_link_followed(tmp_path: Path, node: Start, source: swarm.Served) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "here" / "inductor").mkdir(parents=True)
+    (tmp_path / "here" / "inductor" / "ab").symlink_to(tmp_path / "outside")
+    with pytest.raises(StoreConflict, match="is a link or no directory"):
+        compile_caches.install(FIELDS, node("other", source.address), places=places(tmp_path / "here"))
+    assert read(tmp_path / "outside") == {}
+
+
+def test_are_two_contents_of_one_key_no_conflict(tmp_path: Path, node: Start, source: swarm.Served) -> None:
+    other = {"inductor/zz": b"compiled by another one"}
+    second = compile_caches.offer(FIELDS, node("source-2"), places=write(tmp_path / "there-2", other))
+    assert second is not None
+    compile_caches.install(FIELDS, node("other", source.address, second.address), places=places(tmp_path / "here"))
+    assert read(tmp_path / "here") in (COMPILED, other)
+
+
+def test_goes_the_copy_when_it_is_not_served(tmp_path: Path, node: Start, source: swarm.Served) -> None:
+    room = tmp_path / "source" / compile_caches.OWN
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    (room / f"{killed.pid}-aa").mkdir()
+    assert len(list(room.iterdir())) == 2
+    again = compile_caches.offer({**FIELDS, "again": "1"}, node("source"), places=places(tmp_path / "there"))
+    assert again is not None
+    assert f"{killed.pid}-aa" not in {path.name for path in room.iterdir()}
+    again.close()
+    source.close()
+    runtime()._close_all()
+    assert list(room.iterdir()) == []
+
+
+def test_is_an_empty_cache_not_offered(tmp_path: Path, node: Start) -> None:
+    assert compile_caches.offer(FIELDS, node("source"), places=places(tmp_path / "none")) is None
+
+
+def test_does_a_start_go_on_without(
+    tmp_path: Path, node: Start, source: swarm.Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compile_caches, "directories", lambda: places(tmp_path / "here"))
+    caplog.set_level("INFO", "swarm")
+    assert compile_caches.before_compiling({"model": "other"}, node("other", source.address)) is None
+    assert "compiling here (nobody serves" in caplog.text
+    assert compile_caches.after_warm_up(FIELDS, node("nobody", trusted=())) is None
+    assert "not served (trusted: names nobody" in caplog.text
+    installed = compile_caches.before_compiling(FIELDS, node("other", source.address))
+    assert installed is not None
+    assert "3 files from source, 0 were here" in caplog.text
+    again = compile_caches.after_warm_up(FIELDS, node("other", source.address))
+    assert again is not None
+
+
+def test_where_are_caches_looked_for() -> None:
+    plain = compile_caches.directories({"HOME": "/h"})
+    assert plain["inductor"].name.startswith("torchinductor_")
+    assert {name: str(path) for name, path in plain.items() if name != "inductor"} == {
+        "triton": "/h/.triton/cache",
+        "flashinfer": "/h/.cache/flashinfer",
+        "vllm": "/h/.cache/vllm/torch_compile_cache",
+    }
+    named = {
+        "TORCHINDUCTOR_CACHE_DIR": "/a",
+        "TRITON_CACHE_DIR": "/b",
+        "FLASHINFER_WORKSPACE_BASE": "/c",
+        "VLLM_CACHE_ROOT": "/d",
+    }
+    assert list(map(str, compile_caches.directories(named).values())) == [
+        "/a",
+        "/b",
+        "/c/.cache/flashinfer",
+        "/d/torch_compile_cache",
+    ]

@@ -1,0 +1,93 @@
+import asyncio
+import logging
+import socket
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from swarm.errors import PeerTimeout, PeerUnreachable, SettingsError
+from swarm.net import discovery
+from swarm.net.discovery import Mdns, resolve, static
+
+
+def test_static_addresses_have_one_form_and_come_once() -> None:
+    peers = ["10.0.0.1:7000", " seed.example:7001", "[::1]:7002", "10.0.0.1:7000", "node_1:07003"]
+    assert static(peers) == ["10.0.0.1:7000", "seed.example:7001", "[::1]:7002", "node_1:7003"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "host", "host:", ":7000", "host:0", "host:65536", "host:port", "host:-1", "host:٣", "::1", "::1:7000",
+     "[::1]", "[host]:7000", "[10.0.0.1]:7000", "http://host:7000", "a b:7000", "-x:7000", "a..b:7000",
+     "host:" + "9" * 5000],
+)  # fmt: skip
+def test_malformed_address_is_named_with_the_form_it_should_have(text: str) -> None:
+    with pytest.raises(SettingsError, match="HOST:PORT"):
+        static(["ok:1", text])
+
+
+def test_literal_addresses_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", None)
+    assert asyncio.run(resolve("10.1.2.3:7000")) == ["10.1.2.3:7000"]
+    assert asyncio.run(resolve("[fe80::1]:7000")) == ["[fe80::1]:7000"]
+
+
+def test_localhost_resolves_to_loopback() -> None:
+    found = asyncio.run(resolve("localhost:7000"))
+    assert found
+    assert set(found) <= {"127.0.0.1:7000", "[::1]:7000"}
+
+
+def test_name_gives_all_its_addresses_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(_loop: Any, _host: str, port: int, **_: Any) -> list[Any]:
+        v4 = [(socket.AF_INET, 1, 6, "", (f"10.0.0.{n}", port)) for n in (3, 1, 3)]
+        return [*v4, (socket.AF_INET6, 1, 6, "", ("fd00::7", port, 0, 0))]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
+    assert asyncio.run(resolve("headless:7000")) == ["10.0.0.3:7000", "10.0.0.1:7000", "[fd00::7]:7000"]
+
+
+def test_unknown_name_is_an_unreachable_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(*_: Any, **__: Any) -> list[Any]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
+    with pytest.raises(PeerUnreachable, match=r"nowhere:7000: .*not known"):
+        asyncio.run(resolve("nowhere:7000"))
+
+
+def test_silent_dns_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def answer(*_: Any, **__: Any) -> list[Any]:
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
+    with pytest.raises(PeerTimeout):
+        asyncio.run(resolve("slow:7000", timeout_s=0.01))
+
+
+def test_without_multicast_one_line_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unavailable(**_: Any) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr("zeroconf.asyncio.AsyncZeroconf", unavailable)
+
+    async def main() -> None:
+        mdns = Mdns()
+        await mdns.start(node_id="0" * 16, address=("127.0.0.1", 7000), found=lambda _: None)
+        assert repr(mdns) == "<Mdns 0000000000000000 off, 0 found>"
+        await mdns.close()
+
+    with caplog.at_level(logging.WARNING, logger="swarm.net.discovery"):
+        asyncio.run(main())
+    (record,) = caplog.records
+    assert "No such device" in record.message
+    assert "--peer" in record.message
+
+
+def test_zeroconf_is_imported_only_when_mdns_starts() -> None:
+    program = f"import {discovery.__name__}, sys; sys.exit('zeroconf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=60).returncode == 0

@@ -1,0 +1,287 @@
+"""This machine as a node's world: one port for all, and nothing beyond loopback unless that is wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import http.client
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swarm.errors import PeerUnreachable, SettingsError
+from swarm.net import discovery, environment
+from swarm.net.environment import HostWorld, machine_label, new_id
+from swarm.net.udp import Datagrams
+from swarm.net.websocket import Link
+from swarm.protocol.messages import Bye
+from swarm.security import cluster_key
+from swarm.settings import Settings, split_address
+from swarm.store import cuda
+
+DEADLINE_S = 20.0
+NODE = "0" * 16
+TOKEN = "ab" * 16
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def within_deadline() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await scenario()
+
+    asyncio.run(within_deadline())
+
+
+def ignore(address: str, lasting: bool) -> None:
+    """Nobody is looked for."""
+
+
+def unheard(source: str, datagram: bytes) -> None:
+    """Nobody gossips."""
+
+
+async def hang_up(link: Link) -> None:
+    await link.send(Bye("hello"))
+
+
+def test_are_links_and_pages_on_one_port() -> None:
+    async def scenario() -> None:
+        here = HostWorld(Settings(mdns=False), {"/page": lambda: [1]})
+        there = HostWorld(Settings(mdns=False))
+        try:
+            address = await here.open(NODE, hang_up, ignore, unheard)
+            await there.open(NODE, hang_up, ignore, unheard)
+            link = await there.dial(address)
+            assert await link.receive() == Bye("hello")
+            await link.close()
+
+            def page() -> bytes:
+                connection = http.client.HTTPConnection(*split_address("peer", address), timeout=DEADLINE_S)
+                try:
+                    connection.request("GET", "/page")
+                    return connection.getresponse().read()
+                finally:
+                    connection.close()
+
+            assert await asyncio.to_thread(page) == b"[1]"
+        finally:
+            await here.close()
+            await there.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("given", "gpu", "schemes"),
+    [
+        ({}, False, ["inproc", "tcp"]),
+        ({"upload_limit": 1e6}, False, ["tcp"]),
+        ({"transports": ("gloo",)}, True, ["inproc", "gloo", "cuda_ipc", "tcp"]),
+        ({"key_file": "key"}, False, ["inproc", "tls"]),
+        ({"key_file": "key"}, True, ["inproc", "cuda_ipc", "tls"]),
+        ({"key_file": "key", "data_encryption": "none"}, False, ["inproc", "tcp", "tls"]),
+        (
+            {"key_file": "key", "data_encryption": "none", "transports": ("gloo",)},
+            True,
+            ["inproc", "gloo", "cuda_ipc", "tcp", "tls"],
+        ),
+    ],
+)
+def test_which_transports_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], gpu: bool, schemes: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cuda, "in_use", lambda: gpu)
+    cluster_key.create(tmp_path / "key")
+
+    async def scenario() -> None:
+        worlds = [HostWorld(Settings(mdns=False, **given)) for _ in range(2)]
+        try:
+            for here in worlds:
+                await here.open(NODE, hang_up, ignore, unheard)
+                assert [transport.scheme for transport in here.transports] == schemes
+            for holder, asker in zip(*(here.transports for here in worlds), strict=True):
+                holder.admit(TOKEN)
+                assert asker.reach(holder.address)
+                session = await asker.connect(holder.address, TOKEN, timeout_s=DEADLINE_S)
+                assert session.alive
+        finally:
+            for here in worlds:
+                await here.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("transports", [(), ("gloo",)])
+def test_does_a_member_say_what_it_sends_in_the_open(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, transports: tuple[str, ...]
+) -> None:
+    cluster_key.create(tmp_path / "key")
+
+    async def scenario() -> None:
+        settings = Settings(mdns=False, key_file=tmp_path / "key", data_encryption="none", transports=transports)
+        here = HostWorld(settings)
+        await here.open(NODE, hang_up, ignore, unheard)
+        await here.close()
+
+    run(scenario)
+    assert "chunks are not encrypted" in caplog.text
+    assert ("gloo opens connections of its own" in caplog.text) == bool(transports)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("127.9.9.9:80", "127.9.9.9:80"), ("127.9.9.9", "127.9.9.9:{port}"), ("[::1]:80", "[::1]:80")],
+)
+def test_are_others_told_the_address_that_is_advertised(given: str, told: str) -> None:
+    async def scenario() -> None:
+        here = HostWorld(Settings(mdns=False, advertise=given, upload_limit=1e6))
+        address = await here.open(NODE, hang_up, ignore, unheard)
+        assert here._listener is not None
+        assert address == told.format(port=here._listener.address[1])
+        assert [transport.address for transport in here.transports] == [address]
+        await here.close()
+
+    run(scenario)
+
+
+def test_is_nobody_beyond_loopback_dialled() -> None:
+    async def scenario() -> None:
+        here = HostWorld(Settings(mdns=False))
+        await here.open(NODE, hang_up, ignore, unheard)
+        for address in ("192.0.2.1:7000", "example.org:7000", "[2001:db8::1]:7000"):
+            with pytest.raises(SettingsError, match="--insecure"):
+                await here.dial(address)
+        await here.close()
+
+    run(scenario)
+
+
+def test_is_a_taken_port_an_error_that_leaves_nothing_behind() -> None:
+    async def scenario() -> None:
+        here = HostWorld(Settings(mdns=False))
+        address = await here.open(NODE, hang_up, ignore, unheard)
+        there = HostWorld(Settings(mdns=False, listen=address))
+        with pytest.raises(SettingsError, match="in use"):
+            await there.open(NODE, hang_up, ignore, unheard)
+        await there.close()
+        await here.close()
+        with pytest.raises(PeerUnreachable):
+            await here.dial(address)
+
+    run(scenario)
+
+
+def test_is_a_wrong_peer_told_before_anything_is_opened() -> None:
+    with pytest.raises(SettingsError, match="not HOST:PORT"):
+        HostWorld(Settings(mdns=False, peers=("nowhere",)))
+
+
+def test_does_a_name_that_is_unknown_today_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "RESOLVE_EVERY_S", 0.01)
+    known: dict[str, list[str]] = {"127.0.0.9:1": ["127.0.0.9:1"]}
+
+    async def resolve(name: str) -> list[str]:
+        if name not in known:
+            raise PeerUnreachable(name, "no such name")
+        return known[name]
+
+    monkeypatch.setattr(discovery, "resolve", resolve)
+
+    async def scenario() -> None:
+        found: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+        here = HostWorld(Settings(mdns=False, peers=("later.example:1", "127.0.0.9:1")))
+        try:
+            await here.open(NODE, hang_up, lambda address, lasting: found.put_nowait((address, lasting)), unheard)
+            assert await found.get() == ("127.0.0.9:1", True)
+            known["later.example:1"] = ["127.0.0.7:1", "127.0.0.8:1"]
+            seen = set[tuple[str, bool]]()
+            while len(seen) < 3:
+                seen.add(await found.get())
+            assert seen == {("127.0.0.9:1", True), ("127.0.0.7:1", False), ("127.0.0.8:1", False)}
+        finally:
+            await here.close()
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("wildcard", ["0.0.0.0", "::"])
+def test_is_a_wildcard_never_advertised(wildcard: str) -> None:
+    assert environment._reachable(wildcard) != wildcard
+    assert environment._reachable("127.0.0.1") == "127.0.0.1"
+
+
+def test_are_ids_fresh() -> None:
+    assert len({new_id() for _ in range(100)}) == 100
+    assert len(new_id()) == 16
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
+def test_do_datagrams_go_to_the_address_that_links_go_to(listen: str) -> None:
+    async def scenario() -> None:
+        here, there = (HostWorld(Settings(mdns=False, listen=listen)) for _ in range(2))
+        here.send("127.0.0.1:1", b"not open yet")
+        heard: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
+        try:
+            address = await here.open(NODE, hang_up, ignore, lambda *datagram: heard.put_nowait(datagram))
+            source = await there.open(NODE, hang_up, ignore, unheard)
+            there.send(address, b"hello")
+            assert await heard.get() == (source, b"hello")
+            there.send(address, b"waiting")
+            here.drain()
+            assert heard.get_nowait() == (source, b"waiting")
+        finally:
+            await here.close()
+            await there.close()
+
+    run(scenario)
+
+
+def test_is_a_port_whose_twin_is_taken_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    class Twin(Datagrams):
+        def __init__(self, host: str, port: int, *args: Any, **flags: Any) -> None:
+            if len(taken) < 2:
+                taken.append(port)
+                raise OSError(errno.EADDRINUSE, "in use")
+            super().__init__(host, port, *args, **flags)
+
+    monkeypatch.setattr(environment, "Datagrams", Twin)
+
+    async def scenario() -> None:
+        here = HostWorld(Settings(mdns=False))
+        address = await here.open(NODE, hang_up, ignore, unheard)
+        assert len(taken) == 2
+        assert split_address("peer", address)[1] not in taken
+        await here.close()
+
+    run(scenario)
+
+
+def test_is_a_wanted_port_whose_twin_is_taken_an_error() -> None:
+    async def scenario() -> None:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as twin:
+            twin.bind(("127.0.0.1", 0))
+            port = twin.getsockname()[1]
+            here = HostWorld(Settings(mdns=False, listen=f"127.0.0.1:{port}"))
+            with pytest.raises(SettingsError, match=f"UDP port {port} on 127.0.0.1 cannot be had"):
+                await here.open(NODE, hang_up, ignore, unheard)
+            await here.close()
+            socket.create_server(("127.0.0.1", port)).close()  # nothing is left behind
+
+    run(scenario)
+
+
+def test_has_a_machine_one_label_whatever_it_is_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    label = machine_label()
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert machine_label() == label
+    (boot := tmp_path / "boot_id").write_text("another boot\n")
+    monkeypatch.setattr(environment, "MACHINE_IDS", (str(tmp_path / "missing"), str(boot)))
+    assert machine_label() not in (label, "another")
+    monkeypatch.setattr(environment, "MACHINE_IDS", ())
+    assert machine_label() == "another"

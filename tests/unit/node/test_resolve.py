@@ -1,0 +1,366 @@
+"""From a model id to a manifest, between real nodes in one process whose links are queues."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+
+import pytest
+
+from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
+from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable
+from swarm.hashing.cpu import chunk_digest
+from swarm.journal import Resolved
+from swarm.net.udp import Hear
+from swarm.net.websocket import Link
+from swarm.node import resolve as resolving
+from swarm.node.node import Node
+from swarm.node.resolve import resolve
+from swarm.protocol.messages import AnyMessage, Message, Origin, decode, encode
+from swarm.store.tensors import MemoryStore
+from swarm.transport import Transport
+from swarm.transport.inproc import InprocHub, InprocTransport
+
+DEADLINE_S = 20.0
+MODEL = "org/model"
+ORIGIN = Origin("ef" * 20, {})
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def within_deadline() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await scenario()
+
+    asyncio.run(within_deadline())
+
+
+class QueueLink:
+    """One end of a link in memory."""
+
+    def __init__(self, remote: str) -> None:
+        self.remote = remote
+        self.member: str | None = None
+        self.twin = self
+        self._inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
+
+    async def send(self, *several: Message) -> None:
+        await asyncio.sleep(0)
+        for message in several:
+            self.twin._inbox.put_nowait(encode(message))
+
+    async def receive(self) -> AnyMessage:
+        frame = await self._inbox.get()
+        if frame is None:
+            raise PeerUnreachable(self.remote, "closed the link")
+        return decode(frame)
+
+    async def close(self) -> None:
+        self.twin._inbox.put_nowait(None)
+        self._inbox.put_nowait(None)
+
+
+class Street(dict[str, "QueueWorld"]):
+    """Who lives at which address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.datagrams_pass = True
+        self.hub = InprocHub("street")
+
+    def node(self, name: str, *, knows: Iterable[str] = ()) -> Node:
+        return Node(QueueWorld(self, name, tuple(knows)), name=name)
+
+
+class QueueWorld:
+    """A world of queues: see `World`."""
+
+    transports: Sequence[Transport] = ()
+
+    def __init__(self, street: Street, address: str, known: tuple[str, ...]) -> None:
+        self._street = street
+        self._address = address
+        self._known = known
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(
+        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
+    ) -> str:
+        self.transports = [InprocTransport(self._street.hub)]
+        self._accept, self._hear = accept, hear
+        self._street[self._address] = self
+        for address in self._known:
+            asyncio.get_running_loop().call_soon(found, address, True)
+        return self._address
+
+    async def dial(self, address: str) -> Link:
+        if address not in self._street:
+            raise PeerUnreachable(address, "nobody lives there")
+        near, far = QueueLink(address), QueueLink(self._address)
+        near.twin, far.twin = far, near
+        self._street[address].accept(far)
+        return near
+
+    def accept(self, link: Link) -> None:
+        async def converse() -> None:
+            await self._accept(link)
+
+        task = asyncio.create_task(converse())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def send(self, address: str, datagram: bytes) -> None:
+        if (target := self._street.get(address)) and self._street.datagrams_pass:
+            asyncio.get_running_loop().call_soon(target._hear, self._address, datagram)
+
+    def drain(self) -> None:
+        """Nothing waits."""
+
+    async def close(self) -> None:
+        self._street.pop(self._address, None)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for transport in self.transports:
+            await transport.close()
+
+
+class Zeros(MemoryStore):
+    """A whole artifact of zeros; `size` tells one from another."""
+
+    def __init__(self, size: int = 4) -> None:
+        scheme = HashScheme(leaf_bytes=1024)
+        chunk = ChunkEntry(size, chunk_digest(scheme, [bytes(size)]).hex())
+        super().__init__(Manifest(1, "checkpoint", "", scheme, size, (FileEntry("zeros", size, "", (chunk,)),)))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - what a node knows is no event; the scenario's deadline ends this
+        await asyncio.sleep(0.005)
+
+
+def test_is_a_served_model_found_with_its_origin() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+            seed.serve(MODEL, source := Zeros(), origin=ORIGIN)
+            manifest, origin = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+            assert (manifest, origin) == (source.manifest, ORIGIN)
+
+    run(scenario)
+
+
+def test_does_the_journal_say_how_it_went() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+            seed.serve(MODEL, source := Zeros())
+            await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+            with pytest.raises(ManifestNotFound):
+                await resolve(newcomer, "org/other", digest=None, find_timeout_s=0.01)
+            found, missed = (entry.what for entry in newcomer.journal if isinstance(entry.what, Resolved))
+            assert (found.model_id, found.digest, found.error) == (MODEL, source.manifest.digest, None)
+            assert found.agreed_at_s is not None
+            assert found.began_at_s <= found.agreed_at_s <= newcomer.now()
+            assert (missed.model_id, missed.digest, missed.agreed_at_s) == ("org/other", None, None)
+            assert str(missed.error).startswith("nobody serves 'org/other'")
+
+    run(scenario)
+
+
+def test_is_a_model_found_that_is_served_later() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+            finding = asyncio.create_task(resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S))
+            await until(lambda: bool(newcomer.peers))
+            seed.serve(MODEL, source := Zeros())
+            assert (await finding)[0] == source.manifest
+
+    run(scenario)
+
+
+def test_does_a_model_of_this_node_need_nobody() -> None:
+    async def scenario() -> None:
+        async with Street().node("alone") as node:
+            node.serve(MODEL, source := Zeros(), origin=ORIGIN)
+            found = await resolve(node, MODEL, digest=None, find_timeout_s=0.01)
+            assert found == (source.manifest, ORIGIN)
+            assert found == await resolve(node, "other/name", digest=source.manifest.digest, find_timeout_s=0.01)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("knows", [[], ["nowhere"], ["seed"]])
+def test_does_a_model_that_nobody_serves_say_who_was_asked(knows: list[str]) -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=knows) as newcomer:
+            seed.serve("org/other", other := Zeros())
+            await until(lambda: not newcomer.searching)
+            with pytest.raises(ManifestNotFound) as caught:
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.01)
+            words = {
+                "seed": f"seed at seed serves org/other ({other.manifest.digest[:16]})",
+                "nowhere": "nowhere: no answer, tried 1 times",
+            }
+            assert caught.value.tried == tuple(words[name] for name in knows)
+
+    run(scenario)
+
+
+def test_do_two_contents_of_one_name_name_who_holds_them() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with (
+            street.node("one") as one,
+            street.node("two") as two,
+            street.node("newcomer", knows=["one", "two"]) as newcomer,
+        ):
+            one.serve(MODEL, first := Zeros(4))
+            two.serve(MODEL, second := Zeros(8))
+            await until(lambda: len(newcomer.holders(MODEL)) == 2)
+            with pytest.raises(ManifestConflict, match="choose one with --digest") as caught:
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+            assert caught.value.holders == {
+                first.manifest.digest: ("one (one)",),
+                second.manifest.digest: ("two (two)",),
+            }
+            pinned = second.manifest.digest
+            assert (await resolve(newcomer, MODEL, digest=pinned, find_timeout_s=DEADLINE_S))[0] == second.manifest
+
+    run(scenario)
+
+
+def test_is_a_conflict_with_this_node_told_as_such() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("one") as one, street.node("me", knows=["one"]) as me:
+            one.serve(MODEL, Zeros(4))
+            me.serve(MODEL, own := Zeros(8))
+            await until(lambda: len(me.holders(MODEL)) == 2)
+            with pytest.raises(ManifestConflict, match="at this node") as caught:
+                await resolve(me, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+            assert caught.value.holders[own.manifest.digest] == ("this node",)
+
+    run(scenario)
+
+
+def test_is_a_pinned_digest_found_under_another_name_only() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+            seed.serve("another/name", source := Zeros(4))
+            seed.serve(MODEL, Zeros(8))
+            pinned = source.manifest.digest
+            assert (await resolve(newcomer, MODEL, digest=pinned, find_timeout_s=DEADLINE_S))[0] == source.manifest
+            with pytest.raises(ManifestNotFound):
+                await resolve(newcomer, MODEL, digest="0" * 64, find_timeout_s=0.01)
+
+    run(scenario)
+
+
+def test_is_a_manifest_that_is_not_the_announced_one_asked_elsewhere() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with (
+            street.node("liar") as liar,
+            street.node("seed") as seed,
+            street.node("newcomer", knows=["liar", "seed"]) as newcomer,
+        ):
+            for node in (liar, seed):
+                node.serve(MODEL, source := Zeros())
+            other = Zeros(8).manifest
+            liar.inquiries._lookup = lambda digest: (other, None)  # answers with another manifest's bytes
+            await until(lambda: len(newcomer.holders_of(source.manifest.digest)) == 2)
+            assert (await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S))[0] == source.manifest
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("answer", ["another manifest", "nothing"])
+def test_is_every_failure_told_once(answer: str) -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("liar") as liar, street.node("newcomer", knows=["liar"]) as newcomer:
+            liar.serve(MODEL, Zeros(4))
+            other = Zeros(8).manifest
+            liar.inquiries._lookup = lambda digest: (other, None) if answer == "another manifest" else None
+            with pytest.raises(ManifestNotFound) as caught:
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.5)
+            (tried,) = caught.value.tried
+            assert tried.startswith("liar: ")
+
+    run(scenario)
+
+
+def test_does_a_peer_that_leaves_midway_leave_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        street = Street()
+        silent, seed = street.node("silent"), street.node("seed")
+        async with seed, silent, street.node("newcomer", knows=["silent", "seed"]) as newcomer:
+            asked = asyncio.Event()
+
+            async def never(*_: object) -> None:
+                asked.set()
+                await asyncio.Event().wait()
+
+            monkeypatch.setattr(silent.inquiries, "answer", never)
+            silent.serve(MODEL, source := Zeros())
+            finding = asyncio.create_task(resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S))
+            await asked.wait()
+            seed.serve(MODEL, Zeros())
+            await silent.close()
+            assert (await finding)[0] == source.manifest
+
+    run(scenario)
+
+
+def test_does_a_peer_that_never_answers_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolving, "MANIFEST_TIMEOUT_S", 0.05)
+
+    async def never(*_: object) -> None: ...
+
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("silent") as silent, street.node("newcomer", knows=["silent"]) as newcomer:
+            monkeypatch.setattr(silent.inquiries, "answer", never)
+            silent.serve(MODEL, Zeros())
+            with pytest.raises(ManifestNotFound, match="did not send its manifest"):
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.1)
+
+    run(scenario)
+
+
+def test_do_two_fetches_of_one_artifact_on_one_node_both_end() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+            seed.serve(MODEL, source := Zeros())
+
+            async def fetch() -> int:
+                manifest, _ = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+                return sum((await newcomer.fetch(MODEL, Zeros(manifest.size))).sources.values())
+
+            assert list(await asyncio.gather(fetch(), fetch(), fetch())) == [4, 4, 4]
+            assert newcomer.described(source.manifest.digest)
+
+    run(scenario)
+
+
+def test_may_trusted_machines_alone_introduce_a_model() -> None:
+    async def scenario() -> None:
+        street = Street()
+        good, bad = "10.1.0.5:7000", "10.2.0.5:7000"
+        async with street.node(good) as one, street.node(bad) as two, street.node("me", knows=[good, bad]) as me:
+            one.serve(MODEL, right := Zeros(4))
+            two.serve(MODEL, Zeros(8))
+            await until(lambda: len(me.holders(MODEL)) == 2)
+            for trusted in (["10.1.0.0/16"], ["10.9.9.9", "10.1.0.5"]):
+                found, _ = await resolve(me, MODEL, digest=None, find_timeout_s=DEADLINE_S, trusted=trusted)
+                assert found == right.manifest
+            with pytest.raises(ManifestConflict):
+                await resolve(me, MODEL, digest=None, find_timeout_s=DEADLINE_S, trusted=["10.0.0.0/8"])
+            with pytest.raises(ManifestNotFound, match=r"10\.2\.0\.5:7000\) may not introduce it"):
+                await resolve(me, MODEL, digest=None, find_timeout_s=0.01, trusted=["10.3.0.0/16"])
+
+    run(scenario)

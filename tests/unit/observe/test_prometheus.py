@@ -1,0 +1,88 @@
+"""Metrics of a node, as Prometheus reads them, and the dashboard and alerts that rest on their names."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from swarm.journal import FetchEnded, FetchStarted, Journal, Received, Sent
+from swarm.observe.prometheus import Metrics
+from swarm.transfer.download import Ban, ChunkCorrupt
+
+MONITORING = Path(__file__).parents[3] / "examples" / "monitoring"
+DIGEST = "d" * 64
+REPORT: dict[str, Any] = {
+    "node": {"id": "n0", "version": "1"},
+    "members": [{"state": "self", "transport": "self"}, {"state": "alive", "transport": "tcp"}],
+}
+FETCH = {"running": True, "bytes": 100, "done_bytes": 30, "stalled": True}
+VIEW: dict[str, Any] = {
+    "members": {"n0": {"fetches": {DIGEST: FETCH}, "holds": {DIGEST: {}}}},
+    "warnings": {"k": {"code": "stalled"}},
+}
+
+
+def metrics(*what: object) -> Metrics:
+    counted = Metrics(lambda: REPORT, lambda: VIEW)
+    journal = Journal()
+    counted.follow(journal)
+    for one in what:
+        journal.record(1.0, DIGEST[:12], one)
+    return counted
+
+
+def samples(counted: Metrics) -> dict[str, float]:
+    families = text_string_to_metric_families(counted.exposition().decode())
+    return {
+        sample.name + "".join(f" {value}" for value in sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def test_are_events_counted_and_the_present_told() -> None:
+    told = samples(
+        metrics(
+            FetchStarted("m", DIGEST, 100, 0), Received("p", DIGEST, 0, 30), Sent("p", DIGEST, 7),
+            ChunkCorrupt("q", 1, 2), Ban("q", "lies"), FetchEnded(DIGEST, None), FetchEnded(DIGEST, "stalled"),
+        )
+    )  # fmt: skip
+    expected = {
+        "swarm_received_bytes_total": 30, "swarm_sent_bytes_total": 7, "swarm_chunks_rejected_total": 1,
+        "swarm_bans_total": 1, "swarm_fetches_started_total": 1, "swarm_fetches_ended_total complete": 1,
+        "swarm_fetches_ended_total failed": 1, "swarm_members alive": 2, "swarm_links": 1,
+        "swarm_fetches_missing_bytes": 70, "swarm_fetches_stalled": 1, "swarm_warnings stalled": 1,
+    }  # fmt: skip
+    assert {name: told[name] for name in expected} == expected
+
+
+def test_are_labels_bounded() -> None:
+    """However many peers and digests there are."""
+    few = metrics(Received("p", DIGEST, 0, 1))
+    many = metrics(*(Received(f"p{n}", f"{n:064x}", n, 1) for n in range(500)))
+    assert samples(few).keys() == samples(many).keys()
+
+
+def test_are_the_names_of_dashboard_and_alerts_those_that_there_are() -> None:
+    there = {name.split()[0] for name in samples(metrics())}
+    board = json.loads((MONITORING / "grafana.json").read_text())
+    asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    asked += re.findall(r"expr: (.*)", (MONITORING / "alerts.yml").read_text())
+    named = {name for expression in asked for name in re.findall(r"swarm_\w+", expression)}
+    assert len(asked) >= 10
+    assert named <= there
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
+@pytest.mark.parametrize("arguments", [["rules", str(MONITORING / "alerts.yml")], ["metrics"]], ids=lambda a: a[0])
+def test_does_promtool_find_nothing(arguments: list[str]) -> None:
+    said = metrics(FetchEnded(DIGEST, None)).exposition() if arguments == ["metrics"] else b""
+    found = subprocess.run(["promtool", "check", *arguments], input=said, capture_output=True, timeout=30, check=False)
+    assert (found.returncode, found.stderr.replace(b"Checking", b"")) == (0, b"") or b"SUCCESS" in found.stdout

@@ -1,0 +1,225 @@
+"""Questions between two nodes: do answers arrive whole, once, and never too late?"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from swarm.content.manifest import FileEntry, HashScheme, Manifest
+from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
+from swarm.peers.manifest_requests import Answer, Inquiries, Question
+from swarm.peers.peer import Peer
+from swarm.protocol import messages
+from swarm.protocol.messages import (
+    AnyMessage,
+    Hello,
+    ManifestPart,
+    ManifestRequest,
+    Message,
+    Origin,
+    OriginReply,
+    OriginRequest,
+)
+
+DEADLINE_S = 10.0
+DIGEST = "ab" * 32
+ORIGIN = Origin("ef" * 20, {})
+
+
+def run(scenario: Callable[[], Awaitable[None]]) -> None:
+    async def within_deadline() -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            await scenario()
+
+    asyncio.run(within_deadline())
+
+
+class NoLink:
+    remote = "nowhere"
+    member: str | None = None
+
+    async def send(self, *several: Message) -> None: ...
+
+    async def receive(self) -> AnyMessage:
+        raise AssertionError
+
+    async def close(self) -> None: ...
+
+
+class FakePeer(Peer):
+    """Its outbox is a list."""
+
+    def __init__(self) -> None:
+        hello = Hello(1, "0", "0" * 16, "them", "127.0.0.1:1", "cd" * 16, (), ())
+        super().__init__(0, NoLink(), hello, token="ef" * 16, transports=())
+        self.posted: list[Message] = []
+
+    def post(self, message: Message) -> None:
+        self.posted.append(message)
+
+
+def nothing(digest: str) -> None:
+    return None
+
+
+def large_manifest() -> Manifest:
+    """Whose bytes need three parts."""
+    header = "x" * (2 * messages.MANIFEST_PART_BYTES)
+    return Manifest(1, "checkpoint", "", HashScheme(), 4, (FileEntry("a", 0, header, ()),))
+
+
+async def asked(inquiries: Inquiries, peer: Peer) -> asyncio.Task[bytes]:
+    """A question that is on its way."""
+    task = asyncio.create_task(inquiries.manifest(peer, DIGEST, timeout_s=DEADLINE_S))
+    await asyncio.sleep(0)
+    return task
+
+
+def test_does_a_manifest_in_parts_arrive_whole() -> None:
+    async def scenario() -> None:
+        manifest = large_manifest()
+        holder, asker = Inquiries(lambda digest: (manifest, None)), Inquiries(nothing)
+        us, them = FakePeer(), FakePeer()
+        waiting = asyncio.create_task(asker.manifest(them, manifest.digest, timeout_s=DEADLINE_S))
+        await asyncio.sleep(0)
+        assert them.posted == [ManifestRequest(manifest.digest)]
+        await holder.answer(us, ManifestRequest(manifest.digest))
+        assert len(us.posted) == 3
+        for part in us.posted:
+            assert isinstance(part, ManifestPart)
+            asker.hear(them, part)
+        assert await waiting == manifest.encoded
+
+    run(scenario)
+
+
+def test_do_two_who_ask_the_same_share_one_answer() -> None:
+    async def scenario() -> None:
+        peer, inquiries = FakePeer(), Inquiries(nothing)
+        first, second = await asked(inquiries, peer), await asked(inquiries, peer)
+        assert peer.posted == [ManifestRequest(DIGEST)]
+        inquiries.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        inquiries.hear(peer, ManifestPart(DIGEST, 2, 1, b"b"))
+        assert await second == b"ab"
+        origins = [asyncio.create_task(inquiries.origin(peer, DIGEST, timeout_s=DEADLINE_S)) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert peer.posted[1:] == [OriginRequest(DIGEST)]
+        inquiries.hear(peer, OriginReply(DIGEST, ORIGIN))
+        assert await asyncio.gather(*origins) == [ORIGIN, ORIGIN]
+
+    run(scenario)
+
+
+def test_is_a_peer_asked_whose_link_was_replaced_a_moment_ago() -> None:
+    async def scenario() -> None:
+        peer, inquiries = FakePeer(), Inquiries(nothing)
+        peer.why_gone = "another link is open"
+        with pytest.raises(PeerError, match="another link is open"):
+            await inquiries.manifest(peer, DIGEST, timeout_s=DEADLINE_S)
+        assert await inquiries.origin(peer, DIGEST, timeout_s=DEADLINE_S) is None
+        assert not peer.posted
+
+    run(scenario)
+
+
+def test_is_an_answered_question_asked_again() -> None:
+    async def scenario() -> None:
+        peer, inquiries = FakePeer(), Inquiries(nothing)
+        for data in (b"a", b"b"):
+            waiting = await asked(inquiries, peer)
+            inquiries.hear(peer, ManifestPart(DIGEST, 1, 0, data))
+            assert await waiting == data
+        assert len(peer.posted) == 2
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [ManifestPart(DIGEST, 4, 1, b"a")],
+        [ManifestPart(DIGEST, 4, 0, b"")],
+        [ManifestPart(DIGEST, 1, 0, b"ab")],
+        [ManifestPart(DIGEST, 4, 0, b"ab"), ManifestPart(DIGEST, 4, 0, b"ab")],
+        [ManifestPart(DIGEST, 4, 0, b"ab"), ManifestPart(DIGEST, 3, 2, b"cd")],
+    ],
+    ids=["begins late", "empty", "too long", "twice", "shrinks"],
+)
+def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[Answer]) -> None:
+    async def scenario() -> None:
+        peer, inquiries = FakePeer(), Inquiries(nothing)
+        waiting = await asked(inquiries, peer)
+        *fine, wrong = parts
+        for part in fine:
+            inquiries.hear(peer, part)
+        with pytest.raises(RemoteProtocolError, match="do not fit together"):
+            inquiries.hear(peer, wrong)
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+
+    run(scenario)
+
+
+def test_are_answers_nobody_asked_for_ignored() -> None:
+    async def scenario() -> None:
+        inquiries = Inquiries(nothing)
+        inquiries.hear(FakePeer(), ManifestPart(DIGEST, 4, 3, b"ab"))
+        inquiries.hear(FakePeer(), OriginReply(DIGEST, ORIGIN))
+
+    run(scenario)
+
+
+def test_does_a_peer_without_the_manifest_end_the_question() -> None:
+    async def scenario() -> None:
+        holder, asker, us, them = Inquiries(nothing), Inquiries(nothing), FakePeer(), FakePeer()
+        await holder.answer(us, ManifestRequest(DIGEST))
+        assert us.posted == [ManifestPart(DIGEST, 0, 0, b"")]
+        waiting = await asked(asker, them)
+        asker.hear(them, ManifestPart(DIGEST, 0, 0, b""))
+        with pytest.raises(PeerError, match="does not have the manifest"):
+            await waiting
+
+    run(scenario)
+
+
+def test_does_a_peer_that_leaves_end_its_questions_only() -> None:
+    async def scenario() -> None:
+        peer, inquiries = FakePeer(), Inquiries(nothing)
+        waiting = await asked(inquiries, peer)
+        origin = asyncio.create_task(inquiries.origin(peer, DIGEST, timeout_s=DEADLINE_S))
+        await asyncio.sleep(0)
+        inquiries.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
+        inquiries.left("f" * 16, "somebody else")
+        assert not waiting.done()
+        inquiries.left(peer.node, "was killed")
+        with pytest.raises(PeerError, match="them: was killed"):
+            await waiting
+        assert await origin is None
+
+    run(scenario)
+
+
+def test_does_a_silent_peer_end_in_time() -> None:
+    async def scenario() -> None:
+        peer, inquiries = FakePeer(), Inquiries(nothing)
+        with pytest.raises(PeerTimeout, match="did not send its manifest"):
+            await inquiries.manifest(peer, DIGEST, timeout_s=0.01)
+        assert await inquiries.origin(peer, DIGEST, timeout_s=0.01) is None
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("origin", [None, ORIGIN])
+def test_is_an_origin_told(origin: Origin | None) -> None:
+    async def scenario() -> None:
+        manifest, peer = large_manifest(), FakePeer()
+        question: Question = OriginRequest(DIGEST)
+        await Inquiries(lambda digest: (manifest, origin)).answer(peer, question)
+        await Inquiries(nothing).answer(peer, question)
+        assert peer.posted == [OriginReply(DIGEST, origin), OriginReply(DIGEST, None)]
+
+    run(scenario)

@@ -1,0 +1,252 @@
+"""Does a fetch take only the grants that it asked for, and let go of what nobody will grant any more?"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import threading
+from collections.abc import Callable, Coroutine
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from sim.content import BytesStore, Content
+
+from swarm.content.bitfield import Bitfield
+from swarm.errors import RemoteProtocolError
+from swarm.peers.peer import Peer
+from swarm.protocol import messages
+from swarm.store.cuda import CudaError
+from swarm.transfer import download
+from swarm.transfer.download_driver import Fetching
+from swarm.transfer.verify import Landings
+
+CHUNKS = 8
+DEADLINE_S = 10.0
+
+
+class Source:
+    """A peer whose session opens and brings nothing; `said` is what it was told."""
+
+    name, node, scheme, on_device = "source", "5" * 16, "tcp", False
+
+    def __init__(self) -> None:
+        self.said: list[messages.Message] = []
+        self.receiving: list[int] = []
+
+    async def session(self) -> Source:
+        return self
+
+    async def receive(self, transfer: Any, views: Any) -> None:
+        self.receiving.append(transfer.size)
+        await asyncio.Event().wait()
+
+    def post(self, message: messages.Message) -> None:
+        self.said.append(message)
+
+    @property
+    def requests(self) -> list[messages.Request]:
+        return [message for message in self.said if isinstance(message, messages.Request)]
+
+
+class Fetch:
+    """A fetch from one source, on a clock that stands still."""
+
+    def __init__(self, *, gives: bool) -> None:
+        self.source = Source()
+        self.peer = cast(Peer, self.source)
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.told: list[list[int]] = []
+        content = Content.random(0, chunks=CHUNKS, chunk_bytes=64)
+        host = SimpleNamespace(
+            id="0" * 16,
+            peers={self.source.node: self.peer},
+            now=lambda: 0.0,
+            record=lambda *_: None,
+            spawn=self.spawn,
+        )
+        self.fetching = Fetching(
+            "org/model",
+            BytesStore(content.manifest),
+            Bitfield(CHUNKS),
+            host=host,
+            idle_timeout_s=1.0,
+            stall_timeout_s=1.0,
+            transfer_ids=itertools.count(),
+            rng=random.Random(0),
+            tell=self.told.append,
+        )
+        self.fetching.handle(download.PeerJoined(self.source.node, Bitfield.full(CHUNKS), gives))
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        self.tasks.append(asyncio.create_task(work, name=name))
+        return self.tasks[-1]
+
+    async def until(self, true: Callable[[], object]) -> None:
+        async with asyncio.timeout(DEADLINE_S):
+            while not true():  # noqa: ASYNC110 - what it waits for has no event
+                await asyncio.sleep(0)
+
+    async def asked(self) -> messages.Request:
+        await self.until(lambda: self.source.requests)
+        return self.source.requests[0]
+
+    async def close(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+
+def run(scenario: Callable[[Fetch], Coroutine[Any, Any, None]], *, gives: bool) -> None:
+    async def main() -> None:
+        fetch = Fetch(gives=gives)
+        try:
+            await scenario(fetch)
+        finally:
+            await fetch.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("chunks", [(), (3, 4), (3, 3), (CHUNKS,)], ids=["none", "too_many", "twice", "beyond"])
+def test_is_a_gift_that_cannot_be_an_error_of_the_peer(chunks: tuple[int, ...]) -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        assert (request.chunks, request.count) == ((), 1)
+        with pytest.raises(RemoteProtocolError, match="was not asked for"):
+            fetch.fetching.granted(fetch.peer, request.transfer, chunks)
+        assert fetch.source.receiving == []
+
+    run(scenario, gives=True)
+
+
+@pytest.mark.parametrize("change", [lambda c: (), lambda c: (*c, 7), lambda c: tuple((i + 1) % CHUNKS for i in c)])
+def test_is_a_grant_of_other_chunks_than_those_asked_for_an_error_of_the_peer(
+    change: Callable[[tuple[int, ...]], tuple[int, ...]],
+) -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        assert request.chunks
+        with pytest.raises(RemoteProtocolError, match="was not asked for"):
+            fetch.fetching.granted(fetch.peer, request.transfer, change(request.chunks))
+        fetch.fetching.granted(fetch.peer, request.transfer, request.chunks)
+
+    run(scenario, gives=False)
+
+
+@pytest.mark.parametrize("gives", [True, False])
+def test_is_a_second_grant_of_one_transfer_an_error_of_the_peer(gives: bool) -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        chunks = request.chunks or (5,)
+        fetch.fetching.granted(fetch.peer, request.transfer, chunks)
+        with pytest.raises(RemoteProtocolError, match="twice"):
+            fetch.fetching.granted(fetch.peer, request.transfer, chunks)
+
+    run(scenario, gives=gives)
+
+
+def test_is_a_gift_received_once_it_is_known() -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        fetch.fetching.granted(fetch.peer, request.transfer, (5,))
+        await fetch.until(lambda: fetch.source.receiving)
+        assert fetch.source.receiving == [fetch.fetching.machine.manifest.chunks[5].size]
+
+    run(scenario, gives=True)
+
+
+def test_is_what_gpus_need_there_before_anything_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, may_end = list[Landings](), threading.Event()
+
+    def prepare(landings: Landings) -> None:
+        prepared.append(landings)
+        assert may_end.wait(DEADLINE_S)
+
+    monkeypatch.setattr(Landings, "prepare", prepare)
+    monkeypatch.setattr(Source, "on_device", True)
+
+    async def scenario(fetch: Fetch) -> None:
+        await fetch.until(lambda: prepared)
+        fetch.fetching.handle(download.Tick())  # which asks for more
+        assert not fetch.source.requests
+        may_end.set()
+        await fetch.until(lambda: len(fetch.source.requests) == 2)
+        assert len(prepared) == 1
+
+    run(scenario, gives=False)
+
+
+def test_does_a_fetch_fail_whose_gpu_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(landings: Landings) -> None:
+        raise CudaError("hashing on GPU 0: out of memory")
+
+    monkeypatch.setattr(Landings, "prepare", prepare)
+    monkeypatch.setattr(Source, "on_device", True)
+
+    async def scenario(fetch: Fetch) -> None:
+        with pytest.raises(CudaError, match="out of memory"):
+            await asyncio.wait_for(fetch.fetching.run(), DEADLINE_S)
+        assert not fetch.source.requests
+
+    run(scenario, gives=False)
+
+
+def test_is_a_grant_of_what_somebody_else_was_asked_for_ignored() -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        fetch.fetching.granted(cast(Peer, Source()), request.transfer, ())
+        fetch.fetching.granted(fetch.peer, 999, ())
+
+    run(scenario, gives=True)
+
+
+def test_does_nobody_wait_for_the_gifts_of_a_peer_that_left() -> None:
+    """Such a wait used to last as long as the fetch."""
+
+    async def scenario(fetch: Fetch) -> None:
+        await fetch.asked()
+        fetch.fetching.handle(download.PeerLeft(fetch.source.node, "closed the link"))
+        await fetch.until(lambda: all(task.done() for task in fetch.tasks))
+
+    run(scenario, gives=True)
+
+
+@pytest.mark.parametrize(("reason", "failures"), [("nothing_to_give", 0), ("busy", 1)])
+def test_is_nothing_to_give_no_failure(reason: str, failures: int) -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        fetch.fetching.refused(fetch.peer, request.transfer, reason=reason, retry_s=3.0)
+        machine = fetch.fetching.machine
+        await fetch.until(lambda: machine._peers[fetch.source.node].resting_until == 3.0)
+        assert machine._peers[fetch.source.node].failures == failures
+
+    run(scenario, gives=True)
+
+
+def test_is_the_first_chunk_told_at_once_and_what_follows_together() -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        verified = partial(download.ChunksVerified, fetch.source.node, request.transfer)
+        fetch.fetching.handle(verified((1,)))
+        await fetch.until(lambda: fetch.told)
+        fetch.fetching.handle(verified((2,)))
+        fetch.fetching.handle(verified((3,)))
+        await fetch.until(lambda: len(fetch.told) > 1)
+        assert fetch.told == [[1], [2, 3]]
+
+    run(scenario, gives=False)
+
+
+def test_are_the_last_chunks_told_before_the_fetch_is_over() -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        running = asyncio.create_task(fetch.fetching.run())
+        for chunk in range(CHUNKS):
+            fetch.fetching.handle(download.ChunksVerified(fetch.source.node, request.transfer, (chunk,)))
+        await running
+        assert sorted(itertools.chain(*fetch.told)) == list(range(CHUNKS))
+
+    run(scenario, gives=False)
