@@ -25,10 +25,10 @@ from children import ROOT, host
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from swarm.dashboard.collector import Told
-from swarm.dashboard.member_report import CELLS_MAX, Flow, Held, Known, Own, OwnFetch
+from swarm.dashboard.member_report import CELLS_MAX, FetchSummary, Flow, Held, Known, Own
 from swarm.dashboard.server import ASSETS, asset
-from swarm.dashboard.sse import Feed
-from swarm.dashboard.swarm_view import Json, Viewer
+from swarm.dashboard.sse import EventStream
+from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.net.http_pages import Stream
 from swarm.net.listener import Listener
 from swarm.net.websocket import HttpLinks, Link
@@ -72,8 +72,8 @@ class Crowd:
         self._sources = {
             node: dice.sample([other for other in self.ids if other != node], SOURCES) for node in self.ids
         }
-        self._viewer = Viewer()
-        self._dice = dice
+        self._viewer = SwarmView()
+        self._rng = dice
 
     def view(self) -> Json:
         """What a node would show that every member has told."""
@@ -94,11 +94,11 @@ class Crowd:
     def _own(self, node: str, now: float) -> Own:
         total = self._speed[node] * (now + self._phase[node]) / FETCH_S
         part = 1.0 if node in self.seeds else min(1.0, total % 1.15)
-        rate = 0 if part == 1.0 else round(self._speed[node] * SIZE / FETCH_S * self._dice.uniform(0.9, 1.1))
+        rate = 0 if part == 1.0 else round(self._speed[node] * SIZE / FETCH_S * self._rng.uniform(0.9, 1.1))
         digits = ["0"] * CELLS_MAX
         for cell in self._order[node][: int(part * CELLS_MAX)]:
             digits[cell] = "9"
-        fetch = OwnFetch(
+        fetch = FetchSummary(
             "org/model", DIGEST, SIZE, int(part * SIZE), rate, rate, (1 - part) * SIZE / rate if rate else None,
             FETCH_S, SOURCES, rate > 0, None,
         )  # fmt: skip
@@ -146,7 +146,7 @@ class Server:
 
     async def _serve(self) -> None:
         self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        feed = Feed(self._crowd.view, self._over.wait)  # type: ignore[arg-type]
+        feed = EventStream(self._crowd.view, self._over.wait)  # type: ignore[arg-type]
         pages: dict[str, Any] = {"/": asset("index.html"), **{f"/web/{name}": asset(name) for name in ASSETS}}
         pages["/timeline/{digest}/of/{node}"] = lambda digest, node: self._crowd.timeline()
         links = HttpLinks({**pages, "/events": Stream(lambda: self._counted(feed))})
@@ -159,7 +159,7 @@ class Server:
         await listener.close()
         await links.close()
 
-    async def _counted(self, feed: Feed) -> AsyncGenerator[bytes]:
+    async def _counted(self, feed: EventStream) -> AsyncGenerator[bytes]:
         async for event in feed.watch():
             self.sent_bytes += len(event)
             self.events += 1

@@ -122,15 +122,15 @@ class Run:
     """One seed's run, in a place of its own."""
 
     def __init__(self, seed: int, place: Path, model: Path) -> None:
-        self._dice = random.Random(seed)
+        self._rng = random.Random(seed)
         self._place, self._model = place, model
         self._outcome = Outcome(seed)
         self._environment = {**PATIENCE, "SWARM_CACHE": str(place / "cache"), "SWARM_NETWORK": "local"}
-        if self._dice.random() < 0.5:
+        if self._rng.random() < 0.5:
             cluster_key.create(place / "key")
             self._environment["SWARM_KEY_FILE"] = str(place / "key")
             self._outcome.faults.append("with a key")
-        seeds = self._dice.randint(1, 2)
+        seeds = self._rng.randint(1, 2)
         known = [f"127.0.0.1:{PORT + 100 + number}" for number in range(seeds)]
         self._nodes = [
             Node(number, place, peers=known[:number] if number < seeds else known, serves=number < seeds)
@@ -165,7 +165,7 @@ class Run:
         async with asyncio.timeout(GRACE_S + TIMEOUT_S):
             while not all(node.command and " ready: " in node.command.out for node in seeds):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)  # processes set no events
-        dice = self._dice
+        dice = self._rng
         planned = [
             (dice.uniform(0, WINDOW_S), dice.choice(FAULTS), dice.choice(self._nodes))
             for _ in range(dice.randint(2, 6))
@@ -239,7 +239,7 @@ class Run:
         return {path.relative_to(self._model).as_posix(): path.read_bytes() for path in _files(self._model)}
 
     def _make_small(self, node: Node) -> None:
-        size = self._dice.choice(SMALL_DISK_BYTES)
+        size = self._rng.choice(SMALL_DISK_BYTES)
         mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(node.path.parent)]
         if node.serves or node.path.parent in self._mounted or subprocess.run(mount, check=False).returncode:
             return
@@ -247,7 +247,7 @@ class Run:
         self._outcome.faults.append(f"{node.name} has a disk of {size >> 20} MiB")
         if size == max(SMALL_DISK_BYTES):
             ballast = node.path.parent / "ballast"  # room for a part of the model, by the time that is wanted
-            ballast.write_bytes(bytes(size - self._dice.randrange(3 << 20, 9 << 20)))
+            ballast.write_bytes(bytes(size - self._rng.randrange(3 << 20, 9 << 20)))
 
     async def _later(self, at_s: float, kind: str, node: Node, dice: random.Random) -> None:
         await asyncio.sleep(at_s)

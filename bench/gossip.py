@@ -19,14 +19,14 @@ from swarm.protocol.packets import Holding, Profile, State
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the simulated group is the tests'
 
-from sim.swim_group import Flock
+from sim.swim_group import SwimGroup
 
 LIMIT_S = 600.0
 
 
-def flock(members: int, *, seed: int, loss: float = 0.0) -> Flock:
+def flock(members: int, *, seed: int, loss: float = 0.0) -> SwimGroup:
     """Members that joined through the first at once and have fallen quiet."""
-    found = Flock(seed=seed, tuning=config.lan(), checked=False)
+    found = SwimGroup(seed=seed, tuning=config.lan(), checked=False)
     for number in range(members):
         found.add(f"m{number}", contacts=("m0",) if number else ())
     while found.now < LIMIT_S and not all(found.knows(name) == members - 1 for name in found.hosts):
@@ -37,7 +37,7 @@ def flock(members: int, *, seed: int, loss: float = 0.0) -> Flock:
     return found
 
 
-def bytes_per_s(found: Flock, seconds: float) -> tuple[float, float]:
+def bytes_per_s(found: SwimGroup, seconds: float) -> tuple[float, float]:
     """Bytes and datagrams sent by one member in a second, with the headers of UDP and IP."""
     before = [(host.sent_bytes, host.sent_datagrams) for host in found.hosts.values()]
     found.run(seconds)

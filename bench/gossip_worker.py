@@ -15,17 +15,17 @@ import time
 from typing import Any
 
 from swarm.journal import Entry
-from swarm.membership.config import Tuning, lan, local, wan
+from swarm.membership.config import SwimConfig, lan, local, wan
 from swarm.membership.swim import Changed
-from swarm.net.environment import HostWorld, machine_label
+from swarm.net.environment import HostEnvironment, machine_label
 from swarm.node.node import Node
 from swarm.settings import Settings
 
-NETWORKS: dict[str, Tuning] = {"local": local(), "lan": lan(), "wan": wan()}
+NETWORKS: dict[str, SwimConfig] = {"local": local(), "lan": lan(), "wan": wan()}
 UDP_IP_BYTES = 28
 
 
-class Counting(HostWorld):
+class Counting(HostEnvironment):
     """A host whose datagrams are counted."""
 
     sent_bytes = 0
@@ -38,8 +38,8 @@ class Counting(HostWorld):
 
 
 async def main(network: str, *contacts: str) -> None:
-    world = Counting(Settings(mdns=False, peers=contacts))
-    node = Node(world, network=NETWORKS[network], host=machine_label())
+    environment = Counting(Settings(mdns=False, peers=contacts))
+    node = Node(environment, network=NETWORKS[network], host=machine_label())
     changes: list[tuple[float, str, str]] = []
 
     def note(entry: Entry) -> None:
@@ -57,8 +57,8 @@ async def main(network: str, *contacts: str) -> None:
                 "known": [record.node for record in node.members()],
                 "links": len(node.peers),
                 "changes": changes[:],
-                "sent_bytes": world.sent_bytes,
-                "sent_datagrams": world.sent_datagrams,
+                "sent_bytes": environment.sent_bytes,
+                "sent_datagrams": environment.sent_datagrams,
             }
             changes.clear()
             print(json.dumps(answer), flush=True)

@@ -24,7 +24,7 @@ class Proxy:
         self._here, self._there = here, there
         self._cut_until = self._hung_until = 0.0
         self._flip_after: int | None = None  # bytes from now
-        self._dice = random.Random(0)
+        self._rng = random.Random(0)
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._sources: dict[Address, asyncio.DatagramTransport] = {}
@@ -41,7 +41,7 @@ class Proxy:
 
     def flip(self, after_bytes: int, dice: random.Random) -> None:
         """Flips one bit of what follows these next bytes."""
-        self._flip_after, self._dice = after_bytes, dice
+        self._flip_after, self._rng = after_bytes, dice
 
     async def __aenter__(self) -> Proxy:
         loop = asyncio.get_running_loop()
@@ -94,7 +94,7 @@ class Proxy:
             self._flip_after -= len(data)
             return data
         changed = bytearray(data)
-        changed[self._flip_after] ^= 1 << self._dice.randrange(8)
+        changed[self._flip_after] ^= 1 << self._rng.randrange(8)
         self._flip_after = None
         return bytes(changed)
 

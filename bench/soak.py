@@ -81,7 +81,7 @@ class Soak:
     def __init__(self, place: Path, *, key: bool, dice: random.Random) -> None:
         import numpy as np
 
-        self._place, self._dice = place, dice
+        self._place, self._rng = place, dice
         self._model = place / "model"
         self._model.mkdir()
         shape = (MODEL_BYTES // 2,)
@@ -111,9 +111,7 @@ class Soak:
                 self._guests = [guest for guest in self._guests if not self._over(guest, now)]
                 if len(self._guests) < together:
                     self._counts["came"] += 1
-                    self._guests.append(
-                        Guest(self._counts["came"], address, self._environment, self._place, self._dice)
-                    )
+                    self._guests.append(Guest(self._counts["came"], address, self._environment, self._place, self._rng))
                 if now >= look_at:
                     look_at += seconds / LOOKS
                     print("look", file=seed.stdin, flush=True)

@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 from swarm import __version__
 from swarm.dashboard.server import Dashboard
 from swarm.membership import config
-from swarm.net.environment import HostWorld, machine_label
+from swarm.net.environment import HostEnvironment, machine_label
 from swarm.net.http_pages import Asset
 from swarm.node.node import Node
 from swarm.node.status_client import PATH as STATUS_PATH
 from swarm.observe import opentelemetry
-from swarm.observe.fetch_history import Histories
+from swarm.observe.fetch_history import FetchHistories
 from swarm.observe.node_report import Picture
 from swarm.observe.prometheus import PATH as METRICS_PATH
 from swarm.observe.prometheus import Metrics
@@ -38,18 +38,18 @@ EXIT_TIMEOUT_S = 2.0
 
 def new_node(settings: Settings) -> tuple[Node, Picture]:
     """A node of this machine, not open yet, and the picture that its status page shows."""
-    picture = Picture(lambda: {"version": __version__, "open": world.open_to_all, "mdns": world.mdns})
-    histories = Histories()
+    picture = Picture(lambda: {"version": __version__, "open": environment.open_to_all, "mdns": environment.mdns})
+    histories = FetchHistories()
     dashboard = Dashboard(picture, histories)
     metrics = Metrics(lambda: picture.report(node.now()), dashboard.view)
     metrics_page = Asset("text/plain", metrics.exposition)
-    world = HostWorld(
+    environment = HostEnvironment(
         settings, {STATUS_PATH: lambda: picture.report(node.now()), METRICS_PATH: metrics_page, **dashboard.pages()}
     )
     host, _ = split_address("listen", settings.listen, default_port=0)
     network = settings.network or ("local" if is_loopback(host) else "lan")
     node = Node(
-        world,
+        environment,
         network={"local": config.local, "lan": config.lan, "wan": config.wan}[network](),
         host=settings.host or machine_label(),
         rack=settings.rack or "",
@@ -62,7 +62,7 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
     histories.follow(node.journal)
     metrics.follow(node.journal)
     opentelemetry.follow(node.journal)
-    dashboard.attach(node, world.read)
+    dashboard.attach(node, environment.read)
     dashboard.follow(node.journal)
     return node, picture
 

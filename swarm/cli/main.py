@@ -329,9 +329,9 @@ def _replay(options: argparse.Namespace) -> int:
 
 
 async def _screen(trace: Path, port: int) -> int:
-    from swarm.dashboard.replay_server import Screening
+    from swarm.dashboard.replay_server import ReplayServer
 
-    screening = await asyncio.to_thread(Screening, trace)
+    screening = await asyncio.to_thread(ReplayServer, trace)
     async with screening.serve(port) as address:
         print(f"http://{address}/ shows it again; Ctrl-C to stop", flush=True)
         await _until_stopped()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from swarm.observe.node_report import FetchPicture, Picture
+from swarm.observe.node_report import FetchReport, Picture
 from swarm.observe.units import size_text
 
 REDRAW_S = 0.1
@@ -58,7 +58,7 @@ async def _lines(picture: Picture, clock: Callable[[], float]) -> None:
             log.info("%s: %.0f %%, %s", fetch.model_id, 100 * done, _words(fetch, clock()))
 
 
-def _words(fetch: FetchPicture, now: float) -> str:
+def _words(fetch: FetchReport, now: float) -> str:
     eta_s = fetch.eta_s(now)
     left = "waiting for sources" if eta_s is None else f"{eta_s:.0f} s left"
     count = len(fetch.sources)

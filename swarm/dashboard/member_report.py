@@ -14,8 +14,8 @@ import msgspec
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import CHUNKS_MAX, Digest
-from swarm.observe.fetch_history import Fetch, Histories
-from swarm.observe.node_report import FetchPicture
+from swarm.observe.fetch_history import Fetch, FetchHistories
+from swarm.observe.node_report import FetchReport
 from swarm.protocol.messages import ModelId, NodeId, Text
 from swarm.protocol.packets import Label
 
@@ -51,7 +51,7 @@ class Rejected(msgspec.Struct, frozen=True):
     why: Annotated[str, msgspec.Meta(max_length=1000)] | None = None  # it is banned
 
 
-class OwnFetch(msgspec.Struct, frozen=True):
+class FetchSummary(msgspec.Struct, frozen=True):
     """A fetch of this node. `average_bytes_per_s` is since it began, `rate_bytes_per_s` of the last seconds; `quiet_s`
     is how long ago the last chunk was verified."""
 
@@ -95,7 +95,7 @@ class Own(msgspec.Struct, frozen=True):
     rack: Label
     peers: Annotated[tuple[Known, ...], msgspec.Meta(max_length=2 * FLOWS_MAX)]
     flows: Annotated[tuple[Flow, ...], msgspec.Meta(max_length=FLOWS_MAX)]
-    fetches: Annotated[tuple[OwnFetch, ...], msgspec.Meta(max_length=HELD_MAX)]
+    fetches: Annotated[tuple[FetchSummary, ...], msgspec.Meta(max_length=HELD_MAX)]
     held: Annotated[tuple[Held, ...], msgspec.Meta(max_length=HELD_MAX)]
     rejected: Annotated[tuple[Rejected, ...], msgspec.Meta(max_length=FLOWS_MAX)]
     version: Annotated[str, msgspec.Meta(max_length=64)] | None = None  # of swarm
@@ -114,8 +114,8 @@ def decode(data: bytes) -> Own:
 
 def own(
     report: Mapping[str, Any],
-    running: Mapping[str, FetchPicture],
-    histories: Histories,
+    running: Mapping[str, FetchReport],
+    histories: FetchHistories,
     held: Mapping[str, Bitfield],
     now: float,
     *,
@@ -149,11 +149,11 @@ def own(
     )
 
 
-def _own_fetch(fetch: Fetch, running: FetchPicture | None, now: float) -> OwnFetch:
+def _own_fetch(fetch: Fetch, running: FetchReport | None, now: float) -> FetchSummary:
     seconds = max(0.0, now - fetch.began_at_s if fetch.seconds is None else fetch.seconds)
     if fetch.seconds is not None:
         running = None
-    return OwnFetch(
+    return FetchSummary(
         fetch.model_id,
         fetch.digest,
         fetch.size,

@@ -15,9 +15,9 @@ from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import CHUNKS_MAX
 from swarm.dashboard import member_report
 from swarm.dashboard.member_report import cells
-from swarm.dashboard.swarm_view import Json, Viewer
+from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.journal import Announced, Entry, FetchStarted, Opened, Received
-from swarm.observe.fetch_history import Histories
+from swarm.observe.fetch_history import FetchHistories
 from swarm.observe.node_report import Picture
 from swarm.observe.trace import entry
 from swarm.transfer.download import PeerHas, PeerJoined, PeerLeft
@@ -33,8 +33,8 @@ class Recording:
         self._entries = filter(None, map(entry, traced))
         self._next: Entry | None = next(self._entries, None)
         self._picture = Picture()
-        self._histories = Histories()
-        self._viewer = Viewer()
+        self._histories = FetchHistories()
+        self._viewer = SwarmView()
         self._node = ""
         self._place = ("", "")
         self._held: dict[tuple[str, str], Bitfield] = {}  # by node and digest

@@ -32,7 +32,7 @@ FROM = "{from_ms:[0-9]{1,9}}"
 SPEED = "{speed:[0-9]{1,3}(?:[.][0-9]{1,2})?}"
 
 
-class Screening:
+class ReplayServer:
     """A trace in a dashboard. Raises StoreError for a file that is none."""
 
     def __init__(self, path: Path) -> None:

@@ -27,12 +27,12 @@ from swarm.content.manifest import CHUNKS_MAX, Digest
 from swarm.dashboard import member_report
 from swarm.dashboard.collector import Collector, Read
 from swarm.dashboard.member_report import Own
-from swarm.dashboard.sse import Feed
-from swarm.dashboard.swarm_view import Json, Viewer
+from swarm.dashboard.sse import EventStream
+from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.errors import PeerError, SettingsError
 from swarm.journal import Entry, Journal, Left
 from swarm.net.http_pages import Asset, Page, Stream
-from swarm.observe.fetch_history import BUCKETS, Histories
+from swarm.observe.fetch_history import BUCKETS, FetchHistories
 from swarm.observe.node_report import Picture
 from swarm.protocol.messages import ModelId, NodeId, Text
 from swarm.protocol.packets import Record
@@ -132,11 +132,11 @@ class Watched(Protocol):
 class Dashboard:
     """`attach` gives it the node that it shows, before anybody can ask."""
 
-    def __init__(self, picture: Picture, histories: Histories) -> None:
+    def __init__(self, picture: Picture, histories: FetchHistories) -> None:
         self._picture = picture
         self._histories = histories
-        self._viewer = Viewer()
-        self._feed = Feed(self.view, self._collect)
+        self._viewer = SwarmView()
+        self._feed = EventStream(self.view, self._collect)
 
     def attach(self, node: Watched, read: Read) -> None:
         """Shows this node; `read` reads other nodes' pages."""

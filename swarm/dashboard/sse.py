@@ -31,7 +31,7 @@ class _Watcher:
         self.news = asyncio.Event()
 
 
-class Feed:
+class EventStream:
     """`view` makes the view of this moment; `background` runs while somebody watches."""
 
     def __init__(self, view: Callable[[], Json], background: Background) -> None:
@@ -101,7 +101,7 @@ class Feed:
         return b": alive\n\n"
 
     def __repr__(self) -> str:
-        return f"<Feed {len(self._watchers)} watch>"
+        return f"<EventStream {len(self._watchers)} watch>"
 
 
 def event(name: str, data: Json) -> bytes:

@@ -22,7 +22,7 @@ GONE = ("dead", "left")
 GONE_SHOWN_S = 90.0
 
 
-class Viewer:
+class SwarmView:
     """Makes views, one after another; remembers when members went, and nothing else."""
 
     def __init__(self) -> None:

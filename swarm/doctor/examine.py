@@ -270,7 +270,7 @@ async def _loaded(node: Node, model_id: str | None) -> tuple[LoadedTier, ...]:
             if artifact.tier != "loaded" or not (model_id is None or is_loaded(artifact.model_id, model_id)):
                 continue
             try:
-                data = await node.inquiries.manifest(peer, artifact.digest, timeout_s=MANIFEST_TIMEOUT_S)
+                data = await node.manifest_requests.manifest(peer, artifact.digest, timeout_s=MANIFEST_TIMEOUT_S)
                 fingerprint = Fingerprint.read(decode(data, digest=artifact.digest).fingerprint)
                 found.append(LoadedTier(peer.name, artifact.model_id, fingerprint))
             except (PeerError, ManifestError, SettingsError) as error:

@@ -370,7 +370,7 @@ class Join:
             settings=self.settings,
         )
 
-    # Serving
+    # UploadDriver
 
     def ready(self, then: Callable[[], object] | None = None) -> None:
         """The engine answers: serves what it has, from a thread of its own, and does `then`. See `serving`."""

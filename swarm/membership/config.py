@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Tuning:
+class SwimConfig:
     """Times and counts, in memberlist's words. Presets: `lan`, `local`, `wan`.
 
     probe_interval_s: the period; one member is probed in each. Shorter: quicker detection, more traffic.
@@ -51,19 +51,19 @@ class Tuning:
         return self.profile_interval_s * max(1.0, members / self.profile_members)
 
 
-def lan() -> Tuning:
+def lan() -> SwimConfig:
     """Round trips of a millisecond, hosts that can be busy."""
-    return Tuning()
+    return SwimConfig()
 
 
-def local() -> Tuning:
+def local() -> SwimConfig:
     """All on one host: as `lan`, with less patience."""
     return dataclasses.replace(
         lan(), probe_interval_s=0.5, probe_timeout_s=0.2, suspicion_mult=3.0, gossip_interval_s=0.1, sync_interval_s=5.0
     )
 
 
-def wan() -> Tuning:
+def wan() -> SwimConfig:
     """Round trips of a few hundred milliseconds, loss: as `lan`, with more patience."""
     return dataclasses.replace(
         lan(), probe_interval_s=5.0, probe_timeout_s=3.0, suspicion_mult=6.0, gossip_interval_s=0.5, gossip_fanout=4,

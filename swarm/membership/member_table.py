@@ -18,14 +18,14 @@ from dataclasses import dataclass
 
 from swarm.errors import LocalProtocolError
 from swarm.protocol import packets
-from swarm.protocol.packets import CLAIMS_MAX, ID_LAST, VERSION_MAX, Claim, Record, Rumour, State, Sync
+from swarm.protocol.packets import ID_LAST, STATUSES_MAX, VERSION_MAX, Record, Rumour, State, Status, Sync
 
 MEMBERS_MAX = 4096  # beyond that strangers cannot make this node remember more
 MISSES_MAX = 8  # rumours too long for what is left of a datagram, after which it is sent as it is
 SMALLEST_BYTES = 20  # no rumour is shorter
 
 
-class Roster:
+class MemberTable:
     """All members but oneself, the living in a random order for probing."""
 
     def __init__(self, *, rng: random.Random) -> None:
@@ -86,29 +86,29 @@ class Roster:
             return heard
         if isinstance(heard, Record):
             return packets.replaced(heard, state=State.SUSPECT) if known else heard
-        return Claim(heard.node, heard.incarnation, State.SUSPECT, heard.version)
+        return Status(heard.node, heard.incarnation, State.SUSPECT, heard.version)
 
-    def window(self, first: str, *, room_bytes: int) -> tuple[str, tuple[Claim, ...]]:
+    def window(self, first: str, *, room_bytes: int) -> tuple[str, tuple[Status, ...]]:
         """Claims on the ids from `first` on, as many as fit, and the last id that they cover."""
-        claims: list[Claim] = []
+        statuses: list[Status] = []
         for node in self._ids[bisect.bisect_left(self._ids, first) :]:
-            claim = self._records[node].claim
-            room_bytes -= packets.size(claim)
-            if claims and (room_bytes < 0 or len(claims) == CLAIMS_MAX):
-                return claims[-1].node, tuple(claims)
-            claims.append(claim)
-        return ID_LAST, tuple(claims)
+            status = self._records[node].status
+            room_bytes -= packets.size(status)
+            if statuses and (room_bytes < 0 or len(statuses) == STATUSES_MAX):
+                return statuses[-1].node, tuple(statuses)
+            statuses.append(status)
+        return ID_LAST, tuple(statuses)
 
     def compare(self, sync: Sync, *, own: Record) -> tuple[list[Record], tuple[str, ...]]:
         """What the sender of a Sync lacks within its window, by id, and of whom it knows more than this node."""
-        theirs = {claim.node: claim for claim in sync.claims}
+        theirs = {status.node: status for status in sync.statuses}
         ours = [record for record in (*self.between(sync.first, sync.last), own) if record.node != sync.sender]
         lacking = [
             record
             for record in ours
             if sync.first <= record.node <= sync.last and _is_news(record, theirs.get(record.node))
         ]
-        wants = tuple(claim.node for claim in sync.claims if claim.node != own.node and self._wants(claim))
+        wants = tuple(status.node for status in sync.statuses if status.node != own.node and self._wants(status))
         return sorted(lacking, key=lambda record: record.node), wants
 
     def forget(self, node: str) -> None:
@@ -140,9 +140,9 @@ class Roster:
         if self._ids != sorted(self._records):
             raise LocalProtocolError(f"{self!r}: the ids are not those of the records")
 
-    def _wants(self, claim: Claim) -> bool:
-        known = self._records.get(claim.node)
-        return claim.version > known.version if known else claim.state < State.DEAD
+    def _wants(self, status: Status) -> bool:
+        known = self._records.get(status.node)
+        return status.version > known.version if known else status.state < State.DEAD
 
     def _add(self, record: Record) -> None:
         self._records[record.node] = record
@@ -160,7 +160,7 @@ class Roster:
             self._next -= 1
 
     def __repr__(self) -> str:
-        return f"<Roster {len(self)} living of {len(self._records)}>"
+        return f"<MemberTable {len(self)} living of {len(self._records)}>"
 
 
 class Walk:
@@ -221,12 +221,12 @@ def refute(own: Record, heard: Rumour) -> Record | None:
     return packets.replaced(own, incarnation=min(incarnation, VERSION_MAX), version=min(version, VERSION_MAX))
 
 
-def _is_news(record: Record, claim: Claim | None) -> bool:
+def _is_news(record: Record, status: Status | None) -> bool:
     """Whether somebody who knows no more than the claim lacks this record. Nobody needs tombs of strangers."""
-    if claim is None:
+    if status is None:
         return record.state < State.DEAD
-    newer = (record.incarnation, record.state) > (claim.incarnation, claim.state)
-    return newer or record.version > claim.version
+    newer = (record.incarnation, record.state) > (status.incarnation, status.state)
+    return newer or record.version > status.version
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ class Spread:
 
     def put(self, rumour: Rumour) -> None:
         """Something is news. A record says what a claim says, so it replaces that as well."""
-        replaced: tuple[type, ...] = (Claim, Record) if isinstance(rumour, Record) else (Claim,)
+        replaced: tuple[type, ...] = (Status, Record) if isinstance(rumour, Record) else (Status,)
         for waiting in self._rounds:
             for kind in replaced:
                 waiting.pop((rumour.node, kind), None)

@@ -12,7 +12,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from swarm.membership.config import Tuning
+from swarm.membership.config import SwimConfig
 from swarm.protocol.packets import Ack, PingRequest, Record
 
 DOUBT_MAX = 7
@@ -40,7 +40,7 @@ class Relay:
 class Prober:
     """One probe of one's own at a time, and those for others."""
 
-    def __init__(self, *, tuning: Tuning, clock: float, rng: random.Random) -> None:
+    def __init__(self, *, tuning: SwimConfig, clock: float, rng: random.Random) -> None:
         self._tuning = tuning
         self._rng = rng
         self._probe: Probe | None = None

@@ -2,8 +2,8 @@
 
 Every period one member is probed, in turn: Ping; no Ack in time: `indirect_probes` others are asked to try; still
 none: it is suspected, everybody hears so, and it has `suspicion_mult * log10(n + 1)` periods to refute that by a
-greater incarnation before it is declared dead. News travel on the probes and in Gossip; everyone who hears one tells
-it `retransmit_mult * log10(n + 1)` times. What they miss is found by Sync: a walk along the ring of node ids, a window
+greater incarnation before it is declared dead. Rumours travel on the probes and in Gossip; each receiver tells one
+`retransmit_mult * log10(n + 1)` times. What they miss is found by Sync: a walk along the ring of node ids, a window
 at a time.
 
            no Ack, direct or not           nobody refutes
@@ -26,11 +26,23 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from swarm.errors import LocalProtocolError
-from swarm.membership.config import Tuning
-from swarm.membership.member_table import Roster, Spread, Walk, refute
+from swarm.membership.config import SwimConfig
+from swarm.membership.member_table import MemberTable, Spread, Walk, refute
 from swarm.membership.probes import Probe, Prober
 from swarm.protocol import packets
-from swarm.protocol.packets import Ack, Claim, News, Packet, Ping, PingRequest, Profile, Record, Rumour, State, Sync
+from swarm.protocol.packets import (
+    Ack,
+    Packet,
+    Ping,
+    PingRequest,
+    Profile,
+    Record,
+    Rumour,
+    State,
+    Status,
+    Sync,
+    SyncReply,
+)
 
 LEAP_PERIODS = 5  # time that passes in one step of more than so many probe periods was slept
 CONTACTS_MAX = 64  # addresses by which to join; discovery repeats itself, so the oldest may go
@@ -109,7 +121,7 @@ class Gossip:
         address: str,
         *,
         name: str,
-        tuning: Tuning,
+        tuning: SwimConfig,
         now: float,
         rng: random.Random,
         profile: Profile | None = None,
@@ -120,7 +132,7 @@ class Gossip:
         self._own = packets.fitted(record)
         self._tuning = tuning
         self._rng = rng
-        self._roster = Roster(rng=rng)
+        self._roster = MemberTable(rng=rng)
         self._spread = Spread()
         self._contacts: dict[str, None] = {}
         self._actions: list[Action] = []
@@ -210,7 +222,7 @@ class Gossip:
             suspect = self._roster.get(node)
             if suspect is None:
                 raise LocalProtocolError(f"{self!r}: {node} is suspected and unknown")
-            self._believe(Claim(node, suspect.incarnation, State.DEAD, suspect.version))
+            self._believe(Status(node, suspect.incarnation, State.DEAD, suspect.version))
         if self._clock >= self._sync_at:
             self._begin_sync()
         if self._clock >= self._publish_at:
@@ -226,7 +238,7 @@ class Gossip:
     def _end_period(self) -> None:
         target = self._prober.failed()
         if target and (known := self._roster.get(target.node)) and known.state is State.ALIVE:
-            self._believe(Claim(known.node, known.incarnation, State.SUSPECT, known.version))
+            self._believe(Status(known.node, known.incarnation, State.SUSPECT, known.version))
         if probe := self._prober.begin(self._roster.next_to_probe(), self._clock):
             self._ping(probe.sequence, probe.target)
         # One that was refuted may not have heard the refutation: those about to be declared dead are asked again.
@@ -259,14 +271,14 @@ class Gossip:
         if isinstance(packet, Sync):
             self._answer(source, packet)
             return
-        if isinstance(packet, News):
+        if isinstance(packet, SyncReply):
             self._hear_news(source, packet)
             return
         for rumour in packet.rumours:
             self._believe(rumour)
         match packet:
             case Ping(sequence, sender, target) if target == self._own.node:
-                told = (self._own.claim, *self._rumours_for(sender))  # whoever doubted it needs nobody else
+                told = (self._own.status, *self._rumours_for(sender))  # whoever doubted it needs nobody else
                 self._send(source, Ack(sequence, self._own.node, told))
             case PingRequest():
                 self._ping_for(source, packet)
@@ -286,7 +298,7 @@ class Gossip:
         if before is None or after.version != before.version:
             news: Rumour = after
         else:
-            news = after.claim
+            news = after.status
         if pass_on:
             self._spread.put(news)
         if before is None or (before.state, before.incarnation) != (after.state, after.incarnation):
@@ -314,7 +326,7 @@ class Gossip:
             self._conflicts += 1
             if self._conflicts == CONFLICTS_MAX:
                 self._actions.append(Conflict(rumour.address))
-        self._spread.put(refuted.claim if refuted.version == self._own.version else refuted)
+        self._spread.put(refuted.status if refuted.version == self._own.version else refuted)
         self._own = refuted
 
     def _rumours_for(self, node: str) -> tuple[Rumour, ...]:
@@ -322,7 +334,7 @@ class Gossip:
         room_bytes = packets.DATAGRAM_BYTES_MAX - packets.PACKET_HEAD_BYTES
         first: list[Rumour] = []
         if (known := self._roster.get(node)) and known.state is not State.ALIVE:
-            first.append(known.claim)
+            first.append(known.status)
         times = self._tuning.retransmits(len(self._roster) + 1)
         return (*first, *self._spread.take(room_bytes, times=times))
 
@@ -355,9 +367,9 @@ class Gossip:
 
     def _sync(self, address: str) -> None:
         sequence, first = self._rng.getrandbits(32), self._walk.cursor
-        last, claims = self._roster.window(first, room_bytes=packets.SYNC_BYTES - packets.size(self._own))
+        last, statuses = self._roster.window(first, room_bytes=packets.SYNC_BYTES - packets.size(self._own))
         self._walk.asked(sequence, last)
-        self._send(address, Sync(sequence, self._own, first, last, claims))
+        self._send(address, Sync(sequence, self._own, first, last, statuses))
 
     def _answer(self, source: str, sync: Sync) -> None:
         if sync.sender == self._own.node:
@@ -368,16 +380,16 @@ class Gossip:
         contradiction = (known,) if known and refute(sync.record, known) else ()
         self._believe(sync.record)
         lacking, wants = self._roster.compare(sync, own=self._own)
-        for claim in sync.claims:
-            self._believe(self._roster.softened(claim))
+        for status in sync.statuses:
+            self._believe(self._roster.softened(status))
         if wants or contradiction:
-            self._send(source, News(sync.sequence, self._own.node, contradiction, wants, None))
+            self._send(source, SyncReply(sync.sequence, self._own.node, contradiction, wants, None))
         parts = packets.batches(lacking) or [()]
         for number, part in enumerate(parts[:NEWS_MAX], start=1):
             until = sync.last if number == len(parts) else part[-1].node if number == NEWS_MAX else None
-            self._send(source, News(sync.sequence, self._own.node, part, (), until))
+            self._send(source, SyncReply(sync.sequence, self._own.node, part, (), until))
 
-    def _hear_news(self, source: str, news: News) -> None:
+    def _hear_news(self, source: str, news: SyncReply) -> None:
         for record in news.records:
             self._believe(self._roster.softened(record), pass_on=self._walk.whole)
         wanted = [self._own if node == self._own.node else self._roster.get(node) for node in news.wants]
@@ -402,7 +414,7 @@ class Gossip:
     def _leave(self) -> None:
         self._own = packets.replaced(self._own, state=State.LEFT)
         for member in self._roster.some(LEAVE_FANOUT):
-            self._send(member.address, packets.Gossip(self._own.node, (self._own.claim,)))
+            self._send(member.address, packets.Gossip(self._own.node, (self._own.status,)))
 
     def _send(self, address: str, packet: Packet) -> None:
         self._actions.append(Send(address, packet))

@@ -14,12 +14,12 @@ import logging
 import random
 from collections.abc import Callable
 
-from swarm.membership.config import Tuning
+from swarm.membership.config import SwimConfig
 from swarm.membership.swim import Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
-from swarm.net.environment import World
+from swarm.net.environment import Environment
 from swarm.protocol import packets
 from swarm.protocol.packets import Profile, Record
-from swarm.security.rate_limit import MUTE_S, Floods
+from swarm.security.rate_limit import MUTE_S, RateLimiter
 
 JOIN_TIMEOUT_S = 1.0  # a member answers in a round trip; where none has by then, datagrams may not get through
 CONTACTS_WAITING_MAX = 64  # found before the node has an address; the machine remembers no more either
@@ -30,26 +30,26 @@ TIMER_LATE_S = 0.001  # timers may be a little early, and a machine that is aske
 log = logging.getLogger("swarm")
 
 
-class Gathering:
+class SwimDriver:
     """The gossip of one node. `changed` is called with the record of every member that changed."""
 
     def __init__(
         self,
-        world: World,
+        environment: Environment,
         *,
-        tuning: Tuning,
+        tuning: SwimConfig,
         rng: random.Random,
         clock: Callable[[], float],
         changed: Callable[[Record], None],
     ) -> None:
         self.machine: Gossip | None = None  # until `open`
         self.unreadable = 0  # datagrams that were no gossip
-        self._world = world
+        self._environment = environment
         self._tuning = tuning
         self._rng = rng
         self._clock = clock
         self._changed = changed
-        self._floods = Floods(rate_per_s=DATAGRAMS_PER_S, burst=DATAGRAMS_BURST)
+        self._rate_limiter = RateLimiter(rate_per_s=DATAGRAMS_PER_S, burst=DATAGRAMS_BURST)
         self._waiting: dict[str, None] = {}
         self._asked_at: float | None = None  # the first contact
         self._told = Profile()
@@ -77,9 +77,9 @@ class Gathering:
     def hear(self, source: str, datagram: bytes) -> None:
         """A datagram arrived."""
         now = self._clock()
-        if self._floods.says(source, now):
+        if self._rate_limiter.says(source, now):
             log.warning("%s floods this node with datagrams: it is muted for %g s", source, MUTE_S)
-        if self._floods.muted(source, now):
+        if self._rate_limiter.muted(source, now):
             return
         try:
             packet = packets.decode(datagram)
@@ -123,7 +123,7 @@ class Gathering:
             for action in self.machine.handle(event, self._clock()):
                 match action:
                     case Send(address, packet):
-                        self._world.send(address, packets.encode(packet))
+                        self._environment.send(address, packets.encode(packet))
                     case Changed(record):
                         self._changed(record)
                     case Conflict(address):
@@ -146,8 +146,8 @@ class Gathering:
 
     def _tick(self) -> None:
         self._timer = None
-        self._world.drain()  # or a loop that stalled would blame others for answers that lie here
+        self._environment.drain()  # or a loop that stalled would blame others for answers that lie here
         self._handle(Tick())
 
     def __repr__(self) -> str:
-        return f"<Gathering {self.machine!r}, {self.unreadable} datagrams were no gossip>"
+        return f"<SwimDriver {self.machine!r}, {self.unreadable} datagrams were no gossip>"

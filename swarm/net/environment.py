@@ -1,11 +1,10 @@
-"""The world as a node sees it: ways to other nodes, and data planes to read from them.
+"""The environment of a node: ways to other nodes, and data planes to read from them.
 
-`World` is the seam between a node and everything that has a socket or a clock of its own; the simulation has another
-one. `HostWorld` is the real one: one listening socket for links and bulk data, HTTP links, TCP and in-process
+`Environment` is the seam between a node and everything that has a socket or a clock; the simulation has another.
+`HostEnvironment` is the real one: one listening socket for links and bulk data, HTTP links, TCP and in-process
 transports, CUDA IPC where a GPU is in use as the node opens, those that the settings name, a socket for datagrams on
 the same port, multicast DNS and addresses given by hand. It decides what may be reached from where (loopback only,
-unless the settings say otherwise).
-"""
+unless the settings say otherwise)."""
 
 from __future__ import annotations
 
@@ -24,7 +23,7 @@ from swarm.errors import PeerError, SettingsError
 from swarm.net import discovery
 from swarm.net.http_pages import Page
 from swarm.net.listener import Handler, Listener
-from swarm.net.udp import Datagrams, Envelope, Hear, Postcard, Seal
+from swarm.net.udp import Codec, Datagrams, Hear, NoSeal, Seal
 from swarm.net.websocket import HttpLinks, Link
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity
@@ -47,7 +46,7 @@ RESOLVE_EVERY_S = 5.0  # names given by hand may point to more addresses later: 
 log = logging.getLogger("swarm")
 
 
-class World(Protocol):
+class Environment(Protocol):
     """What a node is put into."""
 
     transports: Sequence[Transport]  # preferred first; usable once open
@@ -74,7 +73,7 @@ class World(Protocol):
         """Stops everything; never hangs."""
 
 
-class HostWorld:
+class HostEnvironment:
     """This machine."""
 
     transports: Sequence[Transport] = ()
@@ -108,7 +107,7 @@ class HostWorld:
     async def open(
         self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
     ) -> str:
-        """See World. Raises SettingsError when the address cannot be listened on."""
+        """See Environment. Raises SettingsError when the address cannot be listened on."""
         for name in self._settings.transports:
             nccl.demand() if name == NcclTransport.scheme else torch_distributed.demand(name)
         self._listener, self._datagrams = await self._listen(hear)
@@ -128,7 +127,7 @@ class HostWorld:
         return join_address(*advertised)
 
     async def dial(self, address: str) -> Link:
-        """See World."""
+        """See Environment."""
         self._demand_reachable(address)
         return await self._links.dial(address, timeout_s=DIAL_TIMEOUT_S)
 
@@ -138,17 +137,17 @@ class HostWorld:
         return await self._links.read(address, path, timeout_s=timeout_s, bytes_max=bytes_max)
 
     def send(self, address: str, datagram: bytes) -> None:
-        """See World."""
+        """See Environment."""
         if self._datagrams:
             self._datagrams.send(address, datagram)
 
     def drain(self) -> None:
-        """See World."""
+        """See Environment."""
         if self._datagrams:
             self._datagrams.drain()
 
     async def close(self) -> None:
-        """See World."""
+        """See Environment."""
         for task in self._tasks:
             task.cancel()
         if self._mdns:
@@ -185,9 +184,9 @@ class HostWorld:
                     raise SettingsError("listen", f"{why}: choose another port, or 0 for any free one") from error
         raise SettingsError("listen", f"no port of {host} is free for both TCP and UDP; choose one that is")
 
-    def _envelope(self) -> Envelope:
+    def _envelope(self) -> Codec:
         if self._keyring is None:
-            return Postcard()
+            return NoSeal()
         return Seal(self._keyring.seal_keys, time=time.time, dice=secrets.token_bytes)
 
     def _advertised(self, host: str, port: int) -> tuple[str, int]:

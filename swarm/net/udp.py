@@ -4,7 +4,7 @@ What is sent may get lost, and nothing here waits or raises for that: no buffer,
 A stranger can send as much as it likes; it costs at most `TURN_MAX` datagrams a turn of the loop, and what does not fit
 into the socket's buffer is dropped by the kernel.
 
-Every datagram goes through an `Envelope` on its way out and in: the one place to encrypt and to authenticate them.
+Every datagram goes through an `Codec` on its way out and in: the one place to encrypt and to authenticate them.
 
 Must not know: what datagrams say, names (addresses are literals; nothing is looked up here).
 """
@@ -35,7 +35,7 @@ Hear: TypeAlias = Callable[[str, bytes], None]  # (source address, datagram)
 log = logging.getLogger("swarm")
 
 
-class Envelope(Protocol):
+class Codec(Protocol):
     """What a datagram travels in."""
 
     def seal(self, datagram: bytes) -> bytes:
@@ -45,15 +45,15 @@ class Envelope(Protocol):
         """What was sent, or None if it is not authentic, or was here before. `source` is the host it came from."""
 
 
-class Postcard:
+class NoSeal:
     """No envelope: everybody can read and write it."""
 
     def seal(self, datagram: bytes) -> bytes:
-        """See Envelope."""
+        """See Codec."""
         return datagram
 
     def open(self, sealed: bytes, source: str) -> bytes | None:
-        """See Envelope."""
+        """See Codec."""
         return sealed
 
 
@@ -68,11 +68,11 @@ class Seal:
         self._refused: set[tuple[str, Unopened]] = set()
 
     def seal(self, datagram: bytes) -> bytes:
-        """See Envelope."""
+        """See Codec."""
         return self._sealer.seal(datagram, self._time())
 
     def open(self, sealed: bytes, source: str) -> bytes | None:
-        """See Envelope."""
+        """See Codec."""
         opened = self._opener.open(sealed, self._time())
         if isinstance(opened, bytes):
             return opened
@@ -90,7 +90,7 @@ class Datagrams:
     Raises OSError when the address cannot be had.
     """
 
-    def __init__(self, host: str, port: int, hear: Hear, *, envelope: Envelope, loopback_only: bool) -> None:
+    def __init__(self, host: str, port: int, hear: Hear, *, envelope: Codec, loopback_only: bool) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._hear = hear
         self._envelope = envelope

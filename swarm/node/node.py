@@ -1,15 +1,16 @@
 """The node: one member of the swarm, on one task loop.
 
-Joins the parts and is what users ask: `sharing` has the artifacts, `linking` the links, `gathering` the gossip,
-`serving` the uploads, `inquiries` the questions, and every fetch is a `Fetching`. It serves any number of artifacts and
-fetches any number at once; whatever it has verified it serves on. Everything it does and hears goes to its journal.
+Joins the parts and is what users ask: `Shares` has the artifacts, `ConnectionsDriver` the links, `SwimDriver` the
+gossip, `UploadDriver` the uploads, `ManifestRequests` the questions; each fetch is a `DownloadDriver`. It serves any
+number of artifacts and fetches any number at once; whatever it has verified it serves on. Everything it does and hears
+goes to its journal.
 
     link message ─┐                       ┌─> message to a peer
     datagram     ─┼─> machine.handle() ───┼─> transfer received or sent by a transport
     landed chunk ─┤                       ├─> datagram to a member
     tick         ─┘                       └─> a fetch completes or gives up
 
-Must not know: HTTP, sockets, files. Those are behind `World`, `Store` and `Transport`.
+Must not know: HTTP, sockets, files. Those are behind `Environment`, `Store` and `Transport`.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from swarm.errors import FetchTimeout, LocalProtocolError, SwarmError
 from swarm.hashing.cpu import chunk_digest
 from swarm.journal import FetchEnded, FetchStarted, Journal, Opened
 from swarm.membership import config
-from swarm.membership.config import Tuning
+from swarm.membership.config import SwimConfig
 from swarm.membership.swim import Changed, Gossip
-from swarm.membership.swim_driver import Gathering
-from swarm.net.environment import World
+from swarm.membership.swim_driver import SwimDriver
+from swarm.net.environment import Environment
 from swarm.peers import connections
-from swarm.peers.connections import Membership
-from swarm.peers.connections_driver import Linking
-from swarm.peers.manifest_requests import Inquiries
+from swarm.peers.connections import Connections
+from swarm.peers.connections_driver import ConnectionsDriver
+from swarm.peers.manifest_requests import ManifestRequests
 from swarm.peers.peer import Peer
 from swarm.protocol import messages, packets
 from swarm.protocol.messages import Announcement, AnyMessage, Hello, Offer, Origin
@@ -47,10 +48,10 @@ from swarm.protocol.packets import Holding, Profile, Record
 from swarm.store import Source, Store
 from swarm.transfer import download
 from swarm.transfer.download import Download
-from swarm.transfer.download_driver import Fetching
-from swarm.transfer.shares import Share, Sharing
+from swarm.transfer.download_driver import DownloadDriver
+from swarm.transfer.shares import Share, Shares
 from swarm.transfer.upload import Upload
-from swarm.transfer.upload_driver import Serving
+from swarm.transfer.upload_driver import UploadDriver
 from swarm.transfer.verify import copy
 
 TICK_S = 0.25
@@ -97,13 +98,13 @@ class Node:
 
     def __init__(
         self,
-        world: World,
+        environment: Environment,
         *,
         name: str | None = None,
         upload_slots: int = 8,
         idle_timeout_s: float = 5.0,
         stall_timeout_s: float = 30.0,
-        network: Tuning | None = None,
+        network: SwimConfig | None = None,
         host: str = "",
         rack: str = "",
         rng: random.Random | None = None,
@@ -114,19 +115,19 @@ class Node:
         self.address = ""
         self.journal = Journal()
         self.peers: dict[str, Peer] = {}  # by node id
-        self.inquiries = Inquiries(self.described)
-        self._world = world
+        self.manifest_requests = ManifestRequests(self.described)
+        self._environment = environment
         self._upload_slots = upload_slots
         self._idle_timeout_s = idle_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._host, self._rack = host[: packets.LABEL_MAX], rack[: packets.LABEL_MAX]
-        machine = Membership(self.id, rng=self._rng, host=self._host, rack=self._rack)
-        self._linking = Linking(world, machine, party=self)
-        self._gathering = Gathering(
-            world, tuning=network or config.lan(), rng=self._rng, clock=self.now, changed=self._member_changed
+        machine = Connections(self.id, rng=self._rng, host=self._host, rack=self._rack)
+        self._connections = ConnectionsDriver(environment, machine, party=self)
+        self._swim = SwimDriver(
+            environment, tuning=network or config.lan(), rng=self._rng, clock=self.now, changed=self._member_changed
         )
-        self._sharing = Sharing(host=self, rng=self._rng, announced=self._tell_everybody, borders=self._borders)
-        self._serving: Serving | None = None  # until the transports are there
+        self._shares = Shares(host=self, rng=self._rng, announced=self._tell_everybody, distance=self._distance)
+        self._upload_driver: UploadDriver | None = None  # until the transports are there
         self._sought: Counter[str | None] = Counter()  # digests; None where only a model id is known
         self._withdrawn: list[Share] = []  # until they are closed
         self._transfer_ids = itertools.count()
@@ -139,33 +140,33 @@ class Node:
     async def open(self) -> None:
         """Joins the swarm. Raises SettingsError when the listening address cannot be used."""
         self._loop = asyncio.get_running_loop()
-        self.address = await self._world.open(self.id, self._linking.converse, self._found, self._gathering.hear)
-        self._serving = Serving(
+        self.address = await self._environment.open(self.id, self._connections.converse, self._found, self._swim.hear)
+        self._upload_driver = UploadDriver(
             host=self,
-            transports=self._world.transports,
-            shares=self._sharing.shares,
-            rank=self._sharing.rank,
+            transports=self._environment.transports,
+            shares=self._shares.shares,
+            rank=self._shares.rank,
             withdraw=self.withdraw,
             slots=self._upload_slots,
             idle_timeout_s=self._idle_timeout_s,
         )
         self.record("node", Opened(self.id, self.name, self.address, *self.place))
-        self._gathering.open(self.id, self.address, self.name, self._profile())
-        self._linking.open()
+        self._swim.open(self.id, self.address, self.name, self._profile())
+        self._connections.open()
         self.spawn(self._ticks(), "ticks")
 
     async def close(self, reason: str = "shutting down") -> None:
         """Leaves the swarm: says goodbye, ends transfers, closes what it serves."""
         self._closing = True
-        self._gathering.close()
-        await self._linking.close(reason)
-        for fetching in self._sharing.fetchings():
+        self._swim.close()
+        await self._connections.close(reason)
+        for fetching in self._shares.fetchings():
             fetching.fail(SwarmError("the node was closed"))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._world.close()
-        for share in (*self._sharing.shares.values(), *self._withdrawn):
+        await self._environment.close()
+        for share in (*self._shares.shares.values(), *self._withdrawn):
             share.close()
 
     async def __aenter__(self) -> Node:
@@ -182,18 +183,18 @@ class Node:
 
         Raises SettingsError when this node offers the same content under another model id: it has one name here.
         """
-        self._sharing.serve(model_id, source, origin)
+        self._shares.serve(model_id, source, origin)
 
     def release(self, digest: str) -> None:
         """Undoes one `serve` or one successful `fetch` of an artifact; without users it is offered no longer."""
-        if share := self._sharing.shares.get(digest):
+        if share := self._shares.shares.get(digest):
             share.users -= 1
             if share.users == 0:
                 self.withdraw(digest, "not served any more")
 
     def withdraw(self, digest: str, why: str) -> asyncio.Task[Any] | None:
         """Stops offering an artifact, whoever still uses it. The task ends when nothing of it is read any more."""
-        if share := self._sharing.remove(digest, why):
+        if share := self._shares.remove(digest, why):
             self._withdrawn.append(share)
             return self.spawn(self._close_share(share), f"close {share.model_id}")
         return None
@@ -215,7 +216,7 @@ class Node:
             async with asyncio.timeout(timeout_s):
                 resumed = await self._resume(store, held)
                 # No await from here to `_fetch`: two fetches may be here.
-                own = await self._sharing.own(manifest.digest)
+                own = await self._shares.own(manifest.digest)
                 kept = tuple(runs(list(held)))
                 self.record("node", FetchStarted(model_id, manifest.digest, manifest.size, resumed, held.length, kept))
                 if own:
@@ -227,7 +228,7 @@ class Node:
             await self._loop.run_in_executor(None, store.seal)
         except BaseException as error:
             self.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
-            if self._sharing.shares.get(manifest.digest) is share:
+            if self._shares.shares.get(manifest.digest) is share:
                 self.withdraw(manifest.digest, "the fetch failed")
             await self._loop.run_in_executor(None, store.close)
             if isinstance(error, TimeoutError) and timeout_s is not None:
@@ -237,7 +238,7 @@ class Node:
         finally:
             share.settled.set()
         self.record("node", FetchEnded(manifest.digest, None))
-        self._sharing.add(share)
+        self._shares.add(share)
         seconds = self.now() - began
         return Fetched(model_id, manifest.digest, manifest.size, seconds, sources, rejected_chunks, resumed)
 
@@ -248,8 +249,8 @@ class Node:
         finally:
             self.release(own.manifest.digest)
 
-    async def _fetch(self, share: Share, store: Store) -> Fetching:
-        fetching = share.fetching = Fetching(
+    async def _fetch(self, share: Share, store: Store) -> DownloadDriver:
+        fetching = share.fetching = DownloadDriver(
             share.model_id,
             store,
             share.held,
@@ -258,9 +259,9 @@ class Node:
             stall_timeout_s=self._stall_timeout_s,
             transfer_ids=self._transfer_ids,
             rng=self._rng,
-            tell=partial(self._sharing.tell, share.manifest.digest),
+            tell=partial(self._shares.tell, share.manifest.digest),
         )
-        self._sharing.add(share)
+        self._shares.add(share)
         try:
             with self.seeking(share.manifest.digest):
                 await fetching.run()
@@ -299,7 +300,7 @@ class Node:
 
     def holders(self, model_id: str) -> dict[str, list[Holder]]:
         """Who announces a model id, by the digest that it stands for there; [] where only this node does."""
-        shares = self._sharing.shares.values()
+        shares = self._shares.shares.values()
         holders: dict[str, list[Holder]] = {s.manifest.digest: [] for s in shares if s.model_id == model_id}
         for holder, digest, named in self._offers():
             if named == model_id:
@@ -312,11 +313,11 @@ class Node:
 
     def members(self) -> list[Record]:
         """All others that gossip knows to be alive or suspect, by id."""
-        return self._gathering.members()
+        return self._swim.members()
 
     def described(self, digest: str) -> tuple[Manifest, Origin | None] | None:
         """Manifest and origin of an artifact that this node shares."""
-        share = self._sharing.shares.get(digest)
+        share = self._shares.shares.get(digest)
         return (share.manifest, share.origin) if share else None
 
     @property
@@ -326,7 +327,7 @@ class Node:
 
     def holdings(self) -> dict[str, Bitfield]:
         """The chunks that this node holds, by digest."""
-        return {digest: share.held for digest, share in self._sharing.shares.items()}
+        return {digest: share.held for digest, share in self._shares.shares.items()}
 
     async def changed(self, timeout_s: float) -> None:
         """Waits until a peer comes, goes or announces something, or until the time is over."""
@@ -338,15 +339,15 @@ class Node:
     @property
     def searching(self) -> bool:
         """Whether somebody was asked who there is, or dialled, and has neither answered nor failed yet."""
-        return bool(self._linking.machine.unanswered()) or self._gathering.joining
+        return bool(self._connections.machine.unanswered()) or self._swim.joining
 
     @property
-    def machines(self) -> list[Download | Upload | Membership | Gossip]:
+    def machines(self) -> list[Download | Upload | Connections | Gossip]:
         """The state machines of an open node, for whoever checks their invariants."""
-        gossip = [] if self._gathering.machine is None else [self._gathering.machine]
-        upload = [] if self._serving is None else [self._serving.machine]
-        fetches = [fetching.machine for fetching in self._sharing.fetchings()]
-        return [self._linking.machine, *gossip, *upload, *fetches]
+        gossip = [] if self._swim.machine is None else [self._swim.machine]
+        upload = [] if self._upload_driver is None else [self._upload_driver.machine]
+        fetches = [fetching.machine for fetching in self._shares.fetchings()]
+        return [self._connections.machine, *gossip, *upload, *fetches]
 
     def tried(self) -> list[str]:
         """What became of everyone who could have had something, for error messages."""
@@ -354,7 +355,7 @@ class Node:
         others = [member for member in self.members() if member.node not in self.peers]
         heard = [_serves(m.name, m.address, m.profile.artifacts) for m in others[:MEMBERS_SHOWN]]
         more = [f"{len(others) - MEMBERS_SHOWN} more members"] if len(others) > MEMBERS_SHOWN else []
-        return [*peers, *heard, *more, *self._linking.machine.tried(), *sorted(self._linking.warned)]
+        return [*peers, *heard, *more, *self._connections.machine.tried(), *sorted(self._connections.warned)]
 
     def _offers(self) -> Iterator[tuple[Holder, str, str]]:
         """Everything that others announce: who, digest and model id. A link says it sooner than gossip."""
@@ -390,39 +391,39 @@ class Node:
 
     def hello(self, token: str) -> Hello:
         """How this node greets."""
-        offers = tuple(Offer(transport.scheme, transport.address) for transport in self._world.transports)
-        artifacts = self._sharing.announcements()
+        offers = tuple(Offer(transport.scheme, transport.address) for transport in self._environment.transports)
+        artifacts = self._shares.announcements()
         return Hello(messages.PROTOCOL, __version__, self.id, self.name, self.address, token, offers, artifacts)
 
     def reached(self, address: str) -> None:
         """A node was dialled there, and greeted: maybe gossip gets through as well."""
         if all(member.address != address for member in self.members()):
-            self._gathering.found(address)
+            self._swim.found(address)
 
     def joined(self, peer: Peer) -> None:
         """There is a link to this node."""
-        self._sharing.inquire(peer)
+        self._shares.inquire(peer)
 
     def left(self, peer: Peer, why: str) -> None:
         """There is none any more."""
-        self._sharing.left(peer, why)
-        if self._serving:
-            self._serving.left(peer.node)
-        self.inquiries.left(peer.node, why)
+        self._shares.left(peer, why)
+        if self._upload_driver:
+            self._upload_driver.left(peer.node)
+        self.manifest_requests.left(peer.node, why)
 
     def hear(self, peer: Peer, message: AnyMessage) -> None:
         """Acts on one message. Raises RemoteProtocolError for what a well-behaved peer would not say."""
         match message:
             case messages.ManifestRequest() | messages.OriginRequest():
-                self.spawn(self.inquiries.answer(peer, message), f"answer {peer.name}")
+                self.spawn(self.manifest_requests.answer(peer, message), f"answer {peer.name}")
             case messages.ManifestPart() | messages.OriginReply():
-                self.inquiries.hear(peer, message)
-            case messages.Request() if self._serving:
-                self._serving.requested(peer, message)
-            case messages.Cancel(transfer) if self._serving:
-                self._serving.cancelled(peer, transfer)
+                self.manifest_requests.hear(peer, message)
+            case messages.Request() if self._upload_driver:
+                self._upload_driver.requested(peer, message)
+            case messages.Cancel(transfer) if self._upload_driver:
+                self._upload_driver.cancelled(peer, transfer)
             case _:
-                self._sharing.hear(peer, message)
+                self._shares.hear(peer, message)
 
     def noticed(self) -> None:
         """Somebody came, went or failed to answer."""
@@ -432,55 +433,55 @@ class Node:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s failed", task.get_name(), exc_info=error)
-            for fetching in self._sharing.fetchings():  # it may be what would have ended them
+            for fetching in self._shares.fetchings():  # it may be what would have ended them
                 fetching.fail(LocalProtocolError(f"{task.get_name()} failed: {error!r}; please report this"))
 
     async def _close_share(self, share: Share) -> None:
-        if self._serving:
-            await self._serving.stop(share)
+        if self._upload_driver:
+            await self._upload_driver.stop(share)
         await self._loop.run_in_executor(None, share.close)
         self._withdrawn.remove(share)
 
     # Members
 
     def _found(self, address: str, lasting: bool) -> None:
-        self._gathering.found(address)
-        self._linking.meet(connections.Found(address, lasting))
+        self._swim.found(address)
+        self._connections.meet(connections.Found(address, lasting))
 
     def _member_changed(self, record: Record) -> None:
         self.record(record.node, Changed(record))
         if not self._closing:
-            self._linking.meet(connections.Heard(record))
-            for fetching in self._sharing.fetchings():
-                fetching.placed(record.node, record.profile.borders(self._host, self._rack))
+            self._connections.meet(connections.Heard(record))
+            for fetching in self._shares.fetchings():
+                fetching.placed(record.node, record.profile.distance(self._host, self._rack))
 
     def _tell_wants(self) -> None:
         digests = frozenset(digest for digest in self._sought if digest is not None)
-        self._linking.meet(connections.Wants(digests, more=None in self._sought))
+        self._connections.meet(connections.Wants(digests, more=None in self._sought))
 
     def _profile(self) -> Profile:
-        holdings = tuple(share.holding() for share in self._sharing.shares.values())
+        holdings = tuple(share.holding() for share in self._shares.shares.values())
         told = holdings[: packets.ARTIFACTS_MAX]
-        schemes = tuple(transport.scheme for transport in self._world.transports)
-        uploads = self._serving.machine.active if self._serving else 0
+        schemes = tuple(transport.scheme for transport in self._environment.transports)
+        uploads = self._upload_driver.machine.active if self._upload_driver else 0
         omitted = len(holdings) - len(told)
         software = __version__[: packets.SOFTWARE_MAX]
         return Profile(told, omitted, schemes, self._host, self._rack, uploads, self._upload_slots, software)
 
-    def _borders(self, node: str) -> int:
+    def _distance(self, node: str) -> int:
         """On the way to another node; who is not a member may be anywhere in the rack."""
-        record = self._gathering.member(node)
-        return record.profile.borders(self._host, self._rack) if record else 1
+        record = self._swim.member(node)
+        return record.profile.distance(self._host, self._rack) if record else 1
 
     def _tell_mates(self) -> None:
         """Tells every fetch who fetches the same nearby: each chunk comes in once for all of them."""
         members = self.members()
-        for fetching in self._sharing.fetchings():
+        for fetching in self._shares.fetchings():
             near: tuple[set[str], set[str]] = (set(), set())
             for member in members:
-                borders = member.profile.borders(self._host, self._rack)
-                if borders < download.BORDERS_MAX and self._fetches(member, fetching.digest):
-                    for names in near[borders:]:
+                distance = member.profile.distance(self._host, self._rack)
+                if distance < download.DISTANCE_MAX and self._fetches(member, fetching.digest):
+                    for names in near[distance:]:
                         names.add(member.node)
             # Without a label of its own a rack is everybody, and has no border.
             fetching.met(download.Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
@@ -492,20 +493,20 @@ class Node:
         return any(held.digest == digest and held.chunks < held.chunks_total for held in member.profile.artifacts)
 
     def _tell_everybody(self) -> None:
-        self._gathering.tell(self._profile())
+        self._swim.tell(self._profile())
 
     # Time
 
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._linking.meet(connections.Tick())
+            self._connections.meet(connections.Tick())
             self._tell_mates()
-            self._sharing.tick()
+            self._shares.tick()
             self._tell_everybody()
 
     def __repr__(self) -> str:
-        return f"<Node {self.name} {self.address} | {len(self.peers)} peers | {len(self._sharing.shares)} artifacts>"
+        return f"<Node {self.name} {self.address} | {len(self.peers)} peers | {len(self._shares.shares)} artifacts>"
 
 
 def _serves(name: str, address: str, artifacts: Collection[Announcement | Holding]) -> str:

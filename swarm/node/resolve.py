@@ -125,10 +125,10 @@ class _Answers:
             del self._asked[peer.node, digest]
 
     async def _ask(self, peer: Peer, digest: str) -> tuple[Manifest, Origin | None]:
-        inquiries = self._node.inquiries
-        origin = asyncio.create_task(inquiries.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S))
+        manifest_requests = self._node.manifest_requests
+        origin = asyncio.create_task(manifest_requests.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S))
         try:
-            data = await inquiries.manifest(peer, digest, timeout_s=MANIFEST_TIMEOUT_S)
+            data = await manifest_requests.manifest(peer, digest, timeout_s=MANIFEST_TIMEOUT_S)
             manifest = await asyncio.get_running_loop().run_in_executor(None, partial(decode, data, digest=digest))
             return manifest, await origin
         finally:

@@ -111,7 +111,7 @@ class Fetch:
         }
 
 
-class Histories:
+class FetchHistories:
     """Let it `follow` a journal. `fetches` are by digest, the latest begun last."""
 
     def __init__(self) -> None:

@@ -105,7 +105,7 @@ class _Flow:
 
 
 @dataclass
-class FetchPicture:
+class FetchReport:
     """One fetch of this node: bytes verified so far, resumed ones included, and who they come from."""
 
     model_id: str
@@ -146,7 +146,7 @@ class Picture:
 
     def __init__(self, condition: Callable[[], Mapping[str, Any]] = dict) -> None:
         self._condition = condition
-        self.fetches: dict[str, FetchPicture] = {}  # by digest, those that run
+        self.fetches: dict[str, FetchReport] = {}  # by digest, those that run
         self._node = {"id": "", "name": "", "address": ""}
         self._members: dict[str, _Member] = {}
         self._flows: dict[tuple[str, str, str], _Flow] = {}  # (digest, direction, node)
@@ -184,7 +184,7 @@ class Picture:
                 if member := self._members.get(node):
                     member.artifacts = {announced.digest: announced for announced in artifacts}
             case FetchStarted(model_id, digest, size, resumed_bytes):
-                self.fetches[digest] = FetchPicture(model_id, size, resumed_bytes, entry.at_s)
+                self.fetches[digest] = FetchReport(model_id, size, resumed_bytes, entry.at_s)
             case FetchEnded(digest):
                 self.fetches.pop(digest, None)
 

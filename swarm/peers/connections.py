@@ -165,13 +165,13 @@ class _Member:
     """What gossip says. `more`: it holds more than there was room to say. `load`: transfers a slot."""
 
     address: str
-    borders: int
+    distance: int
     load: float
     holds: Mapping[str, bool]
     more: bool
 
 
-class Membership:
+class Connections:
     """The members one node knows. `node` is its own id; `host` and `rack` are labels of where it runs."""
 
     def __init__(self, node: str, *, rng: random.Random, host: str = "", rack: str = "") -> None:
@@ -298,7 +298,7 @@ class Membership:
             profile = record.profile
             self._members[record.node] = _Member(
                 address=record.address,
-                borders=profile.borders(self._host, self._rack),
+                distance=profile.distance(self._host, self._rack),
                 load=profile.uploads / max(1, profile.slots),
                 holds={held.digest: held.chunks == held.chunks_total for held in profile.artifacts},
                 more=profile.omitted > 0,
@@ -382,7 +382,7 @@ class Membership:
 
     def _candidate(self, node: str, whole: bool) -> Candidate:
         member = self._members.get(node)
-        return Candidate(node, whole, member.borders, member.load) if member else Candidate(node, whole, 1, 0.0)
+        return Candidate(node, whole, member.distance, member.load) if member else Candidate(node, whole, 1, 0.0)
 
     def _make_way(self, count: int, now: float) -> list[Action]:
         """Gives up to `count` links up that are of no use for what is wanted."""
@@ -467,7 +467,7 @@ class Membership:
 
     def __repr__(self) -> str:
         return (
-            f"<Membership {self._node[:8]} {len(self._links)} links | {len(self._known)} addresses | "
+            f"<Connections {self._node[:8]} {len(self._links)} links | {len(self._known)} addresses | "
             f"{len(self._members)} members>"
         )
 

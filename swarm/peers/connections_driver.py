@@ -25,15 +25,15 @@ from swarm.errors import (
     VersionSkew,
 )
 from swarm.journal import Announced, Joined, Left, Unreached
-from swarm.net.environment import World
+from swarm.net.environment import Environment
 from swarm.net.websocket import Link
 from swarm.peers import connections
-from swarm.peers.connections import Membership
+from swarm.peers.connections import Connections
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import Announcement, AnyMessage, Hello
-from swarm.security.rate_limit import MUTE_S, Floods
+from swarm.security.rate_limit import MUTE_S, RateLimiter
 
 HELLO_TIMEOUT_S = 5.0
 # Of one node: a frame holds up to 256 messages, news and requests come some 100 a second at most.
@@ -68,15 +68,15 @@ class Party(Host, Protocol):
         """Somebody came, went or failed to answer."""
 
 
-class Linking:
+class ConnectionsDriver:
     """All links of one node. `peers` of the party are kept here."""
 
-    def __init__(self, world: World, machine: Membership, *, party: Party) -> None:
+    def __init__(self, environment: Environment, machine: Connections, *, party: Party) -> None:
         self.machine = machine
         self.warned: dict[str, None] = {}
-        self._world = world
+        self._environment = environment
         self._party = party
-        self._floods = Floods(rate_per_s=MESSAGES_PER_S, burst=MESSAGES_BURST)
+        self._rate_limiter = RateLimiter(rate_per_s=MESSAGES_PER_S, burst=MESSAGES_BURST)
         self._links: dict[int, Peer] = {}  # all that said hello, welcome or not
         self._numbers = itertools.count()
         self._opened = asyncio.Event()  # the world may bring links before it is open
@@ -112,7 +112,7 @@ class Linking:
     async def converse(self, link: Link, *, dialled: str | None = None) -> None:
         """The life of one link, from hello to goodbye."""
         token = self._party.token()
-        for transport in self._world.transports:
+        for transport in self._environment.transports:
             transport.admit(token)
         try:
             peer = await self._greet(link, token)
@@ -128,12 +128,12 @@ class Linking:
                 self._failed(dialled, error)
         finally:
             await link.close()
-            for transport in self._world.transports:
+            for transport in self._environment.transports:
                 await transport.revoke(token)
 
     async def _dial(self, address: str) -> None:
         try:
-            link = await self._world.dial(address)
+            link = await self._environment.dial(address)
         except (PeerError, SettingsError) as error:
             self._log_once(logging.WARNING if isinstance(error, NotAdmitted) else logging.DEBUG, str(error))
             self._failed(address, error)
@@ -160,9 +160,9 @@ class Linking:
             raise RemoteProtocolError(
                 link.remote, f"says that it is {theirs.node}, but its certificate is that of {link.member}"
             )
-        if self._floods.muted(theirs.node, self._party.now()):
+        if self._rate_limiter.muted(theirs.node, self._party.now()):
             raise PeerError(link.remote, "flooded this node, and is muted for a while")
-        return Peer(next(self._numbers), link, theirs, token=token, transports=self._world.transports)
+        return Peer(next(self._numbers), link, theirs, token=token, transports=self._environment.transports)
 
     async def _listen(self, peer: Peer, dialled: str | None) -> None:
         self._links[peer.number] = peer
@@ -206,7 +206,7 @@ class Linking:
         self._party.left(peer, why)
 
     def _hear(self, peer: Peer, message: AnyMessage) -> None:
-        if self._floods.says(peer.node, self._party.now()):
+        if self._rate_limiter.says(peer.node, self._party.now()):
             raise RemoteProtocolError(peer.name, f"floods this node with messages: it is muted for {MUTE_S:g} s")
         match message:
             case messages.Bye(reason):
@@ -231,7 +231,7 @@ class Linking:
             log.log(level, "%s", text)
 
     def __repr__(self) -> str:
-        return f"<Linking {len(self._links)} links | {self.machine!r}>"
+        return f"<ConnectionsDriver {len(self._links)} links | {self.machine!r}>"
 
 
 def _wholes(artifacts: Iterable[Announcement]) -> Mapping[str, bool]:

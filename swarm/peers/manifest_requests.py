@@ -22,7 +22,7 @@ Question: TypeAlias = messages.ManifestRequest | messages.OriginRequest
 Answer: TypeAlias = messages.ManifestPart | messages.OriginReply
 
 
-class Inquiries:
+class ManifestRequests:
     """This node's open questions, and its answers to others'. `lookup` says what this node has of a digest."""
 
     def __init__(self, lookup: Callable[[str], tuple[Manifest, Origin | None] | None]) -> None:

@@ -41,7 +41,7 @@ class Candidate:
 
     node: str
     whole: bool
-    borders: int
+    distance: int
     load: float
 
 
@@ -59,11 +59,11 @@ def choose(
     counted = [*linked, *chosen]
     room = most
     rest = [other for other in others if other not in chosen]
-    borders = sorted({one.borders for one in (*counted, *rest)})
-    for border in borders:
-        here = sum(one.borders == border for one in counted)
-        share = room if border == borders[-1] else math.ceil(NEAR_PART * room)
-        near = [other for other in rest if other.borders == border]
+    distance = sorted({one.distance for one in (*counted, *rest)})
+    for border in distance:
+        here = sum(one.distance == border for one in counted)
+        share = room if border == distance[-1] else math.ceil(NEAR_PART * room)
+        near = [other for other in rest if other.distance == border]
         probed = rng.sample(near, min(PROBES, len(near)))
         probed.sort(key=_load)
         taken = probed[: max(0, min(share - here, most - len(linked) - len(chosen)))]

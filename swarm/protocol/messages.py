@@ -29,7 +29,7 @@ import msgspec
 
 from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, Digest
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 # Limits, each with its reason. They are part of the protocol, not settings.
 FRAME_BYTES_MAX = 1 << 20  # a bitfield of CHUNKS_MAX chunks is 171 KiB in base64
@@ -79,7 +79,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Annotated[int, msgspec.Meta(ge=0)]
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
-    gives: bool
+    superseeds: bool
 
 
 class Hello(Message, frozen=True):
@@ -190,7 +190,7 @@ class Request(Message, frozen=True):
     transfer: TransferId
     chunks: Chunks
     count: Annotated[int, msgspec.Meta(ge=0, le=REQUEST_CHUNKS_MAX)]
-    hungry: bool
+    starving: bool
     sources: Annotated[int, msgspec.Meta(ge=0, le=SOURCES_MAX)]
     pace_bytes_per_s: Annotated[int, msgspec.Meta(ge=0, le=PACE_BYTES_PER_S_MAX)]
 

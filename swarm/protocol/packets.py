@@ -4,12 +4,12 @@ A datagram is `SWG`, a version byte, and one MessagePack array whose first item 
 only way in: what is unknown, of a wrong type or beyond the limits below raises ValueError. A packet never needs another
 one to be understood, so that a lost datagram costs time and nothing else.
 
-    Ping        ->      are you alive?                        every packet but Sync and News ends with rumours:
-                <- Ack  I am                                  a Claim says how a member is (about 30 bytes),
+    Ping        ->      are you alive?                        every packet but Sync and SyncReply ends with rumours:
+                <- Ack  I am                                  a Status says how a member is (about 30 bytes),
     PingRequest ->      ask another one for me                a Record says that and everything else known of it
     Gossip      ->      nothing but rumours
     Sync        ->      this is how far I am, from one node id to another
-                <- News what you lack of that, and what I lack
+                <- SyncReply what you lack of that, and what I lack
 
 Tags are part of the protocol: append, never renumber.
 
@@ -37,8 +37,8 @@ RECORD_BYTES_MAX = 1200  # a record always fits into a datagram, whatever else m
 PACKET_HEAD_BYTES = 140  # at most, of everything in a packet but its rumours, and of two claims
 SYNC_BYTES = 1320  # for a Sync's record and claims
 ARTIFACTS_MAX = 16  # told of one member; the rest is told over its links
-CLAIMS_MAX = 40  # in one Sync: so many fit beside a record of usual length
-WANTS_MAX = 40  # a News wants no more than what a Sync can name
+STATUSES_MAX = 40  # in one Sync: so many fit beside a record of usual length
+WANTS_MAX = 40  # a SyncReply wants no more than what a Sync can name
 LABEL_MAX = 32  # characters of names and labels: four bytes each at worst
 SOFTWARE_MAX = 32  # characters of a version of swarm, ASCII
 STEPS = 8  # fractions are told in eighths: every further step costs every member a rumour
@@ -73,7 +73,7 @@ class Holding(_Word, frozen=True):
     tier: Literal["checkpoint", "loaded", "cache"]
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
-    gives: bool
+    superseeds: bool
 
 
 class Profile(_Word, frozen=True):
@@ -89,14 +89,14 @@ class Profile(_Word, frozen=True):
     slots: Count = 0
     software: Software = ""
 
-    def borders(self, host: str, rack: str) -> int:
+    def distance(self, host: str, rack: str) -> int:
         """How many borders are on the way there: 0 from the same host, 1 within a rack, 2 from another one."""
         if host and self.host == host:
             return 0
         return 1 if self.rack == rack else 2
 
 
-class Claim(_Word, frozen=True, tag=1):
+class Status(_Word, frozen=True, tag=1):
     """How a member is. `version` counts its profiles, so that whoever has an older one notices."""
 
     node: NodeId
@@ -117,12 +117,12 @@ class Record(_Word, frozen=True, tag=2):
     profile: Profile
 
     @property
-    def claim(self) -> Claim:
+    def status(self) -> Status:
         """The short form."""
-        return Claim(self.node, self.incarnation, self.state, self.version)
+        return Status(self.node, self.incarnation, self.state, self.version)
 
 
-Rumour: TypeAlias = Claim | Record
+Rumour: TypeAlias = Status | Record
 Rumours = Annotated[tuple[Rumour, ...], msgspec.Meta(max_length=64)]
 
 
@@ -166,7 +166,7 @@ class Sync(_Word, frozen=True, tag=5):
     record: Record
     first: NodeId
     last: NodeId
-    claims: Annotated[tuple[Claim, ...], msgspec.Meta(max_length=CLAIMS_MAX)]
+    statuses: Annotated[tuple[Status, ...], msgspec.Meta(max_length=STATUSES_MAX)]
 
     @property
     def sender(self) -> str:
@@ -174,7 +174,7 @@ class Sync(_Word, frozen=True, tag=5):
         return self.record.node
 
 
-class News(_Word, frozen=True, tag=6):
+class SyncReply(_Word, frozen=True, tag=6):
     """What a Sync's sender lacks. `until`, in the last of several: the ids up to this one are settled; ask on from it.
 
     `wants` are the members of which the receiver of the Sync wants the records.
@@ -187,7 +187,7 @@ class News(_Word, frozen=True, tag=6):
     until: NodeId | None
 
 
-Packet: TypeAlias = Ping | PingRequest | Ack | Gossip | Sync | News
+Packet: TypeAlias = Ping | PingRequest | Ack | Gossip | Sync | SyncReply
 
 _MAGIC = b"SWG" + bytes([VERSION])
 _decoder: msgspec.msgpack.Decoder[Packet] = msgspec.msgpack.Decoder(Packet)

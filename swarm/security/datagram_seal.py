@@ -61,11 +61,11 @@ class SealKey(NamedTuple):
 
 
 class Sealer:
-    """Seals what one process sends. `dice(n)` gives n unpredictable bytes."""
+    """Seals what one process sends. `random_bytes(n)` gives n unpredictable bytes."""
 
-    def __init__(self, key: SealKey, dice: Callable[[int], bytes]) -> None:
+    def __init__(self, key: SealKey, random_bytes: Callable[[int], bytes]) -> None:
         self._key = key
-        self._dice = dice
+        self._random_bytes = random_bytes
         self._number = 0
         self._begin()
 
@@ -85,7 +85,7 @@ class Sealer:
         return head + self._cipher.encrypt(_nonce(number), packet, head)
 
     def _begin(self) -> None:
-        stream = self._dice(STREAM_BYTES)
+        stream = self._random_bytes(STREAM_BYTES)
         self._head = MAGIC + self._key.hint + stream
         self._cipher = _cipher(self._key, stream)
         self._number = 0

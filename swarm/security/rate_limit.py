@@ -23,7 +23,7 @@ class _Sender:
     muted_until_s: float = 0.0
 
 
-class Floods:
+class RateLimiter:
     """The allowances of all senders of one kind. `rate_per_s` is what each may say for ever, `burst` at once."""
 
     def __init__(self, *, rate_per_s: float, burst: float) -> None:
@@ -52,4 +52,4 @@ class Floods:
         return False
 
     def __repr__(self) -> str:
-        return f"<Floods {len(self._senders)} senders, {self._rate_per_s:g} a second each>"
+        return f"<RateLimiter {len(self._senders)} senders, {self._rate_per_s:g} a second each>"

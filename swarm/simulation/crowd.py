@@ -32,7 +32,7 @@ from swarm.simulation.setup import SLOWER, Setup
 from swarm.simulation.wire import Clock, Domain, Flow, Host, Trunk, Wire
 from swarm.transfer import download, scheduler, upload
 from swarm.transfer.download import Download
-from swarm.transfer.superseed import Gifts
+from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import NOTHING_RETRY_S, REFUSED_RETRY_S
 
@@ -75,7 +75,7 @@ class _Member:
     held: Bitfield
     rng: random.Random
     asked_at: float
-    gifts: Gifts | None = None
+    superseed: Superseed | None = None
     download: Download | None = None
     ended_at: float | None = None
     load: int = 0  # what others know of how many links it has
@@ -162,7 +162,7 @@ class Crowd:
     def check(self) -> None:
         """Raises LocalProtocolError when an invariant does not hold, of this or of any machine."""
         for member in self._members.values():
-            for machine in (member.upload, member.download, member.gifts):
+            for machine in (member.upload, member.download, member.superseed):
                 if machine:
                     machine.check()
             for name, other in member.links.items():
@@ -190,7 +190,7 @@ class Crowd:
             slow=self._slow,
             liars=self._liars,
             lost_chunks=self._lost_chunks,
-            seed_bytes=sum(member.host.sent_bytes for member in members.values() if member.gifts),
+            seed_bytes=sum(member.host.sent_bytes for member in members.values() if member.superseed),
             control_bytes={name: member.control_bytes for name, member in members.items()},
             rejected_chunks=sum(m.download.rejected_chunks for m in newcomers if m.download),
             banned={name: tuple(peers) for name, peers in self._banned.items()},
@@ -212,7 +212,7 @@ class Crowd:
         held = Bitfield.full(setup.chunks) if whole else Bitfield(setup.chunks)
         rng = random.Random(f"{setup.dice}/{name}")  # noqa: S311 - dice that can be thrown again
         member = self._members[name] = _Member(name, host, machine, rack, held, rng, self._clock.now)
-        member.gifts = Gifts(setup.chunks, rng=rng) if whole else None
+        member.superseed = Superseed(setup.chunks, rng=rng) if whole else None
         return member
 
     def _ask(self, name: str, number: int) -> None:
@@ -250,8 +250,8 @@ class Crowd:
                 del member.receiving[number]
             self._upload(member, upload.PeerLeft(name))
             self._download(member, download.PeerLeft(name, "the connection was reset"))
-            if member.gifts:
-                member.gifts.left(name)
+            if member.superseed:
+                member.superseed.left(name)
 
     def _keep_links(self, member: _Member) -> None:
         if member.fetches:
@@ -272,7 +272,7 @@ class Crowd:
             self._show_interest(other, member)
 
     def _candidate(self, member: _Member, other: _Member) -> Candidate:
-        return Candidate(other.name, other.held.complete, _borders(member, other), other.load)
+        return Candidate(other.name, other.held.complete, _distance(member, other), other.load)
 
     def _show_interest(self, member: _Member, other: _Member) -> None:
         if member.fetches:
@@ -308,16 +308,16 @@ class Crowd:
         match message:
             case messages.Interest(_, bits):
                 self._say(member, peer, messages.Holdings(DIGEST, member.held.pack()))
-                if member.gifts:
-                    member.gifts.joined(peer.name, Bitfield.unpack(bits, member.held.length))
+                if member.superseed:
+                    member.superseed.joined(peer.name, Bitfield.unpack(bits, member.held.length))
             case messages.Holdings(_, bits):
                 holds = Bitfield.unpack(bits, member.held.length)
-                gives, borders = peer.gifts is not None, _borders(member, peer)
-                self._download(member, download.PeerJoined(peer.name, holds, gives, borders))
+                superseeds, distance = peer.superseed is not None, _distance(member, peer)
+                self._download(member, download.PeerJoined(peer.name, holds, superseeds, distance))
             case messages.Have(_, told):
                 chunks = tuple(index for first, count in told for index in range(first, first + count))
-                if member.gifts:
-                    member.gifts.has(peer.name, chunks)
+                if member.superseed:
+                    member.superseed.has(peer.name, chunks)
                 self._download(member, download.PeerHas(peer.name, chunks))
             case messages.Request():
                 self._requested(member, peer, message)
@@ -337,7 +337,7 @@ class Crowd:
     # Sending
 
     def _requested(self, member: _Member, peer: _Member, request: messages.Request) -> None:
-        if all(chunk in member.held for chunk in request.chunks) and (request.chunks or member.gifts):
+        if all(chunk in member.held for chunk in request.chunks) and (request.chunks or member.superseed):
             member.requests[peer.name, request.transfer] = request
             size = (len(request.chunks) or request.count) * self.setup.chunk_bytes
             asked = upload.Requested(peer.name, request.transfer, size, request.sources, request.pace_bytes_per_s)
@@ -383,11 +383,11 @@ class Crowd:
         self._wire.send(flow)
 
     def _choose(self, member: _Member, peer: _Member, request: messages.Request) -> tuple[int, ...]:
-        if member.gifts is None:
+        if member.superseed is None:
             return ()
         rank, seeds = self._seeds.index(member.name), len(self._seeds)
-        chunks = member.gifts.choose(peer.name, request.count, hungry=request.hungry, rank=rank, seeds=seeds)
-        self._check(member.gifts)
+        chunks = member.superseed.choose(peer.name, request.count, starving=request.starving, rank=rank, seeds=seeds)
+        self._check(member.superseed)
         return chunks
 
     # Receiving
@@ -417,9 +417,9 @@ class Crowd:
         for action in actions:
             self._note(member, action)
             match action:
-                case download.Ask(name, number, chunks, _, count, hungry, sources, pace):
+                case download.Ask(name, number, chunks, _, count, starving, sources, pace):
                     member.receiving[number] = _Receiving(name, self._clock.now)
-                    request = messages.Request(SCHEME, DIGEST, number, chunks, count, hungry, sources, pace)
+                    request = messages.Request(SCHEME, DIGEST, number, chunks, count, starving, sources, pace)
                     self._say(member, self._members[name], request)
                 case download.Cancel(name, number):
                     member.receiving.pop(number, None)
@@ -464,12 +464,12 @@ class Crowd:
         if self._observe:
             self._observe(self._clock.now, member.name, what)
 
-    def _check(self, machine: Download | Upload | Gifts) -> None:
+    def _check(self, machine: Download | Upload | Superseed) -> None:
         if self._checked:
             machine.check()
 
 
-def _borders(one: _Member, other: _Member) -> int:
+def _distance(one: _Member, other: _Member) -> int:
     if one.rack != other.rack:
         return 2
     return 0 if one.machine == other.machine else 1

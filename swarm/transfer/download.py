@@ -30,7 +30,7 @@ CORRUPT_CHUNKS_MAX, CORRUPT_PART_MAX = 3, 0.05
 GRANT_PATIENCE_S = 10.0  # a peer that has not granted by then has more to do than it can say
 REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # pause after a failure, doubling with each one in a row
 DECLINED_REST_S = 0.1  # at least, whatever the seed says
-BORDERS_MAX = 2  # on the way to a peer: of this host, and of this rack
+DISTANCE_MAX = 2  # on the way to a peer: of this host, and of this rack
 RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
 
 
@@ -44,8 +44,8 @@ class PeerJoined:
 
     peer: str
     holds: Bitfield
-    gives: bool = False
-    borders: int = 0
+    superseeds: bool = False
+    distance: int = 0
     usual_bytes_per_s: float = 0.0
 
 
@@ -62,7 +62,7 @@ class PeerPlaced:
     """Only now is it known how many borders are on the way to a peer."""
 
     peer: str
-    borders: int
+    distance: int
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Ask:
     chunks: tuple[int, ...]
     why: str
     count: int = 0
-    hungry: bool = False
+    starving: bool = False
     sources: int = 0  # how many peers there are to be asked, by one who is not alone on its host and in its rack
     pace_bytes_per_s: int = 0  # what arrived so far, per second since the download began
 
@@ -221,8 +221,8 @@ class _Transfer:
 @dataclass
 class _Peer:
     holds: Bitfield
-    gives: bool
-    borders: int
+    superseeds: bool
+    distance: int
     transfers: set[int] = field(default_factory=set)
     usual_bytes_per_s: float = 0.0
     rate_bytes_per_s: float = 0.0
@@ -231,7 +231,7 @@ class _Peer:
     failures: int = 0
     resting_until: float = 0.0
     last_end: float = 0.0
-    barren: bool = False  # had nothing wanted at the last look; cleared by whatever may change that
+    nothing_wanted: bool = False  # had nothing wanted at the last look; cleared by whatever may change that
 
 
 class Download:
@@ -272,8 +272,8 @@ class Download:
         self._free_count = held.length - len(held)
         self._rarity = np.zeros(held.length, dtype=np.int32)
         # By how many borders a peer is away: the chunks imported over so many, and how often they are to be had nearer.
-        self._imports = [np.ones(held.length, dtype=np.bool_) for _ in range(BORDERS_MAX + 1)]
-        self._nearer = [np.zeros(held.length, dtype=np.int32) for _ in range(BORDERS_MAX + 1)]
+        self._imports = [np.ones(held.length, dtype=np.bool_) for _ in range(DISTANCE_MAX + 1)]
+        self._nearer = [np.zeros(held.length, dtype=np.int32) for _ in range(DISTANCE_MAX + 1)]
         self._starved = False
         self._transfer_ids = transfer_ids  # shared by all downloads of a node: unique on every link
         self._last_words: dict[str, str] = {}
@@ -299,9 +299,9 @@ class Download:
         match event:
             case PeerJoined():
                 self._join(event)
-            case PeerPlaced(name, borders):
+            case PeerPlaced(name, distance):
                 if known := self._peers.get(name):
-                    self._join(PeerJoined(name, known.holds, known.gives, borders))
+                    self._join(PeerJoined(name, known.holds, known.superseeds, distance))
             case Mates(on_host, in_rack):
                 self._imports[1] = scheduler.imports(self._node, on_host, self.held.length)
                 self._imports[2] = scheduler.imports(self._node, in_rack, self.held.length)
@@ -341,10 +341,17 @@ class Download:
             return
         if known := self._peers.get(event.peer):
             self._count(known, -1)  # it says so again, or its place is known now
-            known.holds, known.gives, known.borders, known.barren = event.holds, event.gives, event.borders, False
+            known.holds, known.superseeds, known.distance, known.nothing_wanted = (
+                event.holds,
+                event.superseeds,
+                event.distance,
+                False,
+            )
         else:
             usual = event.usual_bytes_per_s
-            known = self._peers[event.peer] = _Peer(event.holds, event.gives, event.borders, usual_bytes_per_s=usual)
+            known = self._peers[event.peer] = _Peer(
+                event.holds, event.superseeds, event.distance, usual_bytes_per_s=usual
+            )
         self._count(known, 1)
 
     def _count(self, peer: _Peer, sign: int) -> None:
@@ -354,7 +361,7 @@ class Download:
 
     def _counts_nearer(self, peer: _Peer) -> list[scheduler.Counts]:
         # What a seed holds is not to be had for the asking.
-        return [] if peer.gives else self._nearer[peer.borders + 1 :]
+        return [] if peer.superseeds else self._nearer[peer.distance + 1 :]
 
     def _learn(self, name: str, chunks: Iterable[int]) -> None:
         if peer := self._peers.get(name):
@@ -365,7 +372,7 @@ class Download:
                     for count in counts:
                         count[chunk] += 1
                     if self._free[chunk] or (not self._free_count and chunk not in self.held):
-                        peer.barren = False
+                        peer.nothing_wanted = False
 
     def _granted(self, number: int, chunks: tuple[int, ...]) -> None:
         if transfer := self._transfers.get(number):
@@ -437,9 +444,9 @@ class Download:
             number = next(self._transfer_ids)
             self._transfers[number] = _Transfer(ask.peer, set(ask.chunks), self._size(ask.chunks), self._now)
             self._peers[ask.peer].transfers.add(number)
-            actions.append(Ask(ask.peer, number, ask.chunks, ask.why, ask.count, ask.hungry, *due))
+            actions.append(Ask(ask.peer, number, ask.chunks, ask.why, ask.count, ask.starving, *due))
         for name in peers.keys() - {ask.peer for ask in asks}:
-            self._peers[name].barren = True
+            self._peers[name].nothing_wanted = True
         for ask in asks:
             self._request(ask.chunks)
         return actions
@@ -450,9 +457,9 @@ class Download:
         return {
             name: peer
             for name, peer in self._peers.items()
-            if not peer.barren
+            if not peer.nothing_wanted
             and peer.resting_until <= self._now
-            and len(peer.transfers) < (most_of_seeds if peer.gives else most)
+            and len(peer.transfers) < (most_of_seeds if peer.superseeds else most)
         }
 
     def _request(self, chunks: Iterable[int]) -> None:
@@ -474,17 +481,17 @@ class Download:
 
     def _look_again(self) -> None:
         for peer in self._peers.values():
-            peer.barren = False
+            peer.nothing_wanted = False
 
     def _size(self, chunks: Iterable[int]) -> int:
         return sum(self.manifest.chunks[chunk].size for chunk in chunks)
 
     def _view(self, askable: dict[str, _Peer]) -> scheduler.View:
-        others = [peer for peer in self._peers.values() if not peer.gives]
-        within: list[scheduler.Mask | None] = [None] * (BORDERS_MAX + 1)
+        others = [peer for peer in self._peers.values() if not peer.superseeds]
+        within: list[scheduler.Mask | None] = [None] * (DISTANCE_MAX + 1)
         if not self._starved:
-            for borders in {peer.borders for peer in askable.values()} - {0}:
-                within[borders] = self._imports[borders] & (self._nearer[borders] == 0)
+            for distance in {peer.distance for peer in askable.values()} - {0}:
+                within[distance] = self._imports[distance] & (self._nearer[distance] == 0)
         return scheduler.View(
             free=self._free,
             free_count=self._free_count,
@@ -499,19 +506,19 @@ class Download:
                     peer.holds.mask,
                     len(peer.transfers),
                     peer.rate_bytes_per_s or peer.usual_bytes_per_s,
-                    peer.gives,
-                    within[peer.borders],
+                    peer.superseeds,
+                    within[peer.distance],
                 )
                 for name, peer in askable.items()
             ],
             peers_total=len(self._peers),
-            hungry=scheduler.hungry(sum(1 for peer in others if peer.transfers), len(others)),
+            starving=scheduler.starving(sum(1 for peer in others if peer.transfers), len(others)),
         )
 
     @property
     def _is_alone(self) -> bool:
         """Whether nobody else of this host or rack is known to want, or to have, the same."""
-        return not self._has_mates and all(peer.borders for peer in self._peers.values())
+        return not self._has_mates and all(peer.distance for peer in self._peers.values())
 
     @property
     def _pace_bytes_per_s(self) -> int:
@@ -574,9 +581,9 @@ class Download:
         silent = dict.fromkeys(self._peers, "holds nothing that is missing")
         return tuple(f"{name}: {words}" for name, words in sorted({**silent, **self._last_words}.items()))
 
-    def borders(self, peer: str) -> int | None:
+    def distance(self, peer: str) -> int | None:
         """How many are on the way to a peer, as far as is known; None: it has not joined."""
-        return known.borders if (known := self._peers.get(peer)) else None
+        return known.distance if (known := self._peers.get(peer)) else None
 
     @property
     def rate_bytes_per_s(self) -> float:
@@ -599,9 +606,11 @@ class Download:
             "a finished machine asks for nothing": not (self.done and self._transfers),
             "rarity adds up": int(self._rarity.sum()) == sum(len(peer.holds) for peer in self._peers.values()),
             "what is nearer adds up": all(
-                int(self._nearer[borders].sum())
-                == sum(len(peer.holds) for peer in self._peers.values() if peer.borders < borders and not peer.gives)
-                for borders in range(BORDERS_MAX + 1)
+                int(self._nearer[distance].sum())
+                == sum(
+                    len(peer.holds) for peer in self._peers.values() if peer.distance < distance and not peer.superseeds
+                )
+                for distance in range(DISTANCE_MAX + 1)
             ),
         }
         if broken := [name for name, true in holds.items() if not true]:

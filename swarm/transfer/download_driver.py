@@ -54,7 +54,7 @@ class _Receiving:
     task: asyncio.Task[None] | None = None
 
 
-class Fetching:
+class DownloadDriver:
     """A fetch in progress. `tell` is called with newly verified chunks, not more often than others gain from it."""
 
     def __init__(
@@ -122,10 +122,10 @@ class Fetching:
         others = {name for node, name in self.names.items() if node != peer.node}
         self.names[peer.node] = f"{peer.name} ({peer.hello.address})" if peer.name in others else peer.name
 
-    def placed(self, node: str, borders: int) -> None:
+    def placed(self, node: str, distance: int) -> None:
         """So many borders are on the way to a peer."""
-        if self.machine.borders(node) not in (None, borders):
-            self.handle(download.PeerPlaced(node, borders))
+        if self.machine.distance(node) not in (None, distance):
+            self.handle(download.PeerPlaced(node, distance))
 
     def met(self, mates: download.Mates) -> None:
         """Who fetches the same nearby, now."""
@@ -238,7 +238,7 @@ class Fetching:
             session = await peer.session()
             if session.on_device:
                 await self._prepared()
-            due = ask.hungry, ask.sources, ask.pace_bytes_per_s
+            due = ask.starving, ask.sources, ask.pace_bytes_per_s
             peer.post(messages.Request(peer.scheme, self._manifest.digest, number, ask.chunks, ask.count, *due))
             chunks = await receiving.chunks
             size = sum(self._manifest.chunks[index].size for index in chunks)

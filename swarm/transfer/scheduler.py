@@ -51,7 +51,7 @@ class PeerView:
     holds: Mask
     outstanding: int
     rate_bytes_per_s: float
-    gives: bool = False
+    superseeds: bool = False
     within: Mask | None = None
 
 
@@ -72,7 +72,7 @@ class View:
     batch_chunks_max: int
     peers: Sequence[PeerView]
     peers_total: int
-    hungry: bool
+    starving: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ class Ask:
     why: str
     chunks: tuple[int, ...] = ()
     count: int = 0
-    hungry: bool = False
+    starving: bool = False
 
 
 def plan(view: View, rng: random.Random) -> list[Ask]:
@@ -106,8 +106,8 @@ def plan(view: View, rng: random.Random) -> list[Ask]:
                 copies[list(chunks)] += 1
             continue
         wanted = _batch_chunks(peer, view, free_count)
-        if peer.gives:
-            asks.append(Ask(peer.name, "its choice", count=wanted, hungry=view.hungry))
+        if peer.superseeds:
+            asks.append(Ask(peer.name, "its choice", count=wanted, starving=view.starving))
         elif chunks := _batch(free & _lends(peer), view.rarity, wanted, rng):
             asks.append(Ask(peer.name, "rarest", chunks))
             free[list(chunks)] = False
@@ -116,7 +116,7 @@ def plan(view: View, rng: random.Random) -> list[Ask]:
 
 
 def give(
-    wanted: Mask, *, given: Counts, held: Counts, territory: Mask, count: int, hungry: bool, rng: random.Random
+    wanted: Mask, *, given: Counts, held: Counts, territory: Mask, count: int, starving: bool, rng: random.Random
 ) -> tuple[int, ...]:
     """The chunks that a seed gives a newcomer that wants these: ascending; none when it had better wait.
 
@@ -127,15 +127,15 @@ def give(
     copies = np.maximum(given, held)
     if chunks := _batch(wanted & territory & (copies == 0), copies, count, rng):
         return chunks
-    return _batch(wanted, copies, 1, rng) if hungry else ()
+    return _batch(wanted, copies, 1, rng) if starving else ()
 
 
-def outstanding_max(gives: bool, peers: int) -> int:
+def outstanding_max(superseeds: bool, peers: int) -> int:
     """Batches that may be outstanding from one of so many peers."""
-    return BATCHES_OUTSTANDING if gives or peers <= FEW_PEERS else 1
+    return BATCHES_OUTSTANDING if superseeds or peers <= FEW_PEERS else 1
 
 
-def hungry(busy: int, peers: int) -> bool:
+def starving(busy: int, peers: int) -> bool:
     """Whether so many busy ones of so many peers, seeds apart, are too few to keep a link busy."""
     return 2 * busy < min(peers, STREAMS_WANTED) or not peers
 

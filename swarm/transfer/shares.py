@@ -24,8 +24,8 @@ from swarm.protocol.messages import Announcement, AnyMessage, Origin
 from swarm.protocol.packets import Holding
 from swarm.store import Source
 from swarm.transfer import download
-from swarm.transfer.download_driver import Fetching
-from swarm.transfer.superseed import Gifts
+from swarm.transfer.download_driver import DownloadDriver
+from swarm.transfer.superseed import Superseed
 
 ANNOUNCE_EVERY_S = 1.0  # progress for people to look at
 
@@ -38,8 +38,8 @@ class Share:
     source: Source
     held: Bitfield
     origin: Origin | None
-    fetching: Fetching | None = None
-    gifts: Gifts | None = None
+    fetching: DownloadDriver | None = None
+    superseed: Superseed | None = None
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # set once it is whole, or will never be
     users: int = 1
     spares: list[Source] = field(default_factory=list)  # further sources of the same content
@@ -57,27 +57,27 @@ class Share:
     def announcement(self) -> Announcement:
         """What peers are told."""
         m = self.manifest
-        gives = self.gifts is not None
-        return Announcement(self.model_id, m.digest, m.tier, m.size, len(self.held), self.held.length, gives)
+        superseeds = self.superseed is not None
+        return Announcement(self.model_id, m.digest, m.tier, m.size, len(self.held), self.held.length, superseeds)
 
     def holding(self) -> Holding:
         """What everybody else is told."""
         m = self.manifest
-        return Holding(self.model_id, m.digest, m.tier, len(self.held), self.held.length, self.gifts is not None)
+        return Holding(self.model_id, m.digest, m.tier, len(self.held), self.held.length, self.superseed is not None)
 
 
-class Sharing:
+class Shares:
     """Everything that a node shares. `announced` is called when that changes.
 
     `borders` says how many there are on the way to a node: see `download.PeerJoined`.
     """
 
     def __init__(
-        self, *, host: Host, rng: random.Random, announced: Callable[[], None], borders: Callable[[str], int]
+        self, *, host: Host, rng: random.Random, announced: Callable[[], None], distance: Callable[[str], int]
     ) -> None:
         self.shares: dict[str, Share] = {}  # by digest
         self._host = host
-        self._borders = borders
+        self._distance = distance
         self._rng = rng
         self._announced = announced
         self._announced_at = 0.0
@@ -92,7 +92,7 @@ class Sharing:
         if known and not known.settled.is_set():
             raise SettingsError("model_id", f"this node is fetching {model_id!r}; it serves it by itself as it arrives")
         share = Share(model_id, source, Bitfield.full(len(source.manifest.chunks)), origin)
-        share.gifts = Gifts(share.held.length, rng=self._rng)
+        share.superseed = Superseed(share.held.length, rng=self._rng)
         share.settled.set()
         self.add(share)
 
@@ -122,13 +122,13 @@ class Sharing:
             await share.settled.wait()
         return share
 
-    def fetchings(self) -> list[Fetching]:
+    def fetchings(self) -> list[DownloadDriver]:
         """All fetches that run."""
         return [share.fetching for share in self.shares.values() if share.fetching]
 
     def rank(self, digest: str) -> tuple[int, int]:
         """Which of how many seeds of an artifact this node is, as far as it is linked with them."""
-        others = [node for node, p in self._host.peers.items() if (a := p.artifacts.get(digest)) and a.gives]
+        others = [node for node, p in self._host.peers.items() if (a := p.artifacts.get(digest)) and a.superseeds]
         return sum(node < self._host.id for node in others), len(others) + 1
 
     # What others are told
@@ -181,8 +181,8 @@ class Sharing:
                 peer.wants.add(digest)
                 if share := self.shares.get(digest):
                     peer.post(messages.Holdings(digest, share.held.pack()))
-                    if share.gifts:
-                        share.gifts.joined(peer.node, _unpacked(peer, bits, share))
+                    if share.superseed:
+                        share.superseed.joined(peer.node, _unpacked(peer, bits, share))
             case messages.Grant(transfer, _, chunks):
                 for fetching in self.fetchings():
                     fetching.granted(peer, transfer, chunks)
@@ -192,10 +192,10 @@ class Sharing:
             case messages.Holdings(digest, bits):
                 if (share := self.shares.get(digest)) and share.fetching:
                     announced = peer.artifacts.get(digest)
-                    gives = announced is not None and announced.gives
+                    superseeds = announced is not None and announced.superseeds
                     holds = _unpacked(peer, bits, share)
                     joined = download.PeerJoined(
-                        peer.node, holds, gives, self._borders(peer.node), peer.usual_bytes_per_s
+                        peer.node, holds, superseeds, self._distance(peer.node), peer.usual_bytes_per_s
                     )
                     share.fetching.handle(joined)
             case messages.Have(digest, told):
@@ -208,8 +208,8 @@ class Sharing:
             if share.fetching and digest in peer.asked:
                 share.fetching.handle(download.PeerLeft(peer.node, why))
         for share in self.shares.values():
-            if share.gifts:
-                share.gifts.left(peer.node)
+            if share.superseed:
+                share.superseed.left(peer.node)
 
     def _hear_announce(self, peer: Peer, artifacts: tuple[Announcement, ...]) -> None:
         dropped = peer.artifacts.keys() - {announced.digest for announced in artifacts}
@@ -227,11 +227,11 @@ class Sharing:
         chunks = tuple(index for first, count in told for index in range(first, first + count))
         if share.fetching:
             share.fetching.handle(download.PeerHas(peer.node, chunks))
-        elif share.gifts:
-            share.gifts.has(peer.node, chunks)
+        elif share.superseed:
+            share.superseed.has(peer.node, chunks)
 
     def __repr__(self) -> str:
-        return f"<Sharing {len(self.shares)} artifacts, {len(self.fetchings())} arriving>"
+        return f"<Shares {len(self.shares)} artifacts, {len(self.fetchings())} arriving>"
 
 
 def _unpacked(peer: Peer, bits: bytes, share: Share) -> Bitfield:

@@ -28,7 +28,7 @@ class _Newcomer:
     starved: bool = False  # it was hungry when it asked last, and there was nothing left to give it
 
 
-class Gifts:
+class Superseed:
     """One artifact of `length` chunks, given away."""
 
     def __init__(self, length: int, *, rng: random.Random) -> None:
@@ -52,7 +52,7 @@ class Gifts:
                     newcomer.holds.add(chunk)
                     self._held[chunk] += 1
 
-    def choose(self, peer: str, count: int, *, hungry: bool, rank: int, seeds: int) -> tuple[int, ...]:
+    def choose(self, peer: str, count: int, *, starving: bool, rank: int, seeds: int) -> tuple[int, ...]:
         """The chunks to send to a newcomer now, at most `count`; none when it had better ask its peers.
 
         This seed is number `rank` of `seeds`; chunk c is the territory of seed c modulo `seeds`.
@@ -61,7 +61,9 @@ class Gifts:
         if newcomer is None:
             return ()
         wanted = ~(newcomer.holds.mask | newcomer.sent.mask)
-        if hungry and newcomer.starved and not wanted.any():  # once, and what it lacks may be on its way, or news of it
+        if (
+            starving and newcomer.starved and not wanted.any()
+        ):  # once, and what it lacks may be on its way, or news of it
             self.failed(peer, newcomer.sent)
             wanted = ~newcomer.holds.mask
         chunks = scheduler.give(
@@ -70,13 +72,13 @@ class Gifts:
             held=self._held,
             territory=self._territory(rank, seeds),
             count=count,
-            hungry=hungry,
+            starving=starving,
             rng=self._rng,
         )
         for chunk in chunks:
             newcomer.sent.add(chunk)
             self._given[chunk] += 1
-        newcomer.starved = not chunks and (hungry or newcomer.starved)
+        newcomer.starved = not chunks and (starving or newcomer.starved)
         return chunks
 
     def _territory(self, rank: int, seeds: int) -> scheduler.Mask:
@@ -109,4 +111,4 @@ class Gifts:
 
     def __repr__(self) -> str:
         once = int((np.maximum(self._given, self._held) > 0).sum())
-        return f"<Gifts {once}/{len(self._given)} given | {len(self._newcomers)} newcomers>"
+        return f"<Superseed {once}/{len(self._given)} given | {len(self._newcomers)} newcomers>"

@@ -1,4 +1,4 @@
-"""Serving: the upload machine, driven by real transfers.
+"""UploadDriver: the upload machine, driven by real transfers.
 
 Answers requests out of the artifacts a node shares, and withdraws one whose source turns out to have changed. Runs on
 the node's loop; only spans are advanced on other threads.
@@ -23,7 +23,7 @@ from swarm.protocol import messages
 from swarm.protocol.messages import RefusalReason
 from swarm.store import AnySpan, DeviceSource, Source
 from swarm.transfer import upload
-from swarm.transfer.superseed import Gifts
+from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload import Upload
 from swarm.transport import Transfer, Transport
 
@@ -43,7 +43,7 @@ class Servable(Protocol):
 
     source: Source
     held: Bitfield
-    gifts: Gifts | None  # for seeds, which choose what they send
+    superseed: Superseed | None  # for seeds, which choose what they send
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Sending:
     began_at: float
 
 
-class Serving:
+class UploadDriver:
     """Everything one node sends.
 
     `rank(digest)` says which of how many seeds this node is; `withdraw(digest, why)` is called when a source changed.
@@ -172,15 +172,15 @@ class Serving:
             self._refuse(peer, number, "source_changed", REFUSED_RETRY_S)
             self._withdraw(request.digest, str(error))
         finally:
-            if share.gifts and not sent:
-                share.gifts.failed(peer.node, indices)
+            if share.superseed and not sent:
+                share.superseed.failed(peer.node, indices)
         return sent
 
     def _choose(self, peer: Peer, share: Servable, request: messages.Request) -> tuple[int, ...]:
-        if share.gifts is None:
+        if share.superseed is None:
             return ()
         rank, seeds = self._rank(request.digest)
-        return share.gifts.choose(peer.node, request.count, hungry=request.hungry, rank=rank, seeds=seeds)
+        return share.superseed.choose(peer.node, request.count, starving=request.starving, rank=rank, seeds=seeds)
 
     def _sent(self, node: str, number: int, task: asyncio.Task[bool]) -> None:
         seconds = self._host.now() - self._sending.pop((node, number)).began_at
@@ -194,7 +194,7 @@ class Serving:
 def _answerable(share: Servable, request: messages.Request) -> bool:
     """Whether everything asked for is here. Who asks for a choice may not have heard yet that this is no seed now."""
     if request.count:
-        return share.gifts is not None
+        return share.superseed is not None
     return all(index < share.held.length and index in share.held for index in request.chunks)
 
 

@@ -31,8 +31,8 @@ from swarm.transport.byte_stream import Stream
 from swarm.transport.paired import (
     HOST_PIECE_BYTES_MAX,
     Done,
-    TwoSidedInbound,
-    TwoSidedOutbound,
+    PairedInbound,
+    PairedOutbound,
     make_lane,
     read_exactly,
     wait_for,
@@ -68,11 +68,11 @@ class NcclTransport(TcpTransport):
 
     async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
         lane = await self._pair(stream, ASKER, pool=self._askers)
-        return TwoSidedInbound(stream, lane, peer=peer, pool=self._askers)
+        return PairedInbound(stream, lane, peer=peer, pool=self._askers)
 
     async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
         lane = await self._pair(stream, HOLDER, pool=self._holders)
-        return TwoSidedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
+        return PairedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
     async def _pair(self, stream: Stream, rank: int, *, pool: ThreadPoolExecutor) -> NcclLane:
         return await make_lane(stream, functools.partial(NcclLane, stream, rank, device=cuda.home()), pool=pool)

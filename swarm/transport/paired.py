@@ -138,7 +138,7 @@ def write_all(stream: Stream, data: bytes) -> None:
             raise TimeoutError("the peer does not read") from None
 
 
-class TwoSidedInbound(TcpInbound):
+class PairedInbound(TcpInbound):
     """The asker's end."""
 
     def __init__(self, sock: Stream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor) -> None:
@@ -244,7 +244,7 @@ class _Frame:
     outcome: tuple[Exception | None] | None = None
 
 
-class TwoSidedOutbound(TcpOutbound):
+class PairedOutbound(TcpOutbound):
     """The holder's end. Its job goes on until nothing is under way."""
 
     def __init__(self, sock: Stream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:

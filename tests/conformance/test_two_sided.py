@@ -26,7 +26,7 @@ from swarm.store.tensors import IntoStore, TensorSource
 from swarm.transfer.verify import Landed, Landings
 from swarm.transport import Inbound, Outbound, paired
 from swarm.transport.byte_stream import PlainStream, Stream
-from swarm.transport.paired import TwoSidedInbound, TwoSidedOutbound
+from swarm.transport.paired import PairedInbound, PairedOutbound
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
@@ -159,11 +159,11 @@ class PutOffTransport(TcpTransport):
     make_lane: ClassVar[type[PutOff]] = PutOff
 
     async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
-        return TwoSidedInbound(stream, await self._lane(stream, ASKER), peer=peer, pool=self._askers)
+        return PairedInbound(stream, await self._lane(stream, ASKER), peer=peer, pool=self._askers)
 
     async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
         lane = await self._lane(stream, HOLDER)
-        return TwoSidedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
+        return PairedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
     async def _lane(self, stream: Stream, end: str) -> PutOff:
         pool = self._askers if end == ASKER else self._holders

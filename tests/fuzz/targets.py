@@ -26,7 +26,7 @@ from swarm.membership import config
 from swarm.membership.swim import Gossip, Heard
 from swarm.protocol import messages, packets
 from swarm.protocol.messages import Announcement, Offer, Origin
-from swarm.protocol.packets import Ack, Claim, Holding, News, Ping, PingRequest, Profile, Record, State, Sync
+from swarm.protocol.packets import Ack, Holding, Ping, PingRequest, Profile, Record, State, Status, Sync, SyncReply
 from swarm.security.datagram_seal import Opener, Sealer, SealKey
 from swarm.settings import join_address, split_address
 from swarm.store import View, cuda
@@ -98,12 +98,12 @@ def _packets() -> list[bytes]:
     return [
         packets.encode(packet)
         for packet in (
-            Ping(1, ANN, ME, (ann, Claim(BEN, 1, State.SUSPECT, 2))),
+            Ping(1, ANN, ME, (ann, Status(BEN, 1, State.SUSPECT, 2))),
             PingRequest(1, ANN, BEN, ()),
-            Ack(1, ANN, (Claim(ME, 1, State.DEAD, 2),)),
+            Ack(1, ANN, (Status(ME, 1, State.DEAD, 2),)),
             packets.Gossip(ANN, (ann, own)),
-            Sync(1, ann, ME, BEN, (Claim(BEN, 1, State.ALIVE, 2),)),
-            News(1, ANN, (ann,), (ME, BEN), BEN),
+            Sync(1, ann, ME, BEN, (Status(BEN, 1, State.ALIVE, 2),)),
+            SyncReply(1, ANN, (ann,), (ME, BEN), BEN),
         )
     ]
 
@@ -338,7 +338,7 @@ def _pieces() -> list[bytes]:
 
 def feed_pieces(data: bytes) -> bool:
     """As `feed_frames`, where bytes come over a lane."""
-    return _runner.run(_receive(data, functools.partial(paired.TwoSidedInbound, lane=_Lane()), *map(_room, WANTED)))
+    return _runner.run(_receive(data, functools.partial(paired.PairedInbound, lane=_Lane()), *map(_room, WANTED)))
 
 
 class _Lane:

@@ -42,7 +42,7 @@ TOKEN = "0123456789abcdef" * 2
 class LyingPeer:
     """`with LyingPeer(manifest, source) as liar:` serves at `liar.address`."""
 
-    gives = True
+    superseeds = True
 
     def __init__(self, manifest: Manifest, source: Source | None = None) -> None:
         self.manifest = manifest
@@ -77,7 +77,7 @@ class LyingPeer:
     def hello(self) -> messages.Hello:
         chunks = len(self.manifest.chunks)
         announced = messages.Announcement(
-            MODEL, self.digest, "checkpoint", self.manifest.size, chunks, chunks, self.gives
+            MODEL, self.digest, "checkpoint", self.manifest.size, chunks, chunks, self.superseeds
         )
         offers = (messages.Offer("tcp", self.address),)
         node = hashlib.sha256(self.address.encode()).hexdigest()[:16]

@@ -217,7 +217,7 @@ def test_replayed_datagrams(target: Target) -> None:
     sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
     ghost = secrets.token_hex(8)
     record = Record(ghost, 0, State.ALIVE, 0, "ghost", "127.0.0.1:9", Profile())
-    gone = packets.Claim(ghost, 1, State.LEFT, 0)
+    gone = packets.Status(ghost, 1, State.LEFT, 0)
     said = [sealer.seal(packets.encode(packets.Gossip(ghost, (each,))), time.time()) for each in (record, gone)]
     unsaid = sealer.seal(packets.encode(packets.Gossip(ghost, (record,))), time.time())
     forged = unsaid[:-1] + bytes([unsaid[-1] ^ 1])

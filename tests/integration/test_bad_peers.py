@@ -348,7 +348,7 @@ class GrantsBeyondTheEnd(Silent):
 
 
 class GrantsOthers(Silent):
-    gives = False
+    superseeds = False
 
     def granted(self, request: messages.Request) -> tuple[int, ...]:
         return tuple((index + 1) % len(self.manifest.chunks) for index in request.chunks)

@@ -30,7 +30,7 @@ from swarm.errors import LocalProtocolError, SwarmError
 from swarm.journal import Announced, Entry, Joined, Left
 from swarm.membership.swim import Changed, Gossip
 from swarm.node.node import Fetched, Node
-from swarm.peers.connections import Membership
+from swarm.peers.connections import Connections
 from swarm.store import Source
 from swarm.transfer import download, upload
 from swarm.transfer.download import Download
@@ -47,7 +47,7 @@ SPREAD_S = 0.01  # newcomers of one burst do not ask in the same instant
 CHANGES: dict[type, tuple[type, ...]] = {
     Download: get_args(download.Event),
     Upload: get_args(upload.Action),
-    Membership: (Joined, Left, Announced, Changed),
+    Connections: (Joined, Left, Announced, Changed),
     Gossip: (Changed,),
 }
 
@@ -183,11 +183,11 @@ class Cluster:
         """Adds a node that neither serves nor fetches; those with one `machine` run on one host."""
         setup, rate = self.setup, self.setup.chunk_bytes / self.setup.chunk_s
         known = [other for other in self.members if other != name][: 1 if setup.known == "one" else None]
-        world = self.fabric.add(
+        environment = self.fabric.add(
             name, up_bytes_per_s=rate, down_bytes_per_s=rate, delay_s=setup.delay_s / 2, known=known
         )
         node = Node(
-            world,
+            environment,
             name=name,
             upload_slots=setup.upload_slots,
             idle_timeout_s=setup.idle_timeout_s,

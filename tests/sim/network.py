@@ -1,4 +1,4 @@
-"""The simulated network: hosts with rates and delays, links between them, faults; and the `World` of a node on a host.
+"""The simulated network: hosts with rates and delays, links between them, faults, and a host's `Environment`.
 
     control:  send -> encoded -> delay of both hosts -> decoded -> receive    in order, counted in bytes, free of charge
     datagram: send -> lost by lot, or delay of both hosts -> heard            counted in bytes, free of charge
@@ -71,7 +71,7 @@ class Fabric:
         self._rng = rng or random.Random(0)  # dice that can be thrown again
         self.hub = InprocHub("simulation")
         self.slices = _Slices(slice_bytes)
-        self._worlds: dict[str, SimulatedWorld] = {}
+        self._worlds: dict[str, SimulatedEnvironment] = {}
         self._planes: dict[str, Host] = {}  # by transport address
         self._ends: dict[MemoryLink, None] = {}  # of all links that are not broken
         self._arrivals: dict[tuple[str, str], float] = {}  # last slice of each pair
@@ -79,11 +79,11 @@ class Fabric:
 
     def add(
         self, name: str, *, up_bytes_per_s: float, down_bytes_per_s: float, delay_s: float, known: Iterable[str]
-    ) -> SimulatedWorld:
+    ) -> SimulatedEnvironment:
         """A new host, and the world that a node on it sees; `known` are addresses given to it by hand."""
         host = self.hosts[name] = Host(name, up_bytes_per_s, down_bytes_per_s, delay_s)
-        world = self._worlds[name] = SimulatedWorld(self, host, tuple(known))
-        return world
+        environment = self._worlds[name] = SimulatedEnvironment(self, host, tuple(known))
+        return environment
 
     def kill(self, name: str, *, silent: bool) -> None:
         """Ends a host: its links break now, or, if it falls silent, once their heartbeats are missed."""
@@ -149,13 +149,13 @@ class Fabric:
             await asyncio.sleep(DIAL_TIMEOUT_S)
             raise PeerTimeout(address, f"no answer within {DIAL_TIMEOUT_S:g} s")
         await asyncio.sleep(2 * DIAL_ROUND_TRIPS * self.distance_s(host, target))
-        world = self._worlds[address]
-        if target.dead or not world.listening:
+        environment = self._worlds[address]
+        if target.dead or not environment.listening:
             raise PeerUnreachable(address, "connection refused")
         near, far = MemoryLink(self, host, target), MemoryLink(self, target, host)
         near.twin, far.twin = far, near
         self._ends |= {near: None, far: None}
-        world.accept(far)
+        environment.accept(far)
         return near
 
     def carry(self, host: Host, address: str, datagram: bytes) -> None:
@@ -298,8 +298,8 @@ class MemoryLink:
             self._arrived.set()
 
 
-class SimulatedWorld:
-    """What one node is put into: see `World`."""
+class SimulatedEnvironment:
+    """What one node is put into: see `Environment`."""
 
     def __init__(self, fabric: Fabric, host: Host, known: tuple[str, ...]) -> None:
         self.transports: Sequence[Transport] = ()
@@ -314,7 +314,7 @@ class SimulatedWorld:
     async def open(
         self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
     ) -> str:
-        """See World. The address is the host's name."""
+        """See Environment. The address is the host's name."""
         transport = InprocTransport(self._fabric.hub, line=self._fabric.line, pace=self._fabric.slices)
         self._fabric.plug(transport.address, self._host)
         self.transports = [transport]
@@ -332,15 +332,15 @@ class SimulatedWorld:
             task.add_done_callback(lambda done: self._incoming.pop(done, None))
 
     async def dial(self, address: str) -> Link:
-        """See World."""
+        """See Environment."""
         return await self._fabric.dial(self._host, address)
 
     def send(self, address: str, datagram: bytes) -> None:
-        """See World."""
+        """See Environment."""
         self._fabric.carry(self._host, address, datagram)
 
     def drain(self) -> None:
-        """See World. Nothing waits here."""
+        """See Environment. Nothing waits here."""
 
     def hear(self, source: str, datagram: bytes) -> None:
         """A datagram arrives."""
@@ -348,7 +348,7 @@ class SimulatedWorld:
             self._hear(source, datagram)
 
     async def close(self) -> None:
-        """See World."""
+        """See Environment."""
         self.listening = False
         tasks = list(self._incoming)
         for task in tasks:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swarm.errors import LocalProtocolError
-from swarm.membership.config import Tuning
+from swarm.membership.config import SwimConfig
 from swarm.membership.swim import Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
 from swarm.protocol import packets
 from swarm.protocol.packets import Profile, Record, State
@@ -48,14 +48,14 @@ class Host:
     tick_at: float = field(default=float("inf"))
 
 
-class Flock:
+class SwimGroup:
     """The network. `delay_s` is the shortest and longest way of a datagram, `loss` the share that vanishes."""
 
     def __init__(
         self,
         *,
         seed: int,
-        tuning: Tuning,
+        tuning: SwimConfig,
         delay_s: tuple[float, float] = (0.0005, 0.002),
         loss: float = 0.0,
         checked: bool = True,

@@ -7,15 +7,15 @@ import pytest
 from swarm.membership import config
 from swarm.protocol.packets import Holding, Profile, State
 
-from .swim_group import Flock
+from .swim_group import SwimGroup
 
 T = config.lan()
 LIMIT_S = 120.0
 
 
-def flock(members: int, *, seed: int = 1, loss: float = 0.0, checked: bool = True) -> Flock:
+def flock(members: int, *, seed: int = 1, loss: float = 0.0, checked: bool = True) -> SwimGroup:
     """Members `m0`, `m1`, ... that joined through m0 at once and agree."""
-    found = Flock(seed=seed, tuning=T, loss=loss, checked=checked)
+    found = SwimGroup(seed=seed, tuning=T, loss=loss, checked=checked)
     found.add("m0")
     for number in range(1, members):
         found.add(f"m{number}", contacts=("m0",))
@@ -23,7 +23,7 @@ def flock(members: int, *, seed: int = 1, loss: float = 0.0, checked: bool = Tru
     return found
 
 
-def seen(found: Flock, *states: State) -> list[tuple[str, str]]:
+def seen(found: SwimGroup, *states: State) -> list[tuple[str, str]]:
     """Who saw whom in one of these states."""
     return [(seen.by, seen.whom) for seen in found.seen if seen.state in states]
 
@@ -41,7 +41,7 @@ def test_does_a_newcomer_know_all_of_32_at_once_through_any_member() -> None:
 
 @pytest.mark.parametrize("loss", [0.0, 0.1, 0.3])
 def test_does_a_burst_come_to_agree(loss: float) -> None:
-    found = Flock(seed=3, tuning=T, loss=loss)
+    found = SwimGroup(seed=3, tuning=T, loss=loss)
     for number in range(24):
         found.add(f"m{number}", contacts=("m0",) if number else ())
     found.until(lambda: all(found.knows(name) == 23 for name in found.hosts), limit_s=LIMIT_S)

@@ -55,7 +55,7 @@ def test_do_all_know_all_through_one_member_and_link_with_few() -> None:
     async def scenario(cluster: Cluster) -> None:
         await crowd(cluster, CROWD)
         await cluster.until(all_know(cluster, CROWD), timeout_s=LONG_S)
-        dialled = [len(member.node._linking.machine._by_itself()) for member in cluster.members.values()]
+        dialled = [len(member.node._connections.machine._by_itself()) for member in cluster.members.values()]
         assert max(dialled) <= selection.LINKS_MOST
 
     played(scenario)
@@ -112,7 +112,7 @@ def test_is_a_killed_member_dropped_and_forgotten(silent: bool) -> None:
         await cluster.until(lambda: all(gone not in node.peers for node in living))
         assert all_know(cluster, 5)()
         await asyncio.sleep(lan().dead_memory_s + 60.0)
-        assert all(node._gathering.machine and node._gathering.machine.member(gone) is None for node in living)
+        assert all(node._swim.machine and node._swim.machine.member(gone) is None for node in living)
 
     played(scenario)
 
@@ -194,7 +194,7 @@ def test_does_a_clock_that_jumps_blame_nobody(skew_s: float, monkeypatch: pytest
                 )
             )
         loop = asyncio.get_running_loop()
-        monkeypatch.setattr(members[0].node._gathering, "_clock", lambda: loop.time() + skew_s)
+        monkeypatch.setattr(members[0].node._swim, "_clock", lambda: loop.time() + skew_s)
         await asyncio.sleep(60.0)
         assert not blamed
 

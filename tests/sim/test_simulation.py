@@ -17,7 +17,7 @@ from swarm.transfer.download import Download
 from . import clock, cluster, network
 from .cluster import Cluster, Setup
 from .content import BytesStore, Content, Liar
-from .network import Fabric, MemoryLink, SimulatedWorld
+from .network import Fabric, MemoryLink, SimulatedEnvironment
 
 
 def play(main: Coroutine[Any, Any, None], *, limit_s: float = 100.0) -> None:
@@ -96,20 +96,20 @@ class Net:
     def __init__(self, *names: str) -> None:
         self.fabric = Fabric(slice_bytes=100)
         self.names = names
-        self.worlds: dict[str, SimulatedWorld] = {}
+        self.worlds: dict[str, SimulatedEnvironment] = {}
         self.incoming: list[Link] = []
         self.heard: list[tuple[str, bytes]] = []
 
     async def __aenter__(self) -> Net:
         for name in self.names:
-            world = self.fabric.add(name, up_bytes_per_s=1000.0, down_bytes_per_s=1000.0, delay_s=0.05, known=())
-            self.worlds[name] = world
-            await world.open(name, self._accept, lambda address, lasting: None, self._heard)
+            environment = self.fabric.add(name, up_bytes_per_s=1000.0, down_bytes_per_s=1000.0, delay_s=0.05, known=())
+            self.worlds[name] = environment
+            await environment.open(name, self._accept, lambda address, lasting: None, self._heard)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for world in self.worlds.values():
-            await world.close()
+        for environment in self.worlds.values():
+            await environment.close()
 
     async def _accept(self, link: Link) -> None:
         self.incoming.append(link)

@@ -310,7 +310,7 @@ def test_does_a_failure_after_the_fetch_stop_serving(there: Settings, monkeypatc
 
 async def _users(name: str) -> list[int]:
     found = [shared.node for shared in runtime()._nodes.values() if shared.node.name == name]
-    return [share.users for node in found for share in node._sharing.shares.values()]
+    return [share.users for node in found for share in node._shares.shares.values()]
 
 
 def test_does_the_callers_deadline_hold_while_nobody_is_found(here: Settings) -> None:
@@ -320,7 +320,7 @@ def test_does_the_callers_deadline_hold_while_nobody_is_found(here: Settings) ->
 
 
 def test_does_the_callers_deadline_hold_while_nothing_arrives(there: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarm.transfer.upload_driver.Serving.requested", lambda *_: None)
+    monkeypatch.setattr("swarm.transfer.upload_driver.UploadDriver.requested", lambda *_: None)
     with pytest.raises(FetchTimeout, match=r"0% complete after the 0\.2 s allowed") as caught:
         swarm.fetch(MODEL, timeout_s=0.2, settings=there)
     assert (caught.value.timeout_s, caught.value.fraction) == (0.2, 0.0)
@@ -330,7 +330,7 @@ def test_does_the_callers_deadline_hold_while_nothing_arrives(there: Settings, m
 def test_does_a_fetch_that_gets_nothing_stall(
     here: Settings, served: swarm.Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarm.transfer.upload_driver.Serving.requested", lambda *_: None)
+    monkeypatch.setattr("swarm.transfer.upload_driver.UploadDriver.requested", lambda *_: None)
     there = Settings(mdns=False, cache=here.cache, peers=(served.address,), stall_timeout_s=0.2)
     with pytest.raises(Stalled, match="run the same fetch again"):
         swarm.fetch(MODEL, settings=there)

@@ -18,7 +18,7 @@ import pytest
 
 from swarm import __version__
 from swarm.errors import SettingsError
-from swarm.net.environment import HostWorld
+from swarm.net.environment import HostEnvironment
 from swarm.node.node import Node
 from swarm.runtime import Runtime, new_node, runtime
 from swarm.settings import Settings
@@ -93,9 +93,9 @@ def test_does_a_node_that_cannot_open_leave_nothing_behind(tmp_path: Path) -> No
 
 def test_does_giving_up_while_a_node_opens_close_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed, stopped = list[bool](), list[bool]()
-    real_close = HostWorld.close
+    real_close = HostEnvironment.close
 
-    async def close(self: HostWorld) -> None:
+    async def close(self: HostEnvironment) -> None:
         closed.append(True)
         await real_close(self)
 
@@ -105,7 +105,7 @@ def test_does_giving_up_while_a_node_opens_close_it(tmp_path: Path, monkeypatch:
         finally:
             stopped.append(True)
 
-    monkeypatch.setattr(HostWorld, "close", close)
+    monkeypatch.setattr(HostEnvironment, "close", close)
     monkeypatch.setattr(Node, "open", never)
 
     async def scenario() -> None:

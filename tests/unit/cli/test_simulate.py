@@ -225,10 +225,10 @@ def test_what_is_in_a_trace(tmp_path: Path) -> None:
 
 
 def test_what_is_a_line_of_a_trace() -> None:
-    joined = download.PeerJoined("seed-0", Bitfield.full(9), gives=True)
+    joined = download.PeerJoined("seed-0", Bitfield.full(9), superseeds=True)
     mates = download.Mates(frozenset({"b", "a"}), frozenset())
     common = {"at_s": 1.5, "node": "newcomer-0"}
-    place = {"gives": True, "borders": 0, "usual_bytes_per_s": 0.0}
+    place = {"superseeds": True, "distance": 0, "usual_bytes_per_s": 0.0}
     assert [json.loads(trace_line(1.5, "newcomer-0", what)) for what in (joined, mates)] == [
         {**common, "what": "download.PeerJoined", "peer": "seed-0", "holds": 9, **place},
         {**common, "what": "download.Mates", "on_host": ["a", "b"], "in_rack": []},

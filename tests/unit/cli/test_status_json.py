@@ -14,8 +14,8 @@ from rich.console import Console
 from swarm.cli import status_table, status_watch
 from swarm.cli.status_json import SCHEMA, Json, healthy, seen
 from swarm.dashboard.collector import Told
-from swarm.dashboard.member_report import Flow, Known, Own, OwnFetch, Rejected
-from swarm.dashboard.swarm_view import Viewer
+from swarm.dashboard.member_report import FetchSummary, Flow, Known, Own, Rejected
+from swarm.dashboard.swarm_view import SwarmView
 from swarm.errors import PeerUnreachable
 from swarm.node import status_client
 
@@ -46,14 +46,14 @@ def fetching(*, quiet_s: float = 0.0) -> Own:
     """Tells of a fetch that A feeds, and that the liar spoilt."""
     return Own(
         ME, "h", "", (Known(A, "ann", "127.0.0.1:2"),), (Flow(DIGEST, "down", A, 70, 7_000_000),),
-        (OwnFetch("org/m", DIGEST, 1000, 250, 7_000_000, 7_000_000, 5.0, 9.0, 2, True, None, quiet_s),), (),
+        (FetchSummary("org/m", DIGEST, 1000, 250, 7_000_000, 7_000_000, 5.0, 9.0, 2, True, None, quiet_s),), (),
         (Rejected(DIGEST, LIAR, 3, True, "3 wrong chunks in a row"),), "1",
     )  # fmt: skip
 
 
 def swarm(known: Json, own: Own | None = None, **told: Own) -> Json:
     own = own or Own(ME, "h", "", (), (), (), (), (), known["node"]["version"])
-    return seen(known, Viewer().view(known, own, {each.node: Told(each) for each in told.values()}, 0.0))
+    return seen(known, SwarmView().view(known, own, {each.node: Told(each) for each in told.values()}, 0.0))
 
 
 def codes(known: Json, own: Own | None = None, **told: Own) -> list[str]:

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from swarm.dashboard.collector import ASK_PER_S, LOOK_EVERY_S, Collector
-from swarm.dashboard.member_report import OWN_BYTES_MAX, PATH, Own, OwnFetch
+from swarm.dashboard.member_report import OWN_BYTES_MAX, PATH, FetchSummary, Own
 from swarm.errors import PeerUnreachable, RemoteProtocolError
 from swarm.protocol.packets import Profile, Record, State
 
@@ -19,7 +19,7 @@ def member(number: int) -> Record:
 
 
 def answer(number: int, *, running: bool = False) -> bytes:
-    fetch = OwnFetch("m", "d" * 64, 9, 1, 1, 1, None, 1.0, 1, running, None)
+    fetch = FetchSummary("m", "d" * 64, 9, 1, 1, 1, None, 1.0, 1, running, None)
     return msgspec.json.encode(Own(f"{number:016x}", "", "", (), (), (fetch,), (), ()))
 
 

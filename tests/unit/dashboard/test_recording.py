@@ -14,7 +14,7 @@ from swarm.cli.main import main
 from swarm.content.bitfield import Bitfield
 from swarm.dashboard import replay_server
 from swarm.dashboard.recording import Recording
-from swarm.dashboard.replay_server import Screening
+from swarm.dashboard.replay_server import ReplayServer
 from swarm.errors import StoreError
 from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Opened, Received, Sent
 from swarm.membership.swim import Changed
@@ -100,7 +100,7 @@ def written(path: Path) -> Path:
 def test_are_the_events_those_of_the_dashboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay_server, "UPDATE_EVERY_S", 0.001)
     monkeypatch.setattr(replay_server, "ALIVE_EVERY_S", 0.001)
-    shown = Screening(written(tmp_path / "trace"))
+    shown = ReplayServer(written(tmp_path / "trace"))
 
     async def look(*where: str) -> list[tuple[str, Any]]:
         seen: list[tuple[str, Any]] = []
@@ -128,5 +128,5 @@ def test_is_what_is_no_trace_named(tmp_path: Path) -> None:
     (tmp_path / "no").write_text('{"event": "Opened", "at_s": 1.0, "subject": "node"}\n')
     for path, why in ((tmp_path / "no", "no trace"), (tmp_path / "none", "cannot be read")):
         with pytest.raises(StoreError, match=why):
-            Screening(path)
+            ReplayServer(path)
     assert main(["replay", str(tmp_path / "none"), "--web"]) != 0

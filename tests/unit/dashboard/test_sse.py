@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from swarm.dashboard import sse
-from swarm.dashboard.sse import Feed
+from swarm.dashboard.sse import EventStream
 
 
 class Source:
@@ -34,13 +34,13 @@ class Source:
             self.asking = False
 
 
-def run(scenario: Callable[[Feed, Source], Awaitable[None]], monkeypatch: pytest.MonkeyPatch) -> None:
+def run(scenario: Callable[[EventStream, Source], Awaitable[None]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sse, "UPDATE_EVERY_S", 0.001)
     source = Source()
 
     async def within_deadline() -> None:
         async with asyncio.timeout(10):
-            await scenario(Feed(source.view, source.background), source)
+            await scenario(EventStream(source.view, source.background), source)
 
     asyncio.run(within_deadline())
 
@@ -54,7 +54,7 @@ def parsed(events: bytes) -> list[tuple[str, Any]]:
 
 
 def test_comes_the_view_whole_and_then_what_changed(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(feed_: Feed, source: Source) -> None:
+    async def scenario(feed_: EventStream, source: Source) -> None:
         events = feed_.watch()
         assert parsed(await anext(events)) == [("snapshot", {"value": 1})]
         assert parsed(await anext(events))[0] == ("patch", {"value": 2})
@@ -64,7 +64,7 @@ def test_comes_the_view_whole_and_then_what_changed(monkeypatch: pytest.MonkeyPa
 
 
 def test_costs_it_nothing_while_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(feed_: Feed, source: Source) -> None:
+    async def scenario(feed_: EventStream, source: Source) -> None:
         assert source.made == 0
         events = feed_.watch()
         await anext(events)
@@ -81,7 +81,7 @@ def test_costs_it_nothing_while_nobody_watches(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_gets_a_slow_browser_the_view_whole_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def scenario(feed_: Feed, source: Source) -> None:
+    async def scenario(feed_: EventStream, source: Source) -> None:
         slow, quick = feed_.watch(), feed_.watch()
         await anext(slow)
         await anext(quick)

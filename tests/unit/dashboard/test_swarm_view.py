@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from swarm.content.bitfield import Bitfield
 from swarm.dashboard.collector import Told
-from swarm.dashboard.member_report import Flow, Held, Known, Own, OwnFetch, Rejected, cells, decode
-from swarm.dashboard.swarm_view import GONE_SHOWN_S, Json, Viewer, patch
+from swarm.dashboard.member_report import FetchSummary, Flow, Held, Known, Own, Rejected, cells, decode
+from swarm.dashboard.swarm_view import GONE_SHOWN_S, Json, SwarmView, patch
 
 DIGEST = "d" * 64
 ME, A, B, C, LIAR = ("1" * 16, "a" * 16, "b" * 16, "c" * 16, "f" * 16)
@@ -35,12 +35,12 @@ def report(*members: tuple[str, str, str | None]) -> dict[str, Any]:
     }
 
 
-def fetch(rate: int, *, error: str | None = None, running: bool = True, seconds: float = 9.0) -> OwnFetch:
-    return OwnFetch("m", DIGEST, 1000, 500, rate, 50, 5.0, seconds, 2, running, error)
+def fetch(rate: int, *, error: str | None = None, running: bool = True, seconds: float = 9.0) -> FetchSummary:
+    return FetchSummary("m", DIGEST, 1000, 500, rate, 50, 5.0, seconds, 2, running, error)
 
 
-def view(known: dict[str, Any], *heard: Own, now: float = 0.0, viewer: Viewer | None = None) -> Json:
-    return (viewer or Viewer()).view(known, told(ME), {own.node: Told(own) for own in heard}, now)
+def view(known: dict[str, Any], *heard: Own, now: float = 0.0, viewer: SwarmView | None = None) -> Json:
+    return (viewer or SwarmView()).view(known, told(ME), {own.node: Told(own) for own in heard}, now)
 
 
 ALL = report((ME, "alive", "self"), (A, "alive", "tcp"), (B, "alive", None), (C, "alive", None))
@@ -119,14 +119,14 @@ def test_does_what_the_dead_said_count_no_more() -> None:
 
 
 def test_are_the_dead_shown_for_a_while() -> None:
-    viewer, dead = Viewer(), report((ME, "alive", "self"), (A, "dead", None))
+    viewer, dead = SwarmView(), report((ME, "alive", "self"), (A, "dead", None))
     assert A in view(dead, now=10, viewer=viewer)["members"]
     assert A in view(dead, now=10 + GONE_SHOWN_S, viewer=viewer)["members"]
     assert A not in view(dead, now=11 + GONE_SHOWN_S, viewer=viewer)["members"]
 
 
 def test_is_nobody_at_an_address_silent() -> None:
-    seen = Viewer().view(ALL, told(ME), {B: Told(failure="refused", silent=True)}, 0)
+    seen = SwarmView().view(ALL, told(ME), {B: Told(failure="refused", silent=True)}, 0)
     assert seen["members"][B]["state"] == "silent"
 
 

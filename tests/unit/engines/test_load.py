@@ -144,7 +144,7 @@ def test_does_what_cannot_be_served_keep_nothing_else_from_being_served(
         a.serving.result(30)
     assert a._node is not None
     served = {"what was compiled"} if compiled else set()
-    for one in a._node._sharing.announcements():
+    for one in a._node._shares.announcements():
         served |= {"loaded tensors"} if is_loaded(one.model_id, MODEL) else set()
         served |= {"metadata"} if one.model_id == metadata_id(MODEL) else set()
         served |= {"the checkpoint"} if one.model_id == MODEL else set()
@@ -166,7 +166,7 @@ def test_is_nothing_served_by_the_name_of_files_that_changed_while_they_were_loa
         assert a.serving is not None
         with pytest.raises(StoreConflict, match="other files than were loaded"):
             a.serving.result(30)
-    assert a._node is None or not a._node._sharing.announcements()
+    assert a._node is None or not a._node._shares.announcements()
     assert "loaded tensors are not served: it is not known which checkpoint they are of" in caplog.text
 
 

@@ -14,10 +14,22 @@ from hypothesis import strategies as st
 
 from swarm.errors import LocalProtocolError
 from swarm.membership import config, swim
-from swarm.membership.member_table import Roster, Spread, Walk, refute
+from swarm.membership.member_table import MemberTable, Spread, Walk, refute
 from swarm.membership.swim import Action, Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
 from swarm.protocol import packets
-from swarm.protocol.packets import Ack, Claim, Holding, News, Packet, Ping, PingRequest, Profile, Record, State, Sync
+from swarm.protocol.packets import (
+    Ack,
+    Holding,
+    Packet,
+    Ping,
+    PingRequest,
+    Profile,
+    Record,
+    State,
+    Status,
+    Sync,
+    SyncReply,
+)
 
 ME, ANN, BEN, CAT = ("0" * 15 + digit for digit in "1234")
 T = config.lan()
@@ -187,17 +199,17 @@ def test_who_gets_no_acks_grows_patient_with_others() -> None:
 
 def test_a_suspect_is_asked_again_before_it_is_declared_dead() -> None:
     me = Member(ANN, BEN, CAT)
-    me.hear(Claim(BEN, 4, State.SUSPECT, 0))
+    me.hear(Status(BEN, 4, State.SUSPECT, 0))
     pings = [p for _, p in sent(me.wait(2 * T.probe_interval_s), Ping) if isinstance(p, Ping) and p.target == BEN]
     assert len(pings) == 2
-    assert all(Claim(BEN, 4, State.SUSPECT, 0) in ping.rumours for ping in pings)
+    assert all(Status(BEN, 4, State.SUSPECT, 0) in ping.rumours for ping in pings)
 
 
 def test_an_ack_says_how_its_sender_is_even_when_nothing_is_new() -> None:
     me = Member(incarnation=5)
     [(_, ack)] = sent(me.get(Ping(1, ANN, ME, ())), Ack)
     assert isinstance(ack, Ack)
-    assert ack.rumours == (Claim(ME, 5, State.ALIVE, 0),)
+    assert ack.rumours == (Status(ME, 5, State.ALIVE, 0),)
 
 
 # Suspicion and refutation
@@ -205,11 +217,11 @@ def test_an_ack_says_how_its_sender_is_even_when_nothing_is_new() -> None:
 
 def test_a_suspect_refutes_with_its_next_incarnation() -> None:
     me = Member(ANN)
-    me.hear(Claim(ANN, 0, State.SUSPECT, 0))
+    me.hear(Status(ANN, 0, State.SUSPECT, 0))
     assert me.state_of(ANN) is State.SUSPECT
-    me.hear(Claim(ANN, 0, State.ALIVE, 0))
+    me.hear(Status(ANN, 0, State.ALIVE, 0))
     assert me.state_of(ANN) is State.SUSPECT
-    me.hear(Claim(ANN, 1, State.ALIVE, 0))
+    me.hear(Status(ANN, 1, State.ALIVE, 0))
     me.wait(0.9)
     assert me.state_of(ANN) is State.ALIVE
 
@@ -217,37 +229,37 @@ def test_a_suspect_refutes_with_its_next_incarnation() -> None:
 @pytest.mark.parametrize("state", [State.SUSPECT, State.DEAD, State.LEFT])
 def test_this_node_refutes_at_once_and_tells_so_in_the_ack(state: State) -> None:
     me = Member(ANN, incarnation=3)
-    [(_, ack)] = sent(me.get(Ping(1, ANN, ME, (Claim(ME, 3, state, 0),))), Ack)
+    [(_, ack)] = sent(me.get(Ping(1, ANN, ME, (Status(ME, 3, state, 0),))), Ack)
     assert isinstance(ack, Ack)
-    assert Claim(ME, 4, State.ALIVE, 0) in ack.rumours
+    assert Status(ME, 4, State.ALIVE, 0) in ack.rumours
 
 
 def test_an_old_accusation_is_not_worth_an_answer() -> None:
     me = Member(ANN, incarnation=3)
-    me.hear(Claim(ME, 2, State.DEAD, 0))
+    me.hear(Status(ME, 2, State.DEAD, 0))
     assert me.machine.own.incarnation == 3
 
 
 def test_a_suspect_hears_of_it_in_every_ping() -> None:
     me = Member(ANN)
-    me.hear(Claim(ANN, 0, State.SUSPECT, 0))
+    me.hear(Status(ANN, 0, State.SUSPECT, 0))
     for _ in range(3):
         [(_, ping)] = sent(me.wait(T.probe_interval_s), Ping)
         assert isinstance(ping, Ping)
-        assert Claim(ANN, 0, State.SUSPECT, 0) in ping.rumours
+        assert Status(ANN, 0, State.SUSPECT, 0) in ping.rumours
         me.get(Ack(ping.sequence, ANN, ()))
 
 
 def test_a_late_rumour_does_not_revive_the_dead() -> None:
     me = Member(ANN, BEN)
-    me.hear(Claim(BEN, 0, State.DEAD, 0))
+    me.hear(Status(BEN, 0, State.DEAD, 0))
     assert changes(me.hear(record(BEN, version=1))) == [(BEN, State.DEAD)]  # news of it, and it stays dead
     assert [member.node for member in me.machine.members()] == [ANN]
 
 
 def test_the_dead_are_forgotten_in_the_end() -> None:
     me = Member(ANN)
-    me.hear(Claim(ANN, 0, State.DEAD, 0))
+    me.hear(Status(ANN, 0, State.DEAD, 0))
     me.wait(T.dead_memory_s - 10)
     assert me.state_of(ANN) is State.DEAD
     me.wait(20.0)
@@ -256,32 +268,32 @@ def test_the_dead_are_forgotten_in_the_end() -> None:
 
 def test_a_tombstone_is_not_taken_from_others() -> None:
     me = Member(ANN)
-    me.hear(record(BEN, state=State.DEAD), Claim(CAT, 0, State.DEAD, 0))
+    me.hear(record(BEN, state=State.DEAD), Status(CAT, 0, State.DEAD, 0))
     assert me.state_of(BEN) is None
     assert me.state_of(CAT) is None
 
 
 def test_a_comparison_makes_a_suspect_of_whom_others_think_dead() -> None:
     me = Member(ANN, BEN)
-    me.get(Sync(1, record(ANN), packets.ID_FIRST, packets.ID_LAST, (Claim(BEN, 0, State.DEAD, 0),)))
+    me.get(Sync(1, record(ANN), packets.ID_FIRST, packets.ID_LAST, (Status(BEN, 0, State.DEAD, 0),)))
     assert me.state_of(BEN) is State.SUSPECT
     me = Member(ANN, BEN)
-    me.get(News(1, ANN, (record(BEN, state=State.DEAD),), (), None))
+    me.get(SyncReply(1, ANN, (record(BEN, state=State.DEAD),), (), None))
     assert me.state_of(BEN) is State.SUSPECT
 
 
 def test_who_left_is_told_of_and_never_suspected() -> None:
     me = Member(ANN, BEN)
-    actions = me.hear(Claim(BEN, 0, State.LEFT, 0))
+    actions = me.hear(Status(BEN, 0, State.LEFT, 0))
     assert changes(actions) == [(BEN, State.LEFT)]
-    assert Claim(BEN, 0, State.LEFT, 0) in told(actions + me.wait(1.0), BEN)
+    assert Status(BEN, 0, State.LEFT, 0) in told(actions + me.wait(1.0), BEN)
 
 
 def test_leaving_says_goodbye_and_then_nothing() -> None:
     me = Member(ANN, BEN)
     goodbyes = sent(me.do(Leave()), packets.Gossip)
     assert sorted(address for address, _ in goodbyes) == ["at-2", "at-3"]
-    assert all(Claim(ME, 0, State.LEFT, 0) in p.rumours for _, p in goodbyes if isinstance(p, packets.Gossip))
+    assert all(Status(ME, 0, State.LEFT, 0) in p.rumours for _, p in goodbyes if isinstance(p, packets.Gossip))
     assert me.get(Ping(1, ANN, ME, ())) == []
     assert me.machine.wait_s(me.now) == math.inf
 
@@ -291,15 +303,17 @@ def test_leaving_says_goodbye_and_then_nothing() -> None:
 
 def test_a_process_that_comes_back_under_its_id_overrules_what_it_said_before() -> None:
     me = Member()
-    me.get(News(1, ANN, (record(ME, incarnation=5, version=17, address="old"),), (), None))
+    me.get(SyncReply(1, ANN, (record(ME, incarnation=5, version=17, address="old"),), (), None))
     own = me.machine.own
     assert (own.incarnation, own.version, own.address) == (6, 18, "at-1")
 
 
 def test_who_comes_back_with_the_same_numbers_is_told_of_the_contradiction() -> None:
     me = Member(BEN)
-    news = sent(me.get(Sync(1, record(BEN, address="new"), packets.ID_FIRST, packets.ID_LAST, ()), source="new"), News)
-    assert record(BEN) in [r for _, packet in news if isinstance(packet, News) for r in packet.records]
+    news = sent(
+        me.get(Sync(1, record(BEN, address="new"), packets.ID_FIRST, packets.ID_LAST, ()), source="new"), SyncReply
+    )
+    assert record(BEN) in [r for _, packet in news if isinstance(packet, SyncReply) for r in packet.records]
     own = refute(record(BEN, address="new"), record(BEN))
     assert own
     assert (own.incarnation, own.version, own.address) == (1, 1, "new")
@@ -325,7 +339,7 @@ def test_two_nodes_on_one_host_are_two() -> None:
 @pytest.mark.parametrize("leap_s", [3600.0, -3600.0, 86_400.0 * 365])
 def test_a_leap_of_the_clock_blames_nobody(leap_s: float) -> None:
     me = Member(ANN, BEN, CAT)
-    me.hear(Claim(BEN, 0, State.SUSPECT, 0))
+    me.hear(Status(BEN, 0, State.SUSPECT, 0))
     me.wait(T.probe_interval_s)
     me.now += leap_s
     actions = me.do(Tick())
@@ -348,14 +362,14 @@ def test_time_goes_on_after_the_clock_went_back() -> None:
 def test_news_is_told_a_bounded_number_of_times() -> None:
     me = Member(ANN, BEN, CAT)
     me.wait(2.0)
-    actions = me.hear(Claim(BEN, 3, State.ALIVE, 0))
-    times = [r for r in told(actions + me.wait(30.0), BEN) if r == Claim(BEN, 3, State.ALIVE, 0)]
+    actions = me.hear(Status(BEN, 3, State.ALIVE, 0))
+    times = [r for r in told(actions + me.wait(30.0), BEN) if r == Status(BEN, 3, State.ALIVE, 0)]
     assert len(times) == T.retransmits(4)
 
 
 def test_spread_prefers_what_was_sent_least_and_then_the_newest() -> None:
     spread = Spread()
-    old, new = Claim(ANN, 1, State.ALIVE, 0), Claim(BEN, 1, State.ALIVE, 0)
+    old, new = Status(ANN, 1, State.ALIVE, 0), Status(BEN, 1, State.ALIVE, 0)
     room = packets.size(old)
     spread.put(old)
     spread.put(new)
@@ -366,8 +380,8 @@ def test_spread_prefers_what_was_sent_least_and_then_the_newest() -> None:
 def test_spread_replaces_older_news_of_a_member() -> None:
     spread = Spread()
     for incarnation in range(5):
-        spread.put(Claim(ANN, incarnation, State.ALIVE, 0))
-    assert spread.take(1000, times=1) == [Claim(ANN, 4, State.ALIVE, 0)]
+        spread.put(Status(ANN, incarnation, State.ALIVE, 0))
+    assert spread.take(1000, times=1) == [Status(ANN, 4, State.ALIVE, 0)]
     assert not spread
 
 
@@ -412,7 +426,7 @@ def test_a_newcomer_learns_of_everyone_from_one_member() -> None:
         to, packet = inbox.pop(0)
         source, other = ("at-1", me) if to is ann else ("at-2", ann)
         back = [a.packet for a in to.get(packet, source=source) if isinstance(a, Send) and a.address == source]
-        inbox += [(other, answer) for answer in back if isinstance(answer, Sync | News)]
+        inbox += [(other, answer) for answer in back if isinstance(answer, Sync | SyncReply)]
         bursts.append(len(back))
     assert {member.node for member in me.machine.members()} == {ANN, *many}
     assert ann.state_of(ME) is State.ALIVE
@@ -422,19 +436,19 @@ def test_a_newcomer_learns_of_everyone_from_one_member() -> None:
 def test_a_comparison_brings_both_to_the_later_view() -> None:
     me = Member(ANN, BEN, CAT)
     me.hear(record(BEN, version=2))
-    theirs = (Claim(BEN, 0, State.ALIVE, 1), Claim(CAT, 0, State.ALIVE, 7), Claim("9" * 16, 0, State.ALIVE, 0))
-    news = [p for _, p in sent(me.get(Sync(1, record(ANN), packets.ID_FIRST, packets.ID_LAST, theirs)), News)]
-    records = [r for packet in news if isinstance(packet, News) for r in packet.records]
+    theirs = (Status(BEN, 0, State.ALIVE, 1), Status(CAT, 0, State.ALIVE, 7), Status("9" * 16, 0, State.ALIVE, 0))
+    news = [p for _, p in sent(me.get(Sync(1, record(ANN), packets.ID_FIRST, packets.ID_LAST, theirs)), SyncReply)]
+    records = [r for packet in news if isinstance(packet, SyncReply) for r in packet.records]
     assert {r.node for r in records} == {ME, BEN}
-    assert [packet.wants for packet in news if isinstance(packet, News) and packet.wants] == [(CAT, "9" * 16)]
-    assert [packet.until for packet in news if isinstance(packet, News)][-1] == packets.ID_LAST
+    assert [packet.wants for packet in news if isinstance(packet, SyncReply) and packet.wants] == [(CAT, "9" * 16)]
+    assert [packet.until for packet in news if isinstance(packet, SyncReply)][-1] == packets.ID_LAST
 
 
 def test_wants_are_answered() -> None:
     me = Member(ANN, BEN)
     [(address, packet)] = [
         (a, p)
-        for a, p in sent(me.get(News(1, ANN, (), (BEN, ME, "9" * 16), None), source="x"), packets.Gossip)
+        for a, p in sent(me.get(SyncReply(1, ANN, (), (BEN, ME, "9" * 16), None), source="x"), packets.Gossip)
         if a == "x"
     ]
     assert isinstance(packet, packets.Gossip)
@@ -455,11 +469,11 @@ def test_a_walk_ignores_answers_that_lead_nowhere() -> None:
 
 def test_the_lost_are_asked_so_that_a_partition_can_heal() -> None:
     me = Member(ANN, BEN)
-    me.hear(Claim(BEN, 0, State.DEAD, 0))
+    me.hear(Status(BEN, 0, State.DEAD, 0))
     asked = {address for address, _ in sent(me.wait(3 * T.sync_interval_s), Sync)}
     assert "at-3" in asked
     me = Member(ANN, BEN)
-    me.hear(Claim(BEN, 0, State.LEFT, 0))
+    me.hear(Status(BEN, 0, State.LEFT, 0))
     assert "at-3" not in {address for address, _ in sent(me.wait(3 * T.sync_interval_s), Sync)}
 
 
@@ -470,7 +484,7 @@ RUMOURS = st.builds(
     lambda node, incarnation, state, version, full: (
         record(node, incarnation=incarnation, state=state, version=version, profile=Profile(omitted=version))
         if full
-        else Claim(node, incarnation, state, version)
+        else Status(node, incarnation, state, version)
     ),
     st.sampled_from([ANN, BEN]),
     st.integers(0, 3),
@@ -483,7 +497,7 @@ RUMOURS = st.builds(
 @given(st.lists(RUMOURS, max_size=6), st.randoms(use_true_random=False))
 def test_the_order_of_rumours_does_not_matter(heard: list[packets.Rumour], dice: random.Random) -> None:
     def view(order: list[packets.Rumour]) -> list[Record]:
-        roster = Roster(rng=random.Random(0))
+        roster = MemberTable(rng=random.Random(0))
         for rumour in [record(ANN), record(BEN), *order]:
             roster.merge(rumour)
             roster.check()
@@ -510,7 +524,7 @@ def test_what_is_no_event_raises() -> None:
 
 def test_says_repr_how_things_are() -> None:
     me = Member(ANN, BEN, CAT)
-    me.hear(Claim(CAT, 0, State.DEAD, 0), Claim(BEN, 0, State.SUSPECT, 0))
+    me.hear(Status(CAT, 0, State.DEAD, 0), Status(BEN, 0, State.SUSPECT, 0))
     me.wait(0.0)
     assert repr(me.machine).startswith("<Gossip me alive 0 | 2 members | 1 suspect | 1 dead | ")
 

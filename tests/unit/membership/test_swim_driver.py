@@ -13,7 +13,7 @@ from sim import clock
 from sim.network import Fabric
 
 from swarm.membership import config, swim_driver
-from swarm.membership.swim_driver import Gathering
+from swarm.membership.swim_driver import SwimDriver
 from swarm.protocol import packets
 from swarm.protocol.packets import Gossip, Holding, Profile, Record, State, Sync
 
@@ -36,8 +36,8 @@ class Members:
 
     async def add(
         self, name: str, *contacts: str, profile: Profile | None = None, node: str | None = None
-    ) -> Gathering:
-        world = self.fabric.add(name, up_bytes_per_s=1e6, down_bytes_per_s=1e6, delay_s=0.001, known=())
+    ) -> SwimDriver:
+        environment = self.fabric.add(name, up_bytes_per_s=1e6, down_bytes_per_s=1e6, delay_s=0.001, known=())
         self.skew_s[name] = 0.0
         loop = asyncio.get_running_loop()
 
@@ -46,10 +46,12 @@ class Members:
             self._happened.set()
 
         dice = random.Random(name)
-        one = Gathering(world, tuning=T, rng=dice, clock=lambda: loop.time() + self.skew_s[name], changed=changed)
+        one = SwimDriver(
+            environment, tuning=T, rng=dice, clock=lambda: loop.time() + self.skew_s[name], changed=changed
+        )
         for contact in contacts:
             one.found(contact)
-        await world.open("0" * 16, self._accept, lambda address, lasting: None, one.hear)
+        await environment.open("0" * 16, self._accept, lambda address, lasting: None, one.hear)
         one.open(node or f"{dice.getrandbits(64):016x}", name, name, profile or Profile())
         return one
 
@@ -141,7 +143,7 @@ def test_are_datagrams_read_before_time_is_told() -> None:
     async def main() -> None:
         order: list[str] = []
 
-        class World:
+        class Environment:
             def send(self, address: str, datagram: bytes) -> None:
                 order.append(type(packets.decode(datagram)).__name__)
 
@@ -149,7 +151,7 @@ def test_are_datagrams_read_before_time_is_told() -> None:
                 order.append("drain")
 
         loop = asyncio.get_running_loop()
-        one = Gathering(World(), tuning=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
+        one = SwimDriver(Environment(), tuning=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
         assert not one.joining
         one.found("two")
         assert not one.joining, "nobody was asked yet"
@@ -187,13 +189,13 @@ def test_are_contacts_bounded_before_there_is_an_address(monkeypatch: pytest.Mon
     async def main() -> None:
         asked: list[str] = []
 
-        class World:
+        class Environment:
             def send(self, address: str, datagram: bytes) -> None:
                 assert isinstance(packets.decode(datagram), Sync)
                 asked.append(address)
 
         loop = asyncio.get_running_loop()
-        one = Gathering(World(), tuning=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
+        one = SwimDriver(Environment(), tuning=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
         for number in range(5):
             one.found(f"m{number}")
         one.open("a" * 16, "one", "one", Profile())

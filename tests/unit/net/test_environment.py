@@ -14,7 +14,7 @@ import pytest
 
 from swarm.errors import PeerUnreachable, SettingsError
 from swarm.net import discovery, environment
-from swarm.net.environment import HostWorld, machine_label, new_id
+from swarm.net.environment import HostEnvironment, machine_label, new_id
 from swarm.net.udp import Datagrams
 from swarm.net.websocket import Link
 from swarm.protocol.messages import Bye
@@ -49,8 +49,8 @@ async def hang_up(link: Link) -> None:
 
 def test_are_links_and_pages_on_one_port() -> None:
     async def scenario() -> None:
-        here = HostWorld(Settings(mdns=False), {"/page": lambda: [1]})
-        there = HostWorld(Settings(mdns=False))
+        here = HostEnvironment(Settings(mdns=False), {"/page": lambda: [1]})
+        there = HostEnvironment(Settings(mdns=False))
         try:
             address = await here.open(NODE, hang_up, ignore, unheard)
             await there.open(NODE, hang_up, ignore, unheard)
@@ -98,7 +98,7 @@ def test_which_transports_are_there(
     cluster_key.create(tmp_path / "key")
 
     async def scenario() -> None:
-        worlds = [HostWorld(Settings(mdns=False, **given)) for _ in range(2)]
+        worlds = [HostEnvironment(Settings(mdns=False, **given)) for _ in range(2)]
         try:
             for here in worlds:
                 await here.open(NODE, hang_up, ignore, unheard)
@@ -123,7 +123,7 @@ def test_does_a_member_say_what_it_sends_in_the_open(
 
     async def scenario() -> None:
         settings = Settings(mdns=False, key_file=tmp_path / "key", data_encryption="none", transports=transports)
-        here = HostWorld(settings)
+        here = HostEnvironment(settings)
         await here.open(NODE, hang_up, ignore, unheard)
         await here.close()
 
@@ -138,7 +138,7 @@ def test_does_a_member_say_what_it_sends_in_the_open(
 )
 def test_are_others_told_the_address_that_is_advertised(given: str, told: str) -> None:
     async def scenario() -> None:
-        here = HostWorld(Settings(mdns=False, advertise=given, upload_limit=1e6))
+        here = HostEnvironment(Settings(mdns=False, advertise=given, upload_limit=1e6))
         address = await here.open(NODE, hang_up, ignore, unheard)
         assert here._listener is not None
         assert address == told.format(port=here._listener.address[1])
@@ -150,7 +150,7 @@ def test_are_others_told_the_address_that_is_advertised(given: str, told: str) -
 
 def test_is_nobody_beyond_loopback_dialled() -> None:
     async def scenario() -> None:
-        here = HostWorld(Settings(mdns=False))
+        here = HostEnvironment(Settings(mdns=False))
         await here.open(NODE, hang_up, ignore, unheard)
         for address in ("192.0.2.1:7000", "example.org:7000", "[2001:db8::1]:7000"):
             with pytest.raises(SettingsError, match="--insecure"):
@@ -162,9 +162,9 @@ def test_is_nobody_beyond_loopback_dialled() -> None:
 
 def test_is_a_taken_port_an_error_that_leaves_nothing_behind() -> None:
     async def scenario() -> None:
-        here = HostWorld(Settings(mdns=False))
+        here = HostEnvironment(Settings(mdns=False))
         address = await here.open(NODE, hang_up, ignore, unheard)
-        there = HostWorld(Settings(mdns=False, listen=address))
+        there = HostEnvironment(Settings(mdns=False, listen=address))
         with pytest.raises(SettingsError, match="in use"):
             await there.open(NODE, hang_up, ignore, unheard)
         await there.close()
@@ -177,7 +177,7 @@ def test_is_a_taken_port_an_error_that_leaves_nothing_behind() -> None:
 
 def test_is_a_wrong_peer_told_before_anything_is_opened() -> None:
     with pytest.raises(SettingsError, match="not HOST:PORT"):
-        HostWorld(Settings(mdns=False, peers=("nowhere",)))
+        HostEnvironment(Settings(mdns=False, peers=("nowhere",)))
 
 
 def test_does_a_name_that_is_unknown_today_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_does_a_name_that_is_unknown_today_stop_nothing(monkeypatch: pytest.Monk
 
     async def scenario() -> None:
         found: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
-        here = HostWorld(Settings(mdns=False, peers=("later.example:1", "127.0.0.9:1")))
+        here = HostEnvironment(Settings(mdns=False, peers=("later.example:1", "127.0.0.9:1")))
         try:
             await here.open(NODE, hang_up, lambda address, lasting: found.put_nowait((address, lasting)), unheard)
             assert await found.get() == ("127.0.0.9:1", True)
@@ -222,7 +222,7 @@ def test_are_ids_fresh() -> None:
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
 def test_do_datagrams_go_to_the_address_that_links_go_to(listen: str) -> None:
     async def scenario() -> None:
-        here, there = (HostWorld(Settings(mdns=False, listen=listen)) for _ in range(2))
+        here, there = (HostEnvironment(Settings(mdns=False, listen=listen)) for _ in range(2))
         here.send("127.0.0.1:1", b"not open yet")
         heard: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         try:
@@ -253,7 +253,7 @@ def test_is_a_port_whose_twin_is_taken_not_chosen(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(environment, "Datagrams", Twin)
 
     async def scenario() -> None:
-        here = HostWorld(Settings(mdns=False))
+        here = HostEnvironment(Settings(mdns=False))
         address = await here.open(NODE, hang_up, ignore, unheard)
         assert len(taken) == 2
         assert split_address("peer", address)[1] not in taken
@@ -267,7 +267,7 @@ def test_is_a_wanted_port_whose_twin_is_taken_an_error() -> None:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as twin:
             twin.bind(("127.0.0.1", 0))
             port = twin.getsockname()[1]
-            here = HostWorld(Settings(mdns=False, listen=f"127.0.0.1:{port}"))
+            here = HostEnvironment(Settings(mdns=False, listen=f"127.0.0.1:{port}"))
             with pytest.raises(SettingsError, match=f"UDP port {port} on 127.0.0.1 cannot be had"):
                 await here.open(NODE, hang_up, ignore, unheard)
             await here.close()

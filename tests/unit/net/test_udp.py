@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from swarm.net import udp
-from swarm.net.udp import Datagrams, Postcard, Seal
+from swarm.net.udp import Datagrams, NoSeal, Seal
 from swarm.security.datagram_seal import SealKey
 
 DEADLINE_S = 10.0
@@ -29,11 +29,11 @@ class End:
     """One socket and what it heard."""
 
     def __init__(
-        self, host: str = "127.0.0.1", *, loopback_only: bool = True, envelope: udp.Envelope | None = None
+        self, host: str = "127.0.0.1", *, loopback_only: bool = True, envelope: udp.Codec | None = None
     ) -> None:
         self.heard: list[tuple[str, bytes]] = []
         self.arrived = asyncio.Event()
-        self.socket = Datagrams(host, 0, self._hear, envelope=envelope or Postcard(), loopback_only=loopback_only)
+        self.socket = Datagrams(host, 0, self._hear, envelope=envelope or NoSeal(), loopback_only=loopback_only)
         self.address = "{}:{}".format(*self.socket._sock.getsockname())
 
     def _hear(self, source: str, datagram: bytes) -> None:
@@ -166,7 +166,7 @@ def test_is_a_taken_port_an_error() -> None:
         one = End()
         port = int(one.address.rpartition(":")[2])
         with pytest.raises(OSError, match="in use"):
-            Datagrams("127.0.0.1", port, lambda source, datagram: None, envelope=Postcard(), loopback_only=True)
+            Datagrams("127.0.0.1", port, lambda source, datagram: None, envelope=NoSeal(), loopback_only=True)
         one.socket.close()
 
     run(scenario)

@@ -72,7 +72,7 @@ class Street(dict[str, "QueueWorld"]):
 
 
 class QueueWorld:
-    """A world of queues: see `World`."""
+    """A world of queues: see `Environment`."""
 
     transports: Sequence[Transport] = ()
 
@@ -270,7 +270,7 @@ def test_is_a_manifest_that_is_not_the_announced_one_asked_elsewhere() -> None:
             for node in (liar, seed):
                 node.serve(MODEL, source := Zeros())
             other = Zeros(8).manifest
-            liar.inquiries._lookup = lambda digest: (other, None)  # answers with another manifest's bytes
+            liar.manifest_requests._lookup = lambda digest: (other, None)  # answers with another manifest's bytes
             await until(lambda: len(newcomer.holders_of(source.manifest.digest)) == 2)
             assert (await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S))[0] == source.manifest
 
@@ -284,7 +284,7 @@ def test_is_every_failure_told_once(answer: str) -> None:
         async with street.node("liar") as liar, street.node("newcomer", knows=["liar"]) as newcomer:
             liar.serve(MODEL, Zeros(4))
             other = Zeros(8).manifest
-            liar.inquiries._lookup = lambda digest: (other, None) if answer == "another manifest" else None
+            liar.manifest_requests._lookup = lambda digest: (other, None) if answer == "another manifest" else None
             with pytest.raises(ManifestNotFound) as caught:
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.5)
             (tried,) = caught.value.tried
@@ -304,7 +304,7 @@ def test_does_a_peer_that_leaves_midway_leave_the_others(monkeypatch: pytest.Mon
                 asked.set()
                 await asyncio.Event().wait()
 
-            monkeypatch.setattr(silent.inquiries, "answer", never)
+            monkeypatch.setattr(silent.manifest_requests, "answer", never)
             silent.serve(MODEL, source := Zeros())
             finding = asyncio.create_task(resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S))
             await asked.wait()
@@ -323,7 +323,7 @@ def test_does_a_peer_that_never_answers_end_in_time(monkeypatch: pytest.MonkeyPa
     async def scenario() -> None:
         street = Street()
         async with street.node("silent") as silent, street.node("newcomer", knows=["silent"]) as newcomer:
-            monkeypatch.setattr(silent.inquiries, "answer", never)
+            monkeypatch.setattr(silent.manifest_requests, "answer", never)
             silent.serve(MODEL, Zeros())
             with pytest.raises(ManifestNotFound, match="did not send its manifest"):
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.1)

@@ -6,15 +6,15 @@ from typing import Any
 
 from swarm.journal import FetchEnded, FetchStarted, Journal, Received
 from swarm.observe import fetch_history
-from swarm.observe.fetch_history import Histories
+from swarm.observe.fetch_history import FetchHistories
 from swarm.transfer.download import Ban, ChunkCorrupt
 
 DIGEST = "d" * 64
 SEED, MATE, LIAR = "a" * 16, "b" * 16, "c" * 16
 
 
-def histories_of(*entries: tuple[float, Any]) -> Histories:
-    journal, histories = Journal(), Histories()
+def histories_of(*entries: tuple[float, Any]) -> FetchHistories:
+    journal, histories = Journal(), FetchHistories()
     histories.follow(journal)
     for at_s, what in entries:
         subject = DIGEST[:12] if isinstance(what, Ban | ChunkCorrupt) else "node"

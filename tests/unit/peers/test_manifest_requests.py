@@ -9,7 +9,7 @@ import pytest
 
 from swarm.content.manifest import FileEntry, HashScheme, Manifest
 from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
-from swarm.peers.manifest_requests import Answer, Inquiries, Question
+from swarm.peers.manifest_requests import Answer, ManifestRequests, Question
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import (
@@ -70,9 +70,9 @@ def large_manifest() -> Manifest:
     return Manifest(1, "checkpoint", "", HashScheme(), 4, (FileEntry("a", 0, header, ()),))
 
 
-async def asked(inquiries: Inquiries, peer: Peer) -> asyncio.Task[bytes]:
+async def asked(manifest_requests: ManifestRequests, peer: Peer) -> asyncio.Task[bytes]:
     """A question that is on its way."""
-    task = asyncio.create_task(inquiries.manifest(peer, DIGEST, timeout_s=DEADLINE_S))
+    task = asyncio.create_task(manifest_requests.manifest(peer, DIGEST, timeout_s=DEADLINE_S))
     await asyncio.sleep(0)
     return task
 
@@ -80,7 +80,7 @@ async def asked(inquiries: Inquiries, peer: Peer) -> asyncio.Task[bytes]:
 def test_does_a_manifest_in_parts_arrive_whole() -> None:
     async def scenario() -> None:
         manifest = large_manifest()
-        holder, asker = Inquiries(lambda digest: (manifest, None)), Inquiries(nothing)
+        holder, asker = ManifestRequests(lambda digest: (manifest, None)), ManifestRequests(nothing)
         us, them = FakePeer(), FakePeer()
         waiting = asyncio.create_task(asker.manifest(them, manifest.digest, timeout_s=DEADLINE_S))
         await asyncio.sleep(0)
@@ -97,18 +97,18 @@ def test_does_a_manifest_in_parts_arrive_whole() -> None:
 
 def test_do_two_who_ask_the_same_share_one_answer() -> None:
     async def scenario() -> None:
-        peer, inquiries = FakePeer(), Inquiries(nothing)
-        first, second = await asked(inquiries, peer), await asked(inquiries, peer)
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
+        first, second = await asked(manifest_requests, peer), await asked(manifest_requests, peer)
         assert peer.posted == [ManifestRequest(DIGEST)]
-        inquiries.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
+        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
-        inquiries.hear(peer, ManifestPart(DIGEST, 2, 1, b"b"))
+        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 1, b"b"))
         assert await second == b"ab"
-        origins = [asyncio.create_task(inquiries.origin(peer, DIGEST, timeout_s=DEADLINE_S)) for _ in range(2)]
+        origins = [asyncio.create_task(manifest_requests.origin(peer, DIGEST, timeout_s=DEADLINE_S)) for _ in range(2)]
         await asyncio.sleep(0)
         assert peer.posted[1:] == [OriginRequest(DIGEST)]
-        inquiries.hear(peer, OriginReply(DIGEST, ORIGIN))
+        manifest_requests.hear(peer, OriginReply(DIGEST, ORIGIN))
         assert await asyncio.gather(*origins) == [ORIGIN, ORIGIN]
 
     run(scenario)
@@ -116,11 +116,11 @@ def test_do_two_who_ask_the_same_share_one_answer() -> None:
 
 def test_is_a_peer_asked_whose_link_was_replaced_a_moment_ago() -> None:
     async def scenario() -> None:
-        peer, inquiries = FakePeer(), Inquiries(nothing)
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
         peer.why_gone = "another link is open"
         with pytest.raises(PeerError, match="another link is open"):
-            await inquiries.manifest(peer, DIGEST, timeout_s=DEADLINE_S)
-        assert await inquiries.origin(peer, DIGEST, timeout_s=DEADLINE_S) is None
+            await manifest_requests.manifest(peer, DIGEST, timeout_s=DEADLINE_S)
+        assert await manifest_requests.origin(peer, DIGEST, timeout_s=DEADLINE_S) is None
         assert not peer.posted
 
     run(scenario)
@@ -128,10 +128,10 @@ def test_is_a_peer_asked_whose_link_was_replaced_a_moment_ago() -> None:
 
 def test_is_an_answered_question_asked_again() -> None:
     async def scenario() -> None:
-        peer, inquiries = FakePeer(), Inquiries(nothing)
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
         for data in (b"a", b"b"):
-            waiting = await asked(inquiries, peer)
-            inquiries.hear(peer, ManifestPart(DIGEST, 1, 0, data))
+            waiting = await asked(manifest_requests, peer)
+            manifest_requests.hear(peer, ManifestPart(DIGEST, 1, 0, data))
             assert await waiting == data
         assert len(peer.posted) == 2
 
@@ -151,13 +151,13 @@ def test_is_an_answered_question_asked_again() -> None:
 )
 def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[Answer]) -> None:
     async def scenario() -> None:
-        peer, inquiries = FakePeer(), Inquiries(nothing)
-        waiting = await asked(inquiries, peer)
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
+        waiting = await asked(manifest_requests, peer)
         *fine, wrong = parts
         for part in fine:
-            inquiries.hear(peer, part)
+            manifest_requests.hear(peer, part)
         with pytest.raises(RemoteProtocolError, match="do not fit together"):
-            inquiries.hear(peer, wrong)
+            manifest_requests.hear(peer, wrong)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 
@@ -166,16 +166,16 @@ def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[Answer]) -> None:
 
 def test_are_answers_nobody_asked_for_ignored() -> None:
     async def scenario() -> None:
-        inquiries = Inquiries(nothing)
-        inquiries.hear(FakePeer(), ManifestPart(DIGEST, 4, 3, b"ab"))
-        inquiries.hear(FakePeer(), OriginReply(DIGEST, ORIGIN))
+        manifest_requests = ManifestRequests(nothing)
+        manifest_requests.hear(FakePeer(), ManifestPart(DIGEST, 4, 3, b"ab"))
+        manifest_requests.hear(FakePeer(), OriginReply(DIGEST, ORIGIN))
 
     run(scenario)
 
 
 def test_does_a_peer_without_the_manifest_end_the_question() -> None:
     async def scenario() -> None:
-        holder, asker, us, them = Inquiries(nothing), Inquiries(nothing), FakePeer(), FakePeer()
+        holder, asker, us, them = ManifestRequests(nothing), ManifestRequests(nothing), FakePeer(), FakePeer()
         await holder.answer(us, ManifestRequest(DIGEST))
         assert us.posted == [ManifestPart(DIGEST, 0, 0, b"")]
         waiting = await asked(asker, them)
@@ -188,14 +188,14 @@ def test_does_a_peer_without_the_manifest_end_the_question() -> None:
 
 def test_does_a_peer_that_leaves_end_its_questions_only() -> None:
     async def scenario() -> None:
-        peer, inquiries = FakePeer(), Inquiries(nothing)
-        waiting = await asked(inquiries, peer)
-        origin = asyncio.create_task(inquiries.origin(peer, DIGEST, timeout_s=DEADLINE_S))
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
+        waiting = await asked(manifest_requests, peer)
+        origin = asyncio.create_task(manifest_requests.origin(peer, DIGEST, timeout_s=DEADLINE_S))
         await asyncio.sleep(0)
-        inquiries.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
-        inquiries.left("f" * 16, "somebody else")
+        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
+        manifest_requests.left("f" * 16, "somebody else")
         assert not waiting.done()
-        inquiries.left(peer.node, "was killed")
+        manifest_requests.left(peer.node, "was killed")
         with pytest.raises(PeerError, match="them: was killed"):
             await waiting
         assert await origin is None
@@ -205,10 +205,10 @@ def test_does_a_peer_that_leaves_end_its_questions_only() -> None:
 
 def test_does_a_silent_peer_end_in_time() -> None:
     async def scenario() -> None:
-        peer, inquiries = FakePeer(), Inquiries(nothing)
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
         with pytest.raises(PeerTimeout, match="did not send its manifest"):
-            await inquiries.manifest(peer, DIGEST, timeout_s=0.01)
-        assert await inquiries.origin(peer, DIGEST, timeout_s=0.01) is None
+            await manifest_requests.manifest(peer, DIGEST, timeout_s=0.01)
+        assert await manifest_requests.origin(peer, DIGEST, timeout_s=0.01) is None
 
     run(scenario)
 
@@ -218,8 +218,8 @@ def test_is_an_origin_told(origin: Origin | None) -> None:
     async def scenario() -> None:
         manifest, peer = large_manifest(), FakePeer()
         question: Question = OriginRequest(DIGEST)
-        await Inquiries(lambda digest: (manifest, origin)).answer(peer, question)
-        await Inquiries(nothing).answer(peer, question)
+        await ManifestRequests(lambda digest: (manifest, origin)).answer(peer, question)
+        await ManifestRequests(nothing).answer(peer, question)
         assert peer.posted == [OriginReply(DIGEST, origin), OriginReply(DIGEST, None)]
 
     run(scenario)

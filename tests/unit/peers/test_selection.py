@@ -15,17 +15,17 @@ HERE, RACK, AWAY = 0, 1, 2
 
 
 def some(
-    count: int, *, borders: int = AWAY, whole: bool = False, load: float = 0.0, name: str = "p"
+    count: int, *, distance: int = AWAY, whole: bool = False, load: float = 0.0, name: str = "p"
 ) -> list[Candidate]:
-    return [Candidate(f"{name}{borders}{number}", whole, borders, load) for number in range(count)]
+    return [Candidate(f"{name}{distance}{number}", whole, distance, load) for number in range(count)]
 
 
 def chosen(linked: list[Candidate], others: list[Candidate], wanted: int, seed: int = 0) -> list[Candidate]:
     return selection.choose(linked, others, wanted=wanted, rng=random.Random(seed))
 
 
-def count(candidates: list[Candidate], borders: int) -> int:
-    return sum(one.borders == borders for one in candidates)
+def count(candidates: list[Candidate], distance: int) -> int:
+    return sum(one.distance == distance for one in candidates)
 
 
 SEED = some(1, whole=True, name="s")
@@ -45,12 +45,12 @@ SEEDS = some(9, whole=True, name="s")
         (some(12, name="q"), some(20), 12, 0, 0, 0, 0),
         (some(13, name="q"), some(20), 12, 0, 0, 0, 0),  # others dialled meanwhile
         (some(12, name="q"), SEED, 12, 1, 0, 0, 1),
-        ([], [*some(20, borders=HERE), *some(20)], 12, 0, 6, 0, 6),
-        ([], [*some(20, borders=HERE), *some(20, borders=RACK), *some(20)], 12, 0, 6, 3, 3),
-        ([], [*some(20, borders=RACK), *some(20)], 12, 0, 0, 6, 6),
-        ([], [*some(2, borders=HERE), *some(20)], 12, 0, 2, 0, 10),
-        ([], some(20, borders=HERE), 12, 0, 12, 0, 0),
-        (some(6, borders=HERE, name="q"), [*some(20, borders=HERE), *some(20)], 12, 0, 0, 0, 6),
+        ([], [*some(20, distance=HERE), *some(20)], 12, 0, 6, 0, 6),
+        ([], [*some(20, distance=HERE), *some(20, distance=RACK), *some(20)], 12, 0, 6, 3, 3),
+        ([], [*some(20, distance=RACK), *some(20)], 12, 0, 0, 6, 6),
+        ([], [*some(2, distance=HERE), *some(20)], 12, 0, 2, 0, 10),
+        ([], some(20, distance=HERE), 12, 0, 12, 0, 0),
+        (some(6, distance=HERE, name="q"), [*some(20, distance=HERE), *some(20)], 12, 0, 0, 0, 6),
     ],
 )
 def test_who_is_chosen(
@@ -58,7 +58,7 @@ def test_who_is_chosen(
 ) -> None:
     found = chosen(linked, others, wanted)
     assert sum(one.whole for one in found) >= seeds
-    assert [count(found, borders) for borders in (HERE, RACK, AWAY)] == [here, rack, away]
+    assert [count(found, distance) for distance in (HERE, RACK, AWAY)] == [here, rack, away]
 
 
 def test_are_the_least_loaded_of_those_looked_at_chosen() -> None:
@@ -102,7 +102,7 @@ def test_what_holds_whoever_is_there(known: tuple[list[Candidate], list[Candidat
 
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(1, 16), st.integers(0, 5))
 def test_are_near_ones_preferred(near: int, far: int, wanted: int, seed: int) -> None:
-    found = chosen([], [*some(near, borders=HERE), *some(far)], wanted, seed)
+    found = chosen([], [*some(near, distance=HERE), *some(far)], wanted, seed)
     assert len(found) == min(wanted, near if not far else min(near, -(-wanted // 2)) + far)
     if near and far:
         assert count(found, HERE) == min(near, -(-wanted // 2))

@@ -21,12 +21,12 @@ NODE, TOKEN = "0123456789abcdef", "cd" * 16
 
 ARTIFACT_JSON = (
     f'{{"model_id":"org/model","digest":"{DIGEST}","tier":"checkpoint","size":10,"chunks":1,"chunks_total":2,'
-    f'"gives":false}}'
+    f'"superseeds":false}}'
 )
 # A change here is a change of the protocol: `PROTOCOL` counts those.
 GOLDEN: dict[Message, str] = {
-    messages.Hello(2, "0.1.0", NODE, "me", "127.0.0.1:1", TOKEN, (Offer("tcp", "127.0.0.1:1"),), (ARTIFACT,)): (
-        f'{{"type":"Hello","protocol":2,"software":"0.1.0","node":"{NODE}","name":"me","address":"127.0.0.1:1",'
+    messages.Hello(3, "0.1.0", NODE, "me", "127.0.0.1:1", TOKEN, (Offer("tcp", "127.0.0.1:1"),), (ARTIFACT,)): (
+        f'{{"type":"Hello","protocol":3,"software":"0.1.0","node":"{NODE}","name":"me","address":"127.0.0.1:1",'
         f'"token":"{TOKEN}","transports":[{{"scheme":"tcp","address":"127.0.0.1:1"}}],"artifacts":[{ARTIFACT_JSON}]}}'
     ),
     messages.Announce((ARTIFACT,)): f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON}]}}',
@@ -41,7 +41,7 @@ GOLDEN: dict[Message, str] = {
     messages.Holdings(DIGEST, b"\xc0"): f'{{"type":"Holdings","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Have(DIGEST, ((0, 2), (5, 1))): f'{{"type":"Have","digest":"{DIGEST}","runs":[[0,2],[5,1]]}}',
     messages.Request("tcp", DIGEST, 7, (3, 1), 0, False, 5, 9): (
-        f'{{"type":"Request","scheme":"tcp","digest":"{DIGEST}","transfer":7,"chunks":[3,1],"count":0,"hungry":false,'
+        f'{{"type":"Request","scheme":"tcp","digest":"{DIGEST}","transfer":7,"chunks":[3,1],"count":0,"starving":false,'
         '"sources":5,"pace_bytes_per_s":9}'
     ),
     messages.Grant(7, 0, (3, 1)): '{"type":"Grant","transfer":7,"sequence":0,"chunks":[3,1]}',
@@ -100,7 +100,7 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
                     {"chunks": -1},
                     {"chunks": CHUNKS_MAX + 1},
                     {"chunks_total": CHUNKS_MAX + 1},
-                    {"gives": 1},
+                    {"superseeds": 1},
                     {"more": 1},
                 )
             ),
@@ -148,7 +148,7 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("Request", "transfer"): (TRANSFER, [-1, 1 << 62]),
     ("Request", "chunks"): CHUNKS,
     ("Request", "count"): ([0, messages.REQUEST_CHUNKS_MAX], [-1, messages.REQUEST_CHUNKS_MAX + 1]),
-    ("Request", "hungry"): ([True, False], [1, None]),
+    ("Request", "starving"): ([True, False], [1, None]),
     ("Request", "sources"): ([0, messages.SOURCES_MAX], [-1, messages.SOURCES_MAX + 1, 1.5, None]),
     ("Request", "pace_bytes_per_s"): (
         [0, messages.PACE_BYTES_PER_S_MAX],

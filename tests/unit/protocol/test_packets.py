@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 
 from swarm.errors import LocalProtocolError
 from swarm.protocol import packets
-from swarm.protocol.packets import Ack, Claim, Holding, News, Packet, Ping, PingRequest, Profile, Record, State, Sync
+from swarm.protocol.packets import (
+    Ack,
+    Holding,
+    Packet,
+    Ping,
+    PingRequest,
+    Profile,
+    Record,
+    State,
+    Status,
+    Sync,
+    SyncReply,
+)
 
 ME, ANN, BEN = ("0" * 15 + digit for digit in "123")
 
@@ -35,12 +47,12 @@ def gossiped(profile: list[object]) -> Profile:
 @pytest.mark.parametrize(
     "packet",
     [
-        Ping(1, ME, ANN, (record(ANN), Claim(BEN, 1, State.LEFT, 2))),
+        Ping(1, ME, ANN, (record(ANN), Status(BEN, 1, State.LEFT, 2))),
         PingRequest(1, ME, ANN, ()),
         Ack(1, ME, ()),
         packets.Gossip(ME, (record(ANN, profile=Profile((holding(3),), 1, ("tcp",), "h", "r", 1, 8, "0.1.0")),)),
-        Sync(1, record(ME), ANN, BEN, (Claim(BEN, 1, State.DEAD, 2),)),
-        News(1, ME, (record(ANN),), (BEN,), None),
+        Sync(1, record(ME), ANN, BEN, (Status(BEN, 1, State.DEAD, 2),)),
+        SyncReply(1, ME, (record(ANN),), (BEN,), None),
     ],
 )
 def test_a_packet_survives_the_wire(packet: Packet) -> None:

@@ -32,13 +32,13 @@ NOW = 1_800_000_000.0
 ONE, TWO, THREE = (SealKey(bytes([n]) * 4, bytes([n]) * 32) for n in (1, 2, 3))
 
 
-def dice(seed: int = 0) -> Callable[[int], bytes]:
+def random_bytes(seed: int = 0) -> Callable[[int], bytes]:
     return random.Random(seed).randbytes
 
 
 @pytest.fixture
 def sealer() -> Sealer:
-    return Sealer(ONE, dice())
+    return Sealer(ONE, random_bytes())
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def opener() -> Iterator[Opener]:
 
 @given(st.binary(max_size=PACKET_BYTES_MAX))
 def test_what_was_sealed_opens_once(packet: bytes) -> None:
-    datagram, opener = Sealer(ONE, dice()).seal(packet, NOW), Opener([ONE])
+    datagram, opener = Sealer(ONE, random_bytes()).seal(packet, NOW), Opener([ONE])
     assert len(datagram) == len(packet) + OVERHEAD_BYTES <= SEALED_BYTES_MAX == 1400
     assert opener.open(datagram, NOW) == packet
     assert opener.open(datagram, NOW) is Unopened.REPLAYED
@@ -75,14 +75,14 @@ def test_is_nothing_readable_and_nothing_the_same_twice(sealer: Sealer) -> None:
 
 
 def test_do_two_processes_never_share_a_key_and_a_nonce() -> None:
-    one, two = (Sealer(ONE, dice(seed)).seal(b"same", NOW) for seed in (1, 2))
+    one, two = (Sealer(ONE, random_bytes(seed)).seal(b"same", NOW) for seed in (1, 2))
     assert one[HEAD_BYTES - 8 : HEAD_BYTES] == two[HEAD_BYTES - 8 : HEAD_BYTES]
     assert one[HEAD_BYTES:] != two[HEAD_BYTES:]
 
 
 @given(st.binary(max_size=40), st.integers(0, 8 * (40 + OVERHEAD_BYTES) - 1))
 def test_does_a_flipped_bit_anywhere_close_it(packet: bytes, bit: int) -> None:
-    datagram = bytearray(Sealer(ONE, dice()).seal(packet, NOW))
+    datagram = bytearray(Sealer(ONE, random_bytes()).seal(packet, NOW))
     datagram[bit // 8 % len(datagram)] ^= 1 << bit % 8
     opener = Opener([ONE])
     assert isinstance(opener.open(bytes(datagram), NOW), Unopened)
@@ -91,7 +91,7 @@ def test_does_a_flipped_bit_anywhere_close_it(packet: bytes, bit: int) -> None:
 
 @given(st.data())
 def test_is_what_is_cut_or_padded_refused(data: st.DataObject) -> None:
-    datagram = Sealer(ONE, dice()).seal(b"packet", NOW)
+    datagram = Sealer(ONE, random_bytes()).seal(b"packet", NOW)
     opener = Opener([ONE])
     for other in (
         datagram[: data.draw(st.integers(0, len(datagram) - 1))],
@@ -111,13 +111,13 @@ def test_is_a_datagram_without_a_seal_named_as_such(opener: Opener) -> None:
     plain = packets.encode(packets.Ack(1, "0" * 16, ()))
     assert opener.open(plain, NOW) is Unopened.PLAINTEXT
     with pytest.raises(ValueError, match="not gossip"):
-        packets.decode(Sealer(ONE, dice()).seal(plain, NOW))
+        packets.decode(Sealer(ONE, random_bytes()).seal(plain, NOW))
 
 
 @settings(deadline=None)
 @given(st.permutations(range(WINDOW_MAX)))
 def test_may_datagrams_overtake_each_other_within_the_window(order: list[int]) -> None:
-    sealer, opener = Sealer(ONE, dice()), Opener([ONE])
+    sealer, opener = Sealer(ONE, random_bytes()), Opener([ONE])
     datagrams = [sealer.seal(bytes([n]), NOW) for n in range(WINDOW_MAX)]
     assert [opener.open(datagrams[n], NOW) for n in order] == [bytes([n]) for n in order]
     assert {opener.open(datagram, NOW) for datagram in datagrams} == {Unopened.REPLAYED}
@@ -134,7 +134,7 @@ def test_is_what_comes_after_a_whole_window_refused(sealer: Sealer, opener: Open
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 400), st.floats(0, 60)), max_size=60))
 def test_is_nothing_ever_opened_twice(events: list[tuple[int, int, float]]) -> None:
     """Four processes send, and everything ever sent is played again at any time."""
-    sealers, opener = [Sealer(ONE, dice(n)) for n in range(4)], Opener([ONE])
+    sealers, opener = [Sealer(ONE, random_bytes(n)) for n in range(4)], Opener([ONE])
     sent: list[bytes] = []
     opened: list[bytes] = []
     now = NOW
@@ -158,7 +158,7 @@ def test_must_clocks_agree(sealer: Sealer, opener: Opener, off_s: float) -> None
 @given(st.lists(st.floats(-3600, 3600), max_size=20))
 def test_does_a_sealer_whose_clock_jumps_stay_heard(jumps: list[float]) -> None:
     """Both clocks jump alike; the numbers of one stream ascend, and a jump back begins another one."""
-    sealer, opener, now = Sealer(ONE, dice()), Opener([ONE]), NOW
+    sealer, opener, now = Sealer(ONE, random_bytes()), Opener([ONE]), NOW
     numbers: dict[bytes, list[bytes]] = {}
     for jump_s in (0.0, *jumps):
         now += jump_s
@@ -174,19 +174,19 @@ def test_rotation_keeps_members_in_touch_and_ends_with_the_old_key_shut_out() ->
     old, both, swapped, new = [ONE], [ONE, TWO], [TWO, ONE], [TWO]
     for ours, theirs in itertools.pairwise([old, both, swapped, new]):
         for keys, others in ((ours, theirs), (theirs, ours)):
-            assert Opener(others).open(Sealer(keys[0], dice()).seal(b"x", NOW), NOW) == b"x"
-    assert Opener(new).open(Sealer(ONE, dice()).seal(b"x", NOW), NOW) is Unopened.OTHER_KEY
-    assert Opener(both).open(Sealer(THREE, dice()).seal(b"x", NOW), NOW) is Unopened.OTHER_KEY
+            assert Opener(others).open(Sealer(keys[0], random_bytes()).seal(b"x", NOW), NOW) == b"x"
+    assert Opener(new).open(Sealer(ONE, random_bytes()).seal(b"x", NOW), NOW) is Unopened.OTHER_KEY
+    assert Opener(both).open(Sealer(THREE, random_bytes()).seal(b"x", NOW), NOW) is Unopened.OTHER_KEY
 
 
 def test_is_another_key_that_looks_the_same_no_key(opener: Opener) -> None:
     twin = SealKey(ONE.hint, TWO.secret)
-    assert opener.open(Sealer(twin, dice()).seal(b"x", NOW), NOW) is Unopened.FORGED
+    assert opener.open(Sealer(twin, random_bytes()).seal(b"x", NOW), NOW) is Unopened.FORGED
 
 
 def test_is_memory_bounded_and_the_silent_forgotten(monkeypatch: pytest.MonkeyPatch, opener: Opener) -> None:
     monkeypatch.setattr(datagram_seal, "STREAMS_MAX", 8)
-    many = [Sealer(ONE, dice(n)) for n in range(9)]
+    many = [Sealer(ONE, random_bytes(n)) for n in range(9)]
     first = [sealer.seal(b"", NOW) for sealer in many]
     results = [opener.open(datagram, NOW) for datagram in first]
     assert results == [b""] * 8 + [Unopened.CROWDED]
@@ -200,12 +200,12 @@ def test_is_memory_bounded_and_the_silent_forgotten(monkeypatch: pytest.MonkeyPa
 
 def test_does_a_forger_take_no_place(monkeypatch: pytest.MonkeyPatch, sealer: Sealer, opener: Opener) -> None:
     monkeypatch.setattr(datagram_seal, "STREAMS_MAX", 1)
-    forged = [Sealer(SealKey(ONE.hint, TWO.secret), dice(n)).seal(b"", NOW) for n in range(STREAMS_MAX)]
+    forged = [Sealer(SealKey(ONE.hint, TWO.secret), random_bytes(n)).seal(b"", NOW) for n in range(STREAMS_MAX)]
     assert {opener.open(datagram, NOW) for datagram in forged} == {Unopened.FORGED}
     assert opener.open(sealer.seal(b"", NOW), NOW) == b""
 
 
 def test_do_reprs_show_no_secret() -> None:
-    sealer, opener = Sealer(ONE, dice()), Opener([ONE, TWO])
+    sealer, opener = Sealer(ONE, random_bytes()), Opener([ONE, TWO])
     assert repr(opener) == "<Opener of 0 streams with 01010101 or 02020202>"
     assert ONE.secret.hex() not in repr(sealer)

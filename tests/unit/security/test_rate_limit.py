@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from swarm.security.rate_limit import MUTE_S, SENDERS_MAX, Floods
+from swarm.security.rate_limit import MUTE_S, SENDERS_MAX, RateLimiter
 
 
-def floods() -> Floods:
-    return Floods(rate_per_s=10.0, burst=100.0)
+def floods() -> RateLimiter:
+    return RateLimiter(rate_per_s=10.0, burst=100.0)
 
 
 def test_is_who_keeps_to_the_rate_never_muted() -> None:
@@ -36,7 +36,7 @@ def test_does_nobody_make_it_remember_more() -> None:
     made = floods()
     for n in range(2 * SENDERS_MAX):
         made.says(str(n), 0.0)
-    assert repr(made) == f"<Floods {SENDERS_MAX} senders, 10 a second each>"
+    assert repr(made) == f"<RateLimiter {SENDERS_MAX} senders, 10 a second each>"
 
 
 def test_does_a_clock_that_is_set_back_mute_nobody() -> None:

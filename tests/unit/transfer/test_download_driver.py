@@ -20,7 +20,7 @@ from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.store.cuda import CudaError
 from swarm.transfer import download
-from swarm.transfer.download_driver import Fetching
+from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.verify import Landings
 
 CHUNKS = 8
@@ -54,7 +54,7 @@ class Source:
 class Fetch:
     """A fetch from one source, on a clock that stands still."""
 
-    def __init__(self, *, gives: bool) -> None:
+    def __init__(self, *, superseeds: bool) -> None:
         self.source = Source()
         self.peer = cast(Peer, self.source)
         self.tasks: list[asyncio.Task[Any]] = []
@@ -67,7 +67,7 @@ class Fetch:
             record=lambda *_: None,
             spawn=self.spawn,
         )
-        self.fetching = Fetching(
+        self.fetching = DownloadDriver(
             "org/model",
             BytesStore(content.manifest),
             Bitfield(CHUNKS),
@@ -78,7 +78,7 @@ class Fetch:
             rng=random.Random(0),
             tell=self.told.append,
         )
-        self.fetching.handle(download.PeerJoined(self.source.node, Bitfield.full(CHUNKS), gives))
+        self.fetching.handle(download.PeerJoined(self.source.node, Bitfield.full(CHUNKS), superseeds))
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         self.tasks.append(asyncio.create_task(work, name=name))
@@ -99,9 +99,9 @@ class Fetch:
         await asyncio.gather(*self.tasks, return_exceptions=True)
 
 
-def run(scenario: Callable[[Fetch], Coroutine[Any, Any, None]], *, gives: bool) -> None:
+def run(scenario: Callable[[Fetch], Coroutine[Any, Any, None]], *, superseeds: bool) -> None:
     async def main() -> None:
-        fetch = Fetch(gives=gives)
+        fetch = Fetch(superseeds=superseeds)
         try:
             await scenario(fetch)
         finally:
@@ -119,7 +119,7 @@ def test_is_a_gift_that_cannot_be_an_error_of_the_peer(chunks: tuple[int, ...]) 
             fetch.fetching.granted(fetch.peer, request.transfer, chunks)
         assert fetch.source.receiving == []
 
-    run(scenario, gives=True)
+    run(scenario, superseeds=True)
 
 
 @pytest.mark.parametrize("change", [lambda c: (), lambda c: (*c, 7), lambda c: tuple((i + 1) % CHUNKS for i in c)])
@@ -133,11 +133,11 @@ def test_is_a_grant_of_other_chunks_than_those_asked_for_an_error_of_the_peer(
             fetch.fetching.granted(fetch.peer, request.transfer, change(request.chunks))
         fetch.fetching.granted(fetch.peer, request.transfer, request.chunks)
 
-    run(scenario, gives=False)
+    run(scenario, superseeds=False)
 
 
-@pytest.mark.parametrize("gives", [True, False])
-def test_is_a_second_grant_of_one_transfer_an_error_of_the_peer(gives: bool) -> None:
+@pytest.mark.parametrize("superseeds", [True, False])
+def test_is_a_second_grant_of_one_transfer_an_error_of_the_peer(superseeds: bool) -> None:
     async def scenario(fetch: Fetch) -> None:
         request = await fetch.asked()
         chunks = request.chunks or (5,)
@@ -145,7 +145,7 @@ def test_is_a_second_grant_of_one_transfer_an_error_of_the_peer(gives: bool) -> 
         with pytest.raises(RemoteProtocolError, match="twice"):
             fetch.fetching.granted(fetch.peer, request.transfer, chunks)
 
-    run(scenario, gives=gives)
+    run(scenario, superseeds=superseeds)
 
 
 def test_is_a_gift_received_once_it_is_known() -> None:
@@ -155,7 +155,7 @@ def test_is_a_gift_received_once_it_is_known() -> None:
         await fetch.until(lambda: fetch.source.receiving)
         assert fetch.source.receiving == [fetch.fetching.machine.manifest.chunks[5].size]
 
-    run(scenario, gives=True)
+    run(scenario, superseeds=True)
 
 
 def test_is_what_gpus_need_there_before_anything_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_is_what_gpus_need_there_before_anything_is_asked_for(monkeypatch: pytes
         await fetch.until(lambda: len(fetch.source.requests) == 2)
         assert len(prepared) == 1
 
-    run(scenario, gives=False)
+    run(scenario, superseeds=False)
 
 
 def test_does_a_fetch_fail_whose_gpu_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_does_a_fetch_fail_whose_gpu_cannot_be_used(monkeypatch: pytest.MonkeyPa
             await asyncio.wait_for(fetch.fetching.run(), DEADLINE_S)
         assert not fetch.source.requests
 
-    run(scenario, gives=False)
+    run(scenario, superseeds=False)
 
 
 def test_is_a_grant_of_what_somebody_else_was_asked_for_ignored() -> None:
@@ -200,7 +200,7 @@ def test_is_a_grant_of_what_somebody_else_was_asked_for_ignored() -> None:
         fetch.fetching.granted(cast(Peer, Source()), request.transfer, ())
         fetch.fetching.granted(fetch.peer, 999, ())
 
-    run(scenario, gives=True)
+    run(scenario, superseeds=True)
 
 
 def test_does_nobody_wait_for_the_gifts_of_a_peer_that_left() -> None:
@@ -211,7 +211,7 @@ def test_does_nobody_wait_for_the_gifts_of_a_peer_that_left() -> None:
         fetch.fetching.handle(download.PeerLeft(fetch.source.node, "closed the link"))
         await fetch.until(lambda: all(task.done() for task in fetch.tasks))
 
-    run(scenario, gives=True)
+    run(scenario, superseeds=True)
 
 
 @pytest.mark.parametrize(("reason", "failures"), [("nothing_to_give", 0), ("busy", 1)])
@@ -223,7 +223,7 @@ def test_is_nothing_to_give_no_failure(reason: str, failures: int) -> None:
         await fetch.until(lambda: machine._peers[fetch.source.node].resting_until == 3.0)
         assert machine._peers[fetch.source.node].failures == failures
 
-    run(scenario, gives=True)
+    run(scenario, superseeds=True)
 
 
 def test_is_the_first_chunk_told_at_once_and_what_follows_together() -> None:
@@ -237,7 +237,7 @@ def test_is_the_first_chunk_told_at_once_and_what_follows_together() -> None:
         await fetch.until(lambda: len(fetch.told) > 1)
         assert fetch.told == [[1], [2, 3]]
 
-    run(scenario, gives=False)
+    run(scenario, superseeds=False)
 
 
 def test_are_the_last_chunks_told_before_the_fetch_is_over() -> None:
@@ -249,4 +249,4 @@ def test_are_the_last_chunks_told_before_the_fetch_is_over() -> None:
         await running
         assert sorted(itertools.chain(*fetch.told)) == list(range(CHUNKS))
 
-    run(scenario, gives=False)
+    run(scenario, superseeds=False)

@@ -1,4 +1,4 @@
-"""The pure machines, by lists of events: what do `Download`, `Upload`, `Membership` and `plan` do about them?"""
+"""The pure machines, by lists of events: what do `Download`, `Upload`, `Connections` and `plan` do about them?"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sim.content import Content
 from swarm.content.bitfield import Bitfield
 from swarm.errors import LocalProtocolError
 from swarm.peers import connections, selection
-from swarm.peers.connections import Dial, DialFailed, Drop, Found, LinkDown, LinkUp, Membership, Told, Welcome
+from swarm.peers.connections import Connections, Dial, DialFailed, Drop, Found, LinkDown, LinkUp, Told, Welcome
 from swarm.protocol.packets import Holding, Profile, Record, State
 from swarm.transfer import download, scheduler, upload
 from swarm.transfer.download import (
@@ -68,8 +68,8 @@ class Fetch:
         self.machine.check()
         return actions
 
-    def joined(self, peer: str, *, gives: bool = False) -> list[Ask]:
-        return asks(self.tell(PeerJoined(peer, Bitfield.full(self.machine.held.length), gives)))
+    def joined(self, peer: str, *, superseeds: bool = False) -> list[Ask]:
+        return asks(self.tell(PeerJoined(peer, Bitfield.full(self.machine.held.length), superseeds)))
 
     def later(self, seconds: float) -> list[Ask]:
         return asks(self.tell(download.Tick(), at=self.now + seconds))
@@ -251,8 +251,8 @@ def test_have_makes_a_peer_worth_asking() -> None:
 
 def test_a_seed_that_chooses_is_asked_for_some_and_again_when_they_are_here() -> None:
     fetch = Fetch(3)
-    ask = fetch.joined("seed", gives=True)[0]
-    assert (ask.chunks, ask.count, ask.hungry) == ((), 1, True)
+    ask = fetch.joined("seed", superseeds=True)[0]
+    assert (ask.chunks, ask.count, ask.starving) == ((), 1, True)
     assert fetch.machine._requested.sum() == 0, "nobody knows yet which one comes"
     assert len(fetch.later(0.0)) == 1, "one more, so that the wire never waits"
     assert fetch.tell(Granted("seed", ask.transfer, (2,))) == []
@@ -265,7 +265,7 @@ def test_a_seed_that_chooses_is_asked_for_some_and_again_when_they_are_here() ->
 
 def test_a_seed_that_declines_rests_for_as_long_as_it_says_and_has_not_failed() -> None:
     fetch = Fetch(3)
-    ask = fetch.joined("seed", gives=True)[0]
+    ask = fetch.joined("seed", superseeds=True)[0]
     assert fetch.tell(Declined("seed", ask.transfer, 0.1)) == []
     assert fetch.later(0.09) == []
     assert [again.peer for again in fetch.later(0.02)] == ["seed"]
@@ -274,7 +274,7 @@ def test_a_seed_that_declines_rests_for_as_long_as_it_says_and_has_not_failed() 
 
 def test_what_a_failed_gift_was_to_bring_is_asked_elsewhere() -> None:
     fetch = Fetch(2, held=[0])
-    ask = fetch.joined("seed", gives=True)[0]
+    ask = fetch.joined("seed", superseeds=True)[0]
     fetch.tell(Granted("seed", ask.transfer, (1,)))
     assert [new.why for new in fetch.joined("b")] == ["endgame"], "it is on its way"
     fetch.tell(PeerLeft("b", "gone"))
@@ -284,7 +284,7 @@ def test_what_a_failed_gift_was_to_bring_is_asked_elsewhere() -> None:
 
 def test_a_gift_that_fails_before_it_is_known_leaves_nothing_behind() -> None:
     fetch = Fetch(2)
-    ask = fetch.joined("seed", gives=True)[0]
+    ask = fetch.joined("seed", superseeds=True)[0]
     fetch.tell(TransferFailed("seed", ask.transfer, "broke"))
     assert fetch.machine._requested.sum() == 0
     assert ask.transfer not in fetch.machine._transfers
@@ -292,7 +292,7 @@ def test_a_gift_that_fails_before_it_is_known_leaves_nothing_behind() -> None:
 
 def test_a_chunk_that_is_asked_of_a_peer_may_also_be_given_and_the_slower_copy_is_cancelled() -> None:
     fetch = Fetch(3, held=[0])
-    gift = fetch.joined("seed", gives=True)[0]
+    gift = fetch.joined("seed", superseeds=True)[0]
     asked = next(ask for ask in fetch.joined("a") if ask.peer == "a")
     fetch.tell(Granted("seed", gift.transfer, asked.chunks))
     assert fetch.machine._requested[asked.chunks[0]] == 2
@@ -303,7 +303,7 @@ def test_a_chunk_that_is_asked_of_a_peer_may_also_be_given_and_the_slower_copy_i
 
 def test_a_gift_of_what_is_here_already_does_no_harm() -> None:
     fetch = Fetch(3, held=[0])
-    ask = fetch.joined("seed", gives=True)[0]
+    ask = fetch.joined("seed", superseeds=True)[0]
     fetch.tell(Granted("seed", ask.transfer, (0,)))
     assert fetch.tell(ChunksVerified("seed", ask.transfer, (0,))) == []
     fetch.tell(TransferEnded("seed", ask.transfer))
@@ -312,7 +312,7 @@ def test_a_gift_of_what_is_here_already_does_no_harm() -> None:
 
 def test_a_grant_of_a_transfer_that_nobody_waits_for_changes_nothing() -> None:
     fetch = Fetch(3)
-    fetch.joined("seed", gives=True)
+    fetch.joined("seed", superseeds=True)
     fetch.later(0.0)
     before = repr(fetch.machine)
     assert fetch.tell(Granted("seed", 999, (0, 1))) == []
@@ -322,7 +322,7 @@ def test_a_grant_of_a_transfer_that_nobody_waits_for_changes_nothing() -> None:
 
 def test_a_gift_that_is_never_granted_is_cancelled_in_time() -> None:
     fetch = Fetch(3)
-    transfers = [ask.transfer for ask in fetch.joined("seed", gives=True) + fetch.later(0.0)]
+    transfers = [ask.transfer for ask in fetch.joined("seed", superseeds=True) + fetch.later(0.0)]
     actions = fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S + 0.1)
     assert actions == [Cancel("seed", number, "not granted in time") for number in transfers]
 
@@ -418,17 +418,19 @@ def view(
     missing: str,
     requested: Sequence[int] | None = None,
     busy: dict[str, int] | None = None,
-    gives: str = "",
+    superseeds: str = "",
 ) -> View:
     """Masks as strings of 0 and 1; `gives` names the seeds that choose, one letter each."""
-    peers = [PeerView(name, _mask(bits), (busy or {}).get(name, 0), 0.0, name in gives) for name, bits in holds.items()]
+    peers = [
+        PeerView(name, _mask(bits), (busy or {}).get(name, 0), 0.0, name in superseeds) for name, bits in holds.items()
+    ]
     return _view(_mask(missing), np.array(requested or [0] * len(missing), dtype=np.uint8), peers)
 
 
 def _view(missing: scheduler.Mask, requested: npt.NDArray[np.uint8], peers: list[PeerView], most: int = 64) -> View:
     """What a download shows of these peers: those that it may ask, and what of the others matters."""
     free = missing & (requested == 0)
-    others = [peer for peer in peers if not peer.gives]
+    others = [peer for peer in peers if not peer.superseeds]
     return View(
         free=free,
         free_count=int(free.sum()),
@@ -437,9 +439,9 @@ def _view(missing: scheduler.Mask, requested: npt.NDArray[np.uint8], peers: list
         rarity=_rarity(peers, len(missing)),
         chunk_bytes=64,
         batch_chunks_max=most,
-        peers=[peer for peer in peers if peer.outstanding < scheduler.outstanding_max(peer.gives, len(peers))],
+        peers=[peer for peer in peers if peer.outstanding < scheduler.outstanding_max(peer.superseeds, len(peers))],
         peers_total=len(peers),
-        hungry=scheduler.hungry(sum(peer.outstanding > 0 for peer in others), len(others)),
+        starving=scheduler.starving(sum(peer.outstanding > 0 for peer in others), len(others)),
     )
 
 
@@ -473,43 +475,45 @@ def test_plan_by_table(what: str, seen: View, wanted: list[tuple[str, tuple[int,
 @pytest.mark.parametrize(
     ("what", "seen", "wanted"),
     [
-        ("alone with a seed", view({"s": "1111"}, missing="1111", gives="s"), {"s": (1, True)}),
-        ("it has no chunk free", view({"s": "11"}, missing="11", requested=[1, 1], busy={"s": 1}, gives="s"), {}),
-        ("one more batch", view({"s": "1111"}, missing="1111", busy={"s": 1}, gives="s"), {"s": (1, True)}),
-        ("and not a third", view({"s": "1111"}, missing="1111", busy={"s": 2}, gives="s"), {}),
-        ("two seeds", view({"s": "11", "t": "11"}, missing="11", gives="st"), {"s": (1, True), "t": (1, True)}),
-        ("fed by a peer", view({"s": "11", "a": "11"}, missing="11", busy={"a": 2}, gives="s"), {"s": (1, False)}),
-        ("a peer is idle", view({"s": "11", "a": "00"}, missing="11", gives="s"), {"s": (1, True)}),
+        ("alone with a seed", view({"s": "1111"}, missing="1111", superseeds="s"), {"s": (1, True)}),
+        ("it has no chunk free", view({"s": "11"}, missing="11", requested=[1, 1], busy={"s": 1}, superseeds="s"), {}),
+        ("one more batch", view({"s": "1111"}, missing="1111", busy={"s": 1}, superseeds="s"), {"s": (1, True)}),
+        ("and not a third", view({"s": "1111"}, missing="1111", busy={"s": 2}, superseeds="s"), {}),
+        ("two seeds", view({"s": "11", "t": "11"}, missing="11", superseeds="st"), {"s": (1, True), "t": (1, True)}),
+        ("fed by a peer", view({"s": "11", "a": "11"}, missing="11", busy={"a": 2}, superseeds="s"), {"s": (1, False)}),
+        ("a peer is idle", view({"s": "11", "a": "00"}, missing="11", superseeds="s"), {"s": (1, True)}),
         (
             "half of its peers feed it",
-            view({"s": "11", "a": "00", "b": "11"}, missing="11", busy={"b": 2}, gives="s"),
+            view({"s": "11", "a": "00", "b": "11"}, missing="11", busy={"b": 2}, superseeds="s"),
             {"s": (1, False)},
         ),
         (
             "less than half of its peers feed it",
-            view({"s": "11", "a": "00", "b": "00", "c": "11"}, missing="11", busy={"c": 2}, gives="s"),
+            view({"s": "11", "a": "00", "b": "00", "c": "11"}, missing="11", busy={"c": 2}, superseeds="s"),
             {"s": (1, True)},
         ),
         (
             "three streams of many peers are enough",
-            view({"s": "1", **dict.fromkeys("abcdefgh", "0")}, missing="1", busy=dict.fromkeys("abc", 1), gives="s"),
+            view(
+                {"s": "1", **dict.fromkeys("abcdefgh", "0")}, missing="1", busy=dict.fromkeys("abc", 1), superseeds="s"
+            ),
             {"s": (1, False)},
         ),
     ],
 )
 def test_what_seeds_are_asked_for(what: str, seen: View, wanted: dict[str, tuple[int, bool]]) -> None:
-    gifts = {ask.peer: (ask.count, ask.hungry) for ask in plan(seen, random.Random(0)) if ask.why == "its choice"}
-    assert gifts == wanted, what
+    superseed = {ask.peer: (ask.count, ask.starving) for ask in plan(seen, random.Random(0)) if ask.why == "its choice"}
+    assert superseed == wanted, what
 
 
 def test_the_last_copy_of_a_chunk_is_asked_of_a_seed_by_name() -> None:
-    seen = view({"s": "1", "a": "1"}, missing="1", requested=[1], busy={"a": 1}, gives="s")
+    seen = view({"s": "1", "a": "1"}, missing="1", requested=[1], busy={"a": 1}, superseeds="s")
     assert plan(seen, random.Random(0)) == [scheduler.Ask("s", "endgame", (0,))]
 
 
-@pytest.mark.parametrize(("gives", "peers", "most"), [(True, 1, 2), (True, 50, 2), (False, 4, 2), (False, 5, 1)])
-def test_how_many_batches_are_tied_to_one_peer(gives: bool, peers: int, most: int) -> None:
-    assert scheduler.outstanding_max(gives, peers) == most
+@pytest.mark.parametrize(("superseeds", "peers", "most"), [(True, 1, 2), (True, 50, 2), (False, 4, 2), (False, 5, 1)])
+def test_how_many_batches_are_tied_to_one_peer(superseeds: bool, peers: int, most: int) -> None:
+    assert scheduler.outstanding_max(superseeds, peers) == most
 
 
 def test_a_fast_peer_is_asked_for_a_run_and_a_slow_one_for_a_chunk() -> None:
@@ -550,7 +554,7 @@ def test_plan_never_asks_for_what_it_should_not(seen: View, seed: int) -> None:
         assert bool(chunks) != bool(ask.count), "chunks, or a number of them"
         assert max(len(chunks), ask.count) <= seen.batch_chunks_max
         if ask.count:
-            assert peer.gives, "it does not choose"
+            assert peer.superseeds, "it does not choose"
             assert (seen.missing & (seen.requested == 0)).any(), "nothing is left to choose from"
             continue
         assert chunks == sorted(set(chunks))
@@ -558,12 +562,14 @@ def test_plan_never_asks_for_what_it_should_not(seen: View, seed: int) -> None:
         assert seen.missing[chunks].all(), "one of them is here"
         assert not (peer.outstanding and ask.why == "endgame"), "the other copy may be its own"
         if ask.why != "endgame":
-            assert not peer.gives, "a seed chooses"
+            assert not peer.superseeds, "a seed chooses"
             assert not copies[chunks].any(), "somebody else was asked for one of them"
         copies[chunks] += 1
     assert (copies <= scheduler.COPIES_MAX).all()
     for name, count in outstanding.items():
-        assert count <= max(scheduler.outstanding_max(peers[name].gives, seen.peers_total), peers[name].outstanding)
+        assert count <= max(
+            scheduler.outstanding_max(peers[name].superseeds, seen.peers_total), peers[name].outstanding
+        )
 
 
 @given(seen=views(), seed=st.integers(0, 1000))
@@ -766,7 +772,7 @@ def test_an_upload_refuses_what_is_no_event() -> None:
         Upload(slots=1).handle("hello")  # type: ignore[arg-type]
 
 
-# Membership
+# Connections
 
 SMALL, BIG = "1" * 16, "2" * 16
 
@@ -775,7 +781,7 @@ class Knows:
     """The membership machine of one node; every step is checked."""
 
     def __init__(self, node: str = SMALL, *, host: str = "") -> None:
-        self.machine = Membership(node, rng=random.Random(1), host=host)
+        self.machine = Connections(node, rng=random.Random(1), host=host)
         self.now = 0.0
 
     def tell(self, event: connections.Event, *, at: float | None = None) -> list[connections.Action]:
@@ -839,7 +845,7 @@ def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
         Welcome(2, ()),
     ]
     assert knows.tell(LinkDown(1)) == []
-    assert repr(knows.machine) == "<Membership 11111111 1 links | 1 addresses | 0 members>"
+    assert repr(knows.machine) == "<Connections 11111111 1 links | 1 addresses | 0 members>"
 
 
 def test_a_second_address_of_a_linked_node_is_not_dialled_again_and_again() -> None:
@@ -952,7 +958,7 @@ def test_links_and_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
     assert knows.tell(LinkUp(2, "3" * 16, "c:1", dialled=None)) == [Drop(2, "too many links")]
     assert knows.tell(Told(("d:1", "e:1", "f:1"))) == []
-    assert repr(knows.machine) == "<Membership 11111111 1 links | 2 addresses | 0 members>"
+    assert repr(knows.machine) == "<Connections 11111111 1 links | 2 addresses | 0 members>"
 
 
 def record(number: int, *, state: State = State.ALIVE, chunks: int | None = None, host: str = "") -> Record:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from swarm.content.bitfield import Bitfield
 from swarm.errors import LocalProtocolError
 from swarm.transfer import scheduler
-from swarm.transfer.superseed import Gifts
+from swarm.transfer.superseed import Superseed
 
 CHUNKS = 12
 
@@ -24,36 +24,36 @@ class Seed:
     """A seed that gives; every step is checked. What it gives arrives only when the test says so."""
 
     def __init__(self, *newcomers: str, chunks: int = CHUNKS, rank: int = 0, seeds: int = 1) -> None:
-        self.gifts = Gifts(chunks, rng=random.Random(0))
+        self.superseed = Superseed(chunks, rng=random.Random(0))
         self.chunks, self.rank, self.seeds = chunks, rank, seeds
         for name in newcomers:
             self.joined(name)
 
     def joined(self, name: str, holds: Sequence[int] = ()) -> None:
-        self.gifts.joined(name, Bitfield(self.chunks, holds))
-        self.gifts.check()
+        self.superseed.joined(name, Bitfield(self.chunks, holds))
+        self.superseed.check()
 
     def left(self, name: str) -> None:
-        self.gifts.left(name)
-        self.gifts.check()
+        self.superseed.left(name)
+        self.superseed.check()
 
     def has(self, name: str, *chunks: int) -> None:
-        self.gifts.has(name, chunks)
-        self.gifts.check()
+        self.superseed.has(name, chunks)
+        self.superseed.check()
 
     def failed(self, name: str, *chunks: int) -> None:
-        self.gifts.failed(name, chunks)
-        self.gifts.check()
+        self.superseed.failed(name, chunks)
+        self.superseed.check()
 
-    def asked(self, name: str, count: int = 1, *, hungry: bool = False) -> tuple[int, ...]:
-        chunks = self.gifts.choose(name, count, hungry=hungry, rank=self.rank, seeds=self.seeds)
-        self.gifts.check()
+    def asked(self, name: str, count: int = 1, *, starving: bool = False) -> tuple[int, ...]:
+        chunks = self.superseed.choose(name, count, starving=starving, rank=self.rank, seeds=self.seeds)
+        self.superseed.check()
         return chunks
 
-    def drained(self, *names: str, hungry: bool = False) -> list[int]:
+    def drained(self, *names: str, starving: bool = False) -> list[int]:
         """All that it gives to these by turns until it declines all of them."""
         found: list[int] = []
-        while got := [chunk for name in names for chunk in self.asked(name, hungry=hungry)]:
+        while got := [chunk for name in names for chunk in self.asked(name, starving=starving)]:
             found += got
         return found
 
@@ -62,7 +62,7 @@ class Seed:
 
 
 @pytest.mark.parametrize(
-    ("what", "wanted", "given_", "held", "territory", "count", "hungry", "chosen"),
+    ("what", "wanted", "given_", "held", "territory", "count", "starving", "chosen"),
     [
         ("nothing is wanted", "000", "000", "000", "111", 3, True, ()),
         ("never given", "111", "101", "000", "111", 1, False, (1,)),
@@ -84,7 +84,7 @@ def test_what_a_seed_gives_by_table(
     held: str,
     territory: str,
     count: int,
-    hungry: bool,
+    starving: bool,
     chosen: tuple[int, ...] | None,
 ) -> None:
     counts = {
@@ -94,7 +94,7 @@ def test_what_a_seed_gives_by_table(
     masks = {name: np.array([bit == "1" for bit in bits]) for name, bits in (("wanted", wanted), ("own", territory))}
     for seed in range(10):
         chunks = scheduler.give(
-            masks["wanted"], **counts, territory=masks["own"], count=count, hungry=hungry, rng=random.Random(seed)
+            masks["wanted"], **counts, territory=masks["own"], count=count, starving=starving, rng=random.Random(seed)
         )
         if chosen is None:
             assert 1 <= len(chunks) <= count, what
@@ -108,13 +108,13 @@ def test_what_a_seed_gives_by_table(
 
 
 @pytest.mark.parametrize("names", ["a", "ab", "abcdefgh"])
-@pytest.mark.parametrize("hungry", [False, True])
-def test_is_every_chunk_given_once_before_any_is_repeated(names: str, hungry: bool) -> None:
+@pytest.mark.parametrize("starving", [False, True])
+def test_is_every_chunk_given_once_before_any_is_repeated(names: str, starving: bool) -> None:
     seed = Seed(*names)
-    first = [chunk for turn in range(CHUNKS) for chunk in seed.asked(names[turn % len(names)], hungry=hungry)]
+    first = [chunk for turn in range(CHUNKS) for chunk in seed.asked(names[turn % len(names)], starving=starving)]
     assert sorted(first) == list(range(CHUNKS))
-    repeated = [seed.asked(name, 3, hungry=hungry) for name in names]
-    assert all(repeated) == (hungry and len(names) > 1), "it repeats for the hungry only"
+    repeated = [seed.asked(name, 3, starving=starving) for name in names]
+    assert all(repeated) == (starving and len(names) > 1), "it repeats for the hungry only"
 
 
 def test_is_a_batch_at_most_what_was_asked_for_with_nothing_left_out_between() -> None:
@@ -149,7 +149,7 @@ def test_does_one_that_is_hungry_get_the_rarest_chunk() -> None:
     for name in ("a", "b"):
         seed.has(name, *(chunk for chunk in of_a if chunk != 7))
     assert seed.asked("c", 5) == ()
-    assert seed.asked("c", 5, hungry=True) == (7,)
+    assert seed.asked("c", 5, starving=True) == (7,)
 
 
 def test_is_what_newcomers_hold_already_not_given_first() -> None:
@@ -161,7 +161,7 @@ def test_is_what_newcomers_hold_already_not_given_first() -> None:
 def test_is_a_resumed_newcomer_given_only_what_it_lacks() -> None:
     seed = Seed()
     seed.joined("resumed", range(1, CHUNKS))
-    assert seed.asked("resumed", CHUNKS, hungry=True) == (0,)
+    assert seed.asked("resumed", CHUNKS, starving=True) == (0,)
 
 
 def test_is_what_a_newcomer_got_elsewhere_not_given_to_it() -> None:
@@ -196,9 +196,9 @@ def test_does_a_newcomer_that_leaves_make_its_chunks_ungiven() -> None:
 def test_does_a_burst_after_everybody_left_find_a_seed_as_good_as_new() -> None:
     seed = Seed("a")
     seed.has("a", *seed.drained("a"))
-    assert repr(seed.gifts) == "<Gifts 12/12 given | 1 newcomers>"
+    assert repr(seed.superseed) == "<Superseed 12/12 given | 1 newcomers>"
     seed.left("a")
-    assert repr(seed.gifts) == "<Gifts 0/12 given | 0 newcomers>"
+    assert repr(seed.superseed) == "<Superseed 0/12 given | 0 newcomers>"
     seed.joined("b")
     seed.joined("c")
     assert sorted(seed.drained("b", "c")) == list(range(CHUNKS))
@@ -224,29 +224,29 @@ def test_is_what_was_lost_unseen_given_again_to_one_that_asks_twice() -> None:
     """A wrong chunk, or bytes in a socket that broke: the newcomer knows, the seed does not."""
     seed = Seed("a")
     seed.has("a", *(chunk for chunk in seed.drained("a") if chunk not in (3, 7)))
-    assert seed.asked("a", hungry=False) == ()
-    assert seed.asked("a", hungry=True) == (), "it may be on its way"
-    assert sorted([*seed.asked("a", hungry=True), *seed.asked("a", hungry=True)]) == [3, 7]
-    assert seed.asked("a", hungry=True) == ()
+    assert seed.asked("a", starving=False) == ()
+    assert seed.asked("a", starving=True) == (), "it may be on its way"
+    assert sorted([*seed.asked("a", starving=True), *seed.asked("a", starving=True)]) == [3, 7]
+    assert seed.asked("a", starving=True) == ()
 
 
 def test_does_what_is_known_to_have_failed_come_before_what_may_be_lost() -> None:
     seed = Seed("a")
     seed.drained("a")
-    assert seed.asked("a", hungry=True) == ()
+    assert seed.asked("a", starving=True) == ()
     seed.failed("a", 3)
-    assert seed.asked("a", 5, hungry=True) == (3,)
+    assert seed.asked("a", 5, starving=True) == (3,)
 
 
 def test_is_one_that_has_everything_given_nothing_however_often_it_asks() -> None:
     seed = Seed("a")
     seed.has("a", *range(CHUNKS))
-    assert [seed.asked("a", hungry=True) for _ in range(4)] == [()] * 4
+    assert [seed.asked("a", starving=True) for _ in range(4)] == [()] * 4
 
 
 def test_is_a_stranger_given_nothing() -> None:
     seed = Seed("a")
-    assert seed.asked("stranger", 3, hungry=True) == ()
+    assert seed.asked("stranger", 3, starving=True) == ()
     seed.has("stranger", 1)
     seed.failed("stranger", 1)
     seed.left("stranger")
@@ -255,9 +255,9 @@ def test_is_a_stranger_given_nothing() -> None:
 
 def test_does_check_see_a_count_that_is_off() -> None:
     seed = Seed("a")
-    seed.gifts._given[0] += 1
+    seed.superseed._given[0] += 1
     with pytest.raises(LocalProtocolError, match="counts do not add up"):
-        seed.gifts.check()
+        seed.superseed.check()
 
 
 @given(seed=st.integers(0, 2**32), seeds=st.integers(1, 3))
@@ -270,7 +270,7 @@ def test_whatever_happens_counts_add_up_and_nobody_is_given_what_it_has(seed: in
     starved: dict[str, bool] = {}
     for _ in range(60):
         name, some = dice.choice("abc"), dice.sample(range(CHUNKS), dice.randrange(4))
-        match dice.choice(["joined", "left", "has", "failed", "asked", "asked", "asked", "hungry"]):
+        match dice.choice(["joined", "left", "has", "failed", "asked", "asked", "asked", "starving"]):
             case "joined":
                 giver.joined(name, some)
                 holds[name], sent[name], starved[name] = set(some), set(), False
@@ -283,20 +283,20 @@ def test_whatever_happens_counts_add_up_and_nobody_is_given_what_it_has(seed: in
             case "failed" if name in holds:
                 giver.failed(name, *some)
                 sent[name] -= set(some)
-            case "asked" | "hungry" as how if name in holds:
-                hungry, count = how == "hungry", dice.randrange(1, 4)
-                chunks = giver.asked(name, count, hungry=hungry)
+            case "asked" | "starving" as how if name in holds:
+                starving, count = how == "starving", dice.randrange(1, 4)
+                chunks = giver.asked(name, count, starving=starving)
                 assert len(set(chunks)) == len(chunks) <= count
                 assert not holds[name] & set(chunks), "it has one of them"
                 if sent[name] & set(chunks):
-                    assert hungry, "it was sent one of them, and can do without"
+                    assert starving, "it was sent one of them, and can do without"
                     assert starved[name], "it was sent one of them, which may be on its way"
                     assert holds[name] | sent[name] == set(range(CHUNKS)), "it was sent one of them, and not all others"
                     sent[name] = set()  # all of that counts as lost, so each of it may be given once more
                 sent[name] |= set(chunks)
-                starved[name] = not chunks and (hungry or starved[name])
-    assert (giver.gifts._given >= 0).all()
-    assert (giver.gifts._held >= 0).all()
+                starved[name] = not chunks and (starving or starved[name])
+    assert (giver.superseed._given >= 0).all()
+    assert (giver.superseed._held >= 0).all()
 
 
 @given(seed=st.integers(0, 2**32), names=st.sampled_from(["ab", "abcde"]))
@@ -305,7 +305,7 @@ def test_whoever_asks_whenever_no_chunk_is_given_twice_before_all_are_once(seed:
     dice, giver, times = random.Random(seed), Seed(*names), Counter[int]()
     while len(times) < CHUNKS:
         name = dice.choice(names)
-        chunks = giver.asked(name, dice.randrange(1, 4), hungry=dice.random() < 0.5)
+        chunks = giver.asked(name, dice.randrange(1, 4), starving=dice.random() < 0.5)
         times.update(chunks)
         assert max(times.values(), default=0) <= 1
         if dice.random() < 0.5:
