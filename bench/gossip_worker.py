@@ -43,8 +43,8 @@ async def main(network: str, *contacts: str) -> None:
     changes: list[tuple[float, str, str]] = []
 
     def note(entry: Entry) -> None:
-        if isinstance(entry.what, Changed):
-            record = entry.what.record
+        if isinstance(entry.event, Changed):
+            record = entry.event.record
             changes.append((time.monotonic(), record.node, record.state.name))
 
     node.journal.subscribe(note)

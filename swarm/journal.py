@@ -55,7 +55,7 @@ class Left:
 
 
 @dataclass(frozen=True)
-class Announced:
+class ArtifactsAnnounced:
     """What a node (this one too) says that it holds."""
 
     node: str
@@ -115,15 +115,15 @@ class Sent:
 
 
 class Entry(NamedTuple):
-    """`what` (an event or action) happened at `at_s` on the node's clock; `subject` is a peer, an artifact or
+    """`event` (an event or action) happened at `at_s` on the node's clock; `subject` is a peer, an artifact or
     'node'."""
 
     at_s: float
     subject: str
-    what: object
+    event: object
 
     def __str__(self) -> str:
-        return f"{self.at_s:10.4f} {self.subject:<16} {self.what}"
+        return f"{self.at_s:10.4f} {self.subject[:16]:<16} {self.event}"
 
 
 class Journal:
@@ -134,11 +134,11 @@ class Journal:
         self._subscribers: list[tuple[Callable[[Entry], None], frozenset[type]]] = []
         self._interested: dict[type, tuple[Callable[[Entry], None], ...]] = {}  # in each kind that was recorded
 
-    def record(self, at_s: float, subject: str, what: object) -> None:
+    def record(self, at_s: float, subject: str, event: object) -> None:
         """Appends one entry."""
-        entry = Entry(at_s, subject, what)
+        entry = Entry(at_s, subject, event)
         self._entries.append(entry)
-        kind = type(what)
+        kind = type(event)
         if (interested := self._interested.get(kind)) is None:
             asked = (subscriber for subscriber, kinds in self._subscribers if not kinds or kind in kinds)
             interested = self._interested[kind] = tuple(asked)

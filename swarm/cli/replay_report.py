@@ -60,17 +60,10 @@ def replay(entries: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             done.append(fetch)
         elif kind == "LeftOut":
             left_out += entry["entries"]
-        elif fetch_of := _about(entry, fetches):
+        elif fetch_of := fetches.get(entry.get("digest") or entry.get("subject") or ""):
             fetch_of.heard_at_s = at_s
             _apply(fetch_of, entry, at_s)
     return {"fetches": [_told(fetch, names) for fetch in done], "left_out_entries": left_out}
-
-
-def _about(entry: Mapping[str, Any], fetches: Mapping[str, _Fetch]) -> _Fetch | None:
-    """A download's entries name the beginning of its digest; those of the node all of it."""
-    if "digest" in entry:
-        return fetches.get(entry["digest"])
-    return next((fetch for digest, fetch in fetches.items() if digest.startswith(entry.get("subject") or "-")), None)
 
 
 def _apply(fetch: _Fetch, entry: Mapping[str, Any], at_s: float) -> None:

@@ -16,7 +16,7 @@ from swarm.content.manifest import CHUNKS_MAX
 from swarm.dashboard import member_report
 from swarm.dashboard.member_report import cells
 from swarm.dashboard.swarm_view import Json, SwarmView
-from swarm.journal import Announced, Entry, FetchStarted, Opened, Received
+from swarm.journal import ArtifactsAnnounced, Entry, FetchStarted, Opened, Received
 from swarm.observe.fetch_history import FetchHistories
 from swarm.observe.node_report import Picture
 from swarm.observe.trace import entry
@@ -88,10 +88,10 @@ class Recording:
     def _apply(self, done: Entry) -> None:
         self._picture.apply(done)
         self._histories.apply(done)
-        match done.what:
+        match done.event:
             case Opened(node, _, _, host, rack):
                 self._node, self._place = node, (host, rack)
-            case Announced(node, artifacts) if node == self._node:
+            case ArtifactsAnnounced(node, artifacts) if node == self._node:
                 for announced in artifacts:
                     if announced.chunks == announced.chunks_total:
                         self._held[node, announced.digest] = Bitfield.full(announced.chunks_total)
@@ -102,12 +102,12 @@ class Recording:
             case Received(_, digest, chunk, _):
                 self._hold(self._node, digest, [chunk])
             case PeerJoined(node, holds):
-                if digest := self._called(done.subject):
-                    self._held[node, digest] = holds
+                if done.subject in self._picture.fetches:
+                    self._held[node, done.subject] = holds
             case PeerHas(node, chunks):
-                self._hold(node, self._called(done.subject), chunks)
+                self._hold(node, done.subject, chunks)
             case PeerLeft(node):
-                self._held.pop((node, self._called(done.subject)), None)
+                self._held.pop((node, done.subject), None)
 
     def _hold(self, node: str, digest: str, chunks: Iterable[int]) -> None:
         bits = self._held.get((node, digest))
@@ -115,7 +115,3 @@ class Recording:
             for chunk in chunks:
                 if 0 <= chunk < bits.length:
                     bits.add(chunk)
-
-    def _called(self, subject: str) -> str:
-        """The artifact of a machine's entries: they name the beginning of its digest."""
-        return next((digest for digest in self._picture.fetches if digest.startswith(subject)), "")

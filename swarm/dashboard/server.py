@@ -149,8 +149,8 @@ class Dashboard:
         gossip gives it up."""
 
         def apply(entry: Entry) -> None:
-            if isinstance(entry.what, Left):
-                self._collector.hurry(entry.what.node)
+            if isinstance(entry.event, Left):
+                self._collector.hurry(entry.event.node)
 
         journal.subscribe(apply, Left)
 

@@ -190,7 +190,7 @@ async def _settled(node: Node, given: set[str], multicast: _Multicast, *, wait_s
 
 def _failures(node: Node) -> dict[str, Unreached]:
     """The last failure of each address."""
-    return {entry.what.address: entry.what for entry in node.journal if isinstance(entry.what, Unreached)}
+    return {entry.event.address: entry.event for entry in node.journal if isinstance(entry.event, Unreached)}
 
 
 def _mdns(multicast: _Multicast, node: Node) -> Mdns:

@@ -43,7 +43,7 @@ from swarm.peers.connections_driver import ConnectionsDriver
 from swarm.peers.manifest_requests import ManifestRequests
 from swarm.peers.peer import Peer
 from swarm.protocol import messages, packets
-from swarm.protocol.messages import Announcement, AnyMessage, Hello, Offer, Origin
+from swarm.protocol.messages import Announcement, AnyMessage, Endpoint, Hello, Origin
 from swarm.protocol.packets import Holding, Profile, Record
 from swarm.store import Source, Store
 from swarm.transfer import download
@@ -391,9 +391,9 @@ class Node:
 
     def hello(self, token: str) -> Hello:
         """How this node greets."""
-        offers = tuple(Offer(transport.scheme, transport.address) for transport in self._environment.transports)
+        endpoints = tuple(Endpoint(transport.scheme, transport.address) for transport in self._environment.transports)
         artifacts = self._shares.announcements()
-        return Hello(messages.PROTOCOL, __version__, self.id, self.name, self.address, token, offers, artifacts)
+        return Hello(messages.PROTOCOL, __version__, self.id, self.name, self.address, token, endpoints, artifacts)
 
     def reached(self, address: str) -> None:
         """A node was dialled there, and greeted: maybe gossip gets through as well."""

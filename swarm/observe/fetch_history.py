@@ -123,7 +123,7 @@ class FetchHistories:
 
     def apply(self, entry: Entry) -> None:
         """Takes one more entry into account."""
-        match entry.what:
+        match entry.event:
             case Received(node, digest, chunk, size):  # first: there are as many as chunks
                 if fetch := self.fetches.get(digest):
                     fetch.add(entry.at_s, node, chunk, size)
@@ -135,17 +135,13 @@ class FetchHistories:
                 if fetch := self.fetches.get(digest):
                     fetch.seconds, fetch.error = entry.at_s - fetch.began_at_s, error
             case ChunkCorrupt(node, _, _):
-                if fetch := self._called(entry.subject):
+                if fetch := self.fetches.get(entry.subject):
                     fetch.rejected[node] += 1
                     if len(fetch.rejected_at) < BUCKETS:
                         fetch.rejected_at.append((entry.at_s - fetch.began_at_s, node))
             case Ban(node, why):
-                if fetch := self._called(entry.subject):
+                if fetch := self.fetches.get(entry.subject):
                     fetch.banned[node] = why
-
-    def _called(self, subject: str) -> Fetch | None:
-        """The fetch that a machine's journal entries are about: they name the beginning of its digest."""
-        return next((fetch for digest, fetch in self.fetches.items() if digest.startswith(subject)), None)
 
     def _forget(self) -> None:
         ended = [digest for digest, fetch in self.fetches.items() if fetch.seconds is not None]

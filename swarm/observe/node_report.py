@@ -11,7 +11,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Opened, Received, Sent
+from swarm.journal import (
+    ArtifactsAnnounced,
+    Entry,
+    FetchEnded,
+    FetchStarted,
+    Joined,
+    Journal,
+    Left,
+    Opened,
+    Received,
+    Sent,
+)
 from swarm.membership.swim import Changed
 from swarm.protocol.messages import Announcement
 from swarm.protocol.packets import Record, State
@@ -19,7 +30,7 @@ from swarm.protocol.packets import Record, State
 RATE_WINDOW_S = 5.0  # chunks come in bursts: over less a slow member looks fast now and then
 RATE_LEAST_S = 0.2
 GONE_KEPT = 64  # members that left, kept to be looked at
-_HEARD = (Opened, Joined, Changed, Left, Announced, FetchStarted, FetchEnded, Received, Sent)  # of a journal
+_HEARD = (Opened, Joined, Changed, Left, ArtifactsAnnounced, FetchStarted, FetchEnded, Received, Sent)  # of a journal
 
 
 class Rate:
@@ -159,7 +170,7 @@ class Picture:
     def apply(self, entry: Entry) -> None:
         """Takes one more entry into account."""
         self._now = entry.at_s
-        match entry.what:
+        match entry.event:
             case Received(node, digest, _, size):  # first: there are as many as chunks
                 self._flow(digest, "down", node, size)
                 if fetch := self.fetches.get(digest):
@@ -180,7 +191,7 @@ class Picture:
                 self._hear(record)
             case Left(node):
                 self._leave(node)
-            case Announced(node, artifacts):
+            case ArtifactsAnnounced(node, artifacts):
                 if member := self._members.get(node):
                     member.artifacts = {announced.digest: announced for announced in artifacts}
             case FetchStarted(model_id, digest, size, resumed_bytes):

@@ -54,10 +54,10 @@ class _Spans:
         self._trace = trace
         self._tracer = trace.get_tracer("swarm")
         self._names: dict[str, str] = {}  # of linked nodes
-        self._fetches: dict[str, _Fetch] = {}  # by the beginning of their digest, which machines' entries are about
+        self._fetches: dict[str, _Fetch] = {}  # by digest, the subject of a download's entries
 
     def apply(self, entry: Entry) -> None:
-        match entry.what:
+        match entry.event:
             case Joined(node, name):
                 self._names[node] = name
             case Left(node):
@@ -69,17 +69,17 @@ class _Spans:
             case FetchEnded(digest, error):
                 self._ended(entry.at_s, digest, error)
             case Received(node, digest):
-                self._of_source(entry, digest[:12], node)
+                self._of_source(entry, digest, node)
             case Ask(node) | ChunkCorrupt(node) | TransferFailed(node) | TransferEnded(node) | Ban(node):
                 self._of_source(entry, entry.subject, node)
 
-    def _of_source(self, entry: Entry, subject: str, node: str) -> None:
-        if (fetch := self._fetches.get(subject)) is None:
+    def _of_source(self, entry: Entry, digest: str, node: str) -> None:
+        if (fetch := self._fetches.get(digest)) is None:
             return
         if (source := fetch.sources.get(node)) is None:
             source = fetch.sources[node] = _Source(self._asked(fetch, node), entry.at_s)
         source.heard_at_s = entry.at_s
-        match entry.what:
+        match entry.event:
             case Received(size=size):
                 source.bytes += size
                 source.chunks += 1
@@ -110,7 +110,7 @@ class _Spans:
         span.set_attribute("swarm.digest", started.digest)
         span.set_attribute("swarm.bytes", started.size)
         span.set_attribute("swarm.resumed_bytes", started.resumed_bytes)
-        self._fetches[started.digest[:12]] = _Fetch(span)
+        self._fetches[started.digest] = _Fetch(span)
 
     def _asked(self, fetch: _Fetch, node: str) -> Any:
         within = self._trace.set_span_in_context(fetch.span)
@@ -120,7 +120,7 @@ class _Spans:
         return span
 
     def _ended(self, at_s: float, digest: str, error: str | None) -> None:
-        if fetch := self._fetches.pop(digest[:12], None):
+        if fetch := self._fetches.pop(digest, None):
             over_ns = time.time_ns()
             for source in fetch.sources.values():
                 for name in ("bytes", "chunks", "rejected_chunks", "failed_transfers"):

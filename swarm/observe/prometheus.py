@@ -46,7 +46,7 @@ class Metrics:
 
     def apply(self, entry: Entry) -> None:
         """Counts one more entry."""
-        what = entry.what
+        what = entry.event
         self._counts[type(what)] += 1
         if isinstance(what, (Received, Sent)):  # no union, which would be made anew for every chunk
             self._moved[type(what)] += what.size

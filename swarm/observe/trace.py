@@ -17,7 +17,18 @@ import msgspec
 
 from swarm.content.bitfield import Bitfield
 from swarm.errors import StoreError
-from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Opened, Received, Sent
+from swarm.journal import (
+    ArtifactsAnnounced,
+    Entry,
+    FetchEnded,
+    FetchStarted,
+    Joined,
+    Journal,
+    Left,
+    Opened,
+    Received,
+    Sent,
+)
 from swarm.membership.swim import Changed
 from swarm.transfer.download import Ban, ChunkCorrupt, PeerHas, PeerJoined, PeerLeft
 
@@ -28,17 +39,17 @@ WRITE_EVERY_S = 0.5
 _SHOWN_AGAIN: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        Announced, Ban, Changed, ChunkCorrupt, FetchEnded, FetchStarted, Joined, Left, Opened, PeerHas, PeerJoined,
-        PeerLeft, Received, Sent,
+        ArtifactsAnnounced, Ban, Changed, ChunkCorrupt, FetchEnded, FetchStarted, Joined, Left, Opened, PeerHas,
+        PeerJoined, PeerLeft, Received, Sent,
     )
 }  # fmt: skip
 
 
 def event(entry: Entry) -> dict[str, Any]:
     """An entry as an object of JSON: `at_s`, `subject`, `event` (what kind), and the fields of what happened."""
-    fields = msgspec.to_builtins(entry.what, enc_hook=_encoded)
+    fields = msgspec.to_builtins(entry.event, enc_hook=_encoded)
     said = fields if isinstance(fields, dict) else {"said": fields}
-    return {"at_s": round(entry.at_s, 6), "subject": entry.subject, "event": type(entry.what).__name__, **said}
+    return {"at_s": round(entry.at_s, 6), "subject": entry.subject, "event": type(entry.event).__name__, **said}
 
 
 def entry(line: Mapping[str, Any]) -> Entry | None:

@@ -24,7 +24,7 @@ from swarm.errors import (
     SwarmError,
     VersionSkew,
 )
-from swarm.journal import Announced, Joined, Left, Unreached
+from swarm.journal import ArtifactsAnnounced, Joined, Left, Unreached
 from swarm.net.environment import Environment
 from swarm.net.websocket import Link
 from swarm.peers import connections
@@ -191,7 +191,7 @@ class ConnectionsDriver:
             self._forget(twin, "another link is open")
         self._party.peers[peer.node] = peer
         self._party.record(peer.node, Joined(peer.node, peer.name, peer.hello.address, peer.scheme))
-        self._party.record(peer.node, Announced(peer.node, peer.hello.artifacts))
+        self._party.record(peer.node, ArtifactsAnnounced(peer.node, peer.hello.artifacts))
         if others:
             peer.post(messages.Members(others))
         self._party.joined(peer)

@@ -60,7 +60,7 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
     """Base of everything that travels over a link."""
 
 
-class Offer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One transport a node can be read through: `address` is in the scheme's own form."""
 
     scheme: Scheme
@@ -91,7 +91,7 @@ class Hello(Message, frozen=True):
     name: Text
     address: Text
     token: Token
-    transports: Annotated[tuple[Offer, ...], msgspec.Meta(max_length=16)]
+    transports: Annotated[tuple[Endpoint, ...], msgspec.Meta(max_length=16)]
     artifacts: Annotated[tuple[Announcement, ...], msgspec.Meta(max_length=ANNOUNCED_MAX)]
 
 

@@ -145,7 +145,7 @@ class DownloadDriver:
 
     def handle(self, event: download.Event) -> None:
         """Tells the machine, and does what it says."""
-        subject = self._manifest.digest[:12]
+        subject = self._manifest.digest
         self._host.record(subject, event)
         if isinstance(event, download.PeerLeft):
             self._forsake(event.peer)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from swarm.content.bitfield import Bitfield, runs
 from swarm.content.manifest import Manifest
 from swarm.errors import RemoteProtocolError, SettingsError, SwarmError
-from swarm.journal import Announced
+from swarm.journal import ArtifactsAnnounced
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
@@ -141,7 +141,7 @@ class Shares:
         """Tells every peer what is shared now."""
         self._announced_at = self._host.now()
         artifacts = self.announcements()
-        self._host.record("node", Announced(self._host.id, artifacts))
+        self._host.record("node", ArtifactsAnnounced(self._host.id, artifacts))
         for peer in self._host.peers.values():
             peer.post(messages.Announce(artifacts))
         self._announced()
@@ -214,7 +214,7 @@ class Shares:
     def _hear_announce(self, peer: Peer, artifacts: tuple[Announcement, ...]) -> None:
         dropped = peer.artifacts.keys() - {announced.digest for announced in artifacts}
         peer.artifacts = {announced.digest: announced for announced in artifacts}
-        self._host.record(peer.node, Announced(peer.node, artifacts))
+        self._host.record(peer.node, ArtifactsAnnounced(peer.node, artifacts))
         for digest in sorted(dropped):
             peer.asked.discard(digest)
             if (share := self.shares.get(digest)) and share.fetching:

@@ -25,7 +25,7 @@ from swarm.errors import ManifestInvalid, SettingsError, TransportError
 from swarm.membership import config
 from swarm.membership.swim import Gossip, Heard
 from swarm.protocol import messages, packets
-from swarm.protocol.messages import Announcement, Offer, Origin
+from swarm.protocol.messages import Announcement, Endpoint, Origin
 from swarm.protocol.packets import Ack, Holding, Ping, PingRequest, Profile, Record, State, Status, Sync, SyncReply
 from swarm.security.datagram_seal import Opener, Sealer, SealKey
 from swarm.settings import join_address, split_address
@@ -55,7 +55,7 @@ class Target:
 
 
 def _messages() -> list[bytes]:
-    offers = (Offer("tcp", "10.0.0.1:7000"), Offer("inproc", "inproc://ab/0"))
+    offers = (Endpoint("tcp", "10.0.0.1:7000"), Endpoint("inproc", "inproc://ab/0"))
     artifacts = (Announcement("org/model", DIGEST, "checkpoint", 1 << 40, 3, 80, False),)
     said = (
         messages.Hello(messages.PROTOCOL, "0.1.0", ANN, "node", "10.0.0.1:7000", TOKEN, offers, artifacts),

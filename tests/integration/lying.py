@@ -79,7 +79,7 @@ class LyingPeer:
         announced = messages.Announcement(
             MODEL, self.digest, "checkpoint", self.manifest.size, chunks, chunks, self.superseeds
         )
-        offers = (messages.Offer("tcp", self.address),)
+        offers = (messages.Endpoint("tcp", self.address),)
         node = hashlib.sha256(self.address.encode()).hexdigest()[:16]
         name = type(self).__name__
         return messages.Hello(messages.PROTOCOL, "9.9", node, name, self.address, TOKEN, offers, (announced,))

@@ -24,7 +24,7 @@ import pytest
 from swarm.errors import NotAdmitted, SwarmError
 from swarm.net.websocket import PATH, HttpLinks, Link
 from swarm.protocol import messages, packets
-from swarm.protocol.messages import Hello, Offer
+from swarm.protocol.messages import Endpoint, Hello
 from swarm.protocol.packets import Profile, Record, State
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity, Refusal
@@ -122,7 +122,7 @@ async def linked(target: Target, identity: Identity) -> AsyncIterator[Link]:
 
 def hello(node: str, *, address: str = "127.0.0.1:9", name: str = "mallory") -> Hello:
     token = secrets.token_hex(16)
-    return Hello(messages.PROTOCOL, "9.9", node, name, address, token, (Offer("tls", address),), ())
+    return Hello(messages.PROTOCOL, "9.9", node, name, address, token, (Endpoint("tls", address),), ())
 
 
 async def read_on(link: Link) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from swarm.errors import LocalProtocolError, SwarmError
-from swarm.journal import Announced, Entry, Joined, Left
+from swarm.journal import ArtifactsAnnounced, Entry, Joined, Left
 from swarm.membership.swim import Changed, Gossip
 from swarm.node.node import Fetched, Node
 from swarm.peers.connections import Connections
@@ -47,7 +47,7 @@ SPREAD_S = 0.01  # newcomers of one burst do not ask in the same instant
 CHANGES: dict[type, tuple[type, ...]] = {
     Download: get_args(download.Event),
     Upload: get_args(upload.Action),
-    Connections: (Joined, Left, Announced, Changed),
+    Connections: (Joined, Left, ArtifactsAnnounced, Changed),
     Gossip: (Changed,),
 }
 
@@ -274,7 +274,7 @@ class Cluster:
         self._happened.set()
         try:
             for machine in member.node.machines:
-                if isinstance(entry.what, CHANGES[type(machine)]):
+                if isinstance(entry.event, CHANGES[type(machine)]):
                     machine.check()
         except LocalProtocolError as error:
             self._faults.note(error)
@@ -336,8 +336,8 @@ class _Trace:
         if self.closed:
             return
         self.entries[name] += 1
-        self.hash.update(f"{entry.at_s!r} {name} {entry.subject} {entry.what!r}\n".encode())
-        match entry.what:
+        self.hash.update(f"{entry.at_s!r} {name} {entry.subject} {entry.event!r}\n".encode())
+        match entry.event:
             case download.Ask(_, number):
                 self._asked_at[name, number] = entry.at_s
             case download.Granted(_, number) if (name, number) in self._asked_at:

@@ -123,7 +123,7 @@ def test_does_gossip_end_a_link_whose_other_end_is_dead() -> None:
         seed = cluster.members["seed-0"].node
         await cluster.until(lambda: bool(seed.peers) and bool(seed.members()))
         whys: list[str] = []
-        seed.journal.subscribe(lambda entry: whys.append(entry.what.why) if isinstance(entry.what, Left) else None)
+        seed.journal.subscribe(lambda entry: whys.append(entry.event.why) if isinstance(entry.event, Left) else None)
         cluster.fabric.hosts["member-0"].datagrams_pass = False  # its links stand all the same
         await cluster.until(lambda: not seed.members(), timeout_s=LONG_S)
         await cluster.until(lambda: bool(whys))
@@ -189,7 +189,7 @@ def test_does_a_clock_that_jumps_blame_nobody(skew_s: float, monkeypatch: pytest
             member.node.journal.subscribe(
                 lambda entry: (
                     blamed.append(entry)
-                    if isinstance(entry.what, Changed) and entry.what.record.state is not State.ALIVE
+                    if isinstance(entry.event, Changed) and entry.event.record.state is not State.ALIVE
                     else None
                 )
             )

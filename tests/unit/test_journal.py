@@ -21,7 +21,7 @@ def test_are_the_oldest_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal()
     for number in range(5):
         journal.record(number, "node", number)
-    assert [entry.what for entry in journal] == [2, 3, 4]
+    assert [entry.event for entry in journal] == [2, 3, 4]
 
 
 def test_does_a_subscriber_hear_what_comes_after_it() -> None:
@@ -42,8 +42,8 @@ def test_may_the_journal_be_written_to_while_it_is_read() -> None:
 
 def test_does_a_subscriber_hear_only_the_kinds_that_it_names() -> None:
     journal, numbers, everything = Journal(), list[object](), list[object]()
-    journal.subscribe(lambda entry: numbers.append(entry.what), int, float)
-    journal.subscribe(lambda entry: everything.append(entry.what))
+    journal.subscribe(lambda entry: numbers.append(entry.event), int, float)
+    journal.subscribe(lambda entry: everything.append(entry.event))
     for what in (1, "two", 3.0):
         journal.record(0.0, "node", what)
     assert numbers == [1, 3.0]

@@ -15,7 +15,7 @@ from swarm.observe.trace import event, tracing
 from swarm.transfer.download import Ask, Ban, ChunkCorrupt, Granted, TransferEnded
 
 DIGEST = "d" * 64
-HERE = DIGEST[:12]
+HERE = DIGEST
 STORY = (
     Entry(9.0, "p", Joined("p", "pat", "127.0.0.1:1", "tcp")),
     Entry(10.0, "node", FetchStarted("org/m", DIGEST, 30, 0)),

@@ -16,7 +16,7 @@ from swarm.dashboard import replay_server
 from swarm.dashboard.recording import Recording
 from swarm.dashboard.replay_server import ReplayServer
 from swarm.errors import StoreError
-from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Opened, Received, Sent
+from swarm.journal import ArtifactsAnnounced, Entry, FetchEnded, FetchStarted, Joined, Opened, Received, Sent
 from swarm.membership.swim import Changed
 from swarm.observe.trace import event
 from swarm.protocol.messages import Announcement
@@ -24,7 +24,7 @@ from swarm.protocol.packets import Holding, Profile, Record, State
 from swarm.transfer.download import Ban, ChunkCorrupt, PeerHas, PeerJoined
 
 DIGEST = "d" * 64
-HERE = DIGEST[:12]
+HERE = DIGEST
 ME, PAT, LIAR = "1" * 16, "a" * 16, "f" * 16
 HOLDS = Announcement("org/m", DIGEST, "checkpoint", 40, 4, 4, True)
 PART = Announcement("org/m", DIGEST, "checkpoint", 40, 1, 4, False)
@@ -32,10 +32,10 @@ PROFILE = Profile((Holding("org/m", DIGEST, "checkpoint", 4, 4, True),), host="h
 STORY = (
     Entry(100.0, "node", Opened(ME, "me", "127.0.0.1:1", "here", "r")),
     Entry(100.1, PAT, Joined(PAT, "pat", "127.0.0.1:2", "tcp")),
-    Entry(100.1, PAT, Announced(PAT, (HOLDS,))),
+    Entry(100.1, PAT, ArtifactsAnnounced(PAT, (HOLDS,))),
     Entry(100.2, PAT, Changed(Record(PAT, 0, State.ALIVE, 1, "pat", "127.0.0.1:2", PROFILE))),
     Entry(100.3, LIAR, Joined(LIAR, "liar", "127.0.0.1:3", "tcp")),
-    Entry(100.3, LIAR, Announced(LIAR, (PART,))),
+    Entry(100.3, LIAR, ArtifactsAnnounced(LIAR, (PART,))),
     Entry(101.0, "node", FetchStarted("org/m", DIGEST, 40, 10, 4, ((3, 1),))),
     Entry(101.0, HERE, PeerJoined(LIAR, Bitfield(4, [0]))),
     Entry(102.0, PAT, Received(PAT, DIGEST, 0, 10)),

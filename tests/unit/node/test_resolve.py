@@ -157,7 +157,7 @@ def test_does_the_journal_say_how_it_went() -> None:
             await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
             with pytest.raises(ManifestNotFound):
                 await resolve(newcomer, "org/other", digest=None, find_timeout_s=0.01)
-            found, missed = (entry.what for entry in newcomer.journal if isinstance(entry.what, Resolved))
+            found, missed = (entry.event for entry in newcomer.journal if isinstance(entry.event, Resolved))
             assert (found.model_id, found.digest, found.error) == (MODEL, source.manifest.digest, None)
             assert found.agreed_at_s is not None
             assert found.began_at_s <= found.agreed_at_s <= newcomer.now()

@@ -17,7 +17,7 @@ def histories_of(*entries: tuple[float, Any]) -> FetchHistories:
     journal, histories = Journal(), FetchHistories()
     histories.follow(journal)
     for at_s, what in entries:
-        subject = DIGEST[:12] if isinstance(what, Ban | ChunkCorrupt) else "node"
+        subject = DIGEST if isinstance(what, Ban | ChunkCorrupt) else "node"
         journal.record(at_s, subject, what)
     return histories
 

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from swarm.journal import Announced, Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Opened, Received, Sent
+from swarm.journal import (
+    ArtifactsAnnounced,
+    Entry,
+    FetchEnded,
+    FetchStarted,
+    Joined,
+    Journal,
+    Left,
+    Opened,
+    Received,
+    Sent,
+)
 from swarm.membership.swim import Changed
 from swarm.observe import node_report as pictures
 from swarm.observe.node_report import RATE_WINDOW_S, Picture, Rate, distinct_names
@@ -14,8 +25,8 @@ from swarm.protocol.packets import Holding, Profile, Record, State
 DIGEST = "ab" * 32
 
 
-def announced(node: str, chunks: int, *, total: int = 4, model_id: str = "org/model") -> Announced:
-    return Announced(node, (Announcement(model_id, DIGEST, "checkpoint", 100, chunks, total, False),))
+def announced(node: str, chunks: int, *, total: int = 4, model_id: str = "org/model") -> ArtifactsAnnounced:
+    return ArtifactsAnnounced(node, (Announcement(model_id, DIGEST, "checkpoint", 100, chunks, total, False),))
 
 
 def picture_of(*happenings: object) -> Picture:
@@ -97,7 +108,7 @@ def test_who_holds_how_much() -> None:
         "bytes": 100,
         "members": {"me": 0.25, "peer": 1.0},
     }
-    picture.apply(Entry(7, "node", Announced("n0", ())))
+    picture.apply(Entry(7, "node", ArtifactsAnnounced("n0", ())))
     picture.apply(Entry(8, "node", Left("n1", "tired")))
     assert picture.report(9)["artifacts"] == []
 

@@ -18,7 +18,7 @@ from swarm.transfer.download import Ask, Ban, ChunkCorrupt, TransferEnded, Trans
 trace = pytest.importorskip("opentelemetry.trace", reason="opentelemetry-api is optional")
 sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="without the SDK nothing is exported")
 DIGEST = "d" * 64
-SUBJECT = DIGEST[:12]
+SUBJECT = DIGEST
 
 
 @pytest.fixture

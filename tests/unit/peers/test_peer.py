@@ -9,7 +9,7 @@ import pytest
 from swarm.errors import PeerUnreachable, TransportError
 from swarm.peers import peer as peers
 from swarm.peers.peer import Peer
-from swarm.protocol.messages import AnyMessage, Bye, Cancel, Hello, ManifestPart, Message, Offer
+from swarm.protocol.messages import AnyMessage, Bye, Cancel, Endpoint, Hello, ManifestPart, Message
 from swarm.transport import Transport
 from swarm.transport.inproc import InprocHub, InprocInbound, InprocTransport
 
@@ -43,7 +43,7 @@ class FakeLink:
         self.closed = True
 
 
-def peer_at(link: FakeLink, *offers: Offer, transports: tuple[Transport, ...] = ()) -> Peer:
+def peer_at(link: FakeLink, *offers: Endpoint, transports: tuple[Transport, ...] = ()) -> Peer:
     hello = Hello(1, "0", "0" * 16, "them", "127.0.0.1:1", TOKEN, offers, ())
     return Peer(0, link, hello, token="ef" * 16, transports=transports)
 
@@ -147,7 +147,7 @@ def test_is_the_session_kept_and_opened_again_once_it_is_dead() -> None:
         ours, theirs = InprocTransport(hub), InprocTransport(hub)
         theirs.admit(TOKEN)
         link = FakeLink()
-        peer = peer_at(link, Offer("inproc", theirs.address), transports=(ours,))
+        peer = peer_at(link, Endpoint("inproc", theirs.address), transports=(ours,))
         first, again = await asyncio.gather(peer.session(), peer.session())
         assert first is again
         await first.close()
@@ -180,7 +180,7 @@ def test_is_a_session_that_opens_after_the_end_closed() -> None:
         hub = InprocHub()
         ours, theirs = Slow(hub), InprocTransport(hub)
         theirs.admit(TOKEN)
-        peer = peer_at(FakeLink(), Offer("inproc", theirs.address), transports=(ours,))
+        peer = peer_at(FakeLink(), Endpoint("inproc", theirs.address), transports=(ours,))
         late = asyncio.create_task(peer.session())
         await ours.connecting.wait()
         await peer.close()
@@ -203,9 +203,9 @@ def test_which_transport_is_chosen() -> None:
     async def scenario() -> None:
         hub = InprocHub()
         inproc, other, far = InprocTransport(hub), Other(hub), InprocTransport(InprocHub("elsewhere"))
-        both = (Offer("inproc", far.address), Offer("other", other.address))
+        both = (Endpoint("inproc", far.address), Endpoint("other", other.address))
         assert peer_at(FakeLink(), *both, transports=(inproc, other)).scheme == "other"
-        near = (Offer("other", other.address), Offer("inproc", inproc.address))
+        near = (Endpoint("other", other.address), Endpoint("inproc", inproc.address))
         assert peer_at(FakeLink(), *near, transports=(inproc, other)).scheme == "inproc"
         unreachable = peer_at(FakeLink(), *both, transports=(inproc,))
         assert unreachable.scheme == "none"

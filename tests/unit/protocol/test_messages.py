@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX
 from swarm.protocol import messages
-from swarm.protocol.messages import Announcement, Message, Offer, Origin, decode, encode
+from swarm.protocol.messages import Announcement, Endpoint, Message, Origin, decode, encode
 
 DIGEST = "ab" * 32
 ARTIFACT = Announcement("org/model", DIGEST, "checkpoint", 10, 1, 2, False)
@@ -25,7 +25,7 @@ ARTIFACT_JSON = (
 )
 # A change here is a change of the protocol: `PROTOCOL` counts those.
 GOLDEN: dict[Message, str] = {
-    messages.Hello(3, "0.1.0", NODE, "me", "127.0.0.1:1", TOKEN, (Offer("tcp", "127.0.0.1:1"),), (ARTIFACT,)): (
+    messages.Hello(3, "0.1.0", NODE, "me", "127.0.0.1:1", TOKEN, (Endpoint("tcp", "127.0.0.1:1"),), (ARTIFACT,)): (
         f'{{"type":"Hello","protocol":3,"software":"0.1.0","node":"{NODE}","name":"me","address":"127.0.0.1:1",'
         f'"token":"{TOKEN}","transports":[{{"scheme":"tcp","address":"127.0.0.1:1"}}],"artifacts":[{ARTIFACT_JSON}]}}'
     ),
