@@ -18,10 +18,9 @@ from swarm.settings import Settings
 from swarm.simulation.setup import Setup, flag_of
 
 ROOT = Path(swarm.__file__).parent.parent
-DOCUMENTS = [
-    "README.md", "ARCHITECTURE.md", "SECURITY.md", "docs/operations.md", "docs/protocol.md", "docs/gossip.md",
-    "docs/limits.md", "docs/dashboard.md", "docs/simulation.md", "docs/engines.md",
-]  # fmt: skip
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix() for where in ("*.md", "docs/**/*.md", "bench/*.md") for path in ROOT.glob(where)
+)
 INTERNAL = {"TransportError"}  # never leaves a node: the chunk is asked for elsewhere
 ERRORS = {
     name
@@ -91,9 +90,27 @@ def test_is_every_module_in_the_tree(module: str) -> None:
     folder, _, name = module.rpartition(".")
     if not folder and (ROOT / "swarm" / module).is_dir():
         folder, name = module, ""
-    lines = re.findall(rf"^    {folder}/ .*$" if folder else r"^    swarm/ .*$", text("ARCHITECTURE.md"), re.MULTILINE)
-    assert name in " ".join([*lines, ""]).split(" ")
-    assert len(lines) == 1
+    ((purpose, names),) = re.findall(rf"^    {folder or 'swarm'}/ +(.+?): (.+)$", text("ARCHITECTURE.md"), re.MULTILINE)
+    assert name in {"", *names.split()}
+    assert len(purpose.split()) > 1
+
+
+def test_is_every_module_in_the_tree_there() -> None:
+    lines = re.findall(r"^    (\w+)/ +.+?: (.+)$", text("ARCHITECTURE.md"), re.MULTILINE)
+    named = {
+        f"{folder}.{name}".removeprefix("swarm.") for folder, names in lines for name in names.split() if name != "|"
+    }
+    packages = {path.parent.name for path in (ROOT / "swarm").glob("*/__init__.py")}
+    assert named == set(MODULES) - packages
+
+
+def test_is_the_architecture_one_page() -> None:
+    assert len(text("ARCHITECTURE.md").splitlines()) <= 80
+
+
+def test_is_every_decision_in_the_list() -> None:
+    listed = re.findall(r"\]\((\d{4}-[a-z0-9-]+\.md)\)", text("docs/decisions/README.md"))
+    assert listed == sorted(path.name for path in (ROOT / "docs/decisions").glob("[0-9]*.md"))
 
 
 def test_has_every_exit_code_its_row() -> None:
@@ -110,6 +127,15 @@ def test_is_a_limit_what_the_document_says(row: list[str]) -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_does_every_link_between_documents_lead_somewhere(name: str) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)", text(name)):
+    for target, _, section in re.findall(r"\]\(([^)#\s]*)(#([^)\s]+))?\)", text(name)):
         if "://" not in target:
-            assert (ROOT / name).parent.joinpath(target).exists(), target
+            path = (ROOT / name).parent.joinpath(target) if target else ROOT / name
+            assert path.exists(), target
+            if section:
+                assert section in anchors(path.read_text(encoding="utf-8")), f"{target}#{section}"
+
+
+def anchors(document: str) -> set[str]:
+    """The names that GitHub gives to headings."""
+    headings = re.findall(r"^#+ (.+)$", document, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
