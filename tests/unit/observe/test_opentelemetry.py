@@ -128,8 +128,13 @@ def test_does_a_real_fetch_show_all_of_it_within_the_callers_span(
     assert fetch.start_time <= seed.start_time <= seed.end_time <= fetch.end_time
 
 
-def test_is_nothing_done_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_nothing_done_without_the_package(
+    exported: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delattr(sys.modules["opentelemetry"], "trace")
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", None)  # as where another package of that name space is
     journal = followed()
     journal.record(1.0, "node", FetchStarted("org/m", DIGEST, 30, 10))
+    journal.record(2.0, "node", FetchEnded(DIGEST, None))
+    assert journal._subscribers == []
+    assert exported() == {}

@@ -166,9 +166,13 @@ def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[Answer]) -> None:
 
 def test_are_answers_nobody_asked_for_ignored() -> None:
     async def scenario() -> None:
-        manifest_requests = ManifestRequests(nothing)
-        manifest_requests.hear(FakePeer(), ManifestPart(DIGEST, 4, 3, b"ab"))
-        manifest_requests.hear(FakePeer(), OriginReply(DIGEST, ORIGIN))
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
+        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"no"))
+        manifest_requests.hear(peer, OriginReply(DIGEST, ORIGIN))
+        assert peer.posted == []
+        waiting = await asked(manifest_requests, peer)
+        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"ab"))
+        assert await waiting == b"ab"
 
     run(scenario)
 

@@ -197,8 +197,13 @@ def test_does_a_fetch_fail_whose_gpu_cannot_be_used(monkeypatch: pytest.MonkeyPa
 def test_is_a_grant_of_what_somebody_else_was_asked_for_ignored() -> None:
     async def scenario(fetch: Fetch) -> None:
         request = await fetch.asked()
-        fetch.fetching.granted(cast(Peer, Source()), request.transfer, ())
-        fetch.fetching.granted(fetch.peer, 999, ())
+        before = repr(fetch.fetching.machine)
+        fetch.fetching.granted(cast(Peer, Source()), request.transfer, (5,))
+        fetch.fetching.granted(fetch.peer, 999, (5,))
+        assert repr(fetch.fetching.machine) == before
+        assert fetch.source.receiving == []
+        fetch.fetching.granted(fetch.peer, request.transfer, (5,))
+        await fetch.until(lambda: fetch.source.receiving)
 
     run(scenario, superseeds=True)
 

@@ -67,7 +67,10 @@ def test_is_a_closed_loop_left_alone() -> None:
     async def make() -> Mailbox:
         return Mailbox()
 
-    asyncio.run(make()).post(lambda: None)
+    made = list[str]()
+    mailbox = asyncio.run(make())
+    mailbox.post(lambda: made.append("late"))
+    assert made == []
 
 
 def test_is_whoever_is_cancelled_released_only_once_the_work_has_ended() -> None:

@@ -1,0 +1,403 @@
+"""The connections machine, by lists of events: which addresses are dialled, which links dropped?"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from swarm.errors import LocalProtocolError
+from swarm.peers import connections, selection
+from swarm.peers.connections import Connections, Dial, DialFailed, Drop, Found, LinkDown, LinkUp, Told, Welcome
+from swarm.protocol.packets import Holding, Profile, Record, State
+
+SMALL, BIG = "1" * 16, "2" * 16
+
+
+class Knows:
+    """The membership machine of one node; every step is checked."""
+
+    def __init__(self, node: str = SMALL, *, host: str = "") -> None:
+        self.machine = Connections(node, rng=random.Random(1), host=host)
+        self.now = 0.0
+
+    def tell(self, event: connections.Event, *, at: float | None = None) -> list[connections.Action]:
+        self.now = self.now if at is None else at
+        actions = self.machine.handle(event, self.now)
+        self.machine.check()
+        return actions
+
+
+def test_a_found_address_is_dialled_once() -> None:
+    knows = Knows()
+    assert knows.tell(Found("b:1", True)) == [Dial("b:1")]
+    assert knows.tell(Found("b:1", False)) == []
+    assert knows.tell(connections.Tick(), at=60.0) == []
+    assert knows.machine.unanswered() == ["b:1"]
+
+
+def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
+    knows, pauses = Knows(), []
+    knows.tell(Found("b:1", True))
+    for _ in range(8):
+        knows.tell(DialFailed("b:1"))
+        began = knows.now
+        while not knows.tell(connections.Tick(), at=knows.now + 0.25):
+            pass
+        pauses.append(knows.now - began)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
+    assert knows.machine.tried() == ["b:1: no answer, tried 8 times"]
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_only_what_was_given_by_hand_is_never_forgotten(lasting: bool) -> None:
+    knows = Knows()
+    knows.tell(Found("b:1", lasting))
+    for number in range(1, connections.FAILURES_MAX + 1):
+        knows.tell(DialFailed("b:1"), at=100.0 * number)
+        knows.tell(connections.Tick(), at=100.0 * number + 50.0)
+    assert bool(knows.machine.tried()) is lasting
+
+
+@pytest.mark.parametrize("small_hears_first", ["own", "other"])
+@pytest.mark.parametrize("big_hears_first", ["own", "other"])
+def test_both_ends_keep_the_same_one_of_two_links(small_hears_first: str, big_hears_first: str) -> None:
+    kept = {}
+    for node, other, first in ((SMALL, BIG, small_hears_first), (BIG, SMALL, big_hears_first)):
+        knows = Knows(node)
+        own = LinkUp(1, other, f"{other}:1", dialled=f"{other}:1")
+        theirs = LinkUp(2, other, f"{other}:1", dialled=None)
+        events = [own, theirs] if first == "own" else [theirs, own]
+        actions = [action for event in events for action in knows.tell(event)]
+        (dropped,) = [action.link for action in actions if isinstance(action, Drop)]
+        kept[node] = "small dialled" if (dropped == 2) == (node == SMALL) else "big dialled"
+    assert kept == {SMALL: "small dialled", BIG: "small dialled"}
+
+
+def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    assert knows.tell(LinkUp(2, BIG, "b:1", dialled=None)) == [
+        Drop(1, "another link is open"),
+        Welcome(2, ()),
+    ]
+    assert knows.tell(LinkDown(1)) == []
+    assert repr(knows.machine) == "<Connections 11111111 1 links | 1 addresses | 0 members>"
+
+
+def test_a_second_address_of_a_linked_node_is_not_dialled_again_and_again() -> None:
+    knows = Knows(BIG)
+    knows.tell(Found("alias:1", True))
+    assert knows.tell(LinkUp(1, SMALL, "a:1", dialled=None)) == [Welcome(1, ())]
+    assert knows.tell(LinkUp(2, SMALL, "a:1", dialled="alias:1")) == [Drop(2, "another link is open")]
+    assert knows.tell(connections.Tick(), at=60.0) == []
+    assert knows.tell(LinkDown(2)) == []
+    assert knows.tell(LinkDown(1)) == []
+    assert set(knows.tell(connections.Tick(), at=61.0)) == {Dial("a:1"), Dial("alias:1")}
+
+
+def test_the_own_address_is_dialled_once_and_never_again() -> None:
+    knows = Knows()
+    knows.tell(Found("me:1", True))
+    assert knows.tell(LinkUp(1, SMALL, "10.0.0.1:1", dialled="me:1")) == [Drop(1, "this is myself")]
+    assert knows.tell(Told(("me:1",))) == []
+    assert knows.tell(Found("me:1", True)) == []
+
+
+def test_a_stranger_cannot_have_an_address_taken_for_the_own_one() -> None:
+    knows = Knows()
+    knows.tell(Found("seed:1", True))
+    knows.tell(DialFailed("seed:1"))
+    assert knows.tell(LinkUp(1, SMALL, "seed:1", dialled=None)) == [Drop(1, "this is myself")]
+    assert knows.tell(connections.Tick(), at=60.0) == [Dial("seed:1")]
+
+
+def test_the_own_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "OWN_MAX", 2)
+    knows = Knows()
+    for number, address in enumerate(("me:1", "me:2", "me:3")):
+        knows.tell(LinkUp(number, SMALL, "me:1", dialled=address))
+    assert knows.tell(Told(("me:3", "me:2"))) == []
+    assert knows.tell(Told(("me:1",))) == [Dial("me:1")]
+
+
+def test_a_claimed_address_keeps_nobody_from_dialling_what_was_given_by_hand() -> None:
+    knows = Knows()
+    knows.tell(Found("seed:1", True))
+    knows.tell(DialFailed("seed:1"))
+    knows.tell(LinkUp(1, BIG, "seed:1", dialled=None))
+    assert knows.tell(connections.Tick(), at=0.4) == []
+    knows.tell(LinkDown(1))
+    assert knows.tell(LinkUp(2, BIG, "seed:1", dialled=None), at=0.5) == [Welcome(2, ()), Dial("seed:1")]
+
+
+def test_a_claimed_address_that_nobody_gave_by_hand_is_not_dialled() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    assert knows.tell(Told(("b:1",)), at=60.0) == []
+
+
+def test_who_hangs_up_at_once_is_dialled_less_and_less_often_until_a_link_lasts() -> None:
+    knows, pauses = Knows(), []
+    knows.tell(Found("b:1", False))
+    for number in range(8):
+        knows.tell(LinkUp(number, BIG, "b:1", dialled="b:1"))
+        knows.tell(LinkDown(number), at=knows.now + connections.BRIEF_S / 2)
+        began = knows.now
+        while not knows.tell(connections.Tick(), at=knows.now + 0.25):
+            pass
+        pauses.append(knows.now - began)
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
+    assert knows.machine.tried() == ["b:1: hung up at once, 8 times"]
+    assert knows.machine.unanswered() == []
+    knows.tell(LinkUp(9, BIG, "b:1", dialled="b:1"))
+    knows.tell(LinkDown(9), at=knows.now + connections.BRIEF_S)
+    assert knows.machine.tried() == ["b:1: not connected just now"]
+    assert knows.tell(connections.Tick(), at=knows.now + connections.RETRY_FIRST_S) == [Dial("b:1")]
+
+
+def test_a_link_that_gives_way_to_its_twin_has_not_failed() -> None:
+    knows = Knows(BIG)
+    knows.tell(LinkUp(1, SMALL, "a:1", dialled="a:1"))
+    knows.tell(LinkUp(2, SMALL, "a:1", dialled=None))
+    knows.tell(LinkDown(1))
+    knows.tell(LinkDown(2))
+    assert knows.machine.tried() == ["a:1: not connected just now"]
+
+
+def test_an_address_that_fails_for_days_is_still_dialled() -> None:
+    knows = Knows()
+    knows.tell(Found("b:1", True))
+    for number in range(2000):
+        knows.tell(DialFailed("b:1"), at=100.0 * number)
+        assert knows.tell(connections.Tick(), at=100.0 * number + 50.0) == [Dial("b:1")]
+
+
+def test_a_lost_link_is_dialled_again_after_a_moment() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    assert knows.tell(LinkDown(1)) == []
+    assert knows.tell(connections.Tick(), at=connections.RETRY_FIRST_S) == [Dial("b:1")]
+
+
+def test_one_address_is_enough_to_hear_of_the_others() -> None:
+    knows = Knows()
+    for number, name in enumerate("bcd"):
+        actions = knows.tell(LinkUp(number, name * 16, f"{name}:1", dialled=None))
+    assert actions == [Welcome(2, ("b:1", "c:1"))]
+    assert knows.tell(Told(("e:1", "b:1"))) == [Dial("e:1")]
+
+
+def test_links_and_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "LINKS_MAX", 1)
+    monkeypatch.setattr(connections, "KNOWN_MAX", 2)
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    assert knows.tell(LinkUp(2, "3" * 16, "c:1", dialled=None)) == [Drop(2, "too many links")]
+    assert knows.tell(Told(("d:1", "e:1", "f:1"))) == []
+    assert repr(knows.machine) == "<Connections 11111111 1 links | 2 addresses | 0 members>"
+
+
+def record(number: int, *, state: State = State.ALIVE, chunks: int | None = None, host: str = "") -> Record:
+    """A member of a large swarm that holds so many of 8 chunks, or nothing; its address is `mN:1`."""
+    artifacts = () if chunks is None else (Holding("org/model", DIGEST, "checkpoint", chunks, 8, chunks == 8),)
+    node = f"{0x30 + number:016x}"
+    return Record(node, 0, state, 0, f"m{number}", f"m{number}:1", Profile(artifacts, host=host))
+
+
+DIGEST = "ab" * 32
+WANT = connections.Wants(frozenset({DIGEST}))
+
+
+def large(knows: Knows, *, holding: int = 40, seeds: int = 1, host: str = "", near: int = 0) -> None:
+    """Gossip knows of 60 members: `holding` have half, `seeds` of them all, and `near` of them are on this host."""
+    for number in range(60):
+        chunks = None if number >= holding else 8 if number < seeds else 4
+        knows.tell(connections.Heard(record(number, chunks=chunks, host=host if number < near else "elsewhere")))
+
+
+def drops(actions: list[connections.Action]) -> list[str]:
+    return [action.why for action in actions if isinstance(action, Drop)]
+
+
+def dialled(actions: list[connections.Action]) -> list[int]:
+    return sorted(int(action.address[1:-2]) for action in actions if isinstance(action, Dial))
+
+
+def linked(
+    knows: Knows, numbers: list[int], *, by: str | None = "dialled", chunks: int = 4
+) -> list[connections.Action]:
+    actions = []
+    for number in numbers:
+        address = f"m{number}:1"
+        holds = {DIGEST: chunks == 8} if chunks else {}
+        up = LinkUp(number, record(number).node, address, address if by else None, holds)
+        actions += knows.tell(up)
+    return actions
+
+
+def test_in_a_small_swarm_everybody_that_gossip_names_is_dialled() -> None:
+    knows = Knows()
+    for number in range(selection.LINKS_WANTED):
+        assert knows.tell(connections.Heard(record(number))) == []
+    assert dialled(knows.tell(connections.Tick())) == list(range(selection.LINKS_WANTED))
+    assert knows.tell(connections.Tick(), at=60.0) == []
+
+
+def test_in_a_large_swarm_nobody_is_dialled_who_wants_nothing() -> None:
+    knows = Knows()
+    large(knows)
+    assert knows.tell(connections.Tick(), at=60.0) == []
+    assert knows.tell(Found("m3:1", False)) == []
+    assert dialled(knows.tell(Found("m3:1", True))) == [3], "but those given by hand are"
+
+
+def test_an_address_that_gossip_does_not_know_is_dialled_as_if_there_were_none() -> None:
+    knows = Knows()
+    large(knows)
+    assert knows.tell(Found("stranger:1", False)) == [Dial("stranger:1")]
+
+
+@pytest.mark.parametrize("seeds", [1, 3, 40])
+def test_who_wants_something_dials_a_few_that_hold_it_and_a_seed_among_them(seeds: int) -> None:
+    knows = Knows()
+    large(knows, seeds=seeds)
+    first = dialled(knows.tell(WANT))
+    on_top = min(seeds, selection.SEEDS_WANTED)
+    assert len(first) == selection.LINKS_FIRST + on_top
+    assert min(first) < seeds
+    rest = dialled(knows.tell(connections.Tick(), at=selection.SETTLE_S))
+    assert len(first) + len(rest) == selection.LINKS_WANTED + on_top
+    assert not set(first) & set(rest)
+    assert max(rest) < 40
+    assert knows.tell(connections.Tick(), at=1.0) == []
+
+
+def test_who_fetches_is_full_to_members_but_not_to_strangers_whom_gossip_may_not_reach() -> None:
+    knows = Knows()
+    large(knows)
+    knows.tell(WANT)
+    assert not drops(linked(knows, list(range(selection.LINKS_FULL)), by=None))
+    assert drops(linked(knows, [50], by=None)) == ["full while it fetches"]
+    assert not drops(knows.tell(LinkUp(99, "f" * 16, "stranger:1", None, {})))
+    knows.tell(connections.Wants(frozenset()))
+    assert not drops(linked(knows, [51], by=None)), "who has everything takes more"
+
+
+def test_two_fetches_have_links_for_each() -> None:
+    knows = Knows()
+    large(knows)
+    knows.tell(WANT)
+    linked(knows, dialled(knows.tell(connections.Tick(), at=1.0)))
+    other = "cd" * 32
+    holding = (Holding("org/other", other, "checkpoint", 8, 8, True),)
+    alone = record(200)
+    knows.tell(connections.Heard(Record(alone.node, 0, State.ALIVE, 0, "m200", "m200:1", Profile(holding))))
+    assert dialled(knows.tell(connections.Wants(frozenset({DIGEST, other})))) == [200]
+
+
+def test_half_of_those_chosen_are_of_this_host() -> None:
+    knows = Knows(host="here")
+    large(knows, seeds=0, host="here", near=30)
+    chosen = [*dialled(knows.tell(WANT)), *dialled(knows.tell(connections.Tick(), at=1.0))]
+    assert sum(number < 30 for number in chosen) == selection.LINKS_WANTED // 2
+    knows = Knows(host="here")
+    large(knows, seeds=0, host="here", near=3)
+    chosen = [*dialled(knows.tell(WANT)), *dialled(knows.tell(connections.Tick(), at=1.0))]
+    assert {0, 1, 2} < set(chosen)
+
+
+def test_links_of_no_use_give_way() -> None:
+    knows = Knows()
+    useless = list(range(45, 45 + selection.LINKS_MOST))
+    for number in useless:
+        knows.tell(Found(f"m{number}:1", False))
+    linked(knows, useless, chunks=0)
+    linked(knows, [59], by=None, chunks=0)
+    large(knows)
+    actions = knows.tell(WANT)
+    assert {action.link for action in actions if isinstance(action, Drop)} == set(useless), "not who dialled in"
+    assert len(dialled(actions)) == selection.LINKS_FIRST + 1, "the seed"
+
+
+def test_links_that_nobody_can_use_end_after_a_while() -> None:
+    knows = Knows()
+    large(knows, seeds=40)
+    chosen = dialled(knows.tell(WANT))
+    linked(knows, chosen[1:], chunks=8)
+    linked(knows, chosen[:1], chunks=4)
+    knows.tell(Found(f"m{chosen[1]}:1", True))
+    knows.tell(connections.Wants(frozenset()))
+    assert knows.tell(connections.Tick(), at=connections.IDLE_S / 2) == []
+    ended = [
+        action.link for action in knows.tell(connections.Tick(), at=connections.IDLE_S) if isinstance(action, Drop)
+    ]
+    assert ended == chosen[2:], "but for who still fetches, and who was given by hand"
+    assert knows.tell(connections.Tick(), at=2 * connections.IDLE_S) == []
+
+
+def test_the_dead_are_dropped_and_not_dialled() -> None:
+    knows = Knows()
+    knows.tell(connections.Heard(record(1)))
+    knows.tell(connections.Tick())
+    linked(knows, [1])
+    assert knows.tell(connections.Heard(record(1, state=State.SUSPECT))) == []
+    assert knows.tell(connections.Heard(record(1, state=State.DEAD))) == [Drop(1, "gossip says that it is dead")]
+    assert knows.tell(LinkDown(1)) == []
+    assert knows.tell(connections.Tick(), at=60.0) == []
+    knows.tell(connections.Heard(record(1)))
+    assert dialled(knows.tell(connections.Tick())) == [1]
+
+
+def test_where_datagrams_do_not_get_through_everybody_is_dialled() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(99, BIG, "b:1", dialled=None))
+    told = Told(tuple(f"m{number}:1" for number in range(40)))
+    assert len(dialled(knows.tell(told))) == selection.LINKS_MOST
+    assert len(dialled(knows.tell(connections.Tick(), at=connections.GOSSIP_LATE_S))) == 40 - selection.LINKS_MOST
+
+
+def test_somebody_who_holds_more_than_it_could_say_is_asked_for_what_nobody_is_known_to_hold() -> None:
+    knows = Knows()
+    large(knows, holding=0)
+    full = record(5)
+    profile = Profile(omitted=3)
+    knows.tell(connections.Heard(Record(full.node, 0, State.ALIVE, 1, full.name, full.address, profile)))
+    assert dialled(knows.tell(connections.Wants(frozenset(), more=True))) == [5]
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_whatever_happens_the_links_are_few(seed: int) -> None:
+    knows, dice, open_ = Knows(host="here"), random.Random(seed), dict[str, int]()
+    dialling: list[str] = []
+    for step in range(300):
+        number = dice.randrange(80)
+        somebody = record(number, chunks=dice.choice([None, 4, 8]), host=dice.choice(["here", "there"]))
+        events: list[connections.Event] = [
+            connections.Tick(),
+            WANT,
+            connections.Wants(frozenset()),
+            connections.Heard(somebody),
+            connections.Heard(record(number, state=State.DEAD)),
+            Found(somebody.address, dice.random() < 0.1),
+            LinkUp(1000 + step, somebody.node, somebody.address, None),
+        ]
+        if dialling and dice.random() < 0.5:
+            address = dialling.pop(dice.randrange(len(dialling)))
+            up = LinkUp(step, record(int(address[1:-2])).node, address, address, {DIGEST: dice.random() < 0.5})
+            events = [DialFailed(address), up]
+        elif open_ and dice.random() < 0.2:
+            events = [LinkDown(open_.pop(dice.choice(list(open_))))]
+        event = dice.choice(events)
+        actions = knows.tell(event, at=knows.now + dice.random())
+        if isinstance(event, LinkUp):
+            open_[event.node] = event.link
+        dialling += [action.address for action in actions if isinstance(action, Dial)]
+
+
+def test_a_membership_refuses_what_is_no_event() -> None:
+    with pytest.raises(LocalProtocolError, match="cannot handle"):
+        Knows().machine.handle("hello", 0.0)  # type: ignore[arg-type]
