@@ -122,7 +122,6 @@ HOMES: dict[str, set[str]] = {
     "transformers": {"engines.transformers"},
     "vllm": {"engines.vllm", "engines.vllm_loader"},
     "sglang": {"engines.sglang", "engines.sglang_loader"},
-    "triton": {"hashing.kernels"},  # which is imported when there is a batch to hash
     "prometheus_client": {"observe.prometheus"},
     "opentelemetry": {"observe.opentelemetry"},
     "rich": {

@@ -6,7 +6,7 @@
 `start` returns at once and `collect` waits, so that one batch is hashed while the next one is filled. What of a chunk
 is the host's (a header among small tensors) is copied to the GPU. A leaf that lies in several views, as where small
 tensors share a chunk, is gathered first; one of at most 240 bytes, for which XXH3 has other rules, is hashed by the
-library, as are the leaf digests. Without triton everything is copied to the host.
+library, as are the leaf digests. Where the kernels cannot be loaded everything is copied to the host.
 
 Must not know: where the bytes came from, or what their digest should be.
 """
@@ -15,22 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import xxhash
 
 from swarm.content.manifest import HashScheme
 from swarm.hashing.cpu import chunk_digest
+from swarm.hashing.kernels import RUN_WORDS, Kernels, kernels
 from swarm.store import DeviceView, View, cuda
 from swarm.store.staging import outgoing
-
-if TYPE_CHECKING:
-    import torch
 
 LONG_BYTES_MIN = 241  # from here on XXH3 has one form, which is the kernel's
 DIGEST_BYTES = 16
@@ -59,8 +56,8 @@ class Batch(Protocol):
 def start(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> Batch:
     """Hashes chunks, each the views that it is in order, once everything enqueued so far is done. All views that are a
     GPU's are of one, and there is one. Raises CudaError."""
-    if _kernels_usable():
-        return _KernelBatch(scheme, chunks)
+    if loaded := _kernels(next(_devices(chunks))):
+        return _KernelBatch(scheme, chunks, loaded)
     return _HostBatch(scheme, chunks)
 
 
@@ -78,27 +75,29 @@ def chunk_digests(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> list[
 
 @functools.cache
 def prepare(device: int) -> None:
-    """Has the kernels built and loaded, but for tensors that are not aligned. Blocks; raises CudaError.
+    """Loads the kernels and runs each once. Blocks; raises CudaError.
 
-    To load one may take until the GPU is idle. A batch behind which a peer may have fallen silent must not wait for
-    that: whoever starts it is the one who keeps the deadlines.
+    Loading may wait until the GPU is idle. A batch behind which a peer may have fallen silent must not wait for that:
+    the thread that starts it is the one that keeps the deadlines.
     """
-    if not _kernels_usable():
+    if not _kernels(device):
         return
     with cuda.torch_errors(f"hashing on GPU {device}"):
         import torch
 
         memory = torch.zeros(512, dtype=torch.uint8, device=f"cuda:{device}")
     leaf = DeviceView(device, memory.data_ptr(), memory.numel(), memory)
-    chunk_digests(HashScheme(leaf_bytes=leaf.nbytes), [[leaf], [leaf[:256], leaf[256:]]])
+    for chunk in ([leaf], [leaf[1:]], [leaf[:256], leaf[256:]]):
+        chunk_digests(HashScheme(leaf_bytes=leaf.nbytes), [chunk])
 
 
 @functools.cache
-def _kernels_usable() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        log.warning("triton is not installed: GPU memory is copied to the host to be hashed, which is slow")
-        return False
-    return True
+def _kernels(device: int) -> Kernels | None:
+    try:
+        return kernels(device)
+    except cuda.CudaError as error:
+        log.warning("GPU %d: its memory is copied to the host to be hashed, which is slow: %s", device, error)
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +125,7 @@ class _HostBatch:
 
 
 class _KernelBatch:
-    def __init__(self, scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> None:
+    def __init__(self, scheme: HashScheme, chunks: Sequence[Sequence[View]], loaded: Kernels) -> None:
         import torch
 
         self._counts = [-(-sum(view.nbytes for view in views) // scheme.leaf_bytes) for views in chunks]
@@ -134,14 +133,15 @@ class _KernelBatch:
         self._pieces: list[tuple[int, int, int]] = []  # to be gathered: target, source, size
         self._room = self._room_at = 0  # what is left of the memory for leaves that are gathered, and where
         self._gpu = cuda.gpu(next(_devices(chunks)))
+        self._kernels = loaded
         self._stream = stream = _hash_stream(self._gpu.index)
+        before = self._gpu.current()  # asked for here: below, the current stream is the hash stream
         with self._errors(), torch.cuda.device(self._gpu.index), torch.cuda.stream(stream):  # type: ignore[arg-type]
-            words = _words(self._gpu.index)  # before anything that might take long
-            stream.wait_stream(self._gpu.current())
+            stream.wait_stream(before)
             self._runs = [run for views in chunks for run in self._cut(views, scheme.leaf_bytes)]
             short = [run for run in self._runs if run.size < LONG_BYTES_MIN]
             self._short = [cuda.Pinned(LONG_BYTES_MIN) for _ in short]
-            self._hashed = self._hash([run for run in self._runs if run.size >= LONG_BYTES_MIN], words)
+            self._hashed = self._hash([run for run in self._runs if run.size >= LONG_BYTES_MIN])
             for run, pinned in zip(short, self._short, strict=True):
                 self._copy(pinned.address, run.address, run.size)
             self._done = stream.record_event()  # type: ignore[attr-defined]
@@ -153,7 +153,7 @@ class _KernelBatch:
     def collect(self) -> list[bytes]:
         with self._errors():
             self._done.synchronize()
-        hashed: memoryview | bytes = self._hashed.numpy().data.cast("B")
+        hashed: memoryview | bytes = self._hashed
         if self._short:
             hashed = b"".join(self._in_order(hashed))
         self._keep.clear()
@@ -223,44 +223,30 @@ class _KernelBatch:
     def _copy(self, target: int, source: int, size: int) -> None:
         self._gpu.copy(target, source, size, stream=self._stream.cuda_stream)
 
-    def _hash(self, runs: Sequence[_Run], words: torch.Tensor) -> torch.Tensor:
+    def _hash(self, runs: Sequence[_Run]) -> memoryview:
         """The digests of these leaves, in pinned memory, once the stream has got there."""
-        import torch
-
-        from swarm.hashing import kernels
-
-        table = np.array([(run.address, run.size, run.count, 0) for run in runs], np.int64).reshape(-1, 4)
+        table = np.array([(run.address, run.size, run.count, 0) for run in runs], np.int64).reshape(-1, RUN_WORDS)
         table[1:, 3] = np.cumsum(table[:-1, 2])
-        told = np.concatenate((table.ravel(), np.array(self._pieces, np.int64).ravel()))
-        if not told.size:
-            return torch.empty(0, dtype=torch.int64)
-        uploaded = torch.from_numpy(told).pin_memory().to(f"cuda:{self._gpu.index}", non_blocking=True)
-        self._keep.append(uploaded)
-        if self._pieces:
-            kernels.gather[(len(self._pieces),)](uploaded[table.size :], GATHERED_BYTES=kernels.GATHERED_BYTES)
+        words = np.concatenate((table.ravel(), np.array(self._pieces, np.int64).ravel()))
         count = int(table[:, 2].sum())
-        digests = torch.empty(2 * count, dtype=torch.int64, pin_memory=True)
-        if runs:
-            kernels.digest[(-(-count // kernels.ROWS),)](
-                uploaded, len(runs), len(runs).bit_length(), words, digests, count,
-                int(table[:, 1].max() - 1) // 1024,
-                ROWS=kernels.ROWS, ALIGNED=not int(np.bitwise_or.reduce(table[:, :2], axis=None) & 15),
-            )  # fmt: skip
-        return digests
+        digests = cuda.Pinned(count * DIGEST_BYTES)
+        if words.size:
+            pinned, address = cuda.Pinned(words.nbytes), self._scratch(words.nbytes)
+            pinned.view[:] = words.data.cast("B")
+            self._copy(address, pinned.address, words.nbytes)
+            self._keep += [pinned, digests]
+            stream = self._stream.cuda_stream
+            if self._pieces:
+                self._kernels.gather(address + table.nbytes, len(self._pieces), stream=stream)
+            if runs:
+                aligned = not int(np.bitwise_or.reduce(table[:, :2], axis=None) & 15)
+                self._kernels.digest(address, len(runs), digests.address, count, aligned=aligned, stream=stream)
+        return digests.view
 
 
 @functools.cache
 def _hash_stream(device: int) -> cuda.Stream:
     return cuda.new_stream(device)
-
-
-@functools.cache
-def _words(device: int) -> torch.Tensor:
-    import torch
-
-    from swarm.hashing import kernels
-
-    return torch.tensor(kernels.keys(), dtype=torch.int64, device=f"cuda:{device}")
 
 
 def _devices(chunks: Sequence[Sequence[View]]) -> Iterator[int]:

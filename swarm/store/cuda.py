@@ -19,7 +19,7 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -181,6 +181,28 @@ class Gpu:
         """Undoes one `open`."""
         with self._inside():
             self._ask("cuIpcCloseMemHandle", ctypes.c_uint64(start))
+
+    def load(self, image: bytes) -> int:
+        """Loads compiled kernels (a cubin, fatbin or PTX), for good. May wait until the GPU is idle."""
+        module = ctypes.c_void_p()
+        with self._inside():
+            self._ask("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+        return module.value or 0
+
+    def function(self, module: int, name: str) -> int:
+        """A kernel of a loaded module."""
+        function = ctypes.c_void_p()
+        with self._inside():
+            self._ask("cuModuleGetFunction", ctypes.byref(function), ctypes.c_void_p(module), name.encode())
+        return function.value or 0
+
+    def launch(self, function: int, blocks: int, threads: int, arguments: Sequence[Any], *, stream: int) -> None:
+        """Enqueues a kernel on a stream (its number); `arguments` are ctypes objects."""
+        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(one) for one in arguments))
+        grid = [ctypes.c_uint(size) for size in (blocks, 1, 1, threads, 1, 1, 0)]  # the last: shared memory, in bytes
+        with self._inside():
+            where = ctypes.c_void_p(function), ctypes.c_void_p(stream)
+            self._ask("cuLaunchKernel", where[0], *grid, where[1], addresses, None, prompt=True)
 
     def enter(self) -> None:
         """Makes the device's context this thread's, for good: torch does so only for threads that run kernels. It makes

@@ -140,7 +140,7 @@ class IntoStore(MemoryLanding):
         _refuse_overlaps(given)
         demand_room(manifest.size - sum(entry.size for entry in index.owners.values()))
         self.manifest = manifest
-        self.devices = _devices(given.values())
+        self.devices = _finish_work(given.values())  # or what was enqueued before would land on what is fetched
         self._watches: list[_Watch] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, landed)
         self._twins: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # (name, landed, landed in another place)

@@ -70,8 +70,9 @@ def test_what_is_enqueued_is_awaited() -> None:
     scheme = HashScheme(leaf_bytes=16 << 10)
     source, target = random_bytes(64 << 20), torch.zeros(64 << 20, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
+    on_gpu.prepare(0)  # loading the kernels would take longer than the copy, and hide that it is not awaited
     with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-        torch.cuda._sleep(10_000_000)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(100_000_000)  # type: ignore[no-untyped-call]
         target.copy_(source)
         batch = on_gpu.start(scheme, [[view_of(target)]])
     assert batch.collect() == [expected(scheme, [source])]
@@ -117,8 +118,13 @@ def test_real_weights() -> None:
     assert on_gpu.chunk_digests(scheme, [[view_of(data)]]) == [expected(scheme, [data])]
 
 
-def test_without_triton_the_host_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_gpu, "_kernels_usable", lambda: False)
+def test_where_the_kernels_cannot_be_loaded_the_host_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "_kernels", lambda device: None)
     scheme = HashScheme(leaf_bytes=LEAF)
     data = random_bytes(3 << 20)
     assert on_gpu.chunk_digests(scheme, [[view_of(data)]]) == [expected(scheme, [data])]
+
+
+def test_an_image_for_no_gpu_is_refused_with_the_drivers_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(cuda.CudaError, match="cuModuleLoadData"):
+        cuda.gpu(0).load(b"no image at all")
