@@ -137,10 +137,10 @@ def fetch(given: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     real = journal.Journal.record
 
-    def record(self: journal.Journal, at_s: float, subject: str, what: object) -> None:
-        if name := marks.get(type(what)):
+    def record(self: journal.Journal, at_s: float, subject: str, event: object) -> None:
+        if name := marks.get(type(event)):
             phases.setdefault(name, time.time() - began_at)
-        real(self, at_s, subject, what)
+        real(self, at_s, subject, event)
 
     journal.Journal.record = record  # type: ignore[method-assign]
     model, device, how = "bench/qwen2.5-7b", f"cuda:{given['gpu']}", settings(given)
