@@ -1,17 +1,17 @@
-"""Every error that `swarm` raises, split by who can act on it.
+"""The exceptions of `swarm`, grouped by the party that can act on them.
 
     SwarmError
-      SettingsError            the user: a setting is wrong; names it and the accepted values
-      ManifestError            nobody serves the model, or what describes it is unusable
+      SettingsError            user: a setting is invalid; names the setting and the accepted values
+      ManifestError            user: no peer serves the model, or a manifest is unusable
         ManifestNotFound · ManifestInvalid · ManifestConflict
-      FetchError               what `fetch` raises when it gives up: Stalled · FetchTimeout
-      StoreError               the local disk or memory: StoreFull · StoreConflict · SourceChanged
-      PeerError                another node; stays inside, becomes an event and a journal line
+      FetchError               caller of `fetch`: the fetch gave up and can be resumed: Stalled · FetchTimeout
+      StoreError               user: local disk or memory: StoreFull · StoreConflict · SourceChanged
+      PeerError                node: a peer failed; becomes an event and a journal entry
         PeerUnreachable · PeerTimeout · NotAdmitted · RemoteProtocolError · VersionSkew
-      TransportError           a data plane failed; the chunk is asked for elsewhere
-      LocalProtocolError       a bug in swarm itself
+      TransportError           node: a transfer failed; its chunks are requested from another peer
+      LocalProtocolError       developer: a bug in swarm
 
-An error has fields, not only text. Its text says what happened, where, and what to do next, on one line.
+Each exception has typed fields. Its text is a single line: the event, its place, and the next step.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 
 
 class SwarmError(Exception):
-    """Base of everything that `swarm` raises on purpose. `exit_code` is what the command line exits with."""
+    """Base class. `exit_code` is the exit status of the command line."""
 
     exit_code = 1
 
 
 class SettingsError(SwarmError):
-    """A setting has a value that cannot be used."""
+    """A setting has an invalid value."""
 
     exit_code = 2
 
@@ -38,26 +38,26 @@ class SettingsError(SwarmError):
 
 
 class ManifestError(SwarmError):
-    """What describes an artifact is missing or unusable."""
+    """A manifest is missing or unusable."""
 
     exit_code = 3
 
 
 class ManifestNotFound(ManifestError):
-    """No peer that was reached serves the model id (or the pinned digest)."""
+    """No reachable peer serves the model id (or the pinned digest)."""
 
     def __init__(self, model_id: str, *, tried: Sequence[str], waited_s: float) -> None:
         where = ", ".join(tried) if tried else "no peer was found"
         super().__init__(
-            f"nobody serves {model_id!r} (asked for {waited_s:.0f} s: {where}); "
-            "start `swarm serve` somewhere, or name a peer with --peer"
+            f"no peer serves {model_id!r} (searched for {waited_s:.0f} s: {where}); "
+            "start `swarm serve` on a machine that has the model, or name a peer with --peer"
         )
         self.model_id = model_id
         self.tried = tuple(tried)
 
 
 class ManifestInvalid(ManifestError):
-    """A manifest, or a file that it should describe, breaks the format."""
+    """A manifest, or a file to be described by a manifest, breaks the format."""
 
     def __init__(self, subject: str, why: str) -> None:
         super().__init__(f"{subject}: {why}")
@@ -66,32 +66,32 @@ class ManifestInvalid(ManifestError):
 
 
 class ManifestConflict(ManifestError):
-    """Two peers announce different contents under one model id."""
+    """Peers announce different digests under the same model id. `holders`: digest -> names of peers."""
 
     def __init__(self, model_id: str, holders: Mapping[str, Sequence[str]]) -> None:
-        sides = "; ".join(f"{digest} at {', '.join(who)}" for digest, who in sorted(holders.items()))
+        sides = "; ".join(f"{digest} at {', '.join(peers)}" for digest, peers in sorted(holders.items()))
         super().__init__(
             f"{model_id!r} is served with {len(holders)} different contents ({sides}); "
-            "choose one with --digest, or stop the wrong source"
+            "choose the digest with --digest, or stop the wrong source"
         )
         self.model_id = model_id
-        self.holders = {digest: tuple(who) for digest, who in holders.items()}
+        self.holders = {digest: tuple(peers) for digest, peers in holders.items()}
 
 
 class FetchError(SwarmError):
-    """A fetch gave up. What was verified so far is kept and resumed by the next fetch."""
+    """A fetch gave up. Verified chunks are kept; the next fetch resumes from them."""
 
     exit_code = 4
 
 
 class Stalled(FetchError):
-    """Nothing arrived for too long. `missing` counts chunks, `tried` says what each peer did."""
+    """No chunk arrived for too long. `missing` and `total` count chunks; `tried` has a line for each peer."""
 
     def __init__(self, model_id: str, *, missing: int, total: int, waited_s: float, tried: Sequence[str]) -> None:
-        what = "; ".join(tried) if tried else "no peer holds them"
+        peers = "; ".join(tried) if tried else "no peer holds them"
         super().__init__(
             f"{model_id!r} stalled: {missing} of {total} chunks are missing and nothing arrived for "
-            f"{waited_s:.0f} s ({what}); run the same fetch again to resume"
+            f"{waited_s:.0f} s ({peers}); run the same fetch again to resume"
         )
         self.missing = missing
         self.total = total
@@ -99,7 +99,7 @@ class Stalled(FetchError):
 
 
 class FetchTimeout(FetchError):
-    """The caller's own deadline passed."""
+    """The caller's deadline passed. `fraction` of the chunks were verified by then."""
 
     def __init__(self, model_id: str, *, timeout_s: float, fraction: float) -> None:
         super().__init__(
@@ -111,18 +111,18 @@ class FetchTimeout(FetchError):
 
 
 class StoreError(SwarmError):
-    """The local disk or memory cannot take or give what it should."""
+    """The local disk or memory fails to store or to read bytes."""
 
     exit_code = 5
 
 
 class StoreFull(StoreError):
-    """Not enough room for what is still missing."""
+    """Not enough free space for the missing chunks."""
 
     def __init__(self, where: Path | str, *, need_bytes: int, free_bytes: int) -> None:
         super().__init__(
             f"{where}: {need_bytes} bytes are needed and {free_bytes} are free; "
-            "make room, or fetch to another place with --out"
+            "make room, or choose another directory with --out"
         )
         self.where = str(where)
         self.need_bytes = need_bytes
@@ -130,7 +130,7 @@ class StoreFull(StoreError):
 
 
 class StoreConflict(StoreError):
-    """Something that is already there would have to be overwritten."""
+    """The fetch would overwrite existing data, or another fetch writes to the same place."""
 
     def __init__(self, where: Path | str, why: str) -> None:
         super().__init__(f"{where}: {why}")
@@ -139,7 +139,7 @@ class StoreConflict(StoreError):
 
 
 class SourceChanged(StoreError):
-    """A file or tensor changed while it was being served, so its chunks no longer match the manifest."""
+    """A served file or tensor changed, so its chunks no longer match the manifest."""
 
     def __init__(self, where: Path | str, why: str) -> None:
         super().__init__(f"{where} changed while it was served ({why}); it is withdrawn: serve it again")
@@ -148,7 +148,7 @@ class SourceChanged(StoreError):
 
 
 class PeerError(SwarmError):
-    """Another node did something wrong or went away."""
+    """Another node misbehaved or disconnected."""
 
     exit_code = 6
 
@@ -159,15 +159,15 @@ class PeerError(SwarmError):
 
 
 class PeerUnreachable(PeerError):
-    """No connection could be made, or it is gone."""
+    """The connection could not be made, or was lost."""
 
 
 class PeerTimeout(PeerError):
-    """The peer did not answer within its deadline."""
+    """The peer did not answer before the deadline."""
 
 
 class NotAdmitted(PeerError):
-    """One of the two nodes could not prove to the other that it belongs to the same cluster."""
+    """A node did not prove its membership of the cluster, to us or to the peer."""
 
 
 class RemoteProtocolError(PeerError):
@@ -185,10 +185,10 @@ class VersionSkew(PeerError):
 
 
 class TransportError(SwarmError):
-    """A data plane failed while it moved one transfer."""
+    """A transport failed during a transfer."""
 
 
 class LocalProtocolError(SwarmError):
-    """This node broke its own rules: a bug in swarm."""
+    """This node broke its own protocol: a bug in swarm."""
 
     exit_code = 70

@@ -1,7 +1,8 @@
-"""The journal: every event and action of a node, once, in order.
+"""The journal: an append-only log of all events and actions of a node, in order.
 
-Status, metrics, traces and test failures read it and nothing else. It keeps the latest entries in memory, and hands
-every entry to its subscribers as it happens. It is told the time; it has no clock.
+Status, metrics, traces and the dashboard are built from it alone. It keeps the latest `ENTRIES_KEPT` entries in memory
+and passes each entry to its subscribers synchronously. It has no clock: callers pass the time. Fields named `digest`,
+and the subject of an artifact's entries, hold the whole digest.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import NamedTuple
 from swarm.errors import SwarmError
 from swarm.protocol.messages import Announcement
 
-ENTRIES_KEPT = 2000  # enough to see what led to a failure; an entry may hold all of a peer's announcements, some 100 KB
+ENTRIES_KEPT = 2000  # covers the minutes before a failure; an entry with 256 announcements takes 100 KB
 
 
 @dataclass(frozen=True)
 class Opened:
-    """This node listens; `host` and `rack` are the labels of its place."""
+    """This node listens. `host` and `rack` are its location labels."""
 
     node: str
     name: str
@@ -30,7 +31,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Joined:
-    """A peer said hello; it is read through `scheme`."""
+    """A link to a peer is open. Chunks come from it over the transport `scheme`."""
 
     node: str
     name: str
@@ -40,7 +41,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Unreached:
-    """Nobody could be talked to at an address that was dialled."""
+    """Dialling an address failed."""
 
     address: str
     error: SwarmError
@@ -48,7 +49,7 @@ class Unreached:
 
 @dataclass(frozen=True)
 class Left:
-    """A peer is gone."""
+    """The link to a peer closed."""
 
     node: str
     why: str
@@ -56,7 +57,7 @@ class Left:
 
 @dataclass(frozen=True)
 class ArtifactsAnnounced:
-    """What a node (this one too) says that it holds."""
+    """A peer, or this node, announced its artifacts."""
 
     node: str
     artifacts: tuple[Announcement, ...]
@@ -64,8 +65,8 @@ class ArtifactsAnnounced:
 
 @dataclass(frozen=True)
 class Resolved:
-    """It was found out, or not (`error`), what a model id stands for: seconds on the node's clock of the beginning, and
-    of when it was agreed on a digest and its manifest was wanted. `digest` is None as long as there is none."""
+    """Resolution of a model id ended, with `digest` or with `error`. `agreed_at_s` is when all holders agreed on a
+    digest; the rest of the time was the transfer of the manifest. Times are seconds on the node's clock."""
 
     model_id: str
     digest: str | None
@@ -76,8 +77,8 @@ class Resolved:
 
 @dataclass(frozen=True)
 class FetchStarted:
-    """A fetch of `size` bytes begins; `resumed_bytes` of them were here already: of `chunks_total` those that `held`
-    names, as (first, count) runs."""
+    """A fetch of `size` bytes started. `held` lists the chunks that were verified before, as (first, count) runs,
+    `resumed_bytes` in all."""
 
     model_id: str
     digest: str
@@ -89,7 +90,7 @@ class FetchStarted:
 
 @dataclass(frozen=True)
 class FetchEnded:
-    """A fetch is over; `error` is None when it is complete."""
+    """A fetch ended; `error` is None if it is complete."""
 
     digest: str
     error: str | None
@@ -97,7 +98,7 @@ class FetchEnded:
 
 @dataclass(frozen=True)
 class Received:
-    """Chunk number `chunk`, of `size` bytes, came from a peer and is verified."""
+    """Chunk `chunk` of `size` bytes arrived from a peer and is verified."""
 
     node: str
     digest: str
@@ -107,7 +108,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Sent:
-    """A transfer of `size` bytes went out to a peer whole."""
+    """A transfer of `size` bytes to a peer is complete."""
 
     node: str
     digest: str
@@ -115,8 +116,7 @@ class Sent:
 
 
 class Entry(NamedTuple):
-    """`event` (an event or action) happened at `at_s` on the node's clock; `subject` is a peer, an artifact or
-    'node'."""
+    """An event or action at `at_s` on the node's clock. `subject`: a node id, a digest, 'node' or 'upload'."""
 
     at_s: float
     subject: str
@@ -127,15 +127,15 @@ class Entry(NamedTuple):
 
 
 class Journal:
-    """Append-only; only the node's loop writes to it."""
+    """Written by the event loop of the node only."""
 
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque(maxlen=ENTRIES_KEPT)
         self._subscribers: list[tuple[Callable[[Entry], None], frozenset[type]]] = []
-        self._interested: dict[type, tuple[Callable[[Entry], None], ...]] = {}  # in each kind that was recorded
+        self._interested: dict[type, tuple[Callable[[Entry], None], ...]] = {}  # by kind of event
 
     def record(self, at_s: float, subject: str, event: object) -> None:
-        """Appends one entry."""
+        """Appends an entry and calls the subscribers."""
         entry = Entry(at_s, subject, event)
         self._entries.append(entry)
         kind = type(event)
@@ -146,9 +146,9 @@ class Journal:
             subscriber(entry)
 
     def subscribe(self, subscriber: Callable[[Entry], None], *kinds: type) -> None:
-        """Calls `subscriber` with every entry from now on, or with those about these kinds of things.
+        """Calls `subscriber` with every new entry, or with entries of these kinds of events only.
 
-        It must be quick and must not raise: there are several entries for each chunk.
+        It must return within microseconds and must not raise: a chunk causes several entries.
         """
         self._subscribers.append((subscriber, frozenset(kinds)))
         self._interested.clear()

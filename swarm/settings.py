@@ -2,8 +2,8 @@
 
     defaults < swarm.toml < SWARM_* environment variables < flags or keyword arguments
 
-`None` is unset and 0 is 0. Unknown keys are errors that name the nearest known one. Nothing reads a setting globally:
-whoever needs a number is handed it. The command line's flags are generated from these fields.
+`None` means unset; 0 means 0. An unknown key is an error that names the nearest known key. No module reads settings
+globally: objects get the numbers they need as arguments. The flags of the command line are generated from the fields.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ CHOICES = {
     "network": ("local", "lan", "wan"),
     "chunk_hash": ("xxh3-128", "blake3"),
 }
-LABEL_MAX = 32  # characters: gossip carries it to everyone
-NEAR = 0.8  # how like a setting's name a variable must be to count as a misspelling of it
+LABEL_MAX = 32  # characters: gossip sends it to every member
+NEAR = 0.8  # difflib ratio from which an unknown variable counts as a misspelling
 
 _HOST = r"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
 _ADDRESS = re.compile(
@@ -38,7 +38,7 @@ _ADDRESS = re.compile(
 )
 _RATE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kKMGT]i?)?(B|bit)(?:/s|ps)\s*", re.ASCII)
 _SCALE = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_BINARY = {"Ki": 2**10, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_SCALE |= {"Ki": 2**10, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def _cache_dir() -> Path:
@@ -47,7 +47,7 @@ def _cache_dir() -> Path:
 
 
 def _setting(default: Any, help_text: str, *, flag: bool = True) -> Any:
-    """One field. `flag` false: kept off the command line, which would drown in tunables."""
+    """A field. `flag=False` keeps it off the command line, which has flags for common settings only."""
     metadata = {"help": help_text, "flag": flag}
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -56,77 +56,71 @@ def _setting(default: Any, help_text: str, *, flag: bool = True) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """How one node behaves. `Settings.load` reads them; `dataclasses.replace` changes them."""
+    """Settings of a node. Read them with `Settings.load`, change them with `dataclasses.replace`."""
 
-    name: str | None = _setting(None, "what others call this node; unset: the host's name and a part of its id")
-    listen: str = _setting("127.0.0.1:0", "HOST[:PORT] to listen on; port 0 lets the system choose")
+    name: str | None = _setting(None, "name shown to other nodes; unset: host name and the start of the node id")
+    listen: str = _setting("127.0.0.1:0", "HOST[:PORT] to listen on; port 0: the system chooses a free port")
     advertise: str | None = _setting(
-        None, "ADDRESS[:PORT] that others reach this node at, as behind a port mapping; unset: where it listens"
+        None, "ADDRESS[:PORT] that peers dial, e.g. behind a port mapping; unset: the address of `listen`"
     )
-    peers: tuple[str, ...] = _setting((), "HOST:PORT of a node to join through; DNS names may have many addresses")
+    peers: tuple[str, ...] = _setting((), "HOST:PORT of a node to join through; a DNS name may have many addresses")
     key_file: Path | None = _setting(
-        None, "file with the cluster key; who has the same is a member. `swarm keygen` makes one"
+        None, "file with the cluster key; nodes with the same key form a cluster. `swarm keygen` creates it"
     )
     data_encryption: str = _setting(
-        "tls",
-        "tls, or none: with a cluster key, chunks travel in the open, between proven members all the same",
-        flag=False,
+        "tls", "tls, or none: with a cluster key, authenticate peers but send chunks unencrypted", flag=False
     )
-    insecure: bool = _setting(False, "listen beyond this machine although no cluster key protects the node")
+    insecure: bool = _setting(False, "listen beyond this machine without a cluster key")
     trusted: tuple[str, ...] = _setting(
-        (), "machines, as in 10.0.0.5,10.1.0.0/16, whose nodes alone may introduce models; unset: all", flag=False
+        (), "machines, e.g. 10.0.0.5,10.1.0.0/16, with nodes that may introduce models; unset: all", flag=False
     )
-    mdns: bool = _setting(True, "find and be found by nodes of the local network through multicast DNS")
+    mdns: bool = _setting(True, "discover nodes and announce this node in the local network by multicast DNS")
     network: str | None = _setting(
-        None, "local, lan or wan: how patient gossip is; unset: local when listening on loopback, else lan", flag=False
+        None, "preset of gossip timeouts: local, lan or wan; unset: local on loopback, else lan", flag=False
     )
     host: str | None = _setting(
-        None, "label of this machine, told to others; unset: a digest of its boot id", flag=False
+        None, "label of this machine, announced to peers; unset: a digest of the boot id", flag=False
     )
-    rack: str | None = _setting(None, "label of the rack that this machine is in, told to others", flag=False)
-    upload_limit: float | None = _setting(None, "most bytes per second sent to all peers together, e.g. 150MB/s")
-    timeout_s: float | None = _setting(None, "seconds that a whole fetch may take; unset: as long as it progresses")
+    rack: str | None = _setting(None, "label of the rack of this machine, announced to peers", flag=False)
+    upload_limit: float | None = _setting(None, "maximum upload rate to all peers together, e.g. 150MB/s")
+    timeout_s: float | None = _setting(None, "maximum seconds for a fetch; unset: unlimited while chunks arrive")
     chunk_bytes: int | None = _setting(
         None,
-        "most bytes in one chunk when serving; unset: a 1024th of the model, 256 KiB to 16 MiB (GPU: a 128th, to 64)",
+        "maximum bytes per chunk when serving; unset: size / 1024, 256 KiB to 16 MiB (GPU: size / 128, up to 64 MiB)",
         flag=False,
     )
     leaf_bytes: int | None = _setting(
-        None, "bytes hashed as one leaf when serving; unset: 128 KiB, 16 KiB for tensors of a GPU", flag=False
+        None, "bytes hashed per leaf when serving; unset: 128 KiB, 16 KiB for GPU tensors", flag=False
     )
     compile_caches: bool = _setting(
         False,
-        "engines fetch compile caches, which are code, from machines that `trusted` names, and serve theirs",
+        "engines fetch compile caches (executable code) from machines in `trusted`, and serve their own",
         flag=False,
     )
     chunk_hash: str = _setting(
         "xxh3-128",
-        "hash of chunks when serving: xxh3-128 finds accidents; blake3 finds lies too, costs more, CPU only",
+        "chunk hash when serving: xxh3-128 detects corruption; blake3 (slower, CPU only) also detects forgery",
         flag=False,
     )
-    cache: Path = _setting(_cache_dir, "directory for cached manifests, and for what engines fetch", flag=False)
+    cache: Path = _setting(_cache_dir, "directory for cached manifests and for downloads of engines", flag=False)
     cache_limit_gb: float = _setting(
-        200.0, "GB that engines leave in `cache`; what none of them uses goes beyond that, oldest first", flag=False
+        200.0, "maximum size of `cache` in GB; unused entries are evicted, least recently used first", flag=False
     )
-    find_timeout_s: float = _setting(10.0, "seconds to look for somebody who serves the model", flag=False)
-    stall_timeout_s: float = _setting(
-        30.0, "seconds without one verified chunk after which a fetch gives up", flag=False
-    )
+    find_timeout_s: float = _setting(10.0, "seconds to search for a peer that serves the model", flag=False)
+    stall_timeout_s: float = _setting(30.0, "seconds without a verified chunk before a fetch fails", flag=False)
     idle_timeout_s: float = _setting(
-        5.0, "seconds of silence on a granted transfer after which its chunks are asked elsewhere", flag=False
+        5.0, "seconds without data on a granted transfer; then its chunks are requested elsewhere", flag=False
     )
     upload_slots: int = _setting(
-        8, "transfers sent at once; more share the same link, fewer leave it idle between two", flag=False
+        8, "maximum concurrent uploads; more share the bandwidth, fewer leave gaps between transfers", flag=False
     )
     congestion: str | None = _setting(
-        None, "TCP congestion control for chunks; unset: the machine's own, cubic within a host", flag=False
+        None, "TCP congestion control for chunks; unset: system default, cubic within a host", flag=False
     )
     transports: tuple[str, ...] = _setting(
-        (),
-        "data planes between trusted nodes to prefer to the usual ones: nccl, gloo, ucc; they do not encrypt",
-        flag=False,
+        (), "transports preferred between trusted nodes: nccl, gloo, ucc; none of them encrypts", flag=False
     )
-    fsync: bool = _setting(True, "force files to disk before they get their final names", flag=False)
+    fsync: bool = _setting(True, "fsync files before they get their final names", flag=False)
 
     def __post_init__(self) -> None:
         for name, kind in _kinds().items():
@@ -145,12 +139,12 @@ class Settings:
         if self.key_file and self.transports and self.data_encryption != "none":
             raise SettingsError(
                 "transports",
-                f"{', '.join(self.transports)}: chunks would travel in the open, where the cluster key encrypts them; "
-                'set data_encryption = "none" on a network that you trust, or leave this out',
+                f"{', '.join(self.transports)}: chunks would be unencrypted, and the cluster key requires encryption; "
+                'set data_encryption = "none" on a trusted network, or leave this out',
             )
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) is not None and value not in choices:
-                raise SettingsError(name, f"{value!r} is none of {', '.join(choices)}")
+                raise SettingsError(name, f"{value!r} is not one of {', '.join(choices)}")
         for name in ("host", "rack"):
             label = getattr(self, name)
             if label is not None and not (len(label) <= LABEL_MAX and label.isprintable()):
@@ -159,17 +153,19 @@ class Settings:
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(name, f"{getattr(self, name)} is not a number above zero")
         if not self.cache_limit_gb >= 0:
-            raise SettingsError("cache_limit_gb", f"{self.cache_limit_gb} is no size; 0 keeps nothing, inf everything")
+            raise SettingsError(
+                "cache_limit_gb", f"{self.cache_limit_gb} is not a size; 0 keeps nothing, inf everything"
+            )
         for name in ("upload_limit", "timeout_s", "chunk_bytes", "leaf_bytes"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:  # which a NaN is not either
+            if value is not None and not 0 < value < math.inf:  # also rejects NaN
                 raise SettingsError(name, f"{value} is not a number above zero; leave it out for no limit")
 
     def _check_addresses(self) -> None:
         if self.advertise is not None:
             host, _ = split_address("advertise", self.advertise, default_port=0)
             if not is_literal(host):
-                raise SettingsError("advertise", f"{host!r} is no IP address, and datagrams are not sent to names")
+                raise SettingsError("advertise", f"{host!r} is not an IP address, and datagrams are not sent to names")
         for network in self.trusted:
             try:
                 ipaddress.ip_network(network, strict=False)
@@ -178,12 +174,12 @@ class Settings:
 
     @property
     def cache_limit_bytes(self) -> float:
-        """`cache_limit_gb` in bytes; may be infinite."""
+        """`cache_limit_gb` in bytes, possibly infinite."""
         return self.cache_limit_gb * 1e9
 
     @property
     def reaches_out(self) -> bool:
-        """Whether the node has to do with other machines at all."""
+        """Whether the node talks to other machines."""
         return self.insecure or self.key_file is not None
 
     @classmethod
@@ -194,7 +190,7 @@ class Settings:
         environment: Mapping[str, str] | None = None,
         file: Path | None = None,
     ) -> Settings:
-        """Settings from every source. `given` holds flags or keyword arguments; its `None`s count as not given.
+        """Settings merged from all sources. `given` holds flags or keyword arguments; `None` values are ignored.
 
         Raises SettingsError for an unknown key, a value of the wrong type, or a file that is not TOML.
         """
@@ -206,7 +202,7 @@ class Settings:
             if variable == ENVIRONMENT_PREFIX + name.upper() and name in kinds:
                 values[name] = _parse(variable, text, kinds[name])
             elif variable.startswith(ENVIRONMENT_PREFIX) and (near := difflib.get_close_matches(name, kinds, 1, NEAR)):
-                # Others may use the prefix too (Kubernetes does, for a service named swarm), but hardly so nearly.
+                # Other software uses the prefix too: Kubernetes does, for a service named swarm.
                 raise SettingsError(variable, f"unknown; did you mean {ENVIRONMENT_PREFIX + near[0].upper()}?")
         for name, value in (given or {}).items():
             if value is not None:
@@ -215,10 +211,7 @@ class Settings:
 
 
 def split_address(setting: str, text: str, *, default_port: int | None = None) -> tuple[str, int]:
-    """HOST:PORT or [IPV6]:PORT as (host, port); with a default port also HOST alone, and then port 0 is one too.
-
-    Raises SettingsError naming `setting`.
-    """
+    """Parses HOST:PORT or [IPV6]:PORT. With `default_port`, HOST alone and port 0 are valid. Raises SettingsError."""
     match = _ADDRESS.fullmatch(text.strip())
     if match and (match[1] or match[2]).isdigit():
         raise SettingsError(setting, f"{text!r} needs a host, as in 127.0.0.1:{match[1] or match[2]}")
@@ -233,12 +226,12 @@ def split_address(setting: str, text: str, *, default_port: int | None = None) -
 
 
 def join_address(host: str, port: int) -> str:
-    """(host, port) as text; the inverse of `split_address`."""
+    """The inverse of `split_address`."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_literal(host: str) -> bool:
-    """Whether this is an IP address, which nobody has to look up."""
+    """Whether `host` is an IP address, which needs no DNS lookup."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -247,7 +240,7 @@ def is_literal(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address literal (or 'localhost') cannot be reached from another machine."""
+    """Whether `host` is a loopback address or 'localhost'."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -255,13 +248,12 @@ def is_loopback(host: str) -> bool:
 
 
 def parse_rate(setting: str, text: str) -> float:
-    """Bytes per second from `150MB/s`, `1.2Gbit/s` or `64MiB/s`. Raises SettingsError."""
+    """Bytes per second of `150MB/s`, `1.2Gbit/s` or `64MiB/s`. Raises SettingsError."""
     match = _RATE.fullmatch(text)
     if match is None:
         raise SettingsError(setting, f"{text!r} is not a rate such as 150MB/s, 64MiB/s or 1.2Gbit/s")
-    number, prefix, unit = match.groups()
-    scale = _BINARY.get(prefix or "") or _SCALE[prefix or ""]
-    return float(number) * scale / (8 if unit == "bit" else 1)
+    number, prefix, unit = match.groups(default="")
+    return float(number) * _SCALE[prefix] / (8 if unit == "bit" else 1)
 
 
 def _kinds() -> dict[str, str]:
@@ -289,7 +281,7 @@ def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
 
 
 def _parse(name: str, value: Any, kind: str) -> Any:
-    """A value of any source as the field's type; text is parsed, everything else must already fit."""
+    """Converts a value to the type of its field: parses strings, checks the type of other values."""
     if kind.startswith("tuple"):
         items = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
@@ -306,29 +298,18 @@ def _parse(name: str, value: Any, kind: str) -> Any:
 
 
 def _checked(name: str, value: Any, kind: str) -> Any:
-    accepted: dict[str, tuple[type, ...]] = {
-        "bool": (bool,),
-        "int": (int,),
-        "float": (int, float),
-        "Path": (Path,),
-    }
+    accepted: dict[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "Path": Path}
     kind = kind.removesuffix(" | None")
-    if not isinstance(value, accepted.get(kind, (str,))) or (isinstance(value, bool) and kind != "bool"):
+    if not isinstance(value, accepted.get(kind, str)) or (isinstance(value, bool) and kind != "bool"):
         raise SettingsError(name, f"{value!r} is not a valid {kind}")
     return value
 
 
 def _read_bool(text: str) -> bool:
-    return {
-        "1": True,
-        "true": True,
-        "yes": True,
-        "on": True,
-        "0": False,
-        "false": False,
-        "no": False,
-        "off": False,
-    }[text.strip().lower()]
+    text = text.strip().lower()
+    if text not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
+        raise ValueError(text)
+    return text in ("1", "true", "yes", "on")
 
 
 _READERS: dict[str, Callable[[str], Any]] = {

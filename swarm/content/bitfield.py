@@ -1,6 +1,6 @@
-"""Which chunks a node holds: a set of chunk indices with a compact form for the wire.
+"""Sets of chunk indices, with the bitfield of BitTorrent (BEP 3) as wire format.
 
-Pure. A stranger's bytes become a `Bitfield` only through `unpack`, which knows how many there must be.
+Pure. Bytes from a peer become a `Bitfield` only through `unpack`, which checks them against the number of chunks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 
 class Bitfield:
-    """A mutable set of chunk indices below `length`. `mask` is its numpy view, one bool per chunk."""
+    """A mutable set of chunk indices below `length`. `mask` is a numpy view of it, a bool per chunk."""
 
     def __init__(self, length: int, held: Iterable[int] = ()) -> None:
         self.mask: npt.NDArray[np.bool_] = np.zeros(length, dtype=np.bool_)
@@ -22,7 +22,7 @@ class Bitfield:
 
     @classmethod
     def full(cls, length: int) -> Bitfield:
-        """All of `length` chunks."""
+        """The set of all `length` chunks."""
         field = cls(length)
         field.mask[:] = True
         field._count = length
@@ -30,7 +30,7 @@ class Bitfield:
 
     @classmethod
     def unpack(cls, data: bytes, length: int) -> Bitfield:
-        """From `pack`'s bytes. Raises ValueError when they are not exactly those of `length` chunks."""
+        """The inverse of `pack`. Raises ValueError for a wrong size of `data` or bits beyond `length`."""
         if len(data) != (length + 7) // 8:
             raise ValueError(f"bitfield of {len(data)} bytes for {length} chunks")
         bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
@@ -42,17 +42,17 @@ class Bitfield:
         return field
 
     def pack(self) -> bytes:
-        """Eight chunks a byte, chunk 0 in the highest bit of the first."""
+        """The wire format: eight chunks per byte, chunk 0 in the highest bit of the first byte."""
         return np.packbits(self.mask).tobytes()
 
     def add(self, index: int) -> None:
-        """Adds one chunk; adding it twice is the same as once."""
+        """Adds a chunk; idempotent."""
         if not self.mask[index]:
             self.mask[index] = True
             self._count += 1
 
     def discard(self, index: int) -> None:
-        """Takes one chunk out, if it is in."""
+        """Removes a chunk if it is in the set."""
         if self.mask[index]:
             self.mask[index] = False
             self._count -= 1
@@ -68,12 +68,12 @@ class Bitfield:
 
     @property
     def length(self) -> int:
-        """How many chunks there are, held or not."""
+        """Number of chunks of the artifact."""
         return len(self.mask)
 
     @property
     def complete(self) -> bool:
-        """Whether every chunk is held."""
+        """Whether the set contains all chunks."""
         return self._count == len(self.mask)
 
     def __repr__(self) -> str:

@@ -1,18 +1,18 @@
 """The manifest: the immutable description of one artifact, and the artifact's identity.
 
-Owns the format, its canonical bytes, its validation and the rule that cuts files into chunks. A manifest describes
-content only, never where it lies or what it is called: two nodes that hold the same bytes build the same manifest.
+Owns the format, its canonical bytes, its validation and the rule that cuts files into chunks. A manifest contains
+neither locations nor model ids: two nodes with the same files build the same manifest.
 
     identity        = sha256(canonical bytes)
     canonical bytes = JSON, fields in the order of the classes below, no white space
     chunk digest    = hash(leaf digests, big-endian, in order)
     leaf digest     = hash(leaf bytes)
-    hash            = XXH3-128, 16 bytes, which finds accidents; or BLAKE3, 32 bytes, which finds lies too
+    hash            = XXH3-128, 16 bytes, detects corruption; or BLAKE3, 32 bytes, also detects forgery
 
-Chunks never cross files. A safetensors file carries its header here, so that a newcomer knows every tensor before the
-first byte of it arrives; the header's bytes are part of the file's chunks all the same.
+A chunk belongs to exactly one file. The manifest contains the header of every safetensors file, so that a newcomer
+knows all tensors before the first chunk arrives; the chunks of the file contain the header too.
 
-Must not know: disks, sockets, hash functions. Bytes from a peer become a `Manifest` only through `decode`.
+Must not know disks, sockets or hash functions. Bytes from a peer become a `Manifest` only through `decode`.
 """
 
 from __future__ import annotations
@@ -32,20 +32,19 @@ from swarm.errors import ManifestInvalid
 
 VERSION = 1
 
-# Limits on what a peer may make this node believe or allocate. Each is far above any published model.
-MANIFEST_BYTES_MAX = 64 << 20  # the headers of a 100,000-tensor model are about 12 MB
+# Limits on the memory and disk that a manifest of a peer can make this node use. All published models are far below.
+MANIFEST_BYTES_MAX = 64 << 20  # the headers of 100,000 tensors take about 12 MB
 FILES_MAX = 100_000
 PATH_BYTES_MAX = 1024
 FILE_BYTES_MAX = 1 << 48  # 256 TiB
-CHUNK_BYTES_MAX = 64 << 20  # one chunk is held in memory by some stores
+CHUNK_BYTES_MAX = 64 << 20  # some stores hold a chunk in memory
 CHUNKS_MAX = 1 << 20  # a bitfield of 128 KiB
 LEAF_BYTES_MIN, LEAF_BYTES_MAX = 1024, CHUNK_BYTES_MAX
 
-# Chosen by bench/chunk_sweep.py, see ARCHITECTURE.md: small enough that a burst of newcomers can pipeline a small
-# model, large enough that the fixed cost of a chunk disappears.
+# Measured by bench/chunk_sweep.py: a chunk has a fixed cost of 0.15 ms, and a burst of newcomers needs many chunks.
 CHUNK_BYTES_SMALLEST, CHUNK_BYTES_LARGEST, CHUNKS_WANTED = 256 << 10, 16 << 20, 1024
 GPU_CHUNKS_WANTED = 128
-# Above 65,536 bytes xxhash releases the GIL; 128 KiB is still hot in the core's own cache when it is hashed.
+# xxhash releases the GIL above 65,536 bytes; 128 KiB fit into the core's L2 cache.
 LEAF_BYTES_DEFAULT = 128 << 10
 
 ChunkHash = Literal["xxh3-128", "blake3"]
@@ -57,26 +56,26 @@ Tier = Literal["checkpoint", "loaded", "cache"]
 
 
 class HashScheme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How chunk digests are made. Leaves of `leaf_bytes`, the last one of a chunk may be shorter."""
+    """Hash function of the chunk digests, and the size of a leaf. The last leaf of a chunk may be shorter."""
 
     name: ChunkHash = "xxh3-128"
     leaf_bytes: Annotated[int, msgspec.Meta(ge=LEAF_BYTES_MIN, le=LEAF_BYTES_MAX)] = LEAF_BYTES_DEFAULT
 
     @property
     def digest_bytes(self) -> int:
-        """Of a leaf's digest, and of a chunk's."""
+        """Size of a leaf digest and of a chunk digest."""
         return DIGEST_BYTES[self.name]
 
 
 class ChunkEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Size in bytes and digest in hexadecimal of one chunk."""
+    """Size in bytes and hexadecimal digest of a chunk."""
 
     size: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES_MAX)]
     digest: ChunkDigest
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One file of the artifact. `header` is a safetensors file's JSON header, empty for other files."""
+    """A file of the artifact. `header` is the JSON header of a safetensors file, empty for other files."""
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=PATH_BYTES_MAX)]
     size: Annotated[int, msgspec.Meta(ge=0, le=FILE_BYTES_MAX)]
@@ -84,11 +83,11 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunks: tuple[ChunkEntry, ...]
 
     def tensors(self) -> list[Tensor]:
-        """Tensors of a safetensors file by offset; none for other files. Raises ManifestInvalid."""
+        """Tensors of a safetensors file by offset; empty for other files. Raises ManifestInvalid."""
         return self._parsed()[0]
 
     def aliases(self) -> dict[str, str]:
-        """Tied tensors: alias -> the name that holds the bytes (the convention of `safetensors.torch.save_model`)."""
+        """Tied tensors, as `safetensors.torch.save_model` stores them: alias -> name of the stored tensor."""
         tensors, metadata = self._parsed()
         names = {tensor.name for tensor in tensors}
         return {alias: name for alias, name in metadata.items() if name in names and alias not in names}
@@ -101,7 +100,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One chunk: `index` in the artifact, and the byte range `[offset, offset + size)` of file number `file`."""
+    """Chunk `index` of the artifact: the byte range `[offset, offset + size)` of file number `file`."""
 
     index: int
     file: int
@@ -111,33 +110,33 @@ class Chunk:
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
-    """One artifact. Build it with `Manifest(...)` and `check()`, or read it with `decode`."""
+    """The description of an artifact. Build it with `Manifest(...)` and `check()`, or read it with `decode`."""
 
     version: Literal[1]
     tier: Tier
-    fingerprint: Annotated[str, msgspec.Meta(max_length=4096)]  # tells layouts of one model apart; '' for checkpoints
+    fingerprint: Annotated[str, msgspec.Meta(max_length=4096)]  # layout of a loaded model; '' for checkpoints
     scheme: HashScheme
     chunk_bytes: Annotated[int, msgspec.Meta(ge=1, le=CHUNK_BYTES_MAX)]
     files: Annotated[tuple[FileEntry, ...], msgspec.Meta(max_length=FILES_MAX)]
 
     @cached_property
     def encoded(self) -> bytes:
-        """The canonical bytes."""
+        """Canonical bytes."""
         return msgspec.json.encode(self)
 
     @cached_property
     def digest(self) -> str:
-        """The artifact's identity: sha256 of the canonical bytes, in hexadecimal."""
+        """Identity of the artifact: sha256 of the canonical bytes, in hexadecimal."""
         return hashlib.sha256(self.encoded).hexdigest()
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:
-        """All chunks, file after file."""
+        """All chunks in the order of the files."""
         return tuple(self._cut())
 
     @cached_property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """Sum of the file sizes in bytes."""
         return sum(file.size for file in self.files)
 
     def _cut(self) -> Iterator[Chunk]:
@@ -149,7 +148,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
                 offset += entry.size
 
     def check(self) -> None:
-        """Raises ManifestInvalid unless paths are confined and unique, and chunks cover every file exactly."""
+        """Raises ManifestInvalid unless paths are relative, sorted and unique, and chunks cover every file exactly."""
         paths = [file.path for file in self.files]
         if paths != sorted(paths):
             self._invalid("files are not in order of their paths")
@@ -169,7 +168,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
             if any(chunk.size > self.chunk_bytes for chunk in file.chunks):
                 self._invalid(f"a chunk of {file.path!r} is larger than chunk_bytes = {self.chunk_bytes}")
             if any(len(chunk.digest) != 2 * self.scheme.digest_bytes for chunk in file.chunks):
-                self._invalid(f"a chunk of {file.path!r} has a digest that is none of {self.scheme.name}")
+                self._invalid(f"a chunk of {file.path!r} has a digest of the wrong length for {self.scheme.name}")
             total += len(file.chunks)
             file.tensors()
         if total > CHUNKS_MAX:
@@ -182,17 +181,17 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         return f"<Manifest {self.digest[:12]} {len(self.files)} files, {len(self.chunks)} chunks, {self.size} bytes>"
 
 
-# Decoders are made where their types are: what msgspec knows of a type is incomplete while the first decoder is made,
-# and another thread that decodes meanwhile ends the process.
+# Module level: msgspec fills its type information while the first decoder is created, and a second thread that decodes
+# at that time crashes the process.
 _decoder = msgspec.json.Decoder(Manifest)
 
 
 def decode(data: bytes, *, digest: str) -> Manifest:
-    """The manifest with this identity. Raises ManifestInvalid for anything but its exact canonical bytes."""
+    """The manifest with this digest. Raises ManifestInvalid unless `data` is its canonical form."""
     if len(data) > MANIFEST_BYTES_MAX:
         raise ManifestInvalid("manifest", f"{len(data)} bytes; at most {MANIFEST_BYTES_MAX} are allowed")
     if hashlib.sha256(data).hexdigest() != digest:
-        raise ManifestInvalid("manifest", f"its bytes do not have the digest {digest[:16]}…: a peer altered it")
+        raise ManifestInvalid("manifest", f"its bytes do not match the digest {digest[:16]}…: a peer altered it")
     try:
         manifest = _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -204,7 +203,7 @@ def decode(data: bytes, *, digest: str) -> Manifest:
 
 
 def unsafe_path(path: str) -> str | None:
-    """Why a relative path from a stranger may not be written to, or None when it may."""
+    """The reason to refuse a relative path of a manifest, or None if it is safe to write to."""
     if path.startswith("/"):
         return "is absolute"
     if len(path.encode("utf-8", "replace")) > PATH_BYTES_MAX:
@@ -227,9 +226,10 @@ def _parents(path: str) -> Iterator[str]:
 
 
 def default_chunk_bytes(total_bytes: int, *, on_gpu: bool = False) -> int:
-    """`chunk_bytes` for an artifact of this size: a power of two near a `CHUNKS_WANTED`th of it, within bounds.
+    """A power of two near `total_bytes / CHUNKS_WANTED`, 256 KiB to 16 MiB.
 
-    In GPU memory a 128th: there a chunk's fixed cost is that of copying tens of megabytes.
+    In GPU memory near `total_bytes / GPU_CHUNKS_WANTED`, up to 64 MiB: copying tens of MB takes as long as the fixed
+    cost of a chunk.
     """
     wanted = max(1, total_bytes // (GPU_CHUNKS_WANTED if on_gpu else CHUNKS_WANTED))
     largest = CHUNK_BYTES_MAX if on_gpu else CHUNK_BYTES_LARGEST
@@ -237,12 +237,12 @@ def default_chunk_bytes(total_bytes: int, *, on_gpu: bool = False) -> int:
 
 
 def cut(units: Iterable[int], chunk_bytes: int) -> list[int]:
-    """Chunk sizes for consecutive units (tensors, or a whole file) of these sizes in bytes.
+    """Chunk sizes in bytes for consecutive units (tensors, or a whole file) of these sizes in bytes.
 
-    A unit above `chunk_bytes` is sharded, starting a chunk of its own; its rest and small neighbours share chunks.
+    A unit larger than `chunk_bytes` starts a new chunk and is split; its remainder shares a chunk with small units.
     """
     sizes: list[int] = []
-    room = 0  # what still fits into the last chunk
+    room = 0  # free bytes of the last chunk
     for unit in units:
         if unit > room:
             whole, rest = divmod(unit, chunk_bytes)
@@ -257,7 +257,7 @@ def cut(units: Iterable[int], chunk_bytes: int) -> list[int]:
 
 
 def units(size: int, tensors: Sequence[Tensor]) -> list[int]:
-    """What `cut` cuts a file into: its header and its tensors, or the file as a whole."""
+    """The units of a file for `cut`: header and tensors, or the whole file if it has no tensors."""
     if not tensors:
         return [size]
     return [tensors[0].offset, *(tensor.size for tensor in tensors)]

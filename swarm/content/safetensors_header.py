@@ -1,10 +1,9 @@
-"""The header of a safetensors file: parsed, and validated as if a stranger had written it.
+"""Parser and strict validator of safetensors headers from untrusted files.
 
     0        8                8 + N                                  size
     | N: u64 | JSON, N bytes  | tensor data, without holes or overlap |
 
-Owns the rules of the format (https://github.com/huggingface/safetensors, 'Format') and nothing else: it is handed
-bytes and returns tensors. It does not open files and does not know torch.
+Owns the rules of the format (https://github.com/huggingface/safetensors, 'Format'). Opens no files.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from typing import Any, NoReturn
 from swarm.errors import ManifestInvalid
 
 LENGTH_BYTES = 8
-HEADER_BYTES_MAX = 100_000_000  # the reference implementation's own limit
-RANK_MAX = 64  # torch's limit; no real tensor comes near it
+HEADER_BYTES_MAX = 100_000_000  # limit of the reference implementation
+RANK_MAX = 64  # limit of torch
 
-# Bits, because the 4- and 6-bit types of newer files pack several elements into a byte.
+# In bits: elements of the 4- and 6-bit types share bytes.
 DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E5M2FNUZ": 8,
@@ -33,7 +32,7 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor: `shape` in elements; `offset` and `size` in bytes, the offset counted from the file's start."""
+    """`shape` in elements; `offset` from the start of the file and `size` in bytes."""
 
     name: str
     dtype: str
@@ -43,29 +42,24 @@ class Tensor:
 
 
 def header_bytes(prefix: bytes, *, subject: str, file_bytes: int) -> int:
-    """Bytes that header and length field take, from a file's first 8 bytes.
+    """Size of header and length field in bytes, read from the first 8 bytes of a file.
 
-    Raises ManifestInvalid when the length cannot be true of a file of `file_bytes`, before anything is allocated.
+    Raises ManifestInvalid if a file of `file_bytes` cannot hold them; allocates nothing.
     """
     if len(prefix) < LENGTH_BYTES:
         raise ManifestInvalid(subject, f"truncated safetensors file: {len(prefix)} bytes, not even a header length")
     length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
     if length > HEADER_BYTES_MAX:
-        raise ManifestInvalid(
-            subject, f"safetensors header claims {length} bytes; at most {HEADER_BYTES_MAX} are allowed"
-        )
+        raise ManifestInvalid(subject, f"safetensors header claims {length} bytes; at most {HEADER_BYTES_MAX} allowed")
     if LENGTH_BYTES + length > file_bytes:
-        raise ManifestInvalid(
-            subject,
-            f"safetensors header claims {length} bytes but the file has {file_bytes}: it is truncated",
-        )
+        raise ManifestInvalid(subject, f"safetensors header claims {length} bytes in a file of {file_bytes}: truncated")
     return LENGTH_BYTES + length
 
 
 def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor], dict[str, str]]:
-    """Tensors in order of their offsets, and the file's `__metadata__`.
+    """Tensors sorted by offset, and the `__metadata__` of the file.
 
-    `header` is the JSON text alone, without the length field. Raises ManifestInvalid, naming `subject`.
+    `header` is the JSON text without the length field. Raises ManifestInvalid with `subject` in its text.
     """
 
     def broken(why: str) -> NoReturn:
@@ -85,7 +79,7 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
     if not isinstance(table, dict):
         broken("not a JSON object")
     metadata = table.pop("__metadata__", None)
-    metadata = {} if metadata is None else metadata  # the reference implementation takes null as well
+    metadata = {} if metadata is None else metadata  # the reference implementation accepts null
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         broken("__metadata__ does not map text to text")
 
@@ -95,9 +89,8 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
     end = start
     for tensor in tensors:
         if tensor.offset != end:
-            broken(
-                f"tensor {tensor.name!r} {'overlaps' if tensor.offset < end else 'leaves a gap after'} its neighbour"
-            )
+            relation = "overlaps" if tensor.offset < end else "leaves a gap after"
+            broken(f"tensor {tensor.name!r} {relation} its neighbour")
         end = tensor.offset + tensor.size
     if end != file_bytes:
         broken(f"tensors end at byte {end} but the file has {file_bytes}")
@@ -125,9 +118,9 @@ def _naturals(value: Any) -> bool:
 
 
 def compose(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The JSON header of a file that holds these `(name, dtype, shape, size in bytes)` one after another.
+    """The JSON header of a file with these consecutive tensors `(name, dtype, shape, size in bytes)`.
 
-    Padded with spaces so that tensor data starts at a multiple of 8 bytes, as the format recommends.
+    Padded with spaces to a multiple of 8 bytes, as the format recommends.
     """
     ends = itertools.accumulate(size for *_, size in tensors)
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}

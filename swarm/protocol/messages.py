@@ -1,22 +1,22 @@
-"""The words two nodes say to each other over a link, and the limits on them.
+"""The messages of a link, their JSON encoding and their limits.
 
-One message is one JSON object, told apart by its `type`. A frame carries one or several, one on a line: what is said in
-one breath costs one write, one read and one wake-up. `decode` and `unpack` are the only ways in: unknown types, missing
-or unknown fields, wrong types and values beyond the limits below all raise ValueError.
+A message is a JSON object with its class name in `type`. A frame contains 1 to 256 messages, separated by newlines,
+because a frame costs a write, a read and a wake-up. `decode` and `unpack` validate all input: unknown types, missing or
+unknown fields, wrong types and values beyond the limits below raise ValueError.
 
     newcomer                                    peer
-       | Hello                        Hello |           versions, names, transports, artifacts, a bulk token
+       | Hello            <->         Hello |           version, name, endpoints, artifacts, session token
        | ManifestRequest  ->                |
        |                  <-   ManifestPart |           until `offset + len(data) == total`
        | Interest         ->                |
-       |                  <-       Holdings |           and Have, whenever more was verified
+       |                  <-       Holdings |           then Have for newly verified chunks
        | Request          ->                |
-       |                  <-          Grant |           the transfer's bytes follow on the agreed transport
-       |                  <-         Refuse |           or they do not, and this says why
-       | Cancel           ->                |           not wanted any more
+       |                  <-          Grant |           the bytes follow on the transport of the request
+       |                  <-         Refuse |           or the transfer is refused, with a reason
+       | Cancel           ->                |
        | Bye              <->           Bye |
 
-Pure: this module never sees a socket.
+Pure: must not know sockets. docs/protocol.md describes every message.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from typing import Annotated, Literal, TypeAlias
 
 import msgspec
 
-from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, Digest
+from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, Digest, Tier
 
 PROTOCOL = 3
 
-# Limits, each with its reason. They are part of the protocol, not settings.
+# Limits of the protocol. They are no settings, because all nodes must agree on them.
 FRAME_BYTES_MAX = 1 << 20  # a bitfield of CHUNKS_MAX chunks is 171 KiB in base64
-FRAME_MESSAGES_MAX = 256  # heard in one go: some 10 ms, for which whoever hears them does nothing else
-FRAME_BYTES_WANTED = 64 << 10  # no further message joins a frame beyond that; one alone may be larger
-MANIFEST_PART_BYTES = 256 << 10  # small enough to let other messages through between two parts
-REQUEST_CHUNKS_MAX = 256  # chunks in one transfer: more would tie too much to one peer
+FRAME_MESSAGES_MAX = 256  # handling them blocks the receiver for some 10 ms
+FRAME_BYTES_WANTED = 64 << 10  # a sender starts a new frame beyond that; a single message may be larger
+MANIFEST_PART_BYTES = 256 << 10  # other messages are sent between two parts
+REQUEST_CHUNKS_MAX = 256  # more in a transfer would depend too much on a single peer
 SOURCES_MAX = 1024
 PACE_BYTES_PER_S_MAX = 1 << 50
-ANNOUNCED_MAX = 256  # artifacts one node serves
-ADDRESSES_MAX = 64  # members told in one message
-RUNS_MAX = 4096  # runs of chunks in one Have
+ANNOUNCED_MAX = 256  # artifacts of a node
+ADDRESSES_MAX = 64  # addresses in a Members message
+RUNS_MAX = 4096  # runs in a Have message
 
-PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*\Z"  # no control characters: it reaches terminals
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*\Z"  # no control characters, because texts are printed to terminals
 Text = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
 ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
 NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
@@ -57,25 +57,25 @@ RefusalReason = Literal["busy", "not_held", "unknown_artifact", "source_changed"
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Base of everything that travels over a link."""
+    """Base of all messages of a link."""
 
 
 class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One transport a node can be read through: `address` is in the scheme's own form."""
+    """A transport that serves chunks of the sender. `address` has the form that its scheme defines."""
 
     scheme: Scheme
     address: Text
 
 
 class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One artifact a node holds in full or in part. `chunks` of `chunks_total` are verified.
+    """An artifact of the sender: `chunks` of `chunks_total` are verified, `size` is its total size in bytes.
 
-    `gives`: the node is a seed, and chooses itself which chunks it sends to whom.
+    `superseeds`: the sender is a seed and chooses the chunks that it sends (super-seeding, BEP 16).
     """
 
     model_id: ModelId
     digest: Digest
-    tier: Literal["checkpoint", "loaded", "cache"]
+    tier: Tier
     size: Annotated[int, msgspec.Meta(ge=0)]
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
@@ -83,7 +83,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(Message, frozen=True):
-    """First message, both ways. `address` is where others may dial this node; `token` opens a bulk connection to it."""
+    """First message of both sides. `address`: where to dial the sender; `token`: key for sessions to the sender."""
 
     protocol: int
     software: Text
@@ -96,32 +96,32 @@ class Hello(Message, frozen=True):
 
 
 class Announce(Message, frozen=True):
-    """Replaces the artifacts of the sender's Hello."""
+    """Replaces the artifacts in the Hello of the sender."""
 
     artifacts: Annotated[tuple[Announcement, ...], msgspec.Meta(max_length=ANNOUNCED_MAX)]
 
 
 class Members(Message, frozen=True):
-    """Addresses of nodes the sender is connected to, so that one address is enough to join."""
+    """Addresses of the nodes linked to the sender. A newcomer that knows a single address learns the others."""
 
     addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 
 
 class ManifestRequest(Message, frozen=True):
-    """Asks for a manifest's canonical bytes."""
+    """Requests the canonical bytes of a manifest."""
 
     digest: Digest
 
 
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where a checkpoint came from: the hub's commit, and the hub's name (etag) of each file's content."""
+    """The Hugging Face commit of a checkpoint, and the etag of each file: path -> etag."""
 
     commit: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{40}\Z")]
     etags: dict[str, Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})\Z")]]
 
 
 class ManifestPart(Message, frozen=True):
-    """Some of a manifest's canonical bytes. `total` 0: not here."""
+    """`data` is at `offset` of the `total` canonical bytes of a manifest. `total` 0: the sender does not have it."""
 
     digest: Digest
     total: Annotated[int, msgspec.Meta(ge=0, le=MANIFEST_BYTES_MAX)]
@@ -130,35 +130,34 @@ class ManifestPart(Message, frozen=True):
 
 
 class OriginRequest(Message, frozen=True):
-    """Asks where a checkpoint came from."""
+    """Requests the origin of a checkpoint."""
 
     digest: Digest
 
 
 class OriginReply(Message, frozen=True):
-    """Where it came from, if the sender knows. A claim: whoever uses it compares the files with it."""
+    """The origin of a checkpoint, None if unknown. Unproven: the receiver compares its files with the etags."""
 
     digest: Digest
     origin: Origin | None
 
 
 class Interest(Message, frozen=True):
-    """The sender wants chunks of this artifact and holds those in `bits`; asks for Holdings now, then for Have."""
+    """The sender holds the chunks in `bits` and wants the others. The receiver answers Holdings, then sends Have."""
 
     digest: Digest
     bits: Bits
 
 
 class Holdings(Message, frozen=True):
-    """The chunks the sender holds, as a packed bitfield."""
+    """The chunks that the sender holds, as a packed bitfield."""
 
     digest: Digest
     bits: Bits
 
 
 class Have(Message, frozen=True):
-    """Newly verified chunks, as (first, count) runs: ascending and disjoint, so that together they name at most
-    CHUNKS_MAX chunks. Raises ValueError when they are not."""
+    """Newly verified chunks as (first, count) runs. Raises ValueError unless they are ascending and disjoint."""
 
     digest: Digest
     runs: Annotated[
@@ -170,19 +169,19 @@ class Have(Message, frozen=True):
         end = 0
         for first, count in self.runs:
             if first < end:
-                raise ValueError(f"runs are not ascending and disjoint: one begins at {first}, after {end} was reached")
+                raise ValueError(f"runs are not ascending and disjoint: {first} follows a run that ends at {end}")
             end = first + count
         if end > CHUNKS_MAX:
-            raise ValueError(f"runs end at {end}; there are at most {CHUNKS_MAX} chunks")
+            raise ValueError(f"runs end at {end}; at most {CHUNKS_MAX} chunks are allowed")
 
 
 class Request(Message, frozen=True):
-    """Asks for a transfer over `scheme`: of these chunks in this order, or of up to `count` that the holder chooses.
+    """Requests a transfer over `scheme`: of `chunks` in this order, or of up to `count` chunks of the seed's choice.
 
-    Exactly one of `chunks` and `count` is given. `hungry` tells a seed that the asker has nobody else to ask. `sources`
-    is 0, or, when others of the asker's machine or rack fetch the same, how many it is fed by: who has few gets more of
-    each. `pace_bytes_per_s` is what it got since it began: who fell behind gets more. The id is the asker's own, unique
-    on this link.
+    Exactly one of `chunks` and `count` is set. `transfer` is unique on the link, chosen by the sender. `starving`: no
+    other peer has chunks for the sender, so a seed may repeat a chunk. `sources`: the number of peers that send to the
+    sender if other nodes of its host or rack fetch the same artifact, else 0. `pace_bytes_per_s`: mean download rate
+    since the fetch began. transfer.upload describes how the last two affect the order of uploads.
     """
 
     scheme: Scheme
@@ -196,7 +195,7 @@ class Request(Message, frozen=True):
 
 
 class Grant(Message, frozen=True):
-    """The transfer of these chunks starts now. `sequence` counts the sender's grants on this link, in their order."""
+    """The transfer of `chunks` starts now. `sequence` counts the grants of the sender on this link."""
 
     transfer: TransferId
     sequence: Annotated[int, msgspec.Meta(ge=0)]
@@ -204,7 +203,7 @@ class Grant(Message, frozen=True):
 
 
 class Refuse(Message, frozen=True):
-    """The transfer will not happen, or broke off; worth asking again after `retry_s` seconds."""
+    """The transfer is refused or was aborted. Request again after `retry_s` seconds."""
 
     transfer: TransferId
     reason: RefusalReason
@@ -212,13 +211,13 @@ class Refuse(Message, frozen=True):
 
 
 class Cancel(Message, frozen=True):
-    """The asker does not want this transfer any more."""
+    """The requester withdraws its request or aborts the transfer."""
 
     transfer: TransferId
 
 
 class Bye(Message, frozen=True):
-    """The sender is leaving, and why."""
+    """The sender closes the link."""
 
     reason: Text
 
@@ -233,7 +232,7 @@ _encoder = msgspec.json.Encoder()
 
 
 def unsayable(model_id: str) -> str | None:
-    """Why no message can carry this model id, or None when one can."""
+    """The reason why a model id is invalid in messages, or None if it is valid."""
     try:
         msgspec.convert(model_id, ModelId)
     except msgspec.ValidationError as error:
@@ -242,12 +241,12 @@ def unsayable(model_id: str) -> str | None:
 
 
 def encode(message: Message) -> bytes:
-    """The frame that carries this message alone."""
+    """A frame with a single message."""
     return _encoder.encode(message)
 
 
 def pack(messages: Iterable[Message]) -> Iterator[bytes]:
-    """The frames that carry these messages, in order. Encoded as they are asked for."""
+    """Frames with these messages in order. Encodes lazily, frame by frame."""
     lines: list[bytes] = []
     size = 0
     for message in messages:
@@ -262,7 +261,7 @@ def pack(messages: Iterable[Message]) -> Iterator[bytes]:
 
 
 class OtherProtocol(ValueError):
-    """A greeting in another version of the protocol, whatever else it says."""
+    """A Hello with another protocol version; its other fields are not checked."""
 
     def __init__(self, protocol: int, software: str) -> None:
         super().__init__(f"protocol {protocol}")
@@ -270,31 +269,31 @@ class OtherProtocol(ValueError):
         self.software = software
 
 
-class _Greeting(msgspec.Struct, tag="Hello"):
-    """What a Hello of every version must say."""
+class _HelloVersion(msgspec.Struct, tag="Hello"):
+    """The fields of Hello that every protocol version has."""
 
     protocol: int
     software: Text = "unknown"
 
 
-_greeting_decoder = msgspec.json.Decoder(_Greeting)
+_version_decoder = msgspec.json.Decoder(_HelloVersion)
 
 
 def decode(frame: bytes) -> AnyMessage:
-    """The message in a frame of one. Raises ValueError, which says what is wrong with it, or OtherProtocol."""
+    """The message of a frame with a single message. Raises ValueError, or OtherProtocol for another version."""
     _check_size(frame)
     try:
         return _decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            greeting = _greeting_decoder.decode(frame)
-            if greeting.protocol != PROTOCOL:
-                raise OtherProtocol(greeting.protocol, greeting.software) from error
+            hello = _version_decoder.decode(frame)
+            if hello.protocol != PROTOCOL:
+                raise OtherProtocol(hello.protocol, hello.software) from error
         raise ValueError(str(error)) from error
 
 
 def unpack(frame: bytes) -> Sequence[AnyMessage]:
-    """The messages in a frame, at least one, in order. Raises as `decode`; a greeting comes alone."""
+    """The messages of a frame in order, at least one. Raises like `decode`. Hello has a frame of its own."""
     if b"\n" not in frame:
         return (decode(frame),)
     _check_size(frame)
@@ -303,7 +302,7 @@ def unpack(frame: bytes) -> Sequence[AnyMessage]:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
     if not 0 < len(found) <= FRAME_MESSAGES_MAX:
-        raise ValueError(f"{len(found)} messages in one frame; 1 to {FRAME_MESSAGES_MAX} are allowed")
+        raise ValueError(f"{len(found)} messages in a frame; 1 to {FRAME_MESSAGES_MAX} are allowed")
     return found
 
 

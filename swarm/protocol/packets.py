@@ -1,59 +1,58 @@
-"""The words of gossip: what one datagram may say about members, and the limits on it.
+"""The packets of gossip (SWIM, memberlist), their MessagePack encoding and their limits.
 
-A datagram is `SWG`, a version byte, and one MessagePack array whose first item tells the packets apart. `decode` is the
-only way in: what is unknown, of a wrong type or beyond the limits below raises ValueError. A packet never needs another
-one to be understood, so that a lost datagram costs time and nothing else.
+A datagram is `SWG`, a version byte and a MessagePack array that begins with the tag of the packet. `decode` validates
+all input: unknown tags, wrong types and values beyond the limits below raise ValueError. Every packet is complete in
+itself, so that a lost datagram costs time only.
 
-    Ping        ->      are you alive?                        every packet but Sync and SyncReply ends with rumours:
-                <- Ack  I am                                  a Status says how a member is (about 30 bytes),
-    PingRequest ->      ask another one for me                a Record says that and everything else known of it
-    Gossip      ->      nothing but rumours
-    Sync        ->      this is how far I am, from one node id to another
-                <- SyncReply what you lack of that, and what I lack
+    Ping        ->                probes a member               Ping, PingRequest, Ack and Gossip end with rumours:
+                <-  Ack           the member is alive           Status (22 bytes): id, incarnation, state, version
+    PingRequest ->                asks for an indirect probe    Record (190 bytes): Status, name, address, profile
+    Gossip      ->                rumours only
+    Sync        ->                statuses of a range of ids
+                <-  SyncReply     records that the sender lacks, ids of the records that the receiver lacks
 
-Tags are part of the protocol: append, never renumber.
-
-Pure: this module never sees a socket.
+Tags are part of the protocol: append, never renumber. Pure: must not know sockets. docs/gossip.md describes them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import IntEnum
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
+from msgspec.structs import replace
 
-from swarm.content.manifest import CHUNKS_MAX, Digest
+from swarm.content.manifest import CHUNKS_MAX, Digest, Tier
 from swarm.errors import LocalProtocolError
 from swarm.protocol.messages import PRINTABLE, ModelId, NodeId, Scheme
 
 VERSION = 1
 
-# Limits, each with its reason. They are part of the protocol, not settings.
-# A seal adds 40; 1400 pass an Ethernet of 1500 with room for IPv6 and a tunnel, and fragments are lost as a whole.
+# Limits of the protocol. They are no settings, because all nodes must agree on them.
+# Sealed 1400 bytes, which leaves room for IPv6 and a tunnel in Ethernet's 1500: a lost fragment loses the datagram.
 DATAGRAM_BYTES_MAX = 1360
-RECORD_BYTES_MAX = 1200  # a record always fits into a datagram, whatever else must be there
-PACKET_HEAD_BYTES = 140  # at most, of everything in a packet but its rumours, and of two claims
-SYNC_BYTES = 1320  # for a Sync's record and claims
-ARTIFACTS_MAX = 16  # told of one member; the rest is told over its links
-STATUSES_MAX = 40  # in one Sync: so many fit beside a record of usual length
-WANTS_MAX = 40  # a SyncReply wants no more than what a Sync can name
-LABEL_MAX = 32  # characters of names and labels: four bytes each at worst
-SOFTWARE_MAX = 32  # characters of a version of swarm, ASCII
-STEPS = 8  # fractions are told in eighths: every further step costs every member a rumour
+RECORD_BYTES_MAX = 1200  # a record and the head of any packet fit into a datagram
+PACKET_HEAD_BYTES = 140  # maximum size of a packet without rumours, and of two statuses
+SYNC_BYTES = 1320  # for the record and the statuses of a Sync
+ARTIFACTS_MAX = 16  # of a member; links announce the rest
+STATUSES_MAX = 40  # of a Sync: they fit beside a record of usual size
+WANTS_MAX = 40  # of a SyncReply: as many ids as a Sync can have
+LABEL_MAX = 32  # characters of names and labels: up to four bytes each
+SOFTWARE_MAX = 32  # ASCII characters of a swarm version
+STEPS = 8  # fractions are rounded to eighths: each step costs every member a rumour
 
 Label = Annotated[str, msgspec.Meta(max_length=LABEL_MAX, pattern=PRINTABLE)]
 Address = Annotated[str, msgspec.Meta(min_length=1, max_length=260, pattern=PRINTABLE)]
 Software = Annotated[str, msgspec.Meta(max_length=SOFTWARE_MAX, pattern=r"^[!-~]*\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-Version = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 VERSION_MAX = 1 << 53
+Version = Annotated[int, msgspec.Meta(ge=0, le=VERSION_MAX)]
 ID_FIRST, ID_LAST = "0" * 16, "f" * 16
 
 
 class State(IntEnum):
-    """How a member is. Of two claims with one incarnation the greater state holds."""
+    """State of a member. Of two statuses with the same incarnation the greater state is valid."""
 
     ALIVE = 0
     SUSPECT = 1
@@ -61,24 +60,24 @@ class State(IntEnum):
     LEFT = 3
 
 
-class _Word(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Base of what packets carry."""
+class _Array(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Base of packets and their parts: a MessagePack array of its fields."""
 
 
-class Holding(_Word, frozen=True):
-    """One artifact that a member holds: `chunks` of `chunks_total` are verified. `gives`: see messages.Announcement."""
+class Holding(_Array, frozen=True):
+    """An artifact of a member: `chunks` of `chunks_total` are verified. `superseeds`: see messages.Announcement."""
 
     model_id: ModelId
     digest: Digest
-    tier: Literal["checkpoint", "loaded", "cache"]
+    tier: Tier
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     superseeds: bool
 
 
-class Profile(_Word, frozen=True):
-    """What a member tells of itself. `omitted` counts artifacts that found no room; `uploads` of `slots` are taken;
-    `software` is its version of swarm."""
+class Profile(_Array, frozen=True):
+    """The metadata of a member. `omitted` counts artifacts beyond the size limit; `uploads` of `slots` are in use;
+    `software` is the swarm version."""
 
     artifacts: Annotated[tuple[Holding, ...], msgspec.Meta(max_length=ARTIFACTS_MAX)] = ()
     omitted: Count = 0
@@ -90,14 +89,14 @@ class Profile(_Word, frozen=True):
     software: Software = ""
 
     def distance(self, host: str, rack: str) -> int:
-        """How many borders are on the way there: 0 from the same host, 1 within a rack, 2 from another one."""
+        """Distance to a node with these labels: 0 on the same host, 1 in the same rack, 2 elsewhere."""
         if host and self.host == host:
             return 0
         return 1 if self.rack == rack else 2
 
 
-class Status(_Word, frozen=True, tag=1):
-    """How a member is. `version` counts its profiles, so that whoever has an older one notices."""
+class Status(_Array, frozen=True, tag=1):
+    """The state of a member. `version` is the version of its profile: a receiver with an older profile requests it."""
 
     node: NodeId
     incarnation: Version
@@ -105,8 +104,8 @@ class Status(_Word, frozen=True, tag=1):
     version: Version
 
 
-class Record(_Word, frozen=True, tag=2):
-    """Everything known of a member."""
+class Record(_Array, frozen=True, tag=2):
+    """All fields of a member."""
 
     node: NodeId
     incarnation: Version
@@ -118,7 +117,7 @@ class Record(_Word, frozen=True, tag=2):
 
     @property
     def status(self) -> Status:
-        """The short form."""
+        """The record without name, address and profile."""
         return Status(self.node, self.incarnation, self.state, self.version)
 
 
@@ -126,8 +125,8 @@ Rumour: TypeAlias = Status | Record
 Rumours = Annotated[tuple[Rumour, ...], msgspec.Meta(max_length=64)]
 
 
-class Ping(_Word, frozen=True, tag=1):
-    """Asks a member for an Ack. One that is not `target` (a new process with an old port) does not answer."""
+class Ping(_Array, frozen=True, tag=1):
+    """Requests an Ack of `target`. Another node on its port does not answer."""
 
     sequence: Count
     sender: NodeId
@@ -135,8 +134,8 @@ class Ping(_Word, frozen=True, tag=1):
     rumours: Rumours
 
 
-class PingRequest(_Word, frozen=True, tag=2):
-    """Asks the receiver to ping `target`, and to pass on its Ack under this sequence."""
+class PingRequest(_Array, frozen=True, tag=2):
+    """Requests an indirect probe: the receiver pings `target` and forwards the Ack with this sequence."""
 
     sequence: Count
     sender: NodeId
@@ -144,23 +143,23 @@ class PingRequest(_Word, frozen=True, tag=2):
     rumours: Rumours
 
 
-class Ack(_Word, frozen=True, tag=3):
-    """`sender` is alive: the answer to a Ping, maybe passed on by another member."""
+class Ack(_Array, frozen=True, tag=3):
+    """The answer of `sender` to a Ping, direct or forwarded."""
 
     sequence: Count
     sender: NodeId
     rumours: Rumours
 
 
-class Gossip(_Word, frozen=True, tag=4):
+class Gossip(_Array, frozen=True, tag=4):
     """Rumours alone."""
 
     sender: NodeId
     rumours: Rumours
 
 
-class Sync(_Word, frozen=True, tag=5):
-    """What the sender knows of the node ids `first` to `last`, both included; its own record in full."""
+class Sync(_Array, frozen=True, tag=5):
+    """The record of the sender, and its statuses of the node ids `first` to `last`, both included."""
 
     sequence: Count
     record: Record
@@ -170,14 +169,14 @@ class Sync(_Word, frozen=True, tag=5):
 
     @property
     def sender(self) -> str:
-        """Who asks."""
+        """Node id of the sender."""
         return self.record.node
 
 
-class SyncReply(_Word, frozen=True, tag=6):
-    """What a Sync's sender lacks. `until`, in the last of several: the ids up to this one are settled; ask on from it.
+class SyncReply(_Array, frozen=True, tag=6):
+    """The answer to a Sync: `records` that its sender lacks, and `wants`, ids of the records that its receiver lacks.
 
-    `wants` are the members of which the receiver of the Sync wants the records.
+    `until`, in the last of several answers: the ids up to it are compared; the next Sync continues after it.
     """
 
     sequence: Count
@@ -195,7 +194,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def encode(packet: Packet) -> bytes:
-    """The datagram that carries this packet. Raises LocalProtocolError when it is too long."""
+    """The datagram of a packet. Raises LocalProtocolError if it exceeds DATAGRAM_BYTES_MAX."""
     datagram = _MAGIC + _encoder.encode(packet)
     if len(datagram) > DATAGRAM_BYTES_MAX:
         raise LocalProtocolError(f"a {type(packet).__name__} of {len(datagram)} bytes does not fit into a datagram")
@@ -203,31 +202,29 @@ def encode(packet: Packet) -> bytes:
 
 
 def decode(datagram: bytes) -> Packet:
-    """The packet in a datagram. Raises ValueError, which says what is wrong with it."""
+    """The packet of a datagram. Raises ValueError."""
     if len(datagram) > DATAGRAM_BYTES_MAX:
         raise ValueError(f"datagram of {len(datagram)} bytes; at most {DATAGRAM_BYTES_MAX} are allowed")
     if not datagram.startswith(_MAGIC):
-        raise ValueError("not gossip, or of another version")
+        raise ValueError("not gossip, or another version of it")
     try:
         return _decoder.decode(memoryview(datagram)[len(_MAGIC) :])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
-def size(word: Rumour | Packet) -> int:
-    """Bytes that a rumour adds to a datagram, or that a packet takes without its magic."""
-    return len(_encoder.encode(word))
+def size(part: Rumour | Packet) -> int:
+    """Size in bytes of a rumour in a datagram, or of a packet without `SWG` and version."""
+    return len(_encoder.encode(part))
 
 
 def quantised(profile: Profile) -> Profile:
-    """The profile in steps that are worth a rumour: chunks and uploads in eighths, rounded down, labels cut.
+    """The profile with chunks and uploads rounded down to eighths, labels cut to LABEL_MAX characters.
 
-    Something is never told as nothing, and not everything never as everything.
+    A count above 0 stays above 0, so that a started fetch differs from none; a count below the total stays below it.
     """
-    holdings = (
-        msgspec.structs.replace(held, chunks=_step(held.chunks, held.chunks_total)) for held in profile.artifacts
-    )
-    return msgspec.structs.replace(
+    holdings = (replace(held, chunks=_step(held.chunks, held.chunks_total)) for held in profile.artifacts)
+    return replace(
         profile,
         artifacts=tuple(holdings),
         uploads=_step(profile.uploads, profile.slots),
@@ -237,53 +234,33 @@ def quantised(profile: Profile) -> Profile:
 
 
 def fitted(record: Record) -> Record:
-    """The record with so many of its artifacts left out, last first, that it is within RECORD_BYTES_MAX."""
+    """The record without its last artifacts beyond RECORD_BYTES_MAX and ARTIFACTS_MAX."""
     while size(record) > RECORD_BYTES_MAX or len(record.profile.artifacts) > ARTIFACTS_MAX:
         profile = record.profile
-        fewer = msgspec.structs.replace(profile, artifacts=profile.artifacts[:-1], omitted=profile.omitted + 1)
+        fewer = replace(profile, artifacts=profile.artifacts[:-1], omitted=profile.omitted + 1)
         if not profile.artifacts:
             raise LocalProtocolError(f"the record of {record.name} does not fit into a datagram")
-        record = msgspec.structs.replace(record, profile=fewer)
+        record = replace(record, profile=fewer)
     return record
 
 
-def replaced(
-    record: Record,
-    *,
-    incarnation: int | None = None,
-    state: State | None = None,
-    version: int | None = None,
-    profile: Profile | None = None,
-) -> Record:
-    """The record with some of its fields changed; None leaves a field as it is."""
-    return Record(
-        record.node,
-        record.incarnation if incarnation is None else incarnation,
-        record.state if state is None else state,
-        record.version if version is None else version,
-        record.name,
-        record.address,
-        record.profile if profile is None else profile,
-    )
-
-
 def batches(records: Iterable[Record]) -> list[tuple[Record, ...]]:
-    """Records in the same order, so many at a time as fit into one datagram."""
+    """Records in the same order, grouped into datagrams."""
     room = DATAGRAM_BYTES_MAX - PACKET_HEAD_BYTES
-    found: list[list[Record]] = []
+    groups: list[list[Record]] = []
     left = 0
     for record in records:
         need = size(record)
-        if need > left or not found:
-            found.append([])
+        if need > left or not groups:
+            groups.append([])
             left = room
-        found[-1].append(record)
+        groups[-1].append(record)
         left -= need
-    return [tuple(batch) for batch in found]
+    return [tuple(group) for group in groups]
 
 
 def following(node: str) -> str:
-    """The node id after this one; the first one after the last."""
+    """The node id after `node` on the ring: after the last id comes the first."""
     return f"{(int(node, 16) + 1) % (1 << 64):016x}"
 
 

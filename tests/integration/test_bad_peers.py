@@ -439,7 +439,7 @@ def test_is_a_model_that_nobody_has_an_error_that_names_what_was_tried(
     seed = machine.serve(model, "--name", "other-seed")
     nobody = "127.0.0.1:1"
     line = machine.fetch(out, peers=[seed.address, nobody], model_id="org/other").end().error(3)
-    assert "nobody serves 'org/other' (asked for 2 s: " in line
+    assert "no peer serves 'org/other' (searched for 2 s: " in line
     assert f"other-seed at {seed.address} serves {MODEL} ({seed.digest[:16]})" in line
     assert f"{nobody}: no answer" in line
     assert not out.exists()

@@ -92,7 +92,7 @@ def test_is_a_file_that_changed_while_served_withdrawn_and_never_fetched(
     assert "does not serve it any more" in line
     assert f"{model / 'b.safetensors'} changed while it was served" in seed.err
     assert contents(out) == {}
-    assert "nobody serves" in machine.fetch(out, peers=[seed.address]).end().error(3)
+    assert "no peer serves" in machine.fetch(out, peers=[seed.address]).end().error(3)
 
 
 @pytest.mark.parametrize("change", [change_content, truncate])

@@ -304,7 +304,7 @@ def test_does_fetch_work_inside_a_running_loop_and_fetch_async_beside_it(
 def test_does_the_library_raise_what_the_command_line_says(machine: Machine, model: Path, tmp_path: Path) -> None:
     seed = machine.serve(model)
     hasty = replace(settings(tmp_path, seed), find_timeout_s=float(QUICK["SWARM_FIND_TIMEOUT_S"]))
-    with pytest.raises(swarm.ManifestNotFound, match="nobody serves 'org/other'") as caught:
+    with pytest.raises(swarm.ManifestNotFound, match="no peer serves 'org/other'") as caught:
         swarm.fetch("org/other", settings=hasty)
     assert json.dumps(caught.value.tried)
     assert any(seed.address in words for words in caught.value.tried)

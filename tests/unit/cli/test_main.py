@@ -203,7 +203,7 @@ def test_what_does_an_error_exit_with(
         (["fetch", "x", "--timeout", "0"], 2, "above zero"),
         (["fetch", "x", "--peer", "nowhere"], 2, "is not HOST:PORT"),
         (["fetch", "x", "--digest", "abc"], 2, "is not a whole digest"),
-        (["fetch", "x", "--timeout", "0.05"], 3, "nobody serves 'x'"),
+        (["fetch", "x", "--timeout", "0.05"], 3, "no peer serves 'x'"),
         (["status"], 6, "no node of this user runs on this machine"),
         (["status", "--peer", "nowhere"], 2, "needs a port"),
         (["verify", "empty"], 5, "not fetched by swarm"),

@@ -234,7 +234,7 @@ def test_does_a_start_go_on_without(
     monkeypatch.setattr(compile_caches, "directories", lambda: places(tmp_path / "here"))
     caplog.set_level("INFO", "swarm")
     assert compile_caches.before_compiling({"model": "other"}, node("other", source.address)) is None
-    assert "compiling here (nobody serves" in caplog.text
+    assert "compiling here (no peer serves" in caplog.text
     assert compile_caches.after_warm_up(FIELDS, node("nobody", trusted=())) is None
     assert "not served (trusted: names nobody" in caplog.text
     installed = compile_caches.before_compiling(FIELDS, node("other", source.address))

@@ -162,7 +162,7 @@ def test_does_the_journal_say_how_it_went() -> None:
             assert found.agreed_at_s is not None
             assert found.began_at_s <= found.agreed_at_s <= newcomer.now()
             assert (missed.model_id, missed.digest, missed.agreed_at_s) == ("org/other", None, None)
-            assert str(missed.error).startswith("nobody serves 'org/other'")
+            assert str(missed.error).startswith("no peer serves 'org/other'")
 
     run(scenario)
 
@@ -219,7 +219,7 @@ def test_do_two_contents_of_one_name_name_who_holds_them() -> None:
             one.serve(MODEL, first := Zeros(4))
             two.serve(MODEL, second := Zeros(8))
             await until(lambda: len(newcomer.holders(MODEL)) == 2)
-            with pytest.raises(ManifestConflict, match="choose one with --digest") as caught:
+            with pytest.raises(ManifestConflict, match="choose the digest with --digest") as caught:
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
             assert caught.value.holders == {
                 first.manifest.digest: ("one (one)",),
