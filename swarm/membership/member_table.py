@@ -16,8 +16,6 @@ import bisect
 import random
 from dataclasses import dataclass
 
-from msgspec.structs import replace
-
 from swarm.errors import LocalProtocolError
 from swarm.protocol import packets
 from swarm.protocol.packets import ID_LAST, STATUSES_MAX, VERSION_MAX, Record, Rumour, State, Status, Sync
@@ -68,9 +66,9 @@ class MemberTable:
             return heard
         merged = known
         if isinstance(heard, Record) and heard.version > known.version:
-            merged = replace(heard, incarnation=known.incarnation, state=known.state)
+            merged = packets.replace(heard, incarnation=known.incarnation, state=known.state)
         if (heard.incarnation, heard.state) > (known.incarnation, known.state):
-            merged = replace(merged, incarnation=heard.incarnation, state=heard.state)
+            merged = packets.replace(merged, incarnation=heard.incarnation, state=heard.state)
         if merged is known:
             return None
         self._records[heard.node] = merged
@@ -87,7 +85,7 @@ class MemberTable:
         if heard.state is not State.DEAD or (known and known.state >= State.DEAD):
             return heard
         if isinstance(heard, Record):
-            return replace(heard, state=State.SUSPECT) if known else heard
+            return packets.replace(heard, state=State.SUSPECT) if known else heard
         return Status(heard.node, heard.incarnation, State.SUSPECT, heard.version)
 
     def window(self, first: str, *, room_bytes: int) -> tuple[str, tuple[Status, ...]]:
@@ -220,7 +218,7 @@ def refute(own: Record, heard: Rumour) -> Record | None:
         return None
     version = max(own.version, heard.version) + 1 if differs or heard.version > own.version else own.version
     incarnation = max(own.incarnation, heard.incarnation) + 1
-    return replace(own, incarnation=min(incarnation, VERSION_MAX), version=min(version, VERSION_MAX))
+    return packets.replace(own, incarnation=min(incarnation, VERSION_MAX), version=min(version, VERSION_MAX))
 
 
 def _is_news(record: Record, status: Status | None) -> bool:

@@ -25,8 +25,6 @@ import random
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from msgspec.structs import replace
-
 from swarm.errors import LocalProtocolError
 from swarm.membership.config import SwimConfig
 from swarm.membership.member_table import MemberTable, Spread, Walk, refute
@@ -403,18 +401,18 @@ class Gossip:
     # What this node says
 
     def _tell(self, profile: Profile) -> None:
-        self._pending = packets.fitted(replace(self._own, profile=packets.quantised(profile))).profile
+        self._pending = packets.fitted(packets.replace(self._own, profile=packets.quantised(profile))).profile
         self._publish_at = math.inf if self._pending == self._own.profile else self._quiet_until
 
     def _publish(self) -> None:
         # Not all at once, however much they are in step: what begins together would stay together.
         quiet_s = self._tuning.between_profiles_s(len(self._roster) + 1) * self._rng.uniform(0.75, 1.25)
         self._publish_at, self._quiet_until = math.inf, self._clock + quiet_s
-        self._own = replace(self._own, version=self._own.version + 1, profile=self._pending)
+        self._own = packets.replace(self._own, version=self._own.version + 1, profile=self._pending)
         self._spread.put(self._own)
 
     def _leave(self) -> None:
-        self._own = replace(self._own, state=State.LEFT)
+        self._own = packets.replace(self._own, state=State.LEFT)
         for member in self._roster.some(LEAVE_FANOUT):
             self._send(member.address, packets.Gossip(self._own.node, (self._own.status,)))
 

@@ -21,7 +21,7 @@ from enum import IntEnum
 from typing import Annotated, TypeAlias
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import replace as replace  # for modules that must not import msgspec
 
 from swarm.content.manifest import CHUNKS_MAX, Digest, Tier
 from swarm.errors import LocalProtocolError

@@ -9,7 +9,6 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from msgspec.structs import replace
 from sim import clock
 from sim.network import Fabric
 
@@ -129,7 +128,7 @@ def test_does_a_twin_warn(caplog: pytest.LogCaptureFixture) -> None:
         one = await members.add("one", node="a" * 16)
         twin = Record("a" * 16, 0, State.ALIVE, 0, "twin", "two", PROFILE)
         for incarnation in range(1, 10):
-            record = replace(twin, incarnation=10 * incarnation)
+            record = packets.replace(twin, incarnation=10 * incarnation)
             one.hear("three", packets.encode(Gossip("b" * 16, (record,))))
 
     with caplog.at_level(logging.WARNING):
