@@ -178,10 +178,10 @@ class Have(Message, frozen=True):
 class Request(Message, frozen=True):
     """Requests a transfer over `scheme`: of `chunks` in this order, or of up to `count` chunks of the seed's choice.
 
-    Exactly one of `chunks` and `count` is set. `transfer` is unique on the link, chosen by the sender. `starving`: no
-    other peer has chunks for the sender, so a seed may repeat a chunk. `sources`: the number of peers that send to the
-    sender if other nodes of its host or rack fetch the same artifact, else 0. `pace_bytes_per_s`: mean download rate
-    since the fetch began. transfer.upload describes how the last two affect the order of uploads.
+    Exactly one of `chunks` and `count` is set. `transfer` is unique on the link, chosen by the sender. `starving`: the
+    peers of the sender do not fill its link, so a seed may repeat a chunk. `sources`: the number of peers that send to
+    the sender if other nodes of its host or rack fetch the same artifact, else 0. `pace_bytes_per_s`: mean download
+    rate since the fetch began. transfer.upload orders uploads by `sources` and pace.
     """
 
     scheme: Scheme
