@@ -29,7 +29,7 @@ from swarm.dashboard.member_report import CELLS_MAX, FetchSummary, Flow, Held, K
 from swarm.dashboard.server import ASSETS, asset
 from swarm.dashboard.sse import EventStream
 from swarm.dashboard.swarm_view import Json, SwarmView
-from swarm.net.http_pages import Stream
+from swarm.net.http_pages import EventPage
 from swarm.net.listener import Listener
 from swarm.net.websocket import HttpLinks, Link
 from swarm.observe.fetch_history import Fetch
@@ -149,7 +149,7 @@ class Server:
         feed = EventStream(self._crowd.view, self._over.wait)  # type: ignore[arg-type]
         pages: dict[str, Any] = {"/": asset("index.html"), **{f"/web/{name}": asset(name) for name in ASSETS}}
         pages["/timeline/{digest}/of/{node}"] = lambda digest, node: self._crowd.timeline()
-        links = HttpLinks({**pages, "/events": Stream(lambda: self._counted(feed))})
+        links = HttpLinks({**pages, "/events": EventPage(lambda: self._counted(feed))})
         listener = await Listener.open("127.0.0.1", 0)
         await links.open(_nobody)
         listener.serve({}, links.adopt)

@@ -22,7 +22,7 @@ from swarm.dashboard.server import ASSETS, DIGEST, INDEX, NODE, asset
 from swarm.dashboard.sse import ALIVE_EVERY_S, UPDATE_EVERY_S, event
 from swarm.dashboard.swarm_view import Json, patch
 from swarm.errors import StoreError
-from swarm.net.http_pages import Page, Stream
+from swarm.net.http_pages import EventPage, Page
 from swarm.net.listener import Listener
 from swarm.net.websocket import HttpLinks, Link
 from swarm.observe.trace import lines
@@ -52,8 +52,8 @@ class ReplayServer:
             "/": asset("index.html"),
             **{f"/web/{name}": asset(name) for name in ASSETS},
             "/view": lambda: self._shown(self._whole, speed=0.0),
-            "/events": Stream(self.play),
-            f"/events/{FROM}/{SPEED}": Stream(self.play),
+            "/events": EventPage(self.play),
+            f"/events/{FROM}/{SPEED}": EventPage(self.play),
             f"/tree/{DIGEST}/{INDEX}": lambda digest, index: self._whole.tree(digest, int(index)),
             f"/timeline/{DIGEST}": self._whole.timeline,
             f"/timeline/{DIGEST}/of/{NODE}": self._timeline_of,

@@ -31,7 +31,7 @@ from swarm.dashboard.sse import EventStream
 from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.errors import PeerError, SettingsError
 from swarm.journal import Entry, Journal, Left
-from swarm.net.http_pages import Asset, Page, Stream
+from swarm.net.http_pages import Asset, EventPage, Page
 from swarm.observe.fetch_history import BUCKETS, FetchHistories
 from swarm.observe.node_report import Picture
 from swarm.protocol.messages import ModelId, NodeId, Text
@@ -159,7 +159,7 @@ class Dashboard:
         return {
             "/": asset("index.html"),
             **{f"/web/{name}": asset(name) for name in ASSETS},
-            "/events": Stream(self._feed.watch),
+            "/events": EventPage(self._feed.watch),
             "/view": self.view_once,
             member_report.PATH: lambda: msgspec.to_builtins(self.own()),
             f"/chunk/{DIGEST}/{INDEX}": self.chunk,

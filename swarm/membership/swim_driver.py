@@ -77,9 +77,9 @@ class SwimDriver:
     def hear(self, source: str, datagram: bytes) -> None:
         """A datagram arrived."""
         now = self._clock()
-        if self._rate_limiter.says(source, now):
+        if self._rate_limiter.charge(source, now):
             log.warning("%s floods this node with datagrams: it is muted for %g s", source, MUTE_S)
-        if self._rate_limiter.muted(source, now):
+        if self._rate_limiter.is_muted(source, now):
             return
         try:
             packet = packets.decode(datagram)

@@ -23,7 +23,7 @@ from swarm.errors import PeerError, SettingsError
 from swarm.net import discovery
 from swarm.net.http_pages import Page
 from swarm.net.listener import Handler, Listener
-from swarm.net.udp import Codec, Datagrams, Hear, NoSeal, Seal
+from swarm.net.udp import AeadSeal, Codec, Datagrams, Hear, NoSeal
 from swarm.net.websocket import HttpLinks, Link
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity
@@ -173,7 +173,7 @@ class HostEnvironment:
             where, port = listener.address
             try:
                 return listener, Datagrams(
-                    where, port, hear, envelope=self._envelope(), loopback_only=not self._settings.reaches_out
+                    where, port, hear, codec=self._codec(), loopback_only=not self._settings.reaches_out
                 )
             except OSError as error:
                 await listener.close()
@@ -184,10 +184,10 @@ class HostEnvironment:
                     raise SettingsError("listen", f"{why}: choose another port, or 0 for any free one") from error
         raise SettingsError("listen", f"no port of {host} is free for both TCP and UDP; choose one that is")
 
-    def _envelope(self) -> Codec:
+    def _codec(self) -> Codec:
         if self._keyring is None:
             return NoSeal()
-        return Seal(self._keyring.seal_keys, time=time.time, dice=secrets.token_bytes)
+        return AeadSeal(self._keyring.seal_keys, time=time.time, rng=secrets.token_bytes)
 
     def _advertised(self, host: str, port: int) -> tuple[str, int]:
         """Where others are told to reach this node, which they reach at this address of the machine itself."""

@@ -44,7 +44,7 @@ class Asset:
 
 
 @dataclass(frozen=True)
-class Stream:
+class EventPage:
     """Server-sent events: chunks of bytes, each one event or several, for one reader. `events` gets what the pattern of
     the path names, by keyword."""
 
@@ -53,7 +53,7 @@ class Stream:
 
 # What a path shows. A function gets what the pattern of its path names, by keyword, and returns what JSON can say, or
 # an awaitable of that; None is 404.
-Page: TypeAlias = Asset | Stream | Callable[..., Any]
+Page: TypeAlias = Asset | EventPage | Callable[..., Any]
 
 
 class Pages:
@@ -88,7 +88,7 @@ class Pages:
             case Asset(content_type, body):
                 headers = {**PAGE_SECURITY, "Cache-Control": "no-cache"}
                 return web.Response(body=body(), content_type=content_type, charset="utf-8", headers=headers)
-            case Stream(events):
+            case EventPage(events):
                 return await self._stream(request, events(**request.match_info))
             case _:
                 said = page(**request.match_info)

@@ -46,7 +46,7 @@ class Codec(Protocol):
 
 
 class NoSeal:
-    """No envelope: everybody can read and write it."""
+    """No codec: everybody can read and write it."""
 
     def seal(self, datagram: bytes) -> bytes:
         """See Codec."""
@@ -57,12 +57,12 @@ class NoSeal:
         return sealed
 
 
-class Seal:
+class AeadSeal:
     """Members of the cluster alone write and read. What is refused is logged, once for each host and reason."""
 
-    def __init__(self, keys: Sequence[SealKey], *, time: Callable[[], float], dice: Callable[[int], bytes]) -> None:
-        """`time` gives seconds since 1970, `dice(n)` n unpredictable bytes."""
-        self._sealer = Sealer(keys[0], dice)
+    def __init__(self, keys: Sequence[SealKey], *, time: Callable[[], float], rng: Callable[[int], bytes]) -> None:
+        """`time` gives seconds since 1970, `rng(n)` n unpredictable bytes."""
+        self._sealer = Sealer(keys[0], rng)
         self._opener = Opener(keys)
         self._time = time
         self._refused: set[tuple[str, Unopened]] = set()
@@ -90,10 +90,10 @@ class Datagrams:
     Raises OSError when the address cannot be had.
     """
 
-    def __init__(self, host: str, port: int, hear: Hear, *, envelope: Codec, loopback_only: bool) -> None:
+    def __init__(self, host: str, port: int, hear: Hear, *, codec: Codec, loopback_only: bool) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._hear = hear
-        self._envelope = envelope
+        self._codec = codec
         self._loopback_only = loopback_only
         self._family = family
         self._loop = asyncio.get_running_loop()
@@ -115,7 +115,7 @@ class Datagrams:
         if target is None or self._sock.fileno() < 0 or not self._permitted(target[0]):
             return
         with contextlib.suppress(OSError):
-            self._sock.sendto(self._envelope.seal(datagram), target)
+            self._sock.sendto(self._codec.seal(datagram), target)
 
     def drain(self) -> None:
         """Hands over what has arrived and waits."""
@@ -137,7 +137,7 @@ class Datagrams:
                 return
             except OSError:  # the kernel tells of a datagram that was not delivered: it is lost, and that is all
                 continue
-            if self._permitted(source[0]) and (datagram := self._envelope.open(sealed, source[0])) is not None:
+            if self._permitted(source[0]) and (datagram := self._codec.open(sealed, source[0])) is not None:
                 self._hear(join_address(source[0], source[1]), datagram)
 
     def _permitted(self, host: str) -> bool:

@@ -160,7 +160,7 @@ class ConnectionsDriver:
             raise RemoteProtocolError(
                 link.remote, f"says that it is {theirs.node}, but its certificate is that of {link.member}"
             )
-        if self._rate_limiter.muted(theirs.node, self._party.now()):
+        if self._rate_limiter.is_muted(theirs.node, self._party.now()):
             raise PeerError(link.remote, "flooded this node, and is muted for a while")
         return Peer(next(self._numbers), link, theirs, token=token, transports=self._environment.transports)
 
@@ -206,7 +206,7 @@ class ConnectionsDriver:
         self._party.left(peer, why)
 
     def _hear(self, peer: Peer, message: AnyMessage) -> None:
-        if self._rate_limiter.says(peer.node, self._party.now()):
+        if self._rate_limiter.charge(peer.node, self._party.now()):
             raise RemoteProtocolError(peer.name, f"floods this node with messages: it is muted for {MUTE_S:g} s")
         match message:
             case messages.Bye(reason):

@@ -46,7 +46,8 @@ class Peer:
         self._closed = False
         self._transports = transports
         self._given_up: set[str] = set()  # schemes that failed to connect
-        self._route = self._choose()
+        self._logged: set[str] = set()  # schemes whose choice is in the log
+        self._route = next(iter(self._routes()), None)
 
     @property
     def name(self) -> str:
@@ -55,7 +56,7 @@ class Peer:
 
     @property
     def scheme(self) -> str:
-        """The transport that this peer is read through, and why it is that one."""
+        """Scheme of the transport that this peer is read through; `none` without a usable one."""
         return self._route[0].scheme if self._route else "none"
 
     @property
@@ -119,28 +120,40 @@ class Peer:
             return self._session
 
     async def _connect(self) -> Inbound:
-        """A session over the best transport that works: what fails is not tried with this peer again, if there is
-        another. Raises TransportError."""
-        while route := self._choose():
-            self._route = transport, address = route
+        """A session over the preferred usable transport. A transport that fails is not tried with this peer again while
+        another one is usable. Raises TransportError."""
+        while routes := self._routes():
+            self._route = transport, address = routes[0]
             try:
-                return await transport.connect(address, self.hello.token, timeout_s=CONNECT_TIMEOUT_S)
+                session = await transport.connect(address, self.hello.token, timeout_s=CONNECT_TIMEOUT_S)
             except TransportError as error:
                 self._given_up.add(transport.scheme)
-                if (rest := self._choose()) is None:
+                if not (rest := self._routes()):
                     self._given_up.clear()  # it may be back later
                     raise
-                log.warning("%s is read over %s from now on: %s", self.name, rest[0].scheme, error)
+                log.warning("%s is read over %s from now on: %s", self.name, rest[0][0].scheme, error)
+            else:
+                self._log_choice(transport, [other.scheme for other, _ in routes[1:]])
+                return session
         raise TransportError(f"{self.name} offers no transport that this node can use")
 
-    def _choose(self) -> tuple[Transport, str] | None:
-        """The first of this node's transports, preferred first, that the peer offers at an address within reach."""
+    def _routes(self) -> list[tuple[Transport, str]]:
+        """This node's transports, preferred first, that the peer offers at an address within reach."""
         offers = {offer.scheme: offer.address for offer in self.hello.transports}
-        for transport in self._transports:
-            address = offers.get(transport.scheme)
-            if address is not None and transport.scheme not in self._given_up and transport.reach(address):
-                return transport, address
-        return None
+        return [
+            (transport, offers[transport.scheme])
+            for transport in self._transports
+            if transport.scheme in offers
+            and transport.scheme not in self._given_up
+            and transport.reach(offers[transport.scheme])
+        ]
+
+    def _log_choice(self, transport: Transport, others: list[str]) -> None:
+        """Once for each transport: a session that broke is opened again."""
+        if transport.scheme not in self._logged:
+            self._logged.add(transport.scheme)
+            possible = f"{', '.join(others)} also possible" if others else "no other transport is possible"
+            log.info("transport=%s to %s because %s; %s", transport.scheme, self.name, transport.reason, possible)
 
     def _check_open(self) -> None:
         if self._closed:

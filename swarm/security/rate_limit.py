@@ -31,12 +31,12 @@ class RateLimiter:
         self._burst = burst
         self._senders: dict[str, _Sender] = {}  # who spoke last is last
 
-    def muted(self, who: str, now: float) -> bool:
+    def is_muted(self, who: str, now: float) -> bool:
         """Whether nothing that it says counts at this time."""
         sender = self._senders.get(who)
         return sender is not None and now < sender.muted_until_s <= now + MUTE_S  # later: the clock was set back
 
-    def says(self, who: str, now: float) -> bool:
+    def charge(self, who: str, now: float) -> bool:
         """It says something more; returns whether it floods, and is muted from now on: once for each time."""
         sender = self._senders.pop(who, None) or _Sender(self._burst, now)
         self._senders[who] = sender
@@ -45,7 +45,7 @@ class RateLimiter:
         passed_s = max(0.0, now - sender.at_s)  # less than nothing: the clock was set back
         sender.allowance = min(self._burst, sender.allowance + passed_s * self._rate_per_s)
         sender.at_s = now
-        if sender.allowance < 1.0 and not self.muted(who, now):
+        if sender.allowance < 1.0 and not self.is_muted(who, now):
             sender.muted_until_s = now + MUTE_S
             return True
         sender.allowance = max(0.0, sender.allowance - 1.0)

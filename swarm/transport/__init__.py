@@ -80,6 +80,7 @@ class Transport(Protocol):
     """One data plane of one node: opens sessions as the asker, is handed sessions as the holder."""
 
     scheme: str
+    reason: str  # for the log line of a choice: why this transport is preferred where it reaches a peer
     usual_bytes_per_s: float  # of a session that nobody has measured yet; 0: it may be anything
 
     @property

@@ -19,7 +19,7 @@ SAID_BYTES_MAX = 4096
 LEAST_BYTES_MAX = 64 << 10  # waking a thread costs what hashing so much does; waiting for more saves little
 
 
-class Stream(Protocol):
+class ByteStream(Protocol):
     """A connection. Everything but `fileno` raises OSError when it is gone."""
 
     async def hear(self, most: int) -> bytes:
@@ -83,26 +83,26 @@ class PlainStream(socket.socket):
         self._arriving.register(self, select.POLLIN)
 
     async def hear(self, most: int) -> bytes:
-        """See Stream."""
+        """See ByteStream."""
         return await asyncio.get_running_loop().sock_recv(self, most)
 
     async def say(self, data: bytes) -> None:
-        """See Stream."""
+        """See ByteStream."""
         await asyncio.get_running_loop().sock_sendall(self, data)
 
     def block(self, poll_s: float) -> None:
-        """See Stream. One system call per write, unlike with Python's own timeouts."""
+        """See ByteStream. One system call per write, unlike with Python's own timeouts."""
         self.setblocking(True)
         self._poll_ms = 1e3 * poll_s
         poll = struct.pack("@ll", int(poll_s), int(poll_s % 1 * 1e6))
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
 
     def idle(self) -> None:
-        """See Stream. For epoll, too, a socket is readable once there is as much as was waited for last."""
+        """See ByteStream. For epoll, too, a socket is readable once there is as much as was waited for last."""
         self._wake_at(1)
 
     def recv_into(self, room: memoryview) -> int:  # type: ignore[override]
-        """See Stream."""
+        """See ByteStream."""
         return self.recv_least(room, len(room))
 
     def recv_least(self, room: memoryview, least: int) -> int:
@@ -114,7 +114,7 @@ class PlainStream(socket.socket):
             return super().recv_into(room, 0, socket.MSG_DONTWAIT)
 
     def recvmsg_into(self, rooms: Sequence[memoryview]) -> tuple[Any, ...]:  # type: ignore[override]
-        """See Stream."""
+        """See ByteStream."""
         try:
             return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -122,7 +122,7 @@ class PlainStream(socket.socket):
             return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
 
     def readable(self) -> bool:
-        """See Stream. Looks itself: `poll` would wait for as much as the last read did."""
+        """See ByteStream. Looks itself: `poll` would wait for as much as the last read did."""
         try:
             self.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         except BlockingIOError:
@@ -132,11 +132,11 @@ class PlainStream(socket.socket):
         return True
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
-        """See Stream. Straight from the page cache."""
+        """See ByteStream. Straight from the page cache."""
         return os.sendfile(self.fileno(), fd, offset, size)
 
     def said(self) -> bytes | None:
-        """See Stream."""
+        """See ByteStream."""
         try:
             return self.recv(SAID_BYTES_MAX, socket.MSG_DONTWAIT)
         except BlockingIOError:

@@ -34,7 +34,7 @@ from swarm.errors import TransportError
 from swarm.store import AnySpan, DeviceView, View, cuda
 from swarm.store.staging import outgoing
 from swarm.transport import Pace
-from swarm.transport.byte_stream import Stream
+from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import Landing, pieces, span_bytes
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import FRAME_BYTES_MAX, HEADER, Sending, TcpInbound, TcpOutbound
@@ -55,6 +55,7 @@ class CudaIpcTransport(TcpTransport):
     """The plane of a node whose process uses a GPU."""
 
     scheme = "cuda_ipc"
+    reason = "both processes use GPUs of this machine"
     usual_bytes_per_s = 100e9
     magic = b"SWRI"
 
@@ -79,10 +80,10 @@ class CudaIpcTransport(TcpTransport):
             session.refused = functools.partial(self._refused, address)
         return session
 
-    async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
+    async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
         return CudaIpcInbound(stream, peer=peer, pool=self._askers)
 
-    async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
+    async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
         return CudaIpcOutbound(stream, peer=peer, pool=self._holders, pace=self._pace)
 
     def _refused(self, address: str, why: str) -> None:
@@ -102,7 +103,7 @@ class CudaIpcInbound(TcpInbound):
 
     on_device = True
 
-    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor) -> None:
         self.refused: Callable[[str], None] = log.warning
         self._streams: dict[int, cuda.Stream] = {}
         self._opened: dict[tuple[int, bytes], _Region] = {}  # by device and handle
@@ -227,7 +228,7 @@ class CudaIpcOutbound(TcpOutbound):
     on_device = True
     piece_bytes = REGION_BYTES_MAX
 
-    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
+    def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
         self._leases: dict[int, _Lease] = {}
         self._handles: dict[int, bytes | None] = {}  # by the allocation's number; None: it cannot be shared
         self._said = b""

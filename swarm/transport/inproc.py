@@ -71,6 +71,7 @@ class InprocTransport:
     """One node's plane within this process."""
 
     scheme = "inproc"
+    reason = "both nodes are in this process"
     usual_bytes_per_s = 0.0
 
     def __init__(self, hub: InprocHub | None = None, *, line: Line | None = None, pace: Pace | None = None) -> None:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from swarm.errors import SettingsError, TransportError
 from swarm.store import DeviceView, View, cuda
-from swarm.transport.byte_stream import Stream
+from swarm.transport.byte_stream import ByteStream
 from swarm.transport.paired import (
     HOST_PIECE_BYTES_MAX,
     Done,
@@ -59,6 +59,7 @@ class NcclTransport(TcpTransport):
     """The plane of a node whose process uses a GPU; its communicators are where the process's tensors are."""
 
     scheme = "nccl"
+    reason = "the settings name it and both processes use GPUs"
     usual_bytes_per_s = 100e9
     magic = b"SWRN"
 
@@ -66,15 +67,15 @@ class NcclTransport(TcpTransport):
         """Whether both may have a GPU: who offers this has one."""
         return cuda.in_use() and super().reach(address)
 
-    async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
+    async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
         lane = await self._pair(stream, ASKER, pool=self._askers)
         return PairedInbound(stream, lane, peer=peer, pool=self._askers)
 
-    async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
+    async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
         lane = await self._pair(stream, HOLDER, pool=self._holders)
         return PairedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
-    async def _pair(self, stream: Stream, rank: int, *, pool: ThreadPoolExecutor) -> NcclLane:
+    async def _pair(self, stream: ByteStream, rank: int, *, pool: ThreadPoolExecutor) -> NcclLane:
         return await make_lane(stream, functools.partial(NcclLane, stream, rank, device=cuda.home()), pool=pool)
 
 
@@ -93,7 +94,7 @@ class NcclLane:
 
     on_device = True
 
-    def __init__(self, stream: Stream, rank: int, *, device: int) -> None:
+    def __init__(self, stream: ByteStream, rank: int, *, device: int) -> None:
         self._other = ASKER if rank == HOLDER else HOLDER
         self._device = device
         self._nccl = _library()
@@ -219,7 +220,7 @@ class NcclLane:
     def _stream(self) -> cuda.Stream:
         return cuda.gpu(self._device).current()
 
-    def _agree(self, stream: Stream, rank: int) -> _UniqueId:
+    def _agree(self, stream: ByteStream, rank: int) -> _UniqueId:
         unique = _UniqueId()
         if rank == HOLDER:
             self._call("ncclGetUniqueId", ctypes.byref(unique))

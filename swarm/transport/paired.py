@@ -33,7 +33,7 @@ from typing import Protocol, TypeAlias, TypeVar
 from swarm.errors import SourceChanged, TransportError
 from swarm.store import AnySpan, DeviceView, FileSpan, View, cuda
 from swarm.transport import Pace
-from swarm.transport.byte_stream import Stream
+from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import LOOK_EVERY_S, Landing
 from swarm.transport.tcp_session import END, HEADER, Lost, Sending, TcpInbound, TcpOutbound
 
@@ -95,7 +95,7 @@ def wait_for(done: Done) -> None:
         time.sleep(LOOK_EVERY_S)
 
 
-async def make_lane(stream: Stream, make: Callable[[], L], *, pool: ThreadPoolExecutor) -> L:
+async def make_lane(stream: ByteStream, make: Callable[[], L], *, pool: ThreadPoolExecutor) -> L:
     """A lane, made on a thread that may use the stream meanwhile. Raises what `make` raises; the stream is closed then.
 
     Cancelled, it hangs up and returns when the thread has let go of it.
@@ -113,7 +113,7 @@ async def make_lane(stream: Stream, make: Callable[[], L], *, pool: ThreadPoolEx
         raise
 
 
-def read_exactly(stream: Stream, size: int) -> bytes:
+def read_exactly(stream: ByteStream, size: int) -> bytes:
     """What the other end says while a lane is made, on its thread. Raises OSError and EOFError."""
     data = bytearray(size)
     rest = memoryview(data)
@@ -128,7 +128,7 @@ def read_exactly(stream: Stream, size: int) -> bytes:
     return bytes(data)
 
 
-def write_all(stream: Stream, data: bytes) -> None:
+def write_all(stream: ByteStream, data: bytes) -> None:
     """The counterpart of `read_exactly`."""
     rest = memoryview(data)
     while rest:
@@ -141,7 +141,7 @@ def write_all(stream: Stream, data: bytes) -> None:
 class PairedInbound(TcpInbound):
     """The asker's end."""
 
-    def __init__(self, sock: Stream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, sock: ByteStream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor) -> None:
         self.on_device = lane.on_device
         self._lane = lane
         self._streams: dict[int, cuda.Stream] = {}
@@ -247,7 +247,7 @@ class _Frame:
 class PairedOutbound(TcpOutbound):
     """The holder's end. Its job goes on until nothing is under way."""
 
-    def __init__(self, sock: Stream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
+    def __init__(self, sock: ByteStream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
         self.on_device = lane.on_device
         self.piece_bytes = DEVICE_PIECE_BYTES_MAX if lane.on_device else HOST_PIECE_BYTES_MAX
         self._lane = lane

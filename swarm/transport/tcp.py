@@ -29,7 +29,7 @@ from swarm.errors import SettingsError, TransportError
 from swarm.security.certificates import Identity, refusal
 from swarm.settings import is_loopback, join_address, split_address
 from swarm.transport import Pace
-from swarm.transport.byte_stream import PlainStream, Stream
+from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 from swarm.transport.tls_stream import TlsStream
 
@@ -57,6 +57,7 @@ class TcpTransport:
     """The plane of the node whose listener is at `host`:`port`, and hands connections with its `opening` to `adopt`."""
 
     scheme = "tcp"
+    reason = "its address is reachable"
     usual_bytes_per_s = 0.0
     magic = MAGIC  # how a preamble begins
 
@@ -141,7 +142,7 @@ class TcpTransport:
 
     async def adopt(self, sock: socket.socket) -> None:
         """Takes over a connection that begins with the magic, and judges its preamble. What goes wrong ends with it."""
-        stream: Stream | None = None
+        stream: ByteStream | None = None
         try:
             async with asyncio.timeout(PREAMBLE_TIMEOUT_S):
                 peer = str(sock.getpeername()[0])
@@ -181,15 +182,15 @@ class TcpTransport:
         self._askers.shutdown(wait=False)
         self._holders.shutdown(wait=False)
 
-    async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
+    async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
         """The asker's end of a connection whose preamble was accepted. It owns the stream, also when it raises."""
         return TcpInbound(stream, peer=peer, pool=self._askers)
 
-    async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
+    async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
         """The holder's end of a connection whose preamble was accepted."""
         return TcpOutbound(stream, peer=peer, pool=self._holders, pace=self._pace)
 
-    async def _receive(self, sock: socket.socket) -> Stream:
+    async def _receive(self, sock: socket.socket) -> ByteStream:
         """The holder's end of a connection, where the preamble is to be read."""
         if self._identity is None:
             return PlainStream(sock)
@@ -199,13 +200,13 @@ class TcpTransport:
             raise EOFError("not the magic")
         return await TlsStream.open(sock, self._identity.server, server_side=True)
 
-    async def _dial(self, host: str, port: int, preamble: bytes) -> Stream:
+    async def _dial(self, host: str, port: int, preamble: bytes) -> ByteStream:
         """A connection whose preamble was accepted. Raises OSError or TransportError."""
         loop = asyncio.get_running_loop()
         addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, where = addresses[0]
         sock = socket.socket(family, kind, protocol)
-        stream: Stream | None = None
+        stream: ByteStream | None = None
         try:
             sock.setblocking(False)
             _tune(sock, peer=str(where[0]), congestion=self._congestion)
@@ -288,7 +289,7 @@ def _check_verdict(verdict: bytes, *, peer: str) -> None:
     raise TransportError(f"tcp to {peer}: {why}")
 
 
-async def _read_preamble(stream: Stream, *, magic: bytes) -> bytes:
+async def _read_preamble(stream: ByteStream, *, magic: bytes) -> bytes:
     """A preamble, or as much of one as tells that it is of another version. Raises EOFError when it is none."""
     data = b""
     wanted = len(MAGIC) + 1

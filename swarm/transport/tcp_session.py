@@ -42,7 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from swarm.errors import LocalProtocolError, SourceChanged, TransportError
 from swarm.store import AnySpan, FileSpan, Span, View
 from swarm.transport import Pace, Transfer
-from swarm.transport.byte_stream import Stream
+from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import LOOK_EVERY_S, Landing, Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
 
 HEADER = struct.Struct(">QIB3x")
@@ -63,7 +63,7 @@ _scrap = memoryview(bytearray(256 << 10))  # where unwanted bytes go: written by
 class _Session:
     """A connected socket, at most one job on a pool thread, and how both end."""
 
-    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor) -> None:
         sock.block(POLL_S)
         self.peer = peer
         self._sock = sock
@@ -141,7 +141,7 @@ class TcpInbound(_Session):
 
     on_device = False
 
-    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor) -> None:
         self._landings: dict[int, Landing] = {}  # until their END or ABORT, wanted or not
         self._abandoned: deque[int] = deque()
         self._current: Landing | None = None
@@ -346,7 +346,7 @@ class TcpOutbound(_Session):
     on_device = False
     piece_bytes = FRAME_BYTES_MAX  # most bytes sent at once
 
-    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
+    def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
         self._pace = pace
         self._queue: deque[Sending] = deque()
         self._sending: Sending | None = None

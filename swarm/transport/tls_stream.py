@@ -1,6 +1,6 @@
 """TLS under a bulk session: a connection that a session can use as if it were a plain one.
 
-A `Stream` (see `transport.stream`) whose bytes are encrypted and whose other end has shown its certificate.
+A `ByteStream` (see `transport.stream`) whose bytes are encrypted and whose other end has shown its certificate.
 
 OpenSSL works in memory, and the socket is read and written in pieces of PIECE_BYTES. A record has 16 KiB at most; where
 OpenSSL holds the socket, every record costs a system call or two and wakes the other end, which is more than the
@@ -59,7 +59,7 @@ class TlsStream:
         return stream
 
     async def hear(self, most: int) -> bytes:
-        """See Stream."""
+        """See ByteStream."""
         while True:
             try:
                 return self.connection.read(most)
@@ -69,24 +69,24 @@ class TlsStream:
                 return b""
 
     async def say(self, data: bytes) -> None:
-        """See Stream."""
+        """See ByteStream."""
         self.connection.write(data)
         await self._sock.say(self._outgoing.read())
 
     def block(self, poll_s: float) -> None:
-        """See Stream."""
+        """See ByteStream."""
         self._sock.block(poll_s)
 
     def idle(self) -> None:
-        """See Stream."""
+        """See ByteStream."""
         self._sock.idle()
 
     def fileno(self) -> int:
-        """See Stream."""
+        """See ByteStream."""
         return self._sock.fileno()
 
     def said(self) -> bytes | None:
-        """See Stream. Looks beneath TLS: there is nothing that may be said after the handshake but goodbye."""
+        """See ByteStream. Looks beneath TLS: there is nothing that may be said after the handshake but goodbye."""
         try:
             first = self._sock.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         except BlockingIOError:
@@ -94,7 +94,7 @@ class TlsStream:
         return b"" if first == ALERT else first
 
     def recv_into(self, room: memoryview) -> int:
-        """See Stream. As much as is there: what a caller does costs as much as a record."""
+        """See ByteStream. As much as is there: what a caller does costs as much as a record."""
         filled = 0
         while filled < len(room):
             try:
@@ -112,11 +112,11 @@ class TlsStream:
         return (self.recv_into(rooms[0]),)
 
     def readable(self) -> bool:
-        """See Stream. What lies here may be less than a record, so that to read it waits for the rest after all."""
+        """See ByteStream. What lies here may be less than a record, so that to read it waits for the rest after all."""
         return bool(self.connection.pending() or self._incoming.pending) or self._sock.readable()
 
     def send(self, data: memoryview, flags: int = 0) -> int:
-        """See Stream. Up to PIECE_BYTES at once; a little that is to be followed by more is kept until then."""
+        """See ByteStream. Up to PIECE_BYTES at once; a little that is to be followed by more is kept until then."""
         if flags & socket.MSG_MORE and not self._kept and len(data) <= KEPT_BYTES_MAX:
             self._kept = bytes(data)
             return len(data)
@@ -128,18 +128,18 @@ class TlsStream:
         return self._send(memoryview(b"".join((head, rest[: RECORD_BYTES - len(head)]))))
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
-        """See Stream. Up to PIECE_BYTES at once, read into memory: they have to be encrypted."""
+        """See ByteStream. Up to PIECE_BYTES at once, read into memory: they have to be encrypted."""
         if self._clear is None:
             self._clear = memoryview(bytearray(PIECE_BYTES))
         read = 0 if self._accepted else os.preadv(fd, [self._clear[:size]], offset)
         return self._send(self._clear[:read]) if read or self._accepted else 0
 
     def shutdown(self, how: int) -> None:
-        """See Stream."""
+        """See ByteStream."""
         self._sock.shutdown(how)
 
     def close(self) -> None:
-        """See Stream."""
+        """See ByteStream."""
         self._sock.close()
 
     async def _shake_hands(self) -> None:

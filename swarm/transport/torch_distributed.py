@@ -28,7 +28,7 @@ import numpy as np
 from swarm.errors import SettingsError, TransportError
 from swarm.store import View
 from swarm.transport import Pace
-from swarm.transport.byte_stream import Stream
+from swarm.transport.byte_stream import ByteStream
 from swarm.transport.paired import (
     HOST_PIECE_BYTES_MAX,
     Done,
@@ -56,6 +56,8 @@ STORED_BYTES_MAX = 64 << 10  # in all: addresses of two processes are hundreds o
 class TorchDistTransport(TcpTransport):
     """The plane over one of torch's backends; `scheme` is the backend's name."""
 
+    reason = "the settings name it"
+
     def __init__(
         self, host: str, port: int, *, backend: str, pace: Pace | None = None, congestion: str | None = None
     ) -> None:
@@ -66,15 +68,15 @@ class TorchDistTransport(TcpTransport):
         self.magic = MAGIC[backend]
         self._host = host
 
-    async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
+    async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
         lane = await self._pair(stream, ASKER, pool=self._askers)
         return PairedInbound(stream, lane, peer=peer, pool=self._askers)
 
-    async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
+    async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
         lane = await self._pair(stream, HOLDER, pool=self._holders)
         return PairedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
-    async def _pair(self, stream: Stream, rank: int, *, pool: ThreadPoolExecutor) -> PairLane:
+    async def _pair(self, stream: ByteStream, rank: int, *, pool: ThreadPoolExecutor) -> PairLane:
         make = functools.partial(PairLane, stream, self.scheme, rank, host=self._host)
         return await make_lane(stream, make, pool=pool)
 
@@ -84,7 +86,7 @@ class PairLane:
 
     on_device = False
 
-    def __init__(self, stream: Stream, backend: str, rank: int, *, host: str) -> None:
+    def __init__(self, stream: ByteStream, backend: str, rank: int, *, host: str) -> None:
         self._other = ASKER if rank == HOLDER else HOLDER
         self._backend = backend
         self._scratch: memoryview | None = None
@@ -177,7 +179,7 @@ def _store_class() -> Any:
     class StreamStore(store):  # type: ignore[misc] # a type that exists where torch does
         """What both ends have set; each tells the other over the stream. Raises OSError and EOFError."""
 
-        def __init__(self, stream: Stream) -> None:
+        def __init__(self, stream: ByteStream) -> None:
             super().__init__()
             self._stream = stream
             self._known: dict[str, bytes] = {}

@@ -25,7 +25,7 @@ from swarm.store import DeviceView, View, cuda, staging, tensors
 from swarm.store.tensors import IntoStore, TensorSource
 from swarm.transfer.verify import Landed, Landings
 from swarm.transport import Inbound, Outbound, paired
-from swarm.transport.byte_stream import PlainStream, Stream
+from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.paired import PairedInbound, PairedOutbound
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
@@ -158,19 +158,19 @@ class PutOffTransport(TcpTransport):
     lanes: ClassVar[list[PutOff]] = []
     make_lane: ClassVar[type[PutOff]] = PutOff
 
-    async def _ask(self, stream: Stream, *, peer: str) -> TcpInbound:
+    async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
         return PairedInbound(stream, await self._lane(stream, ASKER), peer=peer, pool=self._askers)
 
-    async def _hold(self, stream: Stream, *, peer: str) -> TcpOutbound:
+    async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
         lane = await self._lane(stream, HOLDER)
         return PairedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
-    async def _lane(self, stream: Stream, end: str) -> PutOff:
+    async def _lane(self, stream: ByteStream, end: str) -> PutOff:
         pool = self._askers if end == ASKER else self._holders
         self.lanes.append(await paired.make_lane(stream, functools.partial(self._agree, stream, end), pool=pool))
         return self.lanes[-1]
 
-    def _agree(self, stream: Stream, end: str) -> PutOff:
+    def _agree(self, stream: ByteStream, end: str) -> PutOff:
         """As those of GPUs do: the holder says more bytes than the first frame will have."""
         assert isinstance(stream, PlainStream)
         stream.block(5.0)

@@ -32,7 +32,7 @@ from swarm.settings import join_address, split_address
 from swarm.store import View, cuda
 from swarm.store.cuda import CudaError
 from swarm.transport import Transfer, cuda_ipc, paired, tcp_session, torch_distributed
-from swarm.transport.byte_stream import PlainStream, Stream
+from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.tcp import TcpTransport, preamble_of
 from swarm.transport.tcp_session import ABORT, DATA, END, HEADER, TcpInbound
 
@@ -298,7 +298,7 @@ def feed_regions(data: bytes) -> bool:
 
 
 class _Reading(cuda_ipc.CudaIpcInbound):
-    def __init__(self, sock: Stream, *, peer: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor) -> None:
         super().__init__(sock, peer=peer, pool=pool)
         self.refused = lambda why: None  # nobody reads the log
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from swarm.net import udp
-from swarm.net.udp import Datagrams, NoSeal, Seal
+from swarm.net.udp import AeadSeal, Datagrams, NoSeal
 from swarm.security.datagram_seal import SealKey
 
 DEADLINE_S = 10.0
@@ -28,12 +28,10 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 class End:
     """One socket and what it heard."""
 
-    def __init__(
-        self, host: str = "127.0.0.1", *, loopback_only: bool = True, envelope: udp.Codec | None = None
-    ) -> None:
+    def __init__(self, host: str = "127.0.0.1", *, loopback_only: bool = True, codec: udp.Codec | None = None) -> None:
         self.heard: list[tuple[str, bytes]] = []
         self.arrived = asyncio.Event()
-        self.socket = Datagrams(host, 0, self._hear, envelope=envelope or NoSeal(), loopback_only=loopback_only)
+        self.socket = Datagrams(host, 0, self._hear, codec=codec or NoSeal(), loopback_only=loopback_only)
         self.address = "{}:{}".format(*self.socket._sock.getsockname())
 
     def _hear(self, source: str, datagram: bytes) -> None:
@@ -140,11 +138,11 @@ def test_does_nobody_at_the_other_end_raise_nothing() -> None:
 
 
 def test_is_what_does_not_open_not_heard_but_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    def sealed(key: int) -> Seal:
-        return Seal([SealKey(bytes([key]) * 4, bytes([key]) * 32)], time=time.time, dice=secrets.token_bytes)
+    def sealed(key: int) -> AeadSeal:
+        return AeadSeal([SealKey(bytes([key]) * 4, bytes([key]) * 32)], time=time.time, rng=secrets.token_bytes)
 
     async def scenario() -> None:
-        stranger, elsewhere, one, other = End(), End(envelope=sealed(2)), *(End(envelope=sealed(1)) for _ in range(2))
+        stranger, elsewhere, one, other = End(), End(codec=sealed(2)), *(End(codec=sealed(1)) for _ in range(2))
         for _ in range(3):
             stranger.socket.send(other.address, b"open")
             elsewhere.socket.send(other.address, b"of another cluster")
@@ -166,7 +164,7 @@ def test_is_a_taken_port_an_error() -> None:
         one = End()
         port = int(one.address.rpartition(":")[2])
         with pytest.raises(OSError, match="in use"):
-            Datagrams("127.0.0.1", port, lambda source, datagram: None, envelope=NoSeal(), loopback_only=True)
+            Datagrams("127.0.0.1", port, lambda source, datagram: None, codec=NoSeal(), loopback_only=True)
         one.socket.close()
 
     run(scenario)

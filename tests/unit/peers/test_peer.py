@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import pytest
 
@@ -213,6 +214,30 @@ def test_which_transport_is_chosen() -> None:
             await unreachable.session()
         assert repr(unreachable) == "<Peer them 127.0.0.1:1 none | 0 artifacts>"
         for transport in (inproc, other, far):
+            await transport.close()
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_does_one_line_say_which_transport_was_chosen_and_why(caplog: pytest.LogCaptureFixture) -> None:
+    class Other(InprocTransport):
+        scheme = "other"
+
+    async def scenario() -> None:
+        hub = InprocHub()
+        ours, theirs = (Other(hub), InprocTransport(hub)), (Other(hub), InprocTransport(hub))
+        for transport in theirs:
+            transport.admit(TOKEN)
+        offers = [Endpoint(transport.scheme, transport.address) for transport in theirs]
+        peer = peer_at(FakeLink(), *offers, transports=ours)
+        with caplog.at_level(logging.INFO, "swarm"):
+            await (await peer.session()).close()
+            await peer.session()
+        assert caplog.messages == [
+            "transport=other to them because both nodes are in this process; inproc also possible"
+        ]
+        await peer.close()
+        for transport in (*ours, *theirs):
             await transport.close()
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
