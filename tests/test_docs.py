@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import inspect
+import json
 import re
+import shlex
 import typing
 from pathlib import Path
 
@@ -13,6 +16,7 @@ import pytest
 
 import swarm
 from swarm import errors
+from swarm.cli.main import _parser
 from swarm.protocol import messages
 from swarm.settings import Settings
 from swarm.simulation.setup import Setup, flag_of
@@ -139,3 +143,49 @@ def anchors(document: str) -> set[str]:
     """The names that GitHub gives to headings."""
     headings = re.findall(r"^#+ (.+)$", document, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def code(name: str, language: str) -> list[str]:
+    """The contents of a document's fenced blocks in one language; "" is a shell."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text(name), re.MULTILINE | re.DOTALL)
+    return [block for said, block in blocks if said == language]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_does_every_python_block_compile(name: str) -> None:
+    for block in code(name, "python"):
+        compile(block, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_can_every_command_be_parsed(name: str) -> None:
+    for block in code(name, ""):
+        for line in block.splitlines():
+            if line.startswith("swarm "):
+                _parser().parse_args(shlex.split(line, comments=True)[1:])
+
+
+def test_are_the_commands_of_readme_those_that_ci_runs() -> None:
+    (passes,) = [block.strip() for block in code("README.md", "") if "pytest" in block]
+    assert passes in text(".ci/run").splitlines()
+
+
+@pytest.mark.parametrize("name", swarm.__all__)
+def test_is_every_public_name_described(name: str) -> None:
+    headings = re.findall(r"^## `?([\w]+)`?$", text("docs/python.md"), re.MULTILINE)
+    assert name in {*headings, *(row[0].strip("`") for row in table("docs/python.md", "error"))}
+
+
+@pytest.mark.parametrize("row", table("docs/python.md", "error"), ids=lambda row: row[0].strip("`"))
+def test_has_an_error_the_fields_that_are_described(row: list[str]) -> None:
+    tree = ast.parse(text("swarm/errors.py"))
+    (kind,) = (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == row[0].strip("`"))
+    stored = (node for node in ast.walk(kind) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
+    assigned = {node.attr for node in stored}
+    assert set(re.findall(r"`(\w+)`", row[2])) == assigned | ({"exit_code"} if kind.name == "SwarmError" else set())
+
+
+@pytest.mark.parametrize("row", table("docs/python.md", "argument"), ids=lambda row: row[0].strip("`"))
+def test_has_fetch_the_argument_that_is_described(row: list[str]) -> None:
+    default = inspect.signature(swarm.fetch).parameters[row[0].strip("`")].default
+    assert row[1] == ("" if default is inspect.Parameter.empty else f"`{json.dumps(default)}`".replace("null", "None"))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from imports import imported, modules, statements
 
 import swarm
 
@@ -182,43 +182,13 @@ TIME_OF_DAY = {
 ALLOWED_ANYWAY = {("settings", "os")}  # the environment is one of its sources
 
 
-def modules() -> dict[str, Path]:
-    """Every module of the package by its name within it; '' is the package."""
-    found = {}
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
-
-
-MODULES = modules()
+MODULES = modules(ROOT)
 ROW_OF = {module: row for row, members in ROWS.items() for module in members}
 FOLDER_OF = {module: module.partition(".")[0] for module in MODULES}
 
 
 def tree_of(module: str) -> ast.Module:
     return ast.parse(MODULES[module].read_text(encoding="utf-8"))
-
-
-def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Everything that can run; not what is for type checkers alone."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-            continue
-        yield child
-        yield from statements(child)
-
-
-def imported(nodes: Iterator[ast.AST]) -> set[str]:
-    """Dotted names of what is imported; `from a import b` gives `a.b`."""
-    found: set[str] = set()
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute here"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
 
 
 def own_imports(module: str) -> set[str]:
