@@ -33,7 +33,7 @@ from pathlib import Path
 from swarm.errors import TransportError
 from swarm.store import AnySpan, DeviceView, View, cuda
 from swarm.store.staging import outgoing
-from swarm.transport import Pace
+from swarm.transport import Inbound, Pace
 from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import Landing, pieces, span_bytes
 from swarm.transport.tcp import TcpTransport
@@ -58,6 +58,7 @@ class CudaIpcTransport(TcpTransport):
     reason = "both processes use GPUs of this machine"
     usual_bytes_per_s = 100e9
     magic = b"SWRI"
+    parallel = False
 
     def __init__(self, host: str, port: int, *, pace: Pace | None = None, congestion: str | None = None) -> None:
         super().__init__(host, port, pace=pace, congestion=congestion)
@@ -73,7 +74,7 @@ class CudaIpcTransport(TcpTransport):
         where, _, rest = address.partition("/")
         return where == machine() and cuda.in_use() and address not in self._unusable and super().reach(rest)
 
-    async def connect(self, address: str, token: str, *, timeout_s: float) -> TcpInbound:
+    async def connect(self, address: str, token: str, *, timeout_s: float) -> Inbound:
         """See `Transport`."""
         session = await super().connect(address.partition("/")[2], token, timeout_s=timeout_s)
         if isinstance(session, CudaIpcInbound):

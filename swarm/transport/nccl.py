@@ -62,6 +62,7 @@ class NcclTransport(TcpTransport):
     reason = "the settings name it and both processes use GPUs"
     usual_bytes_per_s = 100e9
     magic = b"SWRN"
+    parallel = False
 
     def reach(self, address: str) -> bool:
         """Whether both may have a GPU: who offers this has one."""

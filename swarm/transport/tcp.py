@@ -2,11 +2,13 @@
 
 A session is one connection to the port of the holder's listener, dialled by the asker:
 
-    asker -> holder   | "SWRM" | version: u8 | count: u64 | proof: 16 bytes |        holder -> asker   | verdict: u8 |
+    asker -> holder   | "SWRM" | version: u8 | count: u64 | beside: u64 | proof: 16 bytes |
+    holder -> asker   | verdict: u8 |
 
 The token comes from the holder's Hello, over the link: it says who is asking, and that the asker may. It is not shown:
 the proof is its HMAC over what is before, and `count` is greater in each session of a link, so that whoever listens on
-the way cannot open one. A refused asker is told why in the verdict, then the connection is closed.
+the way cannot open one. A refused asker is told why in the verdict, then the connection is closed. A connection whose
+`beside` is not 0 joins the session that began with that count (`streams`).
 
 With an identity the same is inside TLS, and the scheme is "tls": "SWRT" in the open, the handshake, then as above.
 
@@ -23,20 +25,23 @@ import contextlib
 import hmac
 import itertools
 import socket
+import struct
 from concurrent.futures import ThreadPoolExecutor
 
 from swarm.errors import SettingsError, TransportError
 from swarm.security.certificates import Identity, refusal
 from swarm.settings import is_loopback, join_address, split_address
-from swarm.transport import Pace
+from swarm.transport import Inbound, Outbound, Pace
 from swarm.transport.byte_stream import ByteStream, PlainStream
+from swarm.transport.streams import InboundStreams, OutboundStreams, streams_most
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 from swarm.transport.tls_stream import TlsStream
 
 MAGIC, TLS_MAGIC = b"SWRM", b"SWRT"
-VERSION = 2
-TOKEN_BYTES, COUNT_BYTES, PROOF_BYTES = 16, 8, 16
-PREAMBLE_BYTES = len(MAGIC) + 1 + COUNT_BYTES + PROOF_BYTES
+VERSION = 3
+TOKEN_BYTES, PROOF_BYTES = 16, 16
+COUNTS = struct.Struct(">QQ")
+PREAMBLE_BYTES = len(MAGIC) + 1 + COUNTS.size + PROOF_BYTES
 ACCEPTED, UNKNOWN_TOKEN, WRONG_VERSION = b"\0", b"\1", b"\2"
 
 PREAMBLE_TIMEOUT_S = 5.0  # one round trip is enough; a stranger must not keep a connection by silence
@@ -60,6 +65,7 @@ class TcpTransport:
     reason = "its address is reachable"
     usual_bytes_per_s = 0.0
     magic = MAGIC  # how a preamble begins
+    parallel = True  # a session may have several connections; not where each is a pair of a library's own
 
     def __init__(
         self,
@@ -69,8 +75,11 @@ class TcpTransport:
         pace: Pace | None = None,
         congestion: str | None = None,
         identity: Identity | None = None,
+        streams_max: int | None = None,
     ) -> None:
-        """`congestion`: the kernel's name of a congestion control; None leaves the machine's own, but within a host."""
+        """`congestion`: the kernel's name of a congestion control; None leaves the machine's own, but within a host.
+        `streams_max`: connections of one session; None counts the cores."""
+        self._streams_max = streams_max or streams_most()
         self._identity = identity
         if identity:
             self.scheme = "tls"
@@ -79,7 +88,7 @@ class TcpTransport:
         self._pace = pace
         self._congestion = congestion
         self._admitted: dict[bytes, _Admission] = {}
-        self._inbound: set[TcpInbound] = set()
+        self._inbound: set[Inbound] = set()
         self._askers = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="swarm-tcp-receive")
         self._holders = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="swarm-tcp-send")
         self._closed = False
@@ -102,16 +111,34 @@ class TcpTransport:
         own, where = _where(self._address), _where(address)
         return where is not None and (own is None or not is_loopback(own[0]) or is_loopback(where[0]))
 
-    async def connect(self, address: str, token: str, *, timeout_s: float) -> TcpInbound:
+    async def connect(self, address: str, token: str, *, timeout_s: float) -> Inbound:
         """See `Transport`. Raises TransportError when nobody answers in time, or turns the token away."""
+        secret, count = _token_bytes(token), next(self._count)
+        first = await self._connect(address, preamble_of(secret, count, magic=self.magic), timeout_s=timeout_s)
+        session: Inbound = first
+        if self.parallel:
+
+            async def dial(beside: TcpInbound) -> TcpInbound:
+                preamble = preamble_of(secret, next(self._count), beside=count, magic=self.magic)
+                return await self._connect(address, preamble, timeout_s=timeout_s, beside=beside)
+
+            session = InboundStreams(first, most=self._streams_max, dial=dial)
+        self._inbound = {known for known in self._inbound if known.alive} | {session}
+        return session
+
+    async def _connect(
+        self, address: str, preamble: bytes, *, timeout_s: float, beside: TcpInbound | None = None
+    ) -> TcpInbound:
         where = _where(address)
         if where is None or self._closed:
             raise TransportError(f"tcp to {address!r}: {'closed' if where else 'not a host:port'}")
         try:
             async with asyncio.timeout(timeout_s):
-                preamble = preamble_of(_token_bytes(token), next(self._count), magic=self.magic)
                 stream = await self._dial(*where, preamble)
-                session = await self._ask(stream, peer=address)
+                if beside:
+                    session = TcpInbound(stream, peer=address, pool=self._askers, beside=beside)
+                else:
+                    session = await self._ask(stream, peer=address)
         except TimeoutError as error:
             raise TransportError(f"tcp to {address}: no answer within {timeout_s:g} s") from error
         except OSError as error:
@@ -120,14 +147,13 @@ class TcpTransport:
         if self._closed:
             await session.close()
             raise TransportError(f"tcp to {address}: closed")
-        self._inbound = {known for known in self._inbound if known.alive} | {session}
         return session
 
     def admit(self, token: str) -> None:
         """See `Transport`. Admitting a token twice is the same as once."""
         self._admitted.setdefault(_token_bytes(token), _Admission())
 
-    async def accept(self, token: str, *, timeout_s: float) -> TcpOutbound:
+    async def accept(self, token: str, *, timeout_s: float) -> Outbound:
         """See `Transport`."""
         admission = self._admitted.get(_token_bytes(token))
         if admission is None:
@@ -148,7 +174,8 @@ class TcpTransport:
                 peer = str(sock.getpeername()[0])
                 _tune(sock, peer=peer, congestion=self._congestion)
                 stream = await self._receive(sock)
-                admission, verdict = self._judge(await _read_preamble(stream, magic=self.magic))
+                preamble = await _read_preamble(stream, magic=self.magic)
+                admission, verdict = self._judge(preamble)
                 await stream.say(verdict)
                 if admission is None or admission.revoked:
                     stream.close()
@@ -160,10 +187,11 @@ class TcpTransport:
             if isinstance(error, OSError | EOFError):
                 return
             raise
-        if admission.revoked:
+        count, beside = counts_of(preamble)
+        if admission.revoked or (beside and not admission.join(beside, session)):
             await session.close()
-            return
-        await admission.add(session)
+        elif not beside:
+            await admission.add(count, OutboundStreams(session) if self.parallel else session)
 
     async def revoke(self, token: str) -> None:
         """See `Transport`."""
@@ -229,9 +257,9 @@ class TcpTransport:
             raise EOFError("not a preamble")
         if preamble[len(MAGIC)] != VERSION:
             return None, WRONG_VERSION
-        count = int.from_bytes(preamble[len(MAGIC) + 1 : -PROOF_BYTES], "big")
+        count, beside = counts_of(preamble)
         for token, admission in self._admitted.items():
-            if hmac.compare_digest(preamble_of(token, count, magic=self.magic), preamble):
+            if hmac.compare_digest(preamble_of(token, count, beside=beside, magic=self.magic), preamble):
                 if admission.count < count:  # or somebody plays an old one again
                     admission.count = count
                     return admission, ACCEPTED
@@ -243,28 +271,30 @@ class TcpTransport:
 
 
 class _Admission:
-    """One admitted token: the sessions opened with it, oldest first."""
+    """One admitted token: the sessions opened with it by the count of their first connection, oldest first."""
 
     def __init__(self) -> None:
         self.revoked = False
-        self.count = 0  # of the last session that was accepted
-        self._sessions: list[TcpOutbound] = []
+        self.count = 0  # of the last connection that was accepted
+        self._sessions: dict[int, OutboundStreams | TcpOutbound] = {}
         self._changed = asyncio.Event()
 
-    async def add(self, session: TcpOutbound) -> None:
-        self._sessions.append(session)
+    async def add(self, count: int, session: OutboundStreams | TcpOutbound) -> None:
+        self._sessions[count] = session
         self._changed.set()
-        replaced = self._sessions[:-SESSIONS_PER_TOKEN]
-        self._sessions = self._sessions[-SESSIONS_PER_TOKEN:]
-        for old in replaced:
-            await old.close()
+        for old in list(self._sessions)[:-SESSIONS_PER_TOKEN]:
+            await self._sessions.pop(old).close()
+
+    def join(self, count: int, stream: TcpOutbound) -> bool:
+        session = self._sessions.get(count)
+        return isinstance(session, OutboundStreams) and session.join(stream)
 
     @property
-    def current(self) -> TcpOutbound | None:
-        latest = self._sessions[-1] if self._sessions else None
+    def current(self) -> OutboundStreams | TcpOutbound | None:
+        latest = next(reversed(self._sessions.values()), None)
         return latest if latest is not None and latest.alive else None
 
-    async def latest(self) -> TcpOutbound:
+    async def latest(self) -> OutboundStreams | TcpOutbound:
         while not self.revoked:
             if (session := self.current) is not None:
                 return session
@@ -275,7 +305,7 @@ class _Admission:
     async def revoke(self) -> None:
         self.revoked = True
         self._changed.set()
-        await asyncio.gather(*(session.close() for session in self._sessions))
+        await asyncio.gather(*(session.close() for session in self._sessions.values()))
 
 
 def _check_verdict(verdict: bytes, *, peer: str) -> None:
@@ -303,10 +333,16 @@ async def _read_preamble(stream: ByteStream, *, magic: bytes) -> bytes:
     return data
 
 
-def preamble_of(token: bytes, count: int, *, magic: bytes = MAGIC) -> bytes:
-    """What an asker who was given this token begins its session number `count` with."""
-    said = magic + bytes([VERSION]) + count.to_bytes(COUNT_BYTES, "big")
+def preamble_of(token: bytes, count: int, *, beside: int = 0, magic: bytes = MAGIC) -> bytes:
+    """The preamble of an asker's connection number `count`, in a session of its own or in that of number `beside`."""
+    said = magic + bytes([VERSION]) + COUNTS.pack(count, beside)
     return said + hmac.digest(token, said, "sha256")[:PROOF_BYTES]
+
+
+def counts_of(preamble: bytes) -> tuple[int, int]:
+    """The `count` and `beside` of a whole preamble."""
+    count, beside = COUNTS.unpack_from(preamble, len(MAGIC) + 1)
+    return count, beside
 
 
 def _tune(sock: socket.socket, *, peer: str, congestion: str | None) -> None:

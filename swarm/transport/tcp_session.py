@@ -63,14 +63,16 @@ _scrap = memoryview(bytearray(256 << 10))  # where unwanted bytes go: written by
 class _Session:
     """A connected socket, at most one job on a pool thread, and how both end."""
 
-    def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor, lock: threading.Condition | None = None
+    ) -> None:
         sock.block(POLL_S)
         self.peer = peer
         self._sock = sock
         self._pool = pool
         self._loop = asyncio.get_running_loop()
         self._mailbox = Mailbox()
-        self._lock = threading.Condition()
+        self._lock = lock or threading.Condition()
         self._lost: str | None = None
         self._job: asyncio.Future[None] | None = None
         self._watch()
@@ -137,20 +139,28 @@ class _Session:
 
 
 class TcpInbound(_Session):
-    """The asker's end: a pump, which runs while frames arrive, brings each to the landing of its transfer."""
+    """The asker's end: a pump, which runs while frames arrive, brings each to the landing of its transfer.
+
+    `beside` is the first connection of the same session: transfers are posted to all connections of a session, and
+    the loss of one ends them all.
+    """
 
     on_device = False
 
-    def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor) -> None:
-        self._landings: dict[int, Landing] = {}  # until their END or ABORT, wanted or not
-        self._abandoned: deque[int] = deque()
+    def __init__(
+        self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor, beside: TcpInbound | None = None
+    ) -> None:
+        self._landings: dict[int, Landing] = beside._landings if beside else {}  # until their END or ABORT
+        self._abandoned: deque[int] = beside._abandoned if beside else deque()
+        self._session: list[TcpInbound] = beside._session if beside else []
+        self._session.append(self)
         self._current: Landing | None = None
         self._finishing: deque[Landing] = deque()  # everything has come, but their views are not done with it
         self._header = memoryview(bytearray(HEADER.size))
         self._header_filled = 0  # bytes of it that came with the frame before
         self._quiet_s = 0.0
         self.received_bytes = 0
-        super().__init__(sock, peer=peer, pool=pool)
+        super().__init__(sock, peer=peer, pool=pool, lock=beside._lock if beside else None)
 
     async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
         """See `Inbound`. Raises LocalProtocolError when the id is in use or the views are not `transfer.size` bytes."""
@@ -182,6 +192,8 @@ class TcpInbound(_Session):
             self._landings.clear()
         for landing in landings:
             landing.stop(self._error())
+        for stream in self._session:
+            stream._lose(f"a connection beside it was lost: {self._lost}")
 
     def _readable(self) -> None:
         self._unwatch()
@@ -352,6 +364,11 @@ class TcpOutbound(_Session):
         self._sending: Sending | None = None
         super().__init__(sock, peer=peer, pool=pool)
 
+    @property
+    def queued(self) -> int:
+        """Transfers that it has to send, the one on the wire included."""
+        return len(self._queue) + (self._sending is not None)
+
     async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
         """See `Outbound`. Raises LocalProtocolError when the spans are not `transfer.size` bytes."""
         sending = Sending(transfer, spans, stop=self._cancel, mailbox=self._mailbox)
@@ -408,6 +425,7 @@ class TcpOutbound(_Session):
                 self._abort(sending)
             else:
                 self._send(sending)
+            self._sending = None
 
     def _await_queue(self) -> None:
         """Returns when there is something to send, or was nothing for POLL_S."""

@@ -56,7 +56,7 @@ STORED_BYTES_MAX = 64 << 10  # in all: addresses of two processes are hundreds o
 class TorchDistTransport(TcpTransport):
     """The plane over one of torch's backends; `scheme` is the backend's name."""
 
-    reason = "the settings name it"
+    parallel = False
 
     def __init__(
         self, host: str, port: int, *, backend: str, pace: Pace | None = None, congestion: str | None = None

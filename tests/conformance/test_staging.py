@@ -28,7 +28,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(cuda, "gpu", lambda index: gpu)
     monkeypatch.setattr(staging, "_idle", {})
     monkeypatch.setattr(tensors, "_bytes", lambda tensor: on_gpu(tensors._flat(tensor)))
-    monkeypatch.setattr(hashing_cuda, "_kernels_usable", lambda: False)
+    monkeypatch.setattr(hashing_cuda, "_kernels", lambda device: None)
     return gpu
 
 

@@ -15,8 +15,10 @@ from swarm.net.listener import Listener
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity
 from swarm.security.cluster_key import Keyring
+from swarm.transport import Inbound
 from swarm.transport.inproc import InprocTransport
 from swarm.transport.pace import TokenBucket
+from swarm.transport.streams import InboundStreams
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.torch_distributed import TorchDistTransport
 
@@ -87,13 +89,42 @@ async def paced_tls_pair() -> AsyncIterator[Pair]:
         yield pair
 
 
+class _ManyStreams(TcpTransport):
+    """Sessions of four connections from the start, instead of once a rate grew."""
+
+    async def connect(self, address: str, token: str, *, timeout_s: float) -> Inbound:
+        session = await super().connect(address, token, timeout_s=timeout_s)
+        assert isinstance(session, InboundStreams)
+        await session.open(4)
+        assert session.streams == 4
+        return session
+
+
+@contextlib.asynccontextmanager
+async def streams_pair(*, rate_bytes_per_s: float | None = None) -> AsyncIterator[Pair]:
+    listeners = [await Listener.open("127.0.0.1", 0) for _ in range(2)]
+    pace = TokenBucket(rate_bytes_per_s) if rate_bytes_per_s else None
+    async with pair_of(listeners, *(_ManyStreams(*listener.address, pace=pace) for listener in listeners)) as pair:
+        yield pair
+
+
+@contextlib.asynccontextmanager
+async def tls_streams_pair() -> AsyncIterator[Pair]:
+    listeners = [await Listener.open("127.0.0.1", 0) for _ in range(2)]
+    transports = [_ManyStreams(*listener.address, identity=MEMBER) for listener in listeners]
+    async with pair_of(listeners, *transports) as pair:
+        yield pair
+
+
 def _name(value: Callable[..., object]) -> str:
     return value.__name__.removeprefix("check_")
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=_name)
 @pytest.mark.parametrize(
-    "make_pair", [inproc_pair, tcp_pair, paced_tcp_pair, tls_pair, paced_tls_pair, gloo_pair], ids=_name
+    "make_pair",
+    [inproc_pair, tcp_pair, paced_tcp_pair, tls_pair, paced_tls_pair, gloo_pair, streams_pair, tls_streams_pair],
+    ids=_name,
 )
 def test_keeps_the_contract(make_pair: MakePair, check: Check) -> None:
     run_check(check, make_pair)

@@ -154,6 +154,7 @@ def content(view: View) -> bytes:
 class PutOffTransport(TcpTransport):
     scheme = "put_off"
     magic = b"SWRP"
+    parallel = False
     wires: ClassVar[collections.defaultdict[int, Wire]] = collections.defaultdict(queue.Queue)  # by the asker's port
     lanes: ClassVar[list[PutOff]] = []
     make_lane: ClassVar[type[PutOff]] = PutOff
@@ -208,7 +209,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     monkeypatch.setattr(cuda, "gpu", lambda index: gpu)
     monkeypatch.setattr(staging, "_idle", {})
     monkeypatch.setattr(tensors, "_bytes", lambda tensor: on_gpu(tensors._flat(tensor)))
-    monkeypatch.setattr(hashing_cuda, "_kernels_usable", lambda: False)
+    monkeypatch.setattr(hashing_cuda, "_kernels", lambda device: None)
     monkeypatch.setattr(PutOffTransport, "wires", collections.defaultdict(queue.Queue))
     monkeypatch.setattr(PutOffTransport, "lanes", [])
     DoneLater.goes_on.set()

@@ -18,9 +18,10 @@ from swarm.net.listener import Listener
 from swarm.security.certificates import LEAF_LIFE_S, Identity
 from swarm.security.cluster_key import ClusterKey, Keyring
 from swarm.store import FileSpan, Span
-from swarm.transport import Transfer, tcp, tcp_session
+from swarm.transport import Inbound, Transfer, tcp, tcp_session
+from swarm.transport.streams import OutboundStreams
 from swarm.transport.tcp import ACCEPTED, MAGIC, UNKNOWN_TOKEN, WRONG_VERSION, TcpTransport, preamble_of
-from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER, TcpInbound
+from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER
 
 DEADLINE_S = 20.0
 TOKEN = "0123456789abcdef" * 2
@@ -93,7 +94,7 @@ async def fake_holder(verdict: bytes = ACCEPTED) -> AsyncIterator[tuple[FakeHold
 
 
 @contextlib.asynccontextmanager
-async def asking(size: int = 10) -> AsyncIterator[tuple[FakeHolder, TcpInbound, asyncio.Task[None], bytearray]]:
+async def asking(size: int = 10) -> AsyncIterator[tuple[FakeHolder, Inbound, asyncio.Task[None], bytearray]]:
     """An asker that has posted transfer 1 of `size` bytes."""
     async with fake_holder() as (holder, asker, address):
         inbound = await asker.connect(address, TOKEN, timeout_s=5)
@@ -287,6 +288,7 @@ def test_does_an_asker_that_talks_lose_its_session() -> None:
             writer.write(b"may I have more?")
             with contextlib.suppress(ConnectionError):
                 assert await reader.read(1) == b""
+            assert isinstance(outbound, OutboundStreams)
             assert not outbound.alive
             writer.close()
             with contextlib.suppress(ConnectionError):
@@ -309,6 +311,7 @@ def test_is_an_asker_that_does_not_read_given_up() -> None:
                 size = 64 << 20
                 with pytest.raises(TransportError, match="did not read"):
                     await outbound.send(Transfer(1, size, idle_timeout_s=0.5), iter([memoryview(bytes(size))]))
+                assert isinstance(outbound, OutboundStreams)
                 assert not outbound.alive
 
     run(scenario)

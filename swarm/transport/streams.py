@@ -1,0 +1,169 @@
+"""Several TCP connections that carry the transfers of one session side by side.
+
+One connection is one core at each end: it receives, hashes and lands on one thread. So an asker opens more of them as
+long as that raises the rate, each with a thread of its own. They are one session: transfers are posted once for all of
+them, the holder sends each transfer through the connection with the least to do, and the loss of one ends them all.
+
+    asker   receive(7) ──> posted: 5 6 7 <── stream 0: DATA 5 DATA 5 END 5 <── send(5)   holder
+                                         <── stream 1: DATA 6 DATA 6 ...   <── send(6)
+
+Must not know: how connections come about, what a transfer holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+
+from swarm.errors import TransportError
+from swarm.store import AnySpan, View
+from swarm.transport import Transfer
+from swarm.transport.tcp_session import TcpInbound, TcpOutbound
+
+STREAMS_MAX = 16  # of a session: raw sockets gain nothing beyond on 32 cores
+CORES_PER_STREAM = 4  # on fewer cores more threads only wait for each other and for the interpreter
+WINDOW_S = 0.02  # a rate is measured for so long: 80 MB at the rate of one stream
+GROWTH_MIN = 1.2  # twice the streams must raise the rate by so much, or there are enough of them
+
+
+def streams_most() -> int:
+    """Streams that are worth opening for one session, by the cores that this process may use."""
+    return min(STREAMS_MAX, max(1, len(os.sched_getaffinity(0)) // CORES_PER_STREAM))
+
+
+class Growth:
+    """How many streams a session should have: twice as many as long as that raises its rate. Told the time."""
+
+    def __init__(self, most: int) -> None:
+        self.wanted = 1
+        self._most = most
+        self._rate = 0.0  # with half as many streams
+        self._window: tuple[float, int] | None = None  # its begin, and the bytes received until then
+
+    def look(self, *, now: float, received_bytes: int, streams: int, outstanding: int) -> int:
+        """The streams that are wanted, given those that are open and the transfers that are posted."""
+        if self.wanted >= self._most or streams < self.wanted or outstanding <= streams:
+            self._window = None  # enough, being opened, or the posted transfers are what bounds the rate
+            return self.wanted
+        if self._window is None:
+            self._window = now, received_bytes
+            return self.wanted
+        began, before = self._window
+        if now - began >= WINDOW_S:
+            rate = (received_bytes - before) / (now - began)
+            if rate >= GROWTH_MIN * self._rate:
+                self.wanted = min(2 * self.wanted, self._most)
+            else:
+                self._most = self.wanted
+            self._rate, self._window = rate, None
+        return self.wanted
+
+
+class InboundStreams:
+    """The asker's end of a session. `dial` opens one more connection beside the first."""
+
+    on_device = False
+
+    def __init__(self, first: TcpInbound, *, most: int, dial: Callable[[TcpInbound], Awaitable[TcpInbound]]) -> None:
+        self._streams = [first]
+        self._growth = Growth(most)
+        self._dial = dial
+        self._dialling: asyncio.Task[None] | None = None
+        self._outstanding = 0
+        self._closed = False
+
+    async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
+        """Fills `views` from the connection that the holder chooses."""
+        self._outstanding += 1
+        self._grow()
+        try:
+            await self._streams[0].receive(transfer, views)
+        finally:
+            self._outstanding -= 1
+
+    async def open(self, wanted: int) -> None:
+        """Dials until there are so many connections. Raises TransportError."""
+        while len(self._streams) < wanted:  # one after another: the holder takes their counts in order
+            self._streams.append(await self._dial(self._streams[0]))
+
+    @property
+    def streams(self) -> int:
+        """Connections that are open."""
+        return len(self._streams)
+
+    @property
+    def received_bytes(self) -> int:
+        """Bytes of all connections so far."""
+        return sum(stream.received_bytes for stream in self._streams)
+
+    @property
+    def alive(self) -> bool:
+        """Whether every connection can carry another transfer."""
+        return all(stream.alive for stream in self._streams)
+
+    async def close(self) -> None:
+        """Closes all connections; transfers in flight fail with TransportError."""
+        self._closed = True
+        if self._dialling:
+            self._dialling.cancel()
+            await asyncio.gather(self._dialling, return_exceptions=True)
+        await asyncio.gather(*(stream.close() for stream in self._streams))
+
+    def _grow(self) -> None:
+        if self._dialling is None:
+            wanted = self._growth.look(
+                now=time.monotonic(), received_bytes=self.received_bytes, streams=self.streams,
+                outstanding=self._outstanding,
+            )  # fmt: skip
+            if wanted > self.streams and self.alive:
+                self._dialling = asyncio.create_task(self._open(wanted), name="open streams")
+
+    async def _open(self, wanted: int) -> None:
+        try:
+            with contextlib.suppress(TransportError):  # the connections that are open go on
+                await self.open(wanted)
+        finally:
+            self._dialling = None
+
+    def __repr__(self) -> str:
+        return f"<InboundStreams {len(self._streams)} {self._streams[0]!r}>"
+
+
+class OutboundStreams:
+    """The holder's end of a session."""
+
+    on_device = False
+
+    def __init__(self, first: TcpOutbound) -> None:
+        self._streams = [first]
+
+    def join(self, stream: TcpOutbound) -> bool:
+        """Takes one more connection, unless there are too many or the session is lost."""
+        if len(self._streams) >= STREAMS_MAX or not self.alive:
+            return False
+        self._streams.append(stream)
+        return True
+
+    async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
+        """Sends through the connection with the fewest transfers to send."""
+        await min(self._streams, key=lambda stream: stream.queued).send(transfer, spans)
+
+    @property
+    def streams(self) -> int:
+        """Connections that are open."""
+        return len(self._streams)
+
+    @property
+    def alive(self) -> bool:
+        """Whether every connection can carry another transfer."""
+        return all(stream.alive for stream in self._streams)
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        await asyncio.gather(*(stream.close() for stream in self._streams))
+
+    def __repr__(self) -> str:
+        return f"<OutboundStreams {len(self._streams)} {self._streams[0]!r}>"
