@@ -123,6 +123,14 @@ def test_has_every_exit_code_its_row() -> None:
     assert {kind.exit_code for kind in kinds} - {errors.SwarmError.exit_code} <= codes
 
 
+@pytest.mark.parametrize("row", table("docs/operations.md", "you see"), ids=lambda row: row[0])
+def test_does_a_symptom_quote_the_message_that_is_logged(row: list[str]) -> None:
+    sources = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "swarm").rglob("*.py"))
+    for quote in re.findall(r"`([^`]*\.\.\.[^`]*)`", row[0]):
+        for piece in quote.split("..."):
+            assert piece.strip() in sources, piece
+
+
 @pytest.mark.parametrize("row", table("docs/limits.md", "limit"), ids=lambda row: row[0].strip("`"))
 def test_is_a_limit_what_the_document_says(row: list[str]) -> None:
     module, _, name = row[0].strip("`").rpartition(".")
