@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from swarm.checkpoint import hf_cache, manifest_builder
-from swarm.content.manifest import Manifest
+from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.hashing.cpu import demand
 from swarm.node.node import Fetched, Node
 from swarm.node.resolve import resolve
-from swarm.protocol.messages import Origin
+from swarm.protocol.messages import Address, Origin
 from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.store import Source, Store
@@ -74,7 +74,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
         self._process = os.getpid()
 
     @property
-    def digest(self) -> str:
+    def digest(self) -> Digest:
         """The artifact's identity, to pin it with `digest=`."""
         return self.fetched.digest
 
@@ -109,7 +109,7 @@ class Weights(Mapping[str, "torch.Tensor"]):
 class Served:
     """What `serve` returns: an artifact that others can fetch until `close()` or the end of a `with` block."""
 
-    def __init__(self, model_id: str, digest: str, address: str, settings: Settings) -> None:
+    def __init__(self, model_id: ModelId, digest: Digest, address: Address, settings: Settings) -> None:
         self.model_id = model_id
         self.digest = digest
         self.address = address
@@ -186,7 +186,7 @@ def serve(
     return serve_source(name, source, origin, settings=settings)
 
 
-def serve_source(name: str, source: Source, origin: Origin | None, *, settings: Settings) -> Served:
+def serve_source(name: ModelId, source: Source, origin: Origin | None, *, settings: Settings) -> Served:
     """Serves what a source holds until closed; a failure closes it. Raises SettingsError."""
 
     async def start() -> Served:
@@ -207,7 +207,7 @@ def serve_source(name: str, source: Source, origin: Origin | None, *, settings: 
 
 def open_source(
     what: str | Path | Mapping[str, torch.Tensor], *, model_id: str | None, settings: Settings
-) -> tuple[str, Source, Origin | None]:
+) -> tuple[ModelId, Source, Origin | None]:
     """Model id, source and origin of something to serve, hashed. Raises as `serve` does."""
     grid: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_bytes", "leaf_bytes", "chunk_hash")}
     if isinstance(what, Mapping):
@@ -215,12 +215,13 @@ def open_source(
             raise SettingsError("model_id", "tensors have no name of their own; say model_id='org/model'")
         if not what:
             raise SettingsError("tensors", "there are none")
-        return model_id, manifest_builder.tensors(what, **grid), None
+        return ModelId(model_id), manifest_builder.tensors(what, **grid), None
     path = _locate(what)
     _, source, skipped = manifest_builder.checkpoint(path, cache_dir=settings.cache, **grid)
     for entry in skipped:
         log.info("not served: %s (%s)", entry.path, entry.why)
-    return model_id or hf_cache.model_id_of(path) or path.resolve().name, source, hf_cache.origin(path)
+    found = model_id or hf_cache.model_id_of(path) or path.resolve().name
+    return ModelId(found), source, hf_cache.origin(path)
 
 
 def _locate(what: str | Path) -> Path:
@@ -316,7 +317,11 @@ async def fetch_on(
     try:
         async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
             manifest, origin = await resolve(
-                node, model_id, digest=digest, find_timeout_s=find_timeout_s, trusted=settings.trusted
+                node,
+                ModelId(model_id),
+                digest=None if digest is None else Digest(digest),
+                find_timeout_s=find_timeout_s,
+                trusted=settings.trusted,
             )
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
@@ -324,7 +329,7 @@ async def fetch_on(
     store, path = await loop.run_in_executor(None, lambda: _store(model_id, manifest, out, into, device, settings))
     left_s = None if timeout_s is None else max(0.1, timeout_s - (node.now() - began))
     try:
-        fetched = await node.fetch(model_id, store, origin=origin, timeout_s=left_s)
+        fetched = await node.fetch(ModelId(model_id), store, origin=origin, timeout_s=left_s)
     except FetchTimeout as error:
         raise FetchTimeout(model_id, timeout_s=timeout_s or error.timeout_s, fraction=error.fraction) from error
     try:
@@ -368,7 +373,7 @@ def _remember(cache: Path, path: Path, manifest: Manifest) -> None:
         log.warning("%s; the fetch is complete, but `swarm verify %s` will know nothing of it", error, path)
 
 
-async def _withdraw(settings: Settings, digest: str) -> None:
+async def _withdraw(settings: Settings, digest: Digest) -> None:
     node = await runtime().acquire(settings)
     try:
         node.release(digest)

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.errors import SwarmError
-from swarm.protocol.messages import Announcement
+from swarm.protocol.messages import Address, Announcement, NodeId
 
 ENTRIES_KEPT = 2000  # covers the minutes before a failure; an entry with 256 announcements takes 100 KB
 
@@ -22,9 +23,9 @@ ENTRIES_KEPT = 2000  # covers the minutes before a failure; an entry with 256 an
 class Opened:
     """This node listens. `host` and `rack` are its location labels."""
 
-    node: str
+    node: NodeId
     name: str
-    address: str
+    address: Address
     host: str = ""
     rack: str = ""
 
@@ -33,9 +34,9 @@ class Opened:
 class Joined:
     """A link to a peer is open. Chunks come from it over the transport `scheme`."""
 
-    node: str
+    node: NodeId
     name: str
-    address: str
+    address: Address
     scheme: str
 
 
@@ -43,7 +44,7 @@ class Joined:
 class Unreached:
     """Dialling an address failed."""
 
-    address: str
+    address: Address
     error: SwarmError
 
 
@@ -51,7 +52,7 @@ class Unreached:
 class Left:
     """The link to a peer closed."""
 
-    node: str
+    node: NodeId
     why: str
 
 
@@ -59,7 +60,7 @@ class Left:
 class ArtifactsAnnounced:
     """A peer, or this node, announced its artifacts."""
 
-    node: str
+    node: NodeId
     artifacts: tuple[Announcement, ...]
 
 
@@ -68,8 +69,8 @@ class Resolved:
     """Resolution of a model id ended, with `digest` or with `error`. `agreed_at_s` is when all holders agreed on a
     digest; the rest of the time was the transfer of the manifest. Times are seconds on the node's clock."""
 
-    model_id: str
-    digest: str | None
+    model_id: ModelId
+    digest: Digest | None
     began_at_s: float
     agreed_at_s: float | None
     error: str | None
@@ -80,8 +81,8 @@ class FetchStarted:
     """A fetch of `size` bytes started. `held` lists the chunks that were verified before, as (first, count) runs,
     `resumed_bytes` in all."""
 
-    model_id: str
-    digest: str
+    model_id: ModelId
+    digest: Digest
     size: int
     resumed_bytes: int
     chunks_total: int = 0
@@ -92,7 +93,7 @@ class FetchStarted:
 class FetchEnded:
     """A fetch ended; `error` is None if it is complete."""
 
-    digest: str
+    digest: Digest
     error: str | None
 
 
@@ -100,8 +101,8 @@ class FetchEnded:
 class Received:
     """Chunk `chunk` of `size` bytes arrived from a peer and is verified."""
 
-    node: str
-    digest: str
+    node: NodeId
+    digest: Digest
     chunk: int
     size: int
 
@@ -110,8 +111,8 @@ class Received:
 class Sent:
     """A transfer of `size` bytes to a peer is complete."""
 
-    node: str
-    digest: str
+    node: NodeId
+    digest: Digest
     size: int
 
 

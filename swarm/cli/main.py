@@ -338,7 +338,7 @@ async def _screen(trace: Path, port: int) -> int:
     return 0
 
 
-def _heard_of(settings: Settings) -> list[str]:
+def _heard_of(settings: Settings) -> Sequence[str]:
     """Nodes that multicast DNS knows, where none of this user runs here."""
     if not settings.mdns:
         return []

@@ -22,7 +22,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NewType, NoReturn
 
 import msgspec
 
@@ -50,7 +50,9 @@ LEAF_BYTES_DEFAULT = 128 << 10
 ChunkHash = Literal["xxh3-128", "blake3"]
 DIGEST_BYTES: dict[ChunkHash, int] = {"xxh3-128": 16, "blake3": 32}
 
-Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*\Z"  # no control characters, because texts are printed to terminals
+ModelId = NewType("ModelId", Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)])
+Digest = NewType("Digest", Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")])  # of a manifest
 ChunkDigest = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32}|[0-9a-f]{64})\Z")]
 Tier = Literal["checkpoint", "loaded", "cache"]
 
@@ -125,9 +127,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         return msgspec.json.encode(self)
 
     @cached_property
-    def digest(self) -> str:
+    def digest(self) -> Digest:
         """Identity of the artifact: sha256 of the canonical bytes, in hexadecimal."""
-        return hashlib.sha256(self.encoded).hexdigest()
+        return Digest(hashlib.sha256(self.encoded).hexdigest())
 
     @cached_property
     def chunks(self) -> tuple[Chunk, ...]:

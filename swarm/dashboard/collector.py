@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from swarm.dashboard.member_report import OWN_BYTES_MAX, PATH, Own, decode
 from swarm.errors import PeerError, PeerTimeout, PeerUnreachable, SettingsError
+from swarm.protocol.messages import Address
 from swarm.protocol.packets import Record
 
 LOOK_EVERY_S = 0.25
@@ -22,7 +23,9 @@ ASK_PER_S = 24
 REFUSED_REST_S = 10.0  # one that answered, but not with what it was asked for
 TIMEOUT_S = 2.0
 
-Read = Callable[[str, str, float, int], Awaitable[bytes]]  # address, path, timeout_s, bytes_max -> body; or PeerError
+Read = Callable[
+    [Address, str, float, int], Awaitable[bytes]
+]  # address, path, timeout_s, bytes_max -> body; or PeerError
 
 
 @dataclass

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import CHUNKS_MAX, Digest
+from swarm.content.manifest import CHUNKS_MAX, Digest, ModelId
 from swarm.observe.fetch_history import Fetch, FetchHistories
 from swarm.observe.node_report import FetchReport
-from swarm.protocol.messages import ModelId, NodeId, Text
+from swarm.protocol.messages import NodeId, Text
 from swarm.protocol.packets import Label
 
 PATH = "/member"
@@ -114,9 +114,9 @@ def decode(data: bytes) -> Own:
 
 def own(
     report: Mapping[str, Any],
-    running: Mapping[str, FetchReport],
+    running: Mapping[Digest, FetchReport],
     histories: FetchHistories,
-    held: Mapping[str, Bitfield],
+    held: Mapping[Digest, Bitfield],
     now: float,
     *,
     place: tuple[str, str],

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import CHUNKS_MAX
+from swarm.content.manifest import CHUNKS_MAX, Digest
 from swarm.dashboard import member_report
 from swarm.dashboard.member_report import cells
 from swarm.dashboard.swarm_view import Json, SwarmView
@@ -20,6 +20,7 @@ from swarm.journal import ArtifactsAnnounced, Entry, FetchStarted, Opened, Recei
 from swarm.observe.fetch_history import FetchHistories
 from swarm.observe.node_report import Picture
 from swarm.observe.trace import entry
+from swarm.protocol.messages import NodeId
 from swarm.transfer.download import PeerHas, PeerJoined, PeerLeft
 
 
@@ -35,9 +36,9 @@ class Recording:
         self._picture = Picture()
         self._histories = FetchHistories()
         self._viewer = SwarmView()
-        self._node = ""
+        self._node = NodeId("")
         self._place = ("", "")
-        self._held: dict[tuple[str, str], Bitfield] = {}  # by node and digest
+        self._held: dict[tuple[NodeId, Digest], Bitfield] = {}  # by node and digest
         self.begin_s = self.at_s = self._next.at_s if self._next else 0.0
 
     def to(self, at_s: float) -> None:
@@ -62,7 +63,7 @@ class Recording:
                 view["members"][node]["holds"][digest] = {"fraction": fraction, "cells": cells(held)}
         return view
 
-    def timeline(self, digest: str) -> Json | None:
+    def timeline(self, digest: Digest) -> Json | None:
         """Where the time of a fetch went, as `/timeline/DIGEST` says it."""
         fetch = self._histories.fetches.get(digest)
         if fetch is None:
@@ -75,7 +76,7 @@ class Recording:
             "lanes": [{**lane, "name": names.get(lane["node"], lane["node"])} for lane in found["lanes"]],
         }
 
-    def tree(self, digest: str, chunk: int) -> Json | None:
+    def tree(self, digest: Digest, chunk: int) -> Json | None:
         """The one edge of a chunk's way that the trace knows, as `/tree/DIGEST/INDEX` says it."""
         held = self._held.get((self._node, digest))
         if held is None or chunk >= held.length:
@@ -102,14 +103,14 @@ class Recording:
             case Received(_, digest, chunk, _):
                 self._hold(self._node, digest, [chunk])
             case PeerJoined(node, holds):
-                if done.subject in self._picture.fetches:
-                    self._held[node, done.subject] = holds
+                if (digest := Digest(done.subject)) in self._picture.fetches:
+                    self._held[node, digest] = holds
             case PeerHas(node, chunks):
-                self._hold(node, done.subject, chunks)
+                self._hold(node, Digest(done.subject), chunks)
             case PeerLeft(node):
-                self._held.pop((node, done.subject), None)
+                self._held.pop((node, Digest(done.subject)), None)
 
-    def _hold(self, node: str, digest: str, chunks: Iterable[int]) -> None:
+    def _hold(self, node: NodeId, digest: Digest, chunks: Iterable[int]) -> None:
         bits = self._held.get((node, digest))
         if bits is not None:
             for chunk in chunks:

@@ -17,6 +17,7 @@ import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
+from swarm.content.manifest import Digest
 from swarm.dashboard.recording import Recording
 from swarm.dashboard.server import ASSETS, DIGEST, INDEX, NODE, asset
 from swarm.dashboard.sse import ALIVE_EVERY_S, UPDATE_EVERY_S, event
@@ -95,7 +96,7 @@ class ReplayServer:
         replay = {"at_s": round(at_s, 3), "seconds": round(self._seconds, 3), "speed": speed, "file": self._path.name}
         return {**recording.view(), "replay": replay}
 
-    def _timeline_of(self, digest: str, node: str) -> Json | None:
+    def _timeline_of(self, digest: Digest, node: str) -> Json | None:
         found = self._whole.timeline(digest)
         return found if found and found["node"] == node else None
 

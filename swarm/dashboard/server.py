@@ -23,7 +23,7 @@ from typing import Annotated, Protocol
 import msgspec
 
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import CHUNKS_MAX, Digest
+from swarm.content.manifest import CHUNKS_MAX, Digest, ModelId
 from swarm.dashboard import member_report
 from swarm.dashboard.collector import Collector, Read
 from swarm.dashboard.member_report import Own
@@ -34,7 +34,7 @@ from swarm.journal import Entry, Journal, Left
 from swarm.net.http_pages import Asset, EventPage, Page
 from swarm.observe.fetch_history import BUCKETS, FetchHistories
 from swarm.observe.node_report import Picture
-from swarm.protocol.messages import ModelId, NodeId, Text
+from swarm.protocol.messages import Address, NodeId, Text
 from swarm.protocol.packets import Record
 
 ASSETS = {
@@ -112,8 +112,8 @@ _timeline_decoder = msgspec.json.Decoder(_Timeline)
 class Watched(Protocol):
     """What the dashboard needs of a node."""
 
-    id: str
-    address: str
+    id: NodeId
+    address: Address
 
     def now(self) -> float:
         """Seconds on the node's clock."""
@@ -125,7 +125,7 @@ class Watched(Protocol):
     def place(self) -> tuple[str, str]:
         """Labels of host and rack."""
 
-    def holdings(self) -> dict[str, Bitfield]:
+    def holdings(self) -> dict[Digest, Bitfield]:
         """Chunks by digest."""
 
 
@@ -183,12 +183,12 @@ class Dashboard:
         await self._collector.ask_all(ASKED_MAX)
         return self.view()
 
-    def chunk(self, digest: str, index: str) -> Json | None:
+    def chunk(self, digest: Digest, index: str) -> Json | None:
         """This node's edge of a chunk's tree; None where it knows nothing of the artifact."""
         edge = self._edge(digest, int(index))
         return None if edge is None else dict(msgspec.to_builtins(edge))
 
-    async def tree(self, digest: str, index: str) -> Json | None:
+    async def tree(self, digest: Digest, index: str) -> Json | None:
         """The edges that all members tell. `silent` are those that did not answer."""
         if int(index) >= CHUNKS_MAX:
             return None
@@ -214,7 +214,7 @@ class Dashboard:
             "silent": [member.node for member, edge in zip(holders, told, strict=True) if edge is None],
         }
 
-    def timeline(self, digest: str) -> Json | None:
+    def timeline(self, digest: Digest) -> Json | None:
         """Where the time of a fetch of this node went."""
         fetch = self._histories.fetches.get(digest)
         if fetch is None:
@@ -225,7 +225,7 @@ class Dashboard:
             lane["name"] = names.get(lane["node"], lane["node"])
         return {"node": self._node.id, **found, "lanes": found["lanes"][:LANES_MAX]}
 
-    async def timeline_of(self, digest: str, node: str) -> Json | None:
+    async def timeline_of(self, digest: Digest, node: str) -> Json | None:
         """The same of a member; `silent` where it does not answer, or knows of none: it may just have died, and a page
         that asks for what it sees has made no mistake."""
         if node == self._node.id:
@@ -245,7 +245,7 @@ class Dashboard:
     async def _collect(self) -> None:
         await self._collector.run()
 
-    def _edge(self, digest: str, index: int) -> _Edge | None:
+    def _edge(self, digest: Digest, index: int) -> _Edge | None:
         held = self._node.holdings().get(digest)
         if held is None or index >= held.length:
             return None

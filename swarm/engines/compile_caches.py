@@ -43,7 +43,7 @@ import msgspec
 
 from swarm.api import Served, serve_source
 from swarm.checkpoint import manifest_builder
-from swarm.content.manifest import Manifest
+from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.engines import cache_gc
 from swarm.engines.layout import Fingerprint, short_digest
 from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, SwarmError
@@ -122,9 +122,9 @@ def key(fields: Mapping[str, str]) -> Fingerprint:
     return Fingerprint({**machine(), **fields})
 
 
-def artifact_id(wanted: Fingerprint) -> str:
+def artifact_id(wanted: Fingerprint) -> ModelId:
     """What a cache is served by."""
-    return f"#cache-{wanted.digest}"
+    return ModelId(f"#cache-{wanted.digest}")
 
 
 def offer(fields: Mapping[str, str], settings: Settings, *, places: Mapping[str, Path] | None = None) -> Served | None:
@@ -229,7 +229,7 @@ async def _install(
     return Installed(new, kept, fetched.bytes, fetched.sources, served)
 
 
-async def _choose(node: Node, wanted_id: str, settings: Settings) -> str:
+async def _choose(node: Node, wanted_id: ModelId, settings: Settings) -> Digest:
     """The digest that most nodes hold, of those that a trusted machine announces. Raises ManifestNotFound."""
     deadline = node.now() + settings.find_timeout_s
     first: float | None = None

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from swarm.content.manifest import ModelId
 from swarm.errors import ManifestInvalid, SettingsError
 
 TEXT_MAX = 4096  # what a manifest has room for
@@ -75,9 +76,9 @@ class Fingerprint:
             raise ManifestInvalid("fingerprint", "is not in canonical form")
         return found
 
-    def model_id(self, model_id: str) -> str:
+    def model_id(self, model_id: str) -> ModelId:
         """What a rank's tensors of this layout are served by."""
-        return f"{model_id}{LOADED}{self.digest}"
+        return ModelId(f"{model_id}{LOADED}{self.digest}")
 
     def differences(self, theirs: Fingerprint) -> list[Difference]:
         """Every field that differs, by name; none between twins."""
@@ -103,9 +104,9 @@ def short_digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def metadata_id(model_id: str) -> str:
+def metadata_id(model_id: str) -> ModelId:
     """What the files are served by that an engine reads before its weights: config, tokenizer, headers."""
-    return model_id + METADATA
+    return ModelId(model_id + METADATA)
 
 
 def is_loaded(artifact_id: str, model_id: str) -> bool:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from swarm.api import fetch_on
 from swarm.checkpoint import manifest_builder
-from swarm.content.manifest import FileEntry, Manifest
+from swarm.content.manifest import Digest, FileEntry, Manifest, ModelId
 from swarm.engines import cache_gc, metadata
 from swarm.engines.layout import CONTENT, WEIGHT_VERSION, Fingerprint, is_loaded, metadata_id
 from swarm.engines.serve_loaded import TENSORS, Offer
@@ -128,7 +128,7 @@ class Join:
         fields: Mapping[str, str],
         options: Options,
     ) -> None:
-        self.model_id = options.model_id or model_id
+        self.model_id = ModelId(options.model_id or model_id)
         self.directory = directory
         self._fields = dict(fields)
         self._engine = engine
@@ -258,7 +258,7 @@ class Join:
             known,
             content=self.content,
             twins=twins,
-            holders=len(holders.get(self.content or "", [])),
+            holders=len(holders.get(Digest(self.content or ""), [])),
             others=[] if twins or self.fingerprint is None else await self._others(node, self.fingerprint),
             strangers=strangers,
             unread=unseen,
@@ -437,11 +437,11 @@ class Join:
         if place := metadata.staged(self._cache, self.content):
             self._serve(metadata_id(self.model_id), metadata.source(self._cache, place))
 
-    def _loaded_as(self, version: str | None) -> tuple[str, Fingerprint] | None:
+    def _loaded_as(self, version: str | None) -> tuple[ModelId, Fingerprint] | None:
         ours = self.fingerprint = self._fingerprint_of(self.content, version)
         return (ours.model_id(self.model_id), ours) if ours else None
 
-    def _serve(self, artifact: str, source: Source) -> None:
+    def _serve(self, artifact: ModelId, source: Source) -> None:
         async def serve() -> None:
             (await self._open()).serve(artifact, source)
 
@@ -451,7 +451,7 @@ class Join:
             source.close()
             raise
 
-    async def _withdraw(self, digests: set[str], why: str) -> None:
+    async def _withdraw(self, digests: set[Digest], why: str) -> None:
         """Returns when nothing reads these tensors any more: their memory may be given away next."""
         node = await self._open()
         closing = [task for digest in digests if (task := node.withdraw(digest, why))]
@@ -473,7 +473,7 @@ def _stamps(directory: Path) -> dict[str, Stamp]:
     return {str(path): Stamp.at(path) for path in directory.rglob("*") if metadata.is_weights(path.name)}
 
 
-def _ids(node: Node) -> list[str]:
+def _ids(node: Node) -> list[ModelId]:
     """Model ids of everything that others announce."""
     linked = [one.model_id for peer in node.peers.values() for one in peer.artifacts.values()]
     return linked + [one.model_id for member in node.members() for one in member.profile.artifacts]

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from swarm.checkpoint import manifest_builder
-from swarm.content.manifest import ChunkHash
+from swarm.content.manifest import ChunkHash, Digest, ModelId
 from swarm.engines.layout import Fingerprint
 from swarm.store import Source
 
@@ -47,9 +47,9 @@ class Offer:
         *,
         version: str | None,
         chunk_hash: ChunkHash,
-        describe: Callable[[str | None], tuple[str, Fingerprint] | None],
-        serve: Callable[[str, Source], None],
-        withdraw: Callable[[set[str], str], None],
+        describe: Callable[[str | None], tuple[ModelId, Fingerprint] | None],
+        serve: Callable[[ModelId, Source], None],
+        withdraw: Callable[[set[Digest], str], None],
     ) -> None:
         self.version = version
         self.serving: Future[None] | None = None  # done when what was last begun in the background has come to its end
@@ -59,16 +59,16 @@ class Offer:
         self._serve = serve
         self._withdraw = withdraw
         self._kept: Callable[[], dict[str, torch.Tensor]] | None = None
-        self._served: set[str] = set()  # digests
-        self._twin: str | None = None  # digest of tensors that were fetched, and are served since
-        self._hashed: str | None = None  # digest of what is kept, once it was hashed here
+        self._served: set[Digest] = set()  # digests
+        self._twin: Digest | None = None  # digest of tensors that were fetched, and are served since
+        self._hashed: Digest | None = None  # digest of what is kept, once it was hashed here
         self._lock = threading.Lock()
         self._stopped = ""  # why nothing is served
         self._asleep = False
         self._changes = 0  # since something was last served: 0, or 1 while one is under way, or 2
         self._called = {version}  # versions that these tensors have had
 
-    def adopt(self, digest: str) -> None:
+    def adopt(self, digest: Digest) -> None:
         """Tensors that were fetched are served already."""
         self._twin = digest
         self._served.add(digest)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from swarm.errors import LocalProtocolError
 from swarm.protocol import packets
+from swarm.protocol.messages import NodeId
 from swarm.protocol.packets import ID_LAST, STATUSES_MAX, VERSION_MAX, Record, Rumour, State, Status, Sync
 
 MEMBERS_MAX = 4096  # beyond that strangers cannot make this node remember more
@@ -30,16 +31,16 @@ class MemberTable:
 
     def __init__(self, *, rng: random.Random) -> None:
         self._rng = rng
-        self._records: dict[str, Record] = {}
-        self._ids: list[str] = []  # sorted
-        self._living: list[str] = []  # alive or suspect, in the order of probing
+        self._records: dict[NodeId, Record] = {}
+        self._ids: list[NodeId] = []  # sorted
+        self._living: list[NodeId] = []  # alive or suspect, in the order of probing
         self._next = 0
 
     def __len__(self) -> int:
         """How many are alive or suspect."""
         return len(self._living)
 
-    def get(self, node: str) -> Record | None:
+    def get(self, node: NodeId) -> Record | None:
         """The record of a member, living or not."""
         return self._records.get(node)
 
@@ -51,7 +52,7 @@ class MemberTable:
         """Members that died without goodbye and are not forgotten yet."""
         return [record for record in self._records.values() if record.state is State.DEAD]
 
-    def between(self, first: str, last: str) -> list[Record]:
+    def between(self, first: NodeId, last: NodeId) -> list[Record]:
         """Records with ids from `first` to `last`, both included, by id."""
         low, high = bisect.bisect_left(self._ids, first), bisect.bisect_right(self._ids, last)
         return [self._records[node] for node in self._ids[low:high]]
@@ -88,7 +89,7 @@ class MemberTable:
             return packets.replace(heard, state=State.SUSPECT) if known else heard
         return Status(heard.node, heard.incarnation, State.SUSPECT, heard.version)
 
-    def window(self, first: str, *, room_bytes: int) -> tuple[str, tuple[Status, ...]]:
+    def window(self, first: NodeId, *, room_bytes: int) -> tuple[NodeId, tuple[Status, ...]]:
         """Claims on the ids from `first` on, as many as fit, and the last id that they cover."""
         statuses: list[Status] = []
         for node in self._ids[bisect.bisect_left(self._ids, first) :]:
@@ -99,7 +100,7 @@ class MemberTable:
             statuses.append(status)
         return ID_LAST, tuple(statuses)
 
-    def compare(self, sync: Sync, *, own: Record) -> tuple[list[Record], tuple[str, ...]]:
+    def compare(self, sync: Sync, *, own: Record) -> tuple[list[Record], tuple[NodeId, ...]]:
         """What the sender of a Sync lacks within its window, by id, and of whom it knows more than this node."""
         theirs = {status.node: status for status in sync.statuses}
         ours = [record for record in (*self.between(sync.first, sync.last), own) if record.node != sync.sender]
@@ -111,7 +112,7 @@ class MemberTable:
         wants = tuple(status.node for status in sync.statuses if status.node != own.node and self._wants(status))
         return sorted(lacking, key=lambda record: record.node), wants
 
-    def forget(self, node: str) -> None:
+    def forget(self, node: NodeId) -> None:
         """Removes a tombstone."""
         if (record := self._records.get(node)) and record.state >= State.DEAD:
             del self._records[node]
@@ -127,7 +128,7 @@ class MemberTable:
         self._next += 1
         return self._records[self._living[self._next - 1]]
 
-    def some(self, count: int, *, but: str | None = None) -> list[Record]:
+    def some(self, count: int, *, but: NodeId | None = None) -> list[Record]:
         """Up to `count` different living members, by lot."""
         chosen = self._rng.sample(self._living, min(count + 1, len(self._living)))
         return [self._records[node] for node in chosen if node != but][:count]
@@ -149,11 +150,11 @@ class MemberTable:
         bisect.insort(self._ids, record.node)
         self._enlist(record.node)
 
-    def _enlist(self, node: str) -> None:
+    def _enlist(self, node: NodeId) -> None:
         # SWIM: at a random place, so that newcomers are not all probed at once.
         self._living.insert(self._rng.randrange(len(self._living) + 1), node)
 
-    def _strike(self, node: str) -> None:
+    def _strike(self, node: NodeId) -> None:
         place = self._living.index(node)
         del self._living[place]
         if place < self._next:
@@ -173,7 +174,7 @@ class Walk:
         self.cursor = packets.ID_FIRST  # from where on to compare next
         self.whole = False  # it has been round once
         self._laps = 0  # still to go in a hurry
-        self._asked: tuple[int, str] | None = None
+        self._asked: tuple[int, NodeId] | None = None
 
     @property
     def hurried(self) -> bool:
@@ -184,11 +185,11 @@ class Walk:
         """There is more to find than usual, anywhere on the ring."""
         self._laps = 2  # what is left of this one, and another one
 
-    def asked(self, sequence: int, last: str) -> None:
+    def asked(self, sequence: int, last: NodeId) -> None:
         """A Sync was sent of the ids from the cursor to `last`."""
         self._asked = sequence, last
 
-    def settled(self, sequence: int, until: str) -> bool:
+    def settled(self, sequence: int, until: NodeId) -> bool:
         """An answer came. Returns whether to go on at once: there is more of this window, or of the first round."""
         if self._asked is None or self._asked[0] != sequence or not self.cursor <= until <= self._asked[1]:
             return False
@@ -242,7 +243,7 @@ class Spread:
     """
 
     def __init__(self) -> None:
-        self._rounds: list[dict[tuple[str, type], _Fresh]] = [{}]  # by how often they were sent
+        self._rounds: list[dict[tuple[NodeId, type], _Fresh]] = [{}]  # by how often they were sent
 
     def __bool__(self) -> bool:
         return any(self._rounds)
@@ -260,7 +261,7 @@ class Spread:
 
     def take(self, room_bytes: int, *, times: int) -> list[Rumour]:
         """Rumours that fit; each is given `times` times in all."""
-        taken: list[tuple[int, tuple[str, type]]] = []
+        taken: list[tuple[int, tuple[NodeId, type]]] = []
         misses = 0
         for sent, waiting in enumerate(self._rounds):
             for key in reversed(waiting):
@@ -273,7 +274,7 @@ class Spread:
                     misses += 1
         return [self._advance(sent, key, times) for sent, key in taken]
 
-    def _advance(self, sent: int, key: tuple[str, type], times: int) -> Rumour:
+    def _advance(self, sent: int, key: tuple[NodeId, type], times: int) -> Rumour:
         fresh = self._rounds[sent].pop(key)
         if sent + 1 < times:
             while len(self._rounds) <= sent + 1:

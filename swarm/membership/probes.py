@@ -13,6 +13,7 @@ import random
 from dataclasses import dataclass
 
 from swarm.membership.config import SwimConfig
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Ack, PingRequest, Record
 
 DOUBT_MAX = 7
@@ -31,8 +32,8 @@ class Probe:
 class Relay:
     """A probe for somebody else, who numbered it `sequence`."""
 
-    target: str
-    address: str
+    target: NodeId
+    address: Address
     sequence: int
     until: float
 
@@ -87,7 +88,7 @@ class Prober:
         self._relays = {key: relay for key, relay in self._relays.items() if relay.until > clock}
         return self._probe
 
-    def relay(self, source: str, request: PingRequest, clock: float) -> int | None:
+    def relay(self, source: Address, request: PingRequest, clock: float) -> int | None:
         """The sequence under which to ping for another member; None when there are too many such probes."""
         if len(self._relays) >= RELAYS_MAX:
             return None

@@ -30,6 +30,7 @@ from swarm.membership.config import SwimConfig
 from swarm.membership.member_table import MemberTable, Spread, Walk, refute
 from swarm.membership.probes import Probe, Prober
 from swarm.protocol import packets
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import (
     Ack,
     Packet,
@@ -55,14 +56,14 @@ CONFLICTS_MAX = 3  # a predecessor with this node's id is outvoted once or twice
 class Found:
     """Discovery names an address. It is asked for members, now and whenever no member is known there."""
 
-    address: str
+    address: Address
 
 
 @dataclass(frozen=True)
 class Heard:
     """A datagram arrived, from this address. `packets.decode` has accepted it."""
 
-    source: str
+    source: Address
     packet: Packet
 
 
@@ -87,7 +88,7 @@ class Tick:
 class Send:
     """Send this packet as one datagram."""
 
-    address: str
+    address: Address
     packet: Packet
 
 
@@ -102,7 +103,7 @@ class Changed:
 class Conflict:
     """Another living node uses this node's id: one of both must take another one."""
 
-    address: str
+    address: Address
 
 
 Event: TypeAlias = Found | Heard | Tell | Leave | Tick
@@ -117,8 +118,8 @@ class Gossip:
 
     def __init__(
         self,
-        node: str,
-        address: str,
+        node: NodeId,
+        address: Address,
         *,
         name: str,
         tuning: SwimConfig,
@@ -134,14 +135,14 @@ class Gossip:
         self._rng = rng
         self._roster = MemberTable(rng=rng)
         self._spread = Spread()
-        self._contacts: dict[str, None] = {}
+        self._contacts: dict[Address, None] = {}
         self._actions: list[Action] = []
         self._conflicts = 0
         # Time as it passes for this machine, from 0; `_told` is the caller's at its last event.
         self._clock, self._told = 0.0, now
         self._prober = Prober(tuning=tuning, clock=0.0, rng=rng)
-        self._suspects: dict[str, float] = {}  # when each is declared dead
-        self._tombs: dict[str, float] = {}  # when each is forgotten; in that order
+        self._suspects: dict[NodeId, float] = {}  # when each is declared dead
+        self._tombs: dict[NodeId, float] = {}  # when each is forgotten; in that order
         self._gossip_at = 0.0
         self._sync_at = 0.0
         self._publish_at = math.inf
@@ -197,7 +198,7 @@ class Gossip:
         """Everybody else who is alive or suspect, by id."""
         return [record for record in self._roster.records() if record.state < State.DEAD]
 
-    def member(self, node: str) -> Record | None:
+    def member(self, node: NodeId) -> Record | None:
         """One other member, be it dead, unless it is unknown or forgotten."""
         return self._roster.get(node)
 
@@ -257,7 +258,7 @@ class Gossip:
             told = self._rumours_for(member.node)
             self._send(member.address, PingRequest(probe.sequence, self._own.node, probe.target.node, told))
 
-    def _ping_for(self, source: str, request: PingRequest) -> None:
+    def _ping_for(self, source: Address, request: PingRequest) -> None:
         # Only members are pinged: a stranger must not choose where this node's datagrams go.
         target = self._roster.get(request.target)
         if target and (sequence := self._prober.relay(source, request, self._clock)) is not None:
@@ -265,7 +266,7 @@ class Gossip:
 
     # What others say
 
-    def _hear(self, source: str, packet: Packet) -> None:
+    def _hear(self, source: Address, packet: Packet) -> None:
         if packet.sender == self._own.node and not isinstance(packet, Sync):
             return  # this node under another address, or a twin, which a Sync will show
         if isinstance(packet, Sync):
@@ -329,7 +330,7 @@ class Gossip:
         self._spread.put(refuted.status if refuted.version == self._own.version else refuted)
         self._own = refuted
 
-    def _rumours_for(self, node: str) -> tuple[Rumour, ...]:
+    def _rumours_for(self, node: NodeId) -> tuple[Rumour, ...]:
         """What a datagram to a member has room for. One that is doubted hears that first: it is the one to know."""
         room_bytes = packets.DATAGRAM_BYTES_MAX - packets.PACKET_HEAD_BYTES
         first: list[Rumour] = []
@@ -340,7 +341,7 @@ class Gossip:
 
     # What rumours missed
 
-    def _found(self, address: str) -> None:
+    def _found(self, address: Address) -> None:
         if address != self._own.address:
             self._contacts.pop(address, None)
             self._contacts[address] = None
@@ -360,18 +361,18 @@ class Gossip:
         for address in partners:  # the walk waits for the last one's answer, which is the likelier one
             self._sync(address)
 
-    def _beyond(self) -> list[str]:
+    def _beyond(self) -> list[Address]:
         here = {member.address for member in self.members()}
         addresses = [member.address for member in self._roster.lost()]
         return [address for address in (*addresses, *self._contacts) if address not in here]
 
-    def _sync(self, address: str) -> None:
+    def _sync(self, address: Address) -> None:
         sequence, first = self._rng.getrandbits(32), self._walk.cursor
         last, statuses = self._roster.window(first, room_bytes=packets.SYNC_BYTES - packets.size(self._own))
         self._walk.asked(sequence, last)
         self._send(address, Sync(sequence, self._own, first, last, statuses))
 
-    def _answer(self, source: str, sync: Sync) -> None:
+    def _answer(self, source: Address, sync: Sync) -> None:
         if sync.sender == self._own.node:
             self._hear_of_self(sync.record)
             return
@@ -389,7 +390,7 @@ class Gossip:
             until = sync.last if number == len(parts) else part[-1].node if number == NEWS_MAX else None
             self._send(source, SyncReply(sync.sequence, self._own.node, part, (), until))
 
-    def _hear_news(self, source: str, news: SyncReply) -> None:
+    def _hear_news(self, source: Address, news: SyncReply) -> None:
         for record in news.records:
             self._believe(self._roster.softened(record), pass_on=self._walk.whole)
         wanted = [self._own if node == self._own.node else self._roster.get(node) for node in news.wants]
@@ -416,7 +417,7 @@ class Gossip:
         for member in self._roster.some(LEAVE_FANOUT):
             self._send(member.address, packets.Gossip(self._own.node, (self._own.status,)))
 
-    def _send(self, address: str, packet: Packet) -> None:
+    def _send(self, address: Address, packet: Packet) -> None:
         self._actions.append(Send(address, packet))
 
     def _done(self) -> list[Action]:

@@ -18,6 +18,7 @@ from swarm.membership.config import SwimConfig
 from swarm.membership.swim import Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
 from swarm.net.environment import Environment
 from swarm.protocol import packets
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Profile, Record
 from swarm.security.rate_limit import MUTE_S, RateLimiter
 
@@ -50,12 +51,12 @@ class SwimDriver:
         self._clock = clock
         self._changed = changed
         self._rate_limiter = RateLimiter(rate_per_s=DATAGRAMS_PER_S, burst=DATAGRAMS_BURST)
-        self._waiting: dict[str, None] = {}
+        self._waiting: dict[Address, None] = {}
         self._asked_at: float | None = None  # the first contact
         self._told = Profile()
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(self, node: str, address: str, name: str, profile: Profile) -> None:
+    def open(self, node: NodeId, address: Address, name: str, profile: Profile) -> None:
         """Begins to gossip under this id and name; others send to `address`."""
         self._told = profile
         self.machine = Gossip(
@@ -66,7 +67,7 @@ class SwimDriver:
         self._waiting.clear()
         self._plan()
 
-    def found(self, address: str) -> None:
+    def found(self, address: Address) -> None:
         """Somebody may be there to ask for members. The address is a literal."""
         self._asked_at = self._clock() if self._asked_at is None else self._asked_at
         if self.machine is not None:
@@ -74,7 +75,7 @@ class SwimDriver:
         elif len(self._waiting) < CONTACTS_WAITING_MAX:
             self._waiting[address] = None
 
-    def hear(self, source: str, datagram: bytes) -> None:
+    def hear(self, source: Address, datagram: bytes) -> None:
         """A datagram arrived."""
         now = self._clock()
         if self._rate_limiter.charge(source, now):
@@ -105,7 +106,7 @@ class SwimDriver:
         """All others that are alive or suspect, by id."""
         return self.machine.members() if self.machine is not None else []
 
-    def member(self, node: str) -> Record | None:
+    def member(self, node: NodeId) -> Record | None:
         """One other, be it dead; None where it is unknown."""
         return self.machine.member(node) if self.machine is not None else None
 

@@ -30,14 +30,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from swarm.errors import PeerError, PeerTimeout, PeerUnreachable
-from swarm.protocol.messages import PROTOCOL
+from swarm.protocol.messages import PROTOCOL, Address
 from swarm.settings import is_literal, join_address, split_address
 
 if TYPE_CHECKING:
     from zeroconf import ServiceInfo, ServiceStateChange, Zeroconf
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
-Found: TypeAlias = Callable[[str], None]
+Found: TypeAlias = Callable[[Address], None]
 
 SERVICE_TYPE = "_swarm-weights._tcp.local."
 RESOLVE_TIMEOUT_S = 5.0
@@ -56,19 +56,19 @@ _TOGETHER_S = 0.2  # answers to one question arrive within
 log = logging.getLogger(__name__)
 
 
-def static(peers: Sequence[str]) -> list[str]:
+def static(peers: Sequence[str]) -> list[Address]:
     """The listed addresses in their one form, each once. Raises SettingsError that names the first wrong one."""
-    return list(dict.fromkeys(join_address(*split_address("peer", peer)) for peer in peers))
+    return list(dict.fromkeys(Address(join_address(*split_address("peer", peer))) for peer in peers))
 
 
-async def resolve(address: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[str]:
+async def resolve(address: Address, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
     """Every `host:port` that an address stands for: one for each address of its name, or itself.
 
     Raises SettingsError for a malformed address, PeerUnreachable when the name is unknown, PeerTimeout.
     """
     host, port = split_address("peer", address)
     if is_literal(host):
-        return [join_address(host, port)]
+        return [Address(join_address(host, port))]
     try:
         async with asyncio.timeout(timeout_s):
             infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -76,7 +76,7 @@ async def resolve(address: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list
         raise PeerTimeout(address, f"its name was not resolved within {timeout_s:g} s") from error
     except OSError as error:
         raise PeerUnreachable(address, f"its name cannot be resolved ({error.strerror or error})") from error
-    return list(dict.fromkeys(join_address(str(sockaddr[0]), port) for *_, sockaddr in infos))
+    return list(dict.fromkeys(Address(join_address(str(sockaddr[0]), port)) for *_, sockaddr in infos))
 
 
 class Mdns:
@@ -225,7 +225,7 @@ class Mdns:
             # A loopback address means this host only to a node that is on loopback too.
             if not info.port or ipaddress.ip_address(host).is_loopback != self._loopback:
                 continue
-            address = join_address(host, info.port)
+            address = Address(join_address(host, info.port))
             if (info.name, address) in self._reported:
                 continue
             if len(self._reported) >= FOUND_MAX:
@@ -239,13 +239,13 @@ class Mdns:
         task.add_done_callback(self._tasks.discard)
 
 
-async def nearby(timeout_s: float) -> list[str]:
+async def nearby(timeout_s: float) -> list[Address]:
     """Addresses of nodes of this machine and its network: those that are found within `timeout_s`, or at once the first
     that answers and who answers with it."""
-    found: list[str] = []
+    found: list[Address] = []
     heard = asyncio.Event()
 
-    def report(address: str) -> None:
+    def report(address: Address) -> None:
         found.append(address)
         heard.set()
 
@@ -264,7 +264,7 @@ async def nearby(timeout_s: float) -> list[str]:
 async def _announced(host: str) -> list[str]:
     """The addresses behind the host that a node listens on. Raises OSError or PeerError when there are none."""
     if not is_literal(host):
-        return [split_address("peer", address)[0] for address in await resolve(join_address(host, 1))]
+        return [split_address("peer", address)[0] for address in await resolve(Address(join_address(host, 1)))]
     if not ipaddress.ip_address(host).is_unspecified:
         return [host]
     family, elsewhere = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
@@ -273,5 +273,5 @@ async def _announced(host: str) -> list[str]:
         return [str(probe.getsockname()[0])]
 
 
-def _ignore(address: str) -> None:
+def _ignore(address: Address) -> None:
     """What `found` is before `start`."""

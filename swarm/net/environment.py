@@ -25,6 +25,7 @@ from swarm.net.http_pages import Page
 from swarm.net.listener import Handler, Listener
 from swarm.net.udp import AeadSeal, Codec, Datagrams, Hear, NoSeal
 from swarm.net.websocket import HttpLinks, Link
+from swarm.protocol.messages import Address, NodeId
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity
 from swarm.settings import Settings, is_loopback, join_address, split_address
@@ -52,18 +53,22 @@ class Environment(Protocol):
     transports: Sequence[Transport]  # preferred first; usable once open
 
     async def open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
-    ) -> str:
+        self,
+        node: NodeId,
+        accept: Callable[[Link], Awaitable[None]],
+        found: Callable[[Address, bool], None],
+        hear: Hear,
+    ) -> Address:
         """Starts to listen and to look for others; returns the address under which others reach this node.
 
         `accept` is awaited for every incoming link; `found(address, lasting)` is called for every address that turns
         up; `hear(source, datagram)` for every datagram.
         """
 
-    async def dial(self, address: str) -> Link:
+    async def dial(self, address: Address) -> Link:
         """A link to another node. Raises PeerError."""
 
-    def send(self, address: str, datagram: bytes) -> None:
+    def send(self, address: Address, datagram: bytes) -> None:
         """Sends a datagram to another node. It may get lost; nothing is raised or awaited."""
 
     def drain(self) -> None:
@@ -105,8 +110,12 @@ class HostEnvironment:
         return "silent" if self._mdns.silent(asyncio.get_running_loop().time()) else "on"
 
     async def open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
-    ) -> str:
+        self,
+        node: NodeId,
+        accept: Callable[[Link], Awaitable[None]],
+        found: Callable[[Address, bool], None],
+        hear: Hear,
+    ) -> Address:
         """See Environment. Raises SettingsError when the address cannot be listened on."""
         for name in self._settings.transports:
             nccl.demand() if name == NcclTransport.scheme else torch_distributed.demand(name)
@@ -124,19 +133,19 @@ class HostEnvironment:
             self._tasks.append(asyncio.create_task(_renew(identity), name="swarm-renew"))
         if self._mdns:
             await self._mdns.start(node_id=node, address=local, found=lambda address: found(address, False))
-        return join_address(*advertised)
+        return Address(join_address(*advertised))
 
-    async def dial(self, address: str) -> Link:
+    async def dial(self, address: Address) -> Link:
         """See Environment."""
         self._demand_reachable(address)
         return await self._links.dial(address, timeout_s=DIAL_TIMEOUT_S)
 
-    async def read(self, address: str, path: str, timeout_s: float, bytes_max: int) -> bytes:
+    async def read(self, address: Address, path: str, timeout_s: float, bytes_max: int) -> bytes:
         """A page of another node. Raises PeerError, see `HttpLinks.read`."""
         self._demand_reachable(address)
         return await self._links.read(address, path, timeout_s=timeout_s, bytes_max=bytes_max)
 
-    def send(self, address: str, datagram: bytes) -> None:
+    def send(self, address: Address, datagram: bytes) -> None:
         """See Environment."""
         if self._datagrams:
             self._datagrams.send(address, datagram)
@@ -160,7 +169,7 @@ class HostEnvironment:
         for transport in self.transports:
             await transport.close()
 
-    def _demand_reachable(self, address: str) -> None:
+    def _demand_reachable(self, address: Address) -> None:
         host, _ = split_address("peer", address)
         if not self._settings.reaches_out and not is_loopback(host):
             raise SettingsError("peer", f"{address} is beyond this machine, which needs --key-file, or --insecure")
@@ -241,8 +250,8 @@ class HostEnvironment:
         else:
             log.info("cluster key %s: only members are talked to", identity.keyring)
 
-    async def _resolve(self, found: Callable[[str, bool], None]) -> None:
-        unknown: set[str] = set()
+    async def _resolve(self, found: Callable[[Address, bool], None]) -> None:
+        unknown: set[Address] = set()
         while True:
             for name in self._peers:
                 try:
@@ -265,9 +274,9 @@ async def _renew(identity: Identity) -> None:
             identity.renew(time.time())
 
 
-def new_id() -> str:
+def new_id() -> NodeId:
     """A fresh node id."""
-    return secrets.token_hex(8)
+    return NodeId(secrets.token_hex(8))
 
 
 def machine_label() -> str:

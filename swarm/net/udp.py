@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
 from swarm.errors import SettingsError
+from swarm.protocol.messages import Address
 from swarm.security.datagram_seal import Opener, Sealer, SealKey, Unopened
 from swarm.settings import is_literal, is_loopback, join_address, split_address
 
@@ -29,7 +30,7 @@ SIZE_MAX = 2048  # bytes; of a longer one only so much is read, and it is nobody
 REFUSALS_MAX = 1000  # different ones that are logged; strangers cannot make this node remember more
 BUFFER_BYTES = 1 << 20  # asked for; a loop that stalls for a moment loses nothing
 
-Hear: TypeAlias = Callable[[str, bytes], None]  # (source address, datagram)
+Hear: TypeAlias = Callable[[Address, bytes], None]  # (source address, datagram)
 
 
 log = logging.getLogger("swarm")
@@ -109,7 +110,7 @@ class Datagrams:
             raise
         self._loop.add_reader(self._sock.fileno(), self._read, TURN_MAX)
 
-    def send(self, address: str, datagram: bytes) -> None:
+    def send(self, address: Address, datagram: bytes) -> None:
         """Sends one datagram to HOST:PORT, if that is a literal address that may be reached from here."""
         target = _target(address, self._family)
         if target is None or self._sock.fileno() < 0 or not self._permitted(target[0]):
@@ -138,14 +139,14 @@ class Datagrams:
             except OSError:  # the kernel tells of a datagram that was not delivered: it is lost, and that is all
                 continue
             if self._permitted(source[0]) and (datagram := self._codec.open(sealed, source[0])) is not None:
-                self._hear(join_address(source[0], source[1]), datagram)
+                self._hear(Address(join_address(source[0], source[1])), datagram)
 
     def _permitted(self, host: str) -> bool:
         return not self._loopback_only or is_loopback(host)
 
 
 @functools.lru_cache(4096)
-def _target(address: str, family: socket.AddressFamily) -> tuple[str, int] | None:
+def _target(address: Address, family: socket.AddressFamily) -> tuple[str, int] | None:
     """Where to send to; None for names, and for addresses of the other family."""
     try:
         host, port = split_address("address", address)

@@ -28,7 +28,7 @@ from typing import Any
 
 from swarm import __version__
 from swarm.content.bitfield import Bitfield, runs
-from swarm.content.manifest import Chunk, Manifest
+from swarm.content.manifest import Chunk, Digest, Manifest, ModelId
 from swarm.errors import FetchTimeout, LocalProtocolError, SwarmError
 from swarm.hashing.cpu import chunk_digest
 from swarm.journal import FetchEnded, FetchStarted, Journal, Opened
@@ -43,7 +43,7 @@ from swarm.peers.connections_driver import ConnectionsDriver
 from swarm.peers.manifest_requests import ManifestRequests
 from swarm.peers.peer import Peer
 from swarm.protocol import messages, packets
-from swarm.protocol.messages import Announcement, AnyMessage, Endpoint, Hello, Origin
+from swarm.protocol.messages import Address, Announcement, AnyMessage, Endpoint, Hello, NodeId, Origin
 from swarm.protocol.packets import Holding, Profile, Record
 from swarm.store import Source, Store
 from swarm.transfer import download
@@ -66,8 +66,8 @@ log = logging.getLogger("swarm")
 class Fetched:
     """A finished fetch. `sources`: bytes by the name of the peer they came from."""
 
-    model_id: str
-    digest: str
+    model_id: ModelId
+    digest: Digest
     bytes: int
     seconds: float
     sources: dict[str, int]
@@ -84,9 +84,9 @@ class Fetched:
 class Holder:
     """Somebody who says that it holds an artifact; `peer` is None while this node is not linked with it."""
 
-    node: str
+    node: NodeId
     name: str
-    address: str
+    address: Address
     peer: Peer | None
 
 
@@ -110,11 +110,11 @@ class Node:
         rng: random.Random | None = None,
     ) -> None:
         self._rng = rng or random.SystemRandom()
-        self.id = f"{self._rng.getrandbits(64):016x}"
+        self.id = NodeId(f"{self._rng.getrandbits(64):016x}")
         self.name = name or f"node-{self.id[:6]}"
-        self.address = ""
+        self.address = Address("")
         self.journal = Journal()
-        self.peers: dict[str, Peer] = {}  # by node id
+        self.peers: dict[NodeId, Peer] = {}  # by node id
         self.manifest_requests = ManifestRequests(self.described)
         self._environment = environment
         self._upload_slots = upload_slots
@@ -128,7 +128,7 @@ class Node:
         )
         self._shares = Shares(host=self, rng=self._rng, announced=self._tell_everybody, distance=self._distance)
         self._upload_driver: UploadDriver | None = None  # until the transports are there
-        self._sought: Counter[str | None] = Counter()  # digests; None where only a model id is known
+        self._sought: Counter[Digest | None] = Counter()  # digests; None where only a model id is known
         self._withdrawn: list[Share] = []  # until they are closed
         self._transfer_ids = itertools.count()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -178,21 +178,21 @@ class Node:
 
     # What users ask for
 
-    def serve(self, model_id: str, source: Source, *, origin: Origin | None = None) -> None:
+    def serve(self, model_id: ModelId, source: Source, *, origin: Origin | None = None) -> None:
         """Offers a complete artifact under a model id from now on.
 
         Raises SettingsError when this node offers the same content under another model id: it has one name here.
         """
         self._shares.serve(model_id, source, origin)
 
-    def release(self, digest: str) -> None:
+    def release(self, digest: Digest) -> None:
         """Undoes one `serve` or one successful `fetch` of an artifact; without users it is offered no longer."""
         if share := self._shares.shares.get(digest):
             share.users -= 1
             if share.users == 0:
                 self.withdraw(digest, "not served any more")
 
-    def withdraw(self, digest: str, why: str) -> asyncio.Task[Any] | None:
+    def withdraw(self, digest: Digest, why: str) -> asyncio.Task[Any] | None:
         """Stops offering an artifact, whoever still uses it. The task ends when nothing of it is read any more."""
         if share := self._shares.remove(digest, why):
             self._withdrawn.append(share)
@@ -200,7 +200,7 @@ class Node:
         return None
 
     async def fetch(
-        self, model_id: str, store: Store, *, origin: Origin | None = None, timeout_s: float | None = None
+        self, model_id: ModelId, store: Store, *, origin: Origin | None = None, timeout_s: float | None = None
     ) -> Fetched:
         """Fills a store from every peer that has its artifact, seals it, and serves it from then on.
 
@@ -286,7 +286,7 @@ class Node:
     # What it knows
 
     @contextlib.contextmanager
-    def seeking(self, digest: str | None) -> Iterator[None]:
+    def seeking(self, digest: Digest | None) -> Iterator[None]:
         """While the block runs, links to those that hold this are wanted; None: something of unknown digest."""
         self._sought[digest] += 1
         self._tell_wants()
@@ -298,16 +298,16 @@ class Node:
             if not self._closing:
                 self._tell_wants()
 
-    def holders(self, model_id: str) -> dict[str, list[Holder]]:
+    def holders(self, model_id: ModelId) -> dict[Digest, list[Holder]]:
         """Who announces a model id, by the digest that it stands for there; [] where only this node does."""
         shares = self._shares.shares.values()
-        holders: dict[str, list[Holder]] = {s.manifest.digest: [] for s in shares if s.model_id == model_id}
+        holders: dict[Digest, list[Holder]] = {s.manifest.digest: [] for s in shares if s.model_id == model_id}
         for holder, digest, named in self._offers():
             if named == model_id:
                 holders.setdefault(digest, []).append(holder)
         return holders
 
-    def holders_of(self, digest: str) -> list[Holder]:
+    def holders_of(self, digest: Digest) -> list[Holder]:
         """Who announces a digest, under whatever model id."""
         return [holder for holder, held, _ in self._offers() if held == digest]
 
@@ -315,7 +315,7 @@ class Node:
         """All others that gossip knows to be alive or suspect, by id."""
         return self._swim.members()
 
-    def described(self, digest: str) -> tuple[Manifest, Origin | None] | None:
+    def described(self, digest: Digest) -> tuple[Manifest, Origin | None] | None:
         """Manifest and origin of an artifact that this node shares."""
         share = self._shares.shares.get(digest)
         return (share.manifest, share.origin) if share else None
@@ -325,7 +325,7 @@ class Node:
         """Labels of the host and the rack that this node is on, empty where there is none."""
         return self._host, self._rack
 
-    def holdings(self) -> dict[str, Bitfield]:
+    def holdings(self) -> dict[Digest, Bitfield]:
         """The chunks that this node holds, by digest."""
         return {digest: share.held for digest, share in self._shares.shares.items()}
 
@@ -357,7 +357,7 @@ class Node:
         more = [f"{len(others) - MEMBERS_SHOWN} more members"] if len(others) > MEMBERS_SHOWN else []
         return [*peers, *heard, *more, *self._connections.machine.tried(), *sorted(self._connections.warned)]
 
-    def _offers(self) -> Iterator[tuple[Holder, str, str]]:
+    def _offers(self) -> Iterator[tuple[Holder, Digest, ModelId]]:
         """Everything that others announce: who, digest and model id. A link says it sooner than gossip."""
         for peer in self.peers.values():
             for announced in peer.artifacts.values():
@@ -395,7 +395,7 @@ class Node:
         artifacts = self._shares.announcements()
         return Hello(messages.PROTOCOL, __version__, self.id, self.name, self.address, token, endpoints, artifacts)
 
-    def reached(self, address: str) -> None:
+    def reached(self, address: Address) -> None:
         """A node was dialled there, and greeted: maybe gossip gets through as well."""
         if all(member.address != address for member in self.members()):
             self._swim.found(address)
@@ -444,7 +444,7 @@ class Node:
 
     # Members
 
-    def _found(self, address: str, lasting: bool) -> None:
+    def _found(self, address: Address, lasting: bool) -> None:
         self._swim.found(address)
         self._connections.meet(connections.Found(address, lasting))
 
@@ -468,7 +468,7 @@ class Node:
         software = __version__[: packets.SOFTWARE_MAX]
         return Profile(told, omitted, schemes, self._host, self._rack, uploads, self._upload_slots, software)
 
-    def _distance(self, node: str) -> int:
+    def _distance(self, node: NodeId) -> int:
         """On the way to another node; who is not a member may be anywhere in the rack."""
         record = self._swim.member(node)
         return record.profile.distance(self._host, self._rack) if record else 1
@@ -477,7 +477,7 @@ class Node:
         """Tells every fetch who fetches the same nearby: each chunk comes in once for all of them."""
         members = self.members()
         for fetching in self._shares.fetchings():
-            near: tuple[set[str], set[str]] = (set(), set())
+            near: tuple[set[NodeId], set[NodeId]] = (set(), set())
             for member in members:
                 distance = member.profile.distance(self._host, self._rack)
                 if distance < download.DISTANCE_MAX and self._fetches(member, fetching.digest):
@@ -486,7 +486,7 @@ class Node:
             # Without a label of its own a rack is everybody, and has no border.
             fetching.met(download.Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
 
-    def _fetches(self, member: Record, digest: str) -> bool:
+    def _fetches(self, member: Record, digest: Digest) -> bool:
         """Whether a member fetches this just now. Its link says so sooner than gossip."""
         if (peer := self.peers.get(member.node)) and (told := peer.artifacts.get(digest)):
             return told.chunks < told.chunks_total
@@ -509,7 +509,7 @@ class Node:
         return f"<Node {self.name} {self.address} | {len(self.peers)} peers | {len(self._shares.shares)} artifacts>"
 
 
-def _serves(name: str, address: str, artifacts: Collection[Announcement | Holding]) -> str:
+def _serves(name: str, address: Address, artifacts: Collection[Announcement | Holding]) -> str:
     offers = [f"{a.model_id} ({a.digest[:16]})" for a in artifacts]
     more = f" and {len(offers) - OFFERS_SHOWN} more" if len(offers) > OFFERS_SHOWN else ""
     return f"{name} at {address} serves {', '.join(offers[:OFFERS_SHOWN]) + more if offers else 'nothing'}"

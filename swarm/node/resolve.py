@@ -14,12 +14,12 @@ from functools import partial
 from itertools import chain
 from typing import TypeAlias
 
-from swarm.content.manifest import Manifest, decode
+from swarm.content.manifest import Digest, Manifest, ModelId, decode
 from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError, SettingsError
 from swarm.journal import Resolved
 from swarm.node.node import Holder, Node
 from swarm.peers.peer import Peer
-from swarm.protocol.messages import Origin
+from swarm.protocol.messages import NodeId, Origin
 from swarm.settings import split_address
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -33,7 +33,7 @@ ORIGIN_TIMEOUT_S = 2.0
 
 
 async def resolve(
-    node: Node, model_id: str, *, digest: str | None, find_timeout_s: float, trusted: Sequence[str] = ()
+    node: Node, model_id: ModelId, *, digest: Digest | None, find_timeout_s: float, trusted: Sequence[str] = ()
 ) -> tuple[Manifest, Origin | None]:
     """The manifest that a model id stands for in this swarm, and where the model came from if its peers know.
 
@@ -43,7 +43,7 @@ async def resolve(
     Raises ManifestNotFound when nobody serves it in time, ManifestConflict when peers disagree and no digest is pinned.
     """
     began_at_s = node.now()
-    agreed: dict[str, float] = {}  # digest -> when, on the node's clock
+    agreed: dict[Digest, float] = {}  # digest -> when, on the node's clock
 
     def over(error: str | None) -> None:
         found, agreed_at_s = next(iter(agreed.items()), (digest, None))
@@ -60,17 +60,17 @@ async def resolve(
 
 async def _resolve(
     node: Node,
-    model_id: str,
-    agreed: dict[str, float],
+    model_id: ModelId,
+    agreed: dict[Digest, float],
     *,
-    digest: str | None,
+    digest: Digest | None,
     find_timeout_s: float,
     trusted: Sequence[str],
 ) -> tuple[Manifest, Origin | None]:
     deadline = node.now() + find_timeout_s
     failures: dict[str, None] = {}  # each once, in order
     introducers = networks(trusted)
-    unusable: set[str] = set()  # nodes whose manifest is not what its digest says; asking again changes nothing
+    unusable: set[NodeId] = set()  # nodes whose manifest is not what its digest says; asking again changes nothing
     with _Answers(node) as answers:
         while True:
             with node.seeking(digest):
@@ -108,23 +108,23 @@ class _Answers:
 
     def __init__(self, node: Node) -> None:
         self._node = node
-        self._asked: dict[tuple[str, str], asyncio.Task[tuple[Manifest, Origin | None]]] = {}
+        self._asked: dict[tuple[NodeId, Digest], asyncio.Task[tuple[Manifest, Origin | None]]] = {}
 
-    def ask(self, peer: Peer, digest: str) -> asyncio.Task[tuple[Manifest, Origin | None]]:
+    def ask(self, peer: Peer, digest: Digest) -> asyncio.Task[tuple[Manifest, Origin | None]]:
         """Asks, if that has not been done."""
         key = peer.node, digest
         if key not in self._asked:
             self._asked[key] = asyncio.create_task(self._ask(peer, digest))
         return self._asked[key]
 
-    async def of(self, peer: Peer, digest: str) -> tuple[Manifest, Origin | None]:
+    async def of(self, peer: Peer, digest: Digest) -> tuple[Manifest, Origin | None]:
         """The answer. Raises PeerError or ManifestInvalid; who is asked again after that may say something else."""
         try:
             return await self.ask(peer, digest)
         finally:
             del self._asked[peer.node, digest]
 
-    async def _ask(self, peer: Peer, digest: str) -> tuple[Manifest, Origin | None]:
+    async def _ask(self, peer: Peer, digest: Digest) -> tuple[Manifest, Origin | None]:
         manifest_requests = self._node.manifest_requests
         origin = asyncio.create_task(manifest_requests.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S))
         try:
@@ -144,8 +144,14 @@ class _Answers:
 
 
 async def _agreed(
-    node: Node, model_id: str, answers: _Answers, *, digest: str | None, deadline: float, trusted: Sequence[Network]
-) -> tuple[str | None, list[Holder]]:
+    node: Node,
+    model_id: ModelId,
+    answers: _Answers,
+    *,
+    digest: Digest | None,
+    deadline: float,
+    trusted: Sequence[Network],
+) -> tuple[Digest | None, list[Holder]]:
     """The digest to fetch and who announces it; (None, []) when nobody did before the deadline."""
     first_seen: float | None = None
     while True:
@@ -178,7 +184,7 @@ def networks(trusted: Sequence[str]) -> list[Network]:
     return [ipaddress.ip_network(one, strict=False) for one in trusted]
 
 
-def introduced(holders: Mapping[str, list[Holder]], trusted: Sequence[Network]) -> dict[str, list[Holder]]:
+def introduced(holders: Mapping[Digest, list[Holder]], trusted: Sequence[Network]) -> dict[Digest, list[Holder]]:
     """Those digests that somebody announces who is linked from a machine that may introduce models."""
     return {
         digest: who

@@ -11,7 +11,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, Received
+from swarm.protocol.messages import NodeId
 from swarm.transfer.download import Ban, ChunkCorrupt
 
 FETCHES_KEPT = 16
@@ -23,18 +25,18 @@ BUCKETS = 120  # of a timeline: a lane is some hundred pixels wide
 class Fetch:
     """One fetch, running or ended. Chunks are in the order in which they arrived; times are seconds since it began."""
 
-    model_id: str
-    digest: str
+    model_id: ModelId
+    digest: Digest
     size: int
     resumed_bytes: int
     began_at_s: float
     seconds: float | None = None  # from its beginning to its end
     error: str | None = None
     received_bytes: int = 0
-    sources: list[str] = field(default_factory=list)  # node ids
-    rejected: Counter[str] = field(default_factory=Counter)  # chunks by the node that they came from
-    banned: dict[str, str] = field(default_factory=dict)  # node id -> why
-    rejected_at: list[tuple[float, str]] = field(default_factory=list)
+    sources: list[NodeId] = field(default_factory=list)  # node ids
+    rejected: Counter[NodeId] = field(default_factory=Counter)  # chunks by the node that they came from
+    banned: dict[NodeId, str] = field(default_factory=dict)  # node id -> why
+    rejected_at: list[tuple[float, NodeId]] = field(default_factory=list)
     _chunks: array[int] = field(default_factory=lambda: array("L"))
     _from: array[int] = field(default_factory=lambda: array("H"))
     _at: array[float] = field(default_factory=lambda: array("f"))
@@ -50,7 +52,7 @@ class Fetch:
         """When the last one arrived, on the node's clock; without any, when it began."""
         return self.began_at_s + (self._at[-1] if self._at else 0.0)
 
-    def add(self, at_s: float, node: str, chunk: int, size: int) -> None:
+    def add(self, at_s: float, node: NodeId, chunk: int, size: int) -> None:
         """A chunk arrived and is verified."""
         if node not in self.sources:
             self.sources.append(node)
@@ -60,7 +62,7 @@ class Fetch:
         self._at.append(at_s - self.began_at_s)
         self._sizes.append(size)
 
-    def parent(self, chunk: int) -> tuple[str, float] | None:
+    def parent(self, chunk: int) -> tuple[NodeId, float] | None:
         """The node that gave this chunk, and when; None: it was here before, or is not here yet."""
         try:
             found = self._chunks.index(chunk)
@@ -115,7 +117,7 @@ class FetchHistories:
     """Let it `follow` a journal. `fetches` are by digest, the latest begun last."""
 
     def __init__(self) -> None:
-        self.fetches: dict[str, Fetch] = {}
+        self.fetches: dict[Digest, Fetch] = {}
 
     def follow(self, journal: Journal) -> None:
         """Takes into account what happens from now on."""
@@ -135,12 +137,12 @@ class FetchHistories:
                 if fetch := self.fetches.get(digest):
                     fetch.seconds, fetch.error = entry.at_s - fetch.began_at_s, error
             case ChunkCorrupt(node, _, _):
-                if fetch := self.fetches.get(entry.subject):
+                if fetch := self.fetches.get(Digest(entry.subject)):
                     fetch.rejected[node] += 1
                     if len(fetch.rejected_at) < BUCKETS:
                         fetch.rejected_at.append((entry.at_s - fetch.began_at_s, node))
             case Ban(node, why):
-                if fetch := self.fetches.get(entry.subject):
+                if fetch := self.fetches.get(Digest(entry.subject)):
                     fetch.banned[node] = why
 
     def _forget(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.journal import (
     ArtifactsAnnounced,
     Entry,
@@ -24,7 +25,7 @@ from swarm.journal import (
     Sent,
 )
 from swarm.membership.swim import Changed
-from swarm.protocol.messages import Announcement
+from swarm.protocol.messages import Address, Announcement, NodeId
 from swarm.protocol.packets import Record, State
 
 RATE_WINDOW_S = 5.0  # chunks come in bursts: over less a slow member looks fast now and then
@@ -67,9 +68,9 @@ class _Member:
     """`transport` is None while this node is not linked with it; `record` is what gossip says."""
 
     name: str
-    address: str
+    address: Address
     transport: str | None = None
-    artifacts: dict[str, Announcement] = field(default_factory=dict)
+    artifacts: dict[Digest, Announcement] = field(default_factory=dict)
     record: Record | None = None
     linked_at_s: float | None = None
 
@@ -119,11 +120,11 @@ class _Flow:
 class FetchReport:
     """One fetch of this node: bytes verified so far, resumed ones included, and who they come from."""
 
-    model_id: str
+    model_id: ModelId
     size: int
     done_bytes: int
     started_at_s: float
-    sources: set[str] = field(default_factory=set)
+    sources: set[NodeId] = field(default_factory=set)
     rate: Rate = field(init=False)
 
     def __post_init__(self) -> None:
@@ -157,10 +158,10 @@ class Picture:
 
     def __init__(self, condition: Callable[[], Mapping[str, Any]] = dict) -> None:
         self._condition = condition
-        self.fetches: dict[str, FetchReport] = {}  # by digest, those that run
+        self.fetches: dict[Digest, FetchReport] = {}  # by digest, those that run
         self._node = {"id": "", "name": "", "address": ""}
-        self._members: dict[str, _Member] = {}
-        self._flows: dict[tuple[str, str, str], _Flow] = {}  # (digest, direction, node)
+        self._members: dict[NodeId, _Member] = {}
+        self._flows: dict[tuple[Digest, str, NodeId], _Flow] = {}  # (digest, direction, node)
         self._now = 0.0
 
     def follow(self, journal: Journal) -> None:
@@ -237,14 +238,14 @@ class Picture:
                 row["members"][names[node]] = fraction
         return [found[key] for key in sorted(found)]
 
-    def _flow(self, digest: str, direction: str, node: str, size: int) -> None:
+    def _flow(self, digest: Digest, direction: str, node: NodeId, size: int) -> None:
         if (flow := self._flows.get((digest, direction, node))) is None:
             fetch = self.fetches.get(digest) if direction == "down" else None
             flow = self._flows[digest, direction, node] = _Flow(rate=Rate(fetch.started_at_s) if fetch else Rate())
         flow.bytes += size
         flow.rate.add(self._now, size)
 
-    def _leave(self, node: str) -> None:
+    def _leave(self, node: NodeId) -> None:
         if member := self._members.get(node):
             member.transport = None
         for fetch in self.fetches.values():

@@ -15,7 +15,9 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from swarm.content.manifest import Digest
 from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Received, Resolved
+from swarm.protocol.messages import NodeId
 from swarm.transfer.download import Ask, Ban, ChunkCorrupt, TransferEnded, TransferFailed
 
 
@@ -46,15 +48,15 @@ class _Source:
 @dataclass
 class _Fetch:
     span: Any
-    sources: dict[str, _Source] = field(default_factory=dict)  # by node id
+    sources: dict[NodeId, _Source] = field(default_factory=dict)  # by node id
 
 
 class _Spans:
     def __init__(self, trace: Any) -> None:
         self._trace = trace
         self._tracer = trace.get_tracer("swarm")
-        self._names: dict[str, str] = {}  # of linked nodes
-        self._fetches: dict[str, _Fetch] = {}  # by digest, the subject of a download's entries
+        self._names: dict[NodeId, str] = {}  # of linked nodes
+        self._fetches: dict[Digest, _Fetch] = {}  # by digest, the subject of a download's entries
 
     def apply(self, entry: Entry) -> None:
         match entry.event:
@@ -71,9 +73,9 @@ class _Spans:
             case Received(node, digest):
                 self._of_source(entry, digest, node)
             case Ask(node) | ChunkCorrupt(node) | TransferFailed(node) | TransferEnded(node) | Ban(node):
-                self._of_source(entry, entry.subject, node)
+                self._of_source(entry, Digest(entry.subject), node)
 
-    def _of_source(self, entry: Entry, digest: str, node: str) -> None:
+    def _of_source(self, entry: Entry, digest: Digest, node: NodeId) -> None:
         if (fetch := self._fetches.get(digest)) is None:
             return
         if (source := fetch.sources.get(node)) is None:
@@ -112,14 +114,14 @@ class _Spans:
         span.set_attribute("swarm.resumed_bytes", started.resumed_bytes)
         self._fetches[started.digest] = _Fetch(span)
 
-    def _asked(self, fetch: _Fetch, node: str) -> Any:
+    def _asked(self, fetch: _Fetch, node: NodeId) -> Any:
         within = self._trace.set_span_in_context(fetch.span)
         span = self._tracer.start_span("swarm.fetch.source", context=within)
         span.set_attribute("swarm.node", node)
         span.set_attribute("swarm.node_name", self._names.get(node, node))
         return span
 
-    def _ended(self, at_s: float, digest: str, error: str | None) -> None:
+    def _ended(self, at_s: float, digest: Digest, error: str | None) -> None:
         if fetch := self._fetches.pop(digest, None):
             over_ns = time.time_ns()
             for source in fetch.sources.values():

@@ -26,10 +26,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from swarm.content.manifest import Digest
 from swarm.errors import LocalProtocolError
 from swarm.peers import selection
 from swarm.peers.selection import LINKS_FIRST, LINKS_FULL, LINKS_MOST, LINKS_WANTED, Candidate
-from swarm.protocol.messages import ADDRESSES_MAX
+from swarm.protocol.messages import ADDRESSES_MAX, Address, NodeId
 from swarm.protocol.packets import Record, State
 
 LINKS_MAX = 64  # control links one node keeps; each costs a socket and about 50 KB
@@ -46,7 +47,7 @@ IDLE_S = 30.0  # a link that neither end can use is kept so long: the next fetch
 class Found:
     """Discovery names an address. `lasting`: given by hand, never forgotten."""
 
-    address: str
+    address: Address
     lasting: bool
 
 
@@ -54,14 +55,14 @@ class Found:
 class Told:
     """A member names addresses that it is connected to."""
 
-    addresses: tuple[str, ...]
+    addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True)
 class DialFailed:
     """Nobody could be talked to at this address."""
 
-    address: str
+    address: Address
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ class LinkUp:
     """
 
     link: int
-    node: str
-    address: str
-    dialled: str | None
-    holds: Mapping[str, bool] = field(default_factory=dict)
+    node: NodeId
+    address: Address
+    dialled: Address | None
+    holds: Mapping[Digest, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Announced:
     """A linked node says what it holds: by digest, whether all of it."""
 
     link: int
-    holds: Mapping[str, bool]
+    holds: Mapping[Digest, bool]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Heard:
 class Wants:
     """What this node is looking for from now on. `more`: also something of which it does not know the digest."""
 
-    digests: frozenset[str]
+    digests: frozenset[Digest]
     more: bool = False
 
 
@@ -117,7 +118,7 @@ class Tick:
 class Dial:
     """Open a link to this address."""
 
-    address: str
+    address: Address
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Welcome:
     """From now on this link is the way to its node; tell it of these addresses."""
 
     link: int
-    addresses: tuple[str, ...]
+    addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True)
@@ -147,44 +148,44 @@ class _Address:
     brief: int = 0  # in a row, of its links that ended within `BRIEF_S`
     due_at: float = 0.0
     dialling: bool = False
-    node: str | None = None  # who answered there last: one node may have several addresses
+    node: NodeId | None = None  # who answered there last: one node may have several addresses
 
 
 @dataclass
 class _Link:
     number: int
-    node: str
-    address: str
-    dialled: str | None
+    node: NodeId
+    address: Address
+    dialled: Address | None
     since: float
-    holds: Mapping[str, bool]
+    holds: Mapping[Digest, bool]
 
 
 @dataclass(frozen=True)
 class _Member:
     """What gossip says. `more`: it holds more than there was room to say. `load`: transfers a slot."""
 
-    address: str
+    address: Address
     distance: int
     load: float
-    holds: Mapping[str, bool]
+    holds: Mapping[Digest, bool]
     more: bool
 
 
 class Connections:
     """The members one node knows. `node` is its own id; `host` and `rack` are labels of where it runs."""
 
-    def __init__(self, node: str, *, rng: random.Random, host: str = "", rack: str = "") -> None:
+    def __init__(self, node: NodeId, *, rng: random.Random, host: str = "", rack: str = "") -> None:
         self._node = node
         self._host, self._rack = host, rack
         self._rng = rng
-        self._known: dict[str, _Address] = {}
+        self._known: dict[Address, _Address] = {}
         self._links: dict[int, _Link] = {}
-        self._own: dict[str, None] = {}  # in the order of dialling
-        self._members: dict[str, _Member] = {}  # the living, by node
-        self._living_at: dict[str, str] = {}  # who of them, by address
+        self._own: dict[Address, None] = {}  # in the order of dialling
+        self._members: dict[NodeId, _Member] = {}  # the living, by node
+        self._living_at: dict[Address, NodeId] = {}  # who of them, by address
         self._wants = Wants(frozenset())
-        self._wanted_since: dict[str, float] = {}
+        self._wanted_since: dict[Digest, float] = {}
         self._most_dialled = LINKS_MOST  # more once gossip was found to be blocked
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -217,7 +218,7 @@ class Connections:
                 raise LocalProtocolError(f"membership cannot handle {event!r}")
         return [*actions, *self._due(now)]
 
-    def unanswered(self) -> list[str]:
+    def unanswered(self) -> list[Address]:
         """Addresses that were dialled, and have neither answered nor failed yet."""
         return sorted(a for a, k in self._known.items() if k.dialling and not k.failures and not k.brief)
 
@@ -226,7 +227,7 @@ class Connections:
         linked = self._linked()
         return [f"{a}: {_fate(k)}" for a, k in sorted(self._known.items()) if a not in linked]
 
-    def _learn(self, address: str, lasting: bool) -> None:
+    def _learn(self, address: Address, lasting: bool) -> None:
         if address in self._own:
             return
         if known := self._known.get(address):
@@ -234,7 +235,7 @@ class Connections:
         elif len(self._known) < KNOWN_MAX or lasting:
             self._known[address] = _Address(lasting)
 
-    def _failed(self, address: str, now: float) -> None:
+    def _failed(self, address: Address, now: float) -> None:
         if known := self._known.get(address):
             known.dialling = False
             known.failures += 1
@@ -266,7 +267,7 @@ class Connections:
         self._links[link.number] = link
         return [*actions, Welcome(link.number, tuple(others[:ADDRESSES_MAX]))]
 
-    def _met_itself(self, address: str) -> None:
+    def _met_itself(self, address: Address) -> None:
         self._known.pop(address, None)
         self._own[address] = None
         if len(self._own) > OWN_MAX:
@@ -360,9 +361,9 @@ class Connections:
             self._known.setdefault(address, _Address(False)).dialling = True
         return [*drops, *(Dial(address) for address in (*by_hand, *chosen, *picked))]
 
-    def _choose_holders(self, holders: dict[str, _Member], free: int, now: float) -> list[str]:
+    def _choose_holders(self, holders: dict[NodeId, _Member], free: int, now: float) -> list[Address]:
         """Marks up to `free` of these as being dialled, and returns their addresses."""
-        chosen: list[str] = []
+        chosen: list[Address] = []
         sources = {digest: self._sources(digest) for digest in self._wanted_since}
         for digest, linked in sorted(sources.items(), key=lambda item: len(item[1])):
             few = now - self._wanted_since[digest] < selection.SETTLE_S and not self._small()
@@ -380,7 +381,7 @@ class Connections:
                 chosen.append(address)
         return sorted(chosen)
 
-    def _candidate(self, node: str, whole: bool) -> Candidate:
+    def _candidate(self, node: NodeId, whole: bool) -> Candidate:
         member = self._members.get(node)
         return Candidate(node, whole, member.distance, member.load) if member else Candidate(node, whole, 1, 0.0)
 
@@ -392,13 +393,13 @@ class Connections:
             self._give_up(link, now)
         return [Drop(link.number, "makes way for somebody who holds what is wanted here") for link in useless]
 
-    def _sources(self, digest: str) -> dict[str, bool]:
+    def _sources(self, digest: Digest) -> dict[NodeId, bool]:
         """Nodes that are linked or dialled and hold it: whether all of it."""
         found = {link.node: link.holds[digest] for link in self._links.values() if digest in link.holds}
         for address, known in self._known.items():
-            member = self._members.get(known.node or self._living_at.get(address, "")) if known.dialling else None
-            if known.dialling and member and digest in member.holds:
-                found[known.node or self._living_at[address]] = member.holds[digest]
+            node = known.node or self._living_at.get(address)
+            if known.dialling and node and (member := self._members.get(node)) and digest in member.holds:
+                found[node] = member.holds[digest]
         return found
 
     def _for_all_wanted(self, links: int) -> int:
@@ -419,7 +420,7 @@ class Connections:
             if link.dialled and not ((known := self._known.get(link.dialled)) and known.lasting)
         ]
 
-    def _to_dial(self, now: float) -> dict[str, _Member]:
+    def _to_dial(self, now: float) -> dict[NodeId, _Member]:
         """Members that are neither linked nor dialled, nor out of reach just now, by id."""
         linked = {link.node for link in self._links.values()}
         known = {node: self._known.get(member.address) for node, member in self._members.items()}
@@ -430,7 +431,7 @@ class Connections:
             and ((k := known[node]) is None or (not k.dialling and k.due_at <= now))
         }
 
-    def _is_member(self, address: str) -> bool:
+    def _is_member(self, address: Address) -> bool:
         return address in self._living_at or self._known[address].node in self._members
 
     def _small(self) -> bool:
@@ -442,7 +443,7 @@ class Connections:
         """Whether links stand where gossip found nobody."""
         return not self._members and any(now - link.since >= GOSSIP_LATE_S for link in self._links.values())
 
-    def _linked(self) -> set[str]:
+    def _linked(self) -> set[Address]:
         nodes = {link.node for link in self._links.values()}
         dialled = {link.dialled for link in self._links.values()}
         claimed = {link.address for link in self._links.values()}
@@ -472,7 +473,7 @@ class Connections:
         )
 
 
-def _leads_to(address: str, known: _Address, link: _Link) -> bool:
+def _leads_to(address: Address, known: _Address, link: _Link) -> bool:
     claimed = address == link.address and not known.lasting
     return known.node == link.node or address == link.dialled or claimed
 

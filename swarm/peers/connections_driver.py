@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
+from swarm.content.manifest import Digest
 from swarm.errors import (
     NotAdmitted,
     PeerError,
@@ -32,7 +33,7 @@ from swarm.peers.connections import Connections
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
-from swarm.protocol.messages import Announcement, AnyMessage, Hello
+from swarm.protocol.messages import Address, Announcement, AnyMessage, Hello
 from swarm.security.rate_limit import MUTE_S, RateLimiter
 
 HELLO_TIMEOUT_S = 5.0
@@ -52,7 +53,7 @@ class Party(Host, Protocol):
     def token(self) -> str:
         """A fresh one, for one link."""
 
-    def reached(self, address: str) -> None:
+    def reached(self, address: Address) -> None:
         """A node was dialled there, and greeted."""
 
     def joined(self, peer: Peer) -> None:
@@ -109,7 +110,7 @@ class ConnectionsDriver:
         if not isinstance(event, connections.Tick):
             self._party.noticed()
 
-    async def converse(self, link: Link, *, dialled: str | None = None) -> None:
+    async def converse(self, link: Link, *, dialled: Address | None = None) -> None:
         """The life of one link, from hello to goodbye."""
         token = self._party.token()
         for transport in self._environment.transports:
@@ -131,7 +132,7 @@ class ConnectionsDriver:
             for transport in self._environment.transports:
                 await transport.revoke(token)
 
-    async def _dial(self, address: str) -> None:
+    async def _dial(self, address: Address) -> None:
         try:
             link = await self._environment.dial(address)
         except (PeerError, SettingsError) as error:
@@ -140,7 +141,7 @@ class ConnectionsDriver:
         else:
             await self.converse(link, dialled=address)
 
-    def _failed(self, address: str, error: SwarmError) -> None:
+    def _failed(self, address: Address, error: SwarmError) -> None:
         self._party.record("node", Unreached(address, error))
         self.meet(connections.DialFailed(address))
 
@@ -164,7 +165,7 @@ class ConnectionsDriver:
             raise PeerError(link.remote, "flooded this node, and is muted for a while")
         return Peer(next(self._numbers), link, theirs, token=token, transports=self._environment.transports)
 
-    async def _listen(self, peer: Peer, dialled: str | None) -> None:
+    async def _listen(self, peer: Peer, dialled: Address | None) -> None:
         self._links[peer.number] = peer
         writer = self._party.spawn(peer.write(), f"write to {peer.name}")
         why = "closed the link"
@@ -186,7 +187,7 @@ class ConnectionsDriver:
             if not self._closing:
                 self.meet(connections.LinkDown(peer.number))
 
-    def _welcome(self, peer: Peer, others: tuple[str, ...]) -> None:
+    def _welcome(self, peer: Peer, others: tuple[Address, ...]) -> None:
         if twin := self._party.peers.get(peer.node):
             self._forget(twin, "another link is open")
         self._party.peers[peer.node] = peer
@@ -234,5 +235,5 @@ class ConnectionsDriver:
         return f"<ConnectionsDriver {len(self._links)} links | {self.machine!r}>"
 
 
-def _wholes(artifacts: Iterable[Announcement]) -> Mapping[str, bool]:
+def _wholes(artifacts: Iterable[Announcement]) -> Mapping[Digest, bool]:
     return {announced.digest: announced.chunks == announced.chunks_total for announced in artifacts}

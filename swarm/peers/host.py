@@ -7,13 +7,14 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from swarm.peers.peer import Peer
+from swarm.protocol.messages import NodeId
 
 
 class Host(Protocol):
     """What a node does for its fetches and its uploads."""
 
-    id: str
-    peers: dict[str, Peer]  # by node id
+    id: NodeId
+    peers: dict[NodeId, Peer]  # by node id
 
     def now(self) -> float:
         """Seconds on the node's clock; callable from any thread."""

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Generic, TypeAlias, TypeVar
 
-from swarm.content.manifest import MANIFEST_BYTES_MAX, Manifest
+from swarm.content.manifest import MANIFEST_BYTES_MAX, Digest, Manifest
 from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
-from swarm.protocol.messages import Origin
+from swarm.protocol.messages import NodeId, Origin
 
 T = TypeVar("T")
 Question: TypeAlias = messages.ManifestRequest | messages.OriginRequest
@@ -25,12 +25,12 @@ Answer: TypeAlias = messages.ManifestPart | messages.OriginReply
 class ManifestRequests:
     """This node's open questions, and its answers to others'. `lookup` says what this node has of a digest."""
 
-    def __init__(self, lookup: Callable[[str], tuple[Manifest, Origin | None] | None]) -> None:
+    def __init__(self, lookup: Callable[[Digest], tuple[Manifest, Origin | None] | None]) -> None:
         self._lookup = lookup
-        self._manifests: dict[tuple[str, str], _Manifest] = {}
-        self._origins: dict[tuple[str, str], _Open[Origin | None]] = {}
+        self._manifests: dict[tuple[NodeId, Digest], _Manifest] = {}
+        self._origins: dict[tuple[NodeId, Digest], _Open[Origin | None]] = {}
 
-    async def manifest(self, peer: Peer, digest: str, *, timeout_s: float) -> bytes:
+    async def manifest(self, peer: Peer, digest: Digest, *, timeout_s: float) -> bytes:
         """A manifest's bytes as one peer sends them: bounded, but not checked. Raises PeerError."""
         if peer.why_gone:  # nobody would say so later: `left` was called before
             raise PeerError(peer.name, peer.why_gone)
@@ -43,7 +43,7 @@ class ManifestRequests:
         except TimeoutError:
             raise PeerTimeout(peer.name, f"did not send its manifest within {timeout_s:g} s") from None
 
-    async def origin(self, peer: Peer, digest: str, *, timeout_s: float) -> Origin | None:
+    async def origin(self, peer: Peer, digest: Digest, *, timeout_s: float) -> Origin | None:
         """Where a peer says that a checkpoint came from; None when it does not know or does not answer."""
         if peer.why_gone:
             return None
@@ -80,7 +80,7 @@ class ManifestRequests:
         elif waiting := self._origins.get(key):
             waiting.succeed(answer.origin)
 
-    def left(self, node: str, why: str) -> None:
+    def left(self, node: NodeId, why: str) -> None:
         """A peer is gone."""
         for (asked, _), inquiry in self._manifests.items():
             if asked == node:

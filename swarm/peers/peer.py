@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 
-from swarm.content.manifest import MANIFEST_BYTES_MAX
+from swarm.content.manifest import MANIFEST_BYTES_MAX, Digest
 from swarm.errors import TransportError
 from swarm.net.websocket import Link
 from swarm.protocol.messages import FRAME_MESSAGES_MAX, Announcement, Hello, Holdings, Interest, ManifestPart, Message
@@ -33,9 +33,9 @@ class Peer:
         self.hello = hello
         self.token = token
         self.link = link
-        self.artifacts: dict[str, Announcement] = {a.digest: a for a in hello.artifacts}
-        self.wants: set[str] = set()  # digests it asked to hear about
-        self.asked: set[str] = set()  # digests it was asked to tell about
+        self.artifacts: dict[Digest, Announcement] = {a.digest: a for a in hello.artifacts}
+        self.wants: set[Digest] = set()  # digests it asked to hear about
+        self.asked: set[Digest] = set()  # digests it was asked to tell about
         self.why_gone: str | None = None  # set by whoever cuts it off
         self._outbox: deque[Message] = deque()  # until the link has taken them
         self._posted = asyncio.Event()

@@ -21,6 +21,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from swarm.protocol.messages import NodeId
+
 LINKS_FIRST = 4  # at once
 LINKS_WANTED = 12  # from SETTLE_S on
 LINKS_FULL = 16  # a newcomer accepts no more; whoever asks looks elsewhere
@@ -39,7 +41,7 @@ class Candidate:
     `borders` on the way to it: 0 it is on this host, 1 in this rack, 2 elsewhere.
     """
 
-    node: str
+    node: NodeId
     whole: bool
     distance: int
     load: float

@@ -23,11 +23,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, NewType, TypeAlias
 
 import msgspec
 
-from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, Digest, Tier
+from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, PRINTABLE, Digest, ModelId, Tier
 
 PROTOCOL = 3
 
@@ -43,10 +43,10 @@ ANNOUNCED_MAX = 256  # artifacts of a node
 ADDRESSES_MAX = 64  # addresses in a Members message
 RUNS_MAX = 4096  # runs in a Have message
 
-PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*\Z"  # no control characters, because texts are printed to terminals
 Text = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
-ModelId = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
-NodeId = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+NodeId = NewType("NodeId", Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")])
+Address = NewType("Address", str)  # HOST:PORT of a node
+AddressText = Annotated[Address, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 ChunkIndex = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
 Bits = Annotated[bytes, msgspec.Meta(max_length=CHUNKS_MAX // 8)]
@@ -89,7 +89,7 @@ class Hello(Message, frozen=True):
     software: Text
     node: NodeId
     name: Text
-    address: Text
+    address: AddressText
     token: Token
     transports: Annotated[tuple[Endpoint, ...], msgspec.Meta(max_length=16)]
     artifacts: Annotated[tuple[Announcement, ...], msgspec.Meta(max_length=ANNOUNCED_MAX)]
@@ -104,7 +104,7 @@ class Announce(Message, frozen=True):
 class Members(Message, frozen=True):
     """Addresses of the nodes linked to the sender. A newcomer that knows a single address learns the others."""
 
-    addresses: Annotated[tuple[Text, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
+    addresses: Annotated[tuple[AddressText, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 
 
 class ManifestRequest(Message, frozen=True):

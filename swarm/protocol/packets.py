@@ -23,9 +23,9 @@ from typing import Annotated, TypeAlias
 import msgspec
 from msgspec.structs import replace as replace  # for modules that must not import msgspec
 
-from swarm.content.manifest import CHUNKS_MAX, Digest, Tier
+from swarm.content.manifest import CHUNKS_MAX, PRINTABLE, Digest, ModelId, Tier
 from swarm.errors import LocalProtocolError
-from swarm.protocol.messages import PRINTABLE, ModelId, NodeId, Scheme
+from swarm.protocol.messages import Address, NodeId, Scheme
 
 VERSION = 1
 
@@ -43,12 +43,12 @@ SOFTWARE_MAX = 32  # ASCII characters of a swarm version
 STEPS = 8  # fractions are rounded to eighths: each step costs every member a rumour
 
 Label = Annotated[str, msgspec.Meta(max_length=LABEL_MAX, pattern=PRINTABLE)]
-Address = Annotated[str, msgspec.Meta(min_length=1, max_length=260, pattern=PRINTABLE)]
+AddressLabel = Annotated[Address, msgspec.Meta(min_length=1, max_length=260, pattern=PRINTABLE)]
 Software = Annotated[str, msgspec.Meta(max_length=SOFTWARE_MAX, pattern=r"^[!-~]*\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 VERSION_MAX = 1 << 53
 Version = Annotated[int, msgspec.Meta(ge=0, le=VERSION_MAX)]
-ID_FIRST, ID_LAST = "0" * 16, "f" * 16
+ID_FIRST, ID_LAST = NodeId("0" * 16), NodeId("f" * 16)
 
 
 class State(IntEnum):
@@ -112,7 +112,7 @@ class Record(_Array, frozen=True, tag=2):
     state: State
     version: Version
     name: Label
-    address: Address
+    address: AddressLabel
     profile: Profile
 
     @property
@@ -168,7 +168,7 @@ class Sync(_Array, frozen=True, tag=5):
     statuses: Annotated[tuple[Status, ...], msgspec.Meta(max_length=STATUSES_MAX)]
 
     @property
-    def sender(self) -> str:
+    def sender(self) -> NodeId:
         """Node id of the sender."""
         return self.record.node
 
@@ -259,9 +259,9 @@ def batches(records: Iterable[Record]) -> list[tuple[Record, ...]]:
     return [tuple(group) for group in groups]
 
 
-def following(node: str) -> str:
+def following(node: NodeId) -> NodeId:
     """The node id after `node` on the ring: after the last id comes the first."""
-    return f"{(int(node, 16) + 1) % (1 << 64):016x}"
+    return NodeId(f"{(int(node, 16) + 1) % (1 << 64):016x}")
 
 
 def _step(part: int, whole: int) -> int:

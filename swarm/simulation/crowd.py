@@ -19,14 +19,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swarm.content.bitfield import Bitfield, runs
-from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
+from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest
 from swarm.errors import LocalProtocolError
 from swarm.node.node import TICK_S
 from swarm.peers import selection
 from swarm.peers.connections import LINKS_MAX
 from swarm.peers.selection import Candidate
 from swarm.protocol import messages
-from swarm.protocol.messages import Message
+from swarm.protocol.messages import Message, NodeId
 from swarm.simulation.report import Report
 from swarm.simulation.setup import SLOWER, Setup
 from swarm.simulation.wire import Clock, Domain, Flow, Host, Trunk, Wire
@@ -36,7 +36,7 @@ from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import NOTHING_RETRY_S, REFUSED_RETRY_S
 
-DIGEST, SCHEME = "0" * 64, "simulated"
+DIGEST, SCHEME = Digest("0" * 64), "simulated"
 FRAME_BYTES = 8  # around each message
 UPLOAD_SLOTS = 8
 IDLE_TIMEOUT_S = 5.0
@@ -61,14 +61,14 @@ class Died:
 
 @dataclass
 class _Receiving:
-    source: str
+    source: NodeId
     touched_at: float
     granted: bool = False
 
 
 @dataclass
 class _Member:
-    name: str
+    name: NodeId
     host: Host
     machine: int
     rack: int
@@ -81,11 +81,11 @@ class _Member:
     load: int = 0  # what others know of how many links it has
     control_bytes: int = 0
     upload: Upload = field(default_factory=lambda: Upload(slots=UPLOAD_SLOTS))
-    links: dict[str, _Member] = field(default_factory=dict)
+    links: dict[NodeId, _Member] = field(default_factory=dict)
     fresh: list[int] = field(default_factory=list)
     told_at: float = -math.inf
-    requests: dict[tuple[str, int], messages.Request] = field(default_factory=dict)
-    sending: dict[tuple[str, int], tuple[Flow, float]] = field(default_factory=dict)  # with the time when it began
+    requests: dict[tuple[NodeId, int], messages.Request] = field(default_factory=dict)
+    sending: dict[tuple[NodeId, int], tuple[Flow, float]] = field(default_factory=dict)  # with the time when it began
     receiving: dict[int, _Receiving] = field(default_factory=dict)
 
     @property
@@ -115,14 +115,14 @@ class Crowd:
         entries = (ChunkEntry(setup.chunk_bytes, "0" * 32),) * setup.chunks
         files = (FileEntry("model", setup.copy_bytes, "", entries),)
         self._manifest = Manifest(1, "checkpoint", "", HashScheme(), setup.chunk_bytes, files)
-        self._members: dict[str, _Member] = {}
+        self._members: dict[NodeId, _Member] = {}
         self._machines: dict[int, Domain] = {}
         self._racks = [
             Domain(Trunk(setup.rack_bytes_per_s), Trunk(setup.rack_bytes_per_s))
             for _ in range(setup.racks if setup.racks > 1 else 0)
         ]
-        self._seeds = [f"seed-{number}" for number in range(setup.seeds)]  # alive
-        self._names = [f"newcomer-{number}" for number in range(setup.newcomers)]
+        self._seeds = [NodeId(f"seed-{number}") for number in range(setup.seeds)]  # alive
+        self._names = [NodeId(f"newcomer-{number}") for number in range(setup.newcomers)]
         self._slow, self._late, self._doomed = (
             frozenset(self._rng.sample(self._names, round(part * setup.newcomers)))
             for part in (setup.slow, setup.late, setup.kill_newcomers)
@@ -200,7 +200,7 @@ class Crowd:
 
     # Members
 
-    def _add(self, name: str, *, machine: int, whole: bool = False) -> _Member:
+    def _add(self, name: NodeId, *, machine: int, whole: bool = False) -> _Member:
         setup, shared, rate = self.setup, None, self.setup.rate_bytes_per_s
         if setup.per_machine > 1 and not whole:
             shared = self._machines.setdefault(machine, Domain(Trunk(rate), Trunk(rate)))
@@ -215,7 +215,7 @@ class Crowd:
         member.superseed = Superseed(setup.chunks, rng=rng) if whole else None
         return member
 
-    def _ask(self, name: str, number: int) -> None:
+    def _ask(self, name: NodeId, number: int) -> None:
         setup = self.setup
         member = self._add(name, machine=setup.seeds + number // setup.per_machine)
         member.download = Download(
@@ -233,7 +233,7 @@ class Crowd:
         self._clock.after(TICK_S, self._tick, member)
         self._tell_mates_soon()
 
-    def _kill(self, name: str) -> None:
+    def _kill(self, name: NodeId) -> None:
         member = self._members[name]
         self._note(member, Died())
         self._wire.kill(member.host)
@@ -244,7 +244,7 @@ class Crowd:
             self._clock.after(self.setup.noticed_s + self.setup.delay_s, self._lose, other, name)
         self._tell_mates_soon()
 
-    def _lose(self, member: _Member, name: str) -> None:
+    def _lose(self, member: _Member, name: NodeId) -> None:
         if member.links.pop(name, None) and member.host.alive:
             for number in [number for number, it in member.receiving.items() if it.source == name]:
                 del member.receiving[number]

@@ -21,7 +21,7 @@ import numpy as np
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Manifest
 from swarm.errors import LocalProtocolError
-from swarm.protocol.messages import PACE_BYTES_PER_S_MAX, REQUEST_CHUNKS_MAX
+from swarm.protocol.messages import PACE_BYTES_PER_S_MAX, REQUEST_CHUNKS_MAX, NodeId
 from swarm.transfer import scheduler
 
 # One wrong chunk may be a flaky wire. So many from one peer, and more than this part of all that it sent, is a broken
@@ -42,7 +42,7 @@ class PeerJoined:
     `usual_bytes_per_s`: what is expected of it until it is measured; 0: anything.
     """
 
-    peer: str
+    peer: NodeId
     holds: Bitfield
     superseeds: bool = False
     distance: int = 0
@@ -53,15 +53,15 @@ class PeerJoined:
 class Mates:
     """Who fetches the same on this host, and who in this rack (with those on this host), by name. Without oneself."""
 
-    on_host: frozenset[str]
-    in_rack: frozenset[str]
+    on_host: frozenset[NodeId]
+    in_rack: frozenset[NodeId]
 
 
 @dataclass(frozen=True)
 class PeerPlaced:
     """Only now is it known how many borders are on the way to a peer."""
 
-    peer: str
+    peer: NodeId
     distance: int
 
 
@@ -69,7 +69,7 @@ class PeerPlaced:
 class PeerHas:
     """A peer verified more chunks."""
 
-    peer: str
+    peer: NodeId
     chunks: tuple[int, ...]
 
 
@@ -77,7 +77,7 @@ class PeerHas:
 class PeerLeft:
     """The link to a peer is gone; its transfers fail with it."""
 
-    peer: str
+    peer: NodeId
     why: str
 
 
@@ -85,7 +85,7 @@ class PeerLeft:
 class Granted:
     """A peer starts to send a transfer of these chunks."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     chunks: tuple[int, ...]
 
@@ -94,7 +94,7 @@ class Granted:
 class Declined:
     """A seed would rather not repeat itself: ask others, and it again after `retry_s`."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     retry_s: float
 
@@ -103,7 +103,7 @@ class Declined:
 class ChunksVerified:
     """Chunks of a transfer arrived, their digests are right, and they lie in their places."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     chunks: tuple[int, ...]
 
@@ -112,7 +112,7 @@ class ChunksVerified:
 class ChunkCorrupt:
     """A chunk arrived with the wrong digest."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     chunk: int
 
@@ -121,7 +121,7 @@ class ChunkCorrupt:
 class TransferEnded:
     """All bytes of a transfer arrived. Says nothing about their digests."""
 
-    peer: str
+    peer: NodeId
     transfer: int
 
 
@@ -129,7 +129,7 @@ class TransferEnded:
 class TransferFailed:
     """A transfer broke off, was refused or fell silent; what of it did not arrive is missing again."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     why: str
     retry_s: float = 0.0
@@ -144,7 +144,7 @@ class Tick:
 class Ask:
     """Ask a peer for these chunks, or for up to `count` of its choice, as one transfer; and the schedule's reason."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     chunks: tuple[int, ...]
     why: str
@@ -158,7 +158,7 @@ class Ask:
 class Cancel:
     """Tell a peer that a transfer is not wanted any more, and stop receiving it."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     why: str
 
@@ -174,7 +174,7 @@ class Announce:
 class Ban:
     """Have nothing to do with a peer any more."""
 
-    peer: str
+    peer: NodeId
     why: str
 
 
@@ -211,7 +211,7 @@ Action: TypeAlias = Ask | Cancel | Announce | Ban | Complete | GiveUp
 
 @dataclass
 class _Transfer:
-    peer: str
+    peer: NodeId
     chunks: set[int]  # not arrived yet; of a peer's own choice: none before the grant
     size: int
     asked_at: float
@@ -246,7 +246,7 @@ class Download:
         manifest: Manifest,
         held: Bitfield,
         *,
-        node: str,
+        node: NodeId,
         now: float,
         stall_timeout_s: float,
         transfer_ids: Iterator[int],
@@ -254,7 +254,7 @@ class Download:
     ) -> None:
         self.manifest = manifest
         self.held = held
-        self.sources: dict[str, int] = {}  # bytes of verified chunks by peer
+        self.sources: dict[NodeId, int] = {}  # bytes of verified chunks by peer
         self._has_mates = False
         self.rejected_chunks = 0
         self.done = False
@@ -264,8 +264,8 @@ class Download:
         self._now = now
         self._began = now
         self._progress_at = now
-        self._peers: dict[str, _Peer] = {}
-        self._banned: set[str] = set()
+        self._peers: dict[NodeId, _Peer] = {}
+        self._banned: set[NodeId] = set()
         self._transfers: dict[int, _Transfer] = {}
         self._requested = np.zeros(held.length, dtype=np.uint8)
         self._free = ~held.mask  # missing and asked of nobody
@@ -276,7 +276,7 @@ class Download:
         self._nearer = [np.zeros(held.length, dtype=np.int32) for _ in range(DISTANCE_MAX + 1)]
         self._starved = False
         self._transfer_ids = transfer_ids  # shared by all downloads of a node: unique on every link
-        self._last_words: dict[str, str] = {}
+        self._last_words: dict[NodeId, str] = {}
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about one event. After Complete or GiveUp the machine is done and does nothing more."""
@@ -363,7 +363,7 @@ class Download:
         # What a seed holds is not to be had for the asking.
         return [] if peer.superseeds else self._nearer[peer.distance + 1 :]
 
-    def _learn(self, name: str, chunks: Iterable[int]) -> None:
+    def _learn(self, name: NodeId, chunks: Iterable[int]) -> None:
         if peer := self._peers.get(name):
             counts = (self._rarity, *self._counts_nearer(peer))
             for chunk in chunks:
@@ -451,7 +451,7 @@ class Download:
             self._request(ask.chunks)
         return actions
 
-    def _askable(self) -> dict[str, _Peer]:
+    def _askable(self) -> dict[NodeId, _Peer]:
         total = len(self._peers)
         most, most_of_seeds = scheduler.outstanding_max(False, total), scheduler.outstanding_max(True, total)
         return {
@@ -486,7 +486,7 @@ class Download:
     def _size(self, chunks: Iterable[int]) -> int:
         return sum(self.manifest.chunks[chunk].size for chunk in chunks)
 
-    def _view(self, askable: dict[str, _Peer]) -> scheduler.View:
+    def _view(self, askable: dict[NodeId, _Peer]) -> scheduler.View:
         others = [peer for peer in self._peers.values() if not peer.superseeds]
         within: list[scheduler.Mask | None] = [None] * (DISTANCE_MAX + 1)
         if not self._starved:
@@ -526,7 +526,7 @@ class Download:
         pace = sum(self.sources.values()) / elapsed_s if elapsed_s > 0 else 0.0
         return min(round(pace), PACE_BYTES_PER_S_MAX)
 
-    def _measure(self, name: str, number: int) -> None:
+    def _measure(self, name: NodeId, number: int) -> None:
         peer, transfer = self._peers.get(name), self._transfers.get(number)
         if peer is None or transfer is None or transfer.granted_at is None:
             return
@@ -544,7 +544,7 @@ class Download:
             transfer.chunks.remove(chunk)
             self._unrequest(chunk)
 
-    def _fail(self, name: str, number: int, why: str, retry_s: float) -> None:
+    def _fail(self, name: NodeId, number: int, why: str, retry_s: float) -> None:
         if number in self._transfers and (peer := self._peers.get(name)):  # else the peer left, which says more
             self._last_words[name] = why
             peer.failures += 1
@@ -555,7 +555,7 @@ class Download:
         pause_s = min(REST_FIRST_S * 2.0 ** (peer.failures - 1), REST_LONGEST_S)
         peer.resting_until = self._now + max(pause_s, at_least_s)
 
-    def _leave(self, name: str, why: str) -> None:
+    def _leave(self, name: NodeId, why: str) -> None:
         self._last_words[name] = why
         if peer := self._peers.pop(name, None):
             self._count(peer, -1)
@@ -581,7 +581,7 @@ class Download:
         silent = dict.fromkeys(self._peers, "holds nothing that is missing")
         return tuple(f"{name}: {words}" for name, words in sorted({**silent, **self._last_words}.items()))
 
-    def distance(self, peer: str) -> int | None:
+    def distance(self, peer: NodeId) -> int | None:
         """How many are on the way to a peer, as far as is known; None: it has not joined."""
         return known.distance if (known := self._peers.get(peer)) else None
 

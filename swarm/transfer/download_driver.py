@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import Chunk
+from swarm.content.manifest import Chunk, Digest, ModelId
 from swarm.errors import (
     LocalProtocolError,
     PeerError,
@@ -32,6 +32,7 @@ from swarm.journal import Received
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
+from swarm.protocol.messages import NodeId
 from swarm.store import Store, View
 from swarm.transfer import download, scheduler
 from swarm.transfer.download import Download
@@ -59,7 +60,7 @@ class DownloadDriver:
 
     def __init__(
         self,
-        model_id: str,
+        model_id: ModelId,
         store: Store,
         held: Bitfield,
         *,
@@ -79,7 +80,7 @@ class DownloadDriver:
             transfer_ids=transfer_ids,
             rng=rng,
         )
-        self.names: dict[str, str] = {}  # of everyone ever asked, who may be gone by the end
+        self.names: dict[NodeId, str] = {}  # of everyone ever asked, who may be gone by the end
         self._fresh: list[int] = []
         self._tell = tell
         self._told_at = -math.inf
@@ -122,7 +123,7 @@ class DownloadDriver:
         others = {name for node, name in self.names.items() if node != peer.node}
         self.names[peer.node] = f"{peer.name} ({peer.hello.address})" if peer.name in others else peer.name
 
-    def placed(self, node: str, distance: int) -> None:
+    def placed(self, node: NodeId, distance: int) -> None:
         """So many borders are on the way to a peer."""
         if self.machine.distance(node) not in (None, distance):
             self.handle(download.PeerPlaced(node, distance))
@@ -134,7 +135,7 @@ class DownloadDriver:
             self.handle(mates)
 
     @property
-    def digest(self) -> str:
+    def digest(self) -> Digest:
         """Of what is fetched."""
         return self._manifest.digest
 
@@ -319,13 +320,13 @@ class DownloadDriver:
             receiving.task.cancel()
             await asyncio.gather(receiving.task, return_exceptions=True)
 
-    def _cancel(self, node: str, number: int) -> None:
+    def _cancel(self, node: NodeId, number: int) -> None:
         if peer := self._host.peers.get(node):
             peer.post(messages.Cancel(number))
         if (receiving := self._receiving.get(number)) and receiving.task:
             receiving.task.cancel()
 
-    def _forsake(self, node: str) -> None:
+    def _forsake(self, node: NodeId) -> None:
         """Nobody will say any more what a peer that is gone chose; the end of a session ends what is on its way."""
         for receiving in self._receiving.values():
             if receiving.peer.node == node and receiving.task and not receiving.chunks.done():
@@ -343,7 +344,8 @@ class DownloadDriver:
         return receiving if receiving and receiving.peer is peer else None
 
     def _with_name(self, words: str) -> str:
-        node, _, rest = words.partition(":")
+        name, _, rest = words.partition(":")
+        node = NodeId(name)
         peer = self._host.peers.get(node)
         return f"{peer.name if peer else self.names.get(node, node)}:{rest}"
 

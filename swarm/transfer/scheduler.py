@@ -27,6 +27,8 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from swarm.protocol.messages import NodeId
+
 Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int32]
 
@@ -47,7 +49,7 @@ class PeerView:
     `within`: the chunks that may be asked of it, when it is beyond a border that each chunk should cross once.
     """
 
-    name: str
+    name: NodeId
     holds: Mask
     outstanding: int
     rate_bytes_per_s: float
@@ -82,7 +84,7 @@ class Ask:
     `hungry` tells a seed that the newcomer cannot keep its link busy otherwise.
     """
 
-    peer: str
+    peer: NodeId
     why: str
     chunks: tuple[int, ...] = ()
     count: int = 0
@@ -174,7 +176,7 @@ def _lends(peer: PeerView) -> Mask:
     return peer.holds if peer.within is None else peer.holds & peer.within
 
 
-def imports(own: str, mates: Collection[str], length: int) -> Mask:
+def imports(own: NodeId, mates: Collection[NodeId], length: int) -> Mask:
     """The chunks, out of `length`, that this node brings into a domain for all of it: each has one importer there.
 
     Rendezvous hashing (Thaler and Ravishankar, 1996): who scores highest for a chunk imports it, so that a member
@@ -190,7 +192,7 @@ def imports(own: str, mates: Collection[str], length: int) -> Mask:
 
 
 @lru_cache(maxsize=1024)
-def _scores(name: str, length: int) -> npt.NDArray[np.uint64]:
+def _scores(name: NodeId, length: int) -> npt.NDArray[np.uint64]:
     start = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
     mixed = start + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

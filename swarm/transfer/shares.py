@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from swarm.content.bitfield import Bitfield, runs
-from swarm.content.manifest import Manifest
+from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import RemoteProtocolError, SettingsError, SwarmError
 from swarm.journal import ArtifactsAnnounced
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
-from swarm.protocol.messages import Announcement, AnyMessage, Origin
+from swarm.protocol.messages import Announcement, AnyMessage, NodeId, Origin
 from swarm.protocol.packets import Holding
 from swarm.store import Source
 from swarm.transfer import download
@@ -34,7 +34,7 @@ ANNOUNCE_EVERY_S = 1.0  # progress for people to look at
 class Share:
     """One artifact. Its `source` has the chunks in `held`; `fetching` is set while more arrive."""
 
-    model_id: str
+    model_id: ModelId
     source: Source
     held: Bitfield
     origin: Origin | None
@@ -73,16 +73,16 @@ class Shares:
     """
 
     def __init__(
-        self, *, host: Host, rng: random.Random, announced: Callable[[], None], distance: Callable[[str], int]
+        self, *, host: Host, rng: random.Random, announced: Callable[[], None], distance: Callable[[NodeId], int]
     ) -> None:
-        self.shares: dict[str, Share] = {}  # by digest
+        self.shares: dict[Digest, Share] = {}  # by digest
         self._host = host
         self._distance = distance
         self._rng = rng
         self._announced = announced
         self._announced_at = 0.0
 
-    def serve(self, model_id: str, source: Source, origin: Origin | None) -> None:
+    def serve(self, model_id: ModelId, source: Source, origin: Origin | None) -> None:
         """Shares a complete artifact. Raises SettingsError, see `Node.serve`."""
         if why := messages.unsayable(model_id):
             raise SettingsError("model_id", why)
@@ -108,7 +108,7 @@ class Shares:
             peer.asked.discard(digest)
             self.inquire(peer)
 
-    def remove(self, digest: str, why: str) -> Share | None:
+    def remove(self, digest: Digest, why: str) -> Share | None:
         """Ends what is shared under a digest; its sources stay open until whoever reads them has ended."""
         if share := self.shares.pop(digest, None):
             if share.fetching:
@@ -116,7 +116,7 @@ class Shares:
             self.announce()
         return share
 
-    async def own(self, digest: str) -> Share | None:
+    async def own(self, digest: Digest) -> Share | None:
         """What this node holds whole already, possibly after another fetch of it has ended."""
         while (share := self.shares.get(digest)) and not share.settled.is_set():
             await share.settled.wait()
@@ -126,7 +126,7 @@ class Shares:
         """All fetches that run."""
         return [share.fetching for share in self.shares.values() if share.fetching]
 
-    def rank(self, digest: str) -> tuple[int, int]:
+    def rank(self, digest: Digest) -> tuple[int, int]:
         """Which of how many seeds of an artifact this node is, as far as it is linked with them."""
         others = [node for node, p in self._host.peers.items() if (a := p.artifacts.get(digest)) and a.superseeds]
         return sum(node < self._host.id for node in others), len(others) + 1
@@ -154,7 +154,7 @@ class Shares:
                 share.fetching.meet(peer)
                 peer.post(messages.Interest(digest, share.held.pack()))
 
-    def tell(self, digest: str, chunks: list[int]) -> None:
+    def tell(self, digest: Digest, chunks: list[int]) -> None:
         """Tells everyone interested that these chunks were verified."""
         told = runs(sorted(chunks))
         for start in range(0, len(told), messages.RUNS_MAX):

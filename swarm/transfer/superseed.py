@@ -18,6 +18,7 @@ import numpy as np
 
 from swarm.content.bitfield import Bitfield
 from swarm.errors import LocalProtocolError
+from swarm.protocol.messages import NodeId
 from swarm.transfer import scheduler
 
 
@@ -34,17 +35,17 @@ class Superseed:
     def __init__(self, length: int, *, rng: random.Random) -> None:
         self._given = np.zeros(length, dtype=np.int32)
         self._held = np.zeros(length, dtype=np.int32)
-        self._newcomers: dict[str, _Newcomer] = {}
+        self._newcomers: dict[NodeId, _Newcomer] = {}
         self._own = 0, 1, np.ones(length, dtype=np.bool_)  # the territory of rank 0 of 1
         self._rng = rng
 
-    def joined(self, peer: str, holds: Bitfield) -> None:
+    def joined(self, peer: NodeId, holds: Bitfield) -> None:
         """A newcomer says what it holds."""
         self.left(peer)
         self._newcomers[peer] = _Newcomer(holds, Bitfield(holds.length))
         self._held += holds.mask
 
-    def has(self, peer: str, chunks: Iterable[int]) -> None:
+    def has(self, peer: NodeId, chunks: Iterable[int]) -> None:
         """A newcomer verified more chunks."""
         if newcomer := self._newcomers.get(peer):
             for chunk in chunks:
@@ -52,7 +53,7 @@ class Superseed:
                     newcomer.holds.add(chunk)
                     self._held[chunk] += 1
 
-    def choose(self, peer: str, count: int, *, starving: bool, rank: int, seeds: int) -> tuple[int, ...]:
+    def choose(self, peer: NodeId, count: int, *, starving: bool, rank: int, seeds: int) -> tuple[int, ...]:
         """The chunks to send to a newcomer now, at most `count`; none when it had better ask its peers.
 
         This seed is number `rank` of `seeds`; chunk c is the territory of seed c modulo `seeds`.
@@ -86,7 +87,7 @@ class Superseed:
             self._own = rank, seeds, np.arange(len(self._given)) % seeds == rank
         return self._own[2]
 
-    def failed(self, peer: str, chunks: Iterable[int]) -> None:
+    def failed(self, peer: NodeId, chunks: Iterable[int]) -> None:
         """A transfer of these chunks did not get through."""
         if newcomer := self._newcomers.get(peer):
             for chunk in chunks:
@@ -94,7 +95,7 @@ class Superseed:
                     newcomer.sent.discard(chunk)
                     self._given[chunk] -= 1
 
-    def left(self, peer: str) -> None:
+    def left(self, peer: NodeId) -> None:
         """A newcomer is gone, and with it what it held."""
         if newcomer := self._newcomers.pop(peer, None):
             self._held -= newcomer.holds.mask

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from swarm.errors import LocalProtocolError
-from swarm.protocol.messages import RefusalReason
+from swarm.protocol.messages import NodeId, RefusalReason
 
 QUEUED_PER_PEER_MAX = 16  # a well-behaved peer asks for two batches ahead
 ACTIVE_PER_PEER_MAX = 2  # the second lets the wire go on while the first one's end is being told
@@ -46,7 +46,7 @@ BUSY_RETRY_S = 1.0
 class Requested:
     """A peer asks for a transfer of `size` bytes. It got so much since it began; `sources`: see `messages.Request`."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     size: int
     sources: int = 0
@@ -57,7 +57,7 @@ class Requested:
 class Cancelled:
     """A peer does not want a transfer any more."""
 
-    peer: str
+    peer: NodeId
     transfer: int
 
 
@@ -65,7 +65,7 @@ class Cancelled:
 class Ended:
     """A granted transfer is off the wire, `whole` or not; it held its slot for so long."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     seconds: float
     whole: bool = True
@@ -75,14 +75,14 @@ class Ended:
 class PeerLeft:
     """The link to a peer is gone."""
 
-    peer: str
+    peer: NodeId
 
 
 @dataclass(frozen=True)
 class Grant:
     """Send this transfer now. `sequence` counts grants to this peer."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     sequence: int
 
@@ -91,7 +91,7 @@ class Grant:
 class Stop:
     """Stop sending a transfer that was granted."""
 
-    peer: str
+    peer: NodeId
     transfer: int
 
 
@@ -99,7 +99,7 @@ class Stop:
 class Refuse:
     """Tell the peer that it will not get this transfer."""
 
-    peer: str
+    peer: NodeId
     transfer: int
     reason: RefusalReason
     retry_s: float
@@ -123,7 +123,7 @@ class Upload:
 
     def __init__(self, *, slots: int) -> None:
         self._slots = slots
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[NodeId, _Peer] = {}
         self._level = 0.0  # what the peer granted last had been charged before
         self._taken_s, self._taken_bytes = 0.0, 0  # by whole transfers that are charged by time
 

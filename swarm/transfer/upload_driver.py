@@ -14,13 +14,13 @@ from functools import partial
 from typing import Protocol
 
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import Chunk, Manifest
+from swarm.content.manifest import Chunk, Digest, Manifest
 from swarm.errors import RemoteProtocolError, StoreError, TransportError
 from swarm.journal import Sent
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
-from swarm.protocol.messages import RefusalReason
+from swarm.protocol.messages import NodeId, RefusalReason
 from swarm.store import AnySpan, DeviceSource, Source
 from swarm.transfer import upload
 from swarm.transfer.superseed import Superseed
@@ -66,9 +66,9 @@ class UploadDriver:
         *,
         host: Host,
         transports: Sequence[Transport],
-        shares: Mapping[str, Servable],
-        rank: Callable[[str], tuple[int, int]],
-        withdraw: Callable[[str, str], object],
+        shares: Mapping[Digest, Servable],
+        rank: Callable[[Digest], tuple[int, int]],
+        withdraw: Callable[[Digest, str], object],
         slots: int,
         idle_timeout_s: float,
     ) -> None:
@@ -79,8 +79,8 @@ class UploadDriver:
         self._rank = rank
         self._withdraw = withdraw
         self._idle_timeout_s = idle_timeout_s
-        self._requests: dict[tuple[str, int], messages.Request] = {}
-        self._sending: dict[tuple[str, int], _Sending] = {}
+        self._requests: dict[tuple[NodeId, int], messages.Request] = {}
+        self._sending: dict[tuple[NodeId, int], _Sending] = {}
 
     def requested(self, peer: Peer, request: messages.Request) -> None:
         """A peer asks for chunks. Raises RemoteProtocolError when it uses a transfer's number twice."""
@@ -108,7 +108,7 @@ class UploadDriver:
         self._requests.pop((peer.node, number), None)
         self._handle(upload.Cancelled(peer.node, number))
 
-    def left(self, node: str) -> None:
+    def left(self, node: NodeId) -> None:
         """A peer is gone."""
         self._requests = {key: request for key, request in self._requests.items() if key[0] != node}
         self._handle(upload.PeerLeft(node))
@@ -182,7 +182,7 @@ class UploadDriver:
         rank, seeds = self._rank(request.digest)
         return share.superseed.choose(peer.node, request.count, starving=request.starving, rank=rank, seeds=seeds)
 
-    def _sent(self, node: str, number: int, task: asyncio.Task[bool]) -> None:
+    def _sent(self, node: NodeId, number: int, task: asyncio.Task[bool]) -> None:
         seconds = self._host.now() - self._sending.pop((node, number)).began_at
         whole = not task.cancelled() and task.exception() is None and task.result()
         self._handle(upload.Ended(node, number, seconds, whole))
