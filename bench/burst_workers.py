@@ -114,6 +114,7 @@ def swarm_liar(task: Task) -> None:
     """Announces the whole model; about every tenth chunk that it has is not what it says."""
     import swarm
     from swarm.checkpoint import manifest_builder
+    from swarm.content.manifest import ModelId
     from swarm.runtime import runtime
 
     peers = tuple(f"{seed}:{SWARM_PORT}" for seed in task.seeds)
@@ -133,7 +134,7 @@ def swarm_liar(task: Task) -> None:
 
     async def serve() -> None:
         node = await runtime().acquire(settings)
-        node.serve(MODEL_ID, Lies(source))
+        node.serve(ModelId(MODEL_ID), Lies(source))
 
     runtime().run(serve())
     ready()

@@ -24,6 +24,7 @@ from typing import Any
 from children import ROOT, host
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard.collector import Told
 from swarm.dashboard.member_report import CELLS_MAX, FetchSummary, Flow, Held, Known, Own
 from swarm.dashboard.server import ASSETS, asset
@@ -33,10 +34,13 @@ from swarm.net.http_pages import EventPage
 from swarm.net.listener import Listener
 from swarm.net.websocket import HttpLinks, Link
 from swarm.observe.fetch_history import Fetch
+from swarm.protocol.messages import NodeId
+
+ORG_MODEL = ModelId("org/model")
 
 CHROMIUM = "/usr/bin/chromium"
 RESULTS = ROOT / "bench" / "results"
-DIGEST = "d" * 64
+DIGEST = Digest("d" * 64)
 SIZE = 16_000_000_000
 CHUNKS = 1024
 SEEDS_PART = 40  # one member of so many is a seed
@@ -85,9 +89,9 @@ class Crowd:
 
     def timeline(self) -> Json:
         """Of a fetch that brought a chunk every fifth of a second from each source in turn."""
-        found = Fetch("org/model", DIGEST, SIZE, 0, 0.0, seconds=FETCH_S)
+        found = Fetch(ORG_MODEL, DIGEST, SIZE, 0, 0.0, seconds=FETCH_S)
         for chunk in range(300):
-            found.add(chunk / 5, self.ids[chunk % SOURCES], chunk, SIZE // CHUNKS)
+            found.add(chunk / 5, NodeId(self.ids[chunk % SOURCES]), chunk, SIZE // CHUNKS)
         said = found.timeline(FETCH_S)
         return said | {"lanes": [lane | {"name": lane["node"]} for lane in said["lanes"]]}
 
@@ -99,17 +103,18 @@ class Crowd:
         for cell in self._order[node][: int(part * CELLS_MAX)]:
             digits[cell] = "9"
         fetch = FetchSummary(
-            "org/model", DIGEST, SIZE, int(part * SIZE), rate, rate, (1 - part) * SIZE / rate if rate else None,
+            ORG_MODEL, DIGEST, SIZE, int(part * SIZE), rate, rate, (1 - part) * SIZE / rate if rate else None,
             FETCH_S, SOURCES, rate > 0, None,
         )  # fmt: skip
         flows = tuple(
-            Flow(DIGEST, "down", source, int(part * SIZE) // SOURCES, rate // SOURCES) for source in self._sources[node]
+            Flow(DIGEST, "down", NodeId(source), int(part * SIZE) // SOURCES, rate // SOURCES)
+            for source in self._sources[node]
         )
-        peers = tuple(Known(source, source[-4:], "127.0.0.1:1") for source in self._sources[node])
+        peers = tuple(Known(NodeId(source), source[-4:], "127.0.0.1:1") for source in self._sources[node])
         held = (Held(DIGEST, int(part * CHUNKS), CHUNKS, "".join(digits)),)
         number = int(node, 16)
         fetches = () if node in self.seeds else (fetch,)
-        return Own(node, f"host-{number // 4}", f"rack-{number // 40}", peers, flows, fetches, held, ())
+        return Own(NodeId(node), f"host-{number // 4}", f"rack-{number // 40}", peers, flows, fetches, held, ())
 
     def _report(self) -> dict[str, Any]:
         facts = {"state": "alive", "transport": None, "host": None, "rack": None, "uploads": 3, "slots": 8}

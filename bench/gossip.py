@@ -14,6 +14,7 @@ from pathlib import Path
 
 from gossip_real import real
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.membership import config
 from swarm.protocol.packets import Holding, Profile, State
 
@@ -98,7 +99,10 @@ def cost(members: int, *, busy: bool) -> tuple[float, float]:
     for step in range(2 * seconds):
         done = 10 * (step % 9)
         for name in found.hosts:
-            found.tell(name, Profile((Holding("org/a-model-7b", "a" * 64, "checkpoint", done, 80, done == 80),)))
+            found.tell(
+                name,
+                Profile((Holding(ModelId("org/a-model-7b"), Digest("a" * 64), "checkpoint", done, 80, done == 80),)),
+            )
         sent.append(bytes_per_s(found, 1.0))
     steady = sent[seconds:]
     return statistics.mean(one for one, _ in steady), statistics.mean(other for _, other in steady)

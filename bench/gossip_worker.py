@@ -19,6 +19,7 @@ from swarm.membership.config import SwimConfig, lan, local, wan
 from swarm.membership.swim import Changed
 from swarm.net.environment import HostEnvironment, machine_label
 from swarm.node.node import Node
+from swarm.protocol.messages import Address
 from swarm.settings import Settings
 
 NETWORKS: dict[str, SwimConfig] = {"local": local(), "lan": lan(), "wan": wan()}
@@ -34,7 +35,7 @@ class Counting(HostEnvironment):
     def send(self, address: str, datagram: bytes) -> None:
         self.sent_bytes += len(datagram) + UDP_IP_BYTES
         self.sent_datagrams += 1
-        super().send(address, datagram)
+        super().send(Address(address), datagram)
 
 
 async def main(network: str, *contacts: str) -> None:

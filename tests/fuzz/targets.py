@@ -20,12 +20,12 @@ from conformance.fake_gpu import FakeGpu
 
 from swarm.content import manifest, safetensors_header
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
+from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
 from swarm.errors import ManifestInvalid, SettingsError, TransportError
 from swarm.membership import config
 from swarm.membership.swim import Gossip, Heard
 from swarm.protocol import messages, packets
-from swarm.protocol.messages import Announcement, Endpoint, Origin
+from swarm.protocol.messages import Address, Announcement, Endpoint, NodeId, Origin
 from swarm.protocol.packets import Ack, Holding, Ping, PingRequest, Profile, Record, State, Status, Sync, SyncReply
 from swarm.security.datagram_seal import Opener, Sealer, SealKey
 from swarm.settings import join_address, split_address
@@ -36,9 +36,11 @@ from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.tcp import TcpTransport, preamble_of
 from swarm.transport.tcp_session import ABORT, DATA, END, HEADER, TcpInbound
 
+ORG_MODEL = ModelId("org/model")
+
 NOW = 1_800_000_000.0
-ME, ANN, BEN = "0" * 16, "1" * 16, "f" * 16
-DIGEST, TOKEN = "ab" * 32, "0123456789abcdef" * 2
+ME, ANN, BEN = NodeId("0" * 16), NodeId("1" * 16), NodeId("f" * 16)
+DIGEST, TOKEN = Digest("ab" * 32), "0123456789abcdef" * 2
 PREAMBLE = preamble_of(bytes.fromhex(TOKEN), 1)
 DEADLINE_S = 20.0
 WANTED = 40, 8  # bytes of the transfers that a holder was asked for
@@ -56,11 +58,11 @@ class Target:
 
 def _messages() -> list[bytes]:
     offers = (Endpoint("tcp", "10.0.0.1:7000"), Endpoint("inproc", "inproc://ab/0"))
-    artifacts = (Announcement("org/model", DIGEST, "checkpoint", 1 << 40, 3, 80, False),)
+    artifacts = (Announcement(ORG_MODEL, DIGEST, "checkpoint", 1 << 40, 3, 80, False),)
     said = (
-        messages.Hello(messages.PROTOCOL, "0.1.0", ANN, "node", "10.0.0.1:7000", TOKEN, offers, artifacts),
+        messages.Hello(messages.PROTOCOL, "0.1.0", ANN, "node", Address("10.0.0.1:7000"), TOKEN, offers, artifacts),
         messages.Announce(artifacts),
-        messages.Members(("10.0.0.1:7000", "[::1]:7000")),
+        messages.Members((Address("10.0.0.1:7000"), Address("[::1]:7000"))),
         messages.ManifestRequest(DIGEST),
         messages.ManifestPart(DIGEST, 100, 10, b"some of it"),
         messages.OriginRequest(DIGEST),
@@ -90,11 +92,17 @@ def feed_message(data: bytes) -> bool:
 
 
 def _packets() -> list[bytes]:
-    held = Holding("org/model", DIGEST, "checkpoint", 40, 80, False)
+    held = Holding(ORG_MODEL, DIGEST, "checkpoint", 40, 80, False)
     ann = Record(
-        ANN, 1, State.ALIVE, 2, "ann", "10.0.0.1:7000", Profile((held,), 1, ("tcp",), "host", "rack", 1, 8, "0.1.0")
+        ANN,
+        1,
+        State.ALIVE,
+        2,
+        "ann",
+        Address("10.0.0.1:7000"),
+        Profile((held,), 1, ("tcp",), "host", "rack", 1, 8, "0.1.0"),
     )
-    own = Record(ME, 0, State.ALIVE, 0, "me", "10.0.0.9:7000", Profile())
+    own = Record(ME, 0, State.ALIVE, 0, "me", Address("10.0.0.9:7000"), Profile())
     return [
         packets.encode(packet)
         for packet in (
@@ -103,7 +111,7 @@ def _packets() -> list[bytes]:
             Ack(1, ANN, (Status(ME, 1, State.DEAD, 2),)),
             packets.Gossip(ANN, (ann, own)),
             Sync(1, ann, ME, BEN, (Status(BEN, 1, State.ALIVE, 2),)),
-            SyncReply(1, ANN, (ann,), (ME, BEN), BEN),
+            SyncReply(1, ANN, (ann,), (NodeId(ME), NodeId(BEN)), BEN),
         )
     ]
 
@@ -115,8 +123,8 @@ def feed_gossip(data: bytes) -> bool:
     except ValueError:
         return False
     assert packets.decode(packets.encode(packet)) == packet
-    machine = Gossip(ME, "10.0.0.9:7000", name="me", tuning=config.lan(), now=NOW, rng=random.Random(1))
-    for event in (Heard("10.0.0.1:7000", packet),) * 2:
+    machine = Gossip(ME, Address("10.0.0.9:7000"), name="me", tuning=config.lan(), now=NOW, rng=random.Random(1))
+    for event in (Heard(Address("10.0.0.1:7000"), packet),) * 2:
         machine.handle(event, NOW)
         machine.check()
     return True

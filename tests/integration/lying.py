@@ -22,12 +22,12 @@ from aiohttp import web
 
 from swarm.checkpoint import manifest_builder
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import Chunk, Manifest
+from swarm.content.manifest import Chunk, Manifest, ModelId
 from swarm.errors import TransportError
 from swarm.net import websocket
 from swarm.net.listener import Listener
 from swarm.protocol import messages
-from swarm.protocol.messages import Message
+from swarm.protocol.messages import Address, Message, NodeId
 from swarm.store import Source, Span
 from swarm.transport import Outbound, Transfer
 from swarm.transport.tcp import MAGIC, TcpTransport
@@ -77,12 +77,14 @@ class LyingPeer:
     def hello(self) -> messages.Hello:
         chunks = len(self.manifest.chunks)
         announced = messages.Announcement(
-            MODEL, self.digest, "checkpoint", self.manifest.size, chunks, chunks, self.superseeds
+            ModelId(MODEL), self.digest, "checkpoint", self.manifest.size, chunks, chunks, self.superseeds
         )
         offers = (messages.Endpoint("tcp", self.address),)
         node = hashlib.sha256(self.address.encode()).hexdigest()[:16]
         name = type(self).__name__
-        return messages.Hello(messages.PROTOCOL, "9.9", node, name, self.address, TOKEN, offers, (announced,))
+        return messages.Hello(
+            messages.PROTOCOL, "9.9", NodeId(node), name, Address(self.address), TOKEN, offers, (announced,)
+        )
 
     async def greeted(self, socket: web.WebSocketResponse) -> None:
         """Called when both have said hello."""
@@ -192,7 +194,9 @@ async def heard(address: str, *questions: Question, last: type[Message] = messag
     ):
         hello = messages.decode((await socket.receive_str()).encode())
         assert isinstance(hello, messages.Hello)
-        greeting = messages.Hello(messages.PROTOCOL, "9.9", "f" * 16, "stranger", "127.0.0.1:1", TOKEN, (), ())
+        greeting = messages.Hello(
+            messages.PROTOCOL, "9.9", NodeId("f" * 16), "stranger", Address("127.0.0.1:1"), TOKEN, (), ()
+        )
         for said in (greeting, *(question(hello.artifacts[0]) for question in questions)):
             await socket.send_str(messages.encode(said).decode())
         while (frame := await socket.receive()).type is aiohttp.WSMsgType.TEXT:

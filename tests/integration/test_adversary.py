@@ -21,10 +21,11 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from swarm.content.manifest import Digest
 from swarm.errors import NotAdmitted, SwarmError
 from swarm.net.websocket import PATH, HttpLinks, Link
 from swarm.protocol import messages, packets
-from swarm.protocol.messages import Endpoint, Hello
+from swarm.protocol.messages import Address, Endpoint, Hello, NodeId
 from swarm.protocol.packets import Profile, Record, State
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity, Refusal
@@ -122,7 +123,7 @@ async def linked(target: Target, identity: Identity) -> AsyncIterator[Link]:
 
 def hello(node: str, *, address: str = "127.0.0.1:9", name: str = "mallory") -> Hello:
     token = secrets.token_hex(16)
-    return Hello(messages.PROTOCOL, "9.9", node, name, address, token, (Endpoint("tls", address),), ())
+    return Hello(messages.PROTOCOL, "9.9", NodeId(node), name, Address(address), token, (Endpoint("tls", address),), ())
 
 
 async def read_on(link: Link) -> None:
@@ -216,10 +217,10 @@ def test_replayed_datagrams(target: Target) -> None:
     """What a member says of a third one is taken once: played again, it does not bring that one back to life."""
     sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
     ghost = secrets.token_hex(8)
-    record = Record(ghost, 0, State.ALIVE, 0, "ghost", "127.0.0.1:9", Profile())
-    gone = packets.Status(ghost, 1, State.LEFT, 0)
-    said = [sealer.seal(packets.encode(packets.Gossip(ghost, (each,))), time.time()) for each in (record, gone)]
-    unsaid = sealer.seal(packets.encode(packets.Gossip(ghost, (record,))), time.time())
+    record = Record(NodeId(ghost), 0, State.ALIVE, 0, "ghost", Address("127.0.0.1:9"), Profile())
+    gone = packets.Status(NodeId(ghost), 1, State.LEFT, 0)
+    said = [sealer.seal(packets.encode(packets.Gossip(NodeId(ghost), (each,))), time.time()) for each in (record, gone)]
+    unsaid = sealer.seal(packets.encode(packets.Gossip(NodeId(ghost), (record,))), time.time())
     forged = unsaid[:-1] + bytes([unsaid[-1] ^ 1])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for datagram in said * 1000:
@@ -233,7 +234,7 @@ def test_replayed_datagrams(target: Target) -> None:
 
 
 def test_datagrams_of_strangers(target: Target) -> None:
-    plain = packets.encode(packets.Gossip(secrets.token_hex(8), ()))
+    plain = packets.encode(packets.Gossip(NodeId(secrets.token_hex(8)), ()))
     other = Sealer(Keyring((cluster_key.generate(),)).seal_keys[0], secrets.token_bytes).seal(plain, time.time())
     old = Sealer(target.keyring.seal_keys[0], secrets.token_bytes).seal(plain, time.time() - 3600)
     dice = random.Random(1)
@@ -269,7 +270,7 @@ def test_stolen_id(target: Target) -> None:
                 with pytest.raises(SwarmError):
                     await read_on(thief)
             digest = target.seed.digest
-            await victim.send(messages.ManifestRequest(digest))
+            await victim.send(messages.ManifestRequest(Digest(digest)))
             async with asyncio.timeout(DEADLINE_S):
                 while not isinstance(await victim.receive(), messages.ManifestPart):
                     pass
@@ -284,7 +285,15 @@ def test_sybil_flood_of_1000_claimed_members(target: Target) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for number in range(0, MEMBERS, 5):
             claimed = tuple(
-                Record(secrets.token_hex(8), 0, State.ALIVE, 0, f"sybil-{n}", f"127.0.0.1:{20000 + n}", Profile())
+                Record(
+                    NodeId(secrets.token_hex(8)),
+                    0,
+                    State.ALIVE,
+                    0,
+                    f"sybil-{n}",
+                    Address(f"127.0.0.1:{20000 + n}"),
+                    Profile(),
+                )
                 for n in range(number, number + 5)
             )
             packet = packets.encode(packets.Gossip(claimed[0].node, claimed))
@@ -303,11 +312,11 @@ def test_member_that_floods(target: Target, what: str) -> None:
                 for number in range(20_000):
                     match what:
                         case "requests":
-                            await link.send(messages.Request("tls", digest, number, (0,), 0, False, 1, 0))
+                            await link.send(messages.Request("tls", Digest(digest), number, (0,), 0, False, 1, 0))
                         case "manifests":
-                            await link.send(messages.ManifestRequest(digest))
+                            await link.send(messages.ManifestRequest(Digest(digest)))
                         case "nonsense":
-                            await link.send(messages.Have(digest, ((1 << 19, 1 << 19),)))
+                            await link.send(messages.Have(Digest(digest), ((1 << 19, 1 << 19),)))
                         case _:
                             await link.send(messages.Bye(json.dumps("x" * 200)))
 
@@ -324,7 +333,7 @@ def test_member_that_floods_is_muted_and_named(target: Target) -> None:
             assert isinstance(await link.receive(), Hello)
             with contextlib.suppress(SwarmError):
                 for _ in range(300):
-                    await link.send(*[messages.Members(("127.0.0.1:9",))] * 256)
+                    await link.send(*[messages.Members((Address("127.0.0.1:9"),))] * 256)
             with pytest.raises(SwarmError):
                 await read_on(link)
         async with linked(target, mallory) as again:
@@ -339,7 +348,7 @@ def test_member_that_floods_is_muted_and_named(target: Target) -> None:
 
 def test_member_that_floods_with_datagrams_is_muted_and_named(target: Target) -> None:
     sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
-    packet = packets.encode(packets.Gossip(secrets.token_hex(8), ()))
+    packet = packets.encode(packets.Gossip(NodeId(secrets.token_hex(8)), ()))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         own = "{}:{}".format(*sock.getsockname())

@@ -26,6 +26,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from swarm.content.manifest import ModelId
 from swarm.errors import LocalProtocolError, SwarmError
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Left
 from swarm.membership.swim import Changed, Gossip
@@ -40,7 +41,7 @@ from . import clock, scenarios
 from .content import BytesStore, Content, Liar
 from .network import Fabric
 
-MODEL_ID = "simulated/model"
+MODEL_ID = ModelId("simulated/model")
 SPREAD_S = 0.01  # newcomers of one burst do not ask in the same instant
 
 # What each machine's state may have changed with, as far as the journal tells.

@@ -31,7 +31,7 @@ from swarm.net.environment import DIAL_TIMEOUT_S
 from swarm.net.udp import Hear
 from swarm.net.websocket import HEARTBEAT_S, Link
 from swarm.protocol import messages
-from swarm.protocol.messages import AnyMessage, Message
+from swarm.protocol.messages import Address, AnyMessage, Message, NodeId
 from swarm.transport import Transport
 from swarm.transport.inproc import InprocHub, InprocTransport
 
@@ -312,8 +312,12 @@ class SimulatedEnvironment:
         self._incoming: dict[asyncio.Task[None], None] = {}
 
     async def open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
-    ) -> str:
+        self,
+        node: NodeId,
+        accept: Callable[[Link], Awaitable[None]],
+        found: Callable[[Address, bool], None],
+        hear: Hear,
+    ) -> Address:
         """See Environment. The address is the host's name."""
         transport = InprocTransport(self._fabric.hub, line=self._fabric.line, pace=self._fabric.slices)
         self._fabric.plug(transport.address, self._host)
@@ -321,8 +325,8 @@ class SimulatedEnvironment:
         self._accept, self._hear = accept, hear
         self.listening = True
         for address in self._known:
-            asyncio.get_running_loop().call_soon(found, address, True)
-        return self._host.name
+            asyncio.get_running_loop().call_soon(found, Address(address), True)
+        return Address(self._host.name)
 
     def accept(self, link: Link) -> None:
         """Somebody dialled this node."""
@@ -345,7 +349,7 @@ class SimulatedEnvironment:
     def hear(self, source: str, datagram: bytes) -> None:
         """A datagram arrives."""
         if self.listening and self._hear:
-            self._hear(source, datagram)
+            self._hear(Address(source), datagram)
 
     async def close(self) -> None:
         """See Environment."""

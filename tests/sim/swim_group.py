@@ -18,6 +18,7 @@ from swarm.errors import LocalProtocolError
 from swarm.membership.config import SwimConfig
 from swarm.membership.swim import Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
 from swarm.protocol import packets
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Profile, Record, State
 
 UDP_IP_BYTES = 28  # what every datagram costs on top
@@ -80,8 +81,8 @@ class SwimGroup:
         dice = random.Random(self._rng.getrandbits(64))  # dice of a game
         node = node or f"{self._rng.getrandbits(64):016x}"
         machine = Gossip(
-            node,
-            name,
+            NodeId(node),
+            Address(name),
             name=name,
             tuning=self._tuning,
             now=self.now,
@@ -90,7 +91,7 @@ class SwimGroup:
         )
         host = self.hosts[name] = Host(name, machine)
         for contact in contacts:
-            self._do(host, Found(contact))
+            self._do(host, Found(Address(contact)))
         self._plan(host)
         return host
 
@@ -196,7 +197,11 @@ class SwimGroup:
         target = self.hosts.get(address)
         if target is None or target.side != host.side or self._rng.random() < self.loss:
             return
-        self._push(self.now + self._rng.uniform(*self._delay_s), address, Heard(host.address, packets.decode(datagram)))
+        self._push(
+            self.now + self._rng.uniform(*self._delay_s),
+            address,
+            Heard(Address(host.address), packets.decode(datagram)),
+        )
 
     def _plan(self, host: Host) -> None:
         # Timers of a real loop are late, never early.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.membership import config
 from swarm.protocol.packets import Holding, Profile, State
 
@@ -29,7 +30,7 @@ def seen(found: SwimGroup, *states: State) -> list[tuple[str, str]]:
 
 
 def profile(chunks: int) -> Profile:
-    return Profile((Holding("org/model", "a" * 64, "checkpoint", chunks, 80, chunks == 80),))
+    return Profile((Holding(ModelId("org/model"), Digest("a" * 64), "checkpoint", chunks, 80, chunks == 80),))
 
 
 def test_does_a_newcomer_know_all_of_32_at_once_through_any_member() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from swarm import __version__
+from swarm.content.manifest import ModelId
 from swarm.errors import ManifestConflict
 from swarm.journal import Left
 from swarm.membership.config import lan
@@ -20,6 +21,8 @@ from swarm.protocol.packets import State
 from . import scenarios
 from .cluster import MODEL_ID, Cluster, Member, Report, Setup
 from .content import BytesStore, Content
+
+ORG_RARE = ModelId("org/rare")
 
 QUIET = Setup(newcomers=0, chunks=8, limit_s=3000.0)
 LONG_S = 300.0
@@ -76,10 +79,10 @@ def test_is_found_what_is_held_where_no_link_leads(loss: float) -> None:
         await cluster.until(all_know(cluster, CROWD), timeout_s=LONG_S)
         holder, other = members[3].node, Content.random(9, chunks=8, chunk_bytes=64)
         seeker = next(m.node for m in members if holder.id not in m.node.peers)
-        holder.serve("org/rare", BytesStore(other.manifest, other.files))
-        manifest, _ = await resolve.resolve(seeker, "org/rare", digest=None, find_timeout_s=10.0)
+        holder.serve(ORG_RARE, BytesStore(other.manifest, other.files))
+        manifest, _ = await resolve.resolve(seeker, ORG_RARE, digest=None, find_timeout_s=10.0)
         assert manifest.digest == other.manifest.digest
-        fetched = await seeker.fetch("org/rare", BytesStore(manifest))
+        fetched = await seeker.fetch(ORG_RARE, BytesStore(manifest))
         assert fetched.sources.keys() == {holder.name}
 
     played(scenario, Setup(newcomers=0, chunks=8, limit_s=3000.0, loss=loss))
@@ -92,10 +95,10 @@ def test_do_two_contents_of_one_name_conflict_though_no_link_leads_to_one_of_the
         asker = members[-1].node
         (far, *_) = [m.node for m in members if m.node.id not in asker.peers]
         other = Content.random(9, chunks=8, chunk_bytes=64)
-        far.serve(MODEL_ID, BytesStore(other.manifest, other.files))
-        await cluster.until(lambda: len(asker.holders(MODEL_ID)) == 2)
+        far.serve(ModelId(MODEL_ID), BytesStore(other.manifest, other.files))
+        await cluster.until(lambda: len(asker.holders(ModelId(MODEL_ID))) == 2)
         with pytest.raises(ManifestConflict, match=far.name):
-            await resolve.resolve(asker, MODEL_ID, digest=None, find_timeout_s=10.0)
+            await resolve.resolve(asker, ModelId(MODEL_ID), digest=None, find_timeout_s=10.0)
 
     played(scenario)
 
@@ -208,9 +211,9 @@ def test_do_links_do_where_datagrams_are_stopped(blocked: str) -> None:
         hosts = cluster.fabric.hosts
         for host in hosts.values() if blocked == "everybody" else [hosts["member-7"]]:
             host.datagrams_pass = False
-        cluster.members["member-19"].node.serve("org/rare", BytesStore(other.manifest, other.files))
+        cluster.members["member-19"].node.serve(ORG_RARE, BytesStore(other.manifest, other.files))
         node = cluster.members["member-7"].node
-        manifest, _ = await resolve.resolve(node, "org/rare", digest=None, find_timeout_s=30.0)
+        manifest, _ = await resolve.resolve(node, ORG_RARE, digest=None, find_timeout_s=30.0)
         assert manifest.digest == other.manifest.digest
 
     other = Content.random(9, chunks=8, chunk_bytes=64)

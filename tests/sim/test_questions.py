@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.content.manifest import Chunk
+from swarm.content.manifest import Chunk, ModelId
 from swarm.errors import ManifestConflict, Stalled
 from swarm.node import resolve
 from swarm.store import Span
@@ -123,7 +123,7 @@ def test_is_a_chunk_that_a_lone_seed_got_wrong_once_sent_again(seed: int) -> Non
 
     async def one_seed(cluster: Cluster) -> None:
         flaky = await cluster.open("seed-0", BytesStore(cluster.content.manifest, cluster.content.files))
-        flaky.node.serve(MODEL_ID, Flaky(flaky.store, every=32))
+        flaky.node.serve(ModelId(MODEL_ID), Flaky(flaky.store, every=32))
         await cluster.newcomer(scenarios.FIRST)
 
     report = played(replace(BURST, seed=seed, seeds=0, newcomers=0, chunks=64), one_seed)
@@ -239,9 +239,11 @@ def test_are_two_contents_of_one_id_a_conflict(seed: int) -> None:
         other = await cluster.seed("seed-other", Content.random(seed + 1000, chunks=8, chunk_bytes=4096))
         asker = await cluster.open("asker", BytesStore(cluster.content.manifest))
         with pytest.raises(ManifestConflict) as conflict:
-            await resolve.resolve(asker.node, MODEL_ID, digest=None, find_timeout_s=10.0)
+            await resolve.resolve(asker.node, ModelId(MODEL_ID), digest=None, find_timeout_s=10.0)
         caught.append(conflict.value)
-        pinned, _ = await resolve.resolve(asker.node, MODEL_ID, digest=other.store.manifest.digest, find_timeout_s=10.0)
+        pinned, _ = await resolve.resolve(
+            asker.node, ModelId(MODEL_ID), digest=other.store.manifest.digest, find_timeout_s=10.0
+        )
         assert pinned == other.store.manifest
 
     played(replace(BURST, seed=seed, newcomers=0, chunks=8, known="all"), ask)

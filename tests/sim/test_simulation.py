@@ -11,7 +11,7 @@ import pytest
 
 from swarm.errors import LocalProtocolError, PeerTimeout, PeerUnreachable
 from swarm.net.websocket import Link
-from swarm.protocol.messages import Cancel
+from swarm.protocol.messages import Cancel, NodeId
 from swarm.transfer.download import Download
 
 from . import clock, cluster, network
@@ -104,7 +104,7 @@ class Net:
         for name in self.names:
             environment = self.fabric.add(name, up_bytes_per_s=1000.0, down_bytes_per_s=1000.0, delay_s=0.05, known=())
             self.worlds[name] = environment
-            await environment.open(name, self._accept, lambda address, lasting: None, self._heard)
+            await environment.open(NodeId(name), self._accept, lambda address, lasting: None, self._heard)
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -15,6 +15,7 @@ import torch
 import swarm
 from swarm import Settings
 from swarm.api import HUB_CACHE
+from swarm.content.manifest import Digest, ModelId
 from swarm.errors import (
     FetchTimeout,
     ManifestConflict,
@@ -27,7 +28,7 @@ from swarm.errors import (
 from swarm.node.node import Fetched
 from swarm.runtime import runtime
 
-MODEL = "org/model"
+MODEL = ModelId("org/model")
 
 
 @pytest.fixture(autouse=True)
@@ -364,5 +365,5 @@ def test_is_the_source_closed_when_the_node_cannot_open(
 
 
 def test_is_a_rate_of_nothing_a_number() -> None:
-    assert Fetched(MODEL, "", 10, 0.0, {}, 0, 0).rate_bytes_per_s == 0
-    assert Fetched(MODEL, "", 10, 2.0, {}, 0, 4).rate_bytes_per_s == 3
+    assert Fetched(MODEL, Digest(""), 10, 0.0, {}, 0, 0).rate_bytes_per_s == 0
+    assert Fetched(MODEL, Digest(""), 10, 2.0, {}, 0, 4).rate_bytes_per_s == 3

@@ -6,12 +6,13 @@ import pytest
 
 from swarm import journal as journals
 from swarm.journal import Entry, Joined, Journal, Left
+from swarm.protocol.messages import Address, NodeId
 
 
 def test_are_entries_kept_in_order() -> None:
     journal = Journal()
-    journal.record(1.0, "a", Left("a", "tired"))
-    journal.record(1.0, "b", Joined("b", "bee", "127.0.0.1:1", "tcp"))
+    journal.record(1.0, "a", Left(NodeId("a"), "tired"))
+    journal.record(1.0, "b", Joined(NodeId("b"), "bee", Address("127.0.0.1:1"), "tcp"))
     assert [entry.subject for entry in journal] == ["a", "b"]
     assert str(next(iter(journal))).split() == ["1.0000", "a", "Left(node='a',", "why='tired')"]
 

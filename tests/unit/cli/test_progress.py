@@ -12,12 +12,14 @@ import pytest
 
 from swarm.cli import progress as progresses
 from swarm.cli.progress import progress
+from swarm.content.manifest import Digest, ModelId
 from swarm.journal import Entry, FetchStarted, Received
 from swarm.observe.node_report import Picture
 from swarm.observe.units import size_text
+from swarm.protocol.messages import NodeId
 
 DEADLINE_S = 20.0
-DIGEST = "ab" * 32
+DIGEST = Digest("ab" * 32)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ class Terminal(io.StringIO):
 
 def picture() -> Picture:
     made = Picture()
-    made.apply(Entry(0, "node", FetchStarted("org/model", DIGEST, 4_000_000, 1_000_000)))
+    made.apply(Entry(0, "node", FetchStarted(ModelId("org/model"), DIGEST, 4_000_000, 1_000_000)))
     return made
 
 
@@ -58,7 +60,7 @@ def test_are_there_lines_where_there_is_no_terminal(
         async with asyncio.timeout(DEADLINE_S), progress(shown, lambda: 1.0, quiet=True):
             await until(lambda: bool(caplog.messages))
             caplog.clear()
-            shown.apply(Entry(0, "node", Received("n1", DIGEST, 0, 1_000_000)))
+            shown.apply(Entry(0, "node", Received(NodeId("n1"), DIGEST, 0, 1_000_000)))
             await until(lambda: bool(caplog.messages))
 
     asyncio.run(scenario())

@@ -9,23 +9,27 @@ import pytest
 
 from swarm.cli.main import main
 from swarm.cli.replay_report import replay
+from swarm.content.manifest import Digest, ModelId
 from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Received
 from swarm.observe import trace
 from swarm.observe.trace import event, tracing
+from swarm.protocol.messages import Address, NodeId
 from swarm.transfer.download import Ask, Ban, ChunkCorrupt, Granted, TransferEnded
 
-DIGEST = "d" * 64
+P, Q = NodeId("p"), NodeId("q")
+
+DIGEST = Digest("d" * 64)
 HERE = DIGEST
 STORY = (
-    Entry(9.0, "p", Joined("p", "pat", "127.0.0.1:1", "tcp")),
-    Entry(10.0, "node", FetchStarted("org/m", DIGEST, 30, 0)),
-    Entry(11.0, HERE, Ask("p", 1, (0, 1), "first")),
-    Entry(12.0, HERE, Granted("p", 1, (0, 1))),
-    Entry(13.0, "p", Received("p", DIGEST, 0, 10)),
-    Entry(13.5, HERE, ChunkCorrupt("q", 2, 2)),
-    Entry(13.6, HERE, Ban("q", "it lies")),
-    Entry(14.0, HERE, TransferEnded("p", 1)),
-    Entry(14.5, "p", Received("p", DIGEST, 1, 20)),
+    Entry(9.0, "p", Joined(P, "pat", Address("127.0.0.1:1"), "tcp")),
+    Entry(10.0, "node", FetchStarted(ModelId("org/m"), DIGEST, 30, 0)),
+    Entry(11.0, HERE, Ask(P, 1, (0, 1), "first")),
+    Entry(12.0, HERE, Granted(P, 1, (0, 1))),
+    Entry(13.0, "p", Received(P, DIGEST, 0, 10)),
+    Entry(13.5, HERE, ChunkCorrupt(Q, 2, 2)),
+    Entry(13.6, HERE, Ban(Q, "it lies")),
+    Entry(14.0, HERE, TransferEnded(P, 1)),
+    Entry(14.5, "p", Received(P, DIGEST, 1, 20)),
     Entry(15.0, "node", FetchEnded(DIGEST, None)),
 )
 

@@ -13,14 +13,17 @@ from rich.console import Console
 
 from swarm.cli import status_table, status_watch
 from swarm.cli.status_json import SCHEMA, Json, healthy, seen
+from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard.collector import Told
 from swarm.dashboard.member_report import FetchSummary, Flow, Known, Own, Rejected
 from swarm.dashboard.swarm_view import SwarmView
 from swarm.errors import PeerUnreachable
 from swarm.node import status_client
+from swarm.protocol.messages import NodeId
 
-DIGEST, OTHER = "d" * 64, "e" * 64
-ME, A, LIAR = ("1" * 16, "a" * 16, "f" * 16)
+MODEL = ModelId("org/m")
+DIGEST, OTHER = Digest("d" * 64), "e" * 64
+ME, A, LIAR = (NodeId("1" * 16), NodeId("a" * 16), NodeId("f" * 16))
 
 
 def member(node: str, name: str, state: str = "alive", **facts: Any) -> Json:
@@ -46,7 +49,7 @@ def fetching(*, quiet_s: float = 0.0) -> Own:
     """Tells of a fetch that A feeds, and that the liar spoilt."""
     return Own(
         ME, "h", "", (Known(A, "ann", "127.0.0.1:2"),), (Flow(DIGEST, "down", A, 70, 7_000_000),),
-        (FetchSummary("org/m", DIGEST, 1000, 250, 7_000_000, 7_000_000, 5.0, 9.0, 2, True, None, quiet_s),), (),
+        (FetchSummary(MODEL, DIGEST, 1000, 250, 7_000_000, 7_000_000, 5.0, 9.0, 2, True, None, quiet_s),), (),
         (Rejected(DIGEST, LIAR, 3, True, "3 wrong chunks in a row"),), "1",
     )  # fmt: skip
 

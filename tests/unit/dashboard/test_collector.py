@@ -8,19 +8,21 @@ from collections.abc import Awaitable, Callable
 import msgspec
 import pytest
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard.collector import ASK_PER_S, LOOK_EVERY_S, Collector
 from swarm.dashboard.member_report import OWN_BYTES_MAX, PATH, FetchSummary, Own
 from swarm.errors import PeerUnreachable, RemoteProtocolError
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Profile, Record, State
 
 
 def member(number: int) -> Record:
-    return Record(f"{number:016x}", 1, State.ALIVE, 1, f"m{number}", f"127.0.0.1:{number}", Profile())
+    return Record(NodeId(f"{number:016x}"), 1, State.ALIVE, 1, f"m{number}", Address(f"127.0.0.1:{number}"), Profile())
 
 
 def answer(number: int, *, running: bool = False) -> bytes:
-    fetch = FetchSummary("m", "d" * 64, 9, 1, 1, 1, None, 1.0, 1, running, None)
-    return msgspec.json.encode(Own(f"{number:016x}", "", "", (), (), (fetch,), (), ()))
+    fetch = FetchSummary(ModelId("m"), Digest("d" * 64), 9, 1, 1, 1, None, 1.0, 1, running, None)
+    return msgspec.json.encode(Own(NodeId(f"{number:016x}"), "", "", (), (), (fetch,), (), ()))
 
 
 class Swarm:

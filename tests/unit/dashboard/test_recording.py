@@ -12,6 +12,7 @@ import pytest
 
 from swarm.cli.main import main
 from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard import replay_server
 from swarm.dashboard.recording import Recording
 from swarm.dashboard.replay_server import ReplayServer
@@ -19,24 +20,26 @@ from swarm.errors import StoreError
 from swarm.journal import ArtifactsAnnounced, Entry, FetchEnded, FetchStarted, Joined, Opened, Received, Sent
 from swarm.membership.swim import Changed
 from swarm.observe.trace import event
-from swarm.protocol.messages import Announcement
+from swarm.protocol.messages import Address, Announcement, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
 from swarm.transfer.download import Ban, ChunkCorrupt, PeerHas, PeerJoined
 
-DIGEST = "d" * 64
+ORG_M = ModelId("org/m")
+
+DIGEST = Digest("d" * 64)
 HERE = DIGEST
-ME, PAT, LIAR = "1" * 16, "a" * 16, "f" * 16
-HOLDS = Announcement("org/m", DIGEST, "checkpoint", 40, 4, 4, True)
-PART = Announcement("org/m", DIGEST, "checkpoint", 40, 1, 4, False)
-PROFILE = Profile((Holding("org/m", DIGEST, "checkpoint", 4, 4, True),), host="h", rack="r")
+ME, PAT, LIAR = NodeId("1" * 16), NodeId("a" * 16), NodeId("f" * 16)
+HOLDS = Announcement(ORG_M, DIGEST, "checkpoint", 40, 4, 4, True)
+PART = Announcement(ORG_M, DIGEST, "checkpoint", 40, 1, 4, False)
+PROFILE = Profile((Holding(ORG_M, DIGEST, "checkpoint", 4, 4, True),), host="h", rack="r")
 STORY = (
-    Entry(100.0, "node", Opened(ME, "me", "127.0.0.1:1", "here", "r")),
-    Entry(100.1, PAT, Joined(PAT, "pat", "127.0.0.1:2", "tcp")),
+    Entry(100.0, "node", Opened(ME, "me", Address("127.0.0.1:1"), "here", "r")),
+    Entry(100.1, PAT, Joined(PAT, "pat", Address("127.0.0.1:2"), "tcp")),
     Entry(100.1, PAT, ArtifactsAnnounced(PAT, (HOLDS,))),
-    Entry(100.2, PAT, Changed(Record(PAT, 0, State.ALIVE, 1, "pat", "127.0.0.1:2", PROFILE))),
-    Entry(100.3, LIAR, Joined(LIAR, "liar", "127.0.0.1:3", "tcp")),
+    Entry(100.2, PAT, Changed(Record(PAT, 0, State.ALIVE, 1, "pat", Address("127.0.0.1:2"), PROFILE))),
+    Entry(100.3, LIAR, Joined(LIAR, "liar", Address("127.0.0.1:3"), "tcp")),
     Entry(100.3, LIAR, ArtifactsAnnounced(LIAR, (PART,))),
-    Entry(101.0, "node", FetchStarted("org/m", DIGEST, 40, 10, 4, ((3, 1),))),
+    Entry(101.0, "node", FetchStarted(ORG_M, DIGEST, 40, 10, 4, ((3, 1),))),
     Entry(101.0, HERE, PeerJoined(LIAR, Bitfield(4, [0]))),
     Entry(102.0, PAT, Received(PAT, DIGEST, 0, 10)),
     Entry(102.5, HERE, PeerHas(LIAR, (1, 2))),
@@ -85,7 +88,7 @@ def test_what_is_known_of_a_chunk_and_of_the_fetch() -> None:
     assert kept is not None
     assert kept["edges"] == {ME: {"source": None, "at_s": None}}
     assert end.tree(DIGEST, 4) is None
-    assert end.tree("e" * 64, 0) is None
+    assert end.tree(Digest("e" * 64), 0) is None
     told = end.timeline(DIGEST)
     assert told is not None
     assert [lane["name"] for lane in told["lanes"]] == ["pat", "liar"]

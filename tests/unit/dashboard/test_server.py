@@ -8,13 +8,15 @@ from typing import Any, cast
 
 import pytest
 
+from swarm.content.manifest import Digest
 from swarm.dashboard.server import Dashboard, Watched
 from swarm.errors import PeerUnreachable
 from swarm.observe.fetch_history import FetchHistories
 from swarm.observe.node_report import Picture
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Profile, Record, State
 
-DIGEST, ME, ANN = "d" * 64, "0" * 16, "a" * 16
+DIGEST, ME, ANN = Digest("d" * 64), "0" * 16, NodeId("a" * 16)
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -25,7 +27,7 @@ def test_is_a_member_that_tells_no_timeline_silent(*, known: bool, said: bytes |
             raise PeerUnreachable(address, "is gone")
         return said
 
-    ann = Record(ANN, 0, State.ALIVE, 0, "ann", "127.0.0.1:2", Profile())
+    ann = Record(ANN, 0, State.ALIVE, 0, "ann", Address("127.0.0.1:2"), Profile())
     node = SimpleNamespace(id=ME, address="127.0.0.1:1", members=lambda: [ann] if known else [], now=lambda: 0.0)
     dashboard = Dashboard(Picture(), FetchHistories())
     dashboard.attach(cast(Watched, node), read)

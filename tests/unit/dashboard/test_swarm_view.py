@@ -10,12 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard.collector import Told
 from swarm.dashboard.member_report import FetchSummary, Flow, Held, Known, Own, Rejected, cells, decode
 from swarm.dashboard.swarm_view import GONE_SHOWN_S, Json, SwarmView, patch
+from swarm.protocol.messages import NodeId
 
-DIGEST = "d" * 64
-ME, A, B, C, LIAR = ("1" * 16, "a" * 16, "b" * 16, "c" * 16, "f" * 16)
+DIGEST = Digest("d" * 64)
+ME, A, B, C, LIAR = ("1" * 16, NodeId("a" * 16), NodeId("b" * 16), "c" * 16, NodeId("f" * 16))
 
 
 def told(node: str, **facts: Any) -> Own:
@@ -36,7 +38,7 @@ def report(*members: tuple[str, str, str | None]) -> dict[str, Any]:
 
 
 def fetch(rate: int, *, error: str | None = None, running: bool = True, seconds: float = 9.0) -> FetchSummary:
-    return FetchSummary("m", DIGEST, 1000, 500, rate, 50, 5.0, seconds, 2, running, error)
+    return FetchSummary(ModelId("m"), DIGEST, 1000, 500, rate, 50, 5.0, seconds, 2, running, error)
 
 
 def view(known: dict[str, Any], *heard: Own, now: float = 0.0, viewer: SwarmView | None = None) -> Json:

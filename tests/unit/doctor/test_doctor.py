@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.doctor import checks
 from swarm.doctor.checks import Finding, diagnose
 from swarm.doctor.facts import Contact, Facts, Key, LoadedTier, Mdns, Member, Port, Room, Running
@@ -47,7 +48,7 @@ def bad(name: str, given: Facts) -> Finding:
 
 
 def held(digest: str, *, tier: Any = "checkpoint", chunks: int = 8, model_id: str = "org/m") -> Announcement:
-    return Announcement(model_id, digest * 64, tier, 10**9, chunks, 8, True)
+    return Announcement(ModelId(model_id), Digest(digest * 64), tier, 10**9, chunks, 8, True)
 
 
 def holding(*artifacts: Announcement, name: str = "seed") -> Contact:

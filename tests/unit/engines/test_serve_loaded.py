@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.engines.layout import Fingerprint
 from swarm.engines.serve_loaded import Offer
 from swarm.store import Source
@@ -25,12 +26,12 @@ class Stand:
             "m rank 0",
             version=version,
             chunk_hash="xxh3-128",
-            describe=lambda named: (f"m as {named}", Fingerprint({"version": str(named)})),
+            describe=lambda named: (ModelId(f"m as {named}"), Fingerprint({"version": str(named)})),
             serve=self.sources.__setitem__,
             withdraw=self._withdraw,
         )
 
-    def _withdraw(self, digests: set[str], why: str) -> None:
+    def _withdraw(self, digests: set[Digest], why: str) -> None:
         for name in [name for name, source in self.sources.items() if source.manifest.digest in digests]:
             self.sources.pop(name).close()
 

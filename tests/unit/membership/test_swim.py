@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.errors import LocalProtocolError
 from swarm.membership import config, swim
 from swarm.membership.member_table import MemberTable, Spread, Walk, refute
 from swarm.membership.swim import Action, Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
 from swarm.protocol import packets
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import (
     Ack,
     Holding,
@@ -31,7 +33,9 @@ from swarm.protocol.packets import (
     SyncReply,
 )
 
-ME, ANN, BEN, CAT = ("0" * 15 + digit for digit in "1234")
+AT_2 = Address("at-2")
+
+ME, ANN, BEN, CAT = (NodeId("0" * 15 + digit) for digit in "1234")
 T = config.lan()
 
 
@@ -44,11 +48,19 @@ def record(
     profile: Profile | None = None,
     address: str | None = None,
 ) -> Record:
-    return Record(node, incarnation, state, version, node[-1:], address or f"at-{node[-1:]}", profile or Profile())
+    return Record(
+        NodeId(node),
+        incarnation,
+        state,
+        version,
+        node[-1:],
+        Address(address or f"at-{node[-1:]}"),
+        profile or Profile(),
+    )
 
 
 def holding(chunks: int, *, of: int = 80, model_id: str = "org/model", digest: str = "a" * 64) -> Holding:
-    return Holding(model_id, digest, "checkpoint", chunks, of, chunks == of)
+    return Holding(ModelId(model_id), Digest(digest), "checkpoint", chunks, of, chunks == of)
 
 
 class Member:
@@ -58,8 +70,8 @@ class Member:
         self.now = 100.0
         dice = random.Random(0)
         self.machine = Gossip(
-            node,
-            f"at-{node[-1]}",
+            NodeId(node),
+            Address(f"at-{node[-1]}"),
             name="me",
             tuning=T,
             now=self.now,
@@ -80,10 +92,10 @@ class Member:
         return actions
 
     def get(self, packet: Packet, *, source: str = "at-2") -> list[Action]:
-        return self.do(Heard(source, packet))
+        return self.do(Heard(Address(source), packet))
 
     def hear(self, *told: packets.Rumour) -> list[Action]:
-        return self.get(packets.Gossip("e" * 16, told))
+        return self.get(packets.Gossip(NodeId("e" * 16), told))
 
     def wait(self, seconds: float) -> list[Action]:
         """Lets time pass tick by tick."""
@@ -95,7 +107,7 @@ class Member:
         return actions
 
     def state_of(self, node: str) -> State | None:
-        known = self.machine.member(node)
+        known = self.machine.member(NodeId(node))
         return known.state if known else None
 
 
@@ -324,7 +336,7 @@ def test_a_living_twin_is_reported() -> None:
     for number in range(1, 5):
         twin = record(ME, incarnation=10 * number, version=10 * number, address="elsewhere")
         found += [action for action in me.hear(twin) if isinstance(action, Conflict)]
-    assert found == [Conflict("elsewhere")]
+    assert found == [Conflict(Address("elsewhere"))]
 
 
 def test_two_nodes_on_one_host_are_two() -> None:
@@ -413,14 +425,14 @@ def test_profiles_are_told_the_more_rarely_the_more_members_there_are() -> None:
 
 def test_a_newcomer_asks_whom_it_was_told_of_until_it_gets_an_answer() -> None:
     me = Member()
-    assert [address for address, _ in sent(me.do(Found("at-2")), Sync)] == ["at-2"]
+    assert [address for address, _ in sent(me.do(Found(AT_2)), Sync)] == ["at-2"]
     assert [address for address, _ in sent(me.wait(T.probe_interval_s), Sync)] == ["at-2"]
 
 
 def test_a_newcomer_learns_of_everyone_from_one_member() -> None:
     many = [f"{number:016x}" for number in range(3, 400)]
     ann, me = Member(*many, node=ANN), Member()
-    inbox = [(ann, packet) for _, packet in sent(me.do(Found("at-2")), Sync)]
+    inbox = [(ann, packet) for _, packet in sent(me.do(Found(AT_2)), Sync)]
     bursts = []
     while inbox:
         to, packet = inbox.pop(0)
@@ -436,7 +448,11 @@ def test_a_newcomer_learns_of_everyone_from_one_member() -> None:
 def test_a_comparison_brings_both_to_the_later_view() -> None:
     me = Member(ANN, BEN, CAT)
     me.hear(record(BEN, version=2))
-    theirs = (Status(BEN, 0, State.ALIVE, 1), Status(CAT, 0, State.ALIVE, 7), Status("9" * 16, 0, State.ALIVE, 0))
+    theirs = (
+        Status(BEN, 0, State.ALIVE, 1),
+        Status(CAT, 0, State.ALIVE, 7),
+        Status(NodeId("9" * 16), 0, State.ALIVE, 0),
+    )
     news = [p for _, p in sent(me.get(Sync(1, record(ANN), packets.ID_FIRST, packets.ID_LAST, theirs)), SyncReply)]
     records = [r for packet in news if isinstance(packet, SyncReply) for r in packet.records]
     assert {r.node for r in records} == {ME, BEN}
@@ -448,7 +464,7 @@ def test_wants_are_answered() -> None:
     me = Member(ANN, BEN)
     [(address, packet)] = [
         (a, p)
-        for a, p in sent(me.get(SyncReply(1, ANN, (), (BEN, ME, "9" * 16), None), source="x"), packets.Gossip)
+        for a, p in sent(me.get(SyncReply(1, ANN, (), (BEN, ME, NodeId("9" * 16)), None), source="x"), packets.Gossip)
         if a == "x"
     ]
     assert isinstance(packet, packets.Gossip)
@@ -549,7 +565,13 @@ def test_the_longest_names_fit() -> None:
         (), 0, tuple(f"{'x' * 15}{c}" for c in "abcdefgh"), long, long, 1 << 31, 1 << 31, "9" * packets.SOFTWARE_MAX
     )
     machine = Gossip(
-        "f" * 16, "h" * 253 + ":65535", name=long, tuning=T, now=0.0, rng=random.Random(0), profile=profile
+        NodeId("f" * 16),
+        Address("h" * 253 + ":65535"),
+        name=long,
+        tuning=T,
+        now=0.0,
+        rng=random.Random(0),
+        profile=profile,
     )
     assert packets.size(machine.own) <= packets.RECORD_BYTES_MAX
     assert len(packets.encode(Sync(1 << 31, machine.own, ANN, BEN, ()))) <= packets.DATAGRAM_BYTES_MAX

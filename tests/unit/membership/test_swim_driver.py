@@ -12,13 +12,19 @@ import pytest
 from sim import clock
 from sim.network import Fabric
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.membership import config, swim_driver
 from swarm.membership.swim_driver import SwimDriver
 from swarm.protocol import packets
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Gossip, Holding, Profile, Record, State, Sync
 
+ONE, THREE, TWO = Address("one"), Address("three"), Address("two")
+
 T = config.lan()
-PROFILE = Profile((Holding("org/model", "ab" * 32, "checkpoint", 4, 4, True),), 0, ("tcp",), "h", "r", 0, 8)
+PROFILE = Profile(
+    (Holding(ModelId("org/model"), Digest("ab" * 32), "checkpoint", 4, 4, True),), 0, ("tcp",), "h", "r", 0, 8
+)
 
 
 def play(main: Coroutine[Any, Any, None], *, limit_s: float = 600.0) -> None:
@@ -50,9 +56,9 @@ class Members:
             environment, tuning=T, rng=dice, clock=lambda: loop.time() + self.skew_s[name], changed=changed
         )
         for contact in contacts:
-            one.found(contact)
-        await environment.open("0" * 16, self._accept, lambda address, lasting: None, one.hear)
-        one.open(node or f"{dice.getrandbits(64):016x}", name, name, profile or Profile())
+            one.found(Address(contact))
+        await environment.open(NodeId("0" * 16), self._accept, lambda address, lasting: None, one.hear)
+        one.open(NodeId(node or f"{dice.getrandbits(64):016x}"), Address(name), name, profile or Profile())
         return one
 
     async def _accept(self, link: object) -> None:
@@ -115,7 +121,7 @@ def test_is_what_is_no_gossip_counted_and_dropped() -> None:
         members = Members()
         one = await members.add("one")
         for garbage in (b"", b"SWG\x01", b"\x00" * 2000, b"SWG\x02\x93"):
-            one.hear("two", garbage)
+            one.hear(TWO, garbage)
         assert one.unreadable == 4
         assert one.members() == []
 
@@ -126,10 +132,10 @@ def test_does_a_twin_warn(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         members = Members()
         one = await members.add("one", node="a" * 16)
-        twin = Record("a" * 16, 0, State.ALIVE, 0, "twin", "two", PROFILE)
+        twin = Record(NodeId("a" * 16), 0, State.ALIVE, 0, "twin", TWO, PROFILE)
         for incarnation in range(1, 10):
             record = packets.replace(twin, incarnation=10 * incarnation)
-            one.hear("three", packets.encode(Gossip("b" * 16, (record,))))
+            one.hear(THREE, packets.encode(Gossip(NodeId("b" * 16), (record,))))
 
     with caplog.at_level(logging.WARNING):
         play(main())
@@ -153,9 +159,9 @@ def test_are_datagrams_read_before_time_is_told() -> None:
         loop = asyncio.get_running_loop()
         one = SwimDriver(Environment(), tuning=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
         assert not one.joining
-        one.found("two")
+        one.found(TWO)
         assert not one.joining, "nobody was asked yet"
-        one.open("a" * 16, "one", "one", Profile())
+        one.open(NodeId("a" * 16), ONE, "one", Profile())
         assert one.joining
         assert order == ["Sync"]
         await asyncio.sleep(3 * T.probe_interval_s)
@@ -176,7 +182,7 @@ def test_does_a_failure_not_stop_the_timer(monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as patched:
             patched.setattr(packets, "encode", lambda packet: 1 / 0)
             with pytest.raises(ZeroDivisionError):
-                one.found("three")
+                one.found(THREE)
         two = await members.add("two")
         await members.until(lambda: len(one.members()) == 1 and len(two.members()) == 1)
 
@@ -197,8 +203,8 @@ def test_are_contacts_bounded_before_there_is_an_address(monkeypatch: pytest.Mon
         loop = asyncio.get_running_loop()
         one = SwimDriver(Environment(), tuning=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
         for number in range(5):
-            one.found(f"m{number}")
-        one.open("a" * 16, "one", "one", Profile())
+            one.found(Address(f"m{number}"))
+        one.open(NodeId("a" * 16), ONE, "one", Profile())
         assert set(asked) <= {"m0", "m1"}
         one.close()
 

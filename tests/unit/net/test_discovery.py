@@ -10,6 +10,7 @@ import pytest
 from swarm.errors import PeerTimeout, PeerUnreachable, SettingsError
 from swarm.net import discovery
 from swarm.net.discovery import Mdns, resolve, static
+from swarm.protocol.messages import Address
 
 
 def test_static_addresses_have_one_form_and_come_once() -> None:
@@ -30,12 +31,12 @@ def test_malformed_address_is_named_with_the_form_it_should_have(text: str) -> N
 
 def test_literal_addresses_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", None)
-    assert asyncio.run(resolve("10.1.2.3:7000")) == ["10.1.2.3:7000"]
-    assert asyncio.run(resolve("[fe80::1]:7000")) == ["[fe80::1]:7000"]
+    assert asyncio.run(resolve(Address("10.1.2.3:7000"))) == ["10.1.2.3:7000"]
+    assert asyncio.run(resolve(Address("[fe80::1]:7000"))) == ["[fe80::1]:7000"]
 
 
 def test_localhost_resolves_to_loopback() -> None:
-    found = asyncio.run(resolve("localhost:7000"))
+    found = asyncio.run(resolve(Address("localhost:7000")))
     assert found
     assert set(found) <= {"127.0.0.1:7000", "[::1]:7000"}
 
@@ -46,7 +47,7 @@ def test_name_gives_all_its_addresses_once(monkeypatch: pytest.MonkeyPatch) -> N
         return [*v4, (socket.AF_INET6, 1, 6, "", ("fd00::7", port, 0, 0))]
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
-    assert asyncio.run(resolve("headless:7000")) == ["10.0.0.3:7000", "10.0.0.1:7000", "[fd00::7]:7000"]
+    assert asyncio.run(resolve(Address("headless:7000"))) == ["10.0.0.3:7000", "10.0.0.1:7000", "[fd00::7]:7000"]
 
 
 def test_unknown_name_is_an_unreachable_peer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +56,7 @@ def test_unknown_name_is_an_unreachable_peer(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
     with pytest.raises(PeerUnreachable, match=r"nowhere:7000: .*not known"):
-        asyncio.run(resolve("nowhere:7000"))
+        asyncio.run(resolve(Address("nowhere:7000")))
 
 
 def test_silent_dns_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +65,7 @@ def test_silent_dns_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
     with pytest.raises(PeerTimeout):
-        asyncio.run(resolve("slow:7000", timeout_s=0.01))
+        asyncio.run(resolve(Address("slow:7000"), timeout_s=0.01))
 
 
 def test_without_multicast_one_line_says_what_to_do(

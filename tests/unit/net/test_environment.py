@@ -17,13 +17,13 @@ from swarm.net import discovery, environment
 from swarm.net.environment import HostEnvironment, machine_label, new_id
 from swarm.net.udp import Datagrams
 from swarm.net.websocket import Link
-from swarm.protocol.messages import Bye
+from swarm.protocol.messages import Address, Bye, NodeId
 from swarm.security import cluster_key
 from swarm.settings import Settings, split_address
 from swarm.store import cuda
 
 DEADLINE_S = 20.0
-NODE = "0" * 16
+NODE = NodeId("0" * 16)
 TOKEN = "ab" * 16
 
 
@@ -154,7 +154,7 @@ def test_is_nobody_beyond_loopback_dialled() -> None:
         await here.open(NODE, hang_up, ignore, unheard)
         for address in ("192.0.2.1:7000", "example.org:7000", "[2001:db8::1]:7000"):
             with pytest.raises(SettingsError, match="--insecure"):
-                await here.dial(address)
+                await here.dial(Address(address))
         await here.close()
 
     run(scenario)
@@ -223,7 +223,7 @@ def test_are_ids_fresh() -> None:
 def test_do_datagrams_go_to_the_address_that_links_go_to(listen: str) -> None:
     async def scenario() -> None:
         here, there = (HostEnvironment(Settings(mdns=False, listen=listen)) for _ in range(2))
-        here.send("127.0.0.1:1", b"not open yet")
+        here.send(Address("127.0.0.1:1"), b"not open yet")
         heard: asyncio.Queue[tuple[str, bytes]] = asyncio.Queue()
         try:
             address = await here.open(NODE, hang_up, ignore, lambda *datagram: heard.put_nowait(datagram))

@@ -12,6 +12,7 @@ import pytest
 
 from swarm.net import udp
 from swarm.net.udp import AeadSeal, Datagrams, NoSeal
+from swarm.protocol.messages import Address
 from swarm.security.datagram_seal import SealKey
 
 DEADLINE_S = 10.0
@@ -47,12 +48,12 @@ class End:
 def test_does_a_datagram_arrive_with_its_source() -> None:
     async def scenario() -> None:
         one, other = End(), End()
-        one.socket.send(other.address, b"hello")
+        one.socket.send(Address(other.address), b"hello")
         await other.until(1)
         assert other.heard == [(one.address, b"hello")]
         one.socket.close()
         one.socket.close()
-        one.socket.send(other.address, b"closed")
+        one.socket.send(Address(other.address), b"closed")
         other.socket.close()
 
     run(scenario)
@@ -64,7 +65,7 @@ def test_is_a_turn_bounded_and_a_drain_thorough(monkeypatch: pytest.MonkeyPatch)
     async def scenario() -> None:
         one, other = End(), End()
         for _ in range(10):
-            one.socket.send(other.address, b"x")
+            one.socket.send(Address(other.address), b"x")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert 0 < len(other.heard) <= 6
@@ -85,7 +86,7 @@ def test_is_nothing_sent_to_what_is_no_literal_of_its_family(address: str, monke
         sock, end.socket._sock = end.socket._sock, None  # type: ignore[assignment]  # whoever would send now fails
         assert udp._target(address, socket.AF_INET) is None
         end.socket._sock = sock
-        end.socket.send(address, b"x")
+        end.socket.send(Address(address), b"x")
         end.socket.close()
 
     run(scenario)
@@ -112,7 +113,7 @@ def test_are_other_machines_neither_told_nor_heard() -> None:
         for end in (wide, narrow):
             real, end.socket._sock = end.socket._sock, Spy()  # type: ignore[assignment]
             sent.clear()
-            end.socket.send("192.0.2.1:7", b"x")
+            end.socket.send(Address("192.0.2.1:7"), b"x")
             assert bool(sent) == (end is wide)
             end.socket.drain()
             assert bool(end.heard) == (end is wide)
@@ -127,9 +128,9 @@ def test_does_nobody_at_the_other_end_raise_nothing() -> None:
         one, other, gone = End(), End(), End()
         gone.socket.close()
         for _ in range(3):
-            one.socket.send(gone.address, b"anybody?")
+            one.socket.send(Address(gone.address), b"anybody?")
             one.socket.drain()
-        other.socket.send(one.address, b"still there")
+        other.socket.send(Address(one.address), b"still there")
         await one.until(1)
         one.socket.close()
         other.socket.close()
@@ -144,9 +145,9 @@ def test_is_what_does_not_open_not_heard_but_told_of_once(caplog: pytest.LogCapt
     async def scenario() -> None:
         stranger, elsewhere, one, other = End(), End(codec=sealed(2)), *(End(codec=sealed(1)) for _ in range(2))
         for _ in range(3):
-            stranger.socket.send(other.address, b"open")
-            elsewhere.socket.send(other.address, b"of another cluster")
-        one.socket.send(other.address, b"secret")
+            stranger.socket.send(Address(other.address), b"open")
+            elsewhere.socket.send(Address(other.address), b"of another cluster")
+        one.socket.send(Address(other.address), b"secret")
         await other.until(1)
         assert other.heard == [(one.address, b"secret")]
         for end in (stranger, elsewhere, one, other):

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import aiohttp
 import pytest
 
+from swarm.content.manifest import Digest
 from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError
 from swarm.net import http_pages
 from swarm.net import websocket as links
@@ -128,7 +129,7 @@ def test_do_messages_sent_together_share_a_frame() -> None:
 def test_does_the_largest_message_fit() -> None:
     async def scenario() -> None:
         async with linked() as (one, other):
-            part = messages.ManifestPart("ab" * 32, 1 << 20, 0, bytes(messages.MANIFEST_PART_BYTES))
+            part = messages.ManifestPart(Digest("ab" * 32), 1 << 20, 0, bytes(messages.MANIFEST_PART_BYTES))
             await one.send(part)
             assert await other.receive() == part
 
@@ -201,7 +202,7 @@ def test_is_a_peer_that_does_not_read_noticed(monkeypatch: pytest.MonkeyPatch) -
 
     async def scenario() -> None:
         async with strange() as (_, link):
-            part = messages.ManifestPart("ab" * 32, 1 << 20, 0, bytes(messages.MANIFEST_PART_BYTES))
+            part = messages.ManifestPart(Digest("ab" * 32), 1 << 20, 0, bytes(messages.MANIFEST_PART_BYTES))
 
             async def flood() -> None:
                 while True:

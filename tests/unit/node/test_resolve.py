@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import pytest
 
-from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
+from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
 from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable
 from swarm.hashing.cpu import chunk_digest
 from swarm.journal import Resolved
@@ -16,13 +16,15 @@ from swarm.net.websocket import Link
 from swarm.node import resolve as resolving
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
-from swarm.protocol.messages import AnyMessage, Message, Origin, decode, encode
+from swarm.protocol.messages import Address, AnyMessage, Message, NodeId, Origin, decode, encode
 from swarm.store.tensors import MemoryStore
 from swarm.transport import Transport
 from swarm.transport.inproc import InprocHub, InprocTransport
 
+ORG_OTHER = ModelId("org/other")
+
 DEADLINE_S = 20.0
-MODEL = "org/model"
+MODEL = ModelId("org/model")
 ORIGIN = Origin("ef" * 20, {})
 
 
@@ -83,14 +85,18 @@ class QueueWorld:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
-    ) -> str:
+        self,
+        node: NodeId,
+        accept: Callable[[Link], Awaitable[None]],
+        found: Callable[[Address, bool], None],
+        hear: Hear,
+    ) -> Address:
         self.transports = [InprocTransport(self._street.hub)]
         self._accept, self._hear = accept, hear
         self._street[self._address] = self
         for address in self._known:
-            asyncio.get_running_loop().call_soon(found, address, True)
-        return self._address
+            asyncio.get_running_loop().call_soon(found, Address(address), True)
+        return Address(self._address)
 
     async def dial(self, address: str) -> Link:
         if address not in self._street:
@@ -110,7 +116,7 @@ class QueueWorld:
 
     def send(self, address: str, datagram: bytes) -> None:
         if (target := self._street.get(address)) and self._street.datagrams_pass:
-            asyncio.get_running_loop().call_soon(target._hear, self._address, datagram)
+            asyncio.get_running_loop().call_soon(target._hear, Address(self._address), datagram)
 
     def drain(self) -> None:
         """Nothing waits."""
@@ -156,7 +162,7 @@ def test_does_the_journal_say_how_it_went() -> None:
             seed.serve(MODEL, source := Zeros())
             await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
             with pytest.raises(ManifestNotFound):
-                await resolve(newcomer, "org/other", digest=None, find_timeout_s=0.01)
+                await resolve(newcomer, ORG_OTHER, digest=None, find_timeout_s=0.01)
             found, missed = (entry.event for entry in newcomer.journal if isinstance(entry.event, Resolved))
             assert (found.model_id, found.digest, found.error) == (MODEL, source.manifest.digest, None)
             assert found.agreed_at_s is not None
@@ -185,7 +191,9 @@ def test_does_a_model_of_this_node_need_nobody() -> None:
             node.serve(MODEL, source := Zeros(), origin=ORIGIN)
             found = await resolve(node, MODEL, digest=None, find_timeout_s=0.01)
             assert found == (source.manifest, ORIGIN)
-            assert found == await resolve(node, "other/name", digest=source.manifest.digest, find_timeout_s=0.01)
+            assert found == await resolve(
+                node, ModelId("other/name"), digest=source.manifest.digest, find_timeout_s=0.01
+            )
 
     run(scenario)
 
@@ -195,7 +203,7 @@ def test_does_a_model_that_nobody_serves_say_who_was_asked(knows: list[str]) -> 
     async def scenario() -> None:
         street = Street()
         async with street.node("seed") as seed, street.node("newcomer", knows=knows) as newcomer:
-            seed.serve("org/other", other := Zeros())
+            seed.serve(ORG_OTHER, other := Zeros())
             await until(lambda: not newcomer.searching)
             with pytest.raises(ManifestNotFound) as caught:
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.01)
@@ -249,12 +257,12 @@ def test_is_a_pinned_digest_found_under_another_name_only() -> None:
     async def scenario() -> None:
         street = Street()
         async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
-            seed.serve("another/name", source := Zeros(4))
+            seed.serve(ModelId("another/name"), source := Zeros(4))
             seed.serve(MODEL, Zeros(8))
             pinned = source.manifest.digest
             assert (await resolve(newcomer, MODEL, digest=pinned, find_timeout_s=DEADLINE_S))[0] == source.manifest
             with pytest.raises(ManifestNotFound):
-                await resolve(newcomer, MODEL, digest="0" * 64, find_timeout_s=0.01)
+                await resolve(newcomer, MODEL, digest=Digest("0" * 64), find_timeout_s=0.01)
 
     run(scenario)
 

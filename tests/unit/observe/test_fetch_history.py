@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.journal import FetchEnded, FetchStarted, Journal, Received
 from swarm.observe import fetch_history
 from swarm.observe.fetch_history import FetchHistories
+from swarm.protocol.messages import NodeId
 from swarm.transfer.download import Ban, ChunkCorrupt
 
-DIGEST = "d" * 64
-SEED, MATE, LIAR = "a" * 16, "b" * 16, "c" * 16
+M = ModelId("m")
+
+DIGEST = Digest("d" * 64)
+SEED, MATE, LIAR = NodeId("a" * 16), NodeId("b" * 16), NodeId("c" * 16)
 
 
 def histories_of(*entries: tuple[float, Any]) -> FetchHistories:
@@ -24,7 +28,7 @@ def histories_of(*entries: tuple[float, Any]) -> FetchHistories:
 
 def test_who_gave_a_chunk_and_when() -> None:
     fetch = histories_of(
-        (10, FetchStarted("m", DIGEST, 300, 100)),
+        (10, FetchStarted(M, DIGEST, 300, 100)),
         (11, Received(SEED, DIGEST, 2, 100)),
         (13, Received(MATE, DIGEST, 0, 100)),
     ).fetches[DIGEST]
@@ -36,7 +40,7 @@ def test_who_gave_a_chunk_and_when() -> None:
 
 def test_phases_add_up_and_lanes_hold_every_byte() -> None:
     timeline = histories_of(
-        (10, FetchStarted("m", DIGEST, 300, 0)),
+        (10, FetchStarted(M, DIGEST, 300, 0)),
         (12, Received(SEED, DIGEST, 0, 100)),
         (12.5, ChunkCorrupt(LIAR, 7, 1)),
         (12.6, Ban(LIAR, "sent 3 wrong chunks")),
@@ -56,17 +60,17 @@ def test_phases_add_up_and_lanes_hold_every_byte() -> None:
 
 
 def test_a_fetch_that_brought_nothing_yet_waits() -> None:
-    timeline = histories_of((10, FetchStarted("m", DIGEST, 300, 0))).fetches[DIGEST].timeline(13)
+    timeline = histories_of((10, FetchStarted(M, DIGEST, 300, 0))).fetches[DIGEST].timeline(13)
     assert timeline["running"]
     assert [phase["seconds"] for phase in timeline["phases"]] == [3, 0, 0]
     assert timeline["lanes"] == []
 
 
 def test_what_ended_first_is_forgotten_first_and_what_runs_is_not() -> None:
-    entries: list[tuple[float, Any]] = [(0, FetchStarted("running", DIGEST, 1, 0))]
+    entries: list[tuple[float, Any]] = [(0, FetchStarted(ModelId("running"), DIGEST, 1, 0))]
     for number in range(fetch_history.FETCHES_KEPT + 3):
         digest = f"{number:064x}"
-        entries += [(number, FetchStarted("m", digest, 1, 0)), (number, FetchEnded(digest, None))]
+        entries += [(number, FetchStarted(M, Digest(digest), 1, 0)), (number, FetchEnded(Digest(digest), None))]
     kept = histories_of(*entries).fetches
     assert len(kept) == fetch_history.FETCHES_KEPT
     assert DIGEST in kept

@@ -11,13 +11,17 @@ import pytest
 
 import swarm
 from swarm import Settings
+from swarm.content.manifest import Digest, ModelId
 from swarm.journal import FetchEnded, FetchStarted, Joined, Journal, Left, Received, Resolved
 from swarm.observe import opentelemetry
+from swarm.protocol.messages import Address, NodeId
 from swarm.transfer.download import Ask, Ban, ChunkCorrupt, TransferEnded, TransferFailed
+
+ORG_M, ID_ANN, ID_BEN = ModelId("org/m"), NodeId("id-ann"), NodeId("id-ben")
 
 trace = pytest.importorskip("opentelemetry.trace", reason="opentelemetry-api is optional")
 sdk = pytest.importorskip("opentelemetry.sdk.trace", reason="without the SDK nothing is exported")
-DIGEST = "d" * 64
+DIGEST = Digest("d" * 64)
 SUBJECT = DIGEST
 
 
@@ -46,7 +50,7 @@ def followed() -> Journal:
 
 def test_is_a_fetch_a_span(exported: Callable[[], dict[str, Any]]) -> None:
     journal = followed()
-    journal.record(1.0, "node", FetchStarted("org/m", DIGEST, 30, 10))
+    journal.record(1.0, "node", FetchStarted(ORG_M, DIGEST, 30, 10))
     assert not exported()
     journal.record(2.0, "node", FetchEnded(DIGEST, "stalled"))
     span = exported()["swarm.fetch"]
@@ -60,18 +64,18 @@ def test_is_a_fetch_a_span(exported: Callable[[], dict[str, Any]]) -> None:
 def test_is_each_source_a_span_of_its_fetch(exported: Callable[[], dict[str, Any]]) -> None:
     journal = followed()
     for name in ("ann", "ben"):
-        journal.record(0.0, "node", Joined(f"id-{name}", name, "at", "tcp"))
-    journal.record(1.0, "node", FetchStarted("org/m", DIGEST, 30, 0))
+        journal.record(0.0, "node", Joined(NodeId(f"id-{name}"), name, Address("at"), "tcp"))
+    journal.record(1.0, "node", FetchStarted(ORG_M, DIGEST, 30, 0))
     for transfer, name in enumerate(("ann", "ben")):
-        journal.record(1.0, SUBJECT, Ask(f"id-{name}", transfer, (0, 1), "rarest"))
-    journal.record(2.0, "id-ann", Received("id-ann", DIGEST, 0, 10))
-    journal.record(2.0, "node", Left("id-ben", "gone"))
-    journal.record(3.0, "id-ann", Received("id-ann", DIGEST, 1, 5))
-    journal.record(3.0, SUBJECT, TransferEnded("id-ann", 0))
-    journal.record(3.0, SUBJECT, Ask("id-ann", 2, (2,), "rarest"))  # goes on, and is no second span
-    journal.record(4.0, SUBJECT, TransferFailed("id-ann", 2, "broke off"))
-    journal.record(5.0, SUBJECT, ChunkCorrupt("id-ben", 1, 0))
-    journal.record(5.0, SUBJECT, Ban("id-ben", "wrong chunks"))
+        journal.record(1.0, SUBJECT, Ask(NodeId(f"id-{name}"), transfer, (0, 1), "rarest"))
+    journal.record(2.0, "id-ann", Received(ID_ANN, DIGEST, 0, 10))
+    journal.record(2.0, "node", Left(ID_BEN, "gone"))
+    journal.record(3.0, "id-ann", Received(ID_ANN, DIGEST, 1, 5))
+    journal.record(3.0, SUBJECT, TransferEnded(ID_ANN, 0))
+    journal.record(3.0, SUBJECT, Ask(ID_ANN, 2, (2,), "rarest"))  # goes on, and is no second span
+    journal.record(4.0, SUBJECT, TransferFailed(ID_ANN, 2, "broke off"))
+    journal.record(5.0, SUBJECT, ChunkCorrupt(ID_BEN, 1, 0))
+    journal.record(5.0, SUBJECT, Ban(ID_BEN, "wrong chunks"))
     journal.record(9.0, "node", FetchEnded(DIGEST, None))
     ann, ben, fetch = (exported()[name] for name in ("ann", "ben", "swarm.fetch"))
     assert ann.name == ben.name == "swarm.fetch.source"
@@ -88,7 +92,7 @@ def test_is_each_source_a_span_of_its_fetch(exported: Callable[[], dict[str, Any
 
 def test_is_resolving_a_span(exported: Callable[[], dict[str, Any]]) -> None:
     journal = followed()
-    journal.record(5.0, "node", Resolved("org/m", DIGEST, 1.0, 4.0, None))
+    journal.record(5.0, "node", Resolved(ORG_M, DIGEST, 1.0, 4.0, None))
     span = exported()["swarm.resolve"]
     assert span.attributes == {"swarm.model_id": "org/m", "swarm.digest": DIGEST}
     assert span.end_time - span.start_time == 4e9
@@ -100,8 +104,8 @@ def test_is_resolving_a_span(exported: Callable[[], dict[str, Any]]) -> None:
 def test_are_spans_within_the_callers_own(exported: Callable[[], dict[str, Any]]) -> None:
     journal = followed()
     with trace.use_span(trace.get_tracer("application").start_span("start"), end_on_exit=True):
-        journal.record(1.0, "node", Resolved("org/m", None, 0.0, None, "nobody serves it"))
-        journal.record(1.0, "node", FetchStarted("org/m", DIGEST, 30, 0))
+        journal.record(1.0, "node", Resolved(ORG_M, None, 0.0, None, "nobody serves it"))
+        journal.record(1.0, "node", FetchStarted(ORG_M, DIGEST, 30, 0))
     journal.record(2.0, "node", FetchEnded(DIGEST, None))
     found = exported()
     assert found["swarm.resolve"].parent == found["swarm.fetch"].parent == found["start"].context
@@ -134,7 +138,7 @@ def test_is_nothing_done_without_the_package(
     monkeypatch.delattr(sys.modules["opentelemetry"], "trace")
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", None)  # as where another package of that name space is
     journal = followed()
-    journal.record(1.0, "node", FetchStarted("org/m", DIGEST, 30, 10))
+    journal.record(1.0, "node", FetchStarted(ORG_M, DIGEST, 30, 10))
     journal.record(2.0, "node", FetchEnded(DIGEST, None))
     assert journal._subscribers == []
     assert exported() == {}

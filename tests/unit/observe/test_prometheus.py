@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.journal import FetchEnded, FetchStarted, Journal, Received, Sent
 from swarm.observe.prometheus import Metrics
+from swarm.protocol.messages import NodeId
 from swarm.transfer.download import Ban, ChunkCorrupt
 
+P, Q = NodeId("p"), NodeId("q")
+
 MONITORING = Path(__file__).parents[3] / "examples" / "monitoring"
-DIGEST = "d" * 64
+DIGEST = Digest("d" * 64)
 REPORT: dict[str, Any] = {
     "node": {"id": "n0", "version": "1"},
     "members": [{"state": "self", "transport": "self"}, {"state": "alive", "transport": "tcp"}],
@@ -50,8 +54,8 @@ def samples(counted: Metrics) -> dict[str, float]:
 def test_are_events_counted_and_the_present_told() -> None:
     told = samples(
         metrics(
-            FetchStarted("m", DIGEST, 100, 0), Received("p", DIGEST, 0, 30), Sent("p", DIGEST, 7),
-            ChunkCorrupt("q", 1, 2), Ban("q", "lies"), FetchEnded(DIGEST, None), FetchEnded(DIGEST, "stalled"),
+            FetchStarted(ModelId("m"), DIGEST, 100, 0), Received(P, DIGEST, 0, 30), Sent(P, DIGEST, 7),
+            ChunkCorrupt(Q, 1, 2), Ban(Q, "lies"), FetchEnded(DIGEST, None), FetchEnded(DIGEST, "stalled"),
         )
     )  # fmt: skip
     expected = {
@@ -65,8 +69,8 @@ def test_are_events_counted_and_the_present_told() -> None:
 
 def test_are_labels_bounded() -> None:
     """However many peers and digests there are."""
-    few = metrics(Received("p", DIGEST, 0, 1))
-    many = metrics(*(Received(f"p{n}", f"{n:064x}", n, 1) for n in range(500)))
+    few = metrics(Received(P, DIGEST, 0, 1))
+    many = metrics(*(Received(NodeId(f"p{n}"), Digest(f"{n:064x}"), n, 1) for n in range(500)))
     assert samples(few).keys() == samples(many).keys()
 
 

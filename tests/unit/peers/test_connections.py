@@ -8,19 +8,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarm.content.manifest import Digest, ModelId
 from swarm.errors import LocalProtocolError
 from swarm.peers import connections, selection
 from swarm.peers.connections import Connections, Dial, DialFailed, Drop, Found, LinkDown, LinkUp, Told, Welcome
+from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
 
-SMALL, BIG = "1" * 16, "2" * 16
+A_1 = Address("a:1")
+ALIAS_1 = Address("alias:1")
+B_1 = Address("b:1")
+C_1 = Address("c:1")
+E_1 = Address("e:1")
+M3_1 = Address("m3:1")
+ME_1 = Address("me:1")
+SEED_1 = Address("seed:1")
+STRANGER_1 = Address("stranger:1")
+
+SMALL, BIG = NodeId("1" * 16), NodeId("2" * 16)
 
 
 class Knows:
     """The membership machine of one node; every step is checked."""
 
     def __init__(self, node: str = SMALL, *, host: str = "") -> None:
-        self.machine = Connections(node, rng=random.Random(1), host=host)
+        self.machine = Connections(NodeId(node), rng=random.Random(1), host=host)
         self.now = 0.0
 
     def tell(self, event: connections.Event, *, at: float | None = None) -> list[connections.Action]:
@@ -32,17 +44,17 @@ class Knows:
 
 def test_a_found_address_is_dialled_once() -> None:
     knows = Knows()
-    assert knows.tell(Found("b:1", True)) == [Dial("b:1")]
-    assert knows.tell(Found("b:1", False)) == []
+    assert knows.tell(Found(B_1, True)) == [Dial(B_1)]
+    assert knows.tell(Found(B_1, False)) == []
     assert knows.tell(connections.Tick(), at=60.0) == []
     assert knows.machine.unanswered() == ["b:1"]
 
 
 def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
     knows, pauses = Knows(), []
-    knows.tell(Found("b:1", True))
+    knows.tell(Found(B_1, True))
     for _ in range(8):
-        knows.tell(DialFailed("b:1"))
+        knows.tell(DialFailed(B_1))
         began = knows.now
         while not knows.tell(connections.Tick(), at=knows.now + 0.25):
             pass
@@ -54,9 +66,9 @@ def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
 @pytest.mark.parametrize("lasting", [True, False])
 def test_only_what_was_given_by_hand_is_never_forgotten(lasting: bool) -> None:
     knows = Knows()
-    knows.tell(Found("b:1", lasting))
+    knows.tell(Found(B_1, lasting))
     for number in range(1, connections.FAILURES_MAX + 1):
-        knows.tell(DialFailed("b:1"), at=100.0 * number)
+        knows.tell(DialFailed(B_1), at=100.0 * number)
         knows.tell(connections.Tick(), at=100.0 * number + 50.0)
     assert bool(knows.machine.tried()) is lasting
 
@@ -67,8 +79,8 @@ def test_both_ends_keep_the_same_one_of_two_links(small_hears_first: str, big_he
     kept = {}
     for node, other, first in ((SMALL, BIG, small_hears_first), (BIG, SMALL, big_hears_first)):
         knows = Knows(node)
-        own = LinkUp(1, other, f"{other}:1", dialled=f"{other}:1")
-        theirs = LinkUp(2, other, f"{other}:1", dialled=None)
+        own = LinkUp(1, NodeId(other), Address(f"{other}:1"), dialled=Address(f"{other}:1"))
+        theirs = LinkUp(2, NodeId(other), Address(f"{other}:1"), dialled=None)
         events = [own, theirs] if first == "own" else [theirs, own]
         actions = [action for event in events for action in knows.tell(event)]
         (dropped,) = [action.link for action in actions if isinstance(action, Drop)]
@@ -78,8 +90,8 @@ def test_both_ends_keep_the_same_one_of_two_links(small_hears_first: str, big_he
 
 def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
     knows = Knows()
-    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
-    assert knows.tell(LinkUp(2, BIG, "b:1", dialled=None)) == [
+    knows.tell(LinkUp(1, BIG, B_1, dialled=None))
+    assert knows.tell(LinkUp(2, BIG, B_1, dialled=None)) == [
         Drop(1, "another link is open"),
         Welcome(2, ()),
     ]
@@ -89,61 +101,61 @@ def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
 
 def test_a_second_address_of_a_linked_node_is_not_dialled_again_and_again() -> None:
     knows = Knows(BIG)
-    knows.tell(Found("alias:1", True))
-    assert knows.tell(LinkUp(1, SMALL, "a:1", dialled=None)) == [Welcome(1, ())]
-    assert knows.tell(LinkUp(2, SMALL, "a:1", dialled="alias:1")) == [Drop(2, "another link is open")]
+    knows.tell(Found(ALIAS_1, True))
+    assert knows.tell(LinkUp(1, SMALL, A_1, dialled=None)) == [Welcome(1, ())]
+    assert knows.tell(LinkUp(2, SMALL, A_1, dialled=ALIAS_1)) == [Drop(2, "another link is open")]
     assert knows.tell(connections.Tick(), at=60.0) == []
     assert knows.tell(LinkDown(2)) == []
     assert knows.tell(LinkDown(1)) == []
-    assert set(knows.tell(connections.Tick(), at=61.0)) == {Dial("a:1"), Dial("alias:1")}
+    assert set(knows.tell(connections.Tick(), at=61.0)) == {Dial(A_1), Dial(ALIAS_1)}
 
 
 def test_the_own_address_is_dialled_once_and_never_again() -> None:
     knows = Knows()
-    knows.tell(Found("me:1", True))
-    assert knows.tell(LinkUp(1, SMALL, "10.0.0.1:1", dialled="me:1")) == [Drop(1, "this is myself")]
-    assert knows.tell(Told(("me:1",))) == []
-    assert knows.tell(Found("me:1", True)) == []
+    knows.tell(Found(ME_1, True))
+    assert knows.tell(LinkUp(1, SMALL, Address("10.0.0.1:1"), dialled=ME_1)) == [Drop(1, "this is myself")]
+    assert knows.tell(Told((ME_1,))) == []
+    assert knows.tell(Found(ME_1, True)) == []
 
 
 def test_a_stranger_cannot_have_an_address_taken_for_the_own_one() -> None:
     knows = Knows()
-    knows.tell(Found("seed:1", True))
-    knows.tell(DialFailed("seed:1"))
-    assert knows.tell(LinkUp(1, SMALL, "seed:1", dialled=None)) == [Drop(1, "this is myself")]
-    assert knows.tell(connections.Tick(), at=60.0) == [Dial("seed:1")]
+    knows.tell(Found(SEED_1, True))
+    knows.tell(DialFailed(SEED_1))
+    assert knows.tell(LinkUp(1, SMALL, SEED_1, dialled=None)) == [Drop(1, "this is myself")]
+    assert knows.tell(connections.Tick(), at=60.0) == [Dial(SEED_1)]
 
 
 def test_the_own_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "OWN_MAX", 2)
     knows = Knows()
     for number, address in enumerate(("me:1", "me:2", "me:3")):
-        knows.tell(LinkUp(number, SMALL, "me:1", dialled=address))
-    assert knows.tell(Told(("me:3", "me:2"))) == []
-    assert knows.tell(Told(("me:1",))) == [Dial("me:1")]
+        knows.tell(LinkUp(number, SMALL, ME_1, dialled=Address(address)))
+    assert knows.tell(Told((Address("me:3"), Address("me:2")))) == []
+    assert knows.tell(Told((ME_1,))) == [Dial(ME_1)]
 
 
 def test_a_claimed_address_keeps_nobody_from_dialling_what_was_given_by_hand() -> None:
     knows = Knows()
-    knows.tell(Found("seed:1", True))
-    knows.tell(DialFailed("seed:1"))
-    knows.tell(LinkUp(1, BIG, "seed:1", dialled=None))
+    knows.tell(Found(SEED_1, True))
+    knows.tell(DialFailed(SEED_1))
+    knows.tell(LinkUp(1, BIG, SEED_1, dialled=None))
     assert knows.tell(connections.Tick(), at=0.4) == []
     knows.tell(LinkDown(1))
-    assert knows.tell(LinkUp(2, BIG, "seed:1", dialled=None), at=0.5) == [Welcome(2, ()), Dial("seed:1")]
+    assert knows.tell(LinkUp(2, BIG, SEED_1, dialled=None), at=0.5) == [Welcome(2, ()), Dial(SEED_1)]
 
 
 def test_a_claimed_address_that_nobody_gave_by_hand_is_not_dialled() -> None:
     knows = Knows()
-    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
-    assert knows.tell(Told(("b:1",)), at=60.0) == []
+    knows.tell(LinkUp(1, BIG, B_1, dialled=None))
+    assert knows.tell(Told((B_1,)), at=60.0) == []
 
 
 def test_who_hangs_up_at_once_is_dialled_less_and_less_often_until_a_link_lasts() -> None:
     knows, pauses = Knows(), []
-    knows.tell(Found("b:1", False))
+    knows.tell(Found(B_1, False))
     for number in range(8):
-        knows.tell(LinkUp(number, BIG, "b:1", dialled="b:1"))
+        knows.tell(LinkUp(number, BIG, B_1, dialled=B_1))
         knows.tell(LinkDown(number), at=knows.now + connections.BRIEF_S / 2)
         began = knows.now
         while not knows.tell(connections.Tick(), at=knows.now + 0.25):
@@ -152,16 +164,16 @@ def test_who_hangs_up_at_once_is_dialled_less_and_less_often_until_a_link_lasts(
     assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
     assert knows.machine.tried() == ["b:1: hung up at once, 8 times"]
     assert knows.machine.unanswered() == []
-    knows.tell(LinkUp(9, BIG, "b:1", dialled="b:1"))
+    knows.tell(LinkUp(9, BIG, B_1, dialled=B_1))
     knows.tell(LinkDown(9), at=knows.now + connections.BRIEF_S)
     assert knows.machine.tried() == ["b:1: not connected just now"]
-    assert knows.tell(connections.Tick(), at=knows.now + connections.RETRY_FIRST_S) == [Dial("b:1")]
+    assert knows.tell(connections.Tick(), at=knows.now + connections.RETRY_FIRST_S) == [Dial(B_1)]
 
 
 def test_a_link_that_gives_way_to_its_twin_has_not_failed() -> None:
     knows = Knows(BIG)
-    knows.tell(LinkUp(1, SMALL, "a:1", dialled="a:1"))
-    knows.tell(LinkUp(2, SMALL, "a:1", dialled=None))
+    knows.tell(LinkUp(1, SMALL, A_1, dialled=A_1))
+    knows.tell(LinkUp(2, SMALL, A_1, dialled=None))
     knows.tell(LinkDown(1))
     knows.tell(LinkDown(2))
     assert knows.machine.tried() == ["a:1: not connected just now"]
@@ -169,45 +181,45 @@ def test_a_link_that_gives_way_to_its_twin_has_not_failed() -> None:
 
 def test_an_address_that_fails_for_days_is_still_dialled() -> None:
     knows = Knows()
-    knows.tell(Found("b:1", True))
+    knows.tell(Found(B_1, True))
     for number in range(2000):
-        knows.tell(DialFailed("b:1"), at=100.0 * number)
-        assert knows.tell(connections.Tick(), at=100.0 * number + 50.0) == [Dial("b:1")]
+        knows.tell(DialFailed(B_1), at=100.0 * number)
+        assert knows.tell(connections.Tick(), at=100.0 * number + 50.0) == [Dial(B_1)]
 
 
 def test_a_lost_link_is_dialled_again_after_a_moment() -> None:
     knows = Knows()
-    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
+    knows.tell(LinkUp(1, BIG, B_1, dialled=None))
     assert knows.tell(LinkDown(1)) == []
-    assert knows.tell(connections.Tick(), at=connections.RETRY_FIRST_S) == [Dial("b:1")]
+    assert knows.tell(connections.Tick(), at=connections.RETRY_FIRST_S) == [Dial(B_1)]
 
 
 def test_one_address_is_enough_to_hear_of_the_others() -> None:
     knows = Knows()
     for number, name in enumerate("bcd"):
-        actions = knows.tell(LinkUp(number, name * 16, f"{name}:1", dialled=None))
-    assert actions == [Welcome(2, ("b:1", "c:1"))]
-    assert knows.tell(Told(("e:1", "b:1"))) == [Dial("e:1")]
+        actions = knows.tell(LinkUp(number, NodeId(name * 16), Address(f"{name}:1"), dialled=None))
+    assert actions == [Welcome(2, (B_1, C_1))]
+    assert knows.tell(Told((E_1, B_1))) == [Dial(E_1)]
 
 
 def test_links_and_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "LINKS_MAX", 1)
     monkeypatch.setattr(connections, "KNOWN_MAX", 2)
     knows = Knows()
-    knows.tell(LinkUp(1, BIG, "b:1", dialled=None))
-    assert knows.tell(LinkUp(2, "3" * 16, "c:1", dialled=None)) == [Drop(2, "too many links")]
-    assert knows.tell(Told(("d:1", "e:1", "f:1"))) == []
+    knows.tell(LinkUp(1, BIG, B_1, dialled=None))
+    assert knows.tell(LinkUp(2, NodeId("3" * 16), C_1, dialled=None)) == [Drop(2, "too many links")]
+    assert knows.tell(Told((Address("d:1"), E_1, Address("f:1")))) == []
     assert repr(knows.machine) == "<Connections 11111111 1 links | 2 addresses | 0 members>"
 
 
 def record(number: int, *, state: State = State.ALIVE, chunks: int | None = None, host: str = "") -> Record:
     """A member of a large swarm that holds so many of 8 chunks, or nothing; its address is `mN:1`."""
-    artifacts = () if chunks is None else (Holding("org/model", DIGEST, "checkpoint", chunks, 8, chunks == 8),)
+    artifacts = () if chunks is None else (Holding(ModelId("org/model"), DIGEST, "checkpoint", chunks, 8, chunks == 8),)
     node = f"{0x30 + number:016x}"
-    return Record(node, 0, state, 0, f"m{number}", f"m{number}:1", Profile(artifacts, host=host))
+    return Record(NodeId(node), 0, state, 0, f"m{number}", Address(f"m{number}:1"), Profile(artifacts, host=host))
 
 
-DIGEST = "ab" * 32
+DIGEST = Digest("ab" * 32)
 WANT = connections.Wants(frozenset({DIGEST}))
 
 
@@ -231,7 +243,7 @@ def linked(
 ) -> list[connections.Action]:
     actions = []
     for number in numbers:
-        address = f"m{number}:1"
+        address = Address(f"m{number}:1")
         holds = {DIGEST: chunks == 8} if chunks else {}
         up = LinkUp(number, record(number).node, address, address if by else None, holds)
         actions += knows.tell(up)
@@ -250,14 +262,14 @@ def test_in_a_large_swarm_nobody_is_dialled_who_wants_nothing() -> None:
     knows = Knows()
     large(knows)
     assert knows.tell(connections.Tick(), at=60.0) == []
-    assert knows.tell(Found("m3:1", False)) == []
-    assert dialled(knows.tell(Found("m3:1", True))) == [3], "but those given by hand are"
+    assert knows.tell(Found(M3_1, False)) == []
+    assert dialled(knows.tell(Found(M3_1, True))) == [3], "but those given by hand are"
 
 
 def test_an_address_that_gossip_does_not_know_is_dialled_as_if_there_were_none() -> None:
     knows = Knows()
     large(knows)
-    assert knows.tell(Found("stranger:1", False)) == [Dial("stranger:1")]
+    assert knows.tell(Found(STRANGER_1, False)) == [Dial(STRANGER_1)]
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 40])
@@ -281,7 +293,7 @@ def test_who_fetches_is_full_to_members_but_not_to_strangers_whom_gossip_may_not
     knows.tell(WANT)
     assert not drops(linked(knows, list(range(selection.LINKS_FULL)), by=None))
     assert drops(linked(knows, [50], by=None)) == ["full while it fetches"]
-    assert not drops(knows.tell(LinkUp(99, "f" * 16, "stranger:1", None, {})))
+    assert not drops(knows.tell(LinkUp(99, NodeId("f" * 16), STRANGER_1, None, {})))
     knows.tell(connections.Wants(frozenset()))
     assert not drops(linked(knows, [51], by=None)), "who has everything takes more"
 
@@ -292,10 +304,10 @@ def test_two_fetches_have_links_for_each() -> None:
     knows.tell(WANT)
     linked(knows, dialled(knows.tell(connections.Tick(), at=1.0)))
     other = "cd" * 32
-    holding = (Holding("org/other", other, "checkpoint", 8, 8, True),)
+    holding = (Holding(ModelId("org/other"), Digest(other), "checkpoint", 8, 8, True),)
     alone = record(200)
-    knows.tell(connections.Heard(Record(alone.node, 0, State.ALIVE, 0, "m200", "m200:1", Profile(holding))))
-    assert dialled(knows.tell(connections.Wants(frozenset({DIGEST, other})))) == [200]
+    knows.tell(connections.Heard(Record(alone.node, 0, State.ALIVE, 0, "m200", Address("m200:1"), Profile(holding))))
+    assert dialled(knows.tell(connections.Wants(frozenset({DIGEST, Digest(other)})))) == [200]
 
 
 def test_half_of_those_chosen_are_of_this_host() -> None:
@@ -313,7 +325,7 @@ def test_links_of_no_use_give_way() -> None:
     knows = Knows()
     useless = list(range(45, 45 + selection.LINKS_MOST))
     for number in useless:
-        knows.tell(Found(f"m{number}:1", False))
+        knows.tell(Found(Address(f"m{number}:1"), False))
     linked(knows, useless, chunks=0)
     linked(knows, [59], by=None, chunks=0)
     large(knows)
@@ -328,7 +340,7 @@ def test_links_that_nobody_can_use_end_after_a_while() -> None:
     chosen = dialled(knows.tell(WANT))
     linked(knows, chosen[1:], chunks=8)
     linked(knows, chosen[:1], chunks=4)
-    knows.tell(Found(f"m{chosen[1]}:1", True))
+    knows.tell(Found(Address(f"m{chosen[1]}:1"), True))
     knows.tell(connections.Wants(frozenset()))
     assert knows.tell(connections.Tick(), at=connections.IDLE_S / 2) == []
     ended = [
@@ -353,8 +365,8 @@ def test_the_dead_are_dropped_and_not_dialled() -> None:
 
 def test_where_datagrams_do_not_get_through_everybody_is_dialled() -> None:
     knows = Knows()
-    knows.tell(LinkUp(99, BIG, "b:1", dialled=None))
-    told = Told(tuple(f"m{number}:1" for number in range(40)))
+    knows.tell(LinkUp(99, BIG, B_1, dialled=None))
+    told = Told(tuple(Address(f"m{number}:1") for number in range(40)))
     assert len(dialled(knows.tell(told))) == selection.LINKS_MOST
     assert len(dialled(knows.tell(connections.Tick(), at=connections.GOSSIP_LATE_S))) == 40 - selection.LINKS_MOST
 
@@ -387,8 +399,10 @@ def test_whatever_happens_the_links_are_few(seed: int) -> None:
         ]
         if dialling and dice.random() < 0.5:
             address = dialling.pop(dice.randrange(len(dialling)))
-            up = LinkUp(step, record(int(address[1:-2])).node, address, address, {DIGEST: dice.random() < 0.5})
-            events = [DialFailed(address), up]
+            up = LinkUp(
+                step, record(int(address[1:-2])).node, Address(address), Address(address), {DIGEST: dice.random() < 0.5}
+            )
+            events = [DialFailed(Address(address)), up]
         elif open_ and dice.random() < 0.2:
             events = [LinkDown(open_.pop(dice.choice(list(open_))))]
         event = dice.choice(events)

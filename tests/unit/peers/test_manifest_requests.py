@@ -7,24 +7,26 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from swarm.content.manifest import FileEntry, HashScheme, Manifest
+from swarm.content.manifest import Digest, FileEntry, HashScheme, Manifest
 from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
 from swarm.peers.manifest_requests import Answer, ManifestRequests, Question
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import (
+    Address,
     AnyMessage,
     Hello,
     ManifestPart,
     ManifestRequest,
     Message,
+    NodeId,
     Origin,
     OriginReply,
     OriginRequest,
 )
 
 DEADLINE_S = 10.0
-DIGEST = "ab" * 32
+DIGEST = Digest("ab" * 32)
 ORIGIN = Origin("ef" * 20, {})
 
 
@@ -52,7 +54,7 @@ class FakePeer(Peer):
     """Its outbox is a list."""
 
     def __init__(self) -> None:
-        hello = Hello(1, "0", "0" * 16, "them", "127.0.0.1:1", "cd" * 16, (), ())
+        hello = Hello(1, "0", NodeId("0" * 16), "them", Address("127.0.0.1:1"), "cd" * 16, (), ())
         super().__init__(0, NoLink(), hello, token="ef" * 16, transports=())
         self.posted: list[Message] = []
 
@@ -197,7 +199,7 @@ def test_does_a_peer_that_leaves_end_its_questions_only() -> None:
         origin = asyncio.create_task(manifest_requests.origin(peer, DIGEST, timeout_s=DEADLINE_S))
         await asyncio.sleep(0)
         manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
-        manifest_requests.left("f" * 16, "somebody else")
+        manifest_requests.left(NodeId("f" * 16), "somebody else")
         assert not waiting.done()
         manifest_requests.left(peer.node, "was killed")
         with pytest.raises(PeerError, match="them: was killed"):

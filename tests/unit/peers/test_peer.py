@@ -7,10 +7,11 @@ import logging
 
 import pytest
 
+from swarm.content.manifest import Digest
 from swarm.errors import PeerUnreachable, TransportError
 from swarm.peers import peer as peers
 from swarm.peers.peer import Peer
-from swarm.protocol.messages import AnyMessage, Bye, Cancel, Endpoint, Hello, ManifestPart, Message
+from swarm.protocol.messages import Address, AnyMessage, Bye, Cancel, Endpoint, Hello, ManifestPart, Message, NodeId
 from swarm.transport import Transport
 from swarm.transport.inproc import InprocHub, InprocInbound, InprocTransport
 
@@ -45,7 +46,7 @@ class FakeLink:
 
 
 def peer_at(link: FakeLink, *offers: Endpoint, transports: tuple[Transport, ...] = ()) -> Peer:
-    hello = Hello(1, "0", "0" * 16, "them", "127.0.0.1:1", TOKEN, offers, ())
+    hello = Hello(1, "0", NodeId("0" * 16), "them", Address("127.0.0.1:1"), TOKEN, offers, ())
     return Peer(0, link, hello, token="ef" * 16, transports=transports)
 
 
@@ -106,7 +107,7 @@ def test_is_a_peer_that_reads_nothing_cut_off(monkeypatch: pytest.MonkeyPatch) -
 
 def test_is_a_peer_that_leaves_much_unread_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "OUTBOX_BYTES_MAX", 10)
-    part = ManifestPart("ab" * 32, 10, 0, bytes(5))
+    part = ManifestPart(Digest("ab" * 32), 10, 0, bytes(5))
 
     async def scenario() -> None:
         link = FakeLink()

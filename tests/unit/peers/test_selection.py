@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from swarm.peers import selection
 from swarm.peers.selection import Candidate
+from swarm.protocol.messages import NodeId
 
 HERE, RACK, AWAY = 0, 1, 2
 
@@ -17,7 +18,7 @@ HERE, RACK, AWAY = 0, 1, 2
 def some(
     count: int, *, distance: int = AWAY, whole: bool = False, load: float = 0.0, name: str = "p"
 ) -> list[Candidate]:
-    return [Candidate(f"{name}{distance}{number}", whole, distance, load) for number in range(count)]
+    return [Candidate(NodeId(f"{name}{distance}{number}"), whole, distance, load) for number in range(count)]
 
 
 def chosen(linked: list[Candidate], others: list[Candidate], wanted: int, seed: int = 0) -> list[Candidate]:
@@ -81,7 +82,7 @@ def test_is_a_choice_a_function_of_its_dice() -> None:
 def known(draw: st.DrawFn) -> tuple[list[Candidate], list[Candidate]]:
     """Linked and others, of different names."""
     kinds = st.tuples(st.booleans(), st.sampled_from([HERE, RACK, AWAY]), st.integers(0, 20))
-    all_of_them = [Candidate(f"m{n}", *kind) for n, kind in enumerate(draw(st.lists(kinds, max_size=40)))]
+    all_of_them = [Candidate(NodeId(f"m{n}"), *kind) for n, kind in enumerate(draw(st.lists(kinds, max_size=40)))]
     linked = draw(st.integers(0, len(all_of_them)))
     return all_of_them[:linked], all_of_them[linked:]
 

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX
+from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, Digest, ModelId
 from swarm.protocol import messages
-from swarm.protocol.messages import Announcement, Endpoint, Message, Origin, decode, encode
+from swarm.protocol.messages import Address, Announcement, Endpoint, Message, NodeId, Origin, decode, encode
 
-DIGEST = "ab" * 32
-ARTIFACT = Announcement("org/model", DIGEST, "checkpoint", 10, 1, 2, False)
-NODE, TOKEN = "0123456789abcdef", "cd" * 16
+DIGEST = Digest("ab" * 32)
+ARTIFACT = Announcement(ModelId("org/model"), DIGEST, "checkpoint", 10, 1, 2, False)
+NODE, TOKEN = NodeId("0123456789abcdef"), "cd" * 16
 
 ARTIFACT_JSON = (
     f'{{"model_id":"org/model","digest":"{DIGEST}","tier":"checkpoint","size":10,"chunks":1,"chunks_total":2,'
@@ -25,12 +25,14 @@ ARTIFACT_JSON = (
 )
 # A change here is a change of the protocol: `PROTOCOL` counts those.
 GOLDEN: dict[Message, str] = {
-    messages.Hello(3, "0.1.0", NODE, "me", "127.0.0.1:1", TOKEN, (Endpoint("tcp", "127.0.0.1:1"),), (ARTIFACT,)): (
+    messages.Hello(
+        3, "0.1.0", NODE, "me", Address("127.0.0.1:1"), TOKEN, (Endpoint("tcp", "127.0.0.1:1"),), (ARTIFACT,)
+    ): (
         f'{{"type":"Hello","protocol":3,"software":"0.1.0","node":"{NODE}","name":"me","address":"127.0.0.1:1",'
         f'"token":"{TOKEN}","transports":[{{"scheme":"tcp","address":"127.0.0.1:1"}}],"artifacts":[{ARTIFACT_JSON}]}}'
     ),
     messages.Announce((ARTIFACT,)): f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON}]}}',
-    messages.Members(("127.0.0.1:1",)): '{"type":"Members","addresses":["127.0.0.1:1"]}',
+    messages.Members((Address("127.0.0.1:1"),)): '{"type":"Members","addresses":["127.0.0.1:1"]}',
     messages.ManifestRequest(DIGEST): f'{{"type":"ManifestRequest","digest":"{DIGEST}"}}',
     messages.ManifestPart(DIGEST, 3, 1, b"\x00\xff"): (
         f'{{"type":"ManifestPart","digest":"{DIGEST}","total":3,"offset":1,"data":"AP8="}}'

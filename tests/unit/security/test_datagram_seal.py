@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from swarm.errors import LocalProtocolError
 from swarm.protocol import packets
+from swarm.protocol.messages import NodeId
 from swarm.protocol.packets import DATAGRAM_BYTES_MAX as PACKET_BYTES_MAX
 from swarm.security import datagram_seal
 from swarm.security.datagram_seal import (
@@ -108,7 +109,7 @@ def test_does_garbage_never_open_and_never_raise(garbage: bytes) -> None:
 
 
 def test_is_a_datagram_without_a_seal_named_as_such(opener: Opener) -> None:
-    plain = packets.encode(packets.Ack(1, "0" * 16, ()))
+    plain = packets.encode(packets.Ack(1, NodeId("0" * 16), ()))
     assert opener.open(plain, NOW) is Unopened.PLAINTEXT
     with pytest.raises(ValueError, match="not gossip"):
         packets.decode(Sealer(ONE, random_bytes()).seal(plain, NOW))

@@ -13,6 +13,7 @@ from sim.content import Content
 
 from swarm.content.bitfield import Bitfield
 from swarm.errors import LocalProtocolError
+from swarm.protocol.messages import NodeId
 from swarm.transfer import download
 from swarm.transfer.download import (
     Announce,
@@ -33,6 +34,8 @@ from swarm.transfer.download import (
     TransferFailed,
 )
 
+A, B, HONEST, LIAR, SEED = NodeId("a"), NodeId("b"), NodeId("honest"), NodeId("liar"), NodeId("seed")
+
 STALL_S = 30.0
 
 
@@ -43,7 +46,7 @@ class Fetch:
         self.machine = Download(
             Content.random(0, chunks=chunks, chunk_bytes=64).manifest,
             Bitfield(chunks, held),
-            node="here",
+            node=NodeId("here"),
             now=0.0,
             stall_timeout_s=STALL_S,
             transfer_ids=itertools.count(),
@@ -58,7 +61,7 @@ class Fetch:
         return actions
 
     def joined(self, peer: str, *, superseeds: bool = False) -> list[Ask]:
-        return asks(self.tell(PeerJoined(peer, Bitfield.full(self.machine.held.length), superseeds)))
+        return asks(self.tell(PeerJoined(NodeId(peer), Bitfield.full(self.machine.held.length), superseeds)))
 
     def later(self, seconds: float) -> list[Ask]:
         return asks(self.tell(download.Tick(), at=self.now + seconds))
@@ -73,25 +76,25 @@ def test_the_copy_that_loses_the_endgame_is_cancelled() -> None:
     (slow,) = fetch.joined("a")
     (fast,) = fetch.joined("b")
     assert (slow.chunks, fast.chunks, fast.why) == ((1,), (1,), "endgame")
-    actions = fetch.tell(ChunksVerified("b", fast.transfer, (1,)))
-    assert actions[:2] == [Announce((1,)), Cancel("a", slow.transfer, "arrived from another peer")]
+    actions = fetch.tell(ChunksVerified(B, fast.transfer, (1,)))
+    assert actions[:2] == [Announce((1,)), Cancel(A, slow.transfer, "arrived from another peer")]
     assert actions[-1] == Complete()
 
 
 def test_chunks_that_are_verified_together_are_announced_together() -> None:
     fetch = Fetch(4)
-    fetch.tell(PeerJoined("a", Bitfield.full(4), usual_bytes_per_s=1e9))
-    assert fetch.tell(ChunksVerified("a", 0, (1,)))[0] == Announce((1,))
-    assert fetch.tell(ChunksVerified("a", 0, (0, 1, 2)))[0] == Announce((0, 2))
+    fetch.tell(PeerJoined(A, Bitfield.full(4), usual_bytes_per_s=1e9))
+    assert fetch.tell(ChunksVerified(A, 0, (1,)))[0] == Announce((1,))
+    assert fetch.tell(ChunksVerified(A, 0, (0, 1, 2)))[0] == Announce((0, 2))
     assert fetch.machine.sources == {"a": sum(fetch.machine.manifest.chunks[chunk].size for chunk in range(3))}
 
 
 def test_a_copy_that_others_have_brought_bit_by_bit_is_cancelled() -> None:
     fetch = Fetch(3, held=[0])
-    fetch.tell(PeerJoined("a", Bitfield.full(3), usual_bytes_per_s=1e9))
+    fetch.tell(PeerJoined(A, Bitfield.full(3), usual_bytes_per_s=1e9))
     slow = next(number for number, transfer in fetch.machine._transfers.items() if transfer.chunks == {1, 2})
-    assert Cancel("a", slow, "arrived from another peer") not in fetch.tell(ChunksVerified("b", 7, (1,)))
-    assert Cancel("a", slow, "arrived from another peer") in fetch.tell(ChunksVerified("c", 8, (2,)))
+    assert Cancel(A, slow, "arrived from another peer") not in fetch.tell(ChunksVerified(B, 7, (1,)))
+    assert Cancel(A, slow, "arrived from another peer") in fetch.tell(ChunksVerified(NodeId("c"), 8, (2,)))
 
 
 def test_a_third_copy_is_never_asked_for() -> None:
@@ -103,8 +106,8 @@ def test_a_chunk_that_arrives_twice_counts_once() -> None:
     fetch = Fetch(4, held=[0])
     fetch.joined("a")
     ask = fetch.joined("b")[0]
-    fetch.tell(ChunksVerified("b", ask.transfer, (ask.chunks[0],)))
-    assert fetch.tell(ChunksVerified("a", 0, (ask.chunks[0],))) == []
+    fetch.tell(ChunksVerified(B, ask.transfer, (ask.chunks[0],)))
+    assert fetch.tell(ChunksVerified(A, 0, (ask.chunks[0],))) == []
     assert sum(fetch.machine.sources.values()) == fetch.machine.manifest.chunks[ask.chunks[0]].size
 
 
@@ -112,7 +115,7 @@ def test_what_is_asked_says_how_much_came_since_the_download_began() -> None:
     fetch = Fetch(64)
     (first,) = fetch.joined("a")[:1]
     assert first.pace_bytes_per_s == 0
-    fetch.tell(ChunksVerified("a", first.transfer, (first.chunks[0],)), at=2.0)
+    fetch.tell(ChunksVerified(A, first.transfer, (first.chunks[0],)), at=2.0)
     size = fetch.machine.manifest.chunks[first.chunks[0]].size
     assert fetch.joined("b")[0].pace_bytes_per_s == round(size / 2.0)
 
@@ -125,10 +128,10 @@ def test_the_third_corrupt_chunk_bans() -> None:
         fetch.tell(download.Tick())
         transfer = min(fetch.machine._transfers)
         chunk = min(fetch.machine._transfers[transfer].chunks)
-        last = fetch.tell(ChunkCorrupt("liar", transfer, chunk))
+        last = fetch.tell(ChunkCorrupt(LIAR, transfer, chunk))
         assert any(isinstance(action, Ban) for action in last) == (number == download.CORRUPT_CHUNKS_MAX - 1)
-        fetch.tell(TransferEnded("liar", transfer))
-    assert last[-1] == Ban("liar", "sent 3 wrong chunks")
+        fetch.tell(TransferEnded(LIAR, transfer))
+    assert last[-1] == Ban(LIAR, "sent 3 wrong chunks")
     assert all(isinstance(action, Cancel) for action in last[:-1])
     assert fetch.machine.rejected_chunks == 3
     assert fetch.joined("liar") == [], "who is banned stays banned"
@@ -137,10 +140,10 @@ def test_the_third_corrupt_chunk_bans() -> None:
 def test_a_refused_chunk_is_asked_elsewhere_and_the_peer_rests() -> None:
     fetch = Fetch(2, held=[0])
     (ask,) = fetch.joined("a")
-    assert fetch.tell(TransferFailed("a", ask.transfer, "refused: busy", retry_s=2.0)) == []
+    assert fetch.tell(TransferFailed(A, ask.transfer, "refused: busy", retry_s=2.0)) == []
     (elsewhere,) = fetch.joined("b")
     assert (elsewhere.peer, elsewhere.chunks) == ("b", (1,))
-    fetch.tell(PeerLeft("b", "gone"))
+    fetch.tell(PeerLeft(B, "gone"))
     assert fetch.tell(download.Tick(), at=1.9) == []
     (again,) = asks(fetch.tell(download.Tick(), at=2.1))
     assert again.peer == "a"
@@ -153,30 +156,30 @@ def test_each_failure_in_a_row_doubles_the_rest_and_a_chunk_ends_it() -> None:
         for transfer in list(fetch.machine._transfers):
             if transfer != number:
                 fetch.machine._end(transfer)
-        fetch.tell(TransferFailed("a", number, "broke"))
+        fetch.tell(TransferFailed(A, number, "broke"))
         began = fetch.now
         while not (found := asks(fetch.tell(download.Tick(), at=fetch.now + 0.0625))):
             pass
         number = found[0].transfer
         rests.append(fetch.now - began)
     assert rests == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
-    fetch.tell(ChunksVerified("a", number, (found[0].chunks[0],)))
-    assert fetch.machine._peers["a"].failures == 0
+    fetch.tell(ChunksVerified(A, number, (found[0].chunks[0],)))
+    assert fetch.machine._peers[A].failures == 0
 
 
 def test_who_leaves_gives_its_chunks_back() -> None:
     fetch = Fetch(4)
     of_a = {chunk for ask in fetch.joined("a") for chunk in ask.chunks}
     assert of_a
-    fetch.tell(PeerLeft("a", "closed the link"))
+    fetch.tell(PeerLeft(A, "closed the link"))
     of_b: set[int] = set()
     found = fetch.joined("b")
     while found:
         of_b |= {chunk for ask in found for chunk in ask.chunks}
         for ask in found:
             for chunk in ask.chunks:
-                fetch.tell(ChunksVerified("b", ask.transfer, (chunk,)))
-        found = [new for ask in found for new in asks(fetch.tell(TransferEnded("b", ask.transfer)))]
+                fetch.tell(ChunksVerified(B, ask.transfer, (chunk,)))
+        found = [new for ask in found for new in asks(fetch.tell(TransferEnded(B, ask.transfer)))]
     assert of_b >= of_a
 
 
@@ -185,18 +188,18 @@ def test_what_is_not_granted_is_cancelled_in_time_and_what_is_granted_is_not() -
     transfers = [ask.transfer for ask in fetch.joined("a")]
     while len(transfers) < 2:
         transfers += [ask.transfer for ask in asks(fetch.tell(download.Tick()))]
-    fetch.tell(Granted("a", transfers[0], tuple(fetch.machine._transfers[transfers[0]].chunks)))
+    fetch.tell(Granted(A, transfers[0], tuple(fetch.machine._transfers[transfers[0]].chunks)))
     assert fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S) == []
     actions = fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S + 0.1)
-    assert actions == [Cancel("a", transfers[1], "not granted in time")]
+    assert actions == [Cancel(A, transfers[1], "not granted in time")]
 
 
 def test_a_stalled_download_gives_up_once_and_says_what_it_tried() -> None:
     fetch = Fetch(4, held=[0])
     ask = fetch.joined("a")[0]
-    fetch.tell(PeerJoined("b", Bitfield(4)))
-    fetch.tell(TransferFailed("a", ask.transfer, "refused: busy", retry_s=3600.0))
-    fetch.tell(PeerLeft("a", "closed the link"))
+    fetch.tell(PeerJoined(B, Bitfield(4)))
+    fetch.tell(TransferFailed(A, ask.transfer, "refused: busy", retry_s=3600.0))
+    fetch.tell(PeerLeft(A, "closed the link"))
     assert not any(isinstance(action, GiveUp) for action in fetch.tell(download.Tick(), at=STALL_S))
     (giving_up,) = fetch.tell(download.Tick(), at=STALL_S + 1.0)
     assert giving_up == GiveUp(3, STALL_S + 1.0, ("a: closed the link", "b: holds nothing that is missing"))
@@ -208,8 +211,8 @@ def test_a_stalled_download_gives_up_once_and_says_what_it_tried() -> None:
 def test_a_transfer_that_fails_after_its_peer_left_does_not_hide_why_it_left() -> None:
     fetch = Fetch(2)
     ask = fetch.joined("a")[0]
-    fetch.tell(PeerLeft("a", "left: shutting down"))
-    fetch.tell(TransferFailed("a", ask.transfer, "the session broke"))
+    fetch.tell(PeerLeft(A, "left: shutting down"))
+    fetch.tell(TransferFailed(A, ask.transfer, "the session broke"))
     *_, giving_up = fetch.tell(download.Tick(), at=STALL_S + 1.0)
     assert isinstance(giving_up, GiveUp)
     assert giving_up.tried == ("a: left: shutting down",)
@@ -218,7 +221,7 @@ def test_a_transfer_that_fails_after_its_peer_left_does_not_hide_why_it_left() -
 def test_every_chunk_puts_the_stall_off() -> None:
     fetch = Fetch(4)
     (ask, *_) = fetch.joined("a")
-    fetch.tell(ChunksVerified("a", ask.transfer, (ask.chunks[0],)), at=STALL_S - 1.0)
+    fetch.tell(ChunksVerified(A, ask.transfer, (ask.chunks[0],)), at=STALL_S - 1.0)
     assert not any(isinstance(action, GiveUp) for action in fetch.tell(download.Tick(), at=2 * STALL_S - 2.0))
     assert isinstance(fetch.tell(download.Tick(), at=2 * STALL_S)[-1], GiveUp)
 
@@ -226,15 +229,15 @@ def test_every_chunk_puts_the_stall_off() -> None:
 def test_complete_comes_once_and_then_nothing() -> None:
     fetch = Fetch(2, held=[0, 1])
     assert fetch.tell(download.Tick()) == [Complete()]
-    for event in (download.Tick(), PeerHas("a", (1,)), PeerLeft("a", "x"), TransferEnded("a", 0)):
+    for event in (download.Tick(), PeerHas(A, (1,)), PeerLeft(A, "x"), TransferEnded(A, 0)):
         assert fetch.tell(event, at=1000.0) == []
     assert fetch.joined("b") == []
 
 
 def test_have_makes_a_peer_worth_asking() -> None:
     fetch = Fetch(4)
-    assert fetch.tell(PeerJoined("a", Bitfield(4))) == []
-    (ask,) = asks(fetch.tell(PeerHas("a", (2,))))
+    assert fetch.tell(PeerJoined(A, Bitfield(4))) == []
+    (ask,) = asks(fetch.tell(PeerHas(A, (2,))))
     assert (ask.peer, ask.chunks) == ("a", (2,))
 
 
@@ -244,9 +247,9 @@ def test_a_seed_that_chooses_is_asked_for_some_and_again_when_they_are_here() ->
     assert (ask.chunks, ask.count, ask.starving) == ((), 1, True)
     assert fetch.machine._requested.sum() == 0, "nobody knows yet which one comes"
     assert len(fetch.later(0.0)) == 1, "one more, so that the wire never waits"
-    assert fetch.tell(Granted("seed", ask.transfer, (2,))) == []
+    assert fetch.tell(Granted(SEED, ask.transfer, (2,))) == []
     assert list(fetch.machine._requested) == [0, 0, 1]
-    actions = fetch.tell(ChunksVerified("seed", ask.transfer, (2,))) + fetch.tell(TransferEnded("seed", ask.transfer))
+    actions = fetch.tell(ChunksVerified(SEED, ask.transfer, (2,))) + fetch.tell(TransferEnded(SEED, ask.transfer))
     assert actions[0] == Announce((2,))
     assert [(again.chunks, again.count) for again in asks(actions)] == [((), 1)]
     assert fetch.machine.sources == {"seed": fetch.machine.manifest.chunks[2].size}
@@ -255,26 +258,26 @@ def test_a_seed_that_chooses_is_asked_for_some_and_again_when_they_are_here() ->
 def test_a_seed_that_declines_rests_for_as_long_as_it_says_and_has_not_failed() -> None:
     fetch = Fetch(3)
     ask = fetch.joined("seed", superseeds=True)[0]
-    assert fetch.tell(Declined("seed", ask.transfer, 0.1)) == []
+    assert fetch.tell(Declined(SEED, ask.transfer, 0.1)) == []
     assert fetch.later(0.09) == []
     assert [again.peer for again in fetch.later(0.02)] == ["seed"]
-    assert fetch.machine._peers["seed"].failures == 0
+    assert fetch.machine._peers[SEED].failures == 0
 
 
 def test_what_a_failed_gift_was_to_bring_is_asked_elsewhere() -> None:
     fetch = Fetch(2, held=[0])
     ask = fetch.joined("seed", superseeds=True)[0]
-    fetch.tell(Granted("seed", ask.transfer, (1,)))
+    fetch.tell(Granted(SEED, ask.transfer, (1,)))
     assert [new.why for new in fetch.joined("b")] == ["endgame"], "it is on its way"
-    fetch.tell(PeerLeft("b", "gone"))
-    fetch.tell(TransferFailed("seed", ask.transfer, "broke"))
+    fetch.tell(PeerLeft(B, "gone"))
+    fetch.tell(TransferFailed(SEED, ask.transfer, "broke"))
     assert [(new.chunks, new.why) for new in fetch.joined("c")] == [((1,), "rarest")]
 
 
 def test_a_gift_that_fails_before_it_is_known_leaves_nothing_behind() -> None:
     fetch = Fetch(2)
     ask = fetch.joined("seed", superseeds=True)[0]
-    fetch.tell(TransferFailed("seed", ask.transfer, "broke"))
+    fetch.tell(TransferFailed(SEED, ask.transfer, "broke"))
     assert fetch.machine._requested.sum() == 0
     assert ask.transfer not in fetch.machine._transfers
 
@@ -283,19 +286,19 @@ def test_a_chunk_that_is_asked_of_a_peer_may_also_be_given_and_the_slower_copy_i
     fetch = Fetch(3, held=[0])
     gift = fetch.joined("seed", superseeds=True)[0]
     asked = next(ask for ask in fetch.joined("a") if ask.peer == "a")
-    fetch.tell(Granted("seed", gift.transfer, asked.chunks))
+    fetch.tell(Granted(SEED, gift.transfer, asked.chunks))
     assert fetch.machine._requested[asked.chunks[0]] == 2
-    actions = fetch.tell(ChunksVerified("seed", gift.transfer, (asked.chunks[0],)))
-    assert Cancel("a", asked.transfer, "arrived from another peer") in actions
+    actions = fetch.tell(ChunksVerified(SEED, gift.transfer, (asked.chunks[0],)))
+    assert Cancel(A, asked.transfer, "arrived from another peer") in actions
     assert fetch.machine._requested[asked.chunks[0]] == 0
 
 
 def test_a_gift_of_what_is_here_already_does_no_harm() -> None:
     fetch = Fetch(3, held=[0])
     ask = fetch.joined("seed", superseeds=True)[0]
-    fetch.tell(Granted("seed", ask.transfer, (0,)))
-    assert fetch.tell(ChunksVerified("seed", ask.transfer, (0,))) == []
-    fetch.tell(TransferEnded("seed", ask.transfer))
+    fetch.tell(Granted(SEED, ask.transfer, (0,)))
+    assert fetch.tell(ChunksVerified(SEED, ask.transfer, (0,))) == []
+    fetch.tell(TransferEnded(SEED, ask.transfer))
     assert fetch.machine._requested.sum() == 0
 
 
@@ -304,7 +307,7 @@ def test_a_grant_of_a_transfer_that_nobody_waits_for_changes_nothing() -> None:
     fetch.joined("seed", superseeds=True)
     fetch.later(0.0)
     before = repr(fetch.machine)
-    assert fetch.tell(Granted("seed", 999, (0, 1))) == []
+    assert fetch.tell(Granted(SEED, 999, (0, 1))) == []
     assert fetch.machine._requested.sum() == 0
     assert repr(fetch.machine) == before
 
@@ -313,17 +316,17 @@ def test_a_gift_that_is_never_granted_is_cancelled_in_time() -> None:
     fetch = Fetch(3)
     transfers = [ask.transfer for ask in fetch.joined("seed", superseeds=True) + fetch.later(0.0)]
     actions = fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S + 0.1)
-    assert actions == [Cancel("seed", number, "not granted in time") for number in transfers]
+    assert actions == [Cancel(SEED, number, "not granted in time") for number in transfers]
 
 
 def test_among_many_peers_a_newcomer_ties_one_batch_to_each_and_two_to_a_seed() -> None:
     fetch = Fetch(64)
     names = "abcdefgh"
     for name in names:
-        fetch.tell(PeerJoined(name, Bitfield(64)))
-    fetch.tell(PeerJoined("seed", Bitfield.full(64), True))
+        fetch.tell(PeerJoined(NodeId(name), Bitfield(64)))
+    fetch.tell(PeerJoined(SEED, Bitfield.full(64), True))
     for name in names:
-        fetch.tell(PeerHas(name, tuple(range(64))))
+        fetch.tell(PeerHas(NodeId(name), tuple(range(64))))
     for _ in range(3):
         fetch.later(0.0)
     outstanding = {name: len(peer.transfers) for name, peer in fetch.machine._peers.items()}
@@ -338,9 +341,9 @@ def test_a_download_refuses_what_is_no_event() -> None:
 def test_a_download_reads_at_night() -> None:
     fetch = Fetch(8, held=[0, 1, 2])
     ask = fetch.joined("a")[0]
-    fetch.tell(Granted("a", ask.transfer, ask.chunks), at=1.0)
+    fetch.tell(Granted(A, ask.transfer, ask.chunks), at=1.0)
     fetch.machine._transfers[ask.transfer].size = 3_000_000
-    fetch.tell(TransferEnded("a", ask.transfer), at=2.0)
+    fetch.tell(TransferEnded(A, ask.transfer), at=2.0)
     digest = fetch.machine.manifest.digest[:8]
     in_flight = len(fetch.machine._transfers)
     assert repr(fetch.machine) == f"<Download {digest} 3/8 chunks | 1 peers | {in_flight} in flight | 3.0 MB/s>"
@@ -370,15 +373,15 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
         )
         fits = known and (tuple(known.chunks) or tuple(dice.sample(range(9), 2)))
         events: list[download.Event] = [
-            PeerJoined(peer, Bitfield(9, dice.sample(range(9), 5)), peer == "c"),
-            Granted(peer, transfer, fits) if fits else download.Tick(),
-            PeerHas(peer, (dice.randrange(9),)),
-            PeerLeft(peer, "left"),
-            ChunksVerified(peer, transfer, (chunk, *more)) if known and known.chunks else download.Tick(),
-            ChunkCorrupt(peer, transfer, chunk) if known and known.chunks else download.Tick(),
-            TransferEnded(peer, transfer),
-            TransferFailed(peer, transfer, "failed"),
-            Declined(peer, transfer, 0.1),
+            PeerJoined(NodeId(peer), Bitfield(9, dice.sample(range(9), 5)), peer == "c"),
+            Granted(NodeId(peer), transfer, fits) if fits else download.Tick(),
+            PeerHas(NodeId(peer), (dice.randrange(9),)),
+            PeerLeft(NodeId(peer), "left"),
+            ChunksVerified(NodeId(peer), transfer, (chunk, *more)) if known and known.chunks else download.Tick(),
+            ChunkCorrupt(NodeId(peer), transfer, chunk) if known and known.chunks else download.Tick(),
+            TransferEnded(NodeId(peer), transfer),
+            TransferFailed(NodeId(peer), transfer, "failed"),
+            Declined(NodeId(peer), transfer, 0.1),
         ]
         actions = fetch.tell(events[step], at=fetch.now + 0.1)
         completed += actions.count(Complete())
@@ -390,8 +393,8 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
         for ask in [*todo, *asks(actions)]:
             if ask.peer == "honest":
                 for chunk in ask.chunks:
-                    actions += fetch.tell(ChunksVerified("honest", ask.transfer, (chunk,)))
-                actions += fetch.tell(TransferEnded("honest", ask.transfer))
+                    actions += fetch.tell(ChunksVerified(HONEST, ask.transfer, (chunk,)))
+                actions += fetch.tell(TransferEnded(HONEST, ask.transfer))
         todo = asks(actions)
         completed += actions.count(Complete())
     assert completed == 1

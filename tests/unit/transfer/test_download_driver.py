@@ -15,9 +15,11 @@ import pytest
 from sim.content import BytesStore, Content
 
 from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import ModelId
 from swarm.errors import RemoteProtocolError
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
+from swarm.protocol.messages import NodeId
 from swarm.store.cuda import CudaError
 from swarm.transfer import download
 from swarm.transfer.download_driver import DownloadDriver
@@ -68,7 +70,7 @@ class Fetch:
             spawn=self.spawn,
         )
         self.fetching = DownloadDriver(
-            "org/model",
+            ModelId("org/model"),
             BytesStore(content.manifest),
             Bitfield(CHUNKS),
             host=host,
@@ -78,7 +80,7 @@ class Fetch:
             rng=random.Random(0),
             tell=self.told.append,
         )
-        self.fetching.handle(download.PeerJoined(self.source.node, Bitfield.full(CHUNKS), superseeds))
+        self.fetching.handle(download.PeerJoined(NodeId(self.source.node), Bitfield.full(CHUNKS), superseeds))
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         self.tasks.append(asyncio.create_task(work, name=name))
@@ -213,7 +215,7 @@ def test_does_nobody_wait_for_the_gifts_of_a_peer_that_left() -> None:
 
     async def scenario(fetch: Fetch) -> None:
         await fetch.asked()
-        fetch.fetching.handle(download.PeerLeft(fetch.source.node, "closed the link"))
+        fetch.fetching.handle(download.PeerLeft(NodeId(fetch.source.node), "closed the link"))
         await fetch.until(lambda: all(task.done() for task in fetch.tasks))
 
     run(scenario, superseeds=True)
@@ -225,8 +227,8 @@ def test_is_nothing_to_give_no_failure(reason: str, failures: int) -> None:
         request = await fetch.asked()
         fetch.fetching.refused(fetch.peer, request.transfer, reason=reason, retry_s=3.0)
         machine = fetch.fetching.machine
-        await fetch.until(lambda: machine._peers[fetch.source.node].resting_until == 3.0)
-        assert machine._peers[fetch.source.node].failures == failures
+        await fetch.until(lambda: machine._peers[NodeId(fetch.source.node)].resting_until == 3.0)
+        assert machine._peers[NodeId(fetch.source.node)].failures == failures
 
     run(scenario, superseeds=True)
 
@@ -234,7 +236,7 @@ def test_is_nothing_to_give_no_failure(reason: str, failures: int) -> None:
 def test_is_the_first_chunk_told_at_once_and_what_follows_together() -> None:
     async def scenario(fetch: Fetch) -> None:
         request = await fetch.asked()
-        verified = partial(download.ChunksVerified, fetch.source.node, request.transfer)
+        verified = partial(download.ChunksVerified, NodeId(fetch.source.node), request.transfer)
         fetch.fetching.handle(verified((1,)))
         await fetch.until(lambda: fetch.told)
         fetch.fetching.handle(verified((2,)))
@@ -250,7 +252,7 @@ def test_are_the_last_chunks_told_before_the_fetch_is_over() -> None:
         request = await fetch.asked()
         running = asyncio.create_task(fetch.fetching.run())
         for chunk in range(CHUNKS):
-            fetch.fetching.handle(download.ChunksVerified(fetch.source.node, request.transfer, (chunk,)))
+            fetch.fetching.handle(download.ChunksVerified(NodeId(fetch.source.node), request.transfer, (chunk,)))
         await running
         assert sorted(itertools.chain(*fetch.told)) == list(range(CHUNKS))
 

@@ -11,8 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarm.protocol.messages import NodeId
 from swarm.transfer import scheduler
 from swarm.transfer.scheduler import PeerView, View, plan
+
+FAST, SLOW = NodeId("fast"), NodeId("slow")
 
 
 def view(
@@ -25,7 +28,8 @@ def view(
 ) -> View:
     """Masks as strings of 0 and 1; `gives` names the seeds that choose, one letter each."""
     peers = [
-        PeerView(name, _mask(bits), (busy or {}).get(name, 0), 0.0, name in superseeds) for name, bits in holds.items()
+        PeerView(NodeId(name), _mask(bits), (busy or {}).get(name, 0), 0.0, name in superseeds)
+        for name, bits in holds.items()
     ]
     return _view(_mask(missing), np.array(requested or [0] * len(missing), dtype=np.uint8), peers)
 
@@ -111,7 +115,7 @@ def test_what_seeds_are_asked_for(what: str, seen: View, wanted: dict[str, tuple
 
 def test_the_last_copy_of_a_chunk_is_asked_of_a_seed_by_name() -> None:
     seen = view({"s": "1", "a": "1"}, missing="1", requested=[1], busy={"a": 1}, superseeds="s")
-    assert plan(seen, random.Random(0)) == [scheduler.Ask("s", "endgame", (0,))]
+    assert plan(seen, random.Random(0)) == [scheduler.Ask(NodeId("s"), "endgame", (0,))]
 
 
 @pytest.mark.parametrize(("superseeds", "peers", "most"), [(True, 1, 2), (True, 50, 2), (False, 4, 2), (False, 5, 1)])
@@ -121,12 +125,12 @@ def test_how_many_batches_are_tied_to_one_peer(superseeds: bool, peers: int, mos
 
 def test_a_fast_peer_is_asked_for_a_run_and_a_slow_one_for_a_chunk() -> None:
     holds = np.ones(100, dtype=np.bool_)
-    fast = PeerView("fast", holds, 0, 64 * 10 / scheduler.BATCH_S)
-    slow = PeerView("slow", holds, 0, 64 / scheduler.BATCH_S / 10)
+    fast = PeerView(FAST, holds, 0, 64 * 10 / scheduler.BATCH_S)
+    slow = PeerView(SLOW, holds, 0, 64 / scheduler.BATCH_S / 10)
     seen = _view(holds, np.zeros(100, dtype=np.uint8), [fast, slow])
     sizes = {ask.peer: max(1, len(ask.chunks)) for ask in plan(seen, random.Random(1))}
-    assert sizes["slow"] == 1
-    assert 1 < sizes["fast"] <= 10
+    assert sizes[SLOW] == 1
+    assert 1 < sizes[FAST] <= 10
 
 
 @st.composite
@@ -141,7 +145,7 @@ def views(draw: st.DrawFn) -> View:
         possible = np.flatnonzero(holds & missing & (requested < scheduler.COPIES_MAX))
         asked = [int(i) for i in possible[: draw(st.integers(0, 3))]] if outstanding else []
         requested[asked] += 1
-        peers.append(PeerView(name, holds, outstanding, draw(st.floats(0, 1e6)), draw(st.booleans())))
+        peers.append(PeerView(NodeId(name), holds, outstanding, draw(st.floats(0, 1e6)), draw(st.booleans())))
     return _view(missing, requested, peers, draw(st.integers(1, 5)))
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from swarm.content.bitfield import Bitfield
 from swarm.errors import LocalProtocolError
+from swarm.protocol.messages import NodeId
 from swarm.transfer import scheduler
 from swarm.transfer.superseed import Superseed
 
@@ -30,23 +31,23 @@ class Seed:
             self.joined(name)
 
     def joined(self, name: str, holds: Sequence[int] = ()) -> None:
-        self.superseed.joined(name, Bitfield(self.chunks, holds))
+        self.superseed.joined(NodeId(name), Bitfield(self.chunks, holds))
         self.superseed.check()
 
     def left(self, name: str) -> None:
-        self.superseed.left(name)
+        self.superseed.left(NodeId(name))
         self.superseed.check()
 
     def has(self, name: str, *chunks: int) -> None:
-        self.superseed.has(name, chunks)
+        self.superseed.has(NodeId(name), chunks)
         self.superseed.check()
 
     def failed(self, name: str, *chunks: int) -> None:
-        self.superseed.failed(name, chunks)
+        self.superseed.failed(NodeId(name), chunks)
         self.superseed.check()
 
     def asked(self, name: str, count: int = 1, *, starving: bool = False) -> tuple[int, ...]:
-        chunks = self.superseed.choose(name, count, starving=starving, rank=self.rank, seeds=self.seeds)
+        chunks = self.superseed.choose(NodeId(name), count, starving=starving, rank=self.rank, seeds=self.seeds)
         self.superseed.check()
         return chunks
 

@@ -12,8 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from swarm.errors import LocalProtocolError
+from swarm.protocol.messages import NodeId
 from swarm.transfer import upload
 from swarm.transfer.upload import Cancelled, Ended, Grant, Refuse, Requested, Stop, Upload
+
+A = NodeId("a")
+B = NodeId("b")
+GREEDY = NodeId("greedy")
+IDLE = NodeId("idle")
+LATE = NodeId("late")
+OLD = NodeId("old")
+OTHER = NodeId("other")
+QUITS = NodeId("quits")
+SLOW = NodeId("slow")
+STAYS = NodeId("stays")
 
 
 def told(machine: Upload, *events: upload.Event) -> list[upload.Action]:
@@ -26,9 +38,9 @@ def told(machine: Upload, *events: upload.Event) -> list[upload.Action]:
 
 def test_a_free_slot_goes_to_who_got_least() -> None:
     machine = Upload(slots=1)
-    told(machine, *(Requested("greedy", number, 100) for number in range(4)), Requested("modest", 9, 100))
+    told(machine, *(Requested(GREEDY, number, 100) for number in range(4)), Requested(NodeId("modest"), 9, 100))
     order: list[str] = ["greedy"]
-    done: upload.Event = Ended("greedy", 0, 1.0)
+    done: upload.Event = Ended(GREEDY, 0, 1.0)
     while grants := told(machine, done):
         assert isinstance(grants[0], Grant)
         order.append(grants[0].peer)
@@ -39,12 +51,14 @@ def test_a_free_slot_goes_to_who_got_least() -> None:
 @pytest.mark.parametrize("sources", [0, 1])
 def test_who_comes_late_is_not_served_alone_until_it_has_caught_up(sources: int) -> None:
     machine = Upload(slots=1)
-    told(machine, Requested("idle", 0, 1, sources), Ended("idle", 0, 0.01))
+    told(machine, Requested(IDLE, 0, 1, sources), Ended(IDLE, 0, 0.01))
     for number in range(100):
-        told(machine, Requested("old", number, 100, sources), Ended("old", number, 1.0))
-    old, new = ([Requested(peer, number, 100, sources) for number in range(100, 105)] for peer in ("old", "new"))
+        told(machine, Requested(OLD, number, 100, sources), Ended(OLD, number, 1.0))
+    old, new = (
+        [Requested(NodeId(peer), number, 100, sources) for number in range(100, 105)] for peer in ("old", "new")
+    )
     told(machine, old[0], *new, old[1])
-    ends = [Ended(peer, number, 1.0) for peer, number in (("old", 100), ("new", 100), ("new", 101))]
+    ends = [Ended(NodeId(peer), number, 1.0) for peer, number in (("old", 100), ("new", 100), ("new", 101))]
     granted = [action.peer for action in told(machine, *ends)]
     assert "old" in granted, "it waits for a newcomer to get all that it has"
     assert "new" in granted
@@ -53,11 +67,11 @@ def test_who_comes_late_is_not_served_alone_until_it_has_caught_up(sources: int)
 def test_nobody_gets_a_second_slot_while_somebody_waits_for_a_first() -> None:
     """Else the slots of a seed fill with slow newcomers, and its link is idle."""
     machine = Upload(slots=3)
-    told(machine, Requested("slow", 0, 1), Requested("slow", 1, 1), Requested("quick", 0, 1000))
-    told(machine, Requested("slow", 2, 1), *(Requested(peer, 0, 1000) for peer in ("late", "later")))
-    assert told(machine, Ended("quick", 0, 1.0)) == [Grant("late", 0, 0)]
-    assert told(machine, Ended("late", 0, 1.0)) == [Grant("later", 0, 0)]
-    assert told(machine, Ended("slow", 0, 9.0)) == [Grant("slow", 2, 2)], "when nobody waits the link must not be idle"
+    told(machine, Requested(SLOW, 0, 1), Requested(SLOW, 1, 1), Requested(NodeId("quick"), 0, 1000))
+    told(machine, Requested(SLOW, 2, 1), *(Requested(NodeId(peer), 0, 1000) for peer in ("late", "later")))
+    assert told(machine, Ended(NodeId("quick"), 0, 1.0)) == [Grant(LATE, 0, 0)]
+    assert told(machine, Ended(LATE, 0, 1.0)) == [Grant(NodeId("later"), 0, 0)]
+    assert told(machine, Ended(SLOW, 0, 9.0)) == [Grant(SLOW, 2, 2)], "when nobody waits the link must not be idle"
 
 
 def test_who_takes_long_gets_less() -> None:
@@ -82,18 +96,18 @@ def test_can_both_ways_to_be_charged_be_compared() -> None:
 
 def test_transfers_that_are_cut_short_are_charged_and_say_nothing_of_the_usual_rate() -> None:
     machine = Upload(slots=1)
-    told(machine, Requested("stays", 0, 100), Ended("stays", 0, 1.0))
-    told(machine, Requested("quits", 0, 1 << 30), Ended("quits", 0, 2.0, whole=False))
-    told(machine, Requested("other", 0, 1), *(Requested("stays", number, 100) for number in range(1, 4)))
-    told(machine, Requested("quits", 1, 100))
-    ends = [Ended("other", 0, 0.1), Ended("stays", 1, 0.5), Ended("stays", 2, 0.6)]
+    told(machine, Requested(STAYS, 0, 100), Ended(STAYS, 0, 1.0))
+    told(machine, Requested(QUITS, 0, 1 << 30), Ended(QUITS, 0, 2.0, whole=False))
+    told(machine, Requested(OTHER, 0, 1), *(Requested(STAYS, number, 100) for number in range(1, 4)))
+    told(machine, Requested(QUITS, 1, 100))
+    ends = [Ended(OTHER, 0, 0.1), Ended(STAYS, 1, 0.5), Ended(STAYS, 2, 0.6)]
     assert [action.peer for action in told(machine, *ends)] == ["stays", "stays", "quits"], "200 bytes after 150"
 
 
 def test_does_nobody_wait_for_ever_for_who_always_quits() -> None:
     machine = Upload(slots=1)
-    told(machine, *(Requested("quits", number, 100) for number in range(3)), Requested("stays", 0, 100))
-    assert told(machine, Ended("quits", 0, 1.0, whole=False)) == [Grant("stays", 0, 0)]
+    told(machine, *(Requested(QUITS, number, 100) for number in range(3)), Requested(STAYS, 0, 100))
+    assert told(machine, Ended(QUITS, 0, 1.0, whole=False)) == [Grant(STAYS, 0, 0)]
 
 
 @pytest.mark.parametrize("sources", [0, 1])
@@ -124,14 +138,14 @@ def served_of(wants: dict[str, Want], *, rounds: int) -> Counter[str]:
     machine, numbers = Upload(slots=1), itertools.count()
 
     def ask(peer: str) -> Requested:
-        return Requested(peer, next(numbers), 100, wants[peer].sources, wants[peer].pace)
+        return Requested(NodeId(peer), next(numbers), 100, wants[peer].sources, wants[peer].pace)
 
     for peer in wants:
         told(machine, *(ask(peer) for _ in range(3)))
     got: Counter[str] = Counter()
     name, number = next(iter(wants)), 0
     for _ in range(rounds):
-        (grant,) = told(machine, Ended(name, number, wants[name].seconds))
+        (grant,) = told(machine, Ended(NodeId(name), number, wants[name].seconds))
         assert isinstance(grant, Grant)
         name, number = grant.peer, grant.transfer
         got[name] += 1
@@ -141,37 +155,37 @@ def served_of(wants: dict[str, Want], *, rounds: int) -> Counter[str]:
 
 def test_slots_and_transfers_per_peer_are_limited() -> None:
     machine = Upload(slots=3)
-    grants = told(machine, *(Requested(peer, number, 1) for peer in "abc" for number in range(3)))
-    assert grants == [Grant("a", 0, 0), Grant("a", 1, 1), Grant("b", 0, 0)]
+    grants = told(machine, *(Requested(NodeId(peer), number, 1) for peer in "abc" for number in range(3)))
+    assert grants == [Grant(A, 0, 0), Grant(A, 1, 1), Grant(B, 0, 0)]
     assert repr(machine) == "<Upload 3/3 slots | 6 waiting | 3 peers>"
 
 
 def test_a_queue_that_is_full_refuses() -> None:
     machine = Upload(slots=1)
     most = 1 + upload.QUEUED_PER_PEER_MAX
-    assert told(machine, *(Requested("a", number, 1) for number in range(most))) == [Grant("a", 0, 0)]
-    assert told(machine, Requested("a", most, 1)) == [Refuse("a", most, "busy", upload.BUSY_RETRY_S)]
+    assert told(machine, *(Requested(A, number, 1) for number in range(most))) == [Grant(A, 0, 0)]
+    assert told(machine, Requested(A, most, 1)) == [Refuse(A, most, "busy", upload.BUSY_RETRY_S)]
 
 
 def test_a_cancelled_transfer_is_not_granted() -> None:
     machine = Upload(slots=1)
-    told(machine, Requested("a", 0, 1), Requested("a", 1, 1), Requested("a", 2, 1))
-    assert told(machine, Cancelled("a", 1)) == []
-    assert told(machine, Ended("a", 0, 1.0)) == [Grant("a", 2, 1)]
+    told(machine, Requested(A, 0, 1), Requested(A, 1, 1), Requested(A, 2, 1))
+    assert told(machine, Cancelled(A, 1)) == []
+    assert told(machine, Ended(A, 0, 1.0)) == [Grant(A, 2, 1)]
 
 
 def test_a_cancelled_transfer_on_the_wire_is_stopped_and_keeps_its_slot_until_it_has() -> None:
     machine = Upload(slots=1)
-    told(machine, Requested("a", 0, 1), Requested("b", 0, 1))
-    assert told(machine, Cancelled("a", 0)) == [Stop("a", 0)]
-    assert told(machine, Ended("a", 0, 1.0)) == [Grant("b", 0, 0)]
+    told(machine, Requested(A, 0, 1), Requested(B, 0, 1))
+    assert told(machine, Cancelled(A, 0)) == [Stop(A, 0)]
+    assert told(machine, Ended(A, 0, 1.0)) == [Grant(B, 0, 0)]
 
 
 def test_who_leaves_is_stopped_and_the_others_go_on() -> None:
     machine = Upload(slots=2)
-    told(machine, *(Requested("a", number, 1) for number in range(4)), Requested("b", 0, 1))
-    assert told(machine, upload.PeerLeft("a")) == [Stop("a", 0), Stop("a", 1), Grant("b", 0, 0)]
-    assert told(machine, Ended("a", 0, 1.0), Ended("a", 1, 1.0), Cancelled("a", 2), upload.PeerLeft("a")) == []
+    told(machine, *(Requested(A, number, 1) for number in range(4)), Requested(B, 0, 1))
+    assert told(machine, upload.PeerLeft(A)) == [Stop(A, 0), Stop(A, 1), Grant(B, 0, 0)]
+    assert told(machine, Ended(A, 0, 1.0), Ended(A, 1, 1.0), Cancelled(A, 2), upload.PeerLeft(A)) == []
 
 
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 4))
@@ -185,7 +199,7 @@ def test_everything_asked_for_is_granted_once_and_in_order(seed: int, slots: int
     for _ in range(1000):
         peer = dice.choice("abcde")
         number = next(ahead[peer], None)
-        events: list[upload.Event] = [] if number is None else [Requested(peer, number, dice.randrange(1, 100))]
+        events: list[upload.Event] = [] if number is None else [Requested(NodeId(peer), number, dice.randrange(1, 100))]
         if active and dice.random() < 0.5:
             over = active.pop(dice.randrange(len(active)))
             events.append(Ended(over.peer, over.transfer, dice.random()))

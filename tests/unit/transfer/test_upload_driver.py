@@ -12,10 +12,12 @@ import pytest
 from sim.content import BytesStore, Content
 
 from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Digest
 from swarm.errors import RemoteProtocolError, SourceChanged, TransportError
 from swarm.journal import Sent
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
+from swarm.protocol.messages import NodeId
 from swarm.store import Source
 from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload_driver import NOTHING_RETRY_S, REFUSED_RETRY_S, UploadDriver
@@ -72,10 +74,10 @@ class Node:
         self.withdrawn: list[tuple[str, str]] = []
         superseed = Superseed(CHUNKS, rng=random.Random(0)) if superseeds else None
         if superseed:
-            superseed.joined(self.newcomer.node, Bitfield(CHUNKS))
+            superseed.joined(NodeId(self.newcomer.node), Bitfield(CHUNKS))
         source = cast(Source, BytesStore(CONTENT.manifest, CONTENT.files))
         self.share = SimpleNamespace(manifest=CONTENT.manifest, source=source, held=held, superseed=superseed)
-        self.shares: dict[str, Any] = {DIGEST: self.share}
+        self.shares: dict[Digest, Any] = {DIGEST: self.share}
         host = SimpleNamespace(
             id="0" * 16,
             peers={self.newcomer.node: self.peer},
@@ -98,7 +100,7 @@ class Node:
         return self.tasks[-1]
 
     def request(self, number: int, *chunks: int, count: int = 0, digest: str = DIGEST, scheme: str = "tcp") -> None:
-        self.driver.requested(self.peer, messages.Request(scheme, digest, number, chunks, count, False, 0, 0))
+        self.driver.requested(self.peer, messages.Request(scheme, Digest(digest), number, chunks, count, False, 0, 0))
 
     def heard(self, kind: type[messages.Message]) -> list[Any]:
         return [message for message in self.newcomer.heard if isinstance(message, kind)]
@@ -133,7 +135,10 @@ def test_are_requested_chunks_granted_and_sent_in_order() -> None:
         assert node.heard(messages.Grant) == [messages.Grant(7, 0, (2, 3)), messages.Grant(8, 1, (1,))]
         assert node.wire.sent == [(7, bytes_of(2, 3)), (8, bytes_of(1))]
         sent = [event for event in node.recorded if isinstance(event, Sent)]
-        assert sent == [Sent(node.newcomer.node, DIGEST, len(bytes_of(2, 3))), Sent(node.newcomer.node, DIGEST, 64)]
+        assert sent == [
+            Sent(NodeId(node.newcomer.node), DIGEST, len(bytes_of(2, 3))),
+            Sent(NodeId(node.newcomer.node), DIGEST, 64),
+        ]
         assert node.driver.machine.active == 0
 
     run(scenario)
@@ -258,7 +263,7 @@ def test_does_a_peer_that_left_keep_no_slot() -> None:
         node.request(1, 1)
         node.request(2, 2)
         await node.started()
-        node.driver.left(node.newcomer.node)
+        node.driver.left(NodeId(node.newcomer.node))
         await asyncio.gather(*node.tasks, return_exceptions=True)
         assert [task.cancelled() for task in node.tasks] == [True]
         assert node.wire.sent == []
