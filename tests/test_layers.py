@@ -65,7 +65,7 @@ PURE = ["words", "nouns", "policy", "machines"]
 FOLDERS: dict[str, set[str]] = {
     "content": set(),
     "protocol": {"content"},
-    "journal": {"protocol"},
+    "journal": {"content", "protocol"},
     "security": {"protocol"},
     "store": {"content"},
     "hashing": {"content", "store"},
