@@ -1,8 +1,8 @@
-"""One burst: seeds that have a model, newcomers that ask for it at the same moment, and what becomes of it.
+"""A burst: seeds hold a model, newcomers request it at the same moment.
 
-A network and processes of its own for every burst, so that nothing is left of the one before. The lower bound is one
-model through one link (or through what joins two racks, where that is less). Frame headers count against the link and
-not into the bound, so that even a perfect plan ends about 5 % above it (66 of every 1514 bytes).
+Every burst has a network and processes of its own, so that it inherits nothing. The lower bound is the time of a single
+copy through a single link (or through the link between two racks, where that is slower). Frame headers count against
+the link and not into the bound, so that a perfect plan ends about 5 % above it (66 of every 1514 bytes).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NEEDS_TOOL = {"http": "curl", "aria2": "aria2c"}
 
 @dataclass(frozen=True)
 class Scenario:
-    """What happens. Times are fractions of the bound, but `stagger_s`: the pause between two newcomers."""
+    """Events of a burst. Times are fractions of the bound, except `stagger_s`: the pause between two newcomers."""
 
     system: str
     newcomers: int
@@ -60,10 +60,10 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. `seconds` of each newcomer that was not killed and did not fail, from when it asked.
+    """The result. `seconds` of each newcomer that was not killed and did not fail, from its request.
 
     `seed_sent_bytes` of all seeds together and `crossed_bytes` between racks, with headers; `cpu_busy` is the part
-    of all the machine's cores that was in use, by anybody; `cpu_ours` the part that the hosts' processes used.
+    of all the machine's cores that was in use, by all programs; `cpu_ours` the part that the hosts' processes used.
     """
 
     scenario: Scenario
@@ -99,7 +99,7 @@ def lacking(system: str) -> str | None:
 
 
 def run(scenario: Scenario, *, number: int, model: Path, bits_per_s: int) -> Outcome:
-    """One burst of the model file. Raises RuntimeError when it cannot even begin."""
+    """Runs a burst of the model file. Raises RuntimeError when it cannot begin."""
     with tempfile.TemporaryDirectory(prefix="burst-", dir=model.parent.parent) as place:
         size = scenario.seeds + scenario.newcomers + scenario.liar
         with Network(bits_per_s=bits_per_s, size=size, racks=scenario.racks) as network:
@@ -227,7 +227,7 @@ class _Burst:
         return answers, failures
 
     def _doomed(self) -> list[Host]:
-        """The newcomers that will be killed: the same ones in every run."""
+        """The newcomers that will be killed: the same in every run."""
         count = round(self._scenario.kill_newcomers * len(self._newcomers))
         return random.Random(1).sample(self._newcomers, count)
 

@@ -1,10 +1,10 @@
 """The processes on the hosts of a burst: `burst_workers.py seed|newcomer SYSTEM TASK`, with the task as JSON.
 
-A seed prints `ready` once newcomers can ask it. A newcomer prints `ready` when it is warm: everything imported, nothing
-connected. On a line of input it gets the model and answers with one JSON object: when it `began` and `ended` on the
-machine's monotonic clock. Then it stays, as a seed where the system knows such a thing, until it is ended.
+A seed prints `ready` once newcomers can fetch from it. A newcomer prints `ready` when it is warm: everything imported,
+nothing connected. On a line of input it fetches the model and answers with a JSON object: when it `began` and `ended`
+on the machine's monotonic clock. Then it stays, as a seed where the system has seeds, until it is ended.
 
-Every system writes to a file on the same tmpfs, without fsync. Who measures checks the files; nothing is trusted here.
+Every system writes to a file on the same tmpfs, without fsync. The measuring process compares the files.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ DIGEST_BYTE_VALUES = 256
 
 @dataclass(frozen=True)
 class Task:
-    """What one process is to do. `file` is what a seed has, or where a newcomer's copy goes; `index` counts newcomers.
+    """The task of a process. `file` is the file of a seed, or the place of a newcomer's copy; `index` counts newcomers.
 
-    `seeds` and `newcomers` are all hosts' addresses, this one's included; `torrent` is the torrent's file.
+    `seeds` and `newcomers` are all hosts' addresses, this host's included; `torrent` is the torrent's file.
     """
 
     address: str
@@ -111,7 +111,7 @@ def swarm_watched_newcomer(task: Task) -> None:
 
 
 def swarm_liar(task: Task) -> None:
-    """Announces the whole model; about every tenth chunk that it has is not what it says."""
+    """Announces the whole model; about every tenth chunk that it sends is wrong."""
     import swarm
     from swarm.checkpoint import manifest_builder
     from swarm.content.manifest import ModelId
@@ -144,7 +144,7 @@ def swarm_liar(task: Task) -> None:
 class Lies:
     """A source that answers about every tenth chunk with zeroes.
 
-    Which ones, their digests say: seeds share chunks out by index, so that one by index might never be asked for.
+    Digests choose the chunks: seeds share chunks out by index, so that a choice by index might never be requested.
     """
 
     def __init__(self, truth: Source) -> None:
@@ -239,7 +239,7 @@ def libtorrent_newcomer(task: Task) -> None:
                 handle.connect_peer((peer, TORRENT_PORT))
         _wait_until_complete(session, handle, task.deadline_s)
         done(answer)
-        handle.flush_cache()  # not counted: what is complete may still be on its way to the file
+        handle.flush_cache()  # not counted: complete pieces may still be on their way to the file
     stay()
 
 
@@ -300,12 +300,12 @@ def done(answer: Answer) -> None:
 
 
 def stay() -> None:
-    """Until whoever measures closes the pipe, or ends this process."""
+    """Until the measuring process closes the pipe, or ends this process."""
     sys.stdin.read()
 
 
 def _send_all(task: Task, index: int, memory: mmap.mmap) -> None:
-    """The origin's algorithm: a two-rank group, and one broadcast after another, tensor by tensor."""
+    """The origin's algorithm: a two-rank group, and a broadcast for each tensor, in sequence."""
     import torch
 
     group = _pair(task, index, rank=0)
@@ -383,7 +383,7 @@ def _wait_until_complete(session: libtorrent.session, handle: libtorrent.torrent
 
 
 def _aria2c(task: Task, *more: str) -> list[str]:
-    """It cannot be told peers; the torrent names a tracker. Whoever started it takes it along when ended."""
+    """aria2c takes no list of peers; the torrent names a tracker. It ends with the process that started it."""
     return [
         *("aria2c", "--no-conf", "--quiet", f"--stop-with-process={os.getpid()}", f"--dir={task.file.parent}"),
         *("--enable-dht=false", "--enable-dht6=false", "--disable-ipv6=true", "--file-allocation=none"),

@@ -1,7 +1,7 @@
 """Child processes to measure. Every wait has a deadline; CPU time and memory come from the kernel; all are ended.
 
-The process that imports this must stay small: a child's `ru_maxrss` begins with what its parent had when it forked. So
-everything that needs much memory (tensors) is a worker in a process of its own, see workers.py.
+The process that imports this must stay small: a child's `ru_maxrss` begins with its parent's at the fork. So work that
+needs much memory (tensors) runs in a process of its own, see workers.py.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ class Child:
         return line
 
     def told(self, *, timeout_s: float) -> dict[str, Any]:
-        """What its next line says in JSON."""
+        """Its next line, decoded from JSON."""
         answer = json.loads(self.line(timeout_s))
         if not isinstance(answer, dict):
             raise TypeError(f"{self.argv}: answered {answer!r}")
         return answer
 
     def ask(self, question: dict[str, Any], *, timeout_s: float) -> dict[str, Any]:
-        """Sends one JSON line, returns the answer to it."""
+        """Sends a JSON line, returns the answer."""
         if self._popen.stdin is None:
             raise RuntimeError("no pipe")
         print(json.dumps(question), file=self._popen.stdin, flush=True)
@@ -173,7 +173,7 @@ def clean_environment(cwd: Path, **settings: str) -> dict[str, str]:
 
 def isolate(congestion: str) -> str:
     """Moves this process and its children to come into a network of their own, loopback only, with this congestion
-    control for every connection. Returns what is in force, in words: without root nothing changes.
+    control for every connection. Returns the congestion control in force, in words: without root nothing changes.
     """
     default = Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -191,7 +191,7 @@ def isolate(congestion: str) -> str:
 
 
 def host() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine that the numbers were measured on."""
     cpu = [
         line.partition(":")[2].strip()
         for line in Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,10 +1,10 @@
-"""`swarm.fetch` into warm tensors over chunk sizes: what `manifest.default_chunk_bytes` is chosen by.
+"""`swarm.fetch` into warm tensors over chunk sizes: the reason of `swarm.content.manifest.default_chunk_bytes`.
 
     python bench/chunk_sweep.py [--mib 128 1024 4096] [--repeat 3] [--dir DIR] [--out FILE]
 
-One seed for each chunk size, all at once, because idle ones cost nothing; one newcomer, on loopback; the sizes are
-interleaved within a round. A small chunk costs messages and system calls; a large one leaves a burst of newcomers
-little to share while it is on its way, which a pair cannot show: so the default is small for what the plateau allows.
+A seed for each chunk size, all at once, because idle seeds cost nothing; a single newcomer, on loopback; the sizes are
+interleaved within a round. A small chunk costs messages and system calls. A large chunk leaves a burst of newcomers
+little to exchange while it is on its way, which a pair cannot show: so the default is at the small end of the plateau.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What the dashboard costs and how soon it shows things: `python bench/dashboard.py [--members 200] [--minutes 10]`.
+"""Cost and delay of the dashboard: `python bench/dashboard.py [--members 200] [--minutes 10]`.
 
-The feed: so many simulated members, each of which fetches, is done and starts again, are what a real page sees in real
-headless Chromium, through the real view, feed and HTTP of a node; every fourth of a minute memory is read. The delays
-(`--delays N`): a real swarm of eight processes and a liar (tests/integration/stage.py), N times; how long after a
-replica starts, after wrong chunks went out and after `kill -9` the page shows it. Needs playwright and Chromium.
+The feed: a real page in headless Chromium shows simulated members that fetch, end and start again, through the view,
+feed and HTTP of a real node; memory is read every 15 s. The delays (`--delays N`): a real swarm of eight processes and
+a liar (tests/integration/stage.py), N times; how long after a replica starts, after wrong chunks went out and after
+`kill -9` the page shows it. Needs playwright and Chromium.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RESULTS = ROOT / "bench" / "results"
 DIGEST = Digest("d" * 64)
 SIZE = 16_000_000_000
 CHUNKS = 1024
-SEEDS_PART = 40  # one member of so many is a seed
+SEEDS_PART = 40  # members for each seed
 SOURCES = 4
 FETCH_S = 60.0
 SAMPLE_EVERY_S = 15.0
@@ -80,7 +80,7 @@ class Crowd:
         self._rng = dice
 
     def view(self) -> Json:
-        """What a node would show that every member has told."""
+        """The view of a node that has a report of every member."""
         now = time.monotonic()
         told = {node: Told(self._own(node, now), now) for node in self.ids}
         mine = told[self.ids[0]].own
@@ -129,7 +129,7 @@ class Crowd:
 
 
 class Server:
-    """Serves the page of a crowd from a thread; counts what goes to browsers, and its own processor time."""
+    """Serves the page of a crowd from a thread; counts bytes to browsers and its own processor time."""
 
     def __init__(self, crowd: Crowd) -> None:
         self._crowd = crowd
@@ -218,7 +218,7 @@ def feed(browser: Browser, *, members: int, minutes: float) -> dict[str, Any]:
 
 
 def sample(page: Page, probe: Any, at_s: float) -> dict[str, Any]:
-    """Frames since the last sample, and what is in memory after a collection."""
+    """Frames since the last sample, and memory in use after a collection."""
     frames, drawn = page.evaluate("[window.frames.splice(0), window.drawn.splice(0)]")
     drawn = [ms for ms in drawn if ms > 0.5] or [0.0]  # the others are those that only count frames
     probe.send("HeapProfiler.collectGarbage")

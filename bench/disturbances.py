@@ -1,4 +1,4 @@
-"""What may disturb a simulated burst: changes to a `Setup`, by the words of the table they end up in."""
+"""Disturbances of a simulated burst: changes to a `Setup`, by their names in the printed table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One vLLM engine for `bench/engines.py`: says when it has answered, then generates for as long as it is asked to.
+"""A vLLM engine for `bench/engines.py`: says when it has answered, then generates for as long as it is asked to.
 
     python bench/engine_worker.py --model DIR
 

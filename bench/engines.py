@@ -1,11 +1,10 @@
-"""What a start of vLLM costs with and without the swarm, and what serving costs the engine that serves.
+"""Time of a vLLM start with and without the swarm, and the cost of serving for the engine that serves.
 
     python bench/engines.py [--hidden 1024] [--layers 12] [--repeat 3] [--out FILE]
 
 Runs with the Python of an environment that has vLLM (`.ci/run` makes one, `.venv-vllm`). The model is made up, and its
-files are warm in the page cache: what disk costs here is the least that it can cost. A serves on core 0 alone; for the
-last table whoever fetches is on core 1, so that what A loses is what serving takes and not what the fetching engine
-computes.
+files are warm in the page cache: the disk costs the least that it can. A serves on core 0 alone; for the last table the
+fetching engine is on core 1, so that A's loss is the cost of serving and not of the other engine's computing.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ while True:
 
 
 class Engine:
-    """One engine that runs, on these cores."""
+    """An engine that runs on these cores."""
 
     def __init__(
         self, model: Path, home: Path, how: str, *, peers: str = "", cores: str = "0,1", extra: Mapping[str, Any] = {}
@@ -102,7 +101,7 @@ class Engine:
         return told
 
     def bytes_from(self, name: str) -> int:
-        """What came of the loaded tensors from the engine of this name."""
+        """Bytes of the loaded tensors that came from the engine of this name."""
         return sum(int(size) for size in re.findall(rf"{name}-0 ([0-9]+) bytes", self.said))
 
     @property
@@ -169,7 +168,7 @@ def starts(model: Path, root: Path, repeat: int) -> dict[str, list[dict[str, flo
 
 
 def burst(model: Path, root: Path) -> dict[str, Any]:
-    """Three newcomers at once, and one."""
+    """Three newcomers at once, and a single newcomer."""
     found: dict[str, Any] = {}
     with engine(model, root / "a3", "source") as a:
         size = int(a.wait_for(r"ready, serves ([0-9]+) loaded bytes"))
@@ -192,7 +191,7 @@ def burst(model: Path, root: Path) -> dict[str, Any]:
 
 
 def serving(model: Path, root: Path, repeat: int) -> dict[str, list[float]]:
-    """A's tokens per second on one core: alone, and beside a newcomer on the other one that fetches without end."""
+    """A's tokens per second on core 0: alone, and beside a newcomer on core 1 that fetches without end."""
     found: dict[str, list[float]] = {"alone": [], "serving": [], "alone (capped)": [], f"serving, {CAP}": []}
     for cap, names in ((None, ("alone", "serving")), (CAP, ("alone (capped)", f"serving, {CAP}"))):
         extra = {"upload_limit": cap} if cap else {}

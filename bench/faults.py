@@ -2,21 +2,21 @@
 
     python bench/faults.py [--seeds 500] [--first 0] [--jobs 4] [--out FILE]
 
-A run is a function of its seed, but for the machine's timing: one or two seeds of a model of 6 MB, and newcomers that
+A run is a function of its seed, except for the machine's timing: 1 or 2 seeds of a model of 6 MB, and newcomers that
 fetch it, six nodes in all, half of the runs with a cluster key. Every node is reached through a proxy of its own, which
-carries TCP and UDP. Within the first seconds some of these happen, each to a node by the dice:
+carries TCP and UDP. Within the first seconds some of these faults happen, each to a random node:
 
     kill       kill -9; half of them are started again a moment later, newcomers into the same directory
     stop       SIGSTOP, and SIGCONT 0.2 to 3 s later
     cut        all connections of its proxy are reset, and none is made for 0.2 to 3 s
     hang       its proxy carries nothing for 0.2 to 3 s, and says nothing
-    flip       one bit of what its proxy carries, TCP and UDP
-    disk       one bit of a file that it serves, or of what a newcomer that was killed had got so far
+    flip       a bit that its proxy carries, TCP or UDP
+    disk       a bit of a file that it serves, or of the partial download of a newcomer that was killed
     full       its directory is on a disk that is too small, or becomes so while it fetches
 
-What must be true of every newcomer: it is complete and byte-identical, or it ends with one line that says why, within
-its own timeout and `GRACE_S`; and whatever lies under a final name is right. What cannot be promised is left out: bits
-that flip on the newcomer's own disk after they were verified, which `swarm verify` is for.
+Every newcomer must be complete and byte-identical, or end with a line that says why, within its own timeout and
+`GRACE_S`; and every file under a final name must be right. Bits that flip on the newcomer's own disk after they were
+verified are left out: `swarm verify` finds those.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ FAULTS = ("kill", "stop", "cut", "hang", "flip", "disk", "full")
 
 @dataclass
 class Outcome:
-    """What became of one run. `wrong`, `hung` and `unclear` name nodes, and must be empty."""
+    """The result of a run. `wrong`, `hung` and `unclear` name nodes, and must be empty."""
 
     seed: int
     faults: list[str] = field(default_factory=list)
@@ -80,7 +80,7 @@ class Outcome:
 
 
 class Node:
-    """One of the six: its directory, its proxy, and the process that is there just now."""
+    """A node: its directory, its proxy, and its present process."""
 
     def __init__(self, number: int, place: Path, *, peers: list[str], serves: bool) -> None:
         self.name = f"{'seed' if serves else 'newcomer'}-{number}"
@@ -104,7 +104,7 @@ class Node:
         self.path.parent.mkdir()
 
     def pin(self, digest: str) -> None:
-        """Nothing else will do: a seed whose disk lost a bit while it was dead serves another model afterwards."""
+        """Pins the digest: a seed that lost a bit of its disk while it was dead serves another model afterwards."""
         self._arguments += ["--digest", digest]
 
     def start(self, environment: dict[str, str]) -> None:
@@ -119,7 +119,7 @@ class Node:
 
 
 class Run:
-    """One seed's run, in a place of its own."""
+    """The run of a seed, in a directory of its own."""
 
     def __init__(self, seed: int, place: Path, model: Path) -> None:
         self._rng = random.Random(seed)
@@ -191,7 +191,7 @@ class Run:
             self._compare(node)
 
     def _over(self, node: Node) -> bool:
-        """Whether a newcomer is done, one way or the other."""
+        """Whether a newcomer is complete or has failed."""
         if node.dead:
             self._outcome.killed += 1
             return True
@@ -226,7 +226,7 @@ class Run:
             self._outcome.unclear.append(f"{node.name} ended with {command.exit_code}: {command.err[-800:]}")
 
     def _compare(self, node: Node) -> None:
-        """Whatever lies under a final name must be right; after it was compared once, the run may flip its bits."""
+        """Compares files under final names with the model; afterwards the run may flip their bits."""
         if node.checked:
             return
         right = self._right()
@@ -291,7 +291,7 @@ class Run:
         self._outcome.faults.append(what)
 
     def _flip(self, node: Node, dice: random.Random) -> None:
-        """A bit of a file that is served, or of what a dead newcomer has got so far."""
+        """Flips a bit of a file that is served, or of the partial download of a dead newcomer."""
         below = node.path if node.serves or node.checked else node.path / ".swarm"
         found = sorted(path for path in below.rglob("*") if path.is_file() and path.stat().st_size)
         if found:
@@ -310,7 +310,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def play(seeds: list[int]) -> Iterator[Outcome]:
-    """Runs these, one after the other, in this process."""
+    """Runs these in sequence, in this process."""
     import numpy as np
 
     with tempfile.TemporaryDirectory(prefix="swarm-faults-") as root:

@@ -1,7 +1,7 @@
 """`swarm` commands as real processes that start within milliseconds, for programs that start thousands of them.
 
-They are forked by a server process that has imported everything and done nothing yet (`multiprocessing`'s forkserver);
-from then on each is the command as a shell starts it: own process, own files for what it prints, real signals.
+A server process that has imported everything forks them (`multiprocessing`'s forkserver). From then on each is the
+command as a shell starts it: a process and output files of its own, and real signals.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STOP_TIMEOUT_S = 20.0  # a node says goodbye within seconds; a busy machine take
 
 
 class Command:
-    """One `swarm` command, running. `out` and `err` are what it has printed so far."""
+    """A running `swarm` command. `out` and `err`: its output so far."""
 
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], *, place: Path, name: str) -> None:
         self.name = name
@@ -64,7 +64,7 @@ class Command:
         return listened
 
     def wait_for(self, words: str, *, timeout_s: float) -> str:
-        """What it printed, once that has these words. Raises RuntimeError when it ends first or takes too long."""
+        """Its output, once that contains these words. Raises RuntimeError when it ends first or takes too long."""
         deadline = time.monotonic() + timeout_s
         while words not in (said := self.out):
             if self.exit_code is not None or time.monotonic() > deadline:

@@ -1,7 +1,7 @@
-"""What gossip costs and how fast it is, in the simulation: `python bench/gossip.py [--seeds N] [--large N]`.
+"""Cost and speed of gossip in the simulation: `python bench/gossip.py [--seeds N] [--large N]`.
 
-Times are virtual and every run is a function of its seed, so the machine does not matter. A way takes 0.5 to 2 ms.
-With `--real 8,32` it is measured among so many real node processes on loopback instead, see gossip_real.py.
+Times are virtual and every run is a function of its seed, so the machine does not matter. The delay is 0.5 to 2 ms.
+`--real 8,32` measures swarms of that many real processes on loopback instead, see gossip_real.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def flock(members: int, *, seed: int, loss: float = 0.0) -> SwimGroup:
 
 
 def bytes_per_s(found: SwimGroup, seconds: float) -> tuple[float, float]:
-    """Bytes and datagrams sent by one member in a second, with the headers of UDP and IP."""
+    """Bytes and datagrams that a member sends in a second, with the headers of UDP and IP."""
     before = [(host.sent_bytes, host.sent_datagrams) for host in found.hosts.values()]
     found.run(seconds)
     after = [(host.sent_bytes, host.sent_datagrams) for host in found.hosts.values()]
@@ -57,7 +57,7 @@ def newcomer(seed: int) -> tuple[float, float]:
 
 
 def detection(members: int, seed: int) -> tuple[float, float]:
-    """Seconds from a kill to the first who declares it dead, and to the last who knows."""
+    """Seconds from a kill until the first member declares it dead, and until the last member knows."""
     found = flock(members, seed=seed)
     found.kill("m1")
 
@@ -90,7 +90,7 @@ def heal(members: int, seed: int) -> float:
 
 
 def cost(members: int, *, busy: bool) -> tuple[float, float]:
-    """Bytes and datagrams a second of one member: at rest, or while all profiles change all the time."""
+    """Bytes and datagrams a second of a member: at rest, or while all profiles change all the time."""
     found = flock(members, seed=0)
     if not busy:
         return bytes_per_s(found, 15.0)

@@ -1,6 +1,6 @@
-"""What gossip costs and how fast it is among real node processes on loopback: `python bench/gossip.py --real N`.
+"""Cost and speed of gossip among real node processes on loopback: `python bench/gossip.py --real N`.
 
-All share the cores of one machine, so the figures are only as good as it is quiet.
+All processes share the cores of the machine: measure on a quiet machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BURN = "while True: pass"
 
 
 class Swarm:
-    """Node processes. `changes` are what all of them saw: (time, by whom, whom, state)."""
+    """Node processes. `changes` of all of them: (time, observer, subject, state)."""
 
     def __init__(self, place: Path, network: str) -> None:
         self.nodes: dict[str, Child] = {}
@@ -35,7 +35,7 @@ class Swarm:
         self._first = ""
 
     def add(self) -> str:
-        """Starts a node, which joins through the first one, and returns its id."""
+        """Starts a node, which joins through the first node, and returns its id."""
         contact = [self._first] if self._first else []
         child = Child([sys.executable, str(WORKER), self._network, *contact], cwd=self._place)
         hello = child.told(timeout_s=TIMEOUT_S)
@@ -45,7 +45,7 @@ class Swarm:
         return str(hello["node"])
 
     def look(self) -> dict[str, dict[str, Any]]:
-        """What every node says now, by id."""
+        """The present report of every node, by id."""
         told = {node: child.ask({}, timeout_s=TIMEOUT_S) for node, child in self.nodes.items()}
         self.changes += [(at, by, whom, state) for by, said in told.items() for at, whom, state in said["changes"]]
         return told
@@ -143,7 +143,7 @@ def burning(count: int) -> Iterator[None]:
 
 
 def real(counts: list[int], *, network: str, busy_s: float) -> None:
-    """Measures swarms of these sizes, one after another."""
+    """Measures swarms of these sizes in sequence."""
     print(f"{host()['cpu']}, preset {network}")
     for count in counts:
         measure(count, network=network, busy_s=busy_s)

@@ -1,9 +1,9 @@
-"""One real node that tells what its gossip does: a JSON object a line, see `gossip.py --real`.
+"""A real node that reports its gossip as JSON lines, see `gossip.py --real`.
 
     python gossip_worker.py NETWORK [CONTACT]
 
-First it says where it is; each further line on standard input is answered with what happened since the last one. Times
-are of the machine's monotonic clock, which all processes share.
+First it prints its address. It answers each line on standard input with the events since the line before. Times are of
+the machine's monotonic clock, which all processes share.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UDP_IP_BYTES = 28
 
 
 class Counting(HostEnvironment):
-    """A host whose datagrams are counted."""
+    """A host that counts datagrams."""
 
     sent_bytes = 0
     sent_datagrams = 0

@@ -1,11 +1,11 @@
-"""What a newcomer's only fetch costs: fresh processes with empty caches, GPU to GPU.
+"""Time of a newcomer's only fetch: fresh processes with empty caches, GPU to GPU.
 
     python bench/gpu_cold.py [--source 0] [--newcomer 1] [--layers 28] [--rounds 5] [--transport cuda_ipc nccl]
 
 Each round starts a process whose caches (swarm's, CUDA's, triton's) are new folders. It imports torch, then swarm, and
-calls `swarm.fetch` twice: the first call is the cold one, the second (into new tensors, from the same process) stands
-beside it as the warm one. The tensors have the shapes of Qwen2.5-7B in bf16; all 28 layers are 15.2 GB. With --newcomer
-equal to --source both processes share one GPU: the set-up is the same, the copy runs at the speed of its memory.
+calls `swarm.fetch` twice: the first call is cold, the second (into new tensors, from the same process) is warm. The
+tensors have the shapes of Qwen2.5-7B in bf16; all 28 layers are 15.2 GB. With --newcomer equal to --source both
+processes share one GPU: the set-up is the same, the copy runs at the speed of its memory.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def measure(transport: str, options: argparse.Namespace) -> None:
-    """A source in a fresh process, then newcomers in fresh processes, one after another."""
+    """A source in a fresh process, then newcomers in fresh processes, in sequence."""
     given = {"transport": transport, "layers": options.layers}
     with tempfile.TemporaryDirectory() as place:
         source = start("serve", given | {"gpu": options.source}, Path(place, "source"))
@@ -123,7 +123,7 @@ def fetch(given: dict[str, Any]) -> dict[str, Any]:
 
     phases["import torch"] = time.time() - began_at
     import swarm
-    import swarm.api  # what `swarm.fetch` loads on first use
+    import swarm.api  # modules that `swarm.fetch` loads on first use
     from swarm import journal
     from swarm.transfer import download
 

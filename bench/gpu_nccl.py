@@ -1,8 +1,8 @@
-"""What a communicator of two takes and gives, by its settings: two GPUs, `python bench/gpu_nccl.py`.
+"""Memory and rate of a communicator of two by its settings: two GPUs, `python bench/gpu_nccl.py`.
 
 For each setting two new processes: GPU memory that is gone after the communicator was made, after the first bytes,
-after a second communicator did the same (what each adds, the first one's libraries and kernels apart), and after both
-ended; the rate of grouped sends; and what memory of the host stays when communicators are made, used and ended.
+after a second communicator did the same (the cost of each, without libraries and kernels), and after both ended; the
+rate of grouped sends; and the memory of the host that stays when communicators are made, used and ended.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS: dict[str, tuple[int | None, dict[str, str]]] = {
 
 
 class Pair:
-    """One communicator, blocking but for the calls that are asked about."""
+    """A communicator, blocking except for the calls that are polled."""
 
     def __init__(self, rank: int, line: Connection, max_ctas: int | None) -> None:
         from swarm.transport import nccl

@@ -1,12 +1,13 @@
-"""One source and one newcomer with their tensors in GPU memory: the driver's copy as the ceiling, `swarm.fetch`, and
-what both cost a source that computes.
+"""A source and a newcomer with tensors in GPU memory: the driver's copy as the ceiling, `swarm.fetch`, and the cost of
+both for a source that computes.
 
     python -m bench.gpu_pair [--gigabytes 8] [--repeat 3]
 
-Two processes; with one GPU both share it, so that a copy reads and writes the same memory and the source's kernels and
-the newcomer's take turns: rates between two GPUs and the disturbance there are other numbers. Tensors have the shapes
-of Qwen2.5-7B's layers, in bf16. 'raw' opens every handle and copies every tensor, no more; 'fetch' is the call into
-given tensors, from a warm process, with connection, handles, verification; 'transfer' is its part that fetches.
+Two processes; on a machine with a single GPU both share it, so that a copy reads and writes the same memory and the
+source's kernels and the newcomer's take turns: rates between two GPUs and the disturbance there are other numbers.
+Tensors have the shapes of Qwen2.5-7B's layers, in bf16. 'raw' opens every handle and copies every tensor, no more;
+'fetch' is the call into given tensors, from a warm process, with connection, handles, verification; 'transfer' is its
+part that fetches.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""One or more sources, N newcomers at once, a process each, on as many GPUs as there are.
+"""Sources and N newcomers at once, a process each, on as many GPUs as there are.
 
     python bench/gpu_tree.py [--newcomers N] [--sources 1 2 4] [--layers 28] [--json FILE]
 
-Process n has GPU n, counted round. While there is a GPU for each, numbers say what a host with such GPUs does; with
-more processes than GPUs they share them, NCCL takes each for a host of its own and goes through sockets, and what is
-shown is that all of it works. Without --newcomers there are as many as leave one source a GPU.
+Process n has GPU n, counted round. With a GPU for each, the numbers are those of a host with such GPUs. With more
+processes than GPUs they share them, NCCL takes each for a host of its own and goes through sockets, and the run shows
+only that all of it works. Without --newcomers there are as many as leave a GPU for a source.
 
-    origin        a group of two for each newcomer, a broadcast per tensor: one after another, and all at once
-    broadcast     one group of all, which has to know them beforehand
-    swarm         over cuda_ipc and over nccl, verified, the sources idle, computing, or one of them killed half way
+    origin        a group of two for each newcomer, a broadcast per tensor: in sequence, and all at once
+    broadcast     a group of all, which has to know them beforehand
+    swarm         over cuda_ipc and over nccl, verified, the sources idle, computing, or a source killed half way
 
 'last' and 'mean' are newcomers, from call to return (groups are made beforehand but for 'whole'); 'first' is a single
-newcomer alone, 'egress' what the sources sent in copies of the model.
+newcomer alone, 'egress' the copies of the model that the sources sent.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PORTS = iter(range(29700, 29900))
 
 
 class Tree:
-    """All processes of one measurement, sources first."""
+    """All processes of a measurement, sources first."""
 
     def __init__(self, place: Path, sources: int, newcomers: int, *, gpus: int, layers: int) -> None:
         self.sources, self.newcomers = sources, newcomers
@@ -59,7 +59,7 @@ class Tree:
         self.gpu: str = made[0]["gpu"]
 
     def each(self, members: range, question: Any) -> list[dict[str, Any]]:
-        """What these answer, all asked at once."""
+        """The answers of these, all asked at once."""
         jobs = [self._pool.submit(self.children[n].ask, question(n), timeout_s=TIMEOUT_S) for n in members]
         return [job.result() for job in jobs]
 
@@ -73,7 +73,7 @@ class Tree:
         return range(self.sources, len(self.children))
 
     def check(self) -> None:
-        """All newcomers have what the last source, which is never killed, has."""
+        """All newcomers have the tensors of the last source, which is never killed."""
         sums = self.each(range(self.sources - 1, len(self.children)), lambda n: {"do": "checksum"})
         if len({json.dumps(one) for one in sums}) > 1:
             raise RuntimeError(f"wrong bytes: {sums}")
@@ -87,7 +87,7 @@ class Tree:
 
 
 def copies(tree: Tree) -> dict[str, float]:
-    """GB/s of the driver's copy for every pair of processes on different GPUs, one pair at a time."""
+    """GB/s of the driver's copy for every pair of processes on different GPUs, each pair alone."""
     rates = {}
     for source in tree.everybody:
         handles = tree.each(range(source, source + 1), lambda n: {"do": "handles"})[0]["handles"]
@@ -101,7 +101,7 @@ def copies(tree: Tree) -> dict[str, float]:
 
 
 def origin(tree: Tree) -> Iterator[tuple[str, list[float]]]:
-    """The origin's algorithm, with one source."""
+    """The origin's algorithm, with a single source."""
     began, ends = 0.0, list[float]()
     for n in tree.late:
         port = next(PORTS)
@@ -131,7 +131,7 @@ def origin(tree: Tree) -> Iterator[tuple[str, list[float]]]:
 
 
 def swarm(tree: Tree, addresses: list[str], scheme: str, members: range, name: str) -> tuple[list[float], float]:
-    """Seconds of each newcomer, and what the sources sent in copies."""
+    """Seconds of each newcomer, and the copies that the sources sent."""
     tree.wipe()
     settings = {"peers": addresses, **({"transports": scheme} if scheme == "nccl" else {})}
     answers = tree.each(

@@ -1,17 +1,17 @@
-"""Two GPUs: `swarm.fetch` from one to the other, beside what its transports could reach and the origin's algorithm.
+"""Two GPUs: `swarm.fetch` between them, beside the ceilings of its transports and the origin's algorithm.
 
     python bench/gpu_two.py [--layers 28] [--devices 0 1] [--json FILE]
 
-One process a GPU; tensors with the shapes of Qwen2.5-7B in bf16, 15.2 GB. In one run:
+A process for each GPU; tensors with the shapes of Qwen2.5-7B in bf16, 15.2 GB. In a run:
 
     origin        a two-rank group of torch.distributed, a broadcast per tensor, the group taken down
     ceilings      the driver's copy out of the other process's memory; NCCL calls for 512 MiB at once
     fetch         into given tensors, every chunk verified: over cuda_ipc, over nccl
 
-each with an idle source and with one that computes. 'call' is a fetch from call to return: its node opened and linked,
+each with an idle and with a computing source. 'call' is a fetch from call to return: its node opened and linked,
 handles opened or a communicator made, everything verified. 'transfer' is its part from the first request to the last
-verified chunk, of a node that was linked before ('open' is what opening handles took of it). 'keeps' is what the source
-does of its products while fetches follow each other without a pause, and 'alone' is 1.
+verified chunk, of a node that was linked before ('open': the part that opened handles). 'keeps' is the source's rate of
+products while fetches follow each other without a pause, over its rate alone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Bench:
         self._both = ThreadPoolExecutor(2)
 
     def both(self, at_source: dict[str, Any], at_newcomer: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Tells both at once, and returns what they answer."""
+        """Tells both at once, and returns their answers."""
         asked = [
             self._both.submit(child.ask, question, timeout_s=TIMEOUT_S)
             for child, question in ((self.source, at_source), (self.newcomer, at_newcomer))
@@ -75,7 +75,7 @@ class Bench:
         return float((end["done"] - begin["done"]) / (end["at"] - begin["at"]))
 
     def row(self, what: str, seconds: list[float], *, keeps: float = 1.0, **more: Any) -> None:
-        """Prints and keeps what was measured: all of it, the median in front."""
+        """Prints and keeps the measurements, the median in front."""
         median = statistics.median(seconds)
         rate = self.bytes / median / 1e9
         self.rows.append({"load": self.load, "what": what, "seconds": seconds, "gb_per_s": rate, "keeps": keeps} | more)
@@ -84,7 +84,7 @@ class Bench:
         print(f"{self.load:>18} {what:<34} {times} {keeps:7.2f}  {extra}", flush=True)
 
     def kept(self, work: Callable[[], Any]) -> tuple[Any, float]:
-        """What the work returns, and what the source keeps of its products meanwhile."""
+        """The result of the work, and the part of its products that the source keeps meanwhile."""
         if not self.alone:
             return work(), 1.0
         answers: list[Any] = []
@@ -92,7 +92,7 @@ class Bench:
         return answers[0], rate / self.alone
 
     def check(self) -> None:
-        """What arrived is what was sent."""
+        """The received tensors equal the sent tensors."""
         sent, arrived = self.both({"do": "checksum"}, {"do": "checksum"})
         if sent != arrived:
             raise RuntimeError(f"wrong bytes: {sent} became {arrived}")

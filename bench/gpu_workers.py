@@ -1,4 +1,4 @@
-"""What runs in the processes that `gpu_two.py` and `gpu_tree.py` measure: one GPU each, obeying lines of JSON.
+"""The processes that `gpu_two.py` and `gpu_tree.py` measure: a GPU each, obeying lines of JSON.
 
     python bench/gpu_workers.py DEVICE LAYERS
 
@@ -77,7 +77,7 @@ class Load(threading.Thread):
 
 
 class Worker:
-    """One process. Its methods are the commands."""
+    """A process. Its methods are the commands."""
 
     def __init__(self, device: int, layers: int) -> None:
         self._device = torch.device("cuda", device)
@@ -111,7 +111,7 @@ class Worker:
         }
 
     def wipe(self) -> None:
-        """Nothing of what arrived is left."""
+        """Overwrites the received tensors."""
         for tensor in self._tensors.values():
             tensor.zero_()
         torch.cuda.synchronize()
@@ -299,7 +299,7 @@ class Worker:
 
 @dataclass
 class _Watched:
-    """What a fetch did when: its first request, its end, and how long it opened handles."""
+    """Times of a fetch: its first request, its end, and how long it opened handles."""
 
     asked_at: float = 0.0
     complete_at: float = 0.0

@@ -4,12 +4,12 @@
     eth0 ---veth--- p0  [ bridge rack0 ]  p1 ---veth--- eth0
      ^ up           ^ down                 ^ down         ^ up        each a tc tbf of the same rate
 
-With several racks there is a bridge for each, joined through one more by links shaped to a fraction of what a rack's
-hosts have together. The switch is a namespace too: nothing is ever seen of this in the machine's own network, and
-deleting the namespaces deletes all of it. Routes ask for cubic, because the sysctl of a namespace may be read-only, and
-a machine's default may be bbr, which suits a shaper of this kind less.
+With several racks there is a bridge for each. Links between these bridges are shaped to a fraction of the rate that a
+rack's hosts have together. The switch is a namespace too: the machine's own network stays untouched, and deleting the
+namespaces deletes all of it. Routes ask for cubic, because the sysctl of a namespace may be read-only, and a machine's
+default may be bbr, which suits a shaper of this kind less.
 
-Needs root. Knows nothing of what runs on the hosts.
+Needs root. Must not know: the programs that run on the hosts.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from pathlib import Path
 
 SUBNET = "10.77.0.0/16"
 CONGESTION = "cubic"
-QUEUE_MS = 50  # the most that a shaper delays; what would wait longer is dropped
-BURST_S = 0.004  # what a shaper may send at once: a tick of the slowest kernel clock in use
-BURST_BYTES_MIN = 64 << 10  # one packet before segmentation
+QUEUE_MS = 50  # the most that a shaper delays; packets that would wait longer are dropped
+BURST_S = 0.004  # bytes that a shaper may send at once: a tick of the slowest kernel clock in use
+BURST_BYTES_MIN = 64 << 10  # a packet before segmentation
 COMMAND_TIMEOUT_S = 20.0
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
@@ -55,7 +55,7 @@ def lacking() -> str | None:
 
 @dataclass(frozen=True)
 class Host:
-    """One host. `namespace` is its name; `port` the switch's end of its link; `rack` its label, "" if there is one."""
+    """A host. `namespace` is its name; `port` the switch's end of its link; `rack` its label, "" if there is one."""
 
     namespace: str
     address: str
@@ -99,7 +99,7 @@ class Network:
         self._delete()
 
     def host(self) -> Host:
-        """Connects one more."""
+        """Connects another host."""
         number = len(self._hosts)
         name, port, rack = f"{self._prefix}h{number}", f"p{number}", number % self._racks
         label = f"rack{rack}" if self._racks > 1 else ""
@@ -123,17 +123,17 @@ class Network:
         return host
 
     def sent_bytes(self, host: Host) -> int:
-        """What it has sent so far, with headers (one for each packet before segmentation)."""
+        """Bytes sent so far, with headers (a header for each packet before segmentation)."""
         return self._received_bytes(host.port)
 
     def crossed_bytes(self) -> int:
-        """What has left any rack for another so far."""
+        """Bytes that left a rack for another so far."""
         return sum(self._received_bytes(f"core{rack}") for rack in range(self._racks)) if self._racks > 1 else 0
 
     def cpu_s(self) -> float:
         """User and system seconds of every process on the hosts so far, of their ended children too.
 
-        What the kernel does for their packets in interrupts is nobody's, so it is not in here.
+        Interrupts that carry their packets belong to no process, and are left out.
         """
         return sum(_cpu_s(pid) for host in self._hosts for pid in _pids(host.namespace))
 
@@ -171,7 +171,7 @@ class Network:
         return int(shown[0]["stats64"]["rx"]["bytes"])
 
     def _delete(self) -> None:
-        """Goes on whatever fails, then raises the first failure."""
+        """Goes on after failures, then raises the first."""
         with contextlib.ExitStack() as failing:
             for name in self._namespaces:
                 failing.callback(_run, ["ip", "netns", "del", name])

@@ -1,11 +1,11 @@
-"""How fast `LeafHasher` is with leaves of 4 KiB to 4 MiB, hot and cold, on one thread and on two at once.
+"""How fast `LeafHasher` is with leaves of 4 KiB to 4 MiB, hot and cold, on a single thread and on two at once.
 
     python bench/leaf_sweep.py [--mib 512] [--repeat 5]
 
-Hot: the same 1 MiB view again and again, as a transport hashes what it has just received. Cold: through memory that no
-cache holds, as a seed hashes a model. xxhash releases the GIL only above 65,536 bytes, so below that two threads are
-no faster than one; and leaves longer than a view go through the streaming hasher. GB/s, the best run: what disturbs
-only ever makes it slower.
+Hot: the same 1 MiB view again and again, as a transport hashes a view that it has just received. Cold: through memory
+that no cache holds, as a seed hashes a model. xxhash releases the GIL only above 65,536 bytes, so below that two
+threads are no faster than a single thread; and leaves longer than a view go through the streaming hasher. GB/s, the
+best run: disturbances only make a run slower.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Checkpoints to measure with: several safetensors files of random bf16 tensors with the shapes of Qwen2.5.
 
-Made once per size and kept; a directory is only ever taken again when it is complete. Making one is `models.py PLACE
-BYTES`, a process of its own, so that whoever measures stays small (see children.py).
+Made once per size and kept; a directory is reused only when it is complete. `models.py PLACE BYTES` makes a model in a
+process of its own, so that the measuring process stays small (see children.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 
 import children
 
-FILES = 4  # fewer than published models of this size have, more than one
+FILES = 4  # fewer than published models of this size have, but several
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The dimensions of one published model."""
+    """The dimensions of a published model."""
 
     name: str
     hidden: int
@@ -34,7 +34,7 @@ LARGE = Shape("Qwen2.5-7B", hidden=3584, inner=18944, keys=512, vocabulary=15206
 SMALL = Shape("Qwen2.5-0.5B", hidden=896, inner=4864, keys=128, vocabulary=151936)
 LARGE_FROM_BYTES = 2 << 30
 BYTES_PER_ELEMENT = 2
-LAST = "config.json"  # what is written last: with it, a directory is complete
+LAST = "config.json"  # written last: with it, a directory is complete
 
 Tensors = list[tuple[str, Sequence[int]]]
 
@@ -93,7 +93,7 @@ def _files(shape: Shape, size: int) -> list[Tensors]:
 
 def _tensors(shape: Shape, size: int) -> Iterator[tuple[str, Sequence[int]]]:
     hidden, inner, keys = shape.hidden, shape.inner, shape.keys
-    if BYTES_PER_ELEMENT * shape.vocabulary * hidden <= size // 3:  # else the small sizes would be one tensor
+    if BYTES_PER_ELEMENT * shape.vocabulary * hidden <= size // 3:  # else the small sizes would be a single tensor
         yield "model.embed_tokens.weight", (shape.vocabulary, hidden)
     for layer in itertools.count():
         prefix = f"model.layers.{layer}"

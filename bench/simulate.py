@@ -1,8 +1,8 @@
 """How close a simulated burst comes to its lower bound: `python bench/simulate.py [--large] [--plot]`.
 
-Two tables: 32 newcomers and 2048 chunks, one seed and two, under each disturbance; and bursts of 64 and 256 newcomers
-(`--large`: of 1024 with 4096 chunks too, which takes an hour of CPU), one seed and four. Times are virtual and every
-run is a function of its setup, so the machine does not matter. Raw numbers go to bench/results/.
+Two tables: 32 newcomers and 2048 chunks, 1 and 2 seeds, under each disturbance; and bursts of 64 and 256 newcomers
+(`--large`: of 1024 with 4096 chunks too, which takes an hour of CPU), 1 and 4 seeds. Times are virtual and every run is
+a function of its setup, so the machine does not matter. Raw numbers go to bench/results/.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LARGE = 1024, 4096
 
 
 def disturbed(newcomers: int, chunks: int) -> Iterator[tuple[str, Setup]]:
-    """One burst under everything that may disturb it, with one seed and with two."""
+    """A burst under each disturbance, with 1 and 2 seeds."""
     base = Setup(newcomers=newcomers, chunks=chunks)
     for words, changes in DISTURBANCES.items():
         for seeds in (1, 2) if "seeds" not in changes else (changes["seeds"],):
@@ -39,14 +39,14 @@ def disturbed(newcomers: int, chunks: int) -> Iterator[tuple[str, Setup]]:
 
 
 def scaled(newcomers: list[int], chunks: int, *, large: bool) -> Iterator[tuple[str, Setup]]:
-    """Undisturbed bursts of ever more newcomers, with one seed and with four."""
+    """Undisturbed bursts of ever more newcomers, with 1 and 4 seeds."""
     for count, parts in [*((count, chunks) for count in newcomers), *([LARGE] if large else [])]:
         for seeds in (1, 4):
             yield f"{count} newcomers", Setup(newcomers=count, chunks=parts, seeds=seeds)
 
 
 def row(words: str, outcome: Outcome) -> str:
-    """One line of the table."""
+    """A line of the table."""
     if not isinstance(outcome, Report) or outcome.unfinished:
         return f"| {words} | | | failed: {failure(outcome)} | | | | |"
     setup = outcome.setup

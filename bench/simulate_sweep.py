@@ -1,6 +1,6 @@
-"""The questions of tests/sim/test_crowd.py with a thousand dice each: `python bench/simulate_sweep.py --runs 1000`.
+"""The questions of tests/sim/test_crowd.py with a thousand random seeds: `python bench/simulate_sweep.py --runs 1000`.
 
-Prints each question's median and worst ratio (the last newcomer over its lower bound) with the dice of the worst, and
+Prints each question's median and worst ratio (the last newcomer over its lower bound) with the seed of the worst, and
 the command that replays each failure: a newcomer that did not finish, a rule that a machine broke, an honest newcomer
 that was banned. Every run is a function of its setup, so the machine does not matter. Exits 1 after a failure.
 """
@@ -22,7 +22,7 @@ CHUNK_BYTES = 62_500_000  # few large chunks: fast to simulate
 
 
 def wrong(outcome: Outcome) -> str | None:
-    """What went wrong in one run, with what replays it."""
+    """The failure of a run, with the command that replays it."""
     if line := failure(outcome):
         return line
     assert isinstance(outcome, Report)

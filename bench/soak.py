@@ -1,11 +1,11 @@
-"""One seed for half an hour, and newcomers that come and go: does it keep what it should have let go of?
+"""A seed for half an hour, and newcomers that come and go: does the seed leak?
 
     python bench/soak.py [--minutes 30] [--together 4] [--key] [--out FILE]
 
-A newcomer fetches a model of 8 MB into a directory, which is compared. By the dice it then leaves well, stays for some
+A newcomer fetches a model of 8 MB into a directory, which is compared. At random it then leaves well, stays for some
 seconds as a seed, is killed, or is killed before it is done. The seed's memory, handles, threads, tasks and Python
-objects are counted all the time, whoever is there just then. Flat is: the medians of the last quarter are those of the
-second one (the first fills caches and allocators), give or take `SLACK`.
+objects are counted all the time. Flat means: the medians of the last quarter are those of the second (the first fills
+caches and allocators), within `SLACK`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOOKS = 180
 FETCH_TIMEOUT_S = 60.0
 TIMEOUT = ("--timeout", f"{FETCH_TIMEOUT_S:g}")
 STAYS_S = 5.0
-# What the last quarter may have more than the second: allocators keep a little, and guests may be there or not.
+# The last quarter may exceed the second by this: allocators keep a little, and the number of guests varies.
 SLACK = {"memory_bytes": 8 << 20, "handles": 8, "threads": 8, "tasks": 24, "objects": 5000}
 SEED = """
 import asyncio, gc, json, os, sys
@@ -76,7 +76,7 @@ def main() -> int:
 
 
 class Soak:
-    """The seed, and whoever is there."""
+    """The seed, and its present newcomers."""
 
     def __init__(self, place: Path, *, key: bool, dice: random.Random) -> None:
         import numpy as np
@@ -139,7 +139,7 @@ class Soak:
 
 
 class Guest:
-    """A newcomer, and what the dice have in store for it."""
+    """A newcomer, and its randomly chosen end."""
 
     def __init__(self, number: int, seed: str, environment: dict[str, str], place: Path, dice: random.Random) -> None:
         self._out = place / f"out-{number}"
@@ -164,7 +164,7 @@ class Guest:
         self.command = forked.Command(arguments, environment, place=place, name=f"newcomer-{number}")
 
     def look(self, now: float) -> str | None:
-        """What became of it, once it is over."""
+        """Its result, once it has ended."""
         if self._how == "is killed early" and now > self._die_at:
             self.leave(signal.SIGKILL)
             return "killed early"

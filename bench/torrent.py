@@ -1,9 +1,9 @@
-"""As much of BitTorrent as it takes to let its clients compete: a torrent of one file, and a tracker.
+"""The part of BitTorrent that lets its clients compete: a torrent of a single file, and a tracker.
 
-    python bench/torrent.py HOST PORT        prints `ready`, then `seeded` whenever somebody announces the whole file
+    python bench/torrent.py HOST PORT        prints `ready`, then `seeded` when a peer announces the whole file
 
-The torrent is of version 1, which every client reads. The tracker tells everybody about everybody; it lives as long as
-one measurement and has no torrents but one, so it never forgets a peer.
+The torrent is of version 1 (BEP 3), which every client reads. The tracker tells every peer about all others; it lives
+as long as a measurement and has a single torrent, so it never forgets a peer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Bencodable: TypeAlias = "int | bytes | str | list[Bencodable] | dict[str, Bencod
 
 
 def make(file: Path, *, announce: str) -> bytes:
-    """The torrent of one file."""
+    """The torrent of a single file."""
     pieces = bytearray()
     with file.open("rb") as opened:
         while piece := opened.read(PIECE_BYTES):

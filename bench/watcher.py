@@ -1,7 +1,7 @@
-"""Whoever looks at nodes: `watcher.py ADDRESS [ADDRESS ...]` has the first one's dashboard open and scrapes all.
+"""A monitoring client: `watcher.py ADDRESS [ADDRESS ...]` has the first node's dashboard open and scrapes all.
 
-Prints `ready` once it has seen the swarm, and goes on until it is ended. A node that is not there yet, or not any more,
-is asked again a second later: that is what a monitoring system does, though seldom as often.
+Prints `ready` once it has seen the swarm, and goes on until it is ended. A node that does not answer is asked again a
+second later.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The processes at the ends of a measurement: `workers.py fetcher MODEL`, `http-server MODEL`, `http-client URL...`.
 
-Each prints `ready ...`; a fetcher and a client then answer every JSON line with another. What is timed begins in a warm
+Each prints `ready ...`; a fetcher and a client then answer every JSON line with another. Timing begins in a warm
 process: libraries imported, loop running, memory touched, but no connection made yet.
 """
 
@@ -61,7 +61,7 @@ def fetcher(model: Path) -> None:
         else:
             into = question["do"] == "into"
             for tensor in targets.values():
-                tensor.zero_()  # what was fetched before must not pass for what is fetched now
+                tensor.zero_()  # an earlier fetch must not pass for this fetch
             reset_peak()
             peers, cache = (question["peer"],), Path("cache").absolute()
             settings = swarm.Settings(peers=peers, mdns=False, cache=cache, **question["settings"])
@@ -78,7 +78,7 @@ def fetcher(model: Path) -> None:
 
 @contextmanager
 def traced(settings: Settings, path: Path) -> Iterator[None]:
-    """The node of these settings is open, and what happens on it is written to a file."""
+    """Opens the node of these settings, and writes its journal to a file."""
     from swarm.observe.trace import tracing
     from swarm.runtime import runtime
 
@@ -105,7 +105,7 @@ async def http_server(model: Path) -> None:
 
 
 def http_client(urls: list[str]) -> None:
-    """Answers every question by reading all URLs over one connection."""
+    """Answers every question by reading all URLs over a single connection."""
     import aiohttp
 
     async def read() -> None:
@@ -144,7 +144,7 @@ def read_all(model: Path) -> dict[Path, dict[str, torch.Tensor]]:
 
 
 def equal(model: Path, files: dict[Path, dict[str, torch.Tensor]]) -> bool:
-    """Whether tensors hold what the files do."""
+    """Whether tensors equal the files."""
     import torch
 
     for path, tensors in files.items():

@@ -123,6 +123,11 @@ def test_has_every_exit_code_its_row() -> None:
     assert {kind.exit_code for kind in kinds} - {errors.SwarmError.exit_code} <= codes
 
 
+@pytest.mark.parametrize("program", sorted(path.stem for path in (ROOT / "bench").glob("*.py")))
+def test_is_every_benchmark_listed(program: str) -> None:
+    assert program in " ".join(quoted("bench/README.md")).replace("/", " ").replace(".", " ").split()
+
+
 @pytest.mark.parametrize("row", table("docs/operations.md", "you see"), ids=lambda row: row[0])
 def test_does_a_symptom_quote_the_message_that_is_logged(row: list[str]) -> None:
     sources = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "swarm").rglob("*.py"))
