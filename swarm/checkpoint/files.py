@@ -26,7 +26,7 @@ NOT_SERVED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Skipped:
+class SkippedPath:
     """Something that is not served. `path` is printable, relative to the directory."""
 
     path: str
@@ -34,7 +34,7 @@ class Skipped:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CheckpointFile:
     """A file to serve: its path in the artifact, where its bytes are with links resolved, and its stamp."""
 
     path: str
@@ -42,7 +42,7 @@ class Found:
     stamp: Stamp
 
 
-def walk(path: Path) -> tuple[list[Found], list[Skipped]]:
+def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:
     """Files of a directory in order of their paths, or one safetensors file alone.
 
     Raises ManifestInvalid when there is nothing to serve or a link leads out, OSError when the disk fails.
@@ -60,14 +60,14 @@ def walk(path: Path) -> tuple[list[Found], list[Skipped]]:
     if why := _unservable(path.name):
         raise ManifestInvalid(str(path), why)
     real = Path(os.path.realpath(path))
-    return [Found(path.name, real, Stamp.at(real))], []
+    return [CheckpointFile(path.name, real, Stamp.at(real))], []
 
 
 class _Walk:
     def __init__(self, root: str) -> None:
         self.root = root  # with links resolved, like every directory here
-        self.found: list[Found] = []
-        self.skipped: list[Skipped] = []
+        self.found: list[CheckpointFile] = []
+        self.skipped: list[SkippedPath] = []
         self._blobs = _blobs(Path(root))
 
     def visit(self, directory: str, *, prefix: str, linked: bool = False) -> None:
@@ -111,11 +111,11 @@ class _Walk:
             return
         if len(self.found) == FILES_MAX:
             raise ManifestInvalid(self.root, f"holds more than {FILES_MAX} files")
-        self.found.append(Found(path, Path(real), Stamp.of(status)))
+        self.found.append(CheckpointFile(path, Path(real), Stamp.of(status)))
 
     def _skip(self, path: str, why: str) -> None:
         printable = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        self.skipped.append(Skipped(printable, why))
+        self.skipped.append(SkippedPath(printable, why))
 
 
 def _unservable(path: str) -> str | None:

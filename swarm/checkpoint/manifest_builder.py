@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 import msgspec
 
-from swarm.checkpoint.files import Found, Skipped, walk
+from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
 from swarm.content import safetensors_header
 from swarm.content.manifest import (
     CHUNK_BYTES_MAX,
@@ -80,7 +80,7 @@ def checkpoint(
     chunk_hash: ChunkHash = "xxh3-128",
     progress: Progress | None = None,
     threads: int | None = None,
-) -> tuple[Manifest, DirectorySource, list[Skipped]]:
+) -> tuple[Manifest, DirectorySource, list[SkippedPath]]:
     """The manifest of a model directory, or of one safetensors file; a source that serves it; and what was left out.
 
     `progress(done, total)` is told bytes, on the calling thread. `threads` None is one per core. Raises ManifestInvalid
@@ -264,7 +264,7 @@ def _hash_on_gpus(
 
 def _hashed(
     path: Path,
-    found: Sequence[Found],
+    found: Sequence[CheckpointFile],
     grid: _Grid,
     *,
     cache_dir: Path,
@@ -284,7 +284,7 @@ def _hashed(
     return DirectorySource(path, manifest, paths=[f.real for f in found], stamps=[f.stamp for f in found])
 
 
-def _check_indexes(found: Sequence[Found]) -> None:
+def _check_indexes(found: Sequence[CheckpointFile]) -> None:
     """Raises ManifestInvalid unless every shard that a safetensors index names is there."""
     here = {file.path for file in found}
     for file in found:
@@ -296,7 +296,7 @@ def _check_indexes(found: Sequence[Found]) -> None:
                 raise ManifestInvalid(file.path, f"{len(missing)} of the files it names are missing: {shown}")
 
 
-def _shards(index: Found) -> set[str]:
+def _shards(index: CheckpointFile) -> set[str]:
     if index.stamp.size > INDEX_BYTES_MAX:
         raise ManifestInvalid(index.path, f"{index.stamp.size} bytes; an index has at most {INDEX_BYTES_MAX}")
     try:
@@ -310,7 +310,7 @@ def _shards(index: Found) -> set[str]:
 
 
 def _describe(
-    found: Sequence[Found],
+    found: Sequence[CheckpointFile],
     known: dict[str, FileEntry],
     grid: _Grid,
     *,
@@ -346,7 +346,7 @@ def _describe(
     return entries
 
 
-def _plan(file: Found, grid: _Grid) -> tuple[str, list[int]]:
+def _plan(file: CheckpointFile, grid: _Grid) -> tuple[str, list[int]]:
     """A file's safetensors header, '' for other files, and the sizes of its chunks."""
     if not file.path.endswith(".safetensors"):
         return "", cut([file.stamp.size], grid.chunk_bytes)
@@ -450,7 +450,7 @@ class _Cache:
         self._place = cache_dir / "manifests" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()}.json"
         self._grid = grid
 
-    def load(self, found: Sequence[Found]) -> dict[str, FileEntry]:
+    def load(self, found: Sequence[CheckpointFile]) -> dict[str, FileEntry]:
         """Entries of those files that still have the stamps they had. Nothing when the cache is unreadable."""
         kept = _load(self._place)
         if kept is None or (kept[0].chunk_bytes, kept[0].scheme) != (self._grid.chunk_bytes, self._grid.scheme):
@@ -465,7 +465,7 @@ class _Cache:
             and entries[file.path].size == file.stamp.size
         }
 
-    def save(self, manifest: Manifest, settled: Sequence[Found]) -> None:
+    def save(self, manifest: Manifest, settled: Sequence[CheckpointFile]) -> None:
         """Keeps the manifest, and the stamps of files that had settled. Failing is logged: serving goes on without."""
         stamps = {file.path: (file.stamp.size, file.stamp.mtime_ns, file.stamp.inode) for file in settled}
         try:

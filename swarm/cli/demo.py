@@ -78,7 +78,7 @@ def write_made_up(path: Path, tensors: Sequence[tuple[str, Sequence[int]]], *, r
             left -= min(left, _BLOCK_BYTES)
 
 
-def differences(found: Sequence[files.Found], out: Path) -> list[str]:
+def differences(found: Sequence[files.CheckpointFile], out: Path) -> list[str]:
     """How the files of a directory differ from the source's, a line for each; every byte is compared."""
     lines = []
     for file in found:
@@ -187,7 +187,7 @@ def _sent(report: Mapping[str, Any]) -> int:
     return sum(flow["bytes"] for flow in report["transfers"] if flow["direction"] == "up")
 
 
-def _outcome(newcomer: _Member, out: Path, found: Sequence[files.Found]) -> _Outcome:
+def _outcome(newcomer: _Member, out: Path, found: Sequence[files.CheckpointFile]) -> _Outcome:
     report = json.loads(newcomer.lines[0])
     return _Outcome(newcomer.name, report["seconds"], report["sources"], differences(found, out))
 

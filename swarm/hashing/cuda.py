@@ -245,7 +245,7 @@ class _KernelBatch:
 
 
 @functools.cache
-def _hash_stream(device: int) -> cuda.Stream:
+def _hash_stream(device: int) -> cuda.CudaStream:
     return cuda.new_stream(device)
 
 

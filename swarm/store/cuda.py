@@ -69,7 +69,7 @@ def home() -> int:
     return torch.cuda.current_device()
 
 
-class Stream(Protocol):
+class CudaStream(Protocol):
     """What others need of a stream of torch."""
 
     cuda_stream: int
@@ -84,10 +84,10 @@ class Stream(Protocol):
         """Waits for everything enqueued so far."""
 
 
-class Event(Protocol):
+class CudaEvent(Protocol):
     """What others need of an event of torch."""
 
-    def record(self, stream: Stream) -> None:
+    def record(self, stream: CudaStream) -> None:
         """Marks what was enqueued on the stream so far."""
 
     def query(self) -> bool:
@@ -128,22 +128,22 @@ class Gpu:
         self._ask("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
         self._ask("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
 
-    def current(self) -> Stream:
+    def current(self) -> CudaStream:
         """The thread's current stream on this device."""
         import torch
 
-        streams: dict[int, Stream] | None = getattr(_mover, "streams", None)
+        streams: dict[int, CudaStream] | None = getattr(_mover, "streams", None)
         if streams is not None:
             if self.index not in streams:
                 streams[self.index] = new_stream(self.index, priority=_mover.priority)
             return streams[self.index]
-        return cast(Stream, torch.cuda.current_stream(self.index))
+        return cast(CudaStream, torch.cuda.current_stream(self.index))
 
-    def event(self) -> Event:
+    def event(self) -> CudaEvent:
         """One that no kernel waits for, only the host."""
         import torch
 
-        return cast(Event, torch.cuda.Event())  # type: ignore[no-untyped-call]
+        return cast(CudaEvent, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
     def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
         """Enqueues a copy between two addresses, of GPUs or the host, on a stream (its number)."""
@@ -265,7 +265,7 @@ _mover = threading.local()
 
 
 @contextlib.contextmanager
-def moving(streams: dict[int, Stream], mover: Mover | None = None, *, priority: int = 0) -> Iterator[None]:
+def moving(streams: dict[int, CudaStream], mover: Mover | None = None, *, priority: int = 0) -> Iterator[None]:
     """Meanwhile this thread's current streams are these, by device; they are made when they are first needed.
 
     `priority`: theirs. Kernels of a lower one go before others that are not running yet, those of FIRST before hashes.
@@ -298,11 +298,11 @@ def _driver(kind: type[ctypes.CDLL]) -> ctypes.CDLL:
         raise CudaError(f"the NVIDIA driver cannot be loaded: {error}") from error
 
 
-def new_stream(device: int, *, priority: int = 0) -> Stream:
+def new_stream(device: int, *, priority: int = 0) -> CudaStream:
     """A stream of its own on a device."""
     import torch
 
-    return cast(Stream, torch.cuda.Stream(device, priority=priority))  # type: ignore[no-untyped-call]
+    return cast(CudaStream, torch.cuda.Stream(device, priority=priority))  # type: ignore[no-untyped-call]
 
 
 @functools.cache

@@ -155,7 +155,7 @@ class _DeviceBatches:
         self._filled_bytes = 0
         self._filled_on = 0  # the GPU
         self._hashing: list[tuple[list[Chunk], Batch]] = []
-        self._movers: list[cuda.Stream] = []  # that may still be filling
+        self._movers: list[cuda.CudaStream] = []  # that may still be filling
 
     def fill(self, chunk: Chunk) -> Generator[View, None, None]:
         """The views of a chunk, whose place is this transfer's."""

@@ -106,7 +106,7 @@ class CudaIpcInbound(TcpInbound):
 
     def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor) -> None:
         self.refused: Callable[[str], None] = log.warning
-        self._streams: dict[int, cuda.Stream] = {}
+        self._streams: dict[int, cuda.CudaStream] = {}
         self._opened: dict[tuple[int, bytes], _Region] = {}  # by device and handle
         self._frame = memoryview(bytearray(FRAME.size))
         self._pinned: cuda.Pinned | None = None

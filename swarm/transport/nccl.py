@@ -218,7 +218,7 @@ class NcclLane:
             mark.recorded = True
         self._unmarked.clear()
 
-    def _stream(self) -> cuda.Stream:
+    def _stream(self) -> cuda.CudaStream:
         return cuda.gpu(self._device).current()
 
     def _agree(self, stream: ByteStream, rank: int) -> _UniqueId:
@@ -266,8 +266,8 @@ class NcclLane:
 class _Mark:
     """The end of a frame on the stream that its kernels are on."""
 
-    event: cuda.Event
-    stream: cuda.Stream
+    event: cuda.CudaEvent
+    stream: cuda.CudaStream
     recorded: bool = False
 
 
@@ -328,7 +328,7 @@ def _abort(nccl: ctypes.CDLL, communicator: ctypes.c_void_p, device: int) -> Non
     nccl.ncclCommAbort(communicator)
 
 
-def _allocate(device: int, size: int, stream: cuda.Stream) -> DeviceView:
+def _allocate(device: int, size: int, stream: cuda.CudaStream) -> DeviceView:
     """Memory that no other stream has used, or may still be using."""
     import torch
 

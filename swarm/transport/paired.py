@@ -144,7 +144,7 @@ class PairedInbound(TcpInbound):
     def __init__(self, sock: ByteStream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor) -> None:
         self.on_device = lane.on_device
         self._lane = lane
-        self._streams: dict[int, cuda.Stream] = {}
+        self._streams: dict[int, cuda.CudaStream] = {}
         self._frame = memoryview(bytearray(4 * PIECES_MAX))
         self._under_way: deque[tuple[Landing, int, Done]] = deque()  # frames, with their bytes
         super().__init__(sock, peer=peer, pool=pool)
@@ -251,7 +251,7 @@ class PairedOutbound(TcpOutbound):
         self.on_device = lane.on_device
         self.piece_bytes = DEVICE_PIECE_BYTES_MAX if lane.on_device else HOST_PIECE_BYTES_MAX
         self._lane = lane
-        self._streams: dict[int, cuda.Stream] = {}
+        self._streams: dict[int, cuda.CudaStream] = {}
         self._scratch = memoryview(b"")
         self._held_back: list[DeviceView] = []  # not announced yet
         self._under_way: deque[_Frame] = deque()

@@ -90,7 +90,7 @@ def test_what_is_gathered_is_gathered_where_it_is_hashed(monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda.Gpu, "copy", spy)
     scheme = HashScheme(leaf_bytes=LEAF)
     data = random_bytes(3 * LEAF + 100)
-    streams: dict[int, cuda.Stream] = {}
+    streams: dict[int, cuda.CudaStream] = {}
     with cuda.moving(streams):
         mover = cuda.gpu(0).current()
         mover.wait_stream(torch.cuda.current_stream())
