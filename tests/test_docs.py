@@ -1,4 +1,4 @@
-"""Is everything that people can set, meet or read about described where they look for it?"""
+"""Settings, errors, messages, modules, commands and API are documented, and the documents are true."""
 
 from __future__ import annotations
 

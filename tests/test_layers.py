@@ -1,7 +1,7 @@
-"""Which modules import which: ARCHITECTURE.md's rows and folders, as data.
+"""The allowed imports: rows and folders of ARCHITECTURE.md, as data.
 
-A module imports from rows above its own, and a folder imports the folders that its line names, never in a circle.
-Imports inside functions count, those for type checkers alone do not.
+A module imports from its own row and from rows above it. A folder imports the folders that its line names, and there is
+no circle. Imports inside functions count, those for type checkers alone do not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import swarm
 
 ROOT = Path(swarm.__file__).parent
 
-# Row by row, from what knows nothing to what knows everything. A module imports from rows above its own.
+# Each row imports from itself and from rows above it.
 ROWS: dict[str, set[str]] = {
     "words": {"errors", "settings"},
     "nouns": {
@@ -61,7 +61,7 @@ ROWS: dict[str, set[str]] = {
 }  # fmt: skip
 PURE = ["words", "nouns", "policy", "machines"]
 
-# Folder by folder, and what is flat: what each imports beside its own modules. `errors` and `settings` are for all.
+# Imports of each folder and flat module, beside its own modules. All may import `errors` and `settings`.
 FOLDERS: dict[str, set[str]] = {
     "content": set(),
     "protocol": {"content"},
@@ -85,7 +85,7 @@ FOLDERS: dict[str, set[str]] = {
     "engines": {"api", "checkpoint", "content", "node", "runtime", "store"},
     "doctor": {"checkpoint", "content", "engines", "journal", "net", "node", "protocol", "runtime", "security"},
     "simulation": {"content", "node", "peers", "protocol", "transfer"},
-    "": {"api", "engines"},  # the package itself, which imports these two when a name of theirs is asked for
+    "": {"api", "engines"},  # the package itself, which imports these two on first use of their names
     "cli": {
         "", "api", "checkpoint", "content", "dashboard", "doctor", "engines", "net", "node", "observe", "runtime",
         "security", "simulation", "store",
@@ -97,9 +97,9 @@ VERSION_ONLY = {
     "doctor.examine",
     "node.node",
     "runtime",
-}  # may import `__version__` from the package itself, which is no more than a word
+}  # may import `__version__` from the package itself
 
-# Where each third-party package lives.
+# The modules that may import each third-party package.
 HOMES: dict[str, set[str]] = {
     "aiohttp": {"net.websocket", "net.http_pages"},
     "cryptography": {"security.datagram_seal", "security.cluster_key", "security.certificates"},
@@ -173,7 +173,7 @@ INSIDE = {
     "engines.snapshot",
     "engines.sglang_loader",
     "engines.vllm_loader",
-}  # imported by an engine, which has all of it already
+}  # imported by an engine, which has imported these packages
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
 TIME_OF_DAY = {
     "checkpoint.manifest_builder", "engines.cache_gc", "net.environment", "observe.opentelemetry",
@@ -198,7 +198,7 @@ def own_imports(module: str) -> set[str]:
         package, _, rest = name.partition(".")
         if package != "swarm" or (rest == "__version__" and module in VERSION_ONLY):
             continue
-        # `from swarm.errors import SwarmError` names a module and something in it.
+        # `from swarm.errors import SwarmError` names a module and its class.
         found.add(rest if rest in MODULES else rest.rpartition(".")[0])
     return found - {module}
 
@@ -213,7 +213,7 @@ def test_is_every_module_in_the_table() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_does_a_module_import_from_rows_above_only(module: str) -> None:
-    """Or from its own row: from its own folder, and from folders that it may import."""
+    """Rows above its own, or its own row."""
     order = list(ROWS)
     above = {other for other, row in ROW_OF.items() if order.index(row) < order.index(ROW_OF[module])}
     level = {other for other, row in ROW_OF.items() if row == ROW_OF[module]}
@@ -249,7 +249,7 @@ def test_are_there_no_circles() -> None:
         assert module not in open_, f"{' -> '.join(open_)} -> {module}"
         if module not in done:
             open_.append(module)
-            for other in sorted(own_imports(module) - {""}):  # the package imports `api` when it is asked for it only
+            for other in sorted(own_imports(module) - {""}):  # the package imports `api` on first use
                 visit(other)
             done.add(open_.pop())
 
@@ -276,19 +276,19 @@ def test_is_the_core_pure(module: str) -> None:
     tree = tree_of(module)
     worldly = packages(imported(statements(tree))) & WORLDLY
     assert worldly <= {package for owner, package in ALLOWED_ANYWAY if owner == module}
-    assert dice(tree) <= {"Random"}  # a type for the dice that others hand it
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Call) and dice(node.func)]
+    assert randomness(tree) <= {"Random"}  # a type for the generator that is passed in
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Call) and randomness(node.func)]
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.Await | ast.AsyncFunctionDef)]
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_does_nothing_depend_on_global_dice_or_on_the_time_of_day(module: str) -> None:
+def test_does_nothing_depend_on_global_randomness_or_on_the_time_of_day(module: str) -> None:
     tree = tree_of(module)
-    assert dice(tree) <= {"Random", "SystemRandom"}
+    assert randomness(tree) <= {"Random", "SystemRandom"}
     if ROW_OF[module] not in ("world", "drivers", "faces"):
         assert "time" not in packages(imported(statements(tree)))
-    # build and pruning compare the times of files with the clock that gave them; certificates, seals and spans carry
-    # the time of day
+    # manifest_builder and cache_gc compare times of files with the clock that made them; certificates, seals and spans
+    # carry the time of day
     if module not in TIME_OF_DAY:
         assert not {"time", "time_ns"} & used(tree, "time")
     if module.startswith("simulation"):
@@ -296,13 +296,13 @@ def test_does_nothing_depend_on_global_dice_or_on_the_time_of_day(module: str) -
 
 
 def used(tree: ast.AST, name: str) -> set[str]:
-    """Every `something` in `name.something`."""
+    """Every attribute that is taken of `name`."""
     attributes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
     return {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == name}
 
 
-def dice(tree: ast.AST) -> set[str]:
-    """What is used of the `random` module."""
+def randomness(tree: ast.AST) -> set[str]:
+    """The names used of the `random` module."""
     assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "random"]
     return used(tree, "random")
 
@@ -326,7 +326,7 @@ def test_is_there_no_pickle_and_no_drawer_for_everything(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_is_every_decoder_made_with_its_module(module: str) -> None:
-    """Made by the first thread that decodes, it crashes the second: msgspec's types are half made meanwhile."""
+    """A decoder made on first use crashes a second thread: msgspec's types are half made meanwhile."""
     tree = tree_of(module)
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     decoding = [call for call in calls if ast.unparse(call.func) in ("msgspec.json.decode", "msgspec.msgpack.decode")]

@@ -1,4 +1,4 @@
-"""What users may rely on: names, signatures, and the tree of errors."""
+"""The stable API: names, signatures, and the tree of errors."""
 
 from __future__ import annotations
 
