@@ -94,7 +94,7 @@ def settings(given: dict[str, Any]) -> Any:
     if given["transport"] != "cuda_ipc":  # as between hosts: the boot id of another machine
         from swarm.transport import cuda_ipc
 
-        cuda_ipc.machine = lambda: str(os.getpid())  # type: ignore[assignment]
+        cuda_ipc.machine_id = lambda: str(os.getpid())
     transports = {"transports": ("nccl",)} if given["transport"] == "nccl" else {}
     peers = {"peers": (given["peer"],)} if "peer" in given else {}
     return Settings.load({"mdns": False, **transports, **peers})

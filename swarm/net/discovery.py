@@ -50,7 +50,11 @@ LOOKUPS_MAX = 64  # names asked about at once; an announcement normally carries 
 
 _ASK_S = 5.0  # the quick questions go out after 0, 1 and 3 s; later nodes announce themselves
 _LOOKUP_TIMEOUT_MS = 3000
-_DEFAULT_ROUTE = "0.0.0.0"  # noqa: S104  # stands for the address that it uses; nothing is bound
+_WILDCARD = "0.0.0.0"  # noqa: S104 - compared, not bound
+ELSEWHERE = {  # by wildcard host: an address that is on no network (RFC 5737, RFC 3849)
+    _WILDCARD: (socket.AF_INET, "192.0.2.1"),
+    "::": (socket.AF_INET6, "2001:db8::1"),
+}
 _TOGETHER_S = 0.2  # answers to one question arrive within
 
 log = logging.getLogger(__name__)
@@ -251,7 +255,7 @@ async def nearby(timeout_s: float) -> list[Address]:
 
     listening = [Mdns(), Mdns()]
     try:
-        for mdns, host in zip(listening, ("127.0.0.1", _DEFAULT_ROUTE), strict=True):
+        for mdns, host in zip(listening, ("127.0.0.1", _WILDCARD), strict=True):
             await mdns.start(node_id="", address=(host, 0), found=report)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(heard.wait(), timeout_s)
@@ -262,15 +266,21 @@ async def nearby(timeout_s: float) -> list[Address]:
 
 
 async def _announced(host: str) -> list[str]:
-    """The addresses behind the host that a node listens on. Raises OSError or PeerError when there are none."""
+    """The addresses to announce for the host that a node listens on. Raises OSError or PeerError without any."""
     if not is_literal(host):
         return [split_address("peer", address)[0] for address in await resolve(Address(join_address(host, 1)))]
-    if not ipaddress.ip_address(host).is_unspecified:
-        return [host]
-    family, elsewhere = (socket.AF_INET6, "2001:db8::1") if ":" in host else (socket.AF_INET, "192.0.2.1")
+    return [reachable_host(host)]
+
+
+def reachable_host(host: str) -> str:
+    """The address under which others reach a listening host; of a wildcard that of the default route. Raises OSError
+    without such a route."""
+    if host not in ELSEWHERE:
+        return host
+    family, address = ELSEWHERE[host]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((elsewhere, 9))  # sends nothing: asks the routing table which address would be used
-        return [str(probe.getsockname()[0])]
+        probe.connect((address, 9))  # sends nothing: asks the routing table for the source address
+        return str(probe.getsockname()[0])
 
 
 def _ignore(address: Address) -> None:

@@ -16,30 +16,25 @@ import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from swarm.errors import PeerError, SettingsError
 from swarm.net import discovery
 from swarm.net.http_pages import Page
-from swarm.net.listener import Handler, Listener
+from swarm.net.listener import Listener
 from swarm.net.udp import AeadSeal, Codec, Datagrams, Hear, NoSeal
 from swarm.net.websocket import HttpLinks, Link
 from swarm.protocol.messages import Address, NodeId
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity
 from swarm.settings import Settings, is_loopback, join_address, split_address
-from swarm.store import cuda
-from swarm.transport import Pace, Transport, nccl, torch_distributed
-from swarm.transport.cuda_ipc import CudaIpcTransport
-from swarm.transport.inproc import InprocTransport
-from swarm.transport.nccl import NcclTransport
+from swarm.transport import AdoptingTransport, Transport
+from swarm.transport.cuda_ipc import machine_id
 from swarm.transport.pace import TokenBucket, Unlimited
-from swarm.transport.tcp import TcpTransport
+from swarm.transport.registry import TransportConfig, make_transports
 
 DIAL_TIMEOUT_S = 5.0
 PORTS_TRIED = 16  # where the system chooses: one whose UDP twin somebody else has is not taken
-MACHINE_IDS = ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")
 RENEW_LOOK_S = 60.0
 TLS_RECORD = b"\x16\x03"  # how a handshake begins
 RESOLVE_EVERY_S = 5.0  # names given by hand may point to more addresses later: replicas that start after this one
@@ -117,15 +112,23 @@ class HostEnvironment:
         hear: Hear,
     ) -> Address:
         """See Environment. Raises SettingsError when the address cannot be listened on."""
-        for name in self._settings.transports:
-            nccl.demand() if name == NcclTransport.scheme else torch_distributed.demand(name)
+        try:
+            return await self._open(node, accept, found, hear)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open(
+        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
+    ) -> str:
         self._listener, self._datagrams = await self._listen(hear)
         host, port = self._listener.address
         local = _reachable(host), port
         advertised = self._advertised(*local)
         identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
-        self._tell(host, identity)
-        routes = self._open_transports(local, advertised, identity)
+        self._log_security(host, identity)
+        self.transports = self._make_transports(local, advertised, identity)
+        routes = {each.opening: each.adopt for each in self.transports if isinstance(each, AdoptingTransport)}
         await self._links.open(accept, identity=identity)
         self._listener.serve({TLS_RECORD: self._links.adopt_tls, **routes}, self._links.adopt)
         self._tasks.append(asyncio.create_task(self._resolve(found), name="swarm-resolve"))
@@ -163,8 +166,9 @@ class HostEnvironment:
             await self._mdns.close()
         if self._datagrams:
             self._datagrams.close()
-        if self._listener:
-            await self._listener.close()
+        listener, self._listener = self._listener, None
+        if listener:
+            await listener.close()
         await self._links.close()
         for transport in self.transports:
             await transport.close()
@@ -205,32 +209,21 @@ class HostEnvironment:
         given, mapped = split_address("advertise", self._settings.advertise, default_port=0)
         return given, mapped or port
 
-    def _open_transports(
+    def _make_transports(
         self, local: tuple[str, int], advertised: tuple[str, int], identity: Identity | None
-    ) -> dict[bytes, Handler]:
-        """Makes the transports; returns how connections to them begin, and who takes those."""
-        host, port = advertised
-        limit, congestion = self._settings.upload_limit, self._settings.congestion
-        pace = Unlimited() if limit is None else TokenBucket(limit)
-        planes = [self._plane(name, *local, pace) for name in self._settings.transports]
-        if cuda.in_use():  # with a key too: its bytes stay within the host
-            planes.append(CudaIpcTransport(host, port, pace=pace, congestion=congestion))
-        if identity is None or self._settings.data_encryption == "none":
-            planes.append(TcpTransport(host, port, pace=pace, congestion=congestion))
-        if identity:
-            planes.append(TcpTransport(host, port, pace=pace, congestion=congestion, identity=identity))
-        # A cap counts what leaves the process: with one, even a neighbour in this process is served through TCP.
-        self.transports = planes if limit is not None else [InprocTransport(), *planes]
-        return {plane.opening: plane.adopt for plane in planes}
+    ) -> Sequence[Transport]:
+        settings = self._settings
+        config = TransportConfig(
+            local=local,
+            advertised=advertised,
+            pace=Unlimited() if settings.upload_limit is None else TokenBucket(settings.upload_limit),
+            congestion=settings.congestion,
+            identity=identity,
+            encrypted=identity is not None and settings.data_encryption != "none",
+        )
+        return make_transports(settings.transports, config)
 
-    def _plane(self, name: str, host: str, port: int, pace: Pace) -> TcpTransport:
-        """One that the settings name."""
-        congestion = self._settings.congestion
-        if name == NcclTransport.scheme:
-            return NcclTransport(host, port, pace=pace, congestion=congestion)
-        return torch_distributed.TorchDistTransport(host, port, backend=name, pace=pace, congestion=congestion)
-
-    def _tell(self, host: str, identity: Identity | None) -> None:
+    def _log_security(self, host: str, identity: Identity | None) -> None:
         if identity is None and is_loopback(host):
             log.info("no cluster key: listening on this machine only (--key-file opens the node to members)")
         elif identity is None:
@@ -280,26 +273,16 @@ def new_id() -> NodeId:
 
 
 def machine_label() -> str:
-    """What the nodes of one machine have in common, and those of no other: a digest of the id of its last boot.
+    """A label that nodes of one machine share and no other machine has: a digest of the id of its last boot.
 
-    Containers share their machine's kernel, so they have the label of the machine, whatever they call themselves.
+    Containers share the kernel of their machine, so they have its label, whatever their host names are.
     """
-    for path in MACHINE_IDS:
-        try:
-            return hashlib.sha256(Path(path).read_bytes().strip()).hexdigest()[:12]
-        except OSError:
-            continue
-    return socket.gethostname()
+    return hashlib.sha256(id_.encode()).hexdigest()[:12] if (id_ := machine_id()) else socket.gethostname()
 
 
 def _reachable(host: str) -> str:
-    """An address to advertise for a listening host: its own, or for 0.0.0.0 the one that the default route uses."""
-    if host not in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
-        return host
-    family, probe = (socket.AF_INET6, "2001:db8::1") if host == "::" else (socket.AF_INET, "192.0.2.1")
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((probe, 9))  # a datagram socket sends nothing on connect
-        except OSError:
-            return "127.0.0.1" if family == socket.AF_INET else "::1"
-        return str(sock.getsockname()[0])
+    """As `discovery.reachable_host`; the loopback address where a wildcard has no default route."""
+    try:
+        return discovery.reachable_host(host)
+    except OSError:
+        return "::1" if ":" in host else "127.0.0.1"

@@ -11,9 +11,10 @@ nothing of chunks, peers' reputations or schedules.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from swarm.store import AnySpan, View
 
@@ -107,3 +108,16 @@ class Transport(Protocol):
 
     async def close(self) -> None:
         """Closes every session."""
+
+
+@runtime_checkable
+class AdoptingTransport(Transport, Protocol):
+    """A transport whose askers dial the port of the node's listener, so that a firewall needs one hole."""
+
+    @property
+    def opening(self) -> bytes:
+        """The first bytes of such a connection, at most 4; no two transports of a node have the same."""
+
+    async def adopt(self, sock: socket.socket) -> None:
+        """Takes over a connection that begins with `opening`, which is still to be read. Owns the socket, also when it
+        raises."""

@@ -22,6 +22,7 @@ Must not know: tokens, links, tensors.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import struct
@@ -43,6 +44,7 @@ REGION = 4
 FRAME = struct.Struct(f">{cuda.HANDLE_BYTES}sQQ")
 READ = struct.Struct(">Q")
 REGION_BYTES_MAX = 64 << 20  # a whole chunk of any size: cutting it finer only costs frames
+MACHINE_IDS = ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")
 LEASE_S = 10.0  # reading a transfer takes milliseconds; an asker that is stopped in a debugger must not keep memory
 
 log = logging.getLogger("swarm")
@@ -67,12 +69,12 @@ class CudaIpcTransport(TcpTransport):
     @property
     def address(self) -> str:
         """MACHINE/HOST:PORT; the machine is the kernel's own id of this boot."""
-        return f"{machine()}/{super().address}"
+        return f"{machine_id()}/{super().address}"
 
     def reach(self, address: str) -> bool:
         """Whether the address is on this machine, and no handle of it has failed."""
         where, _, rest = address.partition("/")
-        return where == machine() and cuda.in_use() and address not in self._unusable and super().reach(rest)
+        return where == machine_id() and cuda.in_use() and address not in self._unusable and super().reach(rest)
 
     async def connect(self, address: str, token: str, *, timeout_s: float) -> Inbound:
         """See `Transport`."""
@@ -93,10 +95,12 @@ class CudaIpcTransport(TcpTransport):
             log.warning("GPU memory of %s cannot be read directly (%s): it is sent instead", address, why)
 
 
-@functools.cache
-def machine() -> str:
-    """What tells this machine, since it was started, from all others."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+def machine_id() -> str:
+    """The id of this machine's last boot, which containers share; empty where the system has none."""
+    for path in MACHINE_IDS:
+        with contextlib.suppress(OSError):
+            return Path(path).read_text().strip()
+    return ""
 
 
 class CudaIpcInbound(TcpInbound):

@@ -1,13 +1,12 @@
-"""In-process: sessions between nodes of one process, for simulations, tests, and several nodes in one program.
+"""In-process transport: sessions between nodes of one process, for simulations, tests and programs with several nodes.
 
-Spans are copied into views, slice by slice, on the loop's executor. Everything else happens on the loop, in
-the order in which it was asked for: on a loop whose clock is virtual and whose executor runs inline, a run is
-a function of its inputs. `line`, if given, stands for the network: it is awaited before each slice and takes
-as long as that slice would.
+Spans are copied into views, slice by slice, on the loop's executor. Everything else happens on the loop, in the order
+of the calls: with a virtual clock and an inline executor, a run is a function of its inputs. `line`, if given, models
+the network: the holder awaits it before each slice, for as long as the slice would travel.
 
-Behaves like TCP where the contract leaves a choice: the sends of a session go in order, a send waits for its
-receive, and bytes that nobody wants any more are still 'sent'. Must not know: what a simulation is, or any
-clock but the loop's.
+Where the contract of `Transport` leaves a choice, this behaves like TCP: sends of a session go in order, a send waits
+for its receive, and the bytes of a cancelled receive still count as sent. Must not know: simulations, other clocks
+than the loop's.
 """
 
 from __future__ import annotations
@@ -20,38 +19,48 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeAlias
 
-from swarm.errors import LocalProtocolError, SourceChanged, TransportError
+from swarm.errors import LocalProtocolError, TransportError
 from swarm.store import AnySpan, FileSpan, Span, View
 from swarm.transport import Pace, Transfer
-from swarm.transport.sink import Landing, Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
+from swarm.transport.admission import TokenTransport
+from swarm.transport.sink import (
+    Landing,
+    Mailbox,
+    Outcome,
+    close_iterator,
+    on_host,
+    pieces,
+    read_file,
+    span_bytes,
+)
 
-REMEMBERED_MAX = 4096  # transfers of which one end is over and the other has not come; the oldest never will
+REMEMBERED_MAX = 4096  # transfers whose other end has not called yet; beyond that, the oldest never will
 SLICE_BYTES = 1 << 20  # bounds what a cancelled transfer still copies
 
 Line: TypeAlias = Callable[[str, str, int], Awaitable[None]]
-"""Source address, target address, bytes: returns when they would have arrived."""
+"""(source address, target address, bytes): returns when the bytes would have arrived."""
 
 
 class InprocHub:
-    """The transports that can reach each other. `name` tells hubs apart in their addresses."""
+    """A set of transports that reach each other. Addresses contain `name`, random by default."""
 
     def __init__(self, name: str | None = None) -> None:
-        self._name = name or secrets.token_hex(8)  # another process' addresses must not look reachable
+        self._name = name or secrets.token_hex(8)  # addresses of other processes must not look reachable
         self._count = itertools.count()
         self._transports: dict[str, InprocTransport] = {}
 
     def join(self, transport: InprocTransport) -> str:
-        """The address under which the transport is found from now on."""
+        """Adds a transport and returns its address."""
         address = f"inproc://{self._name}/{next(self._count)}"
         self._transports[address] = transport
         return address
 
     def leave(self, address: str) -> None:
-        """The address leads nowhere from now on."""
+        """Removes the transport at this address."""
         self._transports.pop(address, None)
 
     def find(self, address: str) -> InprocTransport | None:
-        """The transport at this address."""
+        """The transport at this address, or None."""
         return self._transports.get(address)
 
 
@@ -59,7 +68,7 @@ _default_hub = InprocHub()
 
 
 def _start_afresh() -> None:
-    """In a forked child, which is another process."""
+    """A forked child is another process: it gets a hub of its own."""
     global _default_hub
     _default_hub = InprocHub()
 
@@ -67,21 +76,20 @@ def _start_afresh() -> None:
 os.register_at_fork(after_in_child=_start_afresh)
 
 
-class InprocTransport:
-    """One node's plane within this process."""
+class InprocTransport(TokenTransport["InprocSession"]):
+    """One node's transport within this process."""
 
     scheme = "inproc"
     reason = "both nodes are in this process"
-    usual_bytes_per_s = 0.0
 
     def __init__(self, hub: InprocHub | None = None, *, line: Line | None = None, pace: Pace | None = None) -> None:
-        """`line` and `pace` are charged by the holder, for what it sends."""
+        """The holder waits for `line` and `pace` before it sends a slice."""
+        super().__init__()
         self._hub = hub or _default_hub
         self._line = line
         self._pace = pace
         self._address = self._hub.join(self)
-        self._admitted: dict[str, _Admission] = {}
-        self._dialled: set[_Session] = set()
+        self._dialled: set[InprocSession] = set()
 
     @property
     def address(self) -> str:
@@ -92,130 +100,37 @@ class InprocTransport:
         """Whether the address is that of a live transport of the same hub."""
         return self._hub.find(address) is not None
 
-    async def connect(self, address: str, token: str, *, timeout_s: float) -> InprocInbound:
-        """See `Transport`. Never waits."""
+    async def connect(self, address: str, token: str, *, timeout_s: float) -> InprocSession:
+        """Never waits. The asker and the holder share the session object."""
         holder = self._hub.find(address)
         if holder is None or self._hub.find(self._address) is not self:
-            raise TransportError(f"inproc to {address}: nobody is there")
-        session = holder.open_session(token, asker=self._address)
-        self._dialled = {known for known in self._dialled if known.lost is None} | {session}
-        return InprocInbound(session)
-
-    def open_session(self, token: str, *, asker: str) -> _Session:
-        """What an asker's `connect` calls at the holder. Raises TransportError."""
-        admission = self._admitted.get(token)
-        if admission is None:
-            raise TransportError(f"inproc to {self._address}: it does not know the token")
-        session = _Session(source=self._address, target=asker, line=self._line, pace=self._pace)
-        admission.add(session)
+            raise TransportError(f"inproc to {address}: no transport has this address")
+        if not holder.is_admitted(token):
+            raise TransportError(f"inproc to {address}: it does not know the token")
+        session = InprocSession(source=address, target=self._address, line=holder._line, pace=holder._pace)
+        await holder.add_session(token, session)
+        self._dialled = {known for known in self._dialled if known.alive} | {session}
         return session
 
-    def admit(self, token: str) -> None:
-        """See `Transport`."""
-        self._admitted.setdefault(token, _Admission())
-
-    async def accept(self, token: str, *, timeout_s: float) -> InprocOutbound:
-        """See `Transport`."""
-        admission = self._admitted.get(token)
-        if admission is None:
-            raise TransportError("inproc: the token is not admitted")
-        try:
-            async with asyncio.timeout(timeout_s):
-                return InprocOutbound(await admission.latest())
-        except TimeoutError as error:
-            raise TransportError(f"inproc: the peer opened no session within {timeout_s:g} s") from error
-
-    async def revoke(self, token: str) -> None:
-        """See `Transport`."""
-        admission = self._admitted.pop(token, None)
-        if admission is not None:
-            admission.revoke()
-
     async def close(self) -> None:
-        """Closes every session, and leaves the hub."""
+        """Closes every session and leaves the hub."""
         self._hub.leave(self._address)
-        for token in list(self._admitted):
-            await self.revoke(token)
+        await super().close()
         for session in self._dialled:
-            session.lose("the asker closed")
+            await session.close()
 
     def __repr__(self) -> str:
         return f"<InprocTransport {self._address}>"
 
 
-class InprocInbound:
-    """The asker's end."""
+class InprocSession:
+    """Both ends of a session: receives by transfer id, sends in order."""
 
     on_device = False
-
-    def __init__(self, session: _Session) -> None:
-        self._session = session
-
-    async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
-        """See `Inbound`."""
-        await self._session.receive(transfer, views)
-
-    @property
-    def received_bytes(self) -> int:
-        """See `Inbound`."""
-        return self._session.received_bytes
-
-    @property
-    def alive(self) -> bool:
-        """Whether the session can carry another transfer."""
-        return self._session.lost is None
-
-    async def close(self) -> None:
-        """Ends the session; transfers in flight fail with TransportError."""
-        self._session.lose("the asker closed the session")
-
-
-class InprocOutbound:
-    """The holder's end."""
-
-    on_device = False
-
-    def __init__(self, session: _Session) -> None:
-        self._session = session
-
-    async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
-        """See `Outbound`."""
-        await self._session.send(transfer, spans)
-
-
-class _Admission:
-    """One admitted token and the session opened with it last."""
-
-    def __init__(self) -> None:
-        self._revoked = False
-        self._sessions: list[_Session] = []
-        self._changed = asyncio.Event()
-
-    def add(self, session: _Session) -> None:
-        self._sessions = [known for known in self._sessions if known.lost is None] + [session]
-        self._changed.set()
-
-    async def latest(self) -> _Session:
-        while not self._revoked:
-            if self._sessions and self._sessions[-1].lost is None:
-                return self._sessions[-1]
-            self._changed.clear()
-            await self._changed.wait()
-        raise TransportError("inproc: the token was revoked")
-
-    def revoke(self) -> None:
-        self._revoked = True
-        self._changed.set()
-        for session in self._sessions:
-            session.lose("the holder revoked the token or closed")
-
-
-class _Session:
-    """Where the two ends meet: receives by id, sends in order."""
 
     def __init__(self, *, source: str, target: str, line: Line | None, pace: Pace | None) -> None:
-        self.lost: str | None = None
         self.received_bytes = 0
+        self._lost: str | None = None
         self._source, self._target = source, target
         self._line, self._pace = line, pace
         self._landings: dict[int, Landing] = {}
@@ -225,11 +140,27 @@ class _Session:
         self._turn = asyncio.Lock()
         self._movers: set[asyncio.Task[None]] = set()
         self._moving: Landing | None = None
-        self._on_line = False  # charged for, so that it is no silence
+        self._in_line = False  # waits for `line` or `pace`, which does not count as silence
         self._watches: dict[Landing, asyncio.TimerHandle] = {}
         self._mailbox = Mailbox()
 
+    @property
+    def alive(self) -> bool:
+        """Whether the session can carry another transfer."""
+        return self._lost is None
+
+    async def close(self) -> None:
+        """Ends the session for both ends; transfers in flight fail with TransportError."""
+        if self._lost is not None:
+            return
+        self._lost = "it was closed"
+        for landing in list(self._landings.values()):
+            landing.stop(self._error())
+        for mover in list(self._movers):
+            mover.cancel()
+
     async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
+        """Fills the views on the loop's executor."""
         landing = Landing(transfer, views, mailbox=self._mailbox)
         self._post(landing)
         self._watch(landing, received=0)
@@ -244,7 +175,8 @@ class _Session:
                     _remember(self._abandoned, transfer.id)
 
     async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
-        if self.lost is not None:
+        """Waits for the receive of the transfer, then copies."""
+        if self._lost is not None:
             raise self._error()
         mover = asyncio.create_task(self._move(transfer, spans), name=f"inproc transfer {transfer.id}")
         self._movers.add(mover)
@@ -254,21 +186,12 @@ class _Session:
         finally:
             close_iterator(spans)
 
-    def lose(self, why: str) -> None:
-        if self.lost is not None:
-            return
-        self.lost = why
-        for landing in list(self._landings.values()):
-            landing.stop(self._error())
-        for mover in list(self._movers):
-            mover.cancel()
-
     def _error(self) -> TransportError:
-        return TransportError(f"inproc session {self._source} -> {self._target}: {self.lost}")
+        return TransportError(f"inproc session {self._source} -> {self._target}: {self._lost}")
 
     def _post(self, landing: Landing) -> None:
         transfer_id = landing.transfer.id
-        if self.lost is not None:
+        if self._lost is not None:
             landing.stop(self._error())
         elif transfer_id in self._landings:
             landing.stop(LocalProtocolError(f"transfer {transfer_id} was posted twice"))
@@ -280,11 +203,11 @@ class _Session:
             self._posted.set()
 
     def _watch(self, landing: Landing, *, received: int) -> None:
-        """Looks once per idle timeout whether more has landed, from the first byte on."""
+        """Checks once per idle timeout that more bytes have landed, from the first byte on."""
         if landing.ended:
             return
         idle_timeout_s = landing.transfer.idle_timeout_s
-        if received and received == landing.received and not self._on_line:
+        if received and received == landing.received and not self._in_line:
             landing.stop(TransportError(f"{self._source} was silent for {idle_timeout_s:g} s in a transfer"))
             return
         again = functools.partial(self._watch, landing, received=landing.received)
@@ -297,7 +220,7 @@ class _Session:
                 await self._copy(transfer, spans, self._moving)
         except asyncio.CancelledError:
             self._abort(transfer)
-            if self.lost is not None:
+            if self._lost is not None:
                 raise self._error() from None
             raise
         except Exception:
@@ -307,7 +230,7 @@ class _Session:
             self._moving = None
 
     async def _meet(self, transfer: Transfer) -> Landing | None:
-        """The receive of this transfer; None when it was posted and has ended."""
+        """The landing of this transfer; None when it was posted and has ended."""
         try:
             async with asyncio.timeout(transfer.idle_timeout_s):
                 while transfer.id not in self._landings and transfer.id not in self._abandoned:
@@ -332,14 +255,14 @@ class _Session:
         await _on_thread(feed.finish)
 
     async def _charge(self, size: int) -> None:
-        self._on_line = True
+        self._in_line = True
         try:
             if self._pace is not None and (wait_s := self._pace.take(size)):
                 await asyncio.sleep(wait_s)
             if self._line is not None:
                 await self._line(self._source, self._target, size)
         finally:
-            self._on_line = False
+            self._in_line = False
 
     def _abort(self, transfer: Transfer) -> None:
         landing = self._landings.get(transfer.id)
@@ -353,7 +276,7 @@ class _Session:
 
 
 class _Feed:
-    """Copies what spans hold into a landing, any number of bytes at a time; into nothing once that has ended."""
+    """Copies the bytes of spans into a landing, in steps of any size; skips them once the landing has ended."""
 
     def __init__(self, source: Iterator[AnySpan], landing: Landing | None) -> None:
         self._source = source
@@ -372,37 +295,33 @@ class _Feed:
             if room is not None and self._landing is not None:
                 copied = 0
                 try:
-                    copied = _read_into(on_host(room), self._piece, self._used)
+                    copied = _copy(self._piece, self._used, on_host(room))
                 finally:
                     self._landing.give_back(copied)
             self._used += copied
             size -= copied
 
     def finish(self) -> None:
-        for _ in self._source:  # its last check of the size
+        for _ in self._source:  # `pieces` checks the total size at its end
             raise LocalProtocolError("spans go on after their end")
         if self._landing is not None:
             self._landing.finish()
 
 
-def _read_into(room: memoryview, piece: Span, offset: int) -> int:
-    if not isinstance(piece, FileSpan):
-        room[:] = piece[offset : offset + room.nbytes]
-        return room.nbytes
-    read = os.preadv(piece.fd, [room], piece.offset + offset)
-    if not read:
-        where = os.readlink(f"/proc/self/fd/{piece.fd}")
-        raise SourceChanged(where, f"it ends at byte {piece.offset + offset}")
-    return read
+def _copy(piece: Span, offset: int, room: memoryview) -> int:
+    if isinstance(piece, FileSpan):
+        return read_file(piece, offset, room)
+    room[:] = piece[offset : offset + room.nbytes]
+    return room.nbytes
 
 
 async def _on_thread(work: Callable[[], None]) -> None:
-    """A cancellation waits until the thread has let go of spans and views; that takes one slice."""
+    """Runs `work` on the executor. A cancellation waits for the thread, at most one slice: it uses spans and views."""
     await _finished(asyncio.get_running_loop().run_in_executor(None, work), stop=lambda: None)
 
 
 async def _finished(work: asyncio.Future[None], *, stop: Callable[[], object]) -> None:
-    """Waits for the end of work, which a cancellation stops but does not leave alone."""
+    """Waits for `work` to end. A cancellation calls `stop` and still waits."""
     outcome = Outcome(stop)
 
     def settle(_: asyncio.Future[None]) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import struct
 import time
@@ -30,11 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, TypeVar
 
-from swarm.errors import SourceChanged, TransportError
+from swarm.errors import TransportError
 from swarm.store import AnySpan, DeviceView, FileSpan, View, cuda
 from swarm.transport import Pace
 from swarm.transport.byte_stream import ByteStream
-from swarm.transport.sink import LOOK_EVERY_S, Landing
+from swarm.transport.sink import LOOK_EVERY_S, Landing, read_file
 from swarm.transport.tcp_session import END, HEADER, Lost, Sending, TcpInbound, TcpOutbound
 
 PIECES = 5
@@ -351,10 +350,7 @@ class PairedOutbound(TcpOutbound):
             self._scratch = memoryview(bytearray(HOST_PIECE_BYTES_MAX))
         done = 0
         while done < span.size:
-            step = os.preadv(span.fd, [self._scratch[done : span.size]], span.offset + done)
-            if not step:
-                raise SourceChanged(os.readlink(f"/proc/self/fd/{span.fd}"), f"it ends at byte {span.offset + done}")
-            done += step
+            done += read_file(span, done, self._scratch[done : span.size])
         return self._scratch[: span.size]
 
     def _retire(self) -> None:

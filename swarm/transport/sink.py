@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import overload
 
-from swarm.errors import LocalProtocolError, TransportError
+from swarm.errors import LocalProtocolError, SourceChanged, TransportError
 from swarm.store import AnySpan, DeviceView, FileSpan, Span, View
 from swarm.transport import Transfer
 
@@ -65,6 +66,14 @@ def on_host(span: AnySpan) -> Span:
     if isinstance(span, DeviceView):
         raise LocalProtocolError("GPU memory was lent to a transport that moves host memory")
     return span
+
+
+def read_file(span: FileSpan, offset: int, room: memoryview) -> int:
+    """Reads some bytes, from `offset` of the span on, into `room`. Raises SourceChanged when the file ends before."""
+    read = os.preadv(span.fd, [room], span.offset + offset)
+    if not read:
+        raise SourceChanged(os.readlink(f"/proc/self/fd/{span.fd}"), f"it ends at byte {span.offset + offset}")
+    return read
 
 
 def _part(span: AnySpan, offset: int, size: int) -> AnySpan:

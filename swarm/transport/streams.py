@@ -137,7 +137,8 @@ class OutboundStreams:
 
     on_device = False
 
-    def __init__(self, first: TcpOutbound) -> None:
+    def __init__(self, first: TcpOutbound, count: int) -> None:
+        self.count = count  # of the first connection's preamble: connections that join name it
         self._streams = [first]
 
     def join(self, stream: TcpOutbound) -> bool:

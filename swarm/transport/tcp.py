@@ -31,7 +31,8 @@ from concurrent.futures import ThreadPoolExecutor
 from swarm.errors import SettingsError, TransportError
 from swarm.security.certificates import Identity, refusal
 from swarm.settings import is_loopback, join_address, split_address
-from swarm.transport import Inbound, Outbound, Pace
+from swarm.transport import Inbound, Pace
+from swarm.transport.admission import TokenTransport
 from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.streams import InboundStreams, OutboundStreams, streams_most
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
@@ -45,7 +46,6 @@ PREAMBLE_BYTES = len(MAGIC) + 1 + COUNTS.size + PROOF_BYTES
 ACCEPTED, UNKNOWN_TOKEN, WRONG_VERSION = b"\0", b"\1", b"\2"
 
 PREAMBLE_TIMEOUT_S = 5.0  # one round trip is enough; a stranger must not keep a connection by silence
-SESSIONS_PER_TOKEN = 2  # the one in use, and one that replaces it while the break is not noticed yet
 LOOPBACK_CONGESTION = (
     "cubic"  # bbr, some machines' default, paces and loses a quarter or more of the speed within a host
 )
@@ -58,12 +58,10 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 2, 1, 3
 USER_TIMEOUT_MS = 4000
 
 
-class TcpTransport:
+class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
     """The plane of the node whose listener is at `host`:`port`, and hands connections with its `opening` to `adopt`."""
 
     scheme = "tcp"
-    reason = "its address is reachable"
-    usual_bytes_per_s = 0.0
     magic = MAGIC  # how a preamble begins
     parallel = True  # a session may have several connections; not where each is a pair of a library's own
 
@@ -79,6 +77,7 @@ class TcpTransport:
     ) -> None:
         """`congestion`: the kernel's name of a congestion control; None leaves the machine's own, but within a host.
         `streams_max`: connections of one session; None counts the cores."""
+        super().__init__()
         self._streams_max = streams_max or streams_most()
         self._identity = identity
         if identity:
@@ -87,7 +86,6 @@ class TcpTransport:
         self._address = join_address(host, port)
         self._pace = pace
         self._congestion = congestion
-        self._admitted: dict[bytes, _Admission] = {}
         self._inbound: set[Inbound] = set()
         self._askers = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="swarm-tcp-receive")
         self._holders = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="swarm-tcp-send")
@@ -150,21 +148,9 @@ class TcpTransport:
         return session
 
     def admit(self, token: str) -> None:
-        """See `Transport`. Admitting a token twice is the same as once."""
-        self._admitted.setdefault(_token_bytes(token), _Admission())
-
-    async def accept(self, token: str, *, timeout_s: float) -> Outbound:
-        """See `Transport`."""
-        admission = self._admitted.get(_token_bytes(token))
-        if admission is None:
-            raise TransportError("tcp: the token is not admitted")
-        if (session := admission.current) is not None:
-            return session
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await admission.latest()
-        except TimeoutError as error:
-            raise TransportError(f"tcp: the peer opened no session within {timeout_s:g} s") from error
+        """As TokenTransport. Raises TransportError unless the token is TOKEN_BYTES bytes in hexadecimal."""
+        _token_bytes(token)
+        super().admit(token)
 
     async def adopt(self, sock: socket.socket) -> None:
         """Takes over a connection that begins with the magic, and judges its preamble. What goes wrong ends with it."""
@@ -175,9 +161,9 @@ class TcpTransport:
                 _tune(sock, peer=peer, congestion=self._congestion)
                 stream = await self._receive(sock)
                 preamble = await _read_preamble(stream, magic=self.magic)
-                admission, verdict = self._judge(preamble)
+                token, verdict = self._judge(preamble)
                 await stream.say(verdict)
-                if admission is None or admission.revoked:
+                if not self.is_admitted(token):
                     stream.close()
                     return
                 session = await self._hold(stream, peer=peer)
@@ -188,25 +174,15 @@ class TcpTransport:
                 return
             raise
         count, beside = counts_of(preamble)
-        if admission.revoked or (beside and not admission.join(beside, session)):
+        if not beside:
+            await self.add_session(token, OutboundStreams(session, count) if self.parallel else session)
+        elif not self._join(token, beside, session):
             await session.close()
-        elif not beside:
-            await admission.add(count, OutboundStreams(session) if self.parallel else session)
-
-    async def revoke(self, token: str) -> None:
-        """See `Transport`."""
-        admission = self._admitted.pop(_token_bytes(token), None)
-        if admission is not None:
-            await admission.revoke()
 
     async def close(self) -> None:
-        """Closes every session, takes at most a session's CLOSE_TIMEOUT_S, and lets the threads go."""
+        """Closes every session, takes at most a session's CLOSE_TIMEOUT_S, and releases the threads."""
         self._closed = True
-        admissions = list(self._admitted.values())
-        self._admitted.clear()
-        await asyncio.gather(
-            *(session.close() for session in self._inbound), *(admission.revoke() for admission in admissions)
-        )
+        await asyncio.gather(*(session.close() for session in self._inbound), super().close())
         self._askers.shutdown(wait=False)
         self._holders.shutdown(wait=False)
 
@@ -252,60 +228,29 @@ class TcpTransport:
             raise
         return stream
 
-    def _judge(self, preamble: bytes) -> tuple[_Admission | None, bytes]:
+    def _judge(self, preamble: bytes) -> tuple[str, bytes]:
+        """The token that a preamble proves, empty if it proves none, and the verdict."""
         if not preamble.startswith(self.magic):
             raise EOFError("not a preamble")
         if preamble[len(MAGIC)] != VERSION:
-            return None, WRONG_VERSION
+            return "", WRONG_VERSION
         count, beside = counts_of(preamble)
         for token, admission in self._admitted.items():
-            if hmac.compare_digest(preamble_of(token, count, beside=beside, magic=self.magic), preamble):
-                if admission.count < count:  # or somebody plays an old one again
+            if hmac.compare_digest(preamble_of(_token_bytes(token), count, beside=beside, magic=self.magic), preamble):
+                if admission.count < count:  # else it is a replay
                     admission.count = count
-                    return admission, ACCEPTED
+                    return token, ACCEPTED
                 break
-        return None, UNKNOWN_TOKEN
+        return "", UNKNOWN_TOKEN
+
+    def _join(self, token: str, first: int, stream: TcpOutbound) -> bool:
+        """Adds a connection to the session whose first connection has this count; False where there is none."""
+        sessions = self._admitted[token].sessions if self.is_admitted(token) else []
+        found = [each for each in sessions if isinstance(each, OutboundStreams) and each.count == first]
+        return bool(found) and found[0].join(stream)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._address} {len(self._inbound)} in, {len(self._admitted)} admitted>"
-
-
-class _Admission:
-    """One admitted token: the sessions opened with it by the count of their first connection, oldest first."""
-
-    def __init__(self) -> None:
-        self.revoked = False
-        self.count = 0  # of the last connection that was accepted
-        self._sessions: dict[int, OutboundStreams | TcpOutbound] = {}
-        self._changed = asyncio.Event()
-
-    async def add(self, count: int, session: OutboundStreams | TcpOutbound) -> None:
-        self._sessions[count] = session
-        self._changed.set()
-        for old in list(self._sessions)[:-SESSIONS_PER_TOKEN]:
-            await self._sessions.pop(old).close()
-
-    def join(self, count: int, stream: TcpOutbound) -> bool:
-        session = self._sessions.get(count)
-        return isinstance(session, OutboundStreams) and session.join(stream)
-
-    @property
-    def current(self) -> OutboundStreams | TcpOutbound | None:
-        latest = next(reversed(self._sessions.values()), None)
-        return latest if latest is not None and latest.alive else None
-
-    async def latest(self) -> OutboundStreams | TcpOutbound:
-        while not self.revoked:
-            if (session := self.current) is not None:
-                return session
-            self._changed.clear()
-            await self._changed.wait()
-        raise TransportError("tcp: the token was revoked")
-
-    async def revoke(self) -> None:
-        self.revoked = True
-        self._changed.set()
-        await asyncio.gather(*(session.close() for session in self._sessions.values()))
 
 
 def _check_verdict(verdict: bytes, *, peer: str) -> None:

@@ -21,6 +21,7 @@ from swarm.protocol.messages import Address, Bye, NodeId
 from swarm.security import cluster_key
 from swarm.settings import Settings, split_address
 from swarm.store import cuda
+from swarm.transport import cuda_ipc
 
 DEADLINE_S = 20.0
 NODE = NodeId("0" * 16)
@@ -281,7 +282,7 @@ def test_has_a_machine_one_label_whatever_it_is_called(monkeypatch: pytest.Monke
     monkeypatch.setattr(socket, "gethostname", lambda: "another")
     assert machine_label() == label
     (boot := tmp_path / "boot_id").write_text("another boot\n")
-    monkeypatch.setattr(environment, "MACHINE_IDS", (str(tmp_path / "missing"), str(boot)))
+    monkeypatch.setattr(cuda_ipc, "MACHINE_IDS", (str(tmp_path / "missing"), str(boot)))
     assert machine_label() not in (label, "another")
-    monkeypatch.setattr(environment, "MACHINE_IDS", ())
+    monkeypatch.setattr(cuda_ipc, "MACHINE_IDS", ())
     assert machine_label() == "another"

@@ -13,7 +13,7 @@ from swarm.peers import peer as peers
 from swarm.peers.peer import Peer
 from swarm.protocol.messages import Address, AnyMessage, Bye, Cancel, Endpoint, Hello, ManifestPart, Message, NodeId
 from swarm.transport import Transport
-from swarm.transport.inproc import InprocHub, InprocInbound, InprocTransport
+from swarm.transport.inproc import InprocHub, InprocSession, InprocTransport
 
 TOKEN = "cd" * 16
 
@@ -170,9 +170,9 @@ def test_is_the_session_kept_and_opened_again_once_it_is_dead() -> None:
 def test_is_a_session_that_opens_after_the_end_closed() -> None:
     class Slow(InprocTransport):
         connecting, go_on = asyncio.Event(), asyncio.Event()
-        opened: InprocInbound
+        opened: InprocSession
 
-        async def connect(self, address: str, token: str, *, timeout_s: float) -> InprocInbound:
+        async def connect(self, address: str, token: str, *, timeout_s: float) -> InprocSession:
             self.opened = await super().connect(address, token, timeout_s=timeout_s)
             self.connecting.set()
             await self.go_on.wait()

@@ -120,8 +120,8 @@ def test_does_the_loss_of_one_connection_end_the_session() -> None:
 def test_is_a_connection_of_an_unknown_session_closed() -> None:
     async def scenario() -> None:
         async with session(1) as (inbound, outbound, holder):
-            (admission,) = holder._admitted.values()
-            assert not admission.join(99, outbound._streams[0])
+            (token,) = holder._admitted
+            assert not holder._join(token, 99, outbound._streams[0])
             assert inbound.alive
 
     asyncio.run(scenario())
