@@ -118,7 +118,7 @@ class Settings:
         None, "TCP congestion control for chunks; unset: system default, cubic within a host", flag=False
     )
     transports: tuple[str, ...] = _setting(
-        (), "transports preferred between trusted nodes: nccl, gloo, ucc; none of them encrypts", flag=False
+        (), "transports preferred between trusted nodes: nccl, gloo, ucc or a plugin; none of them encrypts", flag=False
     )
     fsync: bool = _setting(True, "fsync files before they get their final names", flag=False)
 

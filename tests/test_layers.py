@@ -70,7 +70,7 @@ FOLDERS: dict[str, set[str]] = {
     "store": {"content"},
     "hashing": {"content", "store"},
     "transport": {"security", "store"},
-    "net": {"protocol", "security", "store", "transport"},
+    "net": {"protocol", "security", "transport"},
     "membership": {"net", "protocol", "security"},
     "checkpoint": {"content", "hashing", "protocol", "store"},
     "peers": {"content", "journal", "net", "protocol", "security", "transport"},

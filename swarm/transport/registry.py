@@ -89,8 +89,8 @@ _NAMED: Mapping[str, Factory] = {"nccl": _nccl} | {each: functools.partial(_torc
 
 def make_transports(named: Sequence[str], config: TransportConfig) -> list[Transport]:
     """The node's transports, most preferred first. Raises SettingsError for a name without a usable transport."""
-    made = [_inproc(config), *(_make_named(name, config) for name in named)]
-    made += [_cuda_ipc(config), _tcp(config), _tls(config)]
+    chosen = [_make_named(name, config) for name in named]
+    made = [_inproc(config), *chosen, _cuda_ipc(config), _tcp(config), _tls(config)]
     usable = [transport for transport in made if transport is not None]
     if len(usable) > TRANSPORTS_MAX:
         raise SettingsError("transports", f"a node has at most {TRANSPORTS_MAX} transports, these are {len(usable)}")

@@ -176,6 +176,19 @@ def test_is_a_taken_port_an_error_that_leaves_nothing_behind() -> None:
     run(scenario)
 
 
+def test_does_a_transport_that_cannot_be_used_leave_no_port_behind() -> None:
+    async def scenario() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        here = HostEnvironment(Settings(mdns=False, listen=f"127.0.0.1:{port}", transports=("smoke",)))
+        with pytest.raises(SettingsError, match="'smoke' is not one of nccl, gloo, ucc"):
+            await here.open(NODE, hang_up, ignore, unheard)
+        socket.create_server(("127.0.0.1", port)).close()
+        await here.close()
+
+    run(scenario)
+
+
 def test_is_a_wrong_peer_told_before_anything_is_opened() -> None:
     with pytest.raises(SettingsError, match="not HOST:PORT"):
         HostEnvironment(Settings(mdns=False, peers=("nowhere",)))
