@@ -113,30 +113,25 @@ class HostEnvironment:
     ) -> Address:
         """See Environment. Raises SettingsError when the address cannot be listened on."""
         try:
-            return await self._open(node, accept, found, hear)
+            self._listener, self._datagrams = await self._listen(hear)
+            host, port = self._listener.address
+            local = _reachable(host), port
+            advertised = self._advertised(*local)
+            identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
+            self._log_security(host, identity)
+            self.transports = self._make_transports(local, advertised, identity)
+            routes = {each.opening: each.adopt for each in self.transports if isinstance(each, AdoptingTransport)}
+            await self._links.open(accept, identity=identity)
+            self._listener.serve({TLS_RECORD: self._links.adopt_tls, **routes}, self._links.adopt)
+            self._tasks.append(asyncio.create_task(self._resolve(found), name="swarm-resolve"))
+            if identity:
+                self._tasks.append(asyncio.create_task(_renew(identity), name="swarm-renew"))
+            if self._mdns:
+                await self._mdns.start(node_id=node, address=local, found=lambda address: found(address, False))
+            return Address(join_address(*advertised))
         except BaseException:
             await self.close()
             raise
-
-    async def _open(
-        self, node: str, accept: Callable[[Link], Awaitable[None]], found: Callable[[str, bool], None], hear: Hear
-    ) -> str:
-        self._listener, self._datagrams = await self._listen(hear)
-        host, port = self._listener.address
-        local = _reachable(host), port
-        advertised = self._advertised(*local)
-        identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
-        self._log_security(host, identity)
-        self.transports = self._make_transports(local, advertised, identity)
-        routes = {each.opening: each.adopt for each in self.transports if isinstance(each, AdoptingTransport)}
-        await self._links.open(accept, identity=identity)
-        self._listener.serve({TLS_RECORD: self._links.adopt_tls, **routes}, self._links.adopt)
-        self._tasks.append(asyncio.create_task(self._resolve(found), name="swarm-resolve"))
-        if identity:
-            self._tasks.append(asyncio.create_task(_renew(identity), name="swarm-renew"))
-        if self._mdns:
-            await self._mdns.start(node_id=node, address=local, found=lambda address: found(address, False))
-        return Address(join_address(*advertised))
 
     async def dial(self, address: Address) -> Link:
         """See Environment."""
