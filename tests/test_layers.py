@@ -26,8 +26,7 @@ ROWS: dict[str, set[str]] = {
     },
     "policy": {"transfer.scheduler", "peers.selection"},
     "machines": {
-        "transfer.download", "transfer.download_events", "transfer.upload", "transfer.superseed",
-        "peers.connections", "membership.swim",
+        "transfer.download", "transfer.upload", "transfer.superseed", "peers.connections", "membership.swim",
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
     "world": {
@@ -50,10 +49,10 @@ ROWS: dict[str, set[str]] = {
         "cli.simulate", "cli.status_json", "cli.status_table", "cli.status_watch", "dashboard", "dashboard.collector",
         "dashboard.member_report", "dashboard.recording", "dashboard.replay_server", "dashboard.server",
         "dashboard.sse", "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",
-        "doctor.facts", "doctor.show", "engines", "engines.cache_gc", "engines.compile_caches", "engines.launch",
-        "engines.layout", "engines.load", "engines.metadata", "engines.plugging", "engines.serve_loaded",
-        "engines.sglang", "engines.sglang_loader", "engines.snapshot", "engines.start_log", "engines.tiers",
-        "engines.transformers",
+        "doctor.facts", "doctor.show", "engines", "engines.cache_gc", "engines.checkpoint_files",
+        "engines.compile_caches", "engines.hooks", "engines.launch", "engines.layout", "engines.load",
+        "engines.metadata", "engines.options", "engines.rank_node", "engines.serve_loaded", "engines.sglang",
+        "engines.sglang_loader", "engines.snapshot", "engines.start_log", "engines.tiers", "engines.transformers",
         "engines.vllm", "engines.vllm_loader", "node.local_nodes", "node.status_client", "observe",
         "observe.fetch_history", "observe.node_report", "observe.opentelemetry", "observe.prometheus", "observe.trace",
         "observe.units", "runtime", "simulation", "simulation.crowd", "simulation.plot", "simulation.report",
@@ -83,8 +82,10 @@ FOLDERS: dict[str, set[str]] = {
     "dashboard": {"content", "journal", "net", "observe", "protocol", "transfer"},
     "runtime": {"dashboard", "membership", "net", "node", "observe"},
     "api": {"checkpoint", "content", "hashing", "node", "protocol", "runtime", "store"},
-    "engines": {"api", "checkpoint", "content", "node", "runtime", "store"},
-    "doctor": {"checkpoint", "content", "engines", "journal", "net", "node", "protocol", "runtime", "security"},
+    "engines": {"api", "checkpoint", "content", "node", "observe", "runtime", "store"},
+    "doctor": {
+        "checkpoint", "content", "engines", "journal", "net", "node", "observe", "protocol", "runtime", "security",
+    },
     "simulation": {"content", "node", "peers", "protocol", "transfer"},
     "": {"api", "engines"},  # the package itself, which imports these two on first use of their names
     "cli": {
@@ -111,7 +112,6 @@ HOMES: dict[str, set[str]] = {
         "api",
         "store.cuda",
         "engines.compile_caches",
-        "engines.transformers",
         "engines.snapshot",
         "engines.sglang_loader",
         "engines.vllm_loader",

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from swarm.observe.node_report import FetchReport, Picture
-from swarm.observe.units import size_text
+from swarm.observe.units import count, size_text
 
 REDRAW_S = 0.1
 LINE_EVERY_S = 10.0
@@ -61,5 +61,4 @@ async def _lines(picture: Picture, clock: Callable[[], float]) -> None:
 def _words(fetch: FetchReport, now: float) -> str:
     eta_s = fetch.eta_s(now)
     left = "waiting for sources" if eta_s is None else f"{eta_s:.0f} s left"
-    count = len(fetch.sources)
-    return f"{size_text(fetch.rate.at(now))}/s, {left}, {count} source{'' if count == 1 else 's'}"
+    return f"{size_text(fetch.rate.at(now))}/s, {left}, {count(len(fetch.sources), 'source')}"

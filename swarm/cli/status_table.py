@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from swarm.observe.units import size_text
+from swarm.observe.units import count, size_text
 
 HERE = ("alive", "suspect", "silent")
 SHOWN = (*HERE, "dead")  # who left in peace is no news
@@ -44,11 +44,10 @@ def line(swarm: Mapping[str, Any]) -> str:
     here = sum(member["state"] in HERE for member in swarm["members"])
     running = [fetch for fetch in swarm["fetches"] if fetch["running"]]
     rate = sum(fetch["rate_bytes_per_s"] for fetch in running)
-    parts = [f"{here} member{'' if here == 1 else 's'}"]
+    parts = [count(here, "member")]
     if running:
         done, size = (sum(fetch[key] for fetch in running) for key in ("done_bytes", "bytes"))
-        count = f"{len(running)} fetch{'' if len(running) == 1 else 'es'}"
-        parts.append(f"{count} at {done / max(1, size):.0%}, {size_text(rate)}/s")
+        parts.append(f"{count(len(running), 'fetch')} at {done / max(1, size):.0%}, {size_text(rate)}/s")
     parts += [f"{warning['level']}: {warning['what']}" for warning in swarm["warnings"]]
     return _printable("; ".join(parts)).replace("\n", " ")
 
@@ -92,9 +91,7 @@ class _Screen:
             "fetch": self._fetches.left_out(fetches),
         }
         if any(left_out.values()):
-            yield Text(
-                f"not shown: {', '.join(_counted(n, what) for what, n in left_out.items() if n)}; --json has all"
-            )
+            yield Text(f"not shown: {', '.join(count(n, what) for what, n in left_out.items() if n)}; --json has all")
 
 
 class _Column(NamedTuple):
@@ -252,11 +249,6 @@ def _fetches(fetches: Sequence[Mapping[str, Any]]) -> _Rows:
             )
         )
     return _Rows(columns, rows)
-
-
-def _counted(number: int, what: str) -> str:
-    plural = f"{what}es" if what.endswith("h") else f"{what}s"
-    return f"{number} {what if number == 1 else plural}"
 
 
 def _rate(rate: float | None) -> str:

@@ -1,5 +1,5 @@
-"""`swarm doctor`: why a start did, or did not, use the swarm.
+"""`swarm doctor`: diagnoses why an engine did, or did not, load from peers.
 
-`examine` looks around as a node with the same settings would, and gathers facts; `checks` are pure functions that turn
-facts into findings, each with what to do; `show` prints them.
+`examine` collects facts as a node with the same settings; `checks` turns facts into findings, each with a remedy;
+`show` prints them.
 """

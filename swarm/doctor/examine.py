@@ -1,7 +1,6 @@
-"""Looks around as a start with the same settings would: opens a node, lets it find and dial, and writes down what came.
+"""Collects the doctor's facts: opens a node with the settings of an engine's start, and lets it find and dial peers.
 
-The node serves nothing and leaves when done. Everything here has a deadline; what does not answer is a fact like any
-other.
+The node serves nothing, and leaves when done. Every wait has a deadline; a peer that does not answer is a fact.
 """
 
 from __future__ import annotations
@@ -17,7 +16,17 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from swarm import __version__
 from swarm.checkpoint import hf_cache
 from swarm.content.manifest import decode
-from swarm.doctor.facts import Contact, Facts, Key, LoadedTier, Mdns, Member, Port, Room, Running
+from swarm.doctor.facts import (
+    DialedPeer,
+    DiskSpace,
+    Facts,
+    GossipMember,
+    KeyFacts,
+    LoadedLayout,
+    LocalNode,
+    MdnsFacts,
+    PortFacts,
+)
 from swarm.engines import start_log
 from swarm.engines.layout import Fingerprint, is_loaded
 from swarm.errors import ManifestError, PeerError, PeerTimeout, SettingsError, SwarmError
@@ -26,22 +35,22 @@ from swarm.net import discovery
 from swarm.net.environment import new_id
 from swarm.node import local_nodes, status_client
 from swarm.node.node import Node
-from swarm.node.resolve import Network, may_introduce, networks
+from swarm.node.resolve import may_introduce, networks
 from swarm.runtime import new_node
 from swarm.security import cluster_key
 from swarm.security.certificates import visitor
 from swarm.security.cluster_key import Keyring
 from swarm.settings import Settings, is_loopback, split_address
 
-WAIT_S = 6.0  # a dial that is not answered takes 5 s
-LEAST_S = 1.5  # for those that multicast and gossip bring
+WAIT_S = 6.0  # an unanswered dial takes 5 s
+LEAST_S = 1.5  # for addresses from multicast and gossip
 LOOK_EVERY_S = 0.05
 MANIFEST_TIMEOUT_S = 5.0
 REACH_TIMEOUT_S = 3.0
 
 
 async def examine(settings: Settings, model_id: str | None, *, wait_s: float = WAIT_S) -> Facts:
-    """The facts. Raises SettingsError for settings that no node could be opened with, but for `listen` and the key."""
+    """The facts. Raises SettingsError for settings that no node can be opened with, except `listen` and the key."""
     key, keyring = _key(settings)
     host, _ = split_address("listen", settings.listen, default_port=0)
     facts = Facts(
@@ -51,46 +60,47 @@ async def examine(settings: Settings, model_id: str | None, *, wait_s: float = W
         loopback=is_loopback(host),
         trusted=settings.trusted,
         model_id=model_id,
-        rooms=_rooms(settings),
+        disks=_disks(settings),
         starts=tuple(start_log.recall(settings.cache)),
     )
     if key.error:
         return facts
     names = await _resolve(settings.peers)
-    here = await asyncio.to_thread(_running, local_nodes.addresses(settings.cache))
-    async with _opened(settings, here) as (node, port), _listening(settings, node) as multicast:
+    here = await asyncio.to_thread(_local_nodes, settings)
+    given = {address for found in names.values() if not isinstance(found, str) for address in found}
+    async with _opened(settings, here) as (node, port), _announced(settings, node) as (multicast, heard):
         with node.seeking(None):
-            await _settled(node, _given(names), multicast, wait_s=wait_s)
-            found = _mdns(multicast, node)
-            contacts = _contacts(node, names, found, here, networks(settings.trusted))
+            await _settle(node, given, heard if multicast else {node.address}, wait_s=wait_s)
+            mdns = MdnsFacts(multicast, node.address in heard, frozenset(heard - {node.address}))
+            ways = {"given": given, "mdns": set(mdns.found), "here": {local.address for local in here}}
             return dataclasses.replace(
                 facts,
                 port=dataclasses.replace(port, reached=await _reaches(node.address)),
-                mdns=found if settings.mdns else None,
+                mdns=mdns if settings.mdns else None,
                 names=names,
-                contacts=await _with_clocks(contacts, visitor(keyring) if keyring else None),
+                dialed=await _with_clocks(_dialed(node, ways, settings), visitor(keyring) if keyring else None),
                 members=_members(node),
-                running=here,
-                loaded=await _loaded(node, model_id),
+                local_nodes=here,
+                layouts=await _layouts(node, model_id),
             )
 
 
-def _key(settings: Settings) -> tuple[Key, Keyring | None]:
+def _key(settings: Settings) -> tuple[KeyFacts, Keyring | None]:
     if settings.key_file is None:
-        return Key(), None
+        return KeyFacts(), None
     try:
         keyring = cluster_key.load(settings.key_file)
     except SettingsError as error:
-        return Key(error=error.why), None
-    return Key(fingerprint=str(keyring)), keyring
+        return KeyFacts(error=error.why), None
+    return KeyFacts(fingerprint=str(keyring)), keyring
 
 
-def _rooms(settings: Settings) -> tuple[Room, ...]:
+def _disks(settings: Settings) -> tuple[DiskSpace, ...]:
     found = []
     for purpose, path in (("models", hf_cache.cache_root()), ("manifests", settings.cache)):
         existing = next(place for place in (path, *path.absolute().parents) if place.exists())
         with contextlib.suppress(OSError):
-            found.append(Room(purpose, path, shutil.disk_usage(existing).free))
+            found.append(DiskSpace(purpose, path, shutil.disk_usage(existing).free))
     return tuple(found)
 
 
@@ -104,29 +114,24 @@ async def _resolve(peers: Sequence[str]) -> dict[str, tuple[str, ...] | str]:
     return found
 
 
-def _given(names: Mapping[str, tuple[str, ...] | str]) -> set[str]:
-    return {address for found in names.values() if not isinstance(found, str) for address in found}
-
-
-def _running(addresses: Sequence[str]) -> tuple[Running, ...]:
+def _local_nodes(settings: Settings) -> tuple[LocalNode, ...]:
     found = []
-    for address in addresses:
+    for address in local_nodes.addresses(settings.cache):
         try:
-            report = status_client.ask(address)
+            status_client.ask(address)
         except PeerError as error:
-            found.append(Running(address, error=str(error)))
+            found.append(LocalNode(address, error=str(error)))
         else:
-            here = [member for member in report["members"] if member.get("state") in ("alive", "suspect")]
-            found.append(Running(address, len(here)))
+            found.append(LocalNode(address))
     return tuple(found)
 
 
 @contextlib.asynccontextmanager
-async def _opened(settings: Settings, here: Sequence[Running]) -> AsyncIterator[tuple[Node, Port]]:
-    """An open node where the settings say, or else at any free port of the same host."""
+async def _opened(settings: Settings, here: Sequence[LocalNode]) -> AsyncIterator[tuple[Node, PortFacts]]:
+    """An open node at the address of the settings, else at a free port of the same host."""
     host, wanted = split_address("listen", settings.listen, default_port=0)
     named = dataclasses.replace(settings, name=settings.name or "doctor")
-    held_by = next((each.address for each in here if wanted and each.address.endswith(f":{wanted}")), None)
+    held_by = next((local.address for local in here if wanted and local.address.endswith(f":{wanted}")), None)
     error = None
     node, _ = new_node(named)
     try:
@@ -140,46 +145,40 @@ async def _opened(settings: Settings, here: Sequence[Running]) -> AsyncIterator[
         node, _ = new_node(dataclasses.replace(named, listen=anywhere))
         await node.open()
     try:
-        yield node, Port(node.address, error=error, held_by=held_by if error else None)
+        yield node, PortFacts(node.address, error=error, held_by=held_by if error else None)
     finally:
         await node.close("the examination is over")
 
 
-@dataclasses.dataclass
-class _Multicast:
-    """A second announcement of the same node, under another name: who hears it hears multicast."""
-
-    started: bool = False
-    found: set[str] = dataclasses.field(default_factory=set)
-
-
 @contextlib.asynccontextmanager
-async def _listening(settings: Settings, node: Node) -> AsyncIterator[_Multicast]:
-    heard = _Multicast()
+async def _announced(settings: Settings, node: Node) -> AsyncIterator[tuple[bool, set[str]]]:
+    """Announces the node a second time under another id, so that it receives its own announcement.
+
+    Whether multicast is available, and the set of addresses found so far.
+    """
+    found = set[str]()
     if not settings.mdns:
-        yield heard
+        yield False, found
         return
     mdns = discovery.Mdns()
-    await mdns.start(node_id=new_id(), address=split_address("listen", node.address), found=heard.found.add)
-    heard.started = mdns.started
+    await mdns.start(node_id=new_id(), address=split_address("listen", node.address), found=found.add)
     try:
-        yield heard
+        yield mdns.started, found
     finally:
         await mdns.close()
 
 
-async def _settled(node: Node, given: set[str], multicast: _Multicast, *, wait_s: float) -> None:
-    """Waits until everybody who was found has answered or failed, and gossips; not for longer than `wait_s`."""
+async def _settle(node: Node, given: set[str], heard: set[str], *, wait_s: float) -> None:
+    """Returns when all found peers have answered or failed, and gossip, and `heard` has the node; or after `wait_s`."""
     began = node.now()
 
     def settled() -> bool:
         linked = {address for peer in node.peers.values() for address in (peer.hello.address, peer.link.remote)}
         gossiping = {member.node for member in node.members()}
-        heard = node.address in multicast.found or not multicast.started
         return (
             given <= linked | _failures(node).keys()
             and node.peers.keys() <= gossiping
-            and heard
+            and node.address in heard
             and not node.searching
             and node.now() - began >= LEAST_S
         )
@@ -193,31 +192,21 @@ def _failures(node: Node) -> dict[str, Unreached]:
     return {entry.event.address: entry.event for entry in node.journal if isinstance(entry.event, Unreached)}
 
 
-def _mdns(multicast: _Multicast, node: Node) -> Mdns:
-    return Mdns(multicast.started, node.address in multicast.found, frozenset(multicast.found - {node.address}))
-
-
-def _contacts(
-    node: Node,
-    names: Mapping[str, tuple[str, ...] | str],
-    mdns: Mdns,
-    here: Sequence[Running],
-    trusted: Sequence[Network],
-) -> list[Contact]:
-    ways = {"given": _given(names), "mdns": mdns.found, "here": {each.address for each in here}}
+def _dialed(node: Node, ways: Mapping[str, set[str]], settings: Settings) -> list[DialedPeer]:
+    trusted = networks(settings.trusted)
     gossiping = {member.node for member in node.members()}
 
-    def how(*addresses: str) -> frozenset[str]:
+    def found_by(*addresses: str) -> frozenset[str]:
         return frozenset(way for way, found in ways.items() if not found.isdisjoint(addresses)) or frozenset({"told"})
 
-    contacts = []
-    linked = set()
+    dialed, linked = list[DialedPeer](), set[str]()
     for peer in node.peers.values():
-        linked |= {peer.hello.address, peer.link.remote}
-        contacts.append(
-            Contact(
+        addresses = peer.hello.address, peer.link.remote
+        linked.update(addresses)
+        dialed.append(
+            DialedPeer(
                 peer.hello.address,
-                how(peer.hello.address, peer.link.remote),
+                found_by(*addresses),
                 name=peer.name,
                 software=peer.hello.software,
                 gossips=peer.node in gossiping,
@@ -227,31 +216,29 @@ def _contacts(
         )
     failed: dict[str, SwarmError] = {address: PeerTimeout(address, "no answer in time") for address in ways["given"]}
     failed |= {address: failure.error for address, failure in _failures(node).items()}
-    for address, error in failed.items():
-        if address not in linked and address != node.address:
-            contacts.append(Contact(address, how(address), error=error))
-    return sorted(contacts, key=lambda contact: contact.address)
+    for address in failed.keys() - linked - {node.address}:
+        dialed.append(DialedPeer(address, found_by(address), error=failed[address]))
+    return sorted(dialed, key=lambda peer: peer.address)
 
 
-async def _with_clocks(contacts: Sequence[Contact], context: ssl.SSLContext | None) -> tuple[Contact, ...]:
-    async def with_clock(contact: Contact) -> Contact:
-        if contact.error:
-            return contact
+async def _with_clocks(peers: Sequence[DialedPeer], context: ssl.SSLContext | None) -> tuple[DialedPeer, ...]:
+    async def with_clock(peer: DialedPeer) -> DialedPeer:
+        if peer.error:
+            return peer
         try:
-            return dataclasses.replace(
-                contact, clock_s=await asyncio.to_thread(status_client.clock_ahead_s, contact.address, context)
-            )
+            ahead_s = await asyncio.to_thread(status_client.clock_ahead_s, peer.address, context)
         except PeerError as error:
             logging.getLogger("swarm").debug("%s", error)
-            return contact
+            return peer
+        return dataclasses.replace(peer, clock_s=ahead_s)
 
-    return tuple(await asyncio.gather(*map(with_clock, contacts)))
+    return tuple(await asyncio.gather(*map(with_clock, peers)))
 
 
-def _members(node: Node) -> tuple[Member, ...]:
-    """Those that gossip knows and no link leads to."""
+def _members(node: Node) -> tuple[GossipMember, ...]:
+    """The members that gossip alone knows."""
     return tuple(
-        Member(
+        GossipMember(
             member.name,
             member.address,
             tuple((a.model_id, a.digest, a.tier, a.chunks / max(1, a.chunks_total)) for a in member.profile.artifacts),
@@ -262,8 +249,7 @@ def _members(node: Node) -> tuple[Member, ...]:
     )
 
 
-async def _loaded(node: Node, model_id: str | None) -> tuple[LoadedTier, ...]:
-    """Fingerprints of what members hold in an engine's layout."""
+async def _layouts(node: Node, model_id: str | None) -> tuple[LoadedLayout, ...]:
     found = []
     for peer in list(node.peers.values()):
         for artifact in peer.artifacts.values():
@@ -272,9 +258,9 @@ async def _loaded(node: Node, model_id: str | None) -> tuple[LoadedTier, ...]:
             try:
                 data = await node.manifest_requests.manifest(peer, artifact.digest, timeout_s=MANIFEST_TIMEOUT_S)
                 fingerprint = Fingerprint.read(decode(data, digest=artifact.digest).fingerprint)
-                found.append(LoadedTier(peer.name, artifact.model_id, fingerprint))
+                found.append(LoadedLayout(peer.name, artifact.model_id, fingerprint))
             except (PeerError, ManifestError, SettingsError) as error:
-                found.append(LoadedTier(peer.name, artifact.model_id, error=str(error)))
+                found.append(LoadedLayout(peer.name, artifact.model_id, error=str(error)))
     return tuple(found)
 
 

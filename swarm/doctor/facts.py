@@ -1,7 +1,4 @@
-"""What the doctor found out, before anybody judges it.
-
-Must not know: what is right or wrong.
-"""
+"""The facts that the doctor collects. Must not know: which of them are faults."""
 
 from __future__ import annotations
 
@@ -10,24 +7,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from swarm.engines.layout import Fingerprint
-from swarm.engines.start_log import Start
+from swarm.engines.start_log import EngineStart
 from swarm.errors import SwarmError
 from swarm.protocol.messages import Announcement
 
 
 @dataclass(frozen=True)
-class Key:
-    """The cluster key: its fingerprints, or why it cannot be used; neither when there is none."""
+class KeyFacts:
+    """The cluster key: its fingerprints, or why it cannot be used; neither without a key."""
 
     fingerprint: str | None = None
     error: str | None = None
 
 
 @dataclass(frozen=True)
-class Port:
-    """`address` is where the examining node listened in the end; `error` why that is not where the settings say.
+class PortFacts:
+    """`address`: where the doctor's node listens; `error`: why not where the settings say.
 
-    `held_by` is the node of this user that has the port, `reached` whether this machine reaches itself there.
+    `held_by`: the node of this user that has the port. `reached`: whether this machine can connect to the address.
     """
 
     address: str
@@ -37,8 +34,8 @@ class Port:
 
 
 @dataclass(frozen=True)
-class Mdns:
-    """Multicast DNS: whether this machine hears its own announcement, and the addresses of others."""
+class MdnsFacts:
+    """Multicast DNS: whether this machine receives its own announcement, and the other addresses found."""
 
     started: bool
     heard_itself: bool = False
@@ -46,12 +43,11 @@ class Mdns:
 
 
 @dataclass(frozen=True)
-class Contact:
-    """One address that was dialled. With an `error` nobody was talked to, else `name` answered.
+class DialedPeer:
+    """A dialed address: the peer's data, or the `error`.
 
-    `ways`: how it was found, of 'given', 'mdns', 'told', 'here'. `gossips`: whether datagrams of that node arrive.
-    `clock_s`: how much its clock is ahead, None where it does not tell. `introduces`: whether `trusted` lets its
-    machine introduce models.
+    `ways`: how it was found, of 'given', 'mdns', 'told', 'here'. `gossips`: whether its datagrams arrive. `clock_s`:
+    how far its clock is ahead, None if unknown. `introduces`: whether `trusted` lets its machine introduce models.
     """
 
     address: str
@@ -66,9 +62,8 @@ class Contact:
 
 
 @dataclass(frozen=True)
-class Member:
-    """Somebody that gossip alone knows. `artifacts`: model id, digest, tier and fraction. `software`: its version of
-    swarm, empty where it did not say."""
+class GossipMember:
+    """A member known by gossip alone. `artifacts`: model id, digest, tier and fraction; `software`: '' if unknown."""
 
     name: str
     address: str
@@ -77,17 +72,16 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Running:
-    """A node of this user on this machine: how many members it sees, and what of the model it holds."""
+class LocalNode:
+    """A node of this user on this machine."""
 
     address: str
-    members: int = 0
     error: str | None = None
 
 
 @dataclass(frozen=True)
-class Room:
-    """A directory that weights or caches go to."""
+class DiskSpace:
+    """Free space at a directory for weights or manifests."""
 
     purpose: str
     path: Path
@@ -95,8 +89,8 @@ class Room:
 
 
 @dataclass(frozen=True)
-class LoadedTier:
-    """A member's tensors of one engine layout, served by this id: its fingerprint, or why that could not be read."""
+class LoadedLayout:
+    """Loaded tensors that a member serves: the layout's fingerprint, or why it cannot be read."""
 
     member: str
     artifact_id: str
@@ -106,20 +100,20 @@ class LoadedTier:
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything. `model_id` None: no model was asked about. `trusted` names machines, () for all of them."""
+    """All facts. `model_id`: the model in question, None for all. `trusted`: machines, () for all."""
 
     software: str
-    key: Key
+    key: KeyFacts
     insecure: bool
     loopback: bool
     trusted: tuple[str, ...] = ()
     model_id: str | None = None
-    port: Port | None = None  # None where no node could be opened at all
-    mdns: Mdns | None = None  # None where it is switched off
-    names: Mapping[str, tuple[str, ...] | str] = field(default_factory=dict)  # given: addresses, or what went wrong
-    contacts: tuple[Contact, ...] = ()
-    members: tuple[Member, ...] = ()
-    running: tuple[Running, ...] = ()
-    rooms: tuple[Room, ...] = ()
-    loaded: tuple[LoadedTier, ...] = ()
-    starts: tuple[tuple[float, Start], ...] = ()  # the newest first
+    port: PortFacts | None = None  # None if no node could be opened
+    mdns: MdnsFacts | None = None  # None if switched off
+    names: Mapping[str, tuple[str, ...] | str] = field(default_factory=dict)  # --peer: addresses, or the error
+    dialed: tuple[DialedPeer, ...] = ()
+    members: tuple[GossipMember, ...] = ()
+    local_nodes: tuple[LocalNode, ...] = ()
+    disks: tuple[DiskSpace, ...] = ()
+    layouts: tuple[LoadedLayout, ...] = ()
+    starts: tuple[tuple[float, EngineStart], ...] = ()  # newest first

@@ -1,4 +1,4 @@
-"""How the doctor's findings are printed: a table with what to do, or JSON."""
+"""Prints the doctor's findings: as a table with remedies, or as JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "bad": ("bad", "bold
 
 
 def show(findings: Sequence[Finding]) -> None:
-    """Prints findings for people, and how many of them ask for something."""
+    """Prints a table of findings, and the number of bad findings."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -21,10 +21,10 @@ def show(findings: Sequence[Finding]) -> None:
     table = Table("check", "", "found, and what to do", box=None, pad_edge=False)
     for check, group in groupby(findings, key=lambda finding: finding.check):
         for number, finding in enumerate(group):
-            told = Text(finding.what)  # names come from others, and may look like markup
+            text = Text(finding.what)  # names come from peers, and may look like markup
             if finding.todo:
-                told.append(f"\n→ {finding.todo}", style="italic")
-            table.add_row("" if number else check, Text(*MARKS[finding.level]), told)
+                text.append(f"\n→ {finding.todo}", style="italic")
+            table.add_row("" if number else check, Text(*MARKS[finding.level]), text)
     console = Console()
     console.print(table)
     bad = sum(finding.level == "bad" for finding in findings)
@@ -35,6 +35,6 @@ def show(findings: Sequence[Finding]) -> None:
 
 
 def as_json(findings: Sequence[Finding]) -> str:
-    """One JSON object: whether all is well, and every finding."""
+    """A JSON object: `healthy`, and every finding."""
     healthy = all(finding.level != "bad" for finding in findings)
     return json.dumps({"healthy": healthy, "findings": [dataclasses.asdict(finding) for finding in findings]})

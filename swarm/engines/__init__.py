@@ -1,1 +1,1 @@
-"""Engines and libraries that load models: how each of them takes its weights from the swarm."""
+"""Inference engines and libraries: how each loads its weights from the swarm."""

@@ -1,12 +1,12 @@
-"""What engines leave under the cache directory, which would grow for ever: held while it is used, else bounded.
+"""Eviction of the directories that engines fetch into the cache: least recently used first, never in use.
 
-    hold(place)               nobody removes it before this process ends; its last use is now
-    prune(cache, keep_bytes)  what nobody holds goes, least recently used first, until the rest fits
+    hold(place)               keeps it until this process ends; marks it as used now
+    prune(cache, keep_bytes)  removes unheld directories until the rest fits
 
-A hold is a shared lock of `.use-NAME` beside the directory, so the kernel lets go of it when its process dies, and a
-pruner is whoever gets the exclusive one. The time of that file is the time of the last use.
+A hold is a shared `flock` of `.use-NAME` beside the directory, which the kernel releases when its process dies; a
+pruner takes the exclusive lock. That file's mtime is the time of the last use.
 
-Must not know: what is in these directories.
+Must not know: the content of these directories.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDERS = ("checkpoints", "metadata", "models", "compiled")  # of the cache directory; each entry is a whole
+FOLDERS = ("checkpoints", "metadata", "models", "compiled")  # of the cache directory; each entry is evicted as a whole
 USE = ".use-"
-STALE_S = 3600.0  # what was being filled for so long was left by a process that died
-BLOCK_BYTES = 512  # of which st_blocks counts
+STALE_S = 3600.0  # age at which an unfinished directory counts as left by a dead process
+BLOCK_BYTES = 512  # unit of st_blocks
 
 log = logging.getLogger("swarm")
 _held: dict[Path, int] = {}  # open locks of this process
@@ -34,10 +34,10 @@ _lock = threading.Lock()
 
 
 def hold(place: Path, *, through_exec: bool = False) -> None:
-    """Keeps a directory, which may be still to be made, until this process ends or `release`s it.
+    """Keeps a directory, which need not exist yet, until this process ends or calls `release`.
 
     `through_exec`: also for the program that this process becomes. Where no lock can be made, nothing can be removed
-    either: that is logged and nothing else.
+    either, so that failure is only logged.
     """
     place = place.absolute()
     with _lock:
@@ -52,28 +52,29 @@ def hold(place: Path, *, through_exec: bool = False) -> None:
 
 
 def release(place: Path) -> None:
-    """Ends a hold of this process, if there is one."""
+    """Ends this process's hold, if any."""
     with _lock:
         if (fd := _held.pop(place.absolute(), None)) is not None:
             os.close(fd)
 
 
 def is_kept(place: Path, cache: Path) -> bool:
-    """Whether a directory is one of those that `prune` may remove."""
+    """Whether `prune` may remove a directory."""
     return place.absolute().parent in {cache.absolute() / folder for folder in FOLDERS}
 
 
 def prune(cache: Path, keep_bytes: float, *, need_bytes: int = 0) -> list[Path]:
-    """Removes what nobody holds, least recently used first, until what is left and `need_bytes` more take at most
-    `keep_bytes`, and the disk has room for those; returns what was removed. Never raises: what cannot be removed stays.
+    """Removes unheld directories until the rest and `need_bytes` more take at most `keep_bytes` and fit on the disk.
+
+    Returns the removed directories. Never raises: a directory that cannot be removed stays.
     """
     removed: list[Path] = []
     with contextlib.suppress(OSError):
         entries = sorted((_last_use(place), place, size_bytes(place)) for place in _entries(cache))
         total_bytes = sum(size for *_, size in entries)
         for used, place, size in entries:
-            room_bytes = shutil.disk_usage(cache).free
-            if total_bytes + need_bytes <= keep_bytes and need_bytes <= room_bytes:
+            free_bytes = shutil.disk_usage(cache).free
+            if total_bytes + need_bytes <= keep_bytes and need_bytes <= free_bytes:
                 break
             if _remove(place):
                 total_bytes -= size
@@ -84,24 +85,24 @@ def prune(cache: Path, keep_bytes: float, *, need_bytes: int = 0) -> list[Path]:
 
 
 def size_bytes(place: Path) -> int:
-    """What a directory takes of the disk: holes in its files take nothing."""
+    """Bytes of disk that a directory takes; holes in files take none."""
     found = 0
     for parent, _, files in os.walk(place):
         for file in files:
-            with contextlib.suppress(OSError):  # removed meanwhile
+            with contextlib.suppress(OSError):  # removed since the listing
                 found += os.lstat(os.path.join(parent, file)).st_blocks * BLOCK_BYTES
     return found
 
 
 def _entries(cache: Path) -> Iterator[Path]:
-    """Directories that may go. What dead processes left unfinished, and locks of what is gone, go on the way."""
+    """The evictable directories. Removes unfinished directories of dead processes, and stray locks."""
     for folder in FOLDERS:
         for path in (cache / folder).glob("*"):
             with contextlib.suppress(OSError):
                 status = path.lstat()
                 if path.name.startswith(USE):
-                    if not (folder_of := path.with_name(path.name.removeprefix(USE))).is_dir():
-                        _remove(folder_of)
+                    if not (locked := path.with_name(path.name.removeprefix(USE))).is_dir():
+                        _remove(locked)
                 elif not stat.S_ISDIR(status.st_mode):
                     continue
                 elif not path.name.startswith("."):
@@ -118,13 +119,13 @@ def _last_use(place: Path) -> float:
 
 
 def _remove(place: Path) -> bool:
-    """Whether it is gone: not while anybody holds it."""
+    """Whether the directory is gone; False while a process holds it."""
     try:
         fd = _locked(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     try:
-        aside = place.with_name(f".gone-{secrets.token_hex(8)}")  # at once, for whoever looks for it
+        aside = place.with_name(f".gone-{secrets.token_hex(8)}")  # a rename is atomic, an rmtree is not
         with contextlib.suppress(FileNotFoundError):
             os.rename(place, aside)
         shutil.rmtree(aside, ignore_errors=True)
@@ -143,7 +144,7 @@ def _lock_of(place: Path) -> Path:
 
 
 def _locked(place: Path, how: int) -> int:
-    """The lock, open. Raises OSError: BlockingIOError for a lock that somebody else has and is not waited for."""
+    """The open, locked lock file. Raises OSError; BlockingIOError if another process holds it and `how` is LOCK_NB."""
     while True:
         fd = os.open(_lock_of(place), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -154,4 +155,4 @@ def _locked(place: Path, how: int) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # removed between opening and locking: whoever comes next would lock another file
+        os.close(fd)  # removed between open and flock: the next process would lock another file

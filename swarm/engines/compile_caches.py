@@ -1,22 +1,20 @@
-"""Compile caches as artifacts: what torch.compile, Triton, FlashInfer and vLLM compiled once, for machines alike.
+"""Compile caches as artifacts: the output of torch.compile, Triton, FlashInfer and vLLM, for equal machines.
 
-    install(fields, settings)   before an engine compiles: fetched, verified, and put beside what is there
-    offer(fields, settings)     once it is warm: a copy of what it compiled, served until it is closed
+    before_compiling(fields, settings)   fetches, verifies and installs a cache; a failure is only logged
+    after_warm_up(fields, settings)      serves a copy of the caches until it is closed; a failure is only logged
 
-`before_compiling` and `after_warm_up` are the same for engines: a start never fails because of a cache.
+`install` and `offer` do the same and raise. A cache is code, pickles and shared libraries that a compiler loads
+without a check. Therefore:
 
-A cache is code: pickles and shared libraries that whoever compiles loads without a question. So:
+- Caches are off unless `compile_caches` is set, and `trusted` must name the machines that may introduce them. A digest
+  counts only if such a machine announces it over its own link.
+- The manifest of the introduction carries the sha256 of all files. Files with another sha256 are not installed: chunks
+  come from any member, and xxh3 digests do not detect tampering.
+- The key is a fingerprint of versions, processor, GPU and driver.
+- Paths stay within the known caches, links are not followed, and no file is overwritten. Files appear complete.
 
-- It is off unless `compile_caches` is set, and then `trusted` has to name the machines whose code may run here. Only
-  what one of those announces over its own link is taken.
-- The manifest of such an introduction carries the sha256 of all its files, and nothing is installed that has another
-  one: chunks come from any member, and their digests find accidents, not lies.
-- It is for machines and programs alike: versions, processor, GPU and driver are in the fingerprint that it is keyed by.
-- Paths stay within the caches that are known by name here; no link is followed. What is there is never overwritten,
-  newer or not, and a file appears whole or not at all.
-
-Two machines compile one thing into different bytes, so several contents under one key are no conflict here, unlike
-those of a model: the one that most members hold is taken.
+Two machines compile the same input into different bytes. So, unlike a model, a key may have several contents; the
+content that most members hold is fetched.
 
 Must not know: engines, tensors.
 """
@@ -56,22 +54,22 @@ from swarm.store.directory import DirectorySource, DirectoryStore
 from swarm.store.disk import ConfinedDirectory, store_errors
 
 CONTENT = "sha256"  # the field that binds a manifest to the bytes of its files
-CACHE_BYTES_MAX = 16 << 30  # far above what engines compile; a member must not fill the disk with one
-PACKAGES = ("torch", "triton", "flashinfer-python", "vllm", "sglang")  # whose versions decide what is compiled, and how
-PASSING = (".lock", ".tmp", ".pid")  # ends of names that mean nothing to another process
+CACHE_BYTES_MAX = 16 << 30  # far above real caches; keeps a member from filling the disk
+PACKAGES = ("torch", "triton", "flashinfer-python", "vllm", "sglang")  # their versions decide the compiled output
+PASSING = (".lock", ".tmp", ".pid")  # suffixes of files that only the writing process can use
 PASSING_DIRECTORIES = {"locks"}
-STAGING, OWN = "compiled", "compiled-own"  # below the cache directory: what was fetched by digest, and copies to serve
-SETTLE_S = 0.5  # for others that hold it, counted from the first
+STAGING, OWN = "compiled", "compiled-own"  # below the cache directory: fetched files by digest, and served copies
+SETTLE_S = 0.5  # wait for more holders after the first
 POLL_S = 0.05
 
 log = logging.getLogger("swarm")
 
 
 @dataclass(frozen=True)
-class Installed:
-    """What came of a fetch: files that are new here, files that were here already, bytes fetched, and from whom.
+class InstalledCache:
+    """The result of a fetch: new files, files that existed already, bytes, and bytes by source.
 
-    `served` serves it on until it is closed.
+    `served` serves the cache to peers until it is closed.
     """
 
     new: int
@@ -82,7 +80,7 @@ class Installed:
 
 
 def directories(environment: Mapping[str, str] | None = None) -> dict[str, Path]:
-    """Where the compilers that are known here keep their caches, by name, as each of them would find it."""
+    """The cache directory of each known compiler by name, as that compiler finds it."""
     env = os.environ if environment is None else environment
     home = Path(env.get("HOME") or Path.home())
     cache = Path(env.get("XDG_CACHE_HOME") or home / ".cache")
@@ -97,7 +95,7 @@ def directories(environment: Mapping[str, str] | None = None) -> dict[str, Path]
 
 
 def machine() -> dict[str, str]:
-    """The fields of a fingerprint that this machine and its programs decide."""
+    """The fields of the key that this machine and its packages decide."""
     fields = {
         "python": sys.implementation.cache_tag or "",
         "machine": f"{platform.system()} {platform.machine()}",
@@ -108,7 +106,7 @@ def machine() -> dict[str, str]:
     for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             fields[package] = importlib.metadata.version(package)
-    if "torch" in sys.modules:  # who compiles has imported it
+    if "torch" in sys.modules:  # a process that compiles has imported it
         import torch
 
         if torch.cuda.is_available():
@@ -118,25 +116,25 @@ def machine() -> dict[str, str]:
 
 
 def key(fields: Mapping[str, str]) -> Fingerprint:
-    """What a cache is keyed by: the machine, and what else decides what is compiled (model, dtype, layout, flags)."""
+    """The key of a cache: the machine, and the caller's fields (model, dtype, layout, flags)."""
     return Fingerprint({**machine(), **fields})
 
 
 def artifact_id(wanted: Fingerprint) -> ModelId:
-    """What a cache is served by."""
+    """The artifact id of the cache with this key."""
     return ModelId(f"#cache-{wanted.digest}")
 
 
 def offer(fields: Mapping[str, str], settings: Settings, *, places: Mapping[str, Path] | None = None) -> Served | None:
-    """Serves a copy of the caches as they are now; None where there is nothing in them.
+    """Serves a copy of the caches as they are now; None if they are empty.
 
     Raises SettingsError unless `compile_caches` and `trusted` are set, StoreError, ManifestInvalid.
     """
     _demand_allowed(settings)
     wanted = key(fields)
-    room = settings.cache / OWN
-    _clean(room)
-    copy = room / f"{os.getpid()}-{secrets.token_hex(4)}"
+    own = settings.cache / OWN
+    _remove_abandoned(own)
+    copy = own / f"{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with store_errors(copy):
             found = _copy(copy / "files", directories() if places is None else places)
@@ -146,7 +144,7 @@ def offer(fields: Mapping[str, str], settings: Settings, *, places: Mapping[str,
         source.close()
         text = Fingerprint({**wanted.fields, CONTENT: _content(copy / "files", source.manifest)}).text
         manifest = msgspec.structs.replace(source.manifest, tier="cache", fingerprint=text)
-        return serve_source(artifact_id(wanted), _Copy(copy, manifest), None, settings=settings)
+        return serve_source(artifact_id(wanted), _CopySource(copy, manifest), None, settings=settings)
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
         raise
@@ -158,19 +156,19 @@ def install(
     *,
     places: Mapping[str, Path] | None = None,
     timeout_s: float | None = None,
-) -> Installed:
-    """Fetches a cache of this key and puts it beside what is there.
+) -> InstalledCache:
+    """Fetches a cache of this key and adds its files to the caches of this machine.
 
-    Raises SettingsError unless `compile_caches` and `trusted` are set, ManifestNotFound when no trusted machine has one
-    in `find_timeout_s`, ManifestInvalid when what it introduces is none, or is not what arrived; and what `swarm.fetch`
-    into a directory raises.
+    Raises SettingsError unless `compile_caches` and `trusted` are set, ManifestNotFound if no trusted machine announces
+    it within `find_timeout_s`, ManifestInvalid if the manifest is no such cache or the files do not match it, and the
+    errors of `swarm.fetch` into a directory.
     """
     _demand_allowed(settings)
     return runtime().run(_install(key(fields), settings, directories() if places is None else places, timeout_s))
 
 
-def before_compiling(fields: Mapping[str, str], settings: Settings) -> Installed | None:
-    """`install` for engines: nothing where it is off, and a line in the log instead of an error."""
+def before_compiling(fields: Mapping[str, str], settings: Settings) -> InstalledCache | None:
+    """`install` for engines: None if caches are off or on an error, which is logged."""
     if not settings.compile_caches:
         return None
     try:
@@ -178,14 +176,13 @@ def before_compiling(fields: Mapping[str, str], settings: Settings) -> Installed
     except (SwarmError, OSError) as error:
         log.info("compile cache: compiling here (%s)", error)
         return None
-    log.info(
-        "compile cache: %d files from %s, %d were here", installed.new, ", ".join(installed.sources), installed.kept
-    )
+    sources = ", ".join(installed.sources)
+    log.info("compile cache: %d files from %s, %d were here", installed.new, sources, installed.kept)
     return installed
 
 
 def after_warm_up(fields: Mapping[str, str], settings: Settings) -> Served | None:
-    """`offer` for engines: nothing where it is off, and a line in the log instead of an error."""
+    """`offer` for engines: None if caches are off or on an error, which is logged."""
     if not settings.compile_caches:
         return None
     try:
@@ -197,36 +194,29 @@ def after_warm_up(fields: Mapping[str, str], settings: Settings) -> Served | Non
 
 async def _install(
     wanted: Fingerprint, settings: Settings, places: Mapping[str, Path], timeout_s: float | None
-) -> Installed:
-    node = await runtime().acquire(settings)
-    try:
+) -> InstalledCache:
+    async with contextlib.AsyncExitStack() as undo:
+        node = await runtime().acquire(settings)
+        undo.push_async_callback(runtime().release, settings)
         digest = await _choose(node, artifact_id(wanted), settings)
         manifest, _ = await resolve(node, artifact_id(wanted), digest=digest, find_timeout_s=settings.find_timeout_s)
         content = _check(manifest, wanted)
         path = settings.cache / STAGING / digest[:32]
         cache_gc.hold(path)
-        await asyncio.to_thread(
-            lambda: cache_gc.prune(settings.cache, settings.cache_limit_bytes, need_bytes=manifest.size)
-        )
-        # No power cut matters here: what is torn has another sha256.
+        limit_bytes = settings.cache_limit_bytes
+        await asyncio.to_thread(lambda: cache_gc.prune(settings.cache, limit_bytes, need_bytes=manifest.size))
+        # No fsync: a file torn by a power cut has another sha256.
         store = await asyncio.to_thread(lambda: DirectoryStore(path, manifest, fsync=False))
         fetched = await node.fetch(artifact_id(wanted), store, timeout_s=timeout_s)
-        try:
-            if await asyncio.to_thread(lambda: _content(path, manifest)) != content:
-                shutil.rmtree(path, ignore_errors=True)
-                why = (
-                    "what arrived is not what was introduced: a member altered it, or a disk did; nothing is installed"
-                )
-                raise ManifestInvalid(artifact_id(wanted), why)
-            new, kept = await asyncio.to_thread(lambda: _merge(path, manifest, places))
-        except BaseException:
-            node.release(digest)
-            raise
-    except BaseException:
-        await runtime().release(settings)
-        raise
+        undo.callback(node.release, digest)
+        if await asyncio.to_thread(_content, path, manifest) != content:
+            shutil.rmtree(path, ignore_errors=True)
+            why = "the files are not those that were introduced: a member or a disk altered them; nothing is installed"
+            raise ManifestInvalid(artifact_id(wanted), why)
+        new, kept = await asyncio.to_thread(_merge, path, manifest, places)
+        undo.pop_all()
     served = Served(artifact_id(wanted), digest, node.address, settings)
-    return Installed(new, kept, fetched.bytes, fetched.sources, served)
+    return InstalledCache(new, kept, fetched.bytes, fetched.sources, served)
 
 
 async def _choose(node: Node, wanted_id: ModelId, settings: Settings) -> Digest:
@@ -247,52 +237,52 @@ async def _choose(node: Node, wanted_id: ModelId, settings: Settings) -> Digest:
 
 
 def _check(manifest: Manifest, wanted: Fingerprint) -> str:
-    """The sha256 of all files. Raises ManifestInvalid unless the manifest is one of a cache of this key."""
+    """The sha256 of all files. Raises ManifestInvalid unless the manifest is of a cache with this key."""
     if manifest.tier != "cache":
         raise ManifestInvalid("manifest", f"it is of the {manifest.tier} tier, and no compile cache")
     if manifest.size > CACHE_BYTES_MAX:
         raise ManifestInvalid("manifest", f"{manifest.size} bytes; a compile cache has at most {CACHE_BYTES_MAX}")
-    fields = Fingerprint.read(manifest.fingerprint).fields
+    fields = dict(Fingerprint.read(manifest.fingerprint).fields)
     content = fields.pop(CONTENT, "")
     if differences := wanted.differences(Fingerprint(fields)):
         raise ManifestInvalid("manifest", f"it is of other machines: {'; '.join(map(str, differences))}")
     return content
 
 
-class _Copy(DirectorySource):
-    """A copy of this process's own, which goes when it is not served any more: caches change while they are used."""
+class _CopySource(DirectorySource):
+    """A copy of the caches, which change while they are used; removed when it is not served any more."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         super().__init__(root, manifest, paths=[root / "files" / entry.path for entry in manifest.files])
 
     def close(self) -> None:
-        """Removes the copy, too."""
+        """Also removes the copy."""
         super().close()
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def _clean(room: Path) -> None:
-    """Removes copies that processes have left which were killed."""
-    for left in room.glob("*-*"):
+def _remove_abandoned(own: Path) -> None:
+    """Removes the copies of processes that were killed."""
+    for left in own.glob("*-*"):
         pid = left.name.partition("-")[0]
         if pid.isdigit() and not local_nodes.alive(int(pid)):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _copy(target: Path, places: Mapping[str, Path]) -> int:
-    """Copies what is worth serving of each cache to `target/<its name>/`; how many files."""
+    """Copies the files of each cache to `target/NAME/`; returns their number."""
     copied = 0
     for name, place in places.items():
-        for path in _worthy(place):
+        for path in _servable(place):
             goal = target / name / path.relative_to(place)
             goal.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # whoever compiles may throw away, too
+            with contextlib.suppress(FileNotFoundError):  # a compiler may remove files at any time
                 shutil.copyfile(path, goal)
                 copied += 1
     return copied
 
 
-def _worthy(place: Path) -> Iterator[Path]:
+def _servable(place: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(place):
         folders[:] = sorted(folder for folder in folders if folder not in PASSING_DIRECTORIES and folder[0] != ".")
         for file in sorted(files):
@@ -302,7 +292,7 @@ def _worthy(place: Path) -> Iterator[Path]:
 
 
 def _content(root: Path, manifest: Manifest) -> str:
-    """The sha256 of all files below `root` that a manifest names: of their paths and of their contents' sha256."""
+    """The sha256 over the paths and contents of a manifest's files below `root`."""
     whole = hashlib.sha256()
     with store_errors(root):
         for entry in manifest.files:
@@ -313,7 +303,7 @@ def _content(root: Path, manifest: Manifest) -> str:
 
 
 def _merge(staged: Path, manifest: Manifest, places: Mapping[str, Path]) -> tuple[int, int]:
-    """Puts staged files into the caches of this machine; how many are new, and how many were there."""
+    """Adds staged files to the caches of this machine; returns the numbers of new and existing files."""
     new, kept = 0, 0
     for name, place in places.items():
         paths = [entry.path for entry in manifest.files if entry.path.startswith(f"{name}/")]
@@ -341,7 +331,7 @@ def _put(staged: Path, path: str, incoming: ConfinedDirectory, target: ConfinedD
         with os.fdopen(fd, "wb") as copy:
             shutil.copyfileobj(source, copy)
     try:
-        incoming.move(path, target)  # which never overwrites, and follows no links
+        incoming.move(path, target)  # never overwrites, and follows no links
     except FileExistsError:
         return False
     return True
@@ -351,7 +341,7 @@ def _demand_allowed(settings: Settings) -> None:
     if not settings.compile_caches:
         raise SettingsError("compile_caches", "is off; a compile cache is code, so switch it on for machines you trust")
     if not settings.trusted:
-        why = "names nobody, and compile caches are code that would run here; name the machines that may introduce it"
+        why = "names no machine, and compile caches are code that runs here; name the machines that may introduce it"
         raise SettingsError("trusted", why)
 
 

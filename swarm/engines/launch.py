@@ -1,12 +1,12 @@
-"""`swarm run -- COMMAND`: brings what an engine reads before its weights, then becomes the engine.
+"""`swarm run -- COMMAND`: fetches the model's metadata, then becomes the engine.
 
     vllm serve org/model  ->  vllm serve ~/.cache/swarm/models/... --served-model-name org/model --load-format swarm
 
-An engine reads config and tokenizer long before its workers load weights, so a machine that has nothing needs them
-first. They go to a directory of their own, which takes the model's place in the command. Where the model is here
-already, the command is left as it is, but for the load format.
+An engine reads config and tokenizer long before its workers load weights, so a machine without the model needs them
+first. They go to a directory that replaces the model in the command. If the model is on the machine already, only the
+load format is added.
 
-Owns how the model is found in a command. Must not know: nodes beyond `fetch`.
+Owns where a command names its model. Must not know: nodes, beyond `fetch`.
 """
 
 from __future__ import annotations
@@ -33,47 +33,48 @@ log = logging.getLogger("swarm")
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A command to become, and what the environment must say for it beside what it says already."""
+class LaunchCommand:
+    """A command to execute, and variables to add to its environment."""
 
     command: tuple[str, ...]
     environment: dict[str, str]
 
 
-def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None = None) -> Launch:
-    """Fetches what the command's engine needs first, and says what to execute instead.
+def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None = None) -> LaunchCommand:
+    """The command to execute instead, once the metadata of its model is on this machine.
 
-    Raises SettingsError when the command names no model, ManifestNotFound when nobody serves it and it is not here
-    either, ManifestConflict when others disagree on what it is, and what `swarm.fetch` raises.
+    Raises SettingsError for a command without a model, ManifestNotFound for a model that no peer serves and that is not
+    on this machine, ManifestConflict when peers serve different contents, and the errors of `swarm.fetch`.
     """
     place, word = _model(command, model_id)
-    here = _here(word)
+    here = Path(word) if Path(word).is_dir() else hf_cache.snapshot(word)
     name = model_id or _name(word, here)
+    environment = _environment(settings, name)
     if here is not None and (metadata.is_whole(here) or (here / metadata.DESCRIPTION).is_file()):
         log.info("%s: is on this machine, at %s", name, here)
-        return Launch(_with_format(command), _environment(settings, name))
+        return LaunchCommand(_with_format(command), environment)
     try:
-        directory = _bring(name, settings)
+        directory = _fetch_metadata(name, settings)
     except ManifestNotFound as error:
-        if not (hf_cache.is_model_id(word) and here is None and not Path(word).exists()) and not _configured(here):
+        from_hub = here is None and hf_cache.is_model_id(word) and not Path(word).exists()
+        if not from_hub and not (here is not None and (here / "config.json").is_file()):
             raise
-        log.warning("%s; going on without the swarm", error)
-        return Launch(_with_format(command), _environment(settings, name))
+        log.warning("%s; the engine starts without the swarm", error)
+        return LaunchCommand(_with_format(command), environment)
     log.info("%s: config, tokenizer and headers are at %s", name, directory)
     changed = [*command]
     changed[place] = f"{changed[place].partition('=')[0]}={directory}" if word != changed[place] else str(directory)
     if _takes_vllm_flags(command) and not _has(command, SERVED_NAME):
         changed += [SERVED_NAME, word]
-    return Launch(_with_format(changed), _environment(settings, name))
+    return LaunchCommand(_with_format(changed), environment)
 
 
-def _bring(model_id: str, settings: Settings) -> Path:
-    """Fetches the metadata of a model and lays it out."""
+def _fetch_metadata(model_id: str, settings: Settings) -> Path:
+    """The laid-out model directory."""
     settings.cache.mkdir(parents=True, exist_ok=True)
     incoming = Path(tempfile.mkdtemp(dir=settings.cache, prefix=".metadata-"))
     try:
-        brief = dataclasses.replace(settings, fsync=False)
-        with fetch(metadata_id(model_id), out=incoming, settings=brief):
+        with fetch(metadata_id(model_id), out=incoming, settings=dataclasses.replace(settings, fsync=False)):
             adopted = metadata.adopt(settings.cache, incoming)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
@@ -84,7 +85,7 @@ def _bring(model_id: str, settings: Settings) -> Path:
 
 
 def _model(command: Sequence[str], model_id: str | None) -> tuple[int, str]:
-    """Where in the command the model is named, and how."""
+    """The index of the word that names the model, and the model."""
     for number, word in enumerate(command):
         flag, equals, value = word.partition("=")
         if flag in MODEL_FLAGS:
@@ -101,20 +102,11 @@ def _model(command: Sequence[str], model_id: str | None) -> tuple[int, str]:
     )
 
 
-def _here(word: str) -> Path | None:
-    """The directory that the engine would read, if there is one."""
-    return Path(word) if Path(word).is_dir() else hf_cache.snapshot(word)
-
-
 def _name(word: str, here: Path | None) -> str:
     if here is None and not word.startswith((".", "/")):
         return word
     path = here or Path(word)
     return hf_cache.model_id_of(path) or path.resolve().name
-
-
-def _configured(here: Path | None) -> bool:
-    return here is not None and (here / "config.json").is_file()
 
 
 def _takes_vllm_flags(command: Sequence[str]) -> bool:
@@ -132,12 +124,12 @@ def _has(command: Sequence[str], flag: str) -> bool:
 
 
 def _environment(settings: Settings, model_id: str) -> dict[str, str]:
-    """What tells the engine's workers the settings that this process was given."""
+    """SWARM_* variables that give the engine's workers the settings of this process."""
     changed = {"SWARM_MODEL_ID": model_id}
-    plain = Settings()
+    defaults = Settings()
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
-        if value != getattr(plain, field.name) and value is not None:
+        if value != getattr(defaults, field.name) and value is not None:
             changed[f"SWARM_{field.name.upper()}"] = _text(field.name, value)
     return changed
 

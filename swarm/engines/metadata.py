@@ -1,14 +1,14 @@
-"""What an engine reads before its weights: config, tokenizer and the headers of safetensors files, as an artifact.
+"""The metadata artifact: config, tokenizer and safetensors headers, which an engine reads before its weights.
 
-    stage      a checkpoint's small files and a description of it -> a directory
-    source     such a directory -> what to serve as '<model id>#metadata'
-    lay_out    such a directory, as it was fetched -> a model directory whose safetensors files are headers alone
+    stage      a checkpoint's small files and its description -> a directory
+    source     such a directory -> the source of '<model id>#metadata'
+    lay_out    a fetched directory -> a model directory with safetensors headers in place of the files
 
-Engines decide by headers, too: whether embeddings are tied, which dtype, which quantisation. Without them a newcomer
-builds another model than the one that its weights are for, and answers differently without a word. A file that is its
-header alone fails to load as loudly as a truncated one, so nobody can take it for weights.
+Engines also decide by headers: tied embeddings, dtype, quantisation. Without them a newcomer may build a model that the
+weights do not fit, and generate different tokens without an error. A file of a header alone fails to load like a
+truncated file, so no loader mistakes it for weights.
 
-The description names the checkpoint's digest: what is configured here can only be loaded with that content.
+The description holds the checkpoint's digest: an engine configured from it may load that content only.
 
 Must not know: nodes, engines.
 """
@@ -34,60 +34,59 @@ from swarm.store.directory import DirectorySource
 from swarm.store.disk import store_errors
 
 DESCRIPTION = "swarm_checkpoint.json"
-NAME = "swarm_model_id.txt"  # what a directory that was laid out is called among nodes
+NAME = "swarm_model_id.txt"  # holds the model id of a directory that `lay_out` made
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
 SMALL_BYTES_MAX = 64 << 20  # the largest tokenizers are about 40 MB
 
 
-class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A safetensors file's whole size in bytes and its JSON header."""
+class FileHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A safetensors file's size in bytes and its JSON header."""
 
     size: int
     text: str
 
 
-class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A checkpoint without its bytes: `content` is its digest; headers of its safetensors files by path."""
+class CheckpointDescription(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A checkpoint's digest and the headers of its safetensors files by path."""
 
     content: Digest
-    headers: dict[str, Header]
+    headers: dict[str, FileHeader]
 
     def tensor_names(self) -> set[str]:
         """Names of all tensors of the checkpoint."""
         return {tensor.name for path, header in self.headers.items() for tensor in _parse(path, header)}
 
 
-_decoder = msgspec.json.Decoder(Description)
+_decoder = msgspec.json.Decoder(CheckpointDescription)
 
 
-def describe(manifest: Manifest) -> Description:
-    """What can be said of a checkpoint without its bytes."""
-    return Description(
-        manifest.digest, {file.path: Header(file.size, file.header) for file in manifest.files if file.header}
-    )
+def describe(manifest: Manifest) -> CheckpointDescription:
+    """The description of a manifest's checkpoint."""
+    headers = {file.path: FileHeader(file.size, file.header) for file in manifest.files if file.header}
+    return CheckpointDescription(manifest.digest, headers)
 
 
 def stage(cache: Path, root: Path, manifest: Manifest) -> Path:
-    """A directory with what engines read of the checkpoint at `root` before its weights; made once for each content.
+    """A directory with the small files and the description of the checkpoint at `root`; made once for each content.
 
-    Raises SourceChanged when a file is not the manifest's any more, StoreError when the disk fails.
+    Raises SourceChanged for a file that is not the manifest's any more, StoreError when the disk fails.
     """
-    place = _staged(cache, manifest.digest)
     small = tuple(file for file in manifest.files if not is_weights(file.path) and file.size <= SMALL_BYTES_MAX)
 
     def fill(fresh: Path) -> None:
         for file in small:
-            _copy(root / file.path, fresh / file.path)
-        few = Manifest(1, "checkpoint", "", manifest.scheme, manifest.chunk_bytes, small)
-        if problems := manifest_builder.verify(fresh, few):
+            (fresh / file.path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(root / file.path, fresh / file.path)
+        copied = Manifest(1, "checkpoint", "", manifest.scheme, manifest.chunk_bytes, small)
+        if problems := manifest_builder.verify(fresh, copied):
             raise SourceChanged(root, problems[0])
         (fresh / DESCRIPTION).write_bytes(msgspec.json.encode(describe(manifest), order="sorted"))
 
-    return _make(place, fill)
+    return _make(_staged(cache, manifest.digest), fill)
 
 
 def staged(cache: Path, content: str) -> Path | None:
-    """The directory that `stage` made for this content, or that `adopt` brought from the swarm."""
+    """The directory of this content that `stage` or `adopt` made."""
     place = _staged(cache, content)
     if not (place / DESCRIPTION).is_file():
         return None
@@ -96,23 +95,19 @@ def staged(cache: Path, content: str) -> Path | None:
 
 
 def source(cache: Path, place: Path) -> DirectorySource:
-    """Serves a directory of `staged`, which is no checkpoint: it has an index without the files that this names.
-
-    Raises what `manifest_builder.files` raises.
-    """
+    """The source of a staged directory. It is no checkpoint: its index names files that it lacks."""
     return manifest_builder.files(place, cache_dir=cache)
 
 
 def adopt(cache: Path, fetched: Path) -> Path:
-    """Moves a directory that was fetched to where `staged` finds it. Raises ManifestInvalid, StoreError."""
-    content = read(fetched).content
-    return _make(_staged(cache, content), lambda fresh: _copy_all(fetched, fresh))
+    """Copies a fetched directory to where `staged` finds it. Raises ManifestInvalid, StoreError."""
+    return _make(_staged(cache, read(fetched).content), lambda fresh: _copy_all(fetched, fresh))
 
 
 def lay_out(cache: Path, model_id: str, fetched: Path) -> Path:
     """A model directory for an engine: the fetched files, and each safetensors file as its header alone.
 
-    Raises ManifestInvalid when the description is not one, StoreError when the disk fails.
+    Raises ManifestInvalid for a wrong description, StoreError when the disk fails.
     """
     described = read(fetched)
 
@@ -128,10 +123,10 @@ def lay_out(cache: Path, model_id: str, fetched: Path) -> Path:
     return _make(cache / "models" / f"{described.content[:16]}-{name}", fill)
 
 
-def read(directory: Path) -> Description:
-    """The description of the checkpoint that a directory is for, which a stranger may have written.
+def read(directory: Path) -> CheckpointDescription:
+    """The description in a directory, which is untrusted input.
 
-    Raises ManifestInvalid when there is none or it cannot be true, StoreError when it cannot be read.
+    Raises ManifestInvalid when it is missing or wrong, StoreError when it cannot be read.
     """
     place = directory / DESCRIPTION
     with store_errors(place):
@@ -152,12 +147,12 @@ def read(directory: Path) -> Description:
 
 
 def is_weights(path: str) -> bool:
-    """Whether a file holds weights, by its name."""
+    """Whether a file holds weights, judged by its name."""
     return path.endswith(WEIGHTS)
 
 
 def is_whole(directory: Path) -> bool:
-    """Whether a directory holds all files of its indexes, and each safetensors file is as long as its header says."""
+    """Whether a directory has all files of its indexes, and each safetensors file has the size of its header."""
     found = [path for path in directory.rglob("*") if is_weights(path.name) and path.is_file()]
     indexes = directory.rglob("*.safetensors.index.json")
     named = {path for index in indexes for path in _shards(index)}
@@ -165,7 +160,7 @@ def is_whole(directory: Path) -> bool:
 
 
 def _shards(index: Path) -> set[Path]:
-    """Files that an index names; one that cannot be read names itself, which holds no weights."""
+    """The files that an index names. An unreadable index names itself, so that the directory is not whole."""
     try:
         return {index.parent / str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -184,7 +179,7 @@ def _whole(path: Path) -> bool:
     return True
 
 
-def _parse(path: str, header: Header) -> list[safetensors_header.Tensor]:
+def _parse(path: str, header: FileHeader) -> list[safetensors_header.Tensor]:
     return safetensors_header.parse(header.text.encode(), subject=path, file_bytes=header.size)[0]
 
 
@@ -193,7 +188,7 @@ def _staged(cache: Path, content: str) -> Path:
 
 
 def _make(place: Path, fill: Callable[[Path], None]) -> Path:
-    """`place`, filled aside and renamed when it is whole, unless it is there already; held. Raises StoreError."""
+    """`place`, held; if missing, it is filled aside and renamed when complete. Raises StoreError."""
     cache_gc.hold(place)
     with store_errors(place):
         if place.is_dir():
@@ -205,20 +200,13 @@ def _make(place: Path, fill: Callable[[Path], None]) -> Path:
             try:
                 os.rename(fresh, place)
             except OSError:
-                if not place.is_dir():  # else another process was faster, with the same
+                if not place.is_dir():  # else another process made the same directory first
                     raise
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return place
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
-
-
 def _copy_all(source: Path, target: Path) -> None:
-    for path in source.rglob("*"):
-        relative = path.relative_to(source)
-        if path.is_file() and relative.parts[0] != ".swarm":
-            _copy(path, target / relative)
+    skipped = shutil.ignore_patterns(".swarm")
+    shutil.copytree(source, target, dirs_exist_ok=True, ignore=skipped, copy_function=shutil.copyfile)

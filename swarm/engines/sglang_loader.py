@@ -1,14 +1,14 @@
-"""SGLang's default loader, with the swarm before it: one rank's tensors from twins, else its files, else as without.
+"""SGLang's model loader with swarm: a rank's tensors from twins, else its files from peers, else SGLang's own loader.
 
     initialise -> load_weights -> postprocess_weights -> the scheduler's loop
                   |                                      |
-                  tensors come and are kept here         and are served from here on
+                  tensors are fetched and copied here    and served from here on
 
-The hand-over point is the same as in vLLM. What differs: some models compute tensors at the end of `load_weights` that
-are neither parameters nor buffers (DeepSeek's absorbed projections). No name leads to them, so such models take the
-files; and whoever finds that loading made such tensors does not serve what it has loaded.
+Tensors are exchanged at the same point as in vLLM. But some models compute tensors at the end of
+`load_weights` that are neither parameters nor buffers (DeepSeek's absorbed projections). These have no name, so such
+models load files, and a rank does not serve its tensors if loading made such attributes.
 
-Owns what decides a rank's layout in SGLang. Must not know: nodes, artifacts. Written for SGLang 0.5.23.
+Owns the fields of a rank's layout in SGLang. Must not know: nodes, artifacts. Written for SGLang 0.5.23.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +26,28 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.srt.runtime_context import get_parallel, get_server_args
 from torch import nn
 
-from swarm.checkpoint import hf_cache
 from swarm.engines.layout import short_digest
-from swarm.engines.load import Join, Options, Rank
+from swarm.engines.load import RankLoader
+from swarm.engines.options import LoadOptions, Rank
 from swarm.engines.snapshot import (
-    clone,
-    directory_of,
-    is_directory,
+    LoadedModel,
+    LoadedModels,
+    load_weights,
     model_fields,
-    model_id_of,
     named_tensors,
     servable,
-    take,
 )
-from swarm.errors import SettingsError
 
 KEY = "swarm"  # in the loader's extra config, beside SGLang's own keys
-# Ranks and widths by which SGLang cuts tensors. What a version lacks is said to be so, and then the same for twins.
+# Ranks and sizes by which SGLang splits tensors. Twins of a version that lacks a name have the same value for it.
 PARALLEL = (
     "tp_rank", "tp_size", "pp_rank", "pp_size", "dp_size", "attn_tp_rank", "attn_tp_size", "attn_dp_rank",
     "attn_dp_size", "attn_cp_rank", "attn_cp_size", "moe_ep_rank", "moe_ep_size", "moe_dp_rank", "moe_dp_size",
     "moe_tp_rank", "moe_tp_size",
 )  # fmt: skip
-# Arguments of the server that may differ between twins: where it runs, what it is called, what it logs and limits.
-# Whatever is not named here makes another layout: at worst a twin is not recognised, and the files are taken.
-ELSEWHERE = {
+# Server arguments that may differ between twins: addresses, names, logs, limits. Any other argument makes another
+# layout: at worst twins do not recognise each other and load files.
+UNSHARED_ARGUMENTS = {
     "host", "port", "grpc_port", "nccl_port", "dist_init_addr", "node_rank", "base_gpu_id", "gpu_id_step",
     "model_path", "tokenizer_path", "served_model_name", "download_dir", "revision", "random_seed", "api_key",
     "admin_api_key", "file_storage_path", "log_level", "log_level_http", "log_requests", "log_requests_level",
@@ -59,11 +56,11 @@ ELSEWHERE = {
 }  # fmt: skip
 
 log = logging.getLogger("swarm")
-_joins: list[Join] = []  # of this process: the hooks find them here
+models = LoadedModels("SGLang")
 
 
 def asked_for(load_config: Any) -> tuple[dict[str, Any] | None, Any]:
-    """The swarm's options in a load config, None where there are none, and the config without them."""
+    """The swarm's options in a load config, None if absent, and the config without them."""
     extra = load_config.model_loader_extra_config
     if not isinstance(extra, dict) or KEY not in extra:
         return None, load_config
@@ -72,17 +69,17 @@ def asked_for(load_config: Any) -> tuple[dict[str, Any] | None, Any]:
 
 
 def instead_of(loader: Any, load_config: Any, model_config: Any, options: dict[str, Any]) -> Any:
-    """The loader that tries the swarm first, or the given one where that has ways of its own."""
+    """Swarm's loader, or the given loader if it is not SGLang's default or loads a draft model."""
     if type(loader) is not DefaultModelLoader:
-        log.info("%s loads as without swarm: it does not read a checkpoint's files as they are", type(loader).__name__)
+        log.info("%s loads without swarm: it does not read a checkpoint's files as they are", type(loader).__name__)
         return loader
     if model_config is None or model_config.is_draft_model or load_config.draft_model_idx is not None:
         return loader
-    return SwarmLoader(load_config, options)
+    return SglangLoader(load_config, options)
 
 
-class SwarmLoader(DefaultModelLoader):
-    """SGLang's default loader, which asks the swarm first."""
+class SglangLoader(DefaultModelLoader):
+    """SGLang's default loader, with the swarm's tiers before it."""
 
     def __init__(self, load_config: Any, options: dict[str, Any]) -> None:
         super().__init__(load_config)
@@ -90,99 +87,58 @@ class SwarmLoader(DefaultModelLoader):
         self._model_config: Any = None
 
     def load_model(self, *, model_config: Any, device_config: Any) -> nn.Module:
-        """As SGLang's; it comes to `load_weights_and_postprocess` when the model is made."""
+        """Initialises the model as SGLang does, which then calls `load_weights_and_postprocess`."""
         self._model_config = model_config
         return super().load_model(model_config=model_config, device_config=device_config)
 
     def load_weights_and_postprocess(self, model: nn.Module, weights: Iterable[Any], target_device: Any) -> None:
-        """Loads by the first tier that works, processes, and remembers what to serve. Raises what SGLang's own does."""
+        """Loads by the first tier that works, processes, and keeps the tensors to serve.
+
+        Raises as SGLang's own loader does if no tier works.
+        """
         config = self._model_config
-        if config is None:  # weights that overlap with start-up, which have ways of their own
+        if config is None:  # SGLang loads weights by other means while it starts
             DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)
             return
-        options = Options.read(self._options)
-        join = Join(
-            f"sglang {sglang.__version__}",
-            model_id_of(config.model_path),
-            Rank(_rank_label(), torch.cuda.current_device() if torch.cuda.is_available() else _read("tp_rank", 0)),
-            directory=directory_of(config.model_path, config.revision),
-            fields=layout_fields(config),
-            options=options,
+        rank = Rank.of(
+            torch.cuda.current_device() if torch.cuda.is_available() else _read("tp_rank", 0),
+            tp=(_read("tp_rank", 0), _read("tp_size", 1)),
+            pp=(_read("pp_rank", 0), _read("pp_size", 1)),
+            ep=(_read("moe_ep_rank", 0), _read("moe_ep_size", 1)),
         )
-        unsafe = _unsafe(model)
-        copies: dict[str, torch.Tensor] = {}
+        engine, options = f"sglang {sglang.__version__}", LoadOptions.read(self._options)
+        fields = layout_fields(config)
+        loader = RankLoader(engine, config.model_path, config.revision, rank, fields=fields, options=options)
         nameless = _nameless(model)
-
-        def loaded() -> None:
-            live = named_tensors(model)
-            copies.update(take(join, live, spared=live))
-
-        def checkpoint() -> None:
-            self._load_from(join.fetch_checkpoint(), model, target_device)
-
-        def disk() -> None:
-            if join.local == "whole" or not is_directory(config.model_path):
-                self.load_weights_only(model, weights, target_device)
-            elif join.described and hf_cache.is_model_id(join.model_id):
-                self._load_from(join.model_id, model, target_device)
-            else:
-                raise SettingsError("model path", f"{config.model_path} holds no weights, and none came from the swarm")
-
-        join.load(
-            {"loaded": loaded, "checkpoint": checkpoint, "disk": disk}, unsafe=unsafe, unread=lambda described: ""
+        copies = load_weights(
+            loader,
+            model,
+            own=lambda: self.load_weights_only(model, weights, target_device),
+            own_from=lambda place: self._own_from(place, model, target_device),
+            unsafe=_unsafe(model),
+            unread=lambda described: "",
+            spared=lambda: named_tensors(model),
+            unsafe_after=lambda: _made_nameless(model, nameless),
         )
-        if made := _nameless(model) - nameless:
-            unsafe = f"loading made {len(made)} tensors without a name: {', '.join(sorted(made)[:3])}"
-            log.info("%s: what was loaded is not served: %s", join, unsafe)
-        if not unsafe and options.serve and not copies:
-            copies = clone(named_tensors(model))
         self.postprocess_weights(model, target_device)
-        if not unsafe and options.serve:
+        if copies:
             served = servable(copies, named_tensors(model))
-            join.offer.keep(lambda: served)
-        _joins.append(join)
+            loader.server.keep(lambda: served)
+        models.entries.append(LoadedModel(loader, model, lost="SGLang names no weight version"))
 
-    def _load_from(self, place: Path | str, model: nn.Module, target_device: Any) -> None:
-        """By SGLang's own loader, out of another directory or from the hub; every tensor is written."""
+    def _own_from(self, place: Path | str, model: nn.Module, target_device: Any) -> None:
+        """By SGLang's own loader, from another directory or the hub; it writes every tensor."""
         moved = copy.copy(self._model_config)
         moved.model_path, moved.revision = str(place), None
         self.load_weights_only(model, self._get_all_weights(moved, model), target_device)
 
 
-def ready(unhooked: Sequence[str] = ()) -> None:
-    """The scheduler begins to serve: so does the swarm. `unhooked` are changes of weights that nobody would tell of."""
-    for join in _joins:
-        if unhooked:
-            join.offer.change(
-                f"this SGLang has no {unhooked[0].rpartition('.')[2]}, so nobody would tell when weights change"
-            )
-        join.ready()
-
-
-def pause() -> None:
-    """The scheduler is about to give the memory of its weights away, and may restore them."""
-    for join in _joins:
-        join.offer.pause("the engine was told to release their memory")
-
-
-def resume() -> None:
-    """The scheduler has restored its weights, or has memory for others."""
-    for join in _joins:
-        join.offer.resume()
-
-
-def change(why: str) -> None:
-    """The scheduler is about to change its weights."""
-    for join in _joins:
-        join.offer.change(f"the engine was told to {why.replace('_', ' ')}")
-
-
 def layout_fields(model_config: Any) -> dict[str, str]:
-    """Everything that decides what a rank holds after `load_weights`, content aside.
+    """The fingerprint's fields: all that decides a rank's tensors after `load_weights`, except the content.
 
-    To be called before loading: processing may change the quantisation config.
+    Call it before loading: processing may change the quantisation config.
     """
-    arguments = {key: value for key, value in vars(get_server_args()).items() if key not in ELSEWHERE}
+    arguments = {key: value for key, value in vars(get_server_args()).items() if key not in UNSHARED_ARGUMENTS}
     return {
         **model_fields("sglang", sglang.__version__, model_config),
         "server_args": short_digest({key: str(value) for key, value in arguments.items()}),
@@ -194,22 +150,16 @@ def layout_fields(model_config: Any) -> dict[str, str]:
 def _read(name: str, default: Any) -> Any:
     try:
         return getattr(get_parallel(), name)
-    except Exception:  # whatever a version raises for what it does not know, or not yet
+    except Exception:  # a version may raise anything for a name that it does not know, or not yet
         return default
 
 
-def _rank_label() -> str:
-    parts = {"tp": ("tp_rank", "tp_size"), "pp": ("pp_rank", "pp_size"), "ep": ("moe_ep_rank", "moe_ep_size")}
-    known = {name: (_read(rank, 0), _read(size, 1)) for name, (rank, size) in parts.items()}
-    return ",".join(f"{name}{rank}" for name, (rank, size) in known.items() if size > 1) or "0"
-
-
 def _unsafe(model: nn.Module) -> str:
-    """Why the tensors of this rank cannot be handed over; '' when they can."""
+    """Why ranks cannot exchange this model's tensors; '' if they can."""
     if getattr(get_server_args(), "enable_eplb", False):
         return "experts move while the engine runs (EPLB)"
     if hasattr(model, "post_load_weights"):
-        return f"{type(model).__name__} computes tensors while it loads, to which no name leads"
+        return f"{type(model).__name__} computes tensors without a name while it loads"
     if any(tensor.is_meta for tensor in named_tensors(model).values()):
         return "some tensors have no memory before they are loaded"
     return ""
@@ -223,3 +173,8 @@ def _nameless(model: nn.Module) -> set[str]:
         for attribute, value in vars(module).items()
         if isinstance(value, torch.Tensor)
     }
+
+
+def _made_nameless(model: nn.Module, before: set[str]) -> str:
+    made = sorted(_nameless(model) - before)
+    return f"loading made {len(made)} tensors without a name: {', '.join(made[:3])}" if made else ""

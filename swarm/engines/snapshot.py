@@ -1,17 +1,18 @@
-"""The tensors of one rank at the point where they change hands: loaded, and not processed for any kernel yet.
+"""The loaded tensors of a model, between loading and processing: filled, copied, compared, and served after warm-up.
 
-    take        fills a model's tensors from twins, and keeps copies of what came
-    clone       copies of what an engine's own loader brought
-    servable    what to serve of either, after processing: live tensors where they are still the same bytes
-    model_fields, model_id_of, ...    what of a model engines say alike
+    load_weights     a model by the first tier that works; copies of its loaded tensors
+    servable         after processing: live tensors whose bytes are unchanged, copies of the others
+    LoadedModels     the models of this process, for the engine's hooks
 
-What engines have in common; each has its own loader that calls this. Must not know: engines, nodes.
+The code that vLLM and SGLang share. Must not know: the engines' own modules, nodes.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,57 @@ import torch
 from torch import nn
 
 from swarm.checkpoint import hf_cache
-from swarm.engines import metadata
 from swarm.engines.layout import short_digest
-from swarm.engines.load import Join
+from swarm.engines.load import RankLoader, Unread
+from swarm.engines.serve_loaded import RESTART
+from swarm.errors import SettingsError
 
-NOT_OF_TENSORS = ("_name_or_path", "transformers_version")  # of a model's config: they differ between machines
+UNSHARED = ("_name_or_path", "transformers_version")  # keys of a model's config that differ between machines
 
 log = logging.getLogger("swarm")
 
 
+def load_weights(
+    loader: RankLoader,
+    model: nn.Module,
+    *,
+    own: Callable[[], object],
+    own_from: Callable[[Path | str], object],
+    unsafe: str,
+    unread: Unread,
+    spared: Callable[[], Mapping[str, torch.Tensor]],
+    unsafe_after: Callable[[], str] = str,
+) -> dict[str, torch.Tensor]:
+    """Loads by the first tier that works; returns copies of the loaded tensors, {} if they are not to be served.
+
+    `own()` is the engine's loader on the model that it was given, `own_from(place)` on another directory or hub id.
+    `spared()`: tensors that a loader of files need not write. `unsafe` and `unsafe_after()`: why ranks cannot exchange
+    tensors. Raises as the engine's loader does if no tier works.
+    """
+    copies: dict[str, torch.Tensor] = {}
+
+    def loaded() -> None:
+        copies.update(take(loader, named_tensors(model), spared=spared()))
+
+    def disk() -> None:
+        if loader.files.local == "whole" or not loader.files.is_directory:
+            own()
+        elif loader.files.description and hf_cache.is_model_id(loader.model_id):
+            own_from(loader.model_id)
+        else:
+            raise SettingsError("model", f"{loader.model_id}: its directory holds no weights, and no peer had them")
+
+    ways = {"loaded": loaded, "checkpoint": lambda: own_from(loader.fetch_checkpoint()), "disk": disk}
+    loader.load(ways, unsafe=unsafe, unread=unread)  # type: ignore[arg-type]
+    if not unsafe and (unsafe := unsafe_after()):
+        log.info("%s: loaded tensors are not served: %s", loader, unsafe)
+    if unsafe or not loader.options.serve:
+        return {}
+    return copies or clone(named_tensors(model))
+
+
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter and buffer under every name that it has: tied ones are one object."""
+    """Every parameter and buffer under each of its names; tied tensors are the same object."""
     found: dict[str, torch.Tensor] = {}
     for tensors in (model.named_parameters, model.named_buffers):
         found.update(tensors(remove_duplicate=False))
@@ -37,30 +78,29 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def take(
-    join: Join, live: Mapping[str, torch.Tensor], *, spared: Mapping[str, torch.Tensor]
+    loader: RankLoader, live: Mapping[str, torch.Tensor], *, spared: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Fills these tensors from twins; copies of what came, tied as they are; none of what is still to be cloned.
+    """Fills these tensors from twins; returns copies of them, tied alike, or {} if they are yet to be cloned.
 
-    After an error `spared` are what they were: those that a loader of files need not write. Raises what
-    `Join.fetch_loaded` raises.
+    After an error `spared` are unchanged. Raises as `RankLoader.fetch_loaded` does.
     """
     if all(tensor.device.type == "cpu" for tensor in live.values()):
         copies = _like(live)
-        join.fetch_loaded(copies)
+        loader.fetch_loaded(copies)
         _copy_into(live, copies)
         return copies
     kept = clone(spared)
     try:
-        join.fetch_loaded(live)
+        loader.fetch_loaded(live)
     except BaseException:
         _copy_into({name: live[name] for name in kept}, kept)
         raise
-    join.offer.release_twin("the engine processes its weights")  # it writes to these very tensors
+    loader.server.release_twin("the engine processes its weights")  # it writes to these very tensors
     return {}
 
 
 def clone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies in the host's memory, tied as they are."""
+    """Copies in host memory, tied alike."""
     copies = _like(tensors)
     for name, tensor in tensors.items():
         copies[name].copy_(tensor.detach())
@@ -68,9 +108,9 @@ def clone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def servable(copies: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What was loaded, after processing: the live tensor where its bytes are still those, else the copy."""
+    """The loaded tensors, after processing: the live tensor if its bytes are unchanged, else the copy."""
     unchanged: dict[int, torch.Tensor] = {}  # by identity of the copy, so that ties stay ties
-    taken: set[int] = set()  # by address: what processing has tied was two tensors before
+    taken: set[int] = set()  # addresses: processing may tie two tensors
     for name, kept in copies.items():
         now = live.get(name)
         if now is None or id(kept) in unchanged or now.data_ptr() in taken or not _same_bytes(kept, now):
@@ -82,10 +122,69 @@ def servable(copies: Mapping[str, torch.Tensor], live: Mapping[str, torch.Tensor
     return served
 
 
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model and its rank's loader.
+
+    `lost`: why its tensors, once updated, could not be served as a weight version; '' if they could. `then` is called
+    after warm-up.
+    """
+
+    loader: RankLoader
+    model: nn.Module
+    lost: str
+    then: Callable[[], object] | None = None
+
+
+@dataclass
+class LoadedModels:
+    """The models that this process of an engine has loaded. The engine's hooks call these methods."""
+
+    engine: str
+    entries: list[LoadedModel] = field(default_factory=list)
+
+    def ready(self, unhooked: Sequence[str] = ()) -> None:
+        """After warm-up: serves. `unhooked`: functions that change weights and have no hook in this version."""
+        for entry in self.entries:
+            if unhooked:
+                why = f"this {self.engine} has no {unhooked[0]}, so that changed weights would go unnoticed"
+                entry.loader.server.begin_change(why)
+            entry.loader.ready(entry.then)
+
+    def pause(self, method: str) -> None:
+        """Before the engine releases its weights' memory, perhaps to restore it."""
+        for entry in self.entries:
+            entry.loader.server.pause(f"the engine was told to {method}")
+
+    def resume(self) -> None:
+        """After the engine has restored its weights' memory."""
+        for entry in self.entries:
+            entry.loader.server.resume()
+
+    def begin_change(self, method: str) -> None:
+        """Before the engine changes its weights, or releases them for good."""
+        for entry in self.entries:
+            until = RESTART if entry.lost else "an update of them is finished and has a weight version"
+            entry.loader.server.begin_change(f"the engine was told to {method.replace('_', ' ')}", until)
+
+    def end_change(self) -> None:
+        """After the engine has changed all weights."""
+        for entry in self.entries:
+            entry.loader.server.end_change()
+
+    def set_version(self, version: str) -> None:
+        """The engine names its current weights."""
+        for entry in self.entries:
+            if entry.lost:
+                log.info("%s: weight version %r is not served: %s", entry.loader, version, entry.lost)
+            else:
+                entry.loader.server.set_version(version, functools.partial(_live, entry.model))
+
+
 def model_fields(engine: str, version: str, model_config: Any) -> dict[str, str]:
-    """What every engine's layout depends on, as fields of a fingerprint."""
+    """The fingerprint's fields that both engines have."""
     hf = model_config.hf_config
-    config = {key: value for key, value in hf.to_dict().items() if key not in NOT_OF_TENSORS}
+    config = {key: value for key, value in hf.to_dict().items() if key not in UNSHARED}
     return {
         "engine": engine,
         "engine_version": version,
@@ -97,36 +196,20 @@ def model_fields(engine: str, version: str, model_config: Any) -> dict[str, str]
     }
 
 
-def model_id_of(model: str) -> str:
-    """What a model that an engine was given is called among nodes: as `swarm serve` or `swarm run` would call it."""
-    path = Path(model)
-    if not is_directory(model):
-        return model
-    if (path / metadata.NAME).is_file():
-        return (path / metadata.NAME).read_text(encoding="utf-8").strip()
-    return hf_cache.model_id_of(path) or path.resolve().name
-
-
-def directory_of(model: str, revision: str | None) -> Path | None:
-    """Where its files are on this machine, if they are."""
-    return Path(model) if is_directory(model) else hf_cache.snapshot(model, revision=revision or "main")
-
-
-def is_directory(model: str) -> bool:
-    """Whether the engine was given a directory, and not a model id."""
-    return Path(model).is_dir()
+def _live(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach() for name, tensor in named_tensors(model).items()}
 
 
 def _like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """New memory for each tensor, tied as they are: what is one in memory is one here."""
+    """New host memory for each tensor; tensors that share memory share the new memory."""
     made: dict[object, torch.Tensor] = {}
     found = {}
     for name, tensor in tensors.items():
         shape = tuple(tensor.shape)
-        one = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
-        if one not in made:
-            made[one] = torch.empty(shape, dtype=tensor.dtype, device="cpu")
-        found[name] = made[one]
+        memory = (tensor.data_ptr(), tensor.dtype, shape, tensor.stride()) if tensor.numel() else name
+        if memory not in made:
+            made[memory] = torch.empty(shape, dtype=tensor.dtype, device="cpu")
+        found[name] = made[memory]
     return found
 
 

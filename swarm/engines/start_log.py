@@ -1,9 +1,9 @@
-"""What engine starts decided: one small file for each, which `swarm doctor` reads.
+"""The record of engine starts: a small file for each, which `swarm doctor` reads.
 
-An engine that starts tries tiers in order, and each try ends in one step: taken, or left and why. The record says so
-after the process has gone, whose log may be anywhere. The newest KEPT stay.
+An engine tries tiers in order, and each attempt is recorded: taken, or skipped for a reason. The record
+outlives the process and needs no access to its log. The newest KEPT files stay.
 
-Must not know: engines, nodes. Failing to write is logged and nothing else: no start fails because of its record.
+Must not know: engines, nodes. A failing write is logged; it never fails a start.
 """
 
 from __future__ import annotations
@@ -21,45 +21,49 @@ import msgspec
 FOLDER = "starts"
 KEPT = 64
 FILE_BYTES_MAX = 1 << 20
+REASON_MAX = 4096
 
-Words = Annotated[str, msgspec.Meta(max_length=4096)]
+Text = Annotated[str, msgspec.Meta(max_length=REASON_MAX)]
 
 log = logging.getLogger("swarm")
-_numbers = itertools.count()  # two files may be of one tick of the file system's clock
+_numbers = itertools.count()  # two files may have equal mtimes
 
 
-class Step(msgspec.Struct, frozen=True):
-    """One tier that was tried: 'loaded', 'checkpoint', 'disk'. `why` it was taken, or left, after `seconds`."""
+class TierAttempt(msgspec.Struct, frozen=True):
+    """The attempt of a tier ('loaded', 'checkpoint', 'disk'): why it was taken or skipped, or how it `failed`."""
 
-    tier: Words
+    tier: Text
     taken: bool
-    why: Words
+    why: Text
     seconds: float = 0.0
+    failed: bool = False
 
 
-class Start(msgspec.Struct, frozen=True):
-    """One start of one rank of an engine, such as 'vllm 0.33.0'.
+class EngineStart(msgspec.Struct, frozen=True):
+    """One start of a rank of an engine, such as 'vllm 0.33.0'.
 
-    `fingerprint` is that of the layout which it wanted, field by field; empty when it never got so far.
+    `fingerprint`: fields of the layout that the rank wanted; empty if the start ended before they were known. `peers`:
+    nodes that served the model, in any layout or content; None if the rank did not look for peers.
     """
 
-    engine: Words
-    model_id: Words
-    rank: Words
+    engine: Text
+    model_id: Text
+    rank: Text
     fingerprint: dict[str, str]
-    steps: tuple[Step, ...]
+    attempts: tuple[TierAttempt, ...]
+    peers: int | None = None
 
     @property
-    def taken(self) -> Step | None:
-        """The step that brought the weights."""
-        return next((step for step in self.steps if step.taken), None)
+    def taken(self) -> TierAttempt | None:
+        """The attempt that brought the weights."""
+        return next((attempt for attempt in self.attempts if attempt.taken), None)
 
 
-_decoder = msgspec.json.Decoder(Start)
+_decoder = msgspec.json.Decoder(EngineStart)
 
 
-def record(cache: Path, start: Start) -> None:
-    """Keeps a start under the cache directory; never raises."""
+def record(cache: Path, start: EngineStart) -> None:
+    """Writes a start below the cache directory; never raises."""
     folder = cache / FOLDER
     temporary = folder / f".new-{secrets.token_hex(8)}"
     try:
@@ -69,13 +73,13 @@ def record(cache: Path, start: Start) -> None:
         for _, stale in _newest_first(folder)[KEPT:]:
             stale.unlink(missing_ok=True)
     except OSError as error:
-        log.warning("%s: what this start decided is not kept: %s", folder, error.strerror or error)
+        log.warning("%s: the record of this start is not kept: %s", folder, error.strerror or error)
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def recall(cache: Path) -> list[tuple[float, Start]]:
-    """Starts that were kept, the newest first, each with the time of its end in seconds since 1970."""
+def recall(cache: Path) -> list[tuple[float, EngineStart]]:
+    """The recorded starts, newest first, each with its time in seconds since 1970."""
     found = []
     for mtime_ns, path in _newest_first(cache / FOLDER):
         try:
@@ -89,6 +93,6 @@ def recall(cache: Path) -> list[tuple[float, Start]]:
 def _newest_first(folder: Path) -> list[tuple[int, Path]]:
     found = []
     for path in folder.glob("*.json"):
-        with contextlib.suppress(OSError):  # removed meanwhile
+        with contextlib.suppress(OSError):  # removed since the listing
             found.append((path.stat().st_mtime_ns, path))
     return sorted(found, reverse=True)

@@ -1,55 +1,52 @@
-"""From where a rank takes its weights: which tiers are worth trying, in which order, and why not the others.
+"""The source of a rank's weights: which tiers to try, in which order, and why not the others.
 
-    loaded       twins only: the tensors of another rank of the same layout, memory to memory
-    checkpoint   any layout: the files, into a directory that a host shares; the engine's own loader reads them
-    disk         what the engine would have done without: local files, or the hub
+    loaded       twins only: the tensors of a rank of the same layout, from memory to memory
+    checkpoint   any layout: the files, into a directory that the host's ranks share; the engine's own loader reads them
+    disk         no swarm: local files, or the hub
 
-`choose` is a pure function of a `Situation`; whoever loads tries what it wants in that order, and every failure moves
-on to the next. A `Layout` is what a rank's tensors are, compared exactly: an engine that takes a tensor of another
-shape, or unties what was tied, may answer differently and say nothing.
+`choose` is a pure function of an `Availability`. The loader tries the wanted tiers in order; each failure leads to the
+next tier.
 
 Must not know: engines, nodes, torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from swarm.content.manifest import FileEntry, Manifest
-from swarm.engines.layout import Difference
+from swarm.content.manifest import Digest
+from swarm.engines.layout import NAMES_SHOWN, FieldDifference
+from swarm.observe.units import count
 
 TierName: TypeAlias = Literal["loaded", "checkpoint", "disk"]
-Local: TypeAlias = Literal["whole", "headers", "config"]  # what there is on this machine already
-
-NAMES_SHOWN = 3
+Local: TypeAlias = Literal["whole", "headers", "config"]  # the part of the checkpoint that is on this machine
 
 
 @dataclass(frozen=True)
-class Other:
-    """Somebody who has the model loaded in another layout."""
+class OtherLayout:
+    """A peer that has the model loaded in another layout."""
 
     name: str
-    differences: Sequence[Difference]
+    differences: Sequence[FieldDifference]
 
 
 @dataclass(frozen=True)
-class Situation:
-    """What is known before weights are loaded.
+class Availability:
+    """The sources of a rank's weights, as known before loading.
 
-    `content` is the digest of the checkpoint that this engine was configured for; None when it is not known which one.
-    `unsafe` says why tensors of this engine cannot be handed from rank to rank; `unread` says what the engine decided
-    without the headers of the files, so that it may build another model than the files are for; `barred` names tiers
-    that the user turned off; `version` is the weight version that is asked for, which no files hold. `strangers` are
-    names of those that serve other contents under the same model id.
+    `content`: digest of the checkpoint that this engine is configured for, None if unknown. `unsafe`: why ranks of this
+    engine cannot exchange tensors. `unread`: the decision that the engine took without the files' headers, so that it
+    may have built a model that the files do not fit. `barred`: tiers that the user turned off. `version`: the requested
+    weight version, which no files hold. `strangers`: names of peers that serve other content under the model id.
     """
 
-    content: str | None
+    content: Digest | None
     local: Local
     twins: int = 0
-    holders: int = 0  # of the checkpoint with this content, here on disk included
-    others: Sequence[Other] = ()
+    holders: int = 0  # of the checkpoint with this content, a copy on this disk included
+    others: Sequence[OtherLayout] = ()
     strangers: Sequence[str] = ()
     unsafe: str = ""
     unread: str = ""
@@ -58,26 +55,36 @@ class Situation:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One tier, whether to try it, and the reason."""
+class TierChoice:
+    """A tier, whether to try it, and the reason.
+
+    `alternative`: a later tier is likely to bring the weights, so that this tier should end once it has no source.
+    """
 
     tier: TierName
     wanted: bool
     why: str
+    alternative: bool = False
 
 
-def choose(situation: Situation) -> list[Choice]:
-    """Every tier in the order in which to try them."""
-    loaded, checkpoint = _loaded(situation), _checkpoint(situation)
+def choose(available: Availability) -> list[TierChoice]:
+    """Every tier, in the order of trying."""
+    loaded, checkpoint, version = _against_loaded(available), _against_checkpoint(available), _against_files(available)
+    disk = "files of this machine" if available.local == "whole" else "hub or disk, as without swarm"
+    # With headers alone the engine was told to start from the swarm: its disk has no weights, and the hub may be out
+    # of reach.
+    from_disk = not version and available.local != "headers"
     return [
-        Choice("loaded", not loaded, loaded or f"{_many(situation.twins, 'twin')} of this very layout"),
-        Choice("checkpoint", not checkpoint, checkpoint or f"{_many(situation.holders, 'node')} with these files"),
-        Choice("disk", not situation.version, _versioned(situation) or _disk(situation)),
-    ]
+        TierChoice("loaded", not loaded, loaded or f"{count(available.twins, 'twin')} of this very layout",
+                   alternative=from_disk or not checkpoint),
+        TierChoice("checkpoint", not checkpoint, checkpoint or f"{count(available.holders, 'node')} with these files",
+                   alternative=from_disk),
+        TierChoice("disk", not version, version or disk),
+    ]  # fmt: skip
 
 
-def _loaded(at: Situation) -> str:
-    """Why not; '' when it is worth trying."""
+def _against_loaded(at: Availability) -> str:
+    """Why not to try the tier; '' to try it."""
     if "loaded" in at.barred:
         return "turned off"
     if at.unsafe:
@@ -85,15 +92,15 @@ def _loaded(at: Situation) -> str:
     if at.content is None:
         return _unknown_content(at)
     if not at.twins:
-        return "; ".join(["no twin", *map(_differs, at.others), *_strange(at)])
+        return "; ".join(["no twin", *map(_differs, at.others), *_refused(at)])
     return ""
 
 
-def _checkpoint(at: Situation) -> str:
+def _against_checkpoint(at: Availability) -> str:
     if "checkpoint" in at.barred:
         return "turned off"
     if at.version:
-        return _versioned(at)
+        return _against_files(at)
     if at.local == "whole":
         return "the files are on this machine already"
     if at.content is None:
@@ -101,79 +108,25 @@ def _checkpoint(at: Situation) -> str:
     if at.unread:
         return at.unread
     if not at.holders:
-        return "; ".join(["nobody serves the files", *_strange(at)])
+        return "; ".join(["no peer serves the files", *_refused(at)])
     return ""
 
 
-def _disk(at: Situation) -> str:
-    return "files of this machine" if at.local == "whole" else "hub or disk, as without swarm"
-
-
-def _versioned(at: Situation) -> str:
+def _against_files(at: Availability) -> str:
     return f"no files hold weight version {at.version!r}" if at.version else ""
 
 
-def _unknown_content(at: Situation) -> str:
+def _unknown_content(at: Availability) -> str:
     if at.local == "whole":
-        return "the files here were never hashed, so it is not known whether the others' are the same"
-    return "; ".join(["it is not known which content is wanted", *_strange(at)])
+        return "the files here were never hashed, so they cannot be compared with those of peers"
+    return "no peer serves the model, so its content is not known"
 
 
-def _differs(other: Other) -> str:
+def _differs(other: OtherLayout) -> str:
     shown = "; ".join(map(str, other.differences[:NAMES_SHOWN]))
     more = len(other.differences) - NAMES_SHOWN
     return f"{other.name} differs: {shown}" + (f"; and {more} more" if more > 0 else "")
 
 
-def _strange(at: Situation) -> list[str]:
+def _refused(at: Availability) -> list[str]:
     return [f"other content under the same name is refused: {', '.join(at.strangers)}"] if at.strangers else []
-
-
-def _many(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the tensors of one rank are: (dtype, shape) by name in safetensors' words, and alias -> name."""
-
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def described(cls, manifest: Manifest) -> Layout:
-        """What a manifest describes. Raises ManifestInvalid."""
-        return cls.of_files(manifest.files)
-
-    @classmethod
-    def of_files(cls, files: Sequence[FileEntry]) -> Layout:
-        """What the headers of files describe. Raises ManifestInvalid."""
-        tensors = {one.name: (one.dtype, one.shape) for file in files for one in file.tensors()}
-        return cls(tensors, {alias: name for file in files for alias, name in file.aliases().items()})
-
-    def differences(self, theirs: Layout) -> list[str]:
-        """Everything in which they differ, a line for each kind; none when they are exactly the same."""
-        both = self.tensors.keys() & theirs.tensors.keys()
-        found = {
-            "missing there": sorted(self.tensors.keys() - theirs.tensors.keys()),
-            "missing here": sorted(theirs.tensors.keys() - self.tensors.keys()),
-            "different": [
-                f"{name} ({_shown(self.tensors[name])} here, {_shown(theirs.tensors[name])} there)"
-                for name in sorted(both)
-                if self.tensors[name] != theirs.tensors[name]
-            ],
-            "tied differently": sorted(
-                name
-                for name in self.aliases.keys() | theirs.aliases.keys()
-                if self.aliases.get(name) != theirs.aliases.get(name)
-            ),
-        }
-        return [f"{len(names)} {kind}: {_some(names)}" for kind, names in found.items() if names]
-
-
-def _shown(kind: tuple[str, tuple[int, ...]]) -> str:
-    return f"{kind[0]} {list(kind[1])}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMES_SHOWN]) + (", …" if len(names) > NAMES_SHOWN else "")

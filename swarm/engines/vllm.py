@@ -1,72 +1,85 @@
 """The vLLM plugin: entry point `swarm` of `vllm.general_plugins`, load format `swarm`.
 
-vLLM calls `register` in every process of its own: API server, engine core, workers. So it is light, and may be called
-again. The loader comes from `engines.vllm_loader`, which is imported where vLLM is there already.
+vLLM calls `register` in each of its processes: API server, engine core, workers. So it is light, and may be called
+again. It imports `engines.vllm_loader`, which needs vLLM.
 
-Patched into vLLM's worker wrapper, because no hook exists for them, are: the last step of starting up, after which
-the worker serves; whatever changes weights or takes them away, before which it stops; waking up, after which it serves
-again what is still the same; and the end of an update, after which it serves what the engine's core calls by a weight
-version. Must not know: nodes.
+vLLM has no hooks for these events, so the plugin patches methods of its worker wrapper: the last step of start-up,
+after which the worker serves; methods that change or release weights, before which it withdraws them; `wake_up`, after
+which it serves unchanged weights again; and the end of an update, after which it serves the weights as the version that
+the engine core names. Must not know: nodes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
-from swarm.engines.plugging import Plug
+from swarm.engines.hooks import EngineHooks
 
 WARM_UP = "compile_or_warm_up_model"
-# Each of them changes weights in memory, or what they are tied to, or moves them elsewhere.
+# Methods that change the memory of weights or of tensors tied to them, or move weights.
 CHANGES = (
     "reload_weights",
     "reset_weights",
     "start_weight_update",
-    "start_draft_weight_update",  # a draft may share tensors with the model that it drafts for
+    "start_draft_weight_update",  # a draft model may share tensors with the model that it drafts for
     "update_weights",
     "elastic_ep_execute",
 )
-# After each of them all weights are there that were to come.
+# Methods after which a change is complete.
 CHANGED = ("reload_weights", "finish_weight_update")
-CALLED = "swarm_weight_version"  # what workers are told by the engine's core, which is told the version of weights
+SET_VERSION = "swarm_weight_version"  # the worker method by which the engine core passes the version on
+WEIGHTS = "weights"  # vLLM's tag for the memory of weights
 
-_plug = Plug("vLLM", "vllm")
+_hooks = EngineHooks("vLLM", "vllm")
 
 
 def register() -> None:
-    """Makes `--load-format swarm` known to this process's vLLM. Never raises: what this vLLM lacks, it goes without."""
-    if not _plug.place("--load-format swarm", _add_format):
+    """Adds `--load-format swarm` to this process's vLLM. Never raises: a missing feature is logged."""
+    if not _hooks.install("--load-format swarm", _add_format):
         return
-    from swarm.engines import vllm_loader
+    from swarm.engines.vllm_loader import models
 
-    if not _plug.place("serving what it loaded", _wrapper):
+    if not _hooks.install("serving what it loaded", _wrapper):
         return
 
-    def hooks(feature: str, method: str, **told: Callable[..., None]) -> bool:
-        return _plug.place(f"{feature} ({method})", lambda: _hook(_wrapper(), method, **told))
+    def hook(feature: str, method: str, **calls: Callable[..., None]) -> bool:
+        return _hooks.install(f"{feature} ({method})", lambda: _patch(_wrapper(), method, **calls))
 
-    stops: dict[str, Callable[..., None]] = {
-        **{method: functools.partial(vllm_loader.change, method) for method in CHANGES},
-        "sleep": vllm_loader.pause,
-        "discard": vllm_loader.discard,
+    def resume(tags: Collection[str] | None = None) -> None:
+        if tags is None or WEIGHTS in tags:
+            models.resume()
+
+    def discard(tags: Collection[str]) -> None:
+        if WEIGHTS in tags:
+            models.begin_change("discard its weights")
+
+    before: dict[str, Callable[..., None]] = {
+        **{method: functools.partial(_ignore_arguments, models.begin_change, method) for method in CHANGES},
+        "sleep": functools.partial(_ignore_arguments, models.pause, "sleep"),
+        "discard": discard,
     }
     unhooked = [
-        method for method, told in stops.items() if not hooks("serving its loaded tensors", method, before=told)
+        method for method, call in before.items() if not hook("serving its loaded tensors", method, before=call)
     ]
-    hooks("serving again after it slept", "wake_up", after=vllm_loader.resume)
+    hook("serving again after it slept", "wake_up", after=resume)
     for method in CHANGED:
-        hooks("serving weights that were updated", method, after=vllm_loader.changed)
-    _plug.place("serving weights that were updated", _add_versions)
-    hooks("serving what it loaded", WARM_UP, after=lambda *_, **__: vllm_loader.ready(unhooked))
+        hook("serving weights that were updated", method, after=lambda *_, **__: models.end_change())
+    _hooks.install("serving weights that were updated", _add_versions)
+    hook("serving what it loaded", WARM_UP, after=lambda *_, **__: models.ready(unhooked))
+
+
+def _ignore_arguments(call: Callable[[str], None], method: str, /, *_: object, **__: object) -> None:
+    call(method)
 
 
 def _add_format() -> None:
     from vllm.model_executor.model_loader import register_model_loader
 
-    from swarm.engines import vllm_loader
+    from swarm.engines.vllm_loader import VllmLoader
 
-    register_model_loader("swarm")(vllm_loader.SwarmLoader)
+    register_model_loader("swarm")(VllmLoader)
 
 
 def _wrapper() -> Any:
@@ -75,21 +88,12 @@ def _wrapper() -> Any:
     return WorkerWrapperBase
 
 
-def _add_versions() -> None:
-    from vllm.v1.engine.core import EngineCore
-
-    from swarm.engines import vllm_loader
-
-    setattr(_wrapper(), CALLED, lambda self, version: vllm_loader.call(version))
-    _tell_workers(EngineCore)
-
-
-def _hook(
+def _patch(
     wrapper: type, method: str, *, before: Callable[..., None] | None = None, after: Callable[..., None] | None = None
 ) -> None:
-    """The wrapper forwards what it does not define itself to the worker: so does this, and calls the hooks as well.
+    """Adds calls, with the method's arguments, before and after a method of the wrapper.
 
-    They get the arguments of the call.
+    The wrapper forwards methods that it does not define to the worker; so does the patched method.
     """
     known = wrapper.__dict__.get(method)
 
@@ -104,13 +108,18 @@ def _hook(
     setattr(wrapper, method, hooked)
 
 
-def _tell_workers(core: Any) -> None:
-    """The version of weights is told to the engine's core, and not to its workers: so does this."""
-    known = core.set_weight_version
+def _add_versions() -> None:
+    """Passes the version of weights on to the workers: vLLM tells its engine core alone."""
+    from vllm.v1.engine.core import EngineCore
+
+    from swarm.engines.vllm_loader import models
+
+    known = EngineCore.set_weight_version
 
     def set_weight_version(self: Any, weight_version: str) -> None:
         known(self, weight_version)
         if self.vllm_config.load_config.load_format == "swarm":
-            self.model_executor.collective_rpc(CALLED, args=(weight_version,))
+            self.model_executor.collective_rpc(SET_VERSION, args=(weight_version,))
 
-    core.set_weight_version = set_weight_version
+    setattr(_wrapper(), SET_VERSION, lambda self, version: models.set_version(version))
+    EngineCore.set_weight_version = set_weight_version

@@ -10,3 +10,9 @@ def size_text(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
+
+
+def count(number: int, noun: str) -> str:
+    """A number with its noun: '1 node', '2 nodes', '3 fetches'."""
+    plural = f"{noun}es" if noun.endswith("h") else f"{noun}s"
+    return f"{number} {noun if number == 1 else plural}"

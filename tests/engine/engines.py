@@ -27,7 +27,7 @@ SWARM = (str(Path(sys.executable).with_name("swarm")), "run", "--model-id", MODE
 
 
 @dataclass(frozen=True)
-class Step:
+class Attempt:
     """What the log says of one tier."""
 
     tier: str
@@ -124,18 +124,18 @@ class Engine:
         return found[1]
 
     @property
-    def steps(self) -> list[Step]:
+    def attempts(self) -> list[Attempt]:
         """Every decision."""
-        found = re.findall(r"rank \S+: (\w+) tier (taken in [0-9.]+ s|left): (.*)", self.said)
-        return [Step(tier, verb != "left", why) for tier, verb, why in found]
+        found = re.findall(r"rank \S+: (\w+) tier (taken in [0-9.]+ s|skipped): (.*)", self.said)
+        return [Attempt(tier, verb != "skipped", why) for tier, verb, why in found]
 
     @property
     def taken(self) -> str:
         """The tier that brought the weights."""
-        return next(step.tier for step in self.steps if step.taken)
+        return next(attempt.tier for attempt in self.attempts if attempt.taken)
 
     def why(self, tier: str) -> str:
-        return next(step.why for step in self.steps if step.tier == tier)
+        return next(attempt.why for attempt in self.attempts if attempt.tier == tier)
 
     @property
     def started(self) -> int:

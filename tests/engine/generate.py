@@ -39,9 +39,9 @@ def served() -> None:
     """Returns once others can fetch."""
     from swarm.engines import vllm_loader
 
-    (join,) = vllm_loader.joins()
-    assert join.serving
-    join.serving.result(60)
+    (entry,) = vllm_loader.models.entries
+    assert entry.loader.server.serving
+    entry.loader.server.serving.result(60)
 
 
 def register_updates() -> None:

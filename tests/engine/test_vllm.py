@@ -66,9 +66,9 @@ def test_do_both_tiers_give_the_tokens_of_the_source(kind: str, models: Models, 
     c = engine("c", nothing(tmp_path), nothing=True, extra={"tiers": "checkpoint"}, peers=a.address, **options(kind))
     assert a.taken == "disk"
     assert b.tokens == a.tokens
-    assert b.taken == "loaded", b.steps
+    assert b.taken == "loaded", b.attempts
     assert c.tokens == a.tokens
-    assert c.taken == "checkpoint", c.steps
+    assert c.taken == "checkpoint", c.attempts
     assert c.why("loaded") == "turned off"
 
 
@@ -129,7 +129,7 @@ def test_does_a_newcomer_go_on_when_its_source_is_killed(left: str, engine: Star
     b.wait_for("fetches loaded tensors")
     a.kill()
     assert b.tokens == expected
-    assert b.taken == ("loaded" if left == "twin" else "disk"), b.steps
+    assert b.taken == ("loaded" if left == "twin" else "disk"), b.attempts
 
 
 @pytest.mark.matrix
@@ -180,7 +180,7 @@ def test_do_ranks_find_their_twins(models: Models, engine: Start, tmp_path: Path
     a.wait_until(lambda: a.said.count("ready, serves") == 2, "two ranks that serve")
     b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind, **two))
     assert b.tokens == a.tokens
-    assert [step.tier for step in b.steps if step.taken] == ["loaded", "loaded"]
+    assert [attempt.tier for attempt in b.attempts if attempt.taken] == ["loaded", "loaded"]
     a.kill()
     b.kill()
     c = engine("c", models(kind), **options(kind))
@@ -189,7 +189,7 @@ def test_do_ranks_find_their_twins(models: Models, engine: Start, tmp_path: Path
         "d", nothing(tmp_path), nothing=True, peers=c.address, extra={"tiers": "checkpoint"}, **options(kind, **two)
     )
     assert d.tokens == a.tokens
-    assert [step.tier for step in d.steps if step.taken] == ["checkpoint", "checkpoint"]
+    assert [attempt.tier for attempt in d.attempts if attempt.taken] == ["checkpoint", "checkpoint"]
 
 
 @pytest.mark.parametrize("told", ["reset_weights", pytest.param("reload_weights", marks=pytest.mark.matrix)])
@@ -212,7 +212,7 @@ def test_does_an_engine_that_slept_serve_again(models: Models, engine: Start, tm
     assert "served no longer, until they are back: the engine was told to sleep" in a.said
     b = engine("b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind))
     assert b.tokens == a.tokens
-    assert b.taken == "loaded", b.steps
+    assert b.taken == "loaded", b.attempts
 
 
 def test_are_updated_weights_given_to_who_asks_for_their_version_alone(
@@ -226,7 +226,7 @@ def test_are_updated_weights_given_to_who_asks_for_their_version_alone(
         "b", nothing(tmp_path), nothing=True, peers=a.address, **options(kind, SWARM_WEIGHT_VERSION="v1", **plain)
     )
     assert b.tokens == a.tokens
-    assert b.taken == "loaded", b.steps
+    assert b.taken == "loaded", b.attempts
     b.kill()
     c = engine("c", nothing(tmp_path), nothing=True, peers=a.address, **options(kind, **plain))
     assert c.tokens != a.tokens
@@ -250,37 +250,41 @@ def test_are_updated_weights_not_served_that_processing_has_packed(
     assert a.said.count("ready, serves") == 1
 
 
-class Told:
-    """An offer that remembers what it was told."""
+class RecordingServer:
+    """A tensor server that records the calls of the hooks."""
 
     def __init__(self) -> None:
-        self.heard: list[str] = []
+        self.calls: list[str] = []
 
     def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *words: self.heard.append(" ".join([name, *words[:1]]))
+        return lambda *words: self.calls.append(" ".join([name, *words[:1]]))
 
 
 @pytest.mark.filterwarnings("ignore")  # of what vLLM imports
 @pytest.mark.parametrize(
-    ("method", "arguments", "heard"),
+    ("method", "arguments", "call"),
     [
         ("sleep", {"level": 1}, "pause the engine was told to sleep"),
         ("wake_up", {"tags": None}, "resume"),
         ("wake_up", {"tags": ["weights"]}, "resume"),
         ("wake_up", {"tags": ["kv_cache"]}, None),
         ("discard", {"tags": ("kv_cache",)}, None),
-        ("discard", {"tags": ("weights",)}, "change the engine was told to discard its weights"),
-        ("reload_weights", {}, "change the engine was told to reload weights"),
-        ("reset_weights", {}, "change the engine was told to reset weights"),
-        ("start_weight_update", {}, "change the engine was told to start weight update"),
-        ("start_draft_weight_update", {}, "change the engine was told to start draft weight update"),
-        ("update_weights", {"update_info": {}}, "change the engine was told to update weights"),
-        ("finish_weight_update", {}, "changed"),
-        ("elastic_ep_execute", {"execute_method": "load_model"}, "change the engine was told to elastic ep execute"),
+        ("discard", {"tags": ("weights",)}, "begin_change the engine was told to discard its weights"),
+        ("reload_weights", {}, "begin_change the engine was told to reload weights"),
+        ("reset_weights", {}, "begin_change the engine was told to reset weights"),
+        ("start_weight_update", {}, "begin_change the engine was told to start weight update"),
+        ("start_draft_weight_update", {}, "begin_change the engine was told to start draft weight update"),
+        ("update_weights", {"update_info": {}}, "begin_change the engine was told to update weights"),
+        ("finish_weight_update", {}, "end_change"),
+        (
+            "elastic_ep_execute",
+            {"execute_method": "load_model"},
+            "begin_change the engine was told to elastic ep execute",
+        ),
     ],
 )
-def test_is_an_offer_told_what_a_worker_is_told(
-    method: str, arguments: dict[str, Any], heard: str | None, monkeypatch: pytest.MonkeyPatch
+def test_which_calls_does_a_tensor_server_get_for_a_call_of_the_worker(
+    method: str, arguments: dict[str, Any], call: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The wrapper and the names of its methods are vLLM's own; the worker behind it does nothing."""
     from vllm.v1.worker.gpu_worker import Worker
@@ -289,17 +293,17 @@ def test_is_an_offer_told_what_a_worker_is_told(
     from swarm.engines import vllm, vllm_loader
 
     vllm.register()
-    offer, done = Told(), []
-    one: Any = SimpleNamespace(join=SimpleNamespace(offer=offer), lost="")
-    monkeypatch.setattr(vllm_loader, "_loaded", [one])
+    server, done = RecordingServer(), []
+    entry: Any = SimpleNamespace(loader=SimpleNamespace(server=server), lost="")
+    monkeypatch.setattr(vllm_loader.models, "entries", [entry])
     wrapper = WorkerWrapperBase()
     wrapper.worker = create_autospec(Worker, instance=True)
-    getattr(wrapper.worker, method).side_effect = lambda **given: done.append((given, list(offer.heard)))
+    getattr(wrapper.worker, method).side_effect = lambda **given: done.append((given, list(server.calls)))
     getattr(wrapper, method)(**arguments)
     ((given, before),) = done
     assert given == arguments
-    assert offer.heard == [*([heard] if heard else []), *(["changed"] if method == "reload_weights" else [])]
-    assert before == ([] if method in ("wake_up", "finish_weight_update") else offer.heard[:1])
+    assert server.calls == [*([call] if call else []), *(["end_change"] if method == "reload_weights" else [])]
+    assert before == ([] if method in ("wake_up", "finish_weight_update") else server.calls[:1])
 
 
 @pytest.mark.matrix

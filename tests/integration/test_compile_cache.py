@@ -20,7 +20,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 from swarm import Settings
-from swarm.engines import caches
+from swarm.engines import compile_caches
 
 role, root, *peers = sys.argv[1:]
 settings = Settings(name=role, mdns=False, peers=tuple(peers), cache=Path(root, role), trusted=("127.0.0.1",),
@@ -29,7 +29,7 @@ import torch
 from torch._dynamo.utils import counters
 
 fields = {"model": "org/model"}
-installed = caches.before_compiling(fields, settings) if peers else None
+installed = compile_caches.before_compiling(fields, settings) if peers else None
 
 @torch.compile
 def layer(x, y):
@@ -40,7 +40,7 @@ result = layer(x, x).sum().item()
 inductor = counters["inductor"]
 report = {"result": result, "hits": inductor["fxgraph_cache_hit"], "misses": inductor["fxgraph_cache_miss"],
           "new": installed.new if installed else None}
-served = caches.after_warm_up(fields, settings)
+served = compile_caches.after_warm_up(fields, settings)
 print(json.dumps(report | {"address": served.address}), flush=True)
 sys.stdin.read()
 """

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from swarm.engines import start_log
-from swarm.engines.start_log import Start, Step
+from swarm.engines.start_log import EngineStart, TierAttempt
 from swarm.security import cluster_key
 
 from .processes import MODEL, Ended, Machine
@@ -69,7 +69,7 @@ def test_is_the_wrong_key_named_with_who_refuses_it(
     ended, findings = examined(machine, "--peer", seed.address, "--no-mdns", *flags)
     assert ended.code == 1
     assert bad(findings)["key"] == f"{seed.address}: {told}"
-    assert bad(findings)["model"] == f"nobody holds {MODEL}"
+    assert bad(findings)["model"] == f"no node holds {MODEL}"
 
 
 def test_is_a_key_that_is_not_there_said_before_anything_else(machine: Machine, tmp_path: Path) -> None:
@@ -106,11 +106,11 @@ def test_are_a_taken_port_and_a_name_that_nobody_knows_seen(machine: Machine) ->
 
 def test_are_the_last_starts_told_to_people(machine: Machine, model: Path) -> None:
     seed = machine.serve(model)
-    left = Step("loaded", False, "nobody has this layout")
-    start_log.record(machine.cache, Start("vllm 9.9", MODEL, "tp 0 of 1", {}, (left, Step("disk", True, "no peer"))))
+    loaded = TierAttempt("loaded", False, "failed: stalled", failed=True)
+    attempts = (loaded, TierAttempt("disk", True, "no peer"))
+    start_log.record(machine.cache, EngineStart("vllm 9.9", MODEL, "tp 0 of 1", {}, attempts))
     ended = machine.run("doctor", MODEL, "--no-mdns", "--peer", seed.address, environment={"COLUMNS": "200"})
     assert ended.code == 1
-    assert (
-        "vllm 9.9, org/model, tp 0 of 1: from disk or hub (no peer); loaded left: nobody has this layout" in ended.out
-    )
+    brought = "from disk or hub (no peer), because a tier failed"
+    assert f"vllm 9.9, org/model, tp 0 of 1: {brought}; loaded skipped: failed: stalled" in ended.out
     assert "1 of these keep a start from using the swarm" in ended.out

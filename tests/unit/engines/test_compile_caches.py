@@ -121,7 +121,7 @@ def test_may_a_cache_change_while_it_is_served(tmp_path: Path, node: Start, sour
 def test_is_it_off_unless_machines_are_named(tmp_path: Path, node: Start) -> None:
     off = dataclasses.replace(node("off"), compile_caches=False)
     assert not Settings().compile_caches
-    for settings, told in ((off, "compile_caches: is off"), (node("nobody", trusted=()), "trusted: names nobody")):
+    for settings, told in ((off, "compile_caches: is off"), (node("nobody", trusted=()), "trusted: names no machine")):
         with pytest.raises(SettingsError, match=told):
             compile_caches.install(FIELDS, settings, places=places(tmp_path))
         with pytest.raises(SettingsError, match=told):
@@ -169,7 +169,7 @@ def offered_as(
             {"fingerprint": Fingerprint({**FIELDS, "sha256": "0"}).text},
             r"other machines: cpu is .* here and \(not said\)",
         ),
-        ({"fingerprint": None}, "what arrived is not what was introduced"),
+        ({"fingerprint": None}, "the files are not those that were introduced"),
     ],
 )
 def test_is_what_is_no_such_cache_refused(
@@ -236,7 +236,7 @@ def test_does_a_start_go_on_without(
     assert compile_caches.before_compiling({"model": "other"}, node("other", source.address)) is None
     assert "compiling here (no peer serves" in caplog.text
     assert compile_caches.after_warm_up(FIELDS, node("nobody", trusted=())) is None
-    assert "not served (trusted: names nobody" in caplog.text
+    assert "not served (trusted: names no machine" in caplog.text
     installed = compile_caches.before_compiling(FIELDS, node("other", source.address))
     assert installed is not None
     assert "3 files from source, 0 were here" in caplog.text

@@ -9,7 +9,7 @@ import torch
 
 from swarm.content.manifest import Digest, ModelId
 from swarm.engines.layout import Fingerprint
-from swarm.engines.serve_loaded import Offer
+from swarm.engines.serve_loaded import TensorServer
 from swarm.store import Source
 
 
@@ -18,11 +18,11 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 
 class Stand:
-    """An offer, and what others could get of it: bytes of 'norm' by id."""
+    """A tensor server, and what peers could get of it: bytes of 'norm' by id."""
 
     def __init__(self, version: str | None = None) -> None:
         self.sources: dict[str, Source] = {}
-        self.offer = Offer(
+        self.server = TensorServer(
             "m rank 0",
             version=version,
             chunk_hash="xxh3-128",
@@ -37,13 +37,13 @@ class Stand:
 
     def settled(self) -> set[str]:
         """Ids of what is served once nothing goes on in the background."""
-        assert self.offer.serving is not None
-        self.offer.serving.result(30)
+        assert self.server.serving is not None
+        self.server.serving.result(30)
         return set(self.sources)
 
     def serving(self, held: Callable[[], dict[str, torch.Tensor]]) -> Stand:
-        self.offer.keep(held)
-        self.offer.begin({"tensors": self.offer.publish})
+        self.server.keep(held)
+        self.server.begin({"tensors": self.server.publish})
         assert self.settled()
         return self
 
@@ -57,11 +57,11 @@ def test_are_tensors_served_again_whose_memory_went_and_came_back() -> None:
     held = tensors(1)
     stand = Stand().serving(lambda: held)
     before = digest(stand)
-    stand.offer.pause("a test")
+    stand.server.pause("a test")
     assert not stand.sources
     held["norm"].data.zero_()
     held["norm"].data.copy_(tensors(1)["norm"])
-    stand.offer.resume()
+    stand.server.resume()
     assert stand.settled() == {"m as None"}
     assert digest(stand) == before
 
@@ -69,15 +69,15 @@ def test_are_tensors_served_again_whose_memory_went_and_came_back() -> None:
 def test_are_tensors_that_came_back_as_others_not_served_again(caplog: pytest.LogCaptureFixture) -> None:
     held = tensors(1)
     stand = Stand().serving(lambda: held)
-    stand.offer.pause("a test")
+    stand.server.pause("a test")
     held["norm"].data[0] = 7
     with caplog.at_level("INFO", "swarm"):
-        stand.offer.resume()
+        stand.server.resume()
         assert not stand.settled()
-    assert "not served again: they are not the bytes that they were" in caplog.text
+    assert "not served again: their bytes changed" in caplog.text
     held["norm"].data[0] = 2  # what it was
-    stand.offer.pause("again")
-    stand.offer.resume()
+    stand.server.pause("again")
+    stand.server.resume()
     assert not stand.settled()
 
 
@@ -85,23 +85,23 @@ def test_are_tensors_not_served_that_nobody_hashed_before_their_memory_went(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stand = Stand()
-    stand.offer.keep(lambda: tensors(1))
-    stand.offer.pause("a test")
+    stand.server.keep(lambda: tensors(1))
+    stand.server.pause("a test")
     with caplog.at_level("INFO", "swarm"):
-        stand.offer.resume()
-    stand.offer.begin({"tensors": stand.offer.publish})
+        stand.server.resume()
+    stand.server.begin({"tensors": stand.server.publish})
     assert not stand.settled()
-    assert "went before they were hashed" in caplog.text
+    assert "was released before they were hashed" in caplog.text
 
 
 def test_are_tensors_that_changed_not_served_after_a_sleep(caplog: pytest.LogCaptureFixture) -> None:
     stand = Stand().serving(lambda: tensors(1))
     with caplog.at_level("INFO", "swarm"):
-        stand.offer.change("a test")
+        stand.server.begin_change("a test")
     assert "served no longer, until the engine starts anew: a test" in caplog.text
-    stand.offer.changed()
-    stand.offer.pause("another one")
-    stand.offer.resume()
+    stand.server.end_change()
+    stand.server.pause("another one")
+    stand.server.resume()
     assert not stand.settled()
 
 
@@ -116,10 +116,10 @@ def test_does_a_sleep_wait_for_whoever_reads_the_tensors() -> None:
         order.append("read")
         return tensors(1)
 
-    stand.offer.keep(slowly)
-    stand.offer.begin({"tensors": stand.offer.publish})
+    stand.server.keep(slowly)
+    stand.server.begin({"tensors": stand.server.publish})
     assert reading.wait(30)
-    stand.offer.pause("a test")
+    stand.server.pause("a test")
     order.append("asleep")
     asleep.set()
     assert not stand.settled()
@@ -130,15 +130,15 @@ def test_are_weights_that_were_updated_served_as_their_version_alone() -> None:
     stand = Stand().serving(lambda: tensors(1))
     before = digest(stand)
     for version, value in (("v1", 2.0), ("v2", 3.0)):
-        stand.offer.change("an update")
+        stand.server.begin_change("an update")
         assert not stand.sources
-        stand.offer.changed()
+        stand.server.end_change()
         assert not stand.sources
-        stand.offer.call(version, functools.partial(tensors, value))
+        stand.server.set_version(version, functools.partial(tensors, value))
         assert stand.settled() == {f"m as {version}"}
         assert digest(stand) != before
-        stand.offer.pause("a nap")
-        stand.offer.resume()
+        stand.server.pause("a nap")
+        stand.server.resume()
         assert stand.settled() == {f"m as {version}"}
 
 
@@ -150,13 +150,13 @@ def test_is_a_version_that_was_taken_from_a_twin_served_as_that() -> None:
 @pytest.mark.parametrize(
     ("steps", "version", "why"),
     [
-        ([], "v1", "no change of the weights has come to its end"),
-        (["change"], "v1", "no change of the weights has come to its end"),
-        (["changed"], "v1", "no change of the weights has come to its end"),
-        (["change", "changed", "change"], "v1", "no change of the weights has come to its end"),
-        (["change", "changed", "pause"], "v1", "their memory is away"),
-        (["change", "changed"], "", "other weights had that name"),
-        (["change", "changed"], "v0", "other weights had that name"),
+        ([], "v1", "no change of the weights has finished"),
+        (["begin_change"], "v1", "no change of the weights has finished"),
+        (["end_change"], "v1", "no change of the weights has finished"),
+        (["begin_change", "end_change", "begin_change"], "v1", "no change of the weights has finished"),
+        (["begin_change", "end_change", "pause"], "v1", "their memory is away"),
+        (["begin_change", "end_change"], "", "other weights had that name"),
+        (["begin_change", "end_change"], "v0", "other weights had that name"),
     ],
 )
 def test_is_nothing_served_as_a_version_that_it_may_not_be(
@@ -164,9 +164,9 @@ def test_is_nothing_served_as_a_version_that_it_may_not_be(
 ) -> None:
     stand = Stand("v0").serving(lambda: tensors(1))
     for step in steps:
-        getattr(stand.offer, step)(*(() if step == "changed" else ("a test",)))
+        getattr(stand.server, step)(*(() if step == "end_change" else ("a test",)))
     left = set(stand.sources)
     with caplog.at_level("INFO", "swarm"):
-        stand.offer.call(version, lambda: tensors(2))
+        stand.server.set_version(version, lambda: tensors(2))
     assert stand.settled() == left
     assert why in caplog.text

@@ -133,7 +133,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
     run.ours = ours  # type: ignore[attr-defined]
     yield run
-    ours._joins.clear()
+    ours.models.entries.clear()
     runtime()._close_all()
 
 
@@ -164,9 +164,9 @@ def bare(tmp_path: Path) -> Path:
 
 
 def address(ours: Any) -> str:
-    (join,) = ours._joins
-    join.serving.result(20)
-    return str(join._node.address)
+    (entry,) = ours.models.entries
+    entry.loader.server.serving.result(20)
+    return str(entry.loader.node.opened.address)
 
 
 def taken(tmp_path: Path, name: str) -> str:
@@ -187,7 +187,7 @@ def test_does_a_newcomer_without_weights_load_what_the_first_one_has(
 ) -> None:
     first = load(files, "first")
     assert taken(tmp_path, "first") == "disk"
-    load.ours.ready()  # type: ignore[attr-defined]
+    load.ours.models.ready()  # type: ignore[attr-defined]
     seed = address(load.ours)  # type: ignore[attr-defined]
     second = load(bare(tmp_path), "second", seed, tiers=tiers)
     assert taken(tmp_path, "second") == tier
@@ -198,9 +198,9 @@ def test_does_a_newcomer_without_weights_load_what_the_first_one_has(
 
 def test_is_what_changes_served_no_longer(load: Load, files: Path, tmp_path: Path) -> None:
     load(files, "first")
-    load.ours.ready()  # type: ignore[attr-defined]
+    load.ours.models.ready()  # type: ignore[attr-defined]
     seed = address(load.ours)  # type: ignore[attr-defined]
-    load.ours.change("update_weights_from_disk")  # type: ignore[attr-defined]
+    importlib.import_module("swarm.engines.sglang").begin_change("update_weights_from_disk")
     load(bare(tmp_path), "second", seed)
     assert taken(tmp_path, "second") == "checkpoint"
 
@@ -211,10 +211,10 @@ def test_is_what_was_released_served_again_when_it_is_back(
 ) -> None:
     plugin = importlib.import_module("swarm.engines.sglang")
     load(files, "first")
-    load.ours.ready()  # type: ignore[attr-defined]
+    load.ours.models.ready()  # type: ignore[attr-defined]
     seed = address(load.ours)  # type: ignore[attr-defined]
-    plugin._pause(None, SimpleNamespace(tags=["weights"]))
-    plugin._resume(None, None, SimpleNamespace(tags=tags))
+    plugin.pause(None, SimpleNamespace(tags=["weights"]))
+    plugin.resume(None, None, SimpleNamespace(tags=tags))
     address(load.ours)  # type: ignore[attr-defined]
     load(bare(tmp_path), "second", seed)
     assert taken(tmp_path, "second") == tier
@@ -229,7 +229,7 @@ def test_is_a_model_with_tensors_that_no_name_leads_to_left_to_its_files(
 
     monkeypatch.setattr(Toy, "load_weights", load_weights)
     first = load(files, "first")
-    load.ours.ready()  # type: ignore[attr-defined]
+    load.ours.models.ready()  # type: ignore[attr-defined]
     second = load(bare(tmp_path), "second", address(load.ours))  # type: ignore[attr-defined]
     assert taken(tmp_path, "second") == "checkpoint"
     assert torch.equal(second.absorbed, first.absorbed)

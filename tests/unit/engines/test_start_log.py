@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 from swarm.engines import start_log
-from swarm.engines.start_log import Start, Step
+from swarm.engines.start_log import EngineStart, TierAttempt
 
 
-def start(model_id: str = "org/model", *steps: Step) -> Start:
-    return Start("vllm 0.33.0", model_id, "tp 0 of 1", {"dtype": "bfloat16"}, steps)
+def start(model_id: str = "org/model", *attempts: TierAttempt) -> EngineStart:
+    return EngineStart("vllm 0.33.0", model_id, "tp 0 of 1", {"dtype": "bfloat16"}, attempts)
 
 
 def test_is_a_start_recalled_as_it_was_recorded(tmp_path: Path) -> None:
-    left = Step("loaded", False, "nobody has it", 0.2)
-    told = start("org/model", left, Step("checkpoint", True, "from 2 peers", 1.5))
+    left = TierAttempt("loaded", False, "nobody has it", 0.2)
+    told = start("org/model", left, TierAttempt("checkpoint", True, "from 2 peers", 1.5))
     start_log.record(tmp_path, told)
     ((_, found),) = start_log.recall(tmp_path)
     assert found == told
-    assert found.taken == told.steps[1]
+    assert found.taken == told.attempts[1]
     assert start("org/model", left).taken is None
 
 

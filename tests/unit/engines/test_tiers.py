@@ -4,19 +4,19 @@ from dataclasses import replace
 
 import pytest
 
-from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
-from swarm.engines.layout import Difference
-from swarm.engines.tiers import Layout, Other, Situation, choose
+from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest
+from swarm.engines.layout import FieldDifference, TensorLayout
+from swarm.engines.tiers import Availability, OtherLayout, choose
 
-NEWCOMER = Situation(content="c" * 64, local="headers", twins=2, holders=3)
-
-
-def wanted(situation: Situation) -> list[str]:
-    return [choice.tier for choice in choose(situation) if choice.wanted]
+NEWCOMER = Availability(content=Digest("c" * 64), local="headers", twins=2, holders=3)
 
 
-def why(situation: Situation, tier: str) -> str:
-    (choice,) = [choice for choice in choose(situation) if choice.tier == tier]
+def wanted(available: Availability) -> list[str]:
+    return [choice.tier for choice in choose(available) if choice.wanted]
+
+
+def why(available: Availability, tier: str) -> str:
+    (choice,) = [choice for choice in choose(available) if choice.tier == tier]
     return choice.why
 
 
@@ -31,11 +31,11 @@ def test_are_all_tiers_tried_in_order_with_a_reason_each() -> None:
     ("change", "tiers", "tier", "words"),
     [
         ({"twins": 0}, ["checkpoint", "disk"], "loaded", "no twin"),
-        ({"holders": 0}, ["loaded", "disk"], "checkpoint", "nobody serves the files"),
+        ({"holders": 0}, ["loaded", "disk"], "checkpoint", "no peer serves the files"),
         ({"unsafe": "experts move"}, ["checkpoint", "disk"], "loaded", "experts move"),
         ({"unread": "no headers"}, ["loaded", "disk"], "checkpoint", "no headers"),
         ({"local": "whole"}, ["loaded", "disk"], "checkpoint", "on this machine already"),
-        ({"content": None}, ["disk"], "checkpoint", "not known which content"),
+        ({"content": None}, ["disk"], "checkpoint", "its content is not known"),
         ({"content": None, "local": "whole"}, ["disk"], "loaded", "never hashed"),
         ({"version": "v1"}, ["loaded"], "checkpoint", "no files hold weight version 'v1'"),
         ({"version": "v1", "local": "whole", "twins": 0}, [], "disk", "no files hold weight version 'v1'"),
@@ -44,31 +44,31 @@ def test_are_all_tiers_tried_in_order_with_a_reason_each() -> None:
     ],
 )
 def test_is_a_tier_left_for_a_reason(change: dict[str, object], tiers: list[str], tier: str, words: str) -> None:
-    situation = replace(NEWCOMER, **change)  # type: ignore[arg-type]
-    assert wanted(situation) == tiers
-    assert words in why(situation, tier)
+    available = replace(NEWCOMER, **change)  # type: ignore[arg-type]
+    assert wanted(available) == tiers
+    assert words in why(available, tier)
 
 
 def test_is_it_said_in_which_fields_others_differ() -> None:
-    differences = [Difference("vllm", "0.32.0", "0.33.0"), *(Difference(f"f{n}", "a", "b") for n in range(4))]
-    situation = replace(NEWCOMER, twins=0, others=[Other("node-7", differences)])
-    said = why(situation, "loaded")
+    differences = [FieldDifference("vllm", "0.32.0", "0.33.0"), *(FieldDifference(f"f{n}", "a", "b") for n in range(4))]
+    available = replace(NEWCOMER, twins=0, others=[OtherLayout("node-7", differences)])
+    said = why(available, "loaded")
     assert "node-7 differs: vllm is 0.32.0 here and 0.33.0 there" in said
     assert said.endswith("and 2 more")
 
 
 def test_are_others_with_other_content_named_and_refused() -> None:
-    situation = replace(NEWCOMER, twins=0, holders=0, strangers=["node-3 (1.2.3.4:5) dddd"])
-    assert wanted(situation) == ["disk"]
+    available = replace(NEWCOMER, twins=0, holders=0, strangers=["node-3 (1.2.3.4:5) dddd"])
+    assert wanted(available) == ["disk"]
     for tier in ("loaded", "checkpoint"):
-        assert "other content under the same name is refused: node-3 (1.2.3.4:5) dddd" in why(situation, tier)
+        assert "other content under the same name is refused: node-3 (1.2.3.4:5) dddd" in why(available, tier)
 
 
-LAYOUT = Layout({"a": ("F32", (2, 2)), "b": ("BF16", (4,))}, {"tied": "a"})
+LAYOUT = TensorLayout({"a": ("F32", (2, 2)), "b": ("BF16", (4,))}, {"tied": "a"})
 
 
 def test_is_a_layout_like_itself() -> None:
-    assert LAYOUT.differences(Layout(dict(LAYOUT.tensors), dict(LAYOUT.aliases))) == []
+    assert LAYOUT.differences(TensorLayout(dict(LAYOUT.tensors), dict(LAYOUT.aliases))) == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_is_a_layout_like_itself() -> None:
 def test_is_every_difference_of_layouts_named(
     tensors: dict[str, tuple[str, tuple[int, ...]]], aliases: dict[str, str], said: list[str]
 ) -> None:
-    assert LAYOUT.differences(Layout(tensors, aliases)) == said
+    assert LAYOUT.differences(TensorLayout(tensors, aliases)) == said
 
 
 def test_is_a_layout_what_the_manifest_describes() -> None:
@@ -100,4 +100,4 @@ def test_is_a_layout_what_the_manifest_describes() -> None:
     size = 8 + len(header) + 24
     file = FileEntry("model.safetensors", size, header, (ChunkEntry(size, "0" * 32),))
     manifest = Manifest(1, "loaded", "{}", HashScheme(), 1 << 20, (file,))
-    assert LAYOUT.differences(Layout.described(manifest)) == []
+    assert LAYOUT.differences(TensorLayout.of_files(manifest.files)) == []

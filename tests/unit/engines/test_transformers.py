@@ -188,7 +188,7 @@ def test_is_an_expert_that_the_files_lack_refused(path: Path, node: Start) -> No
         newcomer = node("newcomer", served.address)
         with pytest.raises(StoreConflict, match="cannot be converted to those of MixtralForCausalLM"):
             swarm.transformers.load(MODEL, config, settings=newcomer)
-        with pytest.raises(SettingsError, match=r"what was fetched has no config\.json"):
+        with pytest.raises(SettingsError, match=r"the fetched model has no config\.json"):
             swarm.transformers.load(MODEL, settings=newcomer)
 
 

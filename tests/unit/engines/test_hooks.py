@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from swarm.engines.plugging import Plug
+from swarm.engines.hooks import EngineHooks
 
 FORMATS, WORKER, CORE = "vllm.model_executor.model_loader", "vllm.v1.worker.worker_base", "vllm.v1.engine.core"
 REGISTRY = "sglang.srt.plugins.hook_registry"
@@ -90,8 +90,9 @@ class VLLM:
         def hook(name: str) -> Callable[..., None]:
             return lambda *words: self.told.append((name, words))
 
-        names = ("ready", "change", "changed", "pause", "resume", "discard", "call")
-        loader = module("swarm.engines.vllm_loader", SwarmLoader=object, **{name: hook(name) for name in names})
+        names = ("ready", "begin_change", "end_change", "pause", "resume", "set_version")
+        models = types.SimpleNamespace(**{name: hook(name) for name in names})
+        loader = module("swarm.engines.vllm_loader", VllmLoader=object, models=models)
         monkeypatch.setitem(sys.modules, "swarm.engines.vllm_loader", loader)
         monkeypatch.setattr(importlib.import_module("swarm.engines"), "vllm_loader", loader, raising=False)
         plugin = importing(monkeypatch, "vllm", self.modules, "swarm.engines.vllm")
@@ -231,14 +232,14 @@ def test_does_sglang_without_plugins_of_this_kind_start(
 
 
 def test_is_a_failure_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    plug, tried = Plug("An engine", "no_such_engine"), []
+    hooks, tried = EngineHooks("An engine", "no_such_engine"), []
 
     def put() -> None:
         tried.append(1)
         raise OSError("no")
 
-    assert not plug.place("flying", put)
-    assert not plug.place("flying", put)
+    assert not hooks.install("flying", put)
+    assert not hooks.install("flying", put)
     assert tried == [1]
     (line,) = lines(caplog)
     assert line.startswith("An engine of an unknown version goes without flying: no (OSError); docs/engines.md")

@@ -1,0 +1,80 @@
+"""How an engine's rank joins the swarm: its options, and the settings of its node."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from swarm.errors import SettingsError
+from swarm.settings import Settings, join_address, split_address
+
+LOOK_S = 3.0
+TIERS = ("loaded", "checkpoint")
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank of an engine: its `label` for people, and its number on this host."""
+
+    label: str
+    local: int
+
+    @classmethod
+    def of(cls, local: int, **kinds: tuple[int, int]) -> Rank:
+        """The rank with a (rank, size) of each kind: `Rank.of(0, tp=(1, 2))` has the label 'tp1'."""
+        return cls(",".join(f"{kind}{rank}" for kind, (rank, size) in kinds.items() if size > 1) or "0", local)
+
+    @property
+    def first_of_host(self) -> bool:
+        """Whether this rank serves the artifacts that its host serves once."""
+        return self.local == 0
+
+    def settings(self, shared: Settings) -> Settings:
+        """The settings of this rank's node: each rank has its own port and name."""
+        host, port = split_address("listen", shared.listen, default_port=0)
+        name = shared.name and f"{shared.name}-{self.label}"
+        return dataclasses.replace(shared, listen=join_address(host, port + self.local if port else 0), name=name)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options of engines, beside the node's `settings`; docs/engines.md describes each.
+
+    Read from the mapping that the engine gives its loader, else from SWARM_MODEL_ID, SWARM_LOOK_S, SWARM_TIERS,
+    SWARM_SERVE and SWARM_WEIGHT_VERSION. `look_s`: seconds to look for peers. A `weight_version` is loaded from a peer
+    that serves exactly this version, or loading fails.
+    """
+
+    settings: Settings
+    model_id: str | None = None
+    look_s: float = LOOK_S
+    tiers: tuple[str, ...] = TIERS
+    serve: bool = True
+    weight_version: str | None = None
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> LoadOptions:
+        """Raises SettingsError, also for keys that neither this class nor `Settings` has."""
+        environment = os.environ if environment is None else environment
+        own = {field.name for field in dataclasses.fields(cls)} - {"settings"}
+        values: dict[str, Any] = {
+            name: environment[key] for name in own if (key := f"SWARM_{name.upper()}") in environment
+        }
+        values |= {name: value for name, value in given.items() if name in own}
+        settings = Settings.load({k: v for k, v in given.items() if k not in own}, environment=environment)
+        tiers = values.get("tiers", TIERS)
+        tiers = tuple(part.strip() for part in tiers.split(",")) if isinstance(tiers, str) else tuple(tiers)
+        if unknown := set(tiers) - {*TIERS, ""}:
+            raise SettingsError("tiers", f"{sorted(unknown)} are none of {', '.join(TIERS)}")
+        try:
+            look_s = float(values.get("look_s", LOOK_S))
+        except (TypeError, ValueError):
+            raise SettingsError("look_s", f"{values['look_s']!r} is not a number of seconds") from None
+        serve = str(values.get("serve", True)).lower() not in ("0", "false", "no", "off")
+        model_id, version = values.get("model_id"), values.get("weight_version")
+        return cls(
+            settings, None if model_id is None else str(model_id), look_s, tiers, serve, str(version or "") or None
+        )
