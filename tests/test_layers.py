@@ -58,6 +58,7 @@ ROWS: dict[str, set[str]] = {
         "observe.units", "runtime", "simulation", "simulation.crowd", "simulation.plot", "simulation.report",
         "simulation.setup", "simulation.wire",
     },
+    "testing": {"testing", "testing.require", "testing.stores", "testing.transports"},
 }  # fmt: skip
 PURE = ["words", "nouns", "policy", "machines"]
 
@@ -93,6 +94,7 @@ FOLDERS: dict[str, set[str]] = {
         "security", "simulation", "store",
     },
     "__main__": {"cli"},
+    "testing": {"content", "hashing", "net", "store", "transport"},
 }  # fmt: skip
 FLAT = {"", "__main__", "api", "errors", "journal", "runtime", "settings"}
 VERSION_ONLY = {

@@ -15,10 +15,11 @@ from swarm.hashing import cuda as hashing_cuda
 from swarm.store import DeviceView, View, cuda, staging, tensors
 from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 from swarm.store.tensors import IntoStore, TensorSource
+from swarm.testing.stores import check_store, content, sample
 from swarm.transfer.verify import Landed, Landings
 
-from .check_store import KINDS_OF_SAMPLE, check_store, content, sample
 from .fake_gpu import FakeGpu, on_gpu
+from .sample_tensors import KINDS_OF_SAMPLE
 
 
 @pytest.fixture(autouse=True)

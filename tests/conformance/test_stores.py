@@ -9,8 +9,7 @@ from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import StoreError
 from swarm.store import FileSpan
 from swarm.store.directory import DirectoryStore
-
-from .check_store import check_store
+from swarm.testing import check_store
 
 
 @pytest.mark.parametrize("fsync", [True, False])

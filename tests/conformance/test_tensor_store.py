@@ -8,8 +8,9 @@ import torch
 from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import StoreError
 from swarm.store.tensors import IntoStore, MemoryStore
+from swarm.testing import check_store
 
-from .check_store import KINDS_OF_SAMPLE, check_store
+from .sample_tensors import KINDS_OF_SAMPLE
 
 
 def plain(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:

@@ -15,14 +15,13 @@ from swarm.net.listener import Listener
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity
 from swarm.security.cluster_key import Keyring
+from swarm.testing.transports import CHECKS, Check, MakePair, Pair, run_check
 from swarm.transport import Inbound
 from swarm.transport.inproc import InprocTransport
 from swarm.transport.pace import TokenBucket
 from swarm.transport.streams import InboundStreams
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.torch_distributed import TorchDistTransport
-
-from .check_transport import CHECKS, Check, MakePair, Pair, run_check
 
 MEMBER = Identity(Keyring((cluster_key.generate(),)), "a" * 16, now_s=time.time())
 

@@ -23,6 +23,7 @@ from swarm.hashing import cuda as hashing_cuda
 from swarm.net.listener import Listener
 from swarm.store import DeviceView, View, cuda, staging, tensors
 from swarm.store.tensors import IntoStore, TensorSource
+from swarm.testing.transports import CHECKS, Check, MakePair, Pair, run_check, session, transfer
 from swarm.transfer.verify import Landed, Landings
 from swarm.transport import Inbound, Outbound, paired
 from swarm.transport.byte_stream import ByteStream, PlainStream
@@ -30,9 +31,8 @@ from swarm.transport.paired import PairedInbound, PairedOutbound
 from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
-from .check_store import KINDS_OF_SAMPLE
-from .check_transport import CHECKS, Check, MakePair, Pair, run_check, session, transfer
 from .fake_gpu import FakeGpu, on_gpu
+from .sample_tensors import KINDS_OF_SAMPLE
 from .test_transports import pair_of
 
 Wire = queue.Queue[bytes]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance.check_store import KINDS_OF_SAMPLE, check_store
+from conformance.sample_tensors import KINDS_OF_SAMPLE
 
 import swarm
 from swarm.checkpoint import manifest_builder
@@ -18,6 +18,7 @@ from swarm.hashing.cpu import chunk_digest
 from swarm.settings import Settings
 from swarm.store import DeviceView
 from swarm.store.tensors import DeviceStore, IntoStore
+from swarm.testing import check_store
 
 pytestmark = pytest.mark.gpu
 
