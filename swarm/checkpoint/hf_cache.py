@@ -29,7 +29,6 @@ import filecmp
 import hashlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +37,7 @@ from pathlib import Path
 from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
+from swarm.store.disk import replacing
 
 MODEL_ID_CHARS_MAX = 96  # of each of the two parts; the hub's limit
 
@@ -112,6 +112,7 @@ class CacheEntry:
             )
         self.model_id = model_id
         self.folder = _folder(model_id, root)
+        self._incoming = self.folder / _INCOMING  # drafts too: a crash would leave them in `refs` or a snapshot
 
     def __repr__(self) -> str:
         return f"<CacheEntry {self.model_id} in {self.folder.parent}>"
@@ -150,7 +151,7 @@ class CacheEntry:
         return target
 
     def _staged(self, manifest: Manifest) -> Path:
-        return self.folder / _INCOMING / manifest.digest[:16]
+        return self._incoming / manifest.digest[:16]
 
     def _blob(self, name: str) -> Path:
         return self.folder / "blobs" / name
@@ -203,23 +204,16 @@ class CacheEntry:
         else:
             staged.replace(blob)
         link.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._scratch()
-        fresh.symlink_to(os.path.relpath(blob, link.parent))
-        fresh.replace(link)
+        with replacing(link, draft_dir=self._incoming) as draft:
+            draft.symlink_to(os.path.relpath(blob, link.parent))
 
     def _point_main(self, commit: str) -> None:
         main = self.folder / "refs" / "main"
         main.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self._scratch()
-        with fresh.open("w") as file:
+        with replacing(main, draft_dir=self._incoming) as draft, draft.open("w") as file:
             file.write(commit)  # no newline: the hub's tools compare the whole file
             file.flush()
             os.fsync(file.fileno())
-        fresh.replace(main)
-
-    def _scratch(self) -> Path:
-        """A name for what is about to be renamed. Not in `refs` or a snapshot: a crash would leave it there."""
-        return self.folder / _INCOMING / secrets.token_hex(8)
 
 
 def _folder(model_id: str, root: Path | None) -> Path:

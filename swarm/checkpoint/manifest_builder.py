@@ -12,14 +12,12 @@ Files are read, not mapped: a mapped file that somebody truncates kills the proc
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import logging
 import os
 import stat
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +51,7 @@ from swarm.hashing.cpu import LeafHasher, chunk_digest, demand
 from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
 from swarm.store.directory import DirectorySource
-from swarm.store.disk import Stamp, store_errors
+from swarm.store.disk import Stamp, replacing, store_errors
 from swarm.store.tensors import VIRTUAL_PATH, TensorSource
 
 if TYPE_CHECKING:
@@ -491,12 +489,6 @@ def _load(place: Path) -> tuple[Manifest, dict[str, tuple[int, int, int]]] | Non
 
 def _write(place: Path, kept: _Kept) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=place.parent, prefix=".new-")
-    try:
-        with os.fdopen(fd, "wb") as stream:
-            stream.write(msgspec.json.encode(kept))
-        os.replace(temporary, place)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with replacing(place) as draft:
+        draft.touch(0o600)
+        draft.write_bytes(msgspec.json.encode(kept))

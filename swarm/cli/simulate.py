@@ -32,6 +32,7 @@ from swarm.observe.units import size_text
 from swarm.simulation.crowd import Crowd, Observer
 from swarm.simulation.report import Report, quantile
 from swarm.simulation.setup import Setup
+from swarm.store.disk import replacing
 
 PARTS = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "9/10": 0.9, "all": 1.0}
 NOT_ALL_FINISHED = 1
@@ -249,13 +250,9 @@ def _as_json(value: object) -> object:
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A place to write what takes the name `path` at the end. Raises StoreError."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    """A draft that is renamed to `path` at the end. Raises StoreError."""
     try:
-        yield draft
-        draft.replace(path)
+        with replacing(path) as draft:
+            yield draft
     except OSError as error:
         raise StoreError(f"{path}: cannot be written ({error.strerror}); name another place") from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)

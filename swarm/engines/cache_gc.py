@@ -12,7 +12,6 @@ Must not know: the content of these directories.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -22,6 +21,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from swarm.store.disk import open_locked
 
 FOLDERS = ("checkpoints", "metadata", "models", "compiled")  # of the cache directory; each entry is evicted as a whole
 USE = ".use-"
@@ -44,7 +45,7 @@ def hold(place: Path, *, through_exec: bool = False) -> None:
         try:
             if place not in _held:
                 place.parent.mkdir(parents=True, exist_ok=True)
-                _held[place] = _locked(place, fcntl.LOCK_SH)
+                _held[place] = open_locked(_lock_of(place), shared=True)
             os.utime(_held[place])
             os.set_inheritable(_held[place], through_exec or os.get_inheritable(_held[place]))
         except OSError as error:
@@ -121,7 +122,7 @@ def _last_use(place: Path) -> float:
 def _remove(place: Path) -> bool:
     """Whether the directory is gone; False while a process holds it."""
     try:
-        fd = _locked(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fd = open_locked(_lock_of(place), timeout_s=0)
     except OSError:
         return False
     try:
@@ -141,18 +142,3 @@ def _remove(place: Path) -> bool:
 
 def _lock_of(place: Path) -> Path:
     return place.with_name(f"{USE}{place.name}")
-
-
-def _locked(place: Path, how: int) -> int:
-    """The open, locked lock file. Raises OSError; BlockingIOError if another process holds it and `how` is LOCK_NB."""
-    while True:
-        fd = os.open(_lock_of(place), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, how)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), _lock_of(place).stat()):
-                    return fd
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)  # removed between open and flock: the next process would lock another file

@@ -12,11 +12,9 @@ Must not know: engines, tensors.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,9 +29,8 @@ from swarm.engines.tiers import Local
 from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError
 from swarm.runtime import runtime
 from swarm.store.directory import DirectorySource
-from swarm.store.disk import Stamp, store_errors
+from swarm.store.disk import Stamp, open_locked, store_errors
 
-LOCK_POLL_S = 0.05
 LOCK_TIMEOUT_S = 3600.0  # while another rank of this host fetches or hashes the same files
 
 log = logging.getLogger("swarm")
@@ -204,17 +201,11 @@ def _locked(place: Path) -> Iterator[None]:
     lock = place.with_name(f".lock-{place.name}")
     with store_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fd = open_locked(lock, timeout_s=LOCK_TIMEOUT_S)
+        except BlockingIOError:
+            raise StoreError(f"{place}: another process has held it for {LOCK_TIMEOUT_S:.0f} s") from None
     try:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it when its process dies
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise StoreError(f"{place}: another process has held it for {LOCK_TIMEOUT_S:.0f} s") from None
-                time.sleep(LOCK_POLL_S)
         yield
     finally:
         os.close(fd)

@@ -18,6 +18,8 @@ from typing import Annotated
 
 import msgspec
 
+from swarm.store.disk import replacing
+
 FOLDER = "starts"
 KEPT = 64
 FILE_BYTES_MAX = 1 << 20
@@ -65,17 +67,14 @@ _decoder = msgspec.json.Decoder(EngineStart)
 def record(cache: Path, start: EngineStart) -> None:
     """Writes a start below the cache directory; never raises."""
     folder = cache / FOLDER
-    temporary = folder / f".new-{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(msgspec.json.encode(start))
-        os.replace(temporary, folder / f"{os.getpid()}-{next(_numbers):06}-{secrets.token_hex(4)}.json")
+        with replacing(folder / f"{os.getpid()}-{next(_numbers):06}-{secrets.token_hex(4)}.json") as draft:
+            draft.write_bytes(msgspec.json.encode(start))
         for _, stale in _newest_first(folder)[KEPT:]:
             stale.unlink(missing_ok=True)
     except OSError as error:
         log.warning("%s: the record of this start is not kept: %s", folder, error.strerror or error)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def recall(cache: Path) -> list[tuple[float, EngineStart]]:

@@ -40,7 +40,7 @@ from swarm.store.disk import (
     ConfinedDirectory,
     Stamp,
     Writeback,
-    lock_alone,
+    lock_file,
     next_data,
     remove_if_empty,
     reserve_descriptors,
@@ -272,7 +272,7 @@ class DirectoryStore:
         partial = attempt.enter_context(contextlib.closing(partials.enter(self._name)))
         lock = partial.open_file(PARTIAL, os.O_RDWR | os.O_CREAT)
         attempt.callback(os.close, lock)
-        lock_alone(lock, partial.path)
+        _lock(lock, partial.path)
         held.push(attempt.pop_all())
         if fresh:
             undo.callback(partials.remove_tree, self._name)
@@ -381,6 +381,23 @@ class DirectoryStore:
     def __repr__(self) -> str:
         final = sum(file.final for file in self._files)
         return f"<DirectoryStore {self.out} {final} of {len(self._files)} files final, {self.manifest.size} bytes>"
+
+
+def _lock(fd: int, directory: Path) -> None:
+    """Locks a partial directory by its open lock file, and writes this process's id into that file.
+
+    Raises StoreConflict when another process holds it, FileNotFoundError when its last holder removed it.
+    """
+    try:
+        lock_file(fd, directory / PARTIAL, timeout_s=0)
+    except BlockingIOError as error:
+        pid = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+        raise StoreConflict(
+            directory, f"another fetch (process {pid}) is writing there; wait for it or stop it"
+        ) from error
+    with contextlib.suppress(OSError):  # the id is for messages only; a full disk must not prevent a resume
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
 
 
 def _read(spans: Iterator[FileSpan], size: int, subject: object) -> Iterator[memoryview]:

@@ -15,9 +15,11 @@ import fcntl
 import math
 import os
 import resource
+import secrets
 import shutil
 import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,6 +31,7 @@ from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
 
 WRITEBACK_BYTES = 64 << 20  # a second or less of a slow disk's time, so little is left when the last chunk lands
 WRITEBACK_THREADS = 4
+LOCK_POLL_S = 0.05
 DESCRIPTORS_SPARE = 256  # left for sockets, logs and whatever else the process opens
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -270,21 +273,57 @@ def next_data(fd: int, offset: int) -> float:
         return math.inf if error.errno == errno.ENXIO else offset
 
 
-def lock_alone(fd: int, where: Path) -> None:
-    """Locks an open lock file until it is closed.
+def lock_file(fd: int, path: Path, *, shared: bool = False, timeout_s: float | None = None) -> None:
+    """Takes the flock(2) of the open file `fd`, named `path`, until it is closed or the process ends.
 
-    Raises StoreConflict when somebody else holds it, FileNotFoundError when whoever held it last removed it.
+    `timeout_s` None waits for ever, 0 not at all. Raises BlockingIOError at the timeout, and FileNotFoundError when
+    `path` was removed meanwhile: the next process would lock another file.
+
+    The package filelock does not fit. A held cache entry needs a shared lock that survives exec, and a store opens
+    its lock file relative to a directory; filelock has exclusive locks of paths only.
     """
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        try:
+            fcntl.flock(fd, how if deadline is None else how | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if deadline is None or time.monotonic() >= deadline:
+                raise
+            time.sleep(LOCK_POLL_S)
+    if not os.path.samestat(os.fstat(fd), os.stat(path)):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+
+
+def open_locked(path: Path, *, shared: bool = False, timeout_s: float | None = None) -> int:
+    """A descriptor of the file at `path`, made if missing and locked as by `lock_file`. Raises OSError."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            lock_file(fd, path, shared=shared, timeout_s=timeout_s)
+        except BaseException as error:
+            os.close(fd)
+            if not isinstance(error, FileNotFoundError):
+                raise
+        else:
+            return fd
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, draft_dir: Path | None = None) -> Iterator[Path]:
+    """Yields a new path in `draft_dir` (default: beside `path`), and renames it to `path` when the block ends.
+
+    A reader of `path` sees the old file or the new one, never a part. When the block raises, the draft is removed.
+    """
+    draft = (draft_dir or path.parent) / f".new-{secrets.token_hex(8)}"
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        pid = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
-        raise StoreConflict(where, f"another fetch (process {pid}) is writing there; wait for it or stop it") from error
-    if os.fstat(fd).st_nlink == 0:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-    with contextlib.suppress(OSError):  # a courtesy to whoever finds it locked; a full disk must not stop a resume
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield draft
+        draft.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
 
 
 def remove_if_empty(place: Path) -> None:
