@@ -125,7 +125,7 @@ def fetch(given: dict[str, Any]) -> dict[str, Any]:
     import swarm
     import swarm.api  # modules that `swarm.fetch` loads on first use
     from swarm import journal
-    from swarm.transfer import download
+    from swarm.transfer import download_events as download
 
     phases["import swarm"] = time.time() - began_at
     torch.zeros(1, device=f"cuda:{given['gpu']}")

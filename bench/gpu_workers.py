@@ -26,7 +26,7 @@ import swarm
 from swarm.journal import Journal
 from swarm.settings import Settings
 from swarm.store import cuda
-from swarm.transfer.download import Ask, Complete
+from swarm.transfer.download_events import Ask, Complete
 
 MODEL = "bench/qwen2.5-7b"
 HIDDEN, INNER, KEYS, VOCABULARY = 3584, 18944, 512, 152064

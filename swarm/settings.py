@@ -24,11 +24,7 @@ from swarm.errors import SettingsError
 
 ENVIRONMENT_PREFIX = "SWARM_"
 FILE_NAME = "swarm.toml"
-CHOICES = {
-    "data_encryption": ("tls", "none"),
-    "network": ("local", "lan", "wan"),
-    "chunk_hash": ("xxh3-128", "blake3"),
-}
+CHOICES = {"data_encryption": ("tls", "none"), "network": ("local", "lan", "wan"), "chunk_hash": ("xxh3-128", "blake3")}
 LABEL_MAX = 32  # characters: gossip sends it to every member
 NEAR = 0.8  # difflib ratio from which an unknown variable counts as a misspelling
 
@@ -42,8 +38,7 @@ _SCALE |= {"Ki": 2**10, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def _cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "swarm"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swarm"
 
 
 def _setting(default: Any, help_text: str, *, flag: bool = True) -> Any:
@@ -289,17 +284,13 @@ def _parse(name: str, value: Any, kind: str) -> Any:
         return tuple(item.strip() for item in items if item.strip())
     if name.lower().endswith("upload_limit") and isinstance(value, str):
         return parse_rate(name, value)
-    if not isinstance(value, str):
-        return _checked(name, value, kind)
-    try:
-        return _READERS[kind.removesuffix(" | None")](value)
-    except (ValueError, KeyError):
-        raise SettingsError(name, f"{value!r} is not a valid {kind.removesuffix(' | None')}") from None
-
-
-def _checked(name: str, value: Any, kind: str) -> Any:
-    accepted: dict[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "Path": Path}
     kind = kind.removesuffix(" | None")
+    if isinstance(value, str):
+        try:
+            return _READERS[kind](value)
+        except (ValueError, KeyError):
+            raise SettingsError(name, f"{value!r} is not a valid {kind}") from None
+    accepted: dict[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "Path": Path}
     if not isinstance(value, accepted.get(kind, str)) or (isinstance(value, bool) and kind != "bool"):
         raise SettingsError(name, f"{value!r} is not a valid {kind}")
     return value

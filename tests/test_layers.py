@@ -26,7 +26,8 @@ ROWS: dict[str, set[str]] = {
     },
     "policy": {"transfer.scheduler", "peers.selection"},
     "machines": {
-        "transfer.download", "transfer.upload", "transfer.superseed", "peers.connections", "membership.swim",
+        "transfer.download", "transfer.download_events", "transfer.upload", "transfer.superseed",
+        "peers.connections", "membership.swim",
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
     "world": {

@@ -37,6 +37,7 @@ from swarm.content.manifest import (
     LEAF_BYTES_MIN,
     ChunkEntry,
     ChunkHash,
+    Digest,
     FileEntry,
     HashScheme,
     Manifest,
@@ -216,7 +217,7 @@ class _Job:
 class _Kept(msgspec.Struct, forbid_unknown_fields=True):
     """A manifest on the disk, and the stamps (size, mtime_ns, inode) of those of its files that had settled."""
 
-    digest: str
+    digest: Digest
     manifest: str
     stamps: dict[str, tuple[int, int, int]]
     version: Literal[1] = 1

@@ -74,7 +74,7 @@ def _apply(fetch: _Fetch, entry: Mapping[str, Any], at_s: float) -> None:
         case "Granted":
             fetch.source(key[0]).waited_s += at_s - fetch.asked.pop(key, at_s)
             fetch.granted[key] = at_s
-        case "TransferEnded" | "TransferFailed" | "Cancel" | "Declined" as what:
+        case "TransferEnded" | "TransferFailed" | "Cancel" | "Refused" as what:
             fetch.asked.pop(key, None)
             began_s = fetch.granted.pop(key, None)
             if began_s is not None:

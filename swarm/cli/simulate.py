@@ -238,9 +238,12 @@ def _play_and_write(setup: Setup, trace: Path | None, plot: Path | None) -> Outc
 
 def trace_line(at_s: float, node: str, what: Any) -> str:
     """One entry of the journal as a line of JSON: when, who, what, and the fields of that."""
-    kind = f"{type(what).__module__.rpartition('.')[2]}.{type(what).__name__}"
+    module = type(what).__module__.rpartition(".")[2].removesuffix("_events")
     fields = {field.name: getattr(what, field.name) for field in dataclasses.fields(what)}
-    return json.dumps({"at_s": at_s, "node": node, "what": kind, **fields}, default=_as_json) + "\n"
+    return (
+        json.dumps({"at_s": at_s, "node": node, "what": f"{module}.{type(what).__name__}", **fields}, default=_as_json)
+        + "\n"
+    )
 
 
 def _as_json(value: object) -> object:

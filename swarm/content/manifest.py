@@ -188,7 +188,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
 _decoder = msgspec.json.Decoder(Manifest)
 
 
-def decode(data: bytes, *, digest: str) -> Manifest:
+def decode(data: bytes, *, digest: Digest) -> Manifest:
     """The manifest with this digest. Raises ManifestInvalid unless `data` is its canonical form."""
     if len(data) > MANIFEST_BYTES_MAX:
         raise ManifestInvalid("manifest", f"{len(data)} bytes; at most {MANIFEST_BYTES_MAX} are allowed")

@@ -21,7 +21,7 @@ from swarm.observe.fetch_history import FetchHistories
 from swarm.observe.node_report import Picture
 from swarm.observe.trace import entry
 from swarm.protocol.messages import NodeId
-from swarm.transfer.download import PeerHas, PeerJoined, PeerLeft
+from swarm.transfer.download_events import PeerHas, PeerJoined, PeerLeft
 
 
 class Recording:

@@ -47,6 +47,7 @@ from swarm.protocol.messages import Address, Announcement, AnyMessage, Endpoint,
 from swarm.protocol.packets import Holding, Profile, Record
 from swarm.store import Source, Store
 from swarm.transfer import download
+from swarm.transfer import download_events as events
 from swarm.transfer.download import Download
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.shares import Share, Shares
@@ -259,7 +260,7 @@ class Node:
             stall_timeout_s=self._stall_timeout_s,
             transfer_ids=self._transfer_ids,
             rng=self._rng,
-            tell=partial(self._shares.tell, share.manifest.digest),
+            announce=partial(self._shares.tell, share.manifest.digest),
         )
         self._shares.add(share)
         try:
@@ -484,7 +485,7 @@ class Node:
                     for names in near[distance:]:
                         names.add(member.node)
             # Without a label of its own a rack is everybody, and has no border.
-            fetching.met(download.Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
+            fetching.met(events.Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
 
     def _fetches(self, member: Record, digest: Digest) -> bool:
         """Whether a member fetches this just now. Its link says so sooner than gossip."""

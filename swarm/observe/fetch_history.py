@@ -14,7 +14,7 @@ from typing import Any
 from swarm.content.manifest import Digest, ModelId
 from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, Received
 from swarm.protocol.messages import NodeId
-from swarm.transfer.download import Ban, ChunkCorrupt
+from swarm.transfer.download_events import Ban, ChunkCorrupt
 
 FETCHES_KEPT = 16
 CHUNKS_KEPT = 1 << 20  # of all fetches together, 14 bytes each

@@ -18,7 +18,7 @@ from typing import Any
 from swarm.content.manifest import Digest
 from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Received, Resolved
 from swarm.protocol.messages import NodeId
-from swarm.transfer.download import Ask, Ban, ChunkCorrupt, TransferEnded, TransferFailed
+from swarm.transfer.download_events import Ask, Ban, ChunkCorrupt, TransferEnded, TransferFailed
 
 
 def follow(journal: Journal) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, Received, Sent, Unreached
-from swarm.transfer.download import Ban, ChunkCorrupt, TransferFailed
+from swarm.transfer.download_events import Ban, ChunkCorrupt, TransferFailed
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric

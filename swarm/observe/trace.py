@@ -30,7 +30,7 @@ from swarm.journal import (
     Sent,
 )
 from swarm.membership.swim import Changed
-from swarm.transfer.download import Ban, ChunkCorrupt, PeerHas, PeerJoined, PeerLeft
+from swarm.transfer.download_events import Ban, ChunkCorrupt, PeerHas, PeerJoined, PeerLeft
 
 QUEUED_MAX = 100_000
 FILE_BYTES_MAX = 1 << 30

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -30,7 +31,7 @@ from swarm.protocol.messages import Message, NodeId
 from swarm.simulation.report import Report
 from swarm.simulation.setup import SLOWER, Setup
 from swarm.simulation.wire import Clock, Domain, Flow, Host, Trunk, Wire
-from swarm.transfer import download, scheduler, upload
+from swarm.transfer import download_events, upload
 from swarm.transfer.download import Download
 from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload import Upload
@@ -60,13 +61,6 @@ class Died:
 
 
 @dataclass
-class _Receiving:
-    source: NodeId
-    touched_at: float
-    granted: bool = False
-
-
-@dataclass
 class _Member:
     name: NodeId
     host: Host
@@ -82,11 +76,11 @@ class _Member:
     control_bytes: int = 0
     upload: Upload = field(default_factory=lambda: Upload(slots=UPLOAD_SLOTS))
     links: dict[NodeId, _Member] = field(default_factory=dict)
-    fresh: list[int] = field(default_factory=list)
-    told_at: float = -math.inf
+    due_at: float = math.inf  # of the next `_come_due`
     requests: dict[tuple[NodeId, int], messages.Request] = field(default_factory=dict)
     sending: dict[tuple[NodeId, int], tuple[Flow, float]] = field(default_factory=dict)  # with the time when it began
-    receiving: dict[int, _Receiving] = field(default_factory=dict)
+    receiving: dict[int, NodeId] = field(default_factory=dict)  # the source of each transfer
+    received_bytes: Counter[NodeId] = field(default_factory=Counter)  # by source
 
     @property
     def fetches(self) -> bool:
@@ -129,7 +123,7 @@ class Crowd:
         )
         self._liars = frozenset(self._names[: setup.liars])
         self._awaited = set(self._names) - self._doomed
-        self._banned: dict[str, list[str]] = {}
+        self._banned: dict[NodeId, list[str]] = {}
         self._lost_chunks = 0  # that nobody alive holds
         self._mates_due = False
 
@@ -223,6 +217,7 @@ class Crowd:
             member.held,
             node=name,
             now=self._clock.now,
+            idle_timeout_s=IDLE_TIMEOUT_S,
             stall_timeout_s=math.inf,
             transfer_ids=itertools.count(),
             rng=member.rng,
@@ -246,10 +241,10 @@ class Crowd:
 
     def _lose(self, member: _Member, name: NodeId) -> None:
         if member.links.pop(name, None) and member.host.alive:
-            for number in [number for number, it in member.receiving.items() if it.source == name]:
+            for number in [number for number, source in member.receiving.items() if source == name]:
                 del member.receiving[number]
             self._upload(member, upload.PeerLeft(name))
-            self._download(member, download.PeerLeft(name, "the connection was reset"))
+            self._download(member, download_events.PeerLeft(name, "the connection was reset"))
             if member.superseed:
                 member.superseed.left(name)
 
@@ -294,7 +289,7 @@ class Crowd:
         for member in fetching:
             on_host = frozenset(m.name for m in fetching if m.machine == member.machine and m is not member)
             in_rack = frozenset(m.name for m in fetching if m.rack == member.rack and m is not member)
-            self._download(member, download.Mates(on_host, in_rack if self._racks else frozenset()))
+            self._download(member, download_events.Mates(on_host, in_rack if self._racks else frozenset()))
 
     # Messages
 
@@ -313,23 +308,20 @@ class Crowd:
             case messages.Holdings(_, bits):
                 holds = Bitfield.unpack(bits, member.held.length)
                 superseeds, distance = peer.superseed is not None, _distance(member, peer)
-                self._download(member, download.PeerJoined(peer.name, holds, superseeds, distance))
+                self._download(member, download_events.PeerJoined(peer.name, holds, superseeds, distance))
             case messages.Have(_, told):
                 chunks = tuple(index for first, count in told for index in range(first, first + count))
                 if member.superseed:
                     member.superseed.has(peer.name, chunks)
-                self._download(member, download.PeerHas(peer.name, chunks))
+                self._download(member, download_events.PeerHas(peer.name, chunks))
             case messages.Request():
                 self._requested(member, peer, message)
             case messages.Grant(number, _, chunks):
-                if (receiving := member.receiving.get(number)) and receiving.source == peer.name:
-                    receiving.granted, receiving.touched_at = True, self._clock.now
-                    self._download(member, download.Granted(peer.name, number, chunks))
+                if member.receiving.get(number) == peer.name:
+                    self._download(member, download_events.Granted(peer.name, number, chunks))
             case messages.Refuse(number, reason, retry_s):
-                if member.receiving.pop(number, None) and reason == "nothing_to_give":
-                    self._download(member, download.Declined(peer.name, number, retry_s))
-                else:
-                    self._download(member, download.TransferFailed(peer.name, number, reason, retry_s))
+                if member.receiving.pop(number, None):
+                    self._download(member, download_events.Refused(peer.name, number, reason, retry_s))
             case messages.Cancel(number):
                 member.requests.pop((peer.name, number), None)
                 self._upload(member, upload.Cancelled(peer.name, number))
@@ -393,21 +385,21 @@ class Crowd:
     # Receiving
 
     def _landed(self, member: _Member, source: _Member, number: int, chunk: int) -> None:
-        if receiving := member.receiving.get(number):
-            receiving.touched_at = self._clock.now
+        if number in member.receiving:
+            member.received_bytes[source.name] += self.setup.chunk_bytes
             if self._rng.random() < (LIES_PART if source.name in self._liars else self.setup.corrupt):
-                self._download(member, download.ChunkCorrupt(source.name, number, chunk))
+                self._download(member, download_events.ChunkCorrupt(source.name, number, chunk))
             else:
-                self._download(member, download.ChunksVerified(source.name, number, (chunk,)))
+                self._download(member, download_events.ChunksVerified(source.name, number, (chunk,)))
 
     def _ended(self, member: _Member, source: _Member, number: int) -> None:
         if sent := source.sending.pop((member.name, number), None):
             _, began_at = sent
             self._upload(source, upload.Ended(member.name, number, self._clock.now - began_at))
         if member.receiving.pop(number, None):
-            self._download(member, download.TransferEnded(source.name, number))
+            self._download(member, download_events.TransferEnded(source.name, number))
 
-    def _download(self, member: _Member, event: download.Event) -> None:
+    def _download(self, member: _Member, event: download_events.Event) -> None:
         machine = member.download
         if machine is None or not member.fetches:
             return
@@ -417,48 +409,37 @@ class Crowd:
         for action in actions:
             self._note(member, action)
             match action:
-                case download.Ask(name, number, chunks, _, count, starving, sources, pace):
-                    member.receiving[number] = _Receiving(name, self._clock.now)
+                case download_events.Ask(name, number, chunks, _, count, starving, sources, pace):
+                    member.receiving[number] = name
                     request = messages.Request(SCHEME, DIGEST, number, chunks, count, starving, sources, pace)
                     self._say(member, self._members[name], request)
-                case download.Cancel(name, number):
+                case download_events.Cancel(name, number):
                     member.receiving.pop(number, None)
                     self._say(member, self._members[name], messages.Cancel(number))
-                case download.Announce(chunks):
-                    if not member.fresh:
-                        every_s = scheduler.news_every_s(self.setup.chunk_bytes, machine.rate_bytes_per_s)
-                        self._clock.after(max(0.0, member.told_at + every_s - self._clock.now), self._tell, member)
-                    member.fresh += chunks
-                case download.Ban(name):
+                case download_events.Announce(chunks):
+                    have = messages.Have(DIGEST, tuple(runs(sorted(chunks))))
+                    for other in list(member.links.values()):
+                        self._say(member, other, have)
+                case download_events.Ban(name):
                     self._banned.setdefault(member.name, []).append(name)
-                case download.Complete():
-                    self._complete(member)
-
-    def _complete(self, member: _Member) -> None:
-        member.ended_at = self._clock.now
-        self._awaited.discard(member.name)
-        self._tell(member)
-        self._tell_mates_soon()
+                case download_events.Complete():
+                    member.ended_at = self._clock.now
+                    self._awaited.discard(member.name)
+                    self._tell_mates_soon()
+        if machine.due_at < member.due_at:
+            member.due_at = machine.due_at
+            self._clock.at(machine.due_at, self._come_due, member)
 
     # Time
 
     def _tick(self, member: _Member) -> None:
-        if not member.fetches:
-            return
-        for number, receiving in list(member.receiving.items()):
-            if receiving.granted and self._clock.now - receiving.touched_at > IDLE_TIMEOUT_S:
-                del member.receiving[number]
-                self._download(member, download.TransferFailed(receiving.source, number, "sent nothing"))
-        self._download(member, download.Tick())
-        self._clock.after(TICK_S, self._tick, member)
+        if member.fetches:
+            self._download(member, download_events.Tick(dict(member.received_bytes)))
+            self._clock.after(TICK_S, self._tick, member)
 
-    def _tell(self, member: _Member) -> None:
-        if member.fresh and member.host.alive:
-            have = messages.Have(DIGEST, tuple(runs(sorted(member.fresh))))
-            member.fresh.clear()
-            member.told_at = self._clock.now
-            for other in list(member.links.values()):
-                self._say(member, other, have)
+    def _come_due(self, member: _Member) -> None:
+        member.due_at = math.inf
+        self._download(member, download_events.Tick(dict(member.received_bytes)))
 
     def _note(self, member: _Member, what: object) -> None:
         if self._observe:

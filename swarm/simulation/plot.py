@@ -14,7 +14,7 @@ from pathlib import Path
 from swarm.errors import SettingsError
 from swarm.simulation.crowd import Asked
 from swarm.simulation.report import Report
-from swarm.transfer import download
+from swarm.transfer import download_events
 
 INCHES = (15.0, 4.5)
 
@@ -31,11 +31,11 @@ class History:
         match what:
             case Asked():
                 self.verified_at_s[node].append(at_s)
-            case download.Announce(chunks):
+            case download_events.Announce(chunks):
                 self.verified_at_s[node] += [at_s] * len(chunks)
-            case download.ChunksVerified(source, _, chunks) if source.startswith("seed-"):
+            case download_events.ChunksVerified(source, _, chunks) if source.startswith("seed-"):
                 self.given_at_s += [at_s] * len(chunks)
-            case download.ChunkCorrupt(source) if source.startswith("seed-"):
+            case download_events.ChunkCorrupt(source) if source.startswith("seed-"):
                 self.given_at_s.append(at_s)
 
 

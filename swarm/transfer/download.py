@@ -1,20 +1,28 @@
 """The download of one artifact, as a state machine: events in, actions out, no socket and no clock.
 
-    chunk:      missing -> requested -> verified          back to missing when its transfer fails or its bytes are wrong
-    transfer:   asked   -> granted   -> ended             one transfer carries a batch of chunks from one peer
-    peer:       joined  -> left or banned                 rests after a failure, longer after each one in a row
+    chunk:      missing   -> requested -> verified        missing again when its transfer fails or its digest is wrong
+    transfer:   requested -> granted   -> ended           one transfer carries a batch of chunks from one peer
+    peer:       joined    -> left or banned               rests after a failure, longer after each failure in a row
 
-`scheduler.plan` decides whom to ask for what; this machine keeps the view that `plan` looks at, and the rules about
-peers that fail, stay silent or send wrong bytes. `check()` states the invariants, and the simulation calls it after
-every event.
+`scheduler.plan` chooses the requests. This machine keeps the state that `plan` reads, and owns the timing rules:
+
+- A peer is connected to as soon as it joins.
+- A transfer is cancelled when it is not granted within `GRANT_PATIENCE_S`, or when its peer then sends no byte for
+  `idle_timeout_s`. A slow transfer goes on; the endgame requests a second copy.
+- A seed with nothing to give rests for the time that it names; every other failure doubles the rest of its peer.
+- The first verified chunk is announced at once, further chunks every `scheduler.announce_every_s`. The driver sends a
+  `Tick` at `due_at`.
+- The download gives up when no chunk is verified for `stall_timeout_s`.
+
+`check()` states the invariants; the simulation calls it after every event.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 
@@ -23,196 +31,45 @@ from swarm.content.manifest import Manifest
 from swarm.errors import LocalProtocolError
 from swarm.protocol.messages import PACE_BYTES_PER_S_MAX, REQUEST_CHUNKS_MAX, NodeId
 from swarm.transfer import scheduler
-
-# One wrong chunk may be a flaky wire. So many from one peer, and more than this part of all that it sent, is a broken
-# or lying one.
-CORRUPT_CHUNKS_MAX, CORRUPT_PART_MAX = 3, 0.05
-GRANT_PATIENCE_S = 10.0  # a peer that has not granted by then has more to do than it can say
-REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # pause after a failure, doubling with each one in a row
-DECLINED_REST_S = 0.1  # at least, whatever the seed says
-DISTANCE_MAX = 2  # on the way to a peer: of this host, and of this rack
-RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
-
-
-@dataclass(frozen=True)
-class PeerJoined:
-    """A peer that holds some of the artifact can be asked from now on. `gives`: it is a seed that chooses.
-
-    `borders`: how many there are on the way to it: 0 it is on this host, 1 in this rack, 2 elsewhere.
-    `usual_bytes_per_s`: what is expected of it until it is measured; 0: anything.
-    """
-
-    peer: NodeId
-    holds: Bitfield
-    superseeds: bool = False
-    distance: int = 0
-    usual_bytes_per_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Mates:
-    """Who fetches the same on this host, and who in this rack (with those on this host), by name. Without oneself."""
-
-    on_host: frozenset[NodeId]
-    in_rack: frozenset[NodeId]
-
-
-@dataclass(frozen=True)
-class PeerPlaced:
-    """Only now is it known how many borders are on the way to a peer."""
-
-    peer: NodeId
-    distance: int
-
-
-@dataclass(frozen=True)
-class PeerHas:
-    """A peer verified more chunks."""
-
-    peer: NodeId
-    chunks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class PeerLeft:
-    """The link to a peer is gone; its transfers fail with it."""
-
-    peer: NodeId
-    why: str
-
-
-@dataclass(frozen=True)
-class Granted:
-    """A peer starts to send a transfer of these chunks."""
-
-    peer: NodeId
-    transfer: int
-    chunks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Declined:
-    """A seed would rather not repeat itself: ask others, and it again after `retry_s`."""
-
-    peer: NodeId
-    transfer: int
-    retry_s: float
-
-
-@dataclass(frozen=True)
-class ChunksVerified:
-    """Chunks of a transfer arrived, their digests are right, and they lie in their places."""
-
-    peer: NodeId
-    transfer: int
-    chunks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class ChunkCorrupt:
-    """A chunk arrived with the wrong digest."""
-
-    peer: NodeId
-    transfer: int
-    chunk: int
-
-
-@dataclass(frozen=True)
-class TransferEnded:
-    """All bytes of a transfer arrived. Says nothing about their digests."""
-
-    peer: NodeId
-    transfer: int
-
-
-@dataclass(frozen=True)
-class TransferFailed:
-    """A transfer broke off, was refused or fell silent; what of it did not arrive is missing again."""
-
-    peer: NodeId
-    transfer: int
-    why: str
-    retry_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time passed."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Ask a peer for these chunks, or for up to `count` of its choice, as one transfer; and the schedule's reason."""
-
-    peer: NodeId
-    transfer: int
-    chunks: tuple[int, ...]
-    why: str
-    count: int = 0
-    starving: bool = False
-    sources: int = 0  # how many peers there are to be asked, by one who is not alone on its host and in its rack
-    pace_bytes_per_s: int = 0  # what arrived so far, per second since the download began
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """Tell a peer that a transfer is not wanted any more, and stop receiving it."""
-
-    peer: NodeId
-    transfer: int
-    why: str
-
-
-@dataclass(frozen=True)
-class Announce:
-    """Tell everyone interested that these chunks can be had here."""
-
-    chunks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Ban:
-    """Have nothing to do with a peer any more."""
-
-    peer: NodeId
-    why: str
-
-
-@dataclass(frozen=True)
-class Complete:
-    """Every chunk is verified."""
-
-
-@dataclass(frozen=True)
-class GiveUp:
-    """Nothing has arrived for too long; `tried` says what each peer did last."""
-
-    missing: int
-    waited_s: float
-    tried: tuple[str, ...]
-
-
-Event: TypeAlias = (
-    PeerJoined
-    | PeerPlaced
-    | Mates
-    | PeerHas
-    | PeerLeft
-    | Granted
-    | Declined
-    | ChunksVerified
-    | ChunkCorrupt
-    | TransferEnded
-    | TransferFailed
-    | Tick
+from swarm.transfer.download_events import (
+    Action,
+    Announce,
+    Ask,
+    Ban,
+    Cancel,
+    ChunkCorrupt,
+    ChunksVerified,
+    Complete,
+    Connect,
+    Event,
+    GiveUp,
+    Granted,
+    Mates,
+    PeerHas,
+    PeerJoined,
+    PeerLeft,
+    PeerPlaced,
+    Refused,
+    Tick,
+    TransferBroke,
+    TransferEnded,
+    TransferFailed,
 )
-Action: TypeAlias = Ask | Cancel | Announce | Ban | Complete | GiveUp
+
+# A peer is banned after so many wrong chunks, if they are also more than this part of all that it sent: a faulty
+# network card may corrupt a few chunks of an honest peer.
+CORRUPT_CHUNKS_MAX, CORRUPT_PART_MAX = 3, 0.05
+GRANT_PATIENCE_S = 10.0
+REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # rest after a failure, doubling with each in a row
+NOTHING_TO_GIVE_REST_S = 0.1  # the least rest of a seed, however short a time it names
+DISTANCE_MAX = 2  # 0 same host, 1 same rack, 2 else
+RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
 
 
 @dataclass
 class _Transfer:
     peer: NodeId
-    chunks: set[int]  # not arrived yet; of a peer's own choice: none before the grant
+    chunks: set[int]  # not arrived yet; empty until the grant when a seed chooses them
     size: int
     asked_at: float
     granted_at: float | None = None
@@ -228,17 +85,19 @@ class _Peer:
     rate_bytes_per_s: float = 0.0
     corrupt: int = 0
     correct: int = 0
-    failures: int = 0
+    failures: int = 0  # in a row
+    received_bytes: int = 0
+    heard_at: float = 0.0  # the last tick at which `received_bytes` had changed
     resting_until: float = 0.0
     last_end: float = 0.0
-    nothing_wanted: bool = False  # had nothing wanted at the last look; cleared by whatever may change that
+    nothing_wanted: bool = False  # `plan` found no chunk to request from it; reset when that may have changed
 
 
 class Download:
-    """One artifact coming in. `held` is shared with whoever serves it on; only this machine adds to it.
+    """One artifact being fetched. `held` is shared with the uploads; only this machine adds to it.
 
-    Chunks cross the border of a host, or of a rack, about once: of peers beyond one, only those are asked that this
-    `node` imports for all within, and that nobody within is known to have. While it is starved it asks for anything.
+    A chunk crosses into a host or a rack about once: from distant peers a node requests only the chunks that it
+    imports for its mates (`scheduler.imports`) and that no nearer peer holds. A starved download requests any chunk.
     """
 
     def __init__(
@@ -248,6 +107,7 @@ class Download:
         *,
         node: NodeId,
         now: float,
+        idle_timeout_s: float,
         stall_timeout_s: float,
         transfer_ids: Iterator[int],
         rng: random.Random,
@@ -255,10 +115,14 @@ class Download:
         self.manifest = manifest
         self.held = held
         self.sources: dict[NodeId, int] = {}  # bytes of verified chunks by peer
-        self._has_mates = False
         self.rejected_chunks = 0
         self.done = False
+        self.due_at = math.inf  # the time of the next announcement, for which a `Tick` is needed
+        self._announced_at = -math.inf
+        self._fresh: list[int] = []  # verified and not announced
         self._node = node
+        self._has_mates = False
+        self._idle_timeout_s = idle_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._rng = rng
         self._now = now
@@ -268,37 +132,38 @@ class Download:
         self._banned: set[NodeId] = set()
         self._transfers: dict[int, _Transfer] = {}
         self._requested = np.zeros(held.length, dtype=np.uint8)
-        self._free = ~held.mask  # missing and asked of nobody
+        self._free = ~held.mask  # missing and not requested
         self._free_count = held.length - len(held)
         self._rarity = np.zeros(held.length, dtype=np.int32)
-        # By how many borders a peer is away: the chunks imported over so many, and how often they are to be had nearer.
+        # By distance: the chunks that this node imports over it, and the number of nearer peers that hold each chunk.
         self._imports = [np.ones(held.length, dtype=np.bool_) for _ in range(DISTANCE_MAX + 1)]
         self._nearer = [np.zeros(held.length, dtype=np.int32) for _ in range(DISTANCE_MAX + 1)]
         self._starved = False
-        self._transfer_ids = transfer_ids  # shared by all downloads of a node: unique on every link
+        self._transfer_ids = transfer_ids  # shared by all downloads of the node: unique on every link
         self._last_words: dict[NodeId, str] = {}
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """What to do about one event. After Complete or GiveUp the machine is done and does nothing more."""
+        """The actions that one event causes; none after Complete or GiveUp."""
         self._now = now
         if self.done:
             return []
         actions = self._react(event)
         if self.held.complete:
-            return [*actions, *self._finish("complete"), Complete()]
+            return [*self._announce(at_once=True), *actions, *self._finish("complete"), Complete()]
         if (waited_s := now - self._progress_at) > self._stall_timeout_s:
             missing = self.held.length - len(self.held)
-            return [*actions, *self._finish("stalled"), GiveUp(missing, waited_s, self._tried())]
-        return [*actions, *self._ask()]
+            give_up = GiveUp(missing, waited_s, self._tried())
+            return [*self._announce(at_once=True), *actions, *self._finish("stalled"), give_up]
+        return [*self._announce(), *actions, *self._ask()]
 
-    def stop(self) -> list[Cancel]:
-        """Ends the machine before it is complete: nothing is asked for any more."""
-        return [] if self.done else self._finish("stopped")
+    def stop(self) -> list[Action]:
+        """Ends the download before it is complete."""
+        return [] if self.done else [*self._announce(at_once=True), *self._finish("stopped")]
 
     def _react(self, event: Event) -> list[Action]:
         match event:
             case PeerJoined():
-                self._join(event)
+                return self._join(event)
             case PeerPlaced(name, distance):
                 if known := self._peers.get(name):
                     self._join(PeerJoined(name, known.holds, known.superseeds, distance))
@@ -310,13 +175,11 @@ class Download:
             case PeerHas(peer, chunks):
                 self._learn(peer, chunks)
             case PeerLeft(peer, why):
-                self._leave(peer, why)
+                return [TransferFailed(peer, number, why) for number in self._leave(peer, why)]
             case Granted(_, number, chunks):
                 self._granted(number, chunks)
-            case Declined(peer, number, retry_s):
-                if known := self._peers.get(peer):
-                    known.resting_until = self._now + max(retry_s, DECLINED_REST_S)
-                self._end(number)
+            case Refused():
+                return self._refused(event)
             case ChunksVerified():
                 return self._verified(event)
             case ChunkCorrupt():
@@ -324,35 +187,33 @@ class Download:
             case TransferEnded(peer, number):
                 self._measure(peer, number)
                 self._end(number)
-            case TransferFailed(peer, number, why, retry_s):
-                self._fail(peer, number, why, retry_s)
-            case Tick():
+            case TransferBroke(peer, number, why):
+                return self._fail(peer, number, why)
+            case Tick(received_bytes):
                 patience_s = scheduler.starved_after_s(self.manifest.chunk_bytes, self.rate_bytes_per_s)
                 if not self._starved and self._now - self._progress_at > patience_s:
                     self._starved = True
                     self._look_again()
-                return self._impatient()
+                return self._cut_silent(received_bytes)
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")
         return []
 
-    def _join(self, event: PeerJoined) -> None:
+    def _join(self, event: PeerJoined) -> list[Action]:
         if event.peer in self._banned:
-            return
+            return []
+        actions: list[Action] = []
         if known := self._peers.get(event.peer):
-            self._count(known, -1)  # it says so again, or its place is known now
-            known.holds, known.superseeds, known.distance, known.nothing_wanted = (
-                event.holds,
-                event.superseeds,
-                event.distance,
-                False,
-            )
+            self._count(known, -1)
+            known.holds, known.superseeds, known.distance = event.holds, event.superseeds, event.distance
+            known.nothing_wanted = False
         else:
-            usual = event.usual_bytes_per_s
             known = self._peers[event.peer] = _Peer(
-                event.holds, event.superseeds, event.distance, usual_bytes_per_s=usual
+                event.holds, event.superseeds, event.distance, usual_bytes_per_s=event.usual_bytes_per_s
             )
+            actions.append(Connect(event.peer))
         self._count(known, 1)
+        return actions
 
     def _count(self, peer: _Peer, sign: int) -> None:
         self._rarity += sign * peer.holds.mask
@@ -360,7 +221,7 @@ class Download:
             nearer += sign * peer.holds.mask
 
     def _counts_nearer(self, peer: _Peer) -> list[scheduler.Counts]:
-        # What a seed holds is not to be had for the asking.
+        # A super-seeding seed does not send a chunk just because it is requested.
         return [] if peer.superseeds else self._nearer[peer.distance + 1 :]
 
     def _learn(self, name: NodeId, chunks: Iterable[int]) -> None:
@@ -377,12 +238,20 @@ class Download:
     def _granted(self, number: int, chunks: tuple[int, ...]) -> None:
         if transfer := self._transfers.get(number):
             transfer.granted_at = self._now
-            if not transfer.size:  # only now is it known what comes
+            if not transfer.size:  # the seed has chosen the chunks
                 transfer.size = self._size(chunks)
-                # What it brings twice counts as one copy: another peer may be asked for the second.
+                # Two copies from one peer count as one, so that a second peer may be asked.
                 siblings = self._peers[transfer.peer].transfers
                 transfer.chunks = set(chunks).difference(*(self._transfers[sibling].chunks for sibling in siblings))
                 self._request(transfer.chunks)
+
+    def _refused(self, event: Refused) -> list[Action]:
+        if event.reason != "nothing_to_give":
+            return self._fail(event.peer, event.transfer, f"refused: {event.reason}", event.retry_s)
+        if peer := self._peers.get(event.peer):
+            peer.resting_until = self._now + max(event.retry_s, NOTHING_TO_GIVE_REST_S)
+        self._end(event.transfer)
+        return []
 
     def _verified(self, event: ChunksVerified) -> list[Action]:
         fresh = tuple(chunk for chunk in event.chunks if chunk not in self.held)
@@ -391,7 +260,7 @@ class Download:
         self._progress_at, self._starved = self._now, False
         for chunk in fresh:
             self.held.add(chunk)
-            if self._free[chunk]:  # its transfer was given up meanwhile
+            if self._free[chunk]:  # its transfer was cancelled meanwhile
                 self._free[chunk] = False
                 self._free_count -= 1
             self._arrived(event.transfer, chunk)
@@ -399,8 +268,12 @@ class Download:
         if peer := self._peers.get(event.peer):
             peer.failures = 0
             peer.correct += len(fresh)
-        actions: list[Action] = [Announce(fresh)]
-        for number, other in sorted(self._transfers.items()):  # the endgame's second copies lost
+        if not self._fresh:
+            every_s = scheduler.announce_every_s(self.manifest.chunk_bytes, self.rate_bytes_per_s)
+            self.due_at = max(self._now, self._announced_at + every_s)
+        self._fresh += fresh
+        actions: list[Action] = []
+        for number, other in sorted(self._transfers.items()):  # the slower copies of the endgame
             if other.chunks and all(chunk in self.held for chunk in other.chunks):
                 actions.append(Cancel(other.peer, number, "arrived from another peer"))
                 self._end(number)
@@ -419,36 +292,57 @@ class Download:
         if peer.corrupt < CORRUPT_CHUNKS_MAX or peer.corrupt <= CORRUPT_PART_MAX * (peer.corrupt + peer.correct):
             return []
         self._banned.add(event.peer)
-        cancels: list[Action] = [Cancel(event.peer, number, "banned") for number in sorted(peer.transfers)]
-        self._leave(event.peer, why)
-        return [*cancels, Ban(event.peer, why)]
-
-    def _impatient(self) -> list[Action]:
-        late = [
-            (number, transfer)
-            for number, transfer in sorted(self._transfers.items())
-            if transfer.granted_at is None and self._now - transfer.asked_at > GRANT_PATIENCE_S
+        return [
+            *(Cancel(event.peer, number, "banned") for number in self._leave(event.peer, why)),
+            Ban(event.peer, why),
         ]
-        for number, transfer in late:
-            self._fail(transfer.peer, number, f"did not grant within {GRANT_PATIENCE_S:g} s", 0.0)
-        return [Cancel(transfer.peer, number, "not granted in time") for number, transfer in late]
+
+    def _announce(self, *, at_once: bool = False) -> list[Action]:
+        if not self._fresh or not (at_once or self.due_at <= self._now):
+            return []
+        fresh, self._fresh = tuple(self._fresh), []
+        self._announced_at, self.due_at = self._now, math.inf
+        return [Announce(fresh)]
+
+    def _cut_silent(self, received_bytes: Mapping[NodeId, int]) -> list[Action]:
+        """Cancels transfers without a grant or a byte for too long.
+
+        A session carries its transfers one after another, so a byte of any of them counts for all.
+        """
+        for name, size in received_bytes.items():
+            if (peer := self._peers.get(name)) and size != peer.received_bytes:
+                peer.received_bytes, peer.heard_at = size, self._now
+        actions: list[Action] = []
+        for number, transfer in sorted(self._transfers.items()):
+            if transfer.granted_at is None:
+                patience_s, since, why = GRANT_PATIENCE_S, transfer.asked_at, "did not grant within"
+            else:
+                since = max(transfer.granted_at, self._peers[transfer.peer].heard_at)
+                patience_s, why = self._idle_timeout_s, "sent nothing for"
+            if self._now - since > patience_s:
+                why = f"{why} {patience_s:g} s"
+                actions += [Cancel(transfer.peer, number, why), *self._fail(transfer.peer, number, why)]
+        return actions
 
     def _ask(self) -> list[Action]:
         peers = self._askable()
         if not peers:
-            return []  # most events change nothing about that
-        asks = scheduler.plan(self._view(peers), self._rng)
+            return []
+        requests = scheduler.plan(self._view(peers), self._rng)
         due = 0 if self._is_alone else len(self._peers), self._pace_bytes_per_s
         actions: list[Action] = []
-        for ask in asks:
+        for request in requests:
             number = next(self._transfer_ids)
-            self._transfers[number] = _Transfer(ask.peer, set(ask.chunks), self._size(ask.chunks), self._now)
-            self._peers[ask.peer].transfers.add(number)
-            actions.append(Ask(ask.peer, number, ask.chunks, ask.why, ask.count, ask.starving, *due))
-        for name in peers.keys() - {ask.peer for ask in asks}:
+            size = self._size(request.chunks)
+            self._transfers[number] = _Transfer(request.peer, set(request.chunks), size, self._now)
+            self._peers[request.peer].transfers.add(number)
+            actions.append(
+                Ask(request.peer, number, request.chunks, request.why, request.count, request.starving, *due)
+            )
+        for name in peers.keys() - {request.peer for request in requests}:
             self._peers[name].nothing_wanted = True
-        for ask in asks:
-            self._request(ask.chunks)
+        for request in requests:
+            self._request(request.chunks)
         return actions
 
     def _askable(self) -> dict[NodeId, _Peer]:
@@ -486,13 +380,13 @@ class Download:
     def _size(self, chunks: Iterable[int]) -> int:
         return sum(self.manifest.chunks[chunk].size for chunk in chunks)
 
-    def _view(self, askable: dict[NodeId, _Peer]) -> scheduler.View:
+    def _view(self, askable: dict[NodeId, _Peer]) -> scheduler.DownloadView:
         others = [peer for peer in self._peers.values() if not peer.superseeds]
         within: list[scheduler.Mask | None] = [None] * (DISTANCE_MAX + 1)
         if not self._starved:
             for distance in {peer.distance for peer in askable.values()} - {0}:
                 within[distance] = self._imports[distance] & (self._nearer[distance] == 0)
-        return scheduler.View(
+        return scheduler.DownloadView(
             free=self._free,
             free_count=self._free_count,
             missing=~self.held.mask,
@@ -517,7 +411,7 @@ class Download:
 
     @property
     def _is_alone(self) -> bool:
-        """Whether nobody else of this host or rack is known to want, or to have, the same."""
+        """Whether no node of this host or rack is known to fetch the artifact or to hold some of it."""
         return not self._has_mates and all(peer.distance for peer in self._peers.values())
 
     @property
@@ -530,7 +424,7 @@ class Download:
         peer, transfer = self._peers.get(name), self._transfers.get(number)
         if peer is None or transfer is None or transfer.granted_at is None:
             return
-        # Transfers of one peer follow each other on one wire: this one began when the one before it ended.
+        # Transfers of one peer share a session: this transfer began when the previous one ended.
         seconds = self._now - max(transfer.granted_at, peer.last_end)
         peer.last_end = self._now
         if seconds > 0:
@@ -544,24 +438,29 @@ class Download:
             transfer.chunks.remove(chunk)
             self._unrequest(chunk)
 
-    def _fail(self, name: NodeId, number: int, why: str, retry_s: float) -> None:
-        if number in self._transfers and (peer := self._peers.get(name)):  # else the peer left, which says more
-            self._last_words[name] = why
-            peer.failures += 1
-            self._rest(peer, retry_s)
+    def _fail(self, name: NodeId, number: int, why: str, retry_s: float = 0.0) -> list[Action]:
+        if number not in self._transfers or (peer := self._peers.get(name)) is None:
+            return []  # its peer left, and why it left says more
+        self._last_words[name] = why
+        peer.failures += 1
+        self._rest(peer, retry_s)
         self._end(number)
+        return [TransferFailed(name, number, why)]
 
     def _rest(self, peer: _Peer, at_least_s: float) -> None:
         pause_s = min(REST_FIRST_S * 2.0 ** (peer.failures - 1), REST_LONGEST_S)
         peer.resting_until = self._now + max(pause_s, at_least_s)
 
-    def _leave(self, name: NodeId, why: str) -> None:
+    def _leave(self, name: NodeId, why: str) -> list[int]:
+        """Forgets a peer; returns its transfers, which have ended."""
         self._last_words[name] = why
-        if peer := self._peers.pop(name, None):
-            self._count(peer, -1)
-            for number in list(peer.transfers):
-                self._end(number)
-            self._look_again()
+        if (peer := self._peers.pop(name, None)) is None:
+            return []
+        self._count(peer, -1)
+        for number in peer.transfers:
+            self._end(number)
+        self._look_again()
+        return sorted(peer.transfers)
 
     def _end(self, number: int) -> None:
         if transfer := self._transfers.pop(number, None):
@@ -570,9 +469,9 @@ class Download:
             if peer := self._peers.get(transfer.peer):
                 peer.transfers.discard(number)
 
-    def _finish(self, why: str) -> list[Cancel]:
+    def _finish(self, why: str) -> list[Action]:
         self.done = True
-        cancels = [Cancel(t.peer, n, why) for n, t in sorted(self._transfers.items()) if t.chunks]
+        cancels: list[Action] = [Cancel(t.peer, n, why) for n, t in sorted(self._transfers.items()) if t.chunks]
         for number in list(self._transfers):
             self._end(number)
         return cancels
@@ -582,12 +481,12 @@ class Download:
         return tuple(f"{name}: {words}" for name, words in sorted({**silent, **self._last_words}.items()))
 
     def distance(self, peer: NodeId) -> int | None:
-        """How many are on the way to a peer, as far as is known; None: it has not joined."""
+        """0 same host, 1 same rack, 2 else; None for a peer that has not joined."""
         return known.distance if (known := self._peers.get(peer)) else None
 
     @property
     def rate_bytes_per_s(self) -> float:
-        """Measured rate of all peers together that something is asked of."""
+        """Measured rate of all peers with outstanding transfers together."""
         return sum(peer.rate_bytes_per_s for peer in self._peers.values() if peer.transfers)
 
     def check(self) -> None:
@@ -602,10 +501,10 @@ class Download:
             "peers know their transfers": all(
                 n in self._peers[t.peer].transfers for n, t in self._transfers.items() if t.peer in self._peers
             ),
-            "nobody banned is joined": not self._banned & set(self._peers),
-            "a finished machine asks for nothing": not (self.done and self._transfers),
+            "no banned peer is joined": not self._banned & set(self._peers),
+            "a finished download requests nothing": not (self.done and self._transfers),
             "rarity adds up": int(self._rarity.sum()) == sum(len(peer.holds) for peer in self._peers.values()),
-            "what is nearer adds up": all(
+            "counts of nearer holders add up": all(
                 int(self._nearer[distance].sum())
                 == sum(
                     len(peer.holds) for peer in self._peers.values() if peer.distance < distance and not peer.superseeds

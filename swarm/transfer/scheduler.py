@@ -1,19 +1,19 @@
-"""What to ask whom next, and what a seed gives: pure functions of what a download, or a seed, sees.
+"""Chunk scheduling: which chunks a newcomer requests from which peer, and which chunks a seed sends (BEP 16).
 
-A newcomer keeps every peer busy with batches that the peer needs about `BATCH_S` to send, so that fast links carry many
-chunks a request and slow links one. Of a peer that is itself incomplete it asks for chunks from a random one of the
-rarest on. A seed it merely asks for some, and the seed chooses (`give`): it hands out every chunk once,
-to whoever asks, before it repeats any. So no two newcomers import the same chunk, what they have to offer each other
-is as different as can be, and a seed sends about one copy of the model, however many newcomers there are. When
-nothing is left to ask, the endgame asks a second holder for chunks that are already on their way.
+A newcomer keeps every peer busy with batches that take the peer about `BATCH_S` to send: fast links carry many chunks a
+request, slow links one chunk. From another newcomer it requests chunks that start at a random chunk among the rarest.
+From a seed it requests a number of chunks, and the seed chooses (`superseed_chunks`): every chunk once, to any newcomer
+that requests, before it repeats any. So no two newcomers import the same chunk, their holdings differ as much as
+possible, and the seed sends about one copy of the model to any number of newcomers. In the endgame, when every missing
+chunk has been requested, a second holder is asked for chunks that are still on the wire.
 
-Measured in the simulation with 512 chunks, last newcomer over the lower bound, and what the seed sent:
+Simulated with 512 chunks, last newcomer over the lower bound, and copies of the model that the seed sent:
 
-    newcomers                                       8               16
-    rarest first from everyone                      1.3, 1.3        1.4, 1.5 models
-    the seed chooses                                1.02, 1.00      1.06, 1.00 models
+    newcomers                       8               16
+    rarest first from every peer    1.3, 1.3        1.4, 1.5
+    the seed chooses                1.02, 1.00      1.06, 1.00
 
-Must not know: sockets, clocks, messages. Randomness is handed in.
+Pure functions. Must not know: sockets, clocks, messages. The caller passes the random generator.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int32]
 
 BATCH_S = 0.05  # long against a message's cost (about 0.1 ms), short against what a lost peer may hold up
-BATCHES_OUTSTANDING = 2  # one on the wire, one asked for, so that the wire never waits for a request
-FAIR_BATCH_S = 0.003  # batches do not become shorter towards the end: small ones cost a round trip each
-FEW_PEERS = 4  # beyond that the others fill the wire meanwhile, and what is asked early is tied to a slow peer
+BATCHES_OUTSTANDING = 2  # one batch on the wire and one requested, so that the wire never waits for a request
+FAIR_BATCH_S = 0.003  # the least batch towards the end: a shorter one costs a round trip all the same
+FEW_PEERS = 4  # with more peers a second batch gains nothing, and ties chunks to a slow peer
 COPIES_MAX = 2  # holders asked for the same chunk in the endgame
-NEWS_CHUNKS, NEWS_MIN_S, NEWS_MAX_S = 4, 0.01, 0.4
+ANNOUNCE_CHUNKS, ANNOUNCE_MIN_S, ANNOUNCE_MAX_S = 4, 0.01, 0.4
 STARVED_MIN_S = 0.25
 STREAMS_WANTED = 6  # incoming streams that fill a link even when some of them are slow
 
 
 @dataclass(frozen=True, slots=True)
 class PeerView:
-    """One peer that may be asked now. `rate_bytes_per_s` 0: not measured yet. `gives`: a seed that chooses.
+    """A peer that may be asked now. `rate_bytes_per_s` is 0 until it is measured.
 
-    `within`: the chunks that may be asked of it, when it is beyond a border that each chunk should cross once.
+    `superseeds`: a seed that chooses the chunks itself. `within`: the only chunks to request from a distant peer, each
+    of which should cross into this host or rack once; None for no limit.
     """
 
     name: NodeId
@@ -58,17 +59,18 @@ class PeerView:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """All that `plan` may look at. Arrays have one entry per chunk; `rarity` counts the peers that hold it.
+class DownloadView:
+    """All state that `plan` reads. Arrays have an entry per chunk.
 
-    `free` chunks are missing and asked of nobody; `free_count` says how many. `peers` may be asked now, out of
-    `peers_total`. `hungry`: this newcomer's peers, seeds apart, do not keep its link busy.
+    `free` chunks are missing and not requested, `free_count` of them. `requested` and `rarity` count the peers that a
+    chunk is requested from, and the peers that hold it. `peers` may be asked now, out of `peers_total`. `starving`: the
+    peers other than seeds do not keep the link busy.
     """
 
     free: Mask
     free_count: int
     missing: Mask
-    requested: npt.NDArray[np.uint8]  # peers each chunk is being asked of now
+    requested: npt.NDArray[np.uint8]
     rarity: Counts
     chunk_bytes: int
     batch_chunks_max: int
@@ -78,11 +80,8 @@ class View:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Ask `peer` for these chunks, ascending, as one transfer, or for up to `count` of its own choice; and why.
-
-    `hungry` tells a seed that the newcomer cannot keep its link busy otherwise.
-    """
+class PlannedRequest:
+    """One transfer to request from `peer`: these chunks, ascending, or up to `count` chunks of its choice."""
 
     peer: NodeId
     why: str
@@ -91,40 +90,40 @@ class Ask:
     starving: bool = False
 
 
-def plan(view: View, rng: random.Random) -> list[Ask]:
-    """The requests to make now. A peer without one has nothing that is wanted, until it or what is wanted changes."""
+def plan(view: DownloadView, rng: random.Random) -> list[PlannedRequest]:
+    """The requests to make now. A peer without a request holds no chunk that could be requested from it."""
     free, free_count = view.free.copy(), view.free_count
     copies = view.requested
     peers = list(view.peers)
     if len(peers) > 1:
         rng.shuffle(peers)
         peers.sort(key=_outstanding)
-    asks = []
+    requests = []
     for peer in peers:
         if not free_count:
             if not peer.outstanding and (chunks := _second_copy(view, copies, peer, rng)):
-                asks.append(Ask(peer.name, "endgame", chunks))
+                requests.append(PlannedRequest(peer.name, "endgame", chunks))
                 copies = copies.copy()
                 copies[list(chunks)] += 1
             continue
         wanted = _batch_chunks(peer, view, free_count)
         if peer.superseeds:
-            asks.append(Ask(peer.name, "its choice", count=wanted, starving=view.starving))
+            requests.append(PlannedRequest(peer.name, "its choice", count=wanted, starving=view.starving))
         elif chunks := _batch(free & _lends(peer), view.rarity, wanted, rng):
-            asks.append(Ask(peer.name, "rarest", chunks))
+            requests.append(PlannedRequest(peer.name, "rarest", chunks))
             free[list(chunks)] = False
             free_count -= len(chunks)
-    return asks
+    return requests
 
 
-def give(
+def superseed_chunks(
     wanted: Mask, *, given: Counts, held: Counts, territory: Mask, count: int, starving: bool, rng: random.Random
 ) -> tuple[int, ...]:
-    """The chunks that a seed gives a newcomer that wants these: ascending; none when it had better wait.
+    """The chunks that a seed sends to a newcomer now, ascending, at most `count`; empty to refuse the request.
 
-    `given` counts what this seed sent and `held` what newcomers are known to hold, per chunk. A seed first gives every
-    chunk of its `territory` once (with several seeds each has its own), to whoever asks. It repeats one only for a
-    newcomer that is hungry, and then the chunk of which there are fewest.
+    `wanted` are the newcomer's missing chunks. `given` counts the transmissions of each chunk by this seed, `held` the
+    newcomers that hold it. A seed first sends every chunk of its `territory` once; with several seeds each has its own.
+    It repeats a chunk, the one with the fewest copies, only for a starving newcomer.
     """
     copies = np.maximum(given, held)
     if chunks := _batch(wanted & territory & (copies == 0), copies, count, rng):
@@ -133,12 +132,12 @@ def give(
 
 
 def outstanding_max(superseeds: bool, peers: int) -> int:
-    """Batches that may be outstanding from one of so many peers."""
+    """The batches that may be outstanding from a peer, out of `peers`."""
     return BATCHES_OUTSTANDING if superseeds or peers <= FEW_PEERS else 1
 
 
 def starving(busy: int, peers: int) -> bool:
-    """Whether so many busy ones of so many peers, seeds apart, are too few to keep a link busy."""
+    """Whether `busy` of `peers`, seeds not counted, are too few to keep a link busy."""
     return 2 * busy < min(peers, STREAMS_WANTED) or not peers
 
 
@@ -146,8 +145,8 @@ def _outstanding(peer: PeerView) -> int:
     return peer.outstanding
 
 
-def _batch_chunks(peer: PeerView, view: View, free: int) -> int:
-    """Chunks that this peer sends in about BATCH_S, but of what is free no more than its fair part."""
+def _batch_chunks(peer: PeerView, view: DownloadView, free: int) -> int:
+    """The chunks that a peer sends in about BATCH_S, at most its fair part of the free chunks."""
     by_rate = int(peer.rate_bytes_per_s * BATCH_S / view.chunk_bytes)
     least = int(peer.rate_bytes_per_s * FAIR_BATCH_S / view.chunk_bytes)
     fair = free if view.peers_total == 1 else free // (2 * view.peers_total)
@@ -155,8 +154,10 @@ def _batch_chunks(peer: PeerView, view: View, free: int) -> int:
 
 
 def _batch(candidates: Mask, rarity: Counts, wanted: int, rng: random.Random) -> tuple[int, ...]:
-    """Up to `wanted` candidates, ascending, from a random one of the rarest on, or so many before it that the batch is
-    full: nearly sequential for the disks."""
+    """Up to `wanted` candidates, ascending: a run that starts at a random candidate among the rarest.
+
+    It starts earlier where the batch would not be full. Disks read runs nearly sequentially.
+    """
     indices = np.flatnonzero(candidates)
     if not len(indices):
         return ()
@@ -166,8 +167,10 @@ def _batch(candidates: Mask, rarity: Counts, wanted: int, rng: random.Random) ->
     return tuple(int(index) for index in indices[start : start + wanted])
 
 
-def _second_copy(view: View, copies: npt.NDArray[np.uint8], peer: PeerView, rng: random.Random) -> tuple[int, ...]:
-    """One chunk on its way from somebody else: a peer is asked only while nothing is outstanding from it."""
+def _second_copy(
+    view: DownloadView, copies: npt.NDArray[np.uint8], peer: PeerView, rng: random.Random
+) -> tuple[int, ...]:
+    """A chunk on its way from another peer. The caller passes only peers with nothing outstanding."""
     wanted = np.flatnonzero(view.missing & _lends(peer) & (copies > 0) & (copies < COPIES_MAX))
     return (int(wanted[rng.randrange(len(wanted))]),) if len(wanted) else ()
 
@@ -177,10 +180,10 @@ def _lends(peer: PeerView) -> Mask:
 
 
 def imports(own: NodeId, mates: Collection[NodeId], length: int) -> Mask:
-    """The chunks, out of `length`, that this node brings into a domain for all of it: each has one importer there.
+    """The chunks, out of `length`, that a node imports into its host or rack: each chunk has one importer there.
 
-    Rendezvous hashing (Thaler and Ravishankar, 1996): who scores highest for a chunk imports it, so that a member
-    that comes or goes moves only its own chunks, and whoever imports into a rack imports into its host as well.
+    Rendezvous hashing (Thaler and Ravishankar, 1996): the member with the highest score for a chunk imports it. A
+    member that comes or goes moves only its own chunks, and the importer of a rack also imports into its own host.
     """
     score = _scores(own, length)
     mine: Mask = np.ones(length, dtype=np.bool_)
@@ -200,17 +203,17 @@ def _scores(name: NodeId, length: int) -> npt.NDArray[np.uint64]:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def news_every_s(chunk_bytes: int, rate_bytes_per_s: float) -> float:
-    """How often at most to tell of newly verified chunks while they arrive at this rate.
+def announce_every_s(chunk_bytes: int, rate_bytes_per_s: float) -> float:
+    """The least seconds between two announcements of verified chunks, which arrive at this rate.
 
-    Late news costs the swarm, each message both its ends time: simulated with 512 chunks, four chunk times cost nothing
-    that two do not, and half the messages.
+    Late announcements leave peers idle, and each message costs both ends time. Simulated with 512 chunks, intervals of
+    four chunk times are as good as two, with half the messages.
     """
     if rate_bytes_per_s <= 0:
-        return NEWS_MIN_S
-    return min(max(NEWS_CHUNKS * chunk_bytes / rate_bytes_per_s, NEWS_MIN_S), NEWS_MAX_S)
+        return ANNOUNCE_MIN_S
+    return min(max(ANNOUNCE_CHUNKS * chunk_bytes / rate_bytes_per_s, ANNOUNCE_MIN_S), ANNOUNCE_MAX_S)
 
 
 def starved_after_s(chunk_bytes: int, rate_bytes_per_s: float) -> float:
-    """After how long without a chunk a newcomer takes what it should not import."""
+    """The seconds without a chunk after which a newcomer requests chunks that it should not import."""
     return max(STARVED_MIN_S, 4 * chunk_bytes / rate_bytes_per_s if rate_bytes_per_s > 0 else 0.0)

@@ -23,7 +23,7 @@ from swarm.protocol import messages
 from swarm.protocol.messages import Announcement, AnyMessage, NodeId, Origin
 from swarm.protocol.packets import Holding
 from swarm.store import Source
-from swarm.transfer import download
+from swarm.transfer import download_events as events
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.superseed import Superseed
 
@@ -69,7 +69,7 @@ class Share:
 class Shares:
     """Everything that a node shares. `announced` is called when that changes.
 
-    `borders` says how many there are on the way to a node: see `download.PeerJoined`.
+    `borders` says how many there are on the way to a node: see `events.PeerJoined`.
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class Shares:
                     announced = peer.artifacts.get(digest)
                     superseeds = announced is not None and announced.superseeds
                     holds = _unpacked(peer, bits, share)
-                    joined = download.PeerJoined(
+                    joined = events.PeerJoined(
                         peer.node, holds, superseeds, self._distance(peer.node), peer.usual_bytes_per_s
                     )
                     share.fetching.handle(joined)
@@ -206,7 +206,7 @@ class Shares:
         """A peer is gone."""
         for digest, share in self.shares.items():
             if share.fetching and digest in peer.asked:
-                share.fetching.handle(download.PeerLeft(peer.node, why))
+                share.fetching.handle(events.PeerLeft(peer.node, why))
         for share in self.shares.values():
             if share.superseed:
                 share.superseed.left(peer.node)
@@ -218,7 +218,7 @@ class Shares:
         for digest in sorted(dropped):
             peer.asked.discard(digest)
             if (share := self.shares.get(digest)) and share.fetching:
-                share.fetching.handle(download.PeerLeft(peer.node, "does not serve it any more"))
+                share.fetching.handle(events.PeerLeft(peer.node, "does not serve it any more"))
         self.inquire(peer)
 
     def _hear_have(self, peer: Peer, share: Share, told: tuple[tuple[int, int], ...]) -> None:
@@ -226,7 +226,7 @@ class Shares:
             raise RemoteProtocolError(peer.name, f"has chunks beyond the {share.held.length} there are")
         chunks = tuple(index for first, count in told for index in range(first, first + count))
         if share.fetching:
-            share.fetching.handle(download.PeerHas(peer.node, chunks))
+            share.fetching.handle(events.PeerHas(peer.node, chunks))
         elif share.superseed:
             share.superseed.has(peer.node, chunks)
 

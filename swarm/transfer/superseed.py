@@ -67,7 +67,7 @@ class Superseed:
         ):  # once, and what it lacks may be on its way, or news of it
             self.failed(peer, newcomer.sent)
             wanted = ~newcomer.holds.mask
-        chunks = scheduler.give(
+        chunks = scheduler.superseed_chunks(
             wanted,
             given=self._given,
             held=self._held,

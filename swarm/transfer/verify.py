@@ -29,7 +29,7 @@ from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, 
 
 
 @dataclass(frozen=True)
-class Landed:
+class LandedChunk:
     """A chunk of a transfer has arrived. `spare`: its right bytes, not in place yet, because another copy was
     landing."""
 
@@ -39,7 +39,7 @@ class Landed:
 
 
 # Told of chunks as their last bytes are in; of those that were hashed together all at once.
-Report: TypeAlias = Callable[[Sequence[Landed]], object]
+Report: TypeAlias = Callable[[Sequence[LandedChunk]], object]
 
 NOBODY = -1
 
@@ -51,8 +51,8 @@ LOOK_EVERY_S = 50e-6  # at that
 _NOT_YET: View = memoryview(b"")
 
 
-class Landings:
-    """The landings of one fetch, over all its transfers. `held`: chunks that were here, and right, before it."""
+class Verifier:
+    """The verifier of one fetch, over all its transfers. `held`: chunks that were here, and right, before it."""
 
     def __init__(self, manifest: Manifest, store: Store, held: Bitfield) -> None:
         self._manifest = manifest
@@ -90,7 +90,7 @@ class Landings:
             for device in self._store.devices:
                 prepare(device)
 
-    def settle(self, spare: Landed, transfer: int) -> bool:
+    def settle(self, spare: LandedChunk, transfer: int) -> bool:
         """Puts a spare copy in place, if its chunk's place is free. Blocks; raises StoreError."""
         if spare.spare is None or not self._claim(spare.chunk, transfer):
             return False
@@ -120,7 +120,7 @@ class Landings:
         finally:
             if spare is None and not correct:
                 self._release(chunk)
-        report([Landed(chunk, correct, spare)])
+        report([LandedChunk(chunk, correct, spare)])
 
     def _claim(self, chunk: Chunk, transfer: int) -> bool:
         with self._lock:
@@ -213,11 +213,11 @@ class _DeviceBatches:
         chunks, batch = self._hashing.pop(0)
         self._report([self._settled(*hashed) for hashed in zip(chunks, batch.collect(), strict=True)])
 
-    def _settled(self, chunk: Chunk, digest: bytes) -> Landed:
+    def _settled(self, chunk: Chunk, digest: bytes) -> LandedChunk:
         del self._unproven[chunk.index]
         if digest != chunk.digest:
             self._release(chunk)
-        return Landed(chunk, digest == chunk.digest)
+        return LandedChunk(chunk, digest == chunk.digest)
 
     def _remember_mover(self, device: int) -> None:
         stream = cuda.gpu(device).current()
@@ -244,12 +244,12 @@ def copy(source: Source, store: Store, held: Bitfield) -> int:
     Blocks. Chunks in `held` are left alone, the others are added to it. Raises StoreError, and SourceChanged when the
     source's bytes are not the manifest's.
     """
-    landings, copied = Landings(store.manifest, store, held), 0
-    landed: list[Landed] = []
+    verifier, copied = Verifier(store.manifest, store, held), 0
+    landed: list[LandedChunk] = []
     for chunk in store.manifest.chunks:
         if chunk.index in held:
             continue
-        views = landings.views(0, [chunk.index], landed.extend)
+        views = verifier.views(0, [chunk.index], landed.extend)
         _pour(source.spans(chunk), views)
         if not landed[-1].correct:
             raise SourceChanged(store.manifest.files[chunk.file].path, "its bytes do not have the right digest")

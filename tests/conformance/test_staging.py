@@ -16,7 +16,7 @@ from swarm.store import DeviceView, View, cuda, staging, tensors
 from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 from swarm.store.tensors import IntoStore, TensorSource
 from swarm.testing.stores import check_store, content, sample
-from swarm.transfer.verify import Landed, Landings
+from swarm.transfer.verify import LandedChunk, Verifier
 
 from .fake_gpu import FakeGpu, on_gpu
 from .sample_tensors import KINDS_OF_SAMPLE
@@ -93,45 +93,45 @@ def land(views: Iterator[View], data: bytes, gpu: FakeGpu) -> None:
 
 def test_are_chunks_reported_once_their_bytes_are_there(gpu: FakeGpu) -> None:
     manifest, contents = sample(7)
-    store, landed = make(manifest), list[Landed]()
+    store, landed = make(manifest), list[LandedChunk]()
     indices = range(len(manifest.chunks))
     data = b"".join(content(manifest, contents, chunk) for chunk in manifest.chunks)
-    landings = Landings(manifest, store, Bitfield(len(manifest.chunks)))
-    land(landings.device_views(1, indices, landed.extend), data, gpu)
+    verifier = Verifier(manifest, store, Bitfield(len(manifest.chunks)))
+    land(verifier.device_views(1, indices, landed.extend), data, gpu)
     assert sorted(one.chunk.index for one in landed) == list(indices)
     assert all(one.correct and one.spare is None for one in landed)
-    assert all(landings.holder(index) == 1 for index in indices)
+    assert all(verifier.holder(index) == 1 for index in indices)
 
 
 def test_is_a_wrong_chunk_let_go_and_a_second_copy_kept_aside(gpu: FakeGpu) -> None:
     manifest, contents = sample(8)
-    store, landed = make(manifest), list[Landed]()
-    landings = Landings(manifest, store, Bitfield(len(manifest.chunks)))
+    store, landed = make(manifest), list[LandedChunk]()
+    verifier = Verifier(manifest, store, Bitfield(len(manifest.chunks)))
     chunk = manifest.chunks[1]
     right = content(manifest, contents, chunk)
-    land(landings.device_views(1, [1], landed.extend), bytes(byte ^ 1 for byte in right), gpu)
+    land(verifier.device_views(1, [1], landed.extend), bytes(byte ^ 1 for byte in right), gpu)
     assert not landed[0].correct
-    assert landings.holder(1) is None
-    slow = landings.device_views(2, [1], landed.extend)
+    assert verifier.holder(1) is None
+    slow = verifier.device_views(2, [1], landed.extend)
     next(slow)
-    land(landings.device_views(3, [1], landed.extend), right, gpu)
+    land(verifier.device_views(3, [1], landed.extend), right, gpu)
     assert landed[1].correct
     assert bytes(landed[1].spare or b"") == right
     slow.close()
-    assert landings.settle(landed[1], 3)
-    assert landings.holder(1) == 3
+    assert verifier.settle(landed[1], 3)
+    assert verifier.holder(1) == 3
 
 
 def test_is_a_chunk_that_is_never_filled_given_up(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, contents = sample(9)
     monkeypatch.setattr("swarm.transfer.verify.FILLED_TIMEOUT_S", 0.01)
     monkeypatch.setattr(gpu.side, "query", lambda: False)
-    landings = Landings(manifest, make(manifest), Bitfield(len(manifest.chunks)))
+    verifier = Verifier(manifest, make(manifest), Bitfield(len(manifest.chunks)))
     chunks = [2, 0]  # the second is the host's, read by the CPU once whatever was asked for is there
     data = b"".join(content(manifest, contents, manifest.chunks[index]) for index in chunks)
     with pytest.raises(TransportError, match=r"not filled within 0\.01 s"):
-        land(landings.device_views(1, chunks, lambda landed: None), data, gpu)
-    assert all(landings.holder(index) is None for index in chunks)
+        land(verifier.device_views(1, chunks, lambda landed: None), data, gpu)
+    assert all(verifier.holder(index) is None for index in chunks)
 
 
 def test_is_a_served_tensor_that_moved_named() -> None:

@@ -24,7 +24,7 @@ from swarm.net.listener import Listener
 from swarm.store import DeviceView, View, cuda, staging, tensors
 from swarm.store.tensors import IntoStore, TensorSource
 from swarm.testing.transports import CHECKS, Check, MakePair, Pair, run_check, session, transfer
-from swarm.transfer.verify import Landed, Landings
+from swarm.transfer.verify import LandedChunk, Verifier
 from swarm.transport import Inbound, Outbound, paired
 from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.paired import PairedInbound, PairedOutbound
@@ -234,12 +234,12 @@ def test_are_chunks_hashed_behind_the_calls_that_fill_them(
     source: TensorSource = manifest_builder.tensors(given, chunk_bytes=4096, leaf_bytes=1024)
     manifest = source.manifest
     into = {name: torch.zeros_like(tensor) for name, tensor in given.items()}
-    landed: list[Landed] = []
+    landed: list[LandedChunk] = []
 
     async def check() -> None:
-        landings = Landings(manifest, IntoStore(manifest, into), Bitfield(len(manifest.chunks)))
+        verifier = Verifier(manifest, IntoStore(manifest, into), Bitfield(len(manifest.chunks)))
         agreed = transfer(1, manifest.size)
-        views = landings.device_views(1, range(len(manifest.chunks)), landed.extend)
+        views = verifier.device_views(1, range(len(manifest.chunks)), landed.extend)
         spans = (span for chunk in manifest.chunks for span in source.device_spans(chunk))
         async with session(make_pair) as (outbound, inbound, _):
             assert inbound.on_device

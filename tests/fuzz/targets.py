@@ -190,7 +190,7 @@ def _manifests() -> list[bytes]:
 def feed_manifest(data: bytes) -> bool:
     """A manifest whose digest a peer announced, so that it need not be one that anybody made in good faith."""
     try:
-        found = manifest.decode(data, digest=hashlib.sha256(data).hexdigest())
+        found = manifest.decode(data, digest=Digest(hashlib.sha256(data).hexdigest()))
     except ManifestInvalid:
         return False
     assert found.encoded == data

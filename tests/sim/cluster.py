@@ -33,7 +33,7 @@ from swarm.membership.swim import Changed, Gossip
 from swarm.node.node import Fetched, Node
 from swarm.peers.connections import Connections
 from swarm.store import Source
-from swarm.transfer import download, upload
+from swarm.transfer import download_events, upload
 from swarm.transfer.download import Download
 from swarm.transfer.upload import Upload
 
@@ -46,7 +46,7 @@ SPREAD_S = 0.01  # newcomers of one burst do not ask in the same instant
 
 # What each machine's state may have changed with, as far as the journal tells.
 CHANGES: dict[type, tuple[type, ...]] = {
-    Download: get_args(download.Event),
+    Download: get_args(download_events.Event),
     Upload: get_args(upload.Action),
     Connections: (Joined, Left, ArtifactsAnnounced, Changed),
     Gossip: (Changed,),
@@ -339,12 +339,12 @@ class _Trace:
         self.entries[name] += 1
         self.hash.update(f"{entry.at_s!r} {name} {entry.subject} {entry.event!r}\n".encode())
         match entry.event:
-            case download.Ask(_, number):
+            case download_events.Ask(_, number):
                 self._asked_at[name, number] = entry.at_s
-            case download.Granted(_, number) if (name, number) in self._asked_at:
+            case download_events.Granted(_, number) if (name, number) in self._asked_at:
                 waited_s = entry.at_s - self._asked_at.pop((name, number))
                 self.longest_wait_s = max(self.longest_wait_s, waited_s)
-            case download.Ban(peer):
+            case download_events.Ban(peer):
                 self._bans.append((name, peer))
 
     def banned_by(self, names: dict[str, str]) -> dict[str, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from swarm.errors import LocalProtocolError
 from swarm.simulation.crowd import Asked, Crowd, Died, Observer
 from swarm.simulation.report import Report
 from swarm.simulation.setup import SLOWER, Setup
-from swarm.transfer import download
+from swarm.transfer import download, download_events
 from swarm.transfer.upload import Upload
 
 BURST = Setup(newcomers=8, chunks=20, model_bytes=1_250_000_000)
@@ -45,7 +45,7 @@ def test_is_a_liar_banned_by_all_who_took_from_it_and_nobody_honest(dice: int) -
     wrong = Counter[tuple[str, str]]()
 
     def observe(_: float, node: str, what: object) -> None:
-        if isinstance(what, download.ChunkCorrupt):
+        if isinstance(what, download_events.ChunkCorrupt):
             wrong[node, what.peer] += 1
 
     report = played(replace(BURST, chunks=48, model_bytes=3_000_000_000, liars=1, dice=dice), observe)

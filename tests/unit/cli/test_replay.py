@@ -14,7 +14,7 @@ from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Rece
 from swarm.observe import trace
 from swarm.observe.trace import event, tracing
 from swarm.protocol.messages import Address, NodeId
-from swarm.transfer.download import Ask, Ban, ChunkCorrupt, Granted, TransferEnded
+from swarm.transfer.download_events import Ask, Ban, ChunkCorrupt, Granted, TransferEnded
 
 P, Q = NodeId("p"), NodeId("q")
 

@@ -22,7 +22,7 @@ from swarm.protocol.messages import NodeId
 from swarm.simulation.crowd import Crowd
 from swarm.simulation.report import quantile
 from swarm.simulation.setup import Setup
-from swarm.transfer import download, upload
+from swarm.transfer import download_events, upload
 
 SMALL = ["simulate", "--newcomers", "4", "--chunks", "16", "--model", "1GB"]
 LOST = [*SMALL, "--kill-seed-at", "50%"]
@@ -226,8 +226,8 @@ def test_what_is_in_a_trace(tmp_path: Path) -> None:
 
 
 def test_what_is_a_line_of_a_trace() -> None:
-    joined = download.PeerJoined(NodeId("seed-0"), Bitfield.full(9), superseeds=True)
-    mates = download.Mates(frozenset({NodeId("b"), NodeId("a")}), frozenset())
+    joined = download_events.PeerJoined(NodeId("seed-0"), Bitfield.full(9), superseeds=True)
+    mates = download_events.Mates(frozenset({NodeId("b"), NodeId("a")}), frozenset())
     common = {"at_s": 1.5, "node": "newcomer-0"}
     place = {"superseeds": True, "distance": 0, "usual_bytes_per_s": 0.0}
     assert [json.loads(trace_line(1.5, "newcomer-0", what)) for what in (joined, mates)] == [

@@ -20,6 +20,7 @@ from swarm.content.manifest import (
     CHUNK_BYTES_SMALLEST,
     PATH_BYTES_MAX,
     ChunkEntry,
+    Digest,
     FileEntry,
     HashScheme,
     Manifest,
@@ -35,7 +36,7 @@ GOLDEN = (
     b'{"version":1,"tier":"checkpoint","fingerprint":"","scheme":{"name":"xxh3-128","leaf_bytes":131072},'
     b'"chunk_bytes":4,"files":[{"path":"config.json","size":2,"header":"","chunks":[[2,"' + HASH.encode() + b'"]]}]}'
 )
-GOLDEN_DIGEST = "8c48bedd200ca0bc53326fc34ca38043cd62114776342e1b81cfb9010a48d3fd"
+GOLDEN_DIGEST = Digest("8c48bedd200ca0bc53326fc34ca38043cd62114776342e1b81cfb9010a48d3fd")
 
 
 def file(path: str = "config.json", *sizes: int, header: str = "") -> FileEntry:
@@ -47,7 +48,7 @@ def manifest_of(*files: FileEntry, chunk_bytes: int = 4) -> Manifest:
 
 
 def received(data: bytes) -> Manifest:
-    return decode(data, digest=hashlib.sha256(data).hexdigest())
+    return decode(data, digest=Digest(hashlib.sha256(data).hexdigest()))
 
 
 def slow_cut(units: list[int], chunk_bytes: int) -> list[int]:
@@ -126,7 +127,7 @@ def test_where_do_chunks_lie() -> None:
 
 def test_is_a_manifest_with_another_digest_refused() -> None:
     with pytest.raises(ManifestInvalid, match="a peer altered it"):
-        decode(GOLDEN, digest="0" * 64)
+        decode(GOLDEN, digest=Digest("0" * 64))
 
 
 def test_is_one_content_in_another_form_refused() -> None:
@@ -140,7 +141,7 @@ def test_is_a_huge_manifest_refused_before_it_is_hashed(monkeypatch: pytest.Monk
     monkeypatch.setattr(manifests, "MANIFEST_BYTES_MAX", len(GOLDEN))
     assert received(GOLDEN)
     with pytest.raises(ManifestInvalid, match="at most"):
-        decode(GOLDEN + b" ", digest="not looked at")
+        decode(GOLDEN + b" ", digest=Digest("not looked at"))
 
 
 @pytest.mark.parametrize(

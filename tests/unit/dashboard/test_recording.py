@@ -22,7 +22,7 @@ from swarm.membership.swim import Changed
 from swarm.observe.trace import event
 from swarm.protocol.messages import Address, Announcement, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
-from swarm.transfer.download import Ban, ChunkCorrupt, PeerHas, PeerJoined
+from swarm.transfer.download_events import Ban, ChunkCorrupt, PeerHas, PeerJoined
 
 ORG_M = ModelId("org/m")
 

@@ -9,7 +9,7 @@ from swarm.journal import FetchEnded, FetchStarted, Journal, Received
 from swarm.observe import fetch_history
 from swarm.observe.fetch_history import FetchHistories
 from swarm.protocol.messages import NodeId
-from swarm.transfer.download import Ban, ChunkCorrupt
+from swarm.transfer.download_events import Ban, ChunkCorrupt
 
 M = ModelId("m")
 

@@ -15,7 +15,7 @@ from swarm.content.manifest import Digest, ModelId
 from swarm.journal import FetchEnded, FetchStarted, Joined, Journal, Left, Received, Resolved
 from swarm.observe import opentelemetry
 from swarm.protocol.messages import Address, NodeId
-from swarm.transfer.download import Ask, Ban, ChunkCorrupt, TransferEnded, TransferFailed
+from swarm.transfer.download_events import Ask, Ban, ChunkCorrupt, TransferEnded, TransferFailed
 
 ORG_M, ID_ANN, ID_BEN = ModelId("org/m"), NodeId("id-ann"), NodeId("id-ben")
 

@@ -16,7 +16,7 @@ from swarm.content.manifest import Digest, ModelId
 from swarm.journal import FetchEnded, FetchStarted, Journal, Received, Sent
 from swarm.observe.prometheus import Metrics
 from swarm.protocol.messages import NodeId
-from swarm.transfer.download import Ban, ChunkCorrupt
+from swarm.transfer.download_events import Ban, ChunkCorrupt
 
 P, Q = NodeId("p"), NodeId("q")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Sequence
 
@@ -14,8 +15,9 @@ from sim.content import Content
 from swarm.content.bitfield import Bitfield
 from swarm.errors import LocalProtocolError
 from swarm.protocol.messages import NodeId
-from swarm.transfer import download
-from swarm.transfer.download import (
+from swarm.transfer import download, download_events, scheduler
+from swarm.transfer.download import Download
+from swarm.transfer.download_events import (
     Announce,
     Ask,
     Ban,
@@ -23,20 +25,21 @@ from swarm.transfer.download import (
     ChunkCorrupt,
     ChunksVerified,
     Complete,
-    Declined,
-    Download,
+    Connect,
     GiveUp,
     Granted,
     PeerHas,
     PeerJoined,
     PeerLeft,
+    Refused,
+    Tick,
+    TransferBroke,
     TransferEnded,
     TransferFailed,
 )
 
-A, B, HONEST, LIAR, SEED = NodeId("a"), NodeId("b"), NodeId("honest"), NodeId("liar"), NodeId("seed")
-
-STALL_S = 30.0
+IDLE_S, STALL_S = 20.0, 30.0
+A, B, SEED, LIAR, HONEST = (NodeId(name) for name in ("a", "b", "seed", "liar", "honest"))
 
 
 class Fetch:
@@ -48,13 +51,14 @@ class Fetch:
             Bitfield(chunks, held),
             node=NodeId("here"),
             now=0.0,
+            idle_timeout_s=IDLE_S,
             stall_timeout_s=STALL_S,
             transfer_ids=itertools.count(),
             rng=random.Random(seed),
         )
         self.now = 0.0
 
-    def tell(self, event: download.Event, *, at: float | None = None) -> list[download.Action]:
+    def tell(self, event: download_events.Event, *, at: float | None = None) -> list[download_events.Action]:
         self.now = self.now if at is None else at
         actions = self.machine.handle(event, self.now)
         self.machine.check()
@@ -64,10 +68,10 @@ class Fetch:
         return asks(self.tell(PeerJoined(NodeId(peer), Bitfield.full(self.machine.held.length), superseeds)))
 
     def later(self, seconds: float) -> list[Ask]:
-        return asks(self.tell(download.Tick(), at=self.now + seconds))
+        return asks(self.tell(Tick(), at=self.now + seconds))
 
 
-def asks(actions: Sequence[download.Action]) -> list[Ask]:
+def asks(actions: Sequence[download_events.Action]) -> list[Ask]:
     return [action for action in actions if isinstance(action, Ask)]
 
 
@@ -85,7 +89,7 @@ def test_chunks_that_are_verified_together_are_announced_together() -> None:
     fetch = Fetch(4)
     fetch.tell(PeerJoined(A, Bitfield.full(4), usual_bytes_per_s=1e9))
     assert fetch.tell(ChunksVerified(A, 0, (1,)))[0] == Announce((1,))
-    assert fetch.tell(ChunksVerified(A, 0, (0, 1, 2)))[0] == Announce((0, 2))
+    assert fetch.tell(ChunksVerified(A, 0, (0, 1, 2)), at=1.0)[0] == Announce((0, 2))
     assert fetch.machine.sources == {"a": sum(fetch.machine.manifest.chunks[chunk].size for chunk in range(3))}
 
 
@@ -125,7 +129,7 @@ def test_the_third_corrupt_chunk_bans() -> None:
     fetch.joined("liar")
     for number in range(download.CORRUPT_CHUNKS_MAX):
         fetch.now += 10.0
-        fetch.tell(download.Tick())
+        fetch.tell(Tick())
         transfer = min(fetch.machine._transfers)
         chunk = min(fetch.machine._transfers[transfer].chunks)
         last = fetch.tell(ChunkCorrupt(LIAR, transfer, chunk))
@@ -140,12 +144,12 @@ def test_the_third_corrupt_chunk_bans() -> None:
 def test_a_refused_chunk_is_asked_elsewhere_and_the_peer_rests() -> None:
     fetch = Fetch(2, held=[0])
     (ask,) = fetch.joined("a")
-    assert fetch.tell(TransferFailed(A, ask.transfer, "refused: busy", retry_s=2.0)) == []
+    assert fetch.tell(Refused(A, ask.transfer, "busy", 2.0)) == [TransferFailed(A, ask.transfer, "refused: busy")]
     (elsewhere,) = fetch.joined("b")
     assert (elsewhere.peer, elsewhere.chunks) == ("b", (1,))
     fetch.tell(PeerLeft(B, "gone"))
-    assert fetch.tell(download.Tick(), at=1.9) == []
-    (again,) = asks(fetch.tell(download.Tick(), at=2.1))
+    assert fetch.tell(Tick(), at=1.9) == []
+    (again,) = asks(fetch.tell(Tick(), at=2.1))
     assert again.peer == "a"
 
 
@@ -156,9 +160,9 @@ def test_each_failure_in_a_row_doubles_the_rest_and_a_chunk_ends_it() -> None:
         for transfer in list(fetch.machine._transfers):
             if transfer != number:
                 fetch.machine._end(transfer)
-        fetch.tell(TransferFailed(A, number, "broke"))
+        fetch.tell(TransferBroke(A, number, "broke"))
         began = fetch.now
-        while not (found := asks(fetch.tell(download.Tick(), at=fetch.now + 0.0625))):
+        while not (found := asks(fetch.tell(Tick(), at=fetch.now + 0.0625))):
             pass
         number = found[0].transfer
         rests.append(fetch.now - began)
@@ -187,24 +191,98 @@ def test_what_is_not_granted_is_cancelled_in_time_and_what_is_granted_is_not() -
     fetch = Fetch(3, held=[0])
     transfers = [ask.transfer for ask in fetch.joined("a")]
     while len(transfers) < 2:
-        transfers += [ask.transfer for ask in asks(fetch.tell(download.Tick()))]
+        transfers += [ask.transfer for ask in asks(fetch.tell(Tick()))]
     fetch.tell(Granted(A, transfers[0], tuple(fetch.machine._transfers[transfers[0]].chunks)))
-    assert fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S) == []
-    actions = fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S + 0.1)
-    assert actions == [Cancel(A, transfers[1], "not granted in time")]
+    assert fetch.tell(Tick(), at=download.GRANT_PATIENCE_S) == []
+    actions = fetch.tell(Tick(), at=download.GRANT_PATIENCE_S + 0.1)
+    why = "did not grant within 10 s"
+    assert actions == [Cancel(A, transfers[1], why), TransferFailed(A, transfers[1], why)]
+
+
+def test_what_is_granted_is_cancelled_when_its_peer_sends_nothing() -> None:
+    fetch = Fetch(3, held=[0])
+    first, second = fetch.joined("a") + fetch.later(0.0)
+    fetch.tell(Granted(A, first.transfer, first.chunks), at=1.0)
+    fetch.tell(Granted(A, second.transfer, second.chunks), at=2.0)
+    assert fetch.tell(Tick({A: 7}), at=5.0) == []
+    assert fetch.tell(Tick({A: 7}), at=5.0 + IDLE_S) == [], "a byte of one transfer counts for both"
+    why = f"sent nothing for {IDLE_S:g} s"
+    numbers = first.transfer, second.transfer
+    expected = [kind(A, number, why) for number in numbers for kind in (Cancel, TransferFailed)]
+    assert fetch.tell(Tick({A: 7}), at=5.1 + IDLE_S) == expected
+    assert fetch.machine._peers[A].failures == 2
+
+
+def test_who_sends_slowly_is_not_cancelled() -> None:
+    fetch = Fetch(3, held=[0])
+    ask = fetch.joined("a")[0]
+    fetch.tell(Granted(A, ask.transfer, ask.chunks))
+    for size in range(1, 5):
+        actions = fetch.tell(Tick({A: size}), at=0.3 * IDLE_S * size)
+        assert not any(isinstance(action, Cancel) and action.transfer == ask.transfer for action in actions)
+
+
+def test_a_peer_is_connected_to_once_before_the_first_request() -> None:
+    fetch = Fetch(4)
+    joined = PeerJoined(A, Bitfield.full(4))
+    connect, ask, *_ = fetch.tell(joined)
+    assert connect == Connect(A)
+    assert isinstance(ask, Ask)
+    assert Connect(A) not in fetch.tell(joined)
+    fetch.tell(PeerLeft(A, "gone"))
+    assert Connect(A) in fetch.tell(joined)
+
+
+def test_the_first_chunk_is_announced_at_once_and_what_follows_when_it_is_due() -> None:
+    fetch = Fetch(8)
+    fetch.joined("a")
+    assert fetch.tell(ChunksVerified(A, 0, (1,)), at=1.0)[0] == Announce((1,))
+    assert fetch.machine.due_at == math.inf
+    for chunk in (2, 3):
+        actions = fetch.tell(ChunksVerified(A, 0, (chunk,)), at=1.0)
+        assert not any(isinstance(action, Announce) for action in actions)
+    due_at = fetch.machine.due_at
+    assert due_at == 1.0 + scheduler.ANNOUNCE_MIN_S
+    assert not any(isinstance(action, Announce) for action in fetch.tell(Tick(), at=due_at - 0.001))
+    assert fetch.tell(Tick(), at=due_at)[0] == Announce((2, 3))
+    assert fetch.machine.due_at == math.inf
+
+
+@pytest.mark.parametrize("how", ["complete", "stalled", "stopped"])
+def test_the_last_chunks_are_announced_however_a_download_ends(how: str) -> None:
+    fetch = Fetch(8)
+    fetch.joined("a")
+    fetch.tell(ChunksVerified(A, 0, (0,)))
+    fetch.tell(ChunksVerified(A, 0, (1,)))
+    if how == "complete":
+        last = tuple(range(2, 8))
+        assert fetch.tell(ChunksVerified(A, 0, last))[0] == Announce((1, *last))
+    else:
+        actions = fetch.tell(Tick(), at=STALL_S + 1.0) if how == "stalled" else fetch.machine.stop()
+        assert actions[0] == Announce((1,))
+    assert fetch.machine.done
+    assert fetch.machine.due_at == math.inf
+    assert fetch.machine.stop() == []
+
+
+def test_the_transfers_of_a_peer_that_leaves_have_failed() -> None:
+    fetch = Fetch(4)
+    ask = fetch.joined("a")[0]
+    assert fetch.tell(PeerLeft(A, "gone"))[0] == TransferFailed(A, ask.transfer, "gone")
+    assert fetch.tell(TransferBroke(A, ask.transfer, "the session broke")) == []
 
 
 def test_a_stalled_download_gives_up_once_and_says_what_it_tried() -> None:
     fetch = Fetch(4, held=[0])
     ask = fetch.joined("a")[0]
     fetch.tell(PeerJoined(B, Bitfield(4)))
-    fetch.tell(TransferFailed(A, ask.transfer, "refused: busy", retry_s=3600.0))
+    fetch.tell(Refused(A, ask.transfer, "busy", 3600.0))
     fetch.tell(PeerLeft(A, "closed the link"))
-    assert not any(isinstance(action, GiveUp) for action in fetch.tell(download.Tick(), at=STALL_S))
-    (giving_up,) = fetch.tell(download.Tick(), at=STALL_S + 1.0)
+    assert not any(isinstance(action, GiveUp) for action in fetch.tell(Tick(), at=STALL_S))
+    (giving_up,) = fetch.tell(Tick(), at=STALL_S + 1.0)
     assert giving_up == GiveUp(3, STALL_S + 1.0, ("a: closed the link", "b: holds nothing that is missing"))
     assert fetch.machine.done
-    assert fetch.tell(download.Tick(), at=STALL_S + 2.0) == []
+    assert fetch.tell(Tick(), at=STALL_S + 2.0) == []
     assert fetch.joined("c") == []
 
 
@@ -212,8 +290,8 @@ def test_a_transfer_that_fails_after_its_peer_left_does_not_hide_why_it_left() -
     fetch = Fetch(2)
     ask = fetch.joined("a")[0]
     fetch.tell(PeerLeft(A, "left: shutting down"))
-    fetch.tell(TransferFailed(A, ask.transfer, "the session broke"))
-    *_, giving_up = fetch.tell(download.Tick(), at=STALL_S + 1.0)
+    fetch.tell(TransferBroke(A, ask.transfer, "the session broke"))
+    *_, giving_up = fetch.tell(Tick(), at=STALL_S + 1.0)
     assert isinstance(giving_up, GiveUp)
     assert giving_up.tried == ("a: left: shutting down",)
 
@@ -222,21 +300,21 @@ def test_every_chunk_puts_the_stall_off() -> None:
     fetch = Fetch(4)
     (ask, *_) = fetch.joined("a")
     fetch.tell(ChunksVerified(A, ask.transfer, (ask.chunks[0],)), at=STALL_S - 1.0)
-    assert not any(isinstance(action, GiveUp) for action in fetch.tell(download.Tick(), at=2 * STALL_S - 2.0))
-    assert isinstance(fetch.tell(download.Tick(), at=2 * STALL_S)[-1], GiveUp)
+    assert not any(isinstance(action, GiveUp) for action in fetch.tell(Tick(), at=2 * STALL_S - 2.0))
+    assert isinstance(fetch.tell(Tick(), at=2 * STALL_S)[-1], GiveUp)
 
 
 def test_complete_comes_once_and_then_nothing() -> None:
     fetch = Fetch(2, held=[0, 1])
-    assert fetch.tell(download.Tick()) == [Complete()]
-    for event in (download.Tick(), PeerHas(A, (1,)), PeerLeft(A, "x"), TransferEnded(A, 0)):
+    assert fetch.tell(Tick()) == [Complete()]
+    for event in (Tick(), PeerHas(A, (1,)), PeerLeft(A, "x"), TransferEnded(A, 0)):
         assert fetch.tell(event, at=1000.0) == []
     assert fetch.joined("b") == []
 
 
 def test_have_makes_a_peer_worth_asking() -> None:
     fetch = Fetch(4)
-    assert fetch.tell(PeerJoined(A, Bitfield(4))) == []
+    assert fetch.tell(PeerJoined(A, Bitfield(4))) == [Connect(A)]
     (ask,) = asks(fetch.tell(PeerHas(A, (2,))))
     assert (ask.peer, ask.chunks) == ("a", (2,))
 
@@ -258,7 +336,7 @@ def test_a_seed_that_chooses_is_asked_for_some_and_again_when_they_are_here() ->
 def test_a_seed_that_declines_rests_for_as_long_as_it_says_and_has_not_failed() -> None:
     fetch = Fetch(3)
     ask = fetch.joined("seed", superseeds=True)[0]
-    assert fetch.tell(Declined(SEED, ask.transfer, 0.1)) == []
+    assert fetch.tell(Refused(SEED, ask.transfer, "nothing_to_give", 0.1)) == []
     assert fetch.later(0.09) == []
     assert [again.peer for again in fetch.later(0.02)] == ["seed"]
     assert fetch.machine._peers[SEED].failures == 0
@@ -270,14 +348,14 @@ def test_what_a_failed_gift_was_to_bring_is_asked_elsewhere() -> None:
     fetch.tell(Granted(SEED, ask.transfer, (1,)))
     assert [new.why for new in fetch.joined("b")] == ["endgame"], "it is on its way"
     fetch.tell(PeerLeft(B, "gone"))
-    fetch.tell(TransferFailed(SEED, ask.transfer, "broke"))
+    fetch.tell(TransferBroke(SEED, ask.transfer, "broke"))
     assert [(new.chunks, new.why) for new in fetch.joined("c")] == [((1,), "rarest")]
 
 
 def test_a_gift_that_fails_before_it_is_known_leaves_nothing_behind() -> None:
     fetch = Fetch(2)
     ask = fetch.joined("seed", superseeds=True)[0]
-    fetch.tell(TransferFailed(SEED, ask.transfer, "broke"))
+    fetch.tell(TransferBroke(SEED, ask.transfer, "broke"))
     assert fetch.machine._requested.sum() == 0
     assert ask.transfer not in fetch.machine._transfers
 
@@ -315,8 +393,9 @@ def test_a_grant_of_a_transfer_that_nobody_waits_for_changes_nothing() -> None:
 def test_a_gift_that_is_never_granted_is_cancelled_in_time() -> None:
     fetch = Fetch(3)
     transfers = [ask.transfer for ask in fetch.joined("seed", superseeds=True) + fetch.later(0.0)]
-    actions = fetch.tell(download.Tick(), at=download.GRANT_PATIENCE_S + 0.1)
-    assert actions == [Cancel(SEED, number, "not granted in time") for number in transfers]
+    actions = fetch.tell(Tick(), at=download.GRANT_PATIENCE_S + 0.1)
+    why = "did not grant within 10 s"
+    assert actions == [kind(SEED, number, why) for number in transfers for kind in (Cancel, TransferFailed)]
 
 
 def test_among_many_peers_a_newcomer_ties_one_batch_to_each_and_two_to_a_seed() -> None:
@@ -364,7 +443,7 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
     fetch, dice = Fetch(9, seed=seed), random.Random(seed)
     completed = 0
     for step in steps:
-        peer = dice.choice("abc")
+        peer = NodeId(dice.choice("abc"))
         transfer = dice.choice([*fetch.machine._transfers] or [0])
         if known := fetch.machine._transfers.get(transfer):
             peer = known.peer
@@ -372,16 +451,16 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
             dice.sample(sorted(known.chunks), dice.randint(1, len(known.chunks))) if known and known.chunks else [0]
         )
         fits = known and (tuple(known.chunks) or tuple(dice.sample(range(9), 2)))
-        events: list[download.Event] = [
-            PeerJoined(NodeId(peer), Bitfield(9, dice.sample(range(9), 5)), peer == "c"),
-            Granted(NodeId(peer), transfer, fits) if fits else download.Tick(),
-            PeerHas(NodeId(peer), (dice.randrange(9),)),
-            PeerLeft(NodeId(peer), "left"),
-            ChunksVerified(NodeId(peer), transfer, (chunk, *more)) if known and known.chunks else download.Tick(),
-            ChunkCorrupt(NodeId(peer), transfer, chunk) if known and known.chunks else download.Tick(),
-            TransferEnded(NodeId(peer), transfer),
-            TransferFailed(NodeId(peer), transfer, "failed"),
-            Declined(NodeId(peer), transfer, 0.1),
+        events: list[download_events.Event] = [
+            PeerJoined(peer, Bitfield(9, dice.sample(range(9), 5)), peer == "c"),
+            Granted(peer, transfer, fits) if fits else Tick(),
+            PeerHas(peer, (dice.randrange(9),)),
+            PeerLeft(peer, "left"),
+            ChunksVerified(peer, transfer, (chunk, *more)) if known and known.chunks else Tick(),
+            ChunkCorrupt(peer, transfer, chunk) if known and known.chunks else Tick(),
+            TransferEnded(peer, transfer),
+            TransferBroke(peer, transfer, "failed"),
+            Refused(peer, transfer, "nothing_to_give", 0.1),
         ]
         actions = fetch.tell(events[step], at=fetch.now + 0.1)
         completed += actions.count(Complete())
@@ -389,7 +468,7 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
     for _ in range(200):
         if fetch.machine.done:
             break
-        actions = fetch.tell(download.Tick(), at=fetch.now + 0.1)
+        actions = fetch.tell(Tick(), at=fetch.now + 0.1)
         for ask in [*todo, *asks(actions)]:
             if ask.peer == "honest":
                 for chunk in ask.chunks:

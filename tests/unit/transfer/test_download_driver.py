@@ -21,9 +21,9 @@ from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import NodeId
 from swarm.store.cuda import CudaError
-from swarm.transfer import download
+from swarm.transfer import download_events
 from swarm.transfer.download_driver import DownloadDriver
-from swarm.transfer.verify import Landings
+from swarm.transfer.verify import Verifier
 
 CHUNKS = 8
 DEADLINE_S = 10.0
@@ -32,7 +32,7 @@ DEADLINE_S = 10.0
 class Source:
     """A peer whose session opens and brings nothing; `said` is what it was told."""
 
-    name, node, scheme, on_device = "source", "5" * 16, "tcp", False
+    name, node, scheme, on_device, received_bytes = "source", NodeId("5" * 16), "tcp", False, 0
 
     def __init__(self) -> None:
         self.said: list[messages.Message] = []
@@ -54,18 +54,19 @@ class Source:
 
 
 class Fetch:
-    """A fetch from one source, on a clock that stands still."""
+    """A fetch from one source, on a clock that stands still until the test moves it."""
 
     def __init__(self, *, superseeds: bool) -> None:
         self.source = Source()
         self.peer = cast(Peer, self.source)
+        self.now = 0.0
         self.tasks: list[asyncio.Task[Any]] = []
         self.told: list[list[int]] = []
         content = Content.random(0, chunks=CHUNKS, chunk_bytes=64)
         host = SimpleNamespace(
             id="0" * 16,
             peers={self.source.node: self.peer},
-            now=lambda: 0.0,
+            now=lambda: self.now,
             record=lambda *_: None,
             spawn=self.spawn,
         )
@@ -75,12 +76,12 @@ class Fetch:
             Bitfield(CHUNKS),
             host=host,
             idle_timeout_s=1.0,
-            stall_timeout_s=1.0,
+            stall_timeout_s=30.0,
             transfer_ids=itertools.count(),
             rng=random.Random(0),
-            tell=self.told.append,
+            announce=self.told.append,
         )
-        self.fetching.handle(download.PeerJoined(NodeId(self.source.node), Bitfield.full(CHUNKS), superseeds))
+        self.fetching.handle(download_events.PeerJoined(self.source.node, Bitfield.full(CHUNKS), superseeds))
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
         self.tasks.append(asyncio.create_task(work, name=name))
@@ -161,18 +162,18 @@ def test_is_a_gift_received_once_it_is_known() -> None:
 
 
 def test_is_what_gpus_need_there_before_anything_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared, may_end = list[Landings](), threading.Event()
+    prepared, may_end = list[Verifier](), threading.Event()
 
-    def prepare(landings: Landings) -> None:
-        prepared.append(landings)
+    def prepare(verifier: Verifier) -> None:
+        prepared.append(verifier)
         assert may_end.wait(DEADLINE_S)
 
-    monkeypatch.setattr(Landings, "prepare", prepare)
+    monkeypatch.setattr(Verifier, "prepare", prepare)
     monkeypatch.setattr(Source, "on_device", True)
 
     async def scenario(fetch: Fetch) -> None:
         await fetch.until(lambda: prepared)
-        fetch.fetching.handle(download.Tick())  # which asks for more
+        fetch.fetching.handle(download_events.Tick())  # which asks for more
         assert not fetch.source.requests
         may_end.set()
         await fetch.until(lambda: len(fetch.source.requests) == 2)
@@ -182,10 +183,10 @@ def test_is_what_gpus_need_there_before_anything_is_asked_for(monkeypatch: pytes
 
 
 def test_does_a_fetch_fail_whose_gpu_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(landings: Landings) -> None:
+    def prepare(verifier: Verifier) -> None:
         raise CudaError("hashing on GPU 0: out of memory")
 
-    monkeypatch.setattr(Landings, "prepare", prepare)
+    monkeypatch.setattr(Verifier, "prepare", prepare)
     monkeypatch.setattr(Source, "on_device", True)
 
     async def scenario(fetch: Fetch) -> None:
@@ -215,14 +216,14 @@ def test_does_nobody_wait_for_the_gifts_of_a_peer_that_left() -> None:
 
     async def scenario(fetch: Fetch) -> None:
         await fetch.asked()
-        fetch.fetching.handle(download.PeerLeft(NodeId(fetch.source.node), "closed the link"))
+        fetch.fetching.handle(download_events.PeerLeft(fetch.source.node, "closed the link"))
         await fetch.until(lambda: all(task.done() for task in fetch.tasks))
 
     run(scenario, superseeds=True)
 
 
 @pytest.mark.parametrize(("reason", "failures"), [("nothing_to_give", 0), ("busy", 1)])
-def test_is_nothing_to_give_no_failure(reason: str, failures: int) -> None:
+def test_is_nothing_to_give_no_failure(reason: messages.RefusalReason, failures: int) -> None:
     async def scenario(fetch: Fetch) -> None:
         request = await fetch.asked()
         fetch.fetching.refused(fetch.peer, request.transfer, reason=reason, retry_s=3.0)
@@ -233,14 +234,33 @@ def test_is_nothing_to_give_no_failure(reason: str, failures: int) -> None:
     run(scenario, superseeds=True)
 
 
+def test_is_a_granted_transfer_cancelled_whose_session_brings_no_byte() -> None:
+    async def scenario(fetch: Fetch) -> None:
+        request = await fetch.asked()
+        fetch.fetching.granted(fetch.peer, request.transfer, request.chunks)
+        await fetch.until(lambda: fetch.source.receiving)
+        fetch.now, fetch.source.received_bytes = 0.9, 1
+        fetch.fetching.tick()
+        fetch.now = 1.8
+        fetch.fetching.tick()
+        assert messages.Cancel(request.transfer) not in fetch.source.said
+        fetch.now = 2.0
+        fetch.fetching.tick()
+        assert messages.Cancel(request.transfer) in fetch.source.said
+        await fetch.until(lambda: fetch.tasks[1].cancelled())
+
+    run(scenario, superseeds=False)
+
+
 def test_is_the_first_chunk_told_at_once_and_what_follows_together() -> None:
     async def scenario(fetch: Fetch) -> None:
         request = await fetch.asked()
-        verified = partial(download.ChunksVerified, NodeId(fetch.source.node), request.transfer)
+        verified = partial(download_events.ChunksVerified, fetch.source.node, request.transfer)
         fetch.fetching.handle(verified((1,)))
         await fetch.until(lambda: fetch.told)
         fetch.fetching.handle(verified((2,)))
         fetch.fetching.handle(verified((3,)))
+        fetch.now = 1.0
         await fetch.until(lambda: len(fetch.told) > 1)
         assert fetch.told == [[1], [2, 3]]
 
@@ -252,7 +272,7 @@ def test_are_the_last_chunks_told_before_the_fetch_is_over() -> None:
         request = await fetch.asked()
         running = asyncio.create_task(fetch.fetching.run())
         for chunk in range(CHUNKS):
-            fetch.fetching.handle(download.ChunksVerified(NodeId(fetch.source.node), request.transfer, (chunk,)))
+            fetch.fetching.handle(download_events.ChunksVerified(fetch.source.node, request.transfer, (chunk,)))
         await running
         assert sorted(itertools.chain(*fetch.told)) == list(range(CHUNKS))
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from swarm.protocol.messages import NodeId
 from swarm.transfer import scheduler
-from swarm.transfer.scheduler import PeerView, View, plan
+from swarm.transfer.scheduler import DownloadView, PeerView, plan
 
 FAST, SLOW = NodeId("fast"), NodeId("slow")
 
@@ -25,7 +25,7 @@ def view(
     requested: Sequence[int] | None = None,
     busy: dict[str, int] | None = None,
     superseeds: str = "",
-) -> View:
+) -> DownloadView:
     """Masks as strings of 0 and 1; `gives` names the seeds that choose, one letter each."""
     peers = [
         PeerView(NodeId(name), _mask(bits), (busy or {}).get(name, 0), 0.0, name in superseeds)
@@ -34,11 +34,13 @@ def view(
     return _view(_mask(missing), np.array(requested or [0] * len(missing), dtype=np.uint8), peers)
 
 
-def _view(missing: scheduler.Mask, requested: npt.NDArray[np.uint8], peers: list[PeerView], most: int = 64) -> View:
+def _view(
+    missing: scheduler.Mask, requested: npt.NDArray[np.uint8], peers: list[PeerView], most: int = 64
+) -> DownloadView:
     """What a download shows of these peers: those that it may ask, and what of the others matters."""
     free = missing & (requested == 0)
     others = [peer for peer in peers if not peer.superseeds]
-    return View(
+    return DownloadView(
         free=free,
         free_count=int(free.sum()),
         missing=missing,
@@ -75,7 +77,7 @@ def _mask(bits: str) -> scheduler.Mask:
         ("some are free", view({"a": "10", "b": "11"}, missing="11", requested=[1, 0], busy={"b": 2}), []),
     ],
 )  # fmt: skip
-def test_plan_by_table(what: str, seen: View, wanted: list[tuple[str, tuple[int, ...], str]]) -> None:
+def test_plan_by_table(what: str, seen: DownloadView, wanted: list[tuple[str, tuple[int, ...], str]]) -> None:
     assert [(ask.peer, ask.chunks, ask.why) for ask in plan(seen, random.Random(0))] == wanted, what
 
 
@@ -108,14 +110,14 @@ def test_plan_by_table(what: str, seen: View, wanted: list[tuple[str, tuple[int,
         ),
     ],
 )
-def test_what_seeds_are_asked_for(what: str, seen: View, wanted: dict[str, tuple[int, bool]]) -> None:
+def test_what_seeds_are_asked_for(what: str, seen: DownloadView, wanted: dict[str, tuple[int, bool]]) -> None:
     superseed = {ask.peer: (ask.count, ask.starving) for ask in plan(seen, random.Random(0)) if ask.why == "its choice"}
     assert superseed == wanted, what
 
 
 def test_the_last_copy_of_a_chunk_is_asked_of_a_seed_by_name() -> None:
     seen = view({"s": "1", "a": "1"}, missing="1", requested=[1], busy={"a": 1}, superseeds="s")
-    assert plan(seen, random.Random(0)) == [scheduler.Ask(NodeId("s"), "endgame", (0,))]
+    assert plan(seen, random.Random(0)) == [scheduler.PlannedRequest(NodeId("s"), "endgame", (0,))]
 
 
 @pytest.mark.parametrize(("superseeds", "peers", "most"), [(True, 1, 2), (True, 50, 2), (False, 4, 2), (False, 5, 1)])
@@ -134,7 +136,7 @@ def test_a_fast_peer_is_asked_for_a_run_and_a_slow_one_for_a_chunk() -> None:
 
 
 @st.composite
-def views(draw: st.DrawFn) -> View:
+def views(draw: st.DrawFn) -> DownloadView:
     chunks = draw(st.integers(1, 12))
     masks = st.lists(st.booleans(), min_size=chunks, max_size=chunks).map(np.array)
     missing = draw(masks)
@@ -151,7 +153,7 @@ def views(draw: st.DrawFn) -> View:
 
 @given(seen=views(), seed=st.integers(0, 1000))
 @settings(max_examples=200, deadline=None)
-def test_plan_never_asks_for_what_it_should_not(seen: View, seed: int) -> None:
+def test_plan_never_asks_for_what_it_should_not(seen: DownloadView, seed: int) -> None:
     peers = {peer.name: peer for peer in seen.peers}
     outstanding = {peer.name: peer.outstanding for peer in seen.peers}
     copies = seen.requested.copy()
@@ -181,7 +183,7 @@ def test_plan_never_asks_for_what_it_should_not(seen: View, seed: int) -> None:
 
 @given(seen=views(), seed=st.integers(0, 1000))
 @settings(max_examples=200, deadline=None)
-def test_plan_leaves_nobody_idle_who_could_help(seen: View, seed: int) -> None:
+def test_plan_leaves_nobody_idle_who_could_help(seen: DownloadView, seed: int) -> None:
     asked = plan(seen, random.Random(seed))
     taken = {chunk for ask in asked for chunk in ask.chunks}
     free = seen.missing & (seen.requested == 0)

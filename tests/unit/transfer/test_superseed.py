@@ -94,7 +94,7 @@ def test_what_a_seed_gives_by_table(
     }
     masks = {name: np.array([bit == "1" for bit in bits]) for name, bits in (("wanted", wanted), ("own", territory))}
     for seed in range(10):
-        chunks = scheduler.give(
+        chunks = scheduler.superseed_chunks(
             masks["wanted"], **counts, territory=masks["own"], count=count, starving=starving, rng=random.Random(seed)
         )
         if chosen is None:

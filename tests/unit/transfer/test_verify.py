@@ -14,7 +14,7 @@ from swarm.errors import LocalProtocolError, SourceChanged, StoreFull
 from swarm.hashing.cpu import chunk_digest
 from swarm.store import FileSpan, Span
 from swarm.store.tensors import MemoryStore
-from swarm.transfer.verify import Landed, Landings, copy
+from swarm.transfer.verify import LandedChunk, Verifier, copy
 
 DATA = bytes(range(30))
 SCHEME = HashScheme(leaf_bytes=1024)
@@ -60,9 +60,9 @@ class Failing(MemoryStore):
 class Transfer:
     """One transfer that fills the views of its chunks when it is told to."""
 
-    def __init__(self, landings: Landings, number: int, *chunks: int) -> None:
-        self.landed: list[Landed] = []
-        self._views = landings.views(number, chunks, self.landed.extend)
+    def __init__(self, verifier: Verifier, number: int, *chunks: int) -> None:
+        self.landed: list[LandedChunk] = []
+        self._views = verifier.views(number, chunks, self.landed.extend)
         self._view = next(self._views)
 
     def fill(self, data: bytes) -> Transfer:
@@ -81,8 +81,8 @@ def store() -> MemoryStore:
 
 
 @pytest.fixture
-def landings(store: MemoryStore) -> Landings:
-    return Landings(store.manifest, store, Bitfield(len(store.manifest.chunks)))
+def verifier(store: MemoryStore) -> Verifier:
+    return Verifier(store.manifest, store, Bitfield(len(store.manifest.chunks)))
 
 
 def contents(store: MemoryStore) -> bytes:
@@ -90,86 +90,86 @@ def contents(store: MemoryStore) -> bytes:
     return bytes(store.files()["data"])
 
 
-def test_do_chunks_land_in_their_places(store: MemoryStore, landings: Landings) -> None:
-    transfer = Transfer(landings, 1, 2, 0).fill(DATA[20:]).fill(DATA[:10])
+def test_do_chunks_land_in_their_places(store: MemoryStore, verifier: Verifier) -> None:
+    transfer = Transfer(verifier, 1, 2, 0).fill(DATA[20:]).fill(DATA[:10])
     assert [(landed.chunk.index, landed.correct, landed.spare) for landed in transfer.landed] == [
         (2, True, None),
         (0, True, None),
     ]
     assert contents(store) == DATA[:10] + bytes(10) + DATA[20:]
-    assert (landings.holder(0), landings.holder(1)) == (1, None)
+    assert (verifier.holder(0), verifier.holder(1)) == (1, None)
 
 
-def test_is_a_wrong_chunk_reported_and_its_place_free_again(store: MemoryStore, landings: Landings) -> None:
-    assert not Transfer(landings, 1, 0).fill(b"x" * 10).landed[0].correct
-    assert landings.holder(0) is None
-    (landed,) = Transfer(landings, 2, 0).fill(DATA[:10]).landed
-    assert (landed.correct, landed.spare, landings.holder(0)) == (True, None, 2)
+def test_is_a_wrong_chunk_reported_and_its_place_free_again(store: MemoryStore, verifier: Verifier) -> None:
+    assert not Transfer(verifier, 1, 0).fill(b"x" * 10).landed[0].correct
+    assert verifier.holder(0) is None
+    (landed,) = Transfer(verifier, 2, 0).fill(DATA[:10]).landed
+    assert (landed.correct, landed.spare, verifier.holder(0)) == (True, None, 2)
     assert contents(store)[:10] == DATA[:10]
 
 
-def test_does_a_second_copy_land_beside_the_first(store: MemoryStore, landings: Landings) -> None:
-    first = Transfer(landings, 1, 0)
-    (landed,) = Transfer(landings, 2, 0).fill(DATA[:10]).landed
-    assert (landed.correct, landed.spare, landings.holder(0)) == (True, bytearray(DATA[:10]), 1)
-    assert not landings.settle(landed, 2)
+def test_does_a_second_copy_land_beside_the_first(store: MemoryStore, verifier: Verifier) -> None:
+    first = Transfer(verifier, 1, 0)
+    (landed,) = Transfer(verifier, 2, 0).fill(DATA[:10]).landed
+    assert (landed.correct, landed.spare, verifier.holder(0)) == (True, bytearray(DATA[:10]), 1)
+    assert not verifier.settle(landed, 2)
     first.fill(DATA[:10])
     assert first.landed[0].spare is None
-    assert not landings.settle(landed, 2)
+    assert not verifier.settle(landed, 2)
     assert contents(store)[:10] == DATA[:10]
 
 
-def test_does_a_wrong_second_copy_leave_a_right_first_alone(store: MemoryStore, landings: Landings) -> None:
-    Transfer(landings, 1, 0).fill(DATA[:10])
-    (landed,) = Transfer(landings, 2, 0).fill(b"x" * 10).landed
+def test_does_a_wrong_second_copy_leave_a_right_first_alone(store: MemoryStore, verifier: Verifier) -> None:
+    Transfer(verifier, 1, 0).fill(DATA[:10])
+    (landed,) = Transfer(verifier, 2, 0).fill(b"x" * 10).landed
     assert not landed.correct
-    assert landings.holder(0) == 1
+    assert verifier.holder(0) == 1
     assert contents(store)[:10] == DATA[:10]
 
 
-def test_is_a_spare_put_in_place_once_the_first_has_let_go(store: MemoryStore, landings: Landings) -> None:
-    first = Transfer(landings, 1, 0)
-    (landed,) = Transfer(landings, 2, 0).fill(DATA[:10]).landed
+def test_is_a_spare_put_in_place_once_the_first_has_let_go(store: MemoryStore, verifier: Verifier) -> None:
+    first = Transfer(verifier, 1, 0)
+    (landed,) = Transfer(verifier, 2, 0).fill(DATA[:10]).landed
     first.stop()
-    assert landings.settle(landed, 2)
-    assert landings.holder(0) == 2
+    assert verifier.settle(landed, 2)
+    assert verifier.holder(0) == 2
     assert contents(store)[:10] == DATA[:10]
-    assert not landings.settle(landed, 3)
+    assert not verifier.settle(landed, 3)
 
 
-def test_is_a_spare_put_in_place_after_a_wrong_first(store: MemoryStore, landings: Landings) -> None:
-    first = Transfer(landings, 1, 0)
-    (landed,) = Transfer(landings, 2, 0).fill(DATA[:10]).landed
+def test_is_a_spare_put_in_place_after_a_wrong_first(store: MemoryStore, verifier: Verifier) -> None:
+    first = Transfer(verifier, 1, 0)
+    (landed,) = Transfer(verifier, 2, 0).fill(DATA[:10]).landed
     first.fill(b"x" * 10)
-    assert landings.settle(landed, 2)
+    assert verifier.settle(landed, 2)
     assert contents(store)[:10] == DATA[:10]
 
 
-def test_is_there_nothing_to_settle_about_a_chunk_in_place(landings: Landings) -> None:
-    (landed,) = Transfer(landings, 1, 0).fill(DATA[:10]).landed
-    assert not landings.settle(landed, 1)
+def test_is_there_nothing_to_settle_about_a_chunk_in_place(verifier: Verifier) -> None:
+    (landed,) = Transfer(verifier, 1, 0).fill(DATA[:10]).landed
+    assert not verifier.settle(landed, 1)
 
 
 def test_does_a_full_disk_free_the_place() -> None:
     store = Failing(manifest())
-    landings = Landings(store.manifest, store, Bitfield(len(store.manifest.chunks)))
-    views = landings.views(1, [0], list[Landed]().extend)
+    verifier = Verifier(store.manifest, store, Bitfield(len(store.manifest.chunks)))
+    views = verifier.views(1, [0], list[LandedChunk]().extend)
     next(views)
     with pytest.raises(StoreFull):
         next(views)
-    assert landings.holder(0) is None
+    assert verifier.holder(0) is None
 
 
 def test_does_a_disk_that_is_full_at_settling_free_the_place() -> None:
     store = Failing(manifest())
-    landings = Landings(store.manifest, store, Bitfield(len(store.manifest.chunks)))
-    first = Transfer(landings, 1, 0)
-    (landed,) = Transfer(landings, 2, 0).fill(DATA[:10]).landed
+    verifier = Verifier(store.manifest, store, Bitfield(len(store.manifest.chunks)))
+    first = Transfer(verifier, 1, 0)
+    (landed,) = Transfer(verifier, 2, 0).fill(DATA[:10]).landed
     first.stop()
     with pytest.raises(StoreFull):
-        landings.settle(landed, 2)
-    assert landings.holder(0) is None
-    assert landings.settle(landed, 2)
+        verifier.settle(landed, 2)
+    assert verifier.holder(0) is None
+    assert verifier.settle(landed, 2)
 
 
 def test_is_memory_copied(store: MemoryStore) -> None:
@@ -210,7 +210,7 @@ def test_is_a_source_of_another_size_a_bug(store: MemoryStore, spans: tuple[Span
 def test_is_what_was_right_before_never_written_over(store: MemoryStore) -> None:
     for view, data in zip(store.landing(store.manifest.chunks[0]), [DATA[:10]], strict=True):
         view[:] = data
-    landings = Landings(store.manifest, store, Bitfield.full(len(store.manifest.chunks)))
-    transfer = Transfer(landings, 1, 0).fill(bytes(10))
+    verifier = Verifier(store.manifest, store, Bitfield.full(len(store.manifest.chunks)))
+    transfer = Transfer(verifier, 1, 0).fill(bytes(10))
     assert [(landed.correct, landed.spare is None) for landed in transfer.landed] == [(False, False)]
     assert contents(store)[:10] == DATA[:10]
