@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import secrets
 import socket
 import tempfile
@@ -131,6 +132,15 @@ async def outcome(work: Awaitable[object]) -> BaseException | None:
     except (SwarmError, OSError, asyncio.CancelledError) as error:
         return error
     return None
+
+
+async def check_scheme(make_pair: MakePair) -> None:
+    """The scheme, equal at both ends, is 1 to 16 of a-z and _; `reason` is a text."""
+    async with make_pair() as pair:
+        scheme = pair.holder.scheme
+        require(re.fullmatch("[a-z_]{1,16}", scheme), f"the scheme {scheme!r} is not 1 to 16 of a-z and _")
+        require(pair.asker.scheme == scheme, "both ends have a scheme of their own")
+        require(pair.holder.reason, "`reason` is empty")
 
 
 async def check_sizes_arrive(make_pair: MakePair) -> None:

@@ -6,7 +6,8 @@ it. Where bytes land and what is hashed on the way is the caller's: a transport 
 on a worker thread, and never looks inside. Only a session that says `on_device` is lent memory of GPUs. It knows
 nothing of chunks, peers' reputations or schedules.
 
-`check_transport` in tests/conformance is the contract as a program: every transport passes it.
+`swarm.testing.check_transport` is the contract as a program: every transport passes it. docs/transports.md shows how to
+add one.
 """
 
 from __future__ import annotations
