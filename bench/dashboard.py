@@ -25,15 +25,15 @@ from children import ROOT, host
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from swarm.content.manifest import Digest, ModelId
-from swarm.dashboard.collector import Told
-from swarm.dashboard.member_report import CELLS_MAX, FetchSummary, Flow, Held, Known, Own
+from swarm.dashboard.collector import MemberAnswer
+from swarm.dashboard.member_report import CELLS_MAX, FetchSummary, Held, KnownPeer, MemberReport, PeerFlow
 from swarm.dashboard.server import ASSETS, asset
 from swarm.dashboard.sse import EventStream
 from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.net.http_pages import EventPage
 from swarm.net.listener import Listener
 from swarm.net.websocket import HttpLinks, Link
-from swarm.observe.fetch_history import Fetch
+from swarm.observe.fetch_record import FetchRecord
 from swarm.protocol.messages import NodeId
 
 ORG_MODEL = ModelId("org/model")
@@ -82,20 +82,21 @@ class Crowd:
     def view(self) -> Json:
         """The view of a node that has a report of every member."""
         now = time.monotonic()
-        told = {node: Told(self._own(node, now), now) for node in self.ids}
-        mine = told[self.ids[0]].own
+        told = {node: MemberAnswer(self._own(node, now), now) for node in self.ids}
+        mine = told[self.ids[0]].report
         assert mine is not None
         return self._viewer.view(self._report(), mine, told, now)
 
     def timeline(self) -> Json:
         """Of a fetch that brought a chunk every fifth of a second from each source in turn."""
-        found = Fetch(ORG_MODEL, DIGEST, SIZE, 0, 0.0, seconds=FETCH_S)
+        fetch = FetchRecord(ORG_MODEL, DIGEST, SIZE, 0, 0.0, 0.0, 0.0, 0.0)
         for chunk in range(300):
-            found.add(chunk / 5, NodeId(self.ids[chunk % SOURCES]), chunk, SIZE // CHUNKS)
-        said = found.timeline(FETCH_S)
-        return said | {"lanes": [lane | {"name": lane["node"]} for lane in said["lanes"]]}
+            node = self.ids[chunk % SOURCES]
+            fetch.receive(fetch.source(NodeId(node), node, chunk / 5), chunk / 5, chunk, SIZE // CHUNKS)
+        fetch.end(FETCH_S, None)
+        return fetch.timeline(FETCH_S)
 
-    def _own(self, node: str, now: float) -> Own:
+    def _own(self, node: str, now: float) -> MemberReport:
         total = self._speed[node] * (now + self._phase[node]) / FETCH_S
         part = 1.0 if node in self.seeds else min(1.0, total % 1.15)
         rate = 0 if part == 1.0 else round(self._speed[node] * SIZE / FETCH_S * self._rng.uniform(0.9, 1.1))
@@ -107,14 +108,16 @@ class Crowd:
             FETCH_S, SOURCES, rate > 0, None,
         )  # fmt: skip
         flows = tuple(
-            Flow(DIGEST, "down", NodeId(source), int(part * SIZE) // SOURCES, rate // SOURCES)
+            PeerFlow(DIGEST, "down", NodeId(source), int(part * SIZE) // SOURCES, rate // SOURCES)
             for source in self._sources[node]
         )
-        peers = tuple(Known(NodeId(source), source[-4:], "127.0.0.1:1") for source in self._sources[node])
+        peers = tuple(KnownPeer(NodeId(source), source[-4:], "127.0.0.1:1") for source in self._sources[node])
         held = (Held(DIGEST, int(part * CHUNKS), CHUNKS, "".join(digits)),)
         number = int(node, 16)
         fetches = () if node in self.seeds else (fetch,)
-        return Own(NodeId(node), f"host-{number // 4}", f"rack-{number // 40}", peers, flows, fetches, held, ())
+        return MemberReport(
+            NodeId(node), f"host-{number // 4}", f"rack-{number // 40}", peers, flows, fetches, held, ()
+        )
 
     def _report(self) -> dict[str, Any]:
         facts = {"state": "alive", "transport": None, "host": None, "rack": None, "uploads": 3, "slots": 8}
@@ -122,8 +125,11 @@ class Crowd:
             {"id": node, "name": f"replica-{int(node, 16)}", "address": f"10.0.0.{int(node, 16)}:7000", **facts}
             for node in self.ids
         ]
-        held = {member["name"]: 1.0 for member in members}
-        artifact = {"model_id": "org/model", "digest": DIGEST, "tier": "checkpoint", "bytes": SIZE, "members": held}
+        names, nodes = ({member[key]: 1.0 for member in members} for key in ("name", "id"))
+        artifact = {
+            "model_id": "org/model", "digest": DIGEST, "tier": "checkpoint", "bytes": SIZE, "members": names,
+            "nodes": nodes,
+        }  # fmt: skip
         node = {"id": self.ids[0], "name": "replica-1", "address": "10.0.0.1:7000"}
         return {"node": node, "members": members, "artifacts": [artifact], "transfers": []}
 

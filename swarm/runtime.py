@@ -26,8 +26,7 @@ from swarm.net.http_pages import Asset
 from swarm.node.node import Node
 from swarm.node.status_client import PATH as STATUS_PATH
 from swarm.observe import opentelemetry
-from swarm.observe.fetch_history import FetchHistories
-from swarm.observe.node_report import Picture
+from swarm.observe.node_report import NodeReport
 from swarm.observe.prometheus import PATH as METRICS_PATH
 from swarm.observe.prometheus import Metrics
 from swarm.settings import Settings, is_loopback, split_address
@@ -36,15 +35,14 @@ T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
 
 
-def new_node(settings: Settings) -> tuple[Node, Picture]:
-    """A node of this machine, not open yet, and the picture that its status page shows."""
-    picture = Picture(lambda: {"version": __version__, "open": environment.open_to_all, "mdns": environment.mdns})
-    histories = FetchHistories()
-    dashboard = Dashboard(picture, histories)
-    metrics = Metrics(lambda: picture.report(node.now()), dashboard.view)
+def new_node(settings: Settings) -> tuple[Node, NodeReport]:
+    """A node of this machine, not open yet, and the report that its status page shows."""
+    report = NodeReport(lambda: {"version": __version__, "open": environment.open_to_all, "mdns": environment.mdns})
+    dashboard = Dashboard(report)
+    metrics = Metrics(lambda: report.report(node.now()), dashboard.view)
     metrics_page = Asset("text/plain", metrics.exposition)
     environment = HostEnvironment(
-        settings, {STATUS_PATH: lambda: picture.report(node.now()), METRICS_PATH: metrics_page, **dashboard.pages()}
+        settings, {STATUS_PATH: lambda: report.report(node.now()), METRICS_PATH: metrics_page, **dashboard.pages()}
     )
     host, _ = split_address("listen", settings.listen, default_port=0)
     network = settings.network or ("local" if is_loopback(host) else "lan")
@@ -58,13 +56,12 @@ def new_node(settings: Settings) -> tuple[Node, Picture]:
         stall_timeout_s=settings.stall_timeout_s,
     )
     node.name = settings.name or f"{socket.gethostname()}-{node.id[:6]}"
-    picture.follow(node.journal)
-    histories.follow(node.journal)
+    report.follow(node.journal)
     metrics.follow(node.journal)
-    opentelemetry.follow(node.journal)
+    opentelemetry.follow(node.journal, report.fetches)
     dashboard.attach(node, environment.read)
     dashboard.follow(node.journal)
-    return node, picture
+    return node, report
 
 
 @dataclass

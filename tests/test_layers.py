@@ -46,7 +46,7 @@ ROWS: dict[str, set[str]] = {
         "transfer.verify",
     },
     "faces": {
-        "", "__main__", "api", "cli", "cli.demo", "cli.main", "cli.progress", "cli.replay", "cli.replay_report",
+        "", "__main__", "api", "cli", "cli.demo", "cli.main", "cli.progress", "cli.replay",
         "cli.simulate", "cli.status_json", "cli.status_table", "cli.status_watch", "dashboard", "dashboard.collector",
         "dashboard.member_report", "dashboard.recording", "dashboard.replay_server", "dashboard.server",
         "dashboard.sse", "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",
@@ -55,7 +55,7 @@ ROWS: dict[str, set[str]] = {
         "engines.metadata", "engines.options", "engines.rank_node", "engines.serve_loaded", "engines.sglang",
         "engines.sglang_loader", "engines.snapshot", "engines.start_log", "engines.tiers", "engines.transformers",
         "engines.vllm", "engines.vllm_loader", "node.local_nodes", "node.status_client", "observe",
-        "observe.fetch_history", "observe.node_report", "observe.opentelemetry", "observe.prometheus", "observe.trace",
+        "observe.fetch_record", "observe.node_report", "observe.opentelemetry", "observe.prometheus", "observe.trace",
         "observe.units", "runtime", "simulation", "simulation.crowd", "simulation.plot", "simulation.report",
         "simulation.setup", "simulation.wire",
     },
@@ -91,8 +91,8 @@ FOLDERS: dict[str, set[str]] = {
     "simulation": {"content", "node", "peers", "protocol", "transfer"},
     "": {"api", "engines"},  # the package itself, which imports these two on first use of their names
     "cli": {
-        "", "api", "checkpoint", "content", "dashboard", "doctor", "engines", "net", "node", "observe", "runtime",
-        "security", "simulation", "store",
+        "", "api", "checkpoint", "content", "dashboard", "doctor", "engines", "journal", "net", "node", "observe",
+        "runtime", "security", "simulation", "store",
     },
     "__main__": {"cli"},
     "testing": {"content", "hashing", "net", "store", "transport"},

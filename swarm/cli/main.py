@@ -230,12 +230,12 @@ def _fetch(options: argparse.Namespace) -> int:
     settings = _settings(options)
 
     async def fetch() -> int:
-        node, picture = new_node(settings)
+        node, status = new_node(settings)
         async with contextlib.AsyncExitStack() as open_:
             open_.enter_context(tracing(node.journal, options.trace))
             await open_.enter_async_context(node)
             with local_nodes.note(settings.cache, node.address):
-                async with progress(picture, node.now, quiet=options.json):
+                async with progress(status.fetches, node.now, quiet=options.json):
                     fetched, _, path = await fetch_on(
                         node,
                         options.model_id,

@@ -1,4 +1,4 @@
-"""Progress of a fetch for whoever waits for it: a bar on a terminal, quiet lines elsewhere."""
+"""Progress of running fetches on standard error: a bar on a terminal, else a log line every 10 s."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from swarm.observe.node_report import FetchReport, Picture
+from swarm.observe.fetch_record import FetchRecord, FetchRecords
 from swarm.observe.units import count, size_text
 
 REDRAW_S = 0.1
@@ -18,10 +18,10 @@ log = logging.getLogger("swarm")
 
 
 @asynccontextmanager
-async def progress(picture: Picture, clock: Callable[[], float], *, quiet: bool = False) -> AsyncIterator[None]:
-    """Shows the fetches in `picture` on standard error while the block runs."""
+async def progress(fetches: FetchRecords, clock: Callable[[], float], *, quiet: bool = False) -> AsyncIterator[None]:
+    """Shows the running fetches while the block runs; `quiet` shows no bar."""
     show = _bar if sys.stderr.isatty() and not quiet else _lines
-    task = asyncio.create_task(show(picture, clock))
+    task = asyncio.create_task(show(fetches, clock))
     try:
         yield
     finally:
@@ -29,7 +29,7 @@ async def progress(picture: Picture, clock: Callable[[], float], *, quiet: bool 
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _bar(picture: Picture, clock: Callable[[], float]) -> None:
+async def _bar(fetches: FetchRecords, clock: Callable[[], float]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
@@ -42,7 +42,7 @@ async def _bar(picture: Picture, clock: Callable[[], float]) -> None:
     with Progress(*columns, console=Console(stderr=True), auto_refresh=False, transient=True) as bars:
         tasks = {}
         while True:
-            for digest, fetch in picture.fetches.items():
+            for digest, fetch in fetches.running.items():
                 if digest not in tasks:
                     tasks[digest] = bars.add_task(fetch.model_id, total=fetch.size, words="")
                 bars.update(tasks[digest], completed=fetch.done_bytes, words=_words(fetch, clock()))
@@ -50,15 +50,16 @@ async def _bar(picture: Picture, clock: Callable[[], float]) -> None:
             await asyncio.sleep(REDRAW_S)
 
 
-async def _lines(picture: Picture, clock: Callable[[], float]) -> None:
+async def _lines(fetches: FetchRecords, clock: Callable[[], float]) -> None:
     while True:
         await asyncio.sleep(LINE_EVERY_S)
-        for fetch in picture.fetches.values():
+        for fetch in fetches.running.values():
             done = fetch.done_bytes / max(1, fetch.size)
             log.info("%s: %.0f %%, %s", fetch.model_id, 100 * done, _words(fetch, clock()))
 
 
-def _words(fetch: FetchReport, now: float) -> str:
+def _words(fetch: FetchRecord, now: float) -> str:
     eta_s = fetch.eta_s(now)
     left = "waiting for sources" if eta_s is None else f"{eta_s:.0f} s left"
-    return f"{size_text(fetch.rate.at(now))}/s, {left}, {count(len(fetch.sources), 'source')}"
+    sources = sum(source.linked and source.chunks > 0 for source in fetch.sources.values())
+    return f"{size_text(fetch.rate.at(now))}/s, {left}, {count(sources, 'source')}"

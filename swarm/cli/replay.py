@@ -1,49 +1,69 @@
-"""`swarm replay FILE`: reads a trace, and prints where the time went as tables."""
+"""`swarm replay FILE`: the phases and sources of every fetch in a trace, as tables or JSON."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from swarm.cli.replay_report import replay
 from swarm.errors import StoreError
-from swarm.observe.trace import lines
+from swarm.journal import FetchStarted
+from swarm.observe import trace
+from swarm.observe.fetch_record import FetchRecord, FetchRecords
 from swarm.observe.units import size_text
 
 
+def replay(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The report of every fetch in the lines of a trace. A fetch that did not end lasts until the last line."""
+    records, fetches = FetchRecords(), list[FetchRecord]()
+    left_out, last_s = 0, 0.0
+    for line in lines:
+        if line["event"] == "LeftOut":
+            left_out += line["entries"]
+        elif entry := trace.entry(line):
+            last_s = entry.at_s
+            records.apply(entry)
+            if isinstance(entry.event, FetchStarted):
+                fetches.append(records.records[entry.event.digest])
+    reports = [fetch.report(last_s) for fetch in fetches]
+    for report in reports:
+        report["sources"].sort(key=lambda source: -source["bytes"])
+    return {"fetches": reports, "left_out_entries": left_out}
+
+
 def read(path: Path) -> dict[str, Any]:
-    """What `replay` says of a trace. Raises StoreError for a file that is none."""
+    """`replay` of a file. Raises StoreError if it is no trace."""
     try:
-        return replay(lines(path))
+        return replay(trace.lines(path))
     except OSError as error:
         raise StoreError(str(path), f"cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(str(path), f"is no trace of swarm ({error!r}); `--trace FILE` writes one") from error
 
 
-def show(told: Mapping[str, Any]) -> None:
-    """Prints what `read` returned."""
+def show(replayed: Mapping[str, Any]) -> None:
+    """Prints the result of `read` as tables."""
     console = Console(markup=False, highlight=False)
-    for fetch in told["fetches"]:
+    for fetch in replayed["fetches"]:
         end = "complete" if fetch["complete"] else fetch["error"] or "not ended"
         size, seconds = size_text(fetch["received_bytes"]), fetch["seconds"]
-        console.print(f"{fetch['model_id']}, {fetch['digest'][:12]}: {size} in {seconds:.2f} s, {end}")
+        console.print(f"{fetch['model_id']}: {size} in {seconds:.2f} s, {end}; digest {fetch['digest']}")
         phases = Table("phase", "s", "of all")
         for name, spent_s in fetch["phases"].items():
             phases.add_row(name, f"{spent_s:.3f}", f"{spent_s / max(seconds, 1e-9):.0%}")
         console.print(phases)
-        sources = Table("source", "chunks", "received", "rejected", "failed", "waited s", "wire s", "banned")
-        for one in fetch["sources"]:
+        sources = Table("source", "chunks", "received", "rejected", "failed", "wait s", "transfer s", "banned")
+        for source in fetch["sources"]:
             sources.add_row(
-                one["name"], str(one["chunks"]), size_text(one["bytes"]), str(one["rejected_chunks"]),
-                str(one["failed_transfers"]), f"{one['waited_s']:.3f}", f"{one['wire_s']:.3f}", one["banned"] or "",
+                source["name"], str(source["chunks"]), size_text(source["bytes"]), str(source["rejected_chunks"]),
+                str(source["failed_transfers"]), f"{source['waited_s']:.3f}", f"{source['transfer_s']:.3f}",
+                source["banned"] or "",
             )  # fmt: skip
         console.print(sources)
-    if not told["fetches"]:
+    if not replayed["fetches"]:
         console.print("no fetch in this trace")
-    if told["left_out_entries"]:
-        console.print(f"{told['left_out_entries']} entries were left out: the disk was too slow, or the file too long")
+    if replayed["left_out_entries"]:
+        console.print(f"{replayed['left_out_entries']} entries were dropped: slow disk, or a trace over 1 GiB")

@@ -1,9 +1,9 @@
-"""Asks the members of a swarm what they tell of themselves, in rounds, while somebody watches.
+"""Requests the reports of all members (`/member`), in rounds, while a browser watches.
 
-Bounded in every way: so many questions a second however many members there are (with more than ASK_PER_S of them a
-round takes longer, and whoever fetches is asked first), so many at once, each with a deadline and a size.
+Bounded: `ASK_PER_S` requests a second for any number of members (with more members a round takes longer, and fetching
+members come first), and each request has a deadline and a maximum size.
 
-Must not know: HTTP, the node. It is handed a way to read a page of another node.
+Must not know: HTTP, the node. A function reads pages of other nodes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from swarm.dashboard.member_report import OWN_BYTES_MAX, PATH, Own, decode
+from swarm.dashboard.member_report import PATH, REPORT_BYTES_MAX, MemberReport, decode
 from swarm.errors import PeerError, PeerTimeout, PeerUnreachable, SettingsError
 from swarm.protocol.messages import Address
 from swarm.protocol.packets import Record
 
 LOOK_EVERY_S = 0.25
-ASK_EVERY_S = 1.0  # one member, at most
+ASK_EVERY_S = 1.0  # each member, at most
 ASK_PER_S = 24
-REFUSED_REST_S = 10.0  # one that answered, but not with what it was asked for
+REFUSED_REST_S = 10.0  # after an answer that was no report
 TIMEOUT_S = 2.0
 
 Read = Callable[
@@ -29,14 +29,14 @@ Read = Callable[
 
 
 @dataclass
-class Told:
-    """What a member said last, and what was wrong with its last answer."""
+class MemberAnswer:
+    """The last report of a member, and the failure of the last request."""
 
-    own: Own | None = None
-    at_s: float = 0.0  # when `own` was heard
+    report: MemberReport | None = None
+    at_s: float = 0.0  # when `report` arrived
     asked_at_s: float = float("-inf")
     failure: str | None = None
-    silent: bool = False  # nobody answers at its address
+    silent: bool = False  # no node answers at the member's address
 
     def due(self, now: float) -> bool:
         """Whether it may be asked again."""
@@ -44,16 +44,16 @@ class Told:
         return now - self.asked_at_s >= rest_s
 
     @property
-    def busy(self) -> bool:
-        """Whether it was fetching."""
-        return self.own is not None and any(fetch.running for fetch in self.own.fetches)
+    def fetching(self) -> bool:
+        """Whether its last report has a running fetch."""
+        return self.report is not None and any(fetch.running for fetch in self.report.fetches)
 
 
 class Collector:
-    """`told` is by node id, of the members that there are."""
+    """`answers` are by node id, of the present members."""
 
     def __init__(self, read: Read, members: Callable[[], Iterable[Record]], clock: Callable[[], float]) -> None:
-        self.told: dict[str, Told] = {}
+        self.answers: dict[str, MemberAnswer] = {}
         self._read = read
         self._members = members
         self._clock = clock
@@ -70,52 +70,53 @@ class Collector:
         finally:
             for task in self._asking:
                 task.cancel()
-            self.told.clear()
+            self.answers.clear()
             self._running = False
 
-    def hurry(self, node: str) -> None:
-        """Something happened to this member: it is asked at the next look, whenever it was asked last."""
-        if told := self.told.get(node):
-            told.asked_at_s = float("-inf")
+    def ask_next(self, node: str) -> None:
+        """Makes a member due at once."""
+        if answer := self.answers.get(node):
+            answer.asked_at_s = float("-inf")
 
     async def ask_all(self, most: int) -> None:
-        """Asks once, for whoever looks once: as many members as that, in one round trip or within TIMEOUT_S."""
+        """Asks at most `most` due members once, and waits for their answers. Does nothing while `run` runs."""
         if self._running:
             return
-        now = self._clock()
         limit = asyncio.Semaphore(ASK_PER_S)
 
         async def ask(member: Record) -> None:
             async with limit:
                 await self._ask(member)
 
-        members = [member for member in self._members() if self.told.setdefault(member.node, Told()).due(now)][:most]
-        for member in members:
-            self.told[member.node].asked_at_s = now
-        await asyncio.gather(*map(ask, members))
+        await asyncio.gather(*map(ask, self._due(most)))
 
     def _round(self) -> None:
-        now = self._clock()
-        members = {member.node: member for member in self._members()}
-        for gone in self.told.keys() - members.keys():
-            del self.told[gone]
-        due = [node for node in members if self.told.setdefault(node, Told()).due(now)]
-        due.sort(key=lambda node: (not self.told[node].busy, self.told[node].asked_at_s))
-        for node in due[: max(1, round(ASK_PER_S * LOOK_EVERY_S))]:
-            self.told[node].asked_at_s = now
-            task = asyncio.create_task(self._ask(members[node]), name=f"swarm: ask {members[node].name}")
+        for gone in self.answers.keys() - {member.node for member in self._members()}:
+            del self.answers[gone]
+        for member in self._due(max(1, round(ASK_PER_S * LOOK_EVERY_S))):
+            task = asyncio.create_task(self._ask(member), name=f"swarm: ask {member.name}")
             self._asking.add(task)
             task.add_done_callback(self._asking.discard)
 
+    def _due(self, most: int) -> list[Record]:
+        """At most `most` due members: fetching ones first, then those that waited longest. They count as asked."""
+        now = self._clock()
+        due = [(self.answers.setdefault(member.node, MemberAnswer()), member) for member in self._members()]
+        due = [(answer, member) for answer, member in due if answer.due(now)]
+        due.sort(key=lambda pair: (not pair[0].fetching, pair[0].asked_at_s))
+        for answer, _ in due[:most]:
+            answer.asked_at_s = now
+        return [member for _, member in due[:most]]
+
     async def _ask(self, member: Record) -> None:
-        told = self.told[member.node]
+        answer = self.answers[member.node]
         try:
-            own = decode(await self._read(member.address, PATH, TIMEOUT_S, OWN_BYTES_MAX))
-            if own.node != member.node:
+            report = decode(await self._read(member.address, PATH, TIMEOUT_S, REPORT_BYTES_MAX))
+            if report.node != member.node:
                 raise ValueError("another node answers at its address")
         except (PeerUnreachable, PeerTimeout) as error:
-            told.failure, told.silent = str(error), True
+            answer.failure, answer.silent = str(error), True
         except (PeerError, SettingsError, ValueError) as error:
-            told.failure, told.silent = str(error), False
+            answer.failure, answer.silent = str(error), False
         else:
-            told.own, told.at_s, told.failure, told.silent = own, self._clock(), None, False
+            answer.report, answer.at_s, answer.failure, answer.silent = report, self._clock(), None, False

@@ -1,7 +1,7 @@
-"""What a node tells of itself, and of nobody else: its flows, its fetches, which chunks it holds, who sent wrong ones.
+"""The report of a node about itself at `/member`: its flows, fetches and chunk maps, and peers that sent wrong chunks.
 
-One node sees its own links only; whoever watches the whole swarm asks every member for this, a few kB each. What
-arrives is checked here (`decode`): types, sizes and counts.
+A node sees its own links only; a dashboard asks every member for this report, a few kB each. `decode` checks types,
+sizes and counts of a report that arrived.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import msgspec
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import CHUNKS_MAX, Digest, ModelId
-from swarm.observe.fetch_history import Fetch, FetchHistories
-from swarm.observe.node_report import FetchReport
+from swarm.observe.fetch_record import FetchRecord, FetchRecords
 from swarm.protocol.messages import NodeId, Text
 from swarm.protocol.packets import Label
 
 PATH = "/member"
-OWN_BYTES_MAX = 256 << 10
-CELLS_MAX = 256  # of a chunk map: more cannot be told apart on a screen
+REPORT_BYTES_MAX = 256 << 10
+CELLS_MAX = 256  # of a chunk map: a screen cannot show more
 FLOWS_MAX = 512
 HELD_MAX = 64
 
@@ -29,10 +28,11 @@ Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Chunks = Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 Cells = Annotated[str, msgspec.Meta(max_length=CELLS_MAX, pattern=r"^[0-9]*\Z")]
+Words = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
-class Flow(msgspec.Struct, frozen=True):
-    """Bytes of one artifact between this node and a peer, so far and now."""
+class PeerFlow(msgspec.Struct, frozen=True):
+    """Bytes of one artifact between this node and a peer: total and present rate."""
 
     digest: Digest
     direction: Literal["down", "up"]
@@ -42,18 +42,19 @@ class Flow(msgspec.Struct, frozen=True):
 
 
 class Rejected(msgspec.Struct, frozen=True):
-    """Chunks of a peer that were not what the manifest says, in one fetch."""
+    """Chunks of a peer whose digest differed from the manifest, in one fetch. `why` is the reason of a ban."""
 
     digest: Digest
     peer: NodeId
     chunks: Size
     banned: bool
-    why: Annotated[str, msgspec.Meta(max_length=1000)] | None = None  # it is banned
+    why: Words | None = None
 
 
 class FetchSummary(msgspec.Struct, frozen=True):
-    """A fetch of this node. `average_bytes_per_s` is since it began, `rate_bytes_per_s` of the last seconds; `quiet_s`
-    is how long ago the last chunk was verified."""
+    """A fetch of this node. Bytes include resumed ones. `seconds` is since its first request could be sent,
+    `average_bytes_per_s` over that time, `rate_bytes_per_s` over the last 5 s; `quiet_s` is since the last verified
+    chunk. `sources` counts peers that sent a verified chunk."""
 
     model_id: ModelId
     digest: Digest
@@ -65,13 +66,13 @@ class FetchSummary(msgspec.Struct, frozen=True):
     seconds: Seconds
     sources: Size
     running: bool
-    error: Annotated[str, msgspec.Meta(max_length=1000)] | None
+    error: Words | None
     quiet_s: Seconds = 0.0
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What this node has of an artifact. `cells` is its chunk map: equal runs of chunks, each a digit from 0 (none of
-    them is held) to 9 (all are)."""
+    """Chunks of an artifact that this node holds. `cells` is its chunk map: equal runs of chunks, each a digit from 0
+    (none held) to 9 (all held)."""
 
     digest: Digest
     chunks: Chunks
@@ -79,98 +80,99 @@ class Held(msgspec.Struct, frozen=True):
     cells: Cells
 
 
-class Known(msgspec.Struct, frozen=True):
-    """A node that flows or rejected chunks are about: whoever reads this may not know it."""
+class KnownPeer(msgspec.Struct, frozen=True):
+    """Name and address of a node in `flows` or `rejected`: the reader may not know it."""
 
     node: NodeId
     name: Text
     address: Text
 
 
-class Own(msgspec.Struct, frozen=True):
-    """All of it."""
+class MemberReport(msgspec.Struct, frozen=True):
+    """The whole report. `version` is that of swarm."""
 
     node: NodeId
     host: Label
     rack: Label
-    peers: Annotated[tuple[Known, ...], msgspec.Meta(max_length=2 * FLOWS_MAX)]
-    flows: Annotated[tuple[Flow, ...], msgspec.Meta(max_length=FLOWS_MAX)]
+    peers: Annotated[tuple[KnownPeer, ...], msgspec.Meta(max_length=2 * FLOWS_MAX)]
+    flows: Annotated[tuple[PeerFlow, ...], msgspec.Meta(max_length=FLOWS_MAX)]
     fetches: Annotated[tuple[FetchSummary, ...], msgspec.Meta(max_length=HELD_MAX)]
     held: Annotated[tuple[Held, ...], msgspec.Meta(max_length=HELD_MAX)]
     rejected: Annotated[tuple[Rejected, ...], msgspec.Meta(max_length=FLOWS_MAX)]
-    version: Annotated[str, msgspec.Meta(max_length=64)] | None = None  # of swarm
+    version: Annotated[str, msgspec.Meta(max_length=64)] | None = None
 
 
-_decoder = msgspec.json.Decoder(Own)
+_decoder = msgspec.json.Decoder(MemberReport)
 
 
-def decode(data: bytes) -> Own:
-    """What a member said. Raises ValueError, which says what is wrong with it."""
+def decode(data: bytes) -> MemberReport:
+    """The report in an answer. Raises ValueError with the reason if it is none."""
     try:
         return _decoder.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 
-def own(
+def member_report(
     report: Mapping[str, Any],
-    running: Mapping[Digest, FetchReport],
-    histories: FetchHistories,
+    fetches: FetchRecords,
     held: Mapping[Digest, Bitfield],
     now: float,
     *,
     place: tuple[str, str],
-) -> Own:
-    """What a node tells that has this report and these running fetches (see `picture`), histories and chunks, on a
-    `place` of these labels: host and rack."""
-    ids = {member["name"]: member for member in report["members"]}
+) -> MemberReport:
+    """The report of a node with this `report` at `/status`, these fetches and held chunks (by digest). `place`: its
+    labels of host and rack."""
     flows = [
-        Flow(t["digest"], t["direction"], ids[t["peer"]]["id"], t["bytes"], t["rate_bytes_per_s"])
-        for t in report["transfers"]
-        if t["peer"] in ids
+        PeerFlow(t["digest"], t["direction"], t["node"], t["bytes"], t["rate_bytes_per_s"]) for t in report["transfers"]
     ]
     flows.sort(key=lambda flow: -flow.rate_bytes_per_s)
-    latest = list(reversed(histories.fetches.values()))[:HELD_MAX]
+    latest = list(reversed(fetches.records.values()))[:HELD_MAX]
     rejected = [
-        Rejected(fetch.digest, by, chunks, by in fetch.banned, fetch.banned.get(by, "")[:1000] or None)
+        Rejected(
+            fetch.digest,
+            node,
+            source.rejected_chunks,
+            source.banned is not None,
+            source.banned and source.banned[:1000],
+        )
         for fetch in latest
-        for by, chunks in fetch.rejected.items()
+        for node, source in fetch.sources.items()
+        if source.rejected_chunks
     ]
-    told = {flow.peer for flow in flows[:FLOWS_MAX]} | {wrong.peer for wrong in rejected[:FLOWS_MAX]}
-    return Own(
+    named = {flow.peer for flow in flows[:FLOWS_MAX]} | {wrong.peer for wrong in rejected[:FLOWS_MAX]}
+    return MemberReport(
         report["node"]["id"],
         *place,
-        tuple(Known(m["id"], m["name"], m["address"]) for m in report["members"] if m["id"] in told),
+        tuple(KnownPeer(m["id"], m["name"], m["address"]) for m in report["members"] if m["id"] in named),
         tuple(flows[:FLOWS_MAX]),
-        tuple(_own_fetch(fetch, running.get(fetch.digest), now) for fetch in latest),
+        tuple(_summary(fetch, now) for fetch in latest),
         tuple(Held(d, len(bits), bits.length, cells(bits)) for d, bits in list(held.items())[:HELD_MAX]),
         tuple(rejected[:FLOWS_MAX]),
         report["node"].get("version"),
     )
 
 
-def _own_fetch(fetch: Fetch, running: FetchReport | None, now: float) -> FetchSummary:
-    seconds = max(0.0, now - fetch.began_at_s if fetch.seconds is None else fetch.seconds)
-    if fetch.seconds is not None:
-        running = None
+def _summary(fetch: FetchRecord, now: float) -> FetchSummary:
+    seconds = max(0.0, (now if fetch.ended_at_s is None else fetch.ended_at_s) - fetch.started_at_s)
     return FetchSummary(
         fetch.model_id,
         fetch.digest,
         fetch.size,
-        fetch.resumed_bytes + fetch.received_bytes,
-        round(running.rate.at(now)) if running else 0,
+        fetch.done_bytes,
+        round(fetch.rate.at(now)) if fetch.running else 0,
         round(fetch.received_bytes / seconds) if seconds else 0,
-        running.eta_s(now) if running else None,
+        fetch.eta_s(now) if fetch.running else None,
         seconds,
-        len(fetch.sources),
-        fetch.seconds is None,
+        sum(source.chunks > 0 for source in fetch.sources.values()),
+        fetch.running,
         fetch.error and fetch.error[:1000],
-        max(0.0, now - fetch.heard_at_s) if fetch.seconds is None else 0.0,
+        max(0.0, now - fetch.chunk_at_s) if fetch.running else 0.0,
     )
 
 
 def cells(bits: Bitfield) -> str:
-    """The chunk map of a bitfield: at most CELLS_MAX digits."""
+    """The chunk map of a bitfield: at most `CELLS_MAX` digits."""
     count = min(bits.length, CELLS_MAX)
     edges = [cell * bits.length // max(1, count) for cell in range(count + 1)]
     return "".join(str(_digit(int(bits.mask[a:b].sum()), b - a)) for a, b in itertools.pairwise(edges))

@@ -1,7 +1,7 @@
-"""A trace as the swarm that its node saw, at any moment of it: the same view that the node's dashboard showed.
+"""A trace as the view that its node's dashboard showed, at any time of the trace.
 
-Folds lines of a trace through the very folds that a live node's journal goes through. What other members told of
-themselves while somebody watched is in no trace: of them a recording knows what gossip, links and their chunks said.
+Applies the entries of a trace to the classes that follow a live node's journal. A trace has no reports of other
+members: their part of the view comes from gossip, links and announced chunks.
 
 Must not know: HTTP, clocks. Time is that of the trace.
 """
@@ -13,28 +13,25 @@ from typing import Any
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import CHUNKS_MAX, Digest
-from swarm.dashboard import member_report
-from swarm.dashboard.member_report import cells
+from swarm.dashboard.member_report import cells, member_report
 from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.journal import ArtifactsAnnounced, Entry, FetchStarted, Opened, Received
-from swarm.observe.fetch_history import FetchHistories
-from swarm.observe.node_report import Picture
-from swarm.observe.trace import entry
+from swarm.observe import trace
+from swarm.observe.node_report import NodeReport
 from swarm.protocol.messages import NodeId
 from swarm.transfer.download_events import PeerHas, PeerJoined, PeerLeft
 
 
 class Recording:
-    """Starts before the first of the lines; `to` takes it on, and never back. `at_s` is where it is.
+    """Starts before the first line; `to` moves it forward. `at_s` is its present time.
 
-    Whatever reads lines raises ValueError where they are none of a trace.
+    Methods that read lines raise ValueError or KeyError if they are not from a trace.
     """
 
-    def __init__(self, traced: Iterable[Mapping[str, Any]]) -> None:
-        self._entries = filter(None, map(entry, traced))
+    def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        self._entries = filter(None, map(trace.entry, lines))
         self._next: Entry | None = next(self._entries, None)
-        self._picture = Picture()
-        self._histories = FetchHistories()
+        self._report = NodeReport()
         self._viewer = SwarmView()
         self._node = NodeId("")
         self._place = ("", "")
@@ -42,7 +39,7 @@ class Recording:
         self.begin_s = self.at_s = self._next.at_s if self._next else 0.0
 
     def to(self, at_s: float) -> None:
-        """Takes everything into account that happened until then."""
+        """Applies all entries until then."""
         while self._next and self._next.at_s <= at_s:
             self._apply(self._next)
             self.at_s = self._next.at_s
@@ -51,45 +48,35 @@ class Recording:
             self.at_s = max(self.at_s, at_s)
 
     def view(self) -> Json:
-        """The swarm as it was (docs/dashboard.md)."""
-        report = self._picture.report(self.at_s)
-        mine = {digest: held for (node, digest), held in self._held.items() if node == self._node}
-        told = member_report.own(report, self._picture.fetches, self._histories, mine, self.at_s, place=self._place)
-        view = self._viewer.view(report, told, {}, self.at_s)
-        view["asked"]["members"] = sum(known["state"] in ("self", "alive", "suspect") for known in report["members"])
-        for (node, digest), held in self._held.items():
+        """The view at this time (docs/dashboard.md)."""
+        status = self._report.report(self.at_s)
+        held = {digest: bits for (node, digest), bits in self._held.items() if node == self._node}
+        own = member_report(status, self._report.fetches, held, self.at_s, place=self._place)
+        view = self._viewer.view(status, own, {}, self.at_s)
+        view["asked"]["members"] = sum(member["state"] in ("self", "alive", "suspect") for member in status["members"])
+        for (node, digest), bits in self._held.items():
             if node != self._node and node in view["members"] and digest in view["members"][node]["holds"]:
-                fraction = round(len(held) / held.length, 4) if held.length else 1.0
-                view["members"][node]["holds"][digest] = {"fraction": fraction, "cells": cells(held)}
+                fraction = round(len(bits) / bits.length, 4) if bits.length else 1.0
+                view["members"][node]["holds"][digest] = {"fraction": fraction, "cells": cells(bits)}
         return view
 
     def timeline(self, digest: Digest) -> Json | None:
-        """Where the time of a fetch went, as `/timeline/DIGEST` says it."""
-        fetch = self._histories.fetches.get(digest)
-        if fetch is None:
-            return None
-        found = fetch.timeline(self.at_s)
-        names = {member["id"]: member["name"] for member in self._picture.report(self.at_s)["members"]}
-        return {
-            "node": self._node,
-            **found,
-            "lanes": [{**lane, "name": names.get(lane["node"], lane["node"])} for lane in found["lanes"]],
-        }
+        """The JSON of `/timeline/DIGEST`."""
+        return self._report.timeline(digest, self.at_s)
 
     def tree(self, digest: Digest, chunk: int) -> Json | None:
-        """The one edge of a chunk's way that the trace knows, as `/tree/DIGEST/INDEX` says it."""
+        """The JSON of `/tree/DIGEST/INDEX`, with this node's edge alone."""
         held = self._held.get((self._node, digest))
         if held is None or chunk >= held.length:
             return None
-        fetch = self._histories.fetches.get(digest)
-        source, at_s = (fetch and fetch.parent(chunk)) or (None, None)
+        fetch = self._report.fetches.records.get(digest)
+        source, at_s = (fetch and fetch.origin_of(chunk)) or (None, None)
         edges = {self._node: {"source": source, "at_s": at_s}} if chunk in held else {}
         return {"digest": digest, "chunk": chunk, "edges": edges, "silent": []}
 
-    def _apply(self, done: Entry) -> None:
-        self._picture.apply(done)
-        self._histories.apply(done)
-        match done.event:
+    def _apply(self, entry: Entry) -> None:
+        self._report.apply(entry)
+        match entry.event:
             case Opened(node, _, _, host, rack):
                 self._node, self._place = node, (host, rack)
             case ArtifactsAnnounced(node, artifacts) if node == self._node:
@@ -103,12 +90,12 @@ class Recording:
             case Received(_, digest, chunk, _):
                 self._hold(self._node, digest, [chunk])
             case PeerJoined(node, holds):
-                if (digest := Digest(done.subject)) in self._picture.fetches:
+                if (digest := Digest(entry.subject)) in self._report.fetches.running:
                     self._held[node, digest] = holds
             case PeerHas(node, chunks):
-                self._hold(node, Digest(done.subject), chunks)
+                self._hold(node, Digest(entry.subject), chunks)
             case PeerLeft(node):
-                self._held.pop((node, Digest(done.subject)), None)
+                self._held.pop((node, Digest(entry.subject)), None)
 
     def _hold(self, node: NodeId, digest: Digest, chunks: Iterable[int]) -> None:
         bits = self._held.get((node, digest))

@@ -1,12 +1,10 @@
-"""The dashboard of a recording: the same page and the same JSON as a node's, out of a trace instead of a node.
+"""The dashboard of a recording: the page and JSON of a node's dashboard, from a trace.
 
-    /events                       the recording from its beginning, as fast as it was
-    /events/FROM/SPEED            from so many milliseconds on, so many times as fast; speed 0 stands still
+    /events                       the recording from its beginning, at its own speed
+    /events/FROM/SPEED            from FROM milliseconds on, SPEED times as fast; speed 0 pauses
 
-Everything else has the paths that a node's dashboard has. What a person chooses is in the path of the events alone, so
-that several can look at one recording, each at another moment of it. The view says with `replay` that it is one.
-
-Served on loopback only: whoever shows a trace is who looks at it.
+All other paths are those of a node's dashboard. Position and speed are in the path of the events alone, so that several
+browsers can show different times of one recording. The view has the field `replay`. Served on loopback only.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ SPEED = "{speed:[0-9]{1,3}(?:[.][0-9]{1,2})?}"
 
 
 class ReplayServer:
-    """A trace in a dashboard. Raises StoreError for a file that is none."""
+    """A trace as a dashboard. Raises StoreError if the file is no trace."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,11 +46,11 @@ class ReplayServer:
         self._seconds = self._whole.at_s - self._whole.begin_s
 
     def pages(self) -> dict[str, Page]:
-        """All of them, by path."""
+        """All pages by path."""
         return {
             "/": asset("index.html"),
             **{f"/web/{name}": asset(name) for name in ASSETS},
-            "/view": lambda: self._shown(self._whole, speed=0.0),
+            "/view": lambda: self._view(self._whole, speed=0.0),
             "/events": EventPage(self.play),
             f"/events/{FROM}/{SPEED}": EventPage(self.play),
             f"/tree/{DIGEST}/{INDEX}": lambda digest, index: self._whole.tree(digest, int(index)),
@@ -61,18 +59,18 @@ class ReplayServer:
         }
 
     async def play(self, from_ms: str = "0", speed: str = "1") -> AsyncGenerator[bytes]:
-        """The view of that moment, and what changes from then on; at the end it stays."""
+        """A snapshot of the view at `from_ms`, then patches until the end of the recording."""
         recording = await asyncio.to_thread(Recording, lines(self._path))
         at_s, factor = recording.begin_s + int(from_ms) / 1000, float(speed)
         await asyncio.to_thread(recording.to, at_s)
-        view = self._shown(recording, speed=factor)
+        view = self._view(recording, speed=factor)
         yield event("snapshot", view)
         clock = asyncio.get_running_loop().time
         began_s = clock()
         while factor and recording.at_s < self._whole.at_s:
             await asyncio.sleep(UPDATE_EVERY_S)
             await asyncio.to_thread(recording.to, at_s + (clock() - began_s) * factor)
-            before, view = view, self._shown(recording, speed=factor)
+            before, view = view, self._view(recording, speed=factor)
             yield event("patch", patch(before, view))
         while True:
             await asyncio.sleep(ALIVE_EVERY_S)
@@ -80,18 +78,19 @@ class ReplayServer:
 
     @contextlib.asynccontextmanager
     async def serve(self, port: int) -> AsyncIterator[str]:
-        """Its address while the block runs; port 0 takes a free one. Raises SettingsError where it is taken."""
+        """Serves while the block runs; yields the address. Port 0 takes a free port. Raises SettingsError if the port
+        is in use."""
         listener = await Listener.open(HOST, port)
         links = HttpLinks(self.pages())
         try:
-            await links.open(_part)
+            await links.open(_close)
             listener.serve({}, links.adopt)
             yield "{}:{}".format(*listener.address)
         finally:
             await listener.close()
             await links.close()
 
-    def _shown(self, recording: Recording, *, speed: float) -> Json:
+    def _view(self, recording: Recording, *, speed: float) -> Json:
         at_s = recording.at_s - self._whole.begin_s
         replay = {"at_s": round(at_s, 3), "seconds": round(self._seconds, 3), "speed": speed, "file": self._path.name}
         return {**recording.view(), "replay": replay}
@@ -101,6 +100,6 @@ class ReplayServer:
         return found if found and found["node"] == node else None
 
 
-async def _part(link: Link) -> None:
-    """Nobody is a peer of a recording."""
+async def _close(link: Link) -> None:
+    """A recording has no peers."""
     await link.close()

@@ -1,16 +1,16 @@
-"""The web dashboard that every node serves: a static page, and the JSON that it draws (docs/dashboard.md).
+"""The web dashboard of a node: a static page, and the JSON that it draws (docs/dashboard.md).
 
-    /                             the page, with its parts under /web/
+    /                             the page, with its assets under /web/
     /events                       the view as server-sent events
     /view                         the view, once
-    /member                       what this node tells of itself
-    /chunk/DIGEST/INDEX           who gave this node that chunk
-    /tree/DIGEST/INDEX            the same from every member: the way that one chunk took
-    /timeline/DIGEST              a fetch of this node: lanes by source, phases
-    /timeline/DIGEST/of/NODE      the same of another member
+    /member                       the report of this node about itself
+    /chunk/DIGEST/INDEX           the node that sent this node a chunk
+    /tree/DIGEST/INDEX            the same for every member: the distribution tree of the chunk
+    /timeline/DIGEST              a fetch of this node: phases, and a lane for each source
+    /timeline/DIGEST/of/NODE      the same for another member
 
-Owns which paths there are. The parts of the page come from a fixed table; other members are found by their ids, never
-by an address in a request; and all questions to them are bounded in number, time and size.
+Owns the paths. Assets come from a fixed table. Requests name members by id, never by address; requests to members are
+bounded in number, time and size.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ import msgspec
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import CHUNKS_MAX, Digest, ModelId
-from swarm.dashboard import member_report
 from swarm.dashboard.collector import Collector, Read
-from swarm.dashboard.member_report import Own
+from swarm.dashboard.member_report import PATH, MemberReport, Words, member_report
 from swarm.dashboard.sse import EventStream
 from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.errors import PeerError, SettingsError
 from swarm.journal import Entry, Journal, Left
 from swarm.net.http_pages import Asset, EventPage, Page
-from swarm.observe.fetch_history import BUCKETS, FetchHistories
-from swarm.observe.node_report import Picture
+from swarm.observe.fetch_record import BUCKETS
+from swarm.observe.node_report import LANES_MAX, NodeReport
 from swarm.protocol.messages import Address, NodeId, Text
 from swarm.protocol.packets import Record
 
@@ -46,12 +45,11 @@ ASSETS = {
     ),
     "icon.svg": "image/svg+xml",
 }
-ASKED_MAX = 256  # members asked for their edge of a chunk's tree
+ASKED_MAX = 256  # members asked for their edge of a tree
 ASKED_AT_ONCE = 16
 ASK_TIMEOUT_S = 2.0
 EDGE_BYTES_MAX = 4096
 TIMELINE_BYTES_MAX = 1 << 20
-LANES_MAX = 512
 
 DIGEST = "{digest:[0-9a-f]{64}}"
 INDEX = "{index:[0-9]{1,8}}"
@@ -59,7 +57,7 @@ NODE = "{node:[0-9a-f]{16}}"
 
 
 class _Edge(msgspec.Struct, frozen=True):
-    """One member's part of a chunk's tree: `source` is the node that gave it, None where it was there before."""
+    """Edge of a chunk's tree: `source` sent the chunk to `node`; None if `node` stored it before."""
 
     node: NodeId
     held: bool
@@ -69,12 +67,6 @@ class _Edge(msgspec.Struct, frozen=True):
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
 _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
-_Words = Annotated[str, msgspec.Meta(max_length=1000)]
-
-
-class _Phase(msgspec.Struct, frozen=True):
-    name: Text
-    seconds: _Seconds
 
 
 class _Lane(msgspec.Struct, frozen=True):
@@ -83,13 +75,16 @@ class _Lane(msgspec.Struct, frozen=True):
     bytes: _Count
     chunks: _Count
     rejected_chunks: _Count
-    banned: _Words | None
+    failed_transfers: _Count
+    waited_s: _Seconds
+    transfer_s: _Seconds
+    banned: Words | None
     rejected_at_s: Annotated[tuple[_Seconds, ...], msgspec.Meta(max_length=BUCKETS)]
     buckets: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=BUCKETS)]
 
 
 class _Timeline(msgspec.Struct, frozen=True):
-    """See `history.Fetch.timeline`."""
+    """The JSON of `NodeReport.timeline`."""
 
     node: NodeId
     model_id: ModelId
@@ -98,10 +93,11 @@ class _Timeline(msgspec.Struct, frozen=True):
     resumed_bytes: _Count
     received_bytes: _Count
     running: bool
-    error: _Words | None
+    complete: bool
+    error: Words | None
     seconds: _Seconds
     bucket_s: _Seconds
-    phases: Annotated[tuple[_Phase, ...], msgspec.Meta(max_length=16)]
+    phases: Annotated[dict[Text, _Seconds], msgspec.Meta(max_length=16)]
     lanes: Annotated[tuple[_Lane, ...], msgspec.Meta(max_length=LANES_MAX)]
 
 
@@ -110,7 +106,7 @@ _timeline_decoder = msgspec.json.Decoder(_Timeline)
 
 
 class Watched(Protocol):
-    """What the dashboard needs of a node."""
+    """The part of a node that the dashboard reads."""
 
     id: NodeId
     address: Address
@@ -119,77 +115,76 @@ class Watched(Protocol):
         """Seconds on the node's clock."""
 
     def members(self) -> list[Record]:
-        """All others that gossip knows."""
+        """All other members that gossip knows."""
 
     @property
     def place(self) -> tuple[str, str]:
         """Labels of host and rack."""
 
     def holdings(self) -> dict[Digest, Bitfield]:
-        """Chunks by digest."""
+        """Held chunks by digest."""
 
 
 class Dashboard:
-    """`attach` gives it the node that it shows, before anybody can ask."""
+    """Call `attach` before the first request."""
 
-    def __init__(self, picture: Picture, histories: FetchHistories) -> None:
-        self._picture = picture
-        self._histories = histories
+    def __init__(self, report: NodeReport) -> None:
+        self._report = report
         self._viewer = SwarmView()
-        self._feed = EventStream(self.view, self._collect)
+        self._events = EventStream(self.view, self._collect)
 
     def attach(self, node: Watched, read: Read) -> None:
-        """Shows this node; `read` reads other nodes' pages."""
+        """Shows this node; `read` reads pages of other nodes."""
         self._node = node
         self._read = read
         self._collector = Collector(read, node.members, node.now)
 
     def follow(self, journal: Journal) -> None:
-        """Asks whoever has lost its link from now on at once, so that one that was killed is seen to be lost before
-        gossip gives it up."""
+        """Asks a member as soon as its link closes. A killed member thus shows as lost before gossip declares it
+        dead."""
 
         def apply(entry: Entry) -> None:
             if isinstance(entry.event, Left):
-                self._collector.hurry(entry.event.node)
+                self._collector.ask_next(entry.event.node)
 
         journal.subscribe(apply, Left)
 
     def pages(self) -> dict[str, Page]:
-        """All of them, by path."""
+        """All pages by path."""
         return {
             "/": asset("index.html"),
             **{f"/web/{name}": asset(name) for name in ASSETS},
-            "/events": EventPage(self._feed.watch),
+            "/events": EventPage(self._events.watch),
             "/view": self.view_once,
-            member_report.PATH: lambda: msgspec.to_builtins(self.own()),
+            PATH: lambda: msgspec.to_builtins(self.own()),
             f"/chunk/{DIGEST}/{INDEX}": self.chunk,
             f"/tree/{DIGEST}/{INDEX}": self.tree,
             f"/timeline/{DIGEST}": self.timeline,
             f"/timeline/{DIGEST}/of/{NODE}": self.timeline_of,
         }
 
-    def own(self) -> Own:
-        """What this node tells of itself."""
-        return self._own(self._picture.report(self._node.now()))
+    def own(self) -> MemberReport:
+        """The report of this node about itself."""
+        return self._own(self._report.report(self._node.now()))
 
     def view(self) -> Json:
-        """The swarm as far as members have told."""
+        """The view, from the reports of members that have arrived."""
         now = self._node.now()
-        report = self._picture.report(now)
-        return self._viewer.view(report, self._own(report), self._collector.told, now)
+        status = self._report.report(now)
+        return self._viewer.view(status, self._own(status), self._collector.answers, now)
 
     async def view_once(self) -> Json:
-        """The swarm, after every member was asked once if nobody watches."""
+        """The view, after asking every member once unless a browser watches."""
         await self._collector.ask_all(ASKED_MAX)
         return self.view()
 
     def chunk(self, digest: Digest, index: str) -> Json | None:
-        """This node's edge of a chunk's tree; None where it knows nothing of the artifact."""
+        """This node's edge of a chunk's tree; None if it does not hold the artifact."""
         edge = self._edge(digest, int(index))
         return None if edge is None else dict(msgspec.to_builtins(edge))
 
     async def tree(self, digest: Digest, index: str) -> Json | None:
-        """The edges that all members tell. `silent` are those that did not answer."""
+        """The edges of all members that hold the artifact; `silent` lists members that did not answer."""
         if int(index) >= CHUNKS_MAX:
             return None
         holders = [m for m in self._node.members() if any(h.digest == digest for h in m.profile.artifacts)][:ASKED_MAX]
@@ -197,50 +192,43 @@ class Dashboard:
 
         async def ask(member: Record) -> _Edge | None:
             async with limit:
-                data = await self._asked(member, f"/chunk/{digest}/{int(index)}", EDGE_BYTES_MAX)
+                data = await self._page_of(member, f"/chunk/{digest}/{int(index)}", EDGE_BYTES_MAX)
             try:
                 edge = _edge_decoder.decode(data or b"")
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 return None
             return edge if edge.node == member.node else None
 
-        told = await asyncio.gather(*map(ask, holders))
-        mine = self._edge(digest, int(index))
-        edges = [edge for edge in (mine, *told) if edge and edge.held]
+        answers = await asyncio.gather(*map(ask, holders))
+        own = self._edge(digest, int(index))
+        edges = [edge for edge in (own, *answers) if edge and edge.held]
         return {
             "digest": digest,
             "chunk": int(index),
             "edges": {e.node: {"source": e.source, "at_s": e.at_s} for e in edges},
-            "silent": [member.node for member, edge in zip(holders, told, strict=True) if edge is None],
+            "silent": [member.node for member, edge in zip(holders, answers, strict=True) if edge is None],
         }
 
     def timeline(self, digest: Digest) -> Json | None:
-        """Where the time of a fetch of this node went."""
-        fetch = self._histories.fetches.get(digest)
-        if fetch is None:
-            return None
-        found = fetch.timeline(self._node.now())
-        names = {member["id"]: member["name"] for member in self._picture.report(self._node.now())["members"]}
-        for lane in found["lanes"]:
-            lane["name"] = names.get(lane["node"], lane["node"])
-        return {"node": self._node.id, **found, "lanes": found["lanes"][:LANES_MAX]}
+        """The last fetch of an artifact by this node; None if there was none."""
+        return self._report.timeline(digest, self._node.now())
 
     async def timeline_of(self, digest: Digest, node: str) -> Json | None:
-        """The same of a member; `silent` where it does not answer, or knows of none: it may just have died, and a page
-        that asks for what it sees has made no mistake."""
+        """The last fetch of an artifact by a member; `silent` if it does not answer or has none. That is no 404: a
+        member that the page still shows may have died."""
         if node == self._node.id:
             return self.timeline(digest)
         silent: Json = {"node": node, "digest": digest, "silent": True}
         member = next((member for member in self._node.members() if member.node == node), None)
-        data = member and await self._asked(member, f"/timeline/{digest}", TIMELINE_BYTES_MAX)
+        data = member and await self._page_of(member, f"/timeline/{digest}", TIMELINE_BYTES_MAX)
         try:
             return dict(msgspec.to_builtins(_timeline_decoder.decode(data or b"")))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return silent
 
-    def _own(self, report: Json) -> Own:
-        fetches, held = self._picture.fetches, self._node.holdings()
-        return member_report.own(report, fetches, self._histories, held, self._node.now(), place=self._node.place)
+    def _own(self, status: Json) -> MemberReport:
+        held, now = self._node.holdings(), self._node.now()
+        return member_report(status, self._report.fetches, held, now, place=self._node.place)
 
     async def _collect(self) -> None:
         await self._collector.run()
@@ -249,11 +237,11 @@ class Dashboard:
         held = self._node.holdings().get(digest)
         if held is None or index >= held.length:
             return None
-        fetch = self._histories.fetches.get(digest)
-        source, at_s = (fetch and fetch.parent(index)) or (None, None)
+        fetch = self._report.fetches.records.get(digest)
+        source, at_s = (fetch and fetch.origin_of(index)) or (None, None)
         return _Edge(self._node.id, index in held, source, at_s)
 
-    async def _asked(self, member: Record, path: str, bytes_max: int) -> bytes | None:
+    async def _page_of(self, member: Record, path: str, bytes_max: int) -> bytes | None:
         try:
             return await self._read(member.address, path, ASK_TIMEOUT_S, bytes_max)
         except (PeerError, SettingsError):
@@ -261,7 +249,7 @@ class Dashboard:
 
 
 def asset(name: str) -> Asset:
-    """A part of the page, read when it is first asked for."""
+    """An asset of the page, read at its first request."""
     return Asset(ASSETS[name], functools.partial(_read, name))
 
 

@@ -1,10 +1,10 @@
-"""Server-sent events for whoever watches: the view whole at first, then what changed.
+"""Server-sent events for browsers: a snapshot of the view, then patches.
 
     event: snapshot        data: the view
     event: patch           data: a JSON merge patch (RFC 7396) to the view before
 
-While nobody watches nothing is computed. A browser that does not keep up has its queue thrown away and gets the view
-whole again, so that it costs no more memory than any other.
+Without a browser no view is computed. A browser that is `QUEUE_MAX` patches behind gets a snapshot instead of its
+queue, which bounds the memory it takes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 
 from swarm.dashboard.swarm_view import Json, patch
 
-UPDATE_EVERY_S = 0.5  # twice a second is as fast as numbers can be read
+UPDATE_EVERY_S = 0.5  # a person cannot read numbers that change faster
 QUEUE_MAX = 8  # patches that a browser may be behind
-ALIVE_EVERY_S = 5.0  # with nothing to say, a comment shows both ends that the other is there
+ALIVE_EVERY_S = 5.0  # without patches, a comment keeps the connection open
 
 Background: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 
@@ -27,27 +27,27 @@ Background: TypeAlias = Callable[[], Coroutine[Any, Any, None]]
 class _Watcher:
     def __init__(self) -> None:
         self.queue: deque[bytes] = deque()
-        self.behind = True  # it needs the view whole
-        self.news = asyncio.Event()
+        self.behind = True  # needs a snapshot
+        self.changed = asyncio.Event()
 
 
 class EventStream:
-    """`view` makes the view of this moment; `background` runs while somebody watches."""
+    """`view` makes the present view; `background` runs while a browser is connected."""
 
     def __init__(self, view: Callable[[], Json], background: Background) -> None:
         self._view = view
         self._background = background
         self._shown: Json = {}
-        self._whole: bytes | None = None  # `_shown` as an event, once somebody has asked for it
+        self._snapshot: bytes | None = None  # `_shown` as an event, made for the first browser that needs it
         self._watchers: set[_Watcher] = set()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def watch(self) -> AsyncGenerator[bytes]:
-        """Events for one browser, until it is closed."""
+        """Events for one browser, until the generator is closed."""
         watcher = _Watcher()
         self._watchers.add(watcher)
         if not self._tasks:
-            self._shown, self._whole = self._view(), None
+            self._shown, self._snapshot = self._view(), None
             self._tasks = [
                 asyncio.create_task(self._update(), name="swarm: update watchers"),
                 asyncio.create_task(self._background(), name="swarm: ask members"),
@@ -55,12 +55,12 @@ class EventStream:
         try:
             while True:
                 yield self._next(watcher)
-                watcher.news.clear()
+                watcher.changed.clear()
                 if watcher.behind or watcher.queue:
                     continue
                 try:
                     async with asyncio.timeout(ALIVE_EVERY_S):
-                        await watcher.news.wait()
+                        await watcher.changed.wait()
                 except TimeoutError:
                     continue
         finally:
@@ -78,22 +78,21 @@ class EventStream:
             self._shown = view
             if not changes:
                 continue
-            self._whole = None
-            news = event("patch", changes)
+            self._snapshot = None
+            changed = event("patch", changes)
             for watcher in self._watchers:
                 if len(watcher.queue) >= QUEUE_MAX:
                     watcher.queue.clear()
                     watcher.behind = True
                 elif not watcher.behind:
-                    watcher.queue.append(news)
-                watcher.news.set()
+                    watcher.queue.append(changed)
+                watcher.changed.set()
 
     def _next(self, watcher: _Watcher) -> bytes:
-        """What a watcher gets now."""
         if watcher.behind:
             watcher.behind = False
-            self._whole = self._whole or event("snapshot", self._shown)
-            return self._whole
+            self._snapshot = self._snapshot or event("snapshot", self._shown)
+            return self._snapshot
         if watcher.queue:
             events = b"".join(watcher.queue)
             watcher.queue.clear()
@@ -105,5 +104,5 @@ class EventStream:
 
 
 def event(name: str, data: Json) -> bytes:
-    """One of them, as it goes out."""
+    """A server-sent event as bytes."""
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'), ensure_ascii=False)}\n\n".encode()

@@ -1,7 +1,7 @@
-"""The whole swarm in one value: what this node sees, joined with what members tell of themselves.
+"""The view: the whole swarm as one JSON object, from this node's status report and the reports of members.
 
-Pure. The value is made of objects only, keyed by node id, digest or link, so that the difference between two of them is
-a JSON merge patch (RFC 7396): what changed, and null for what is gone. See docs/dashboard.md for its fields.
+Pure. The view holds objects only, keyed by node id, digest or link, so that the difference between two views is a JSON
+merge patch (RFC 7396): changed values, and null for removed ones. docs/dashboard.md has its fields.
 """
 
 from __future__ import annotations
@@ -10,57 +10,63 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from swarm.dashboard.collector import Told
-from swarm.dashboard.member_report import Own
+from swarm.dashboard.collector import MemberAnswer
+from swarm.dashboard.member_report import MemberReport
 from swarm.dashboard.warnings import STALLED_AFTER_S, warnings
 
 Json: TypeAlias = dict[str, Any]
 
-SLOW_PART = 0.5  # of the median rate of those that fetch the same
-SLOW_AFTER_S = 3.0  # of its fetch: before that, a rate says little
+SLOW_PART = 0.5  # of the median rate of members that fetch the same
+SLOW_AFTER_S = 3.0  # of its fetch: earlier rates vary too much
 GONE = ("dead", "left")
 GONE_SHOWN_S = 90.0
 
 
 class SwarmView:
-    """Makes views, one after another; remembers when members went, and nothing else."""
+    """Makes views, one after another. Its only state is the time at which members died or left."""
 
     def __init__(self) -> None:
         self._gone_at_s: dict[str, float] = {}
 
-    def view(self, report: Mapping[str, Any], own: Own, told: Mapping[str, Told], now: float) -> Json:
-        """The swarm now. `report` is that of /status, `own` what this node tells of itself."""
-        gone = {known["id"] for known in report["members"] if known["state"] in GONE}
-        heard = {node: answer.own for node, answer in told.items() if answer.own and node not in gone}
-        heard[own.node] = own
-        members = self._members(report, own.node, heard, told, now)
-        links = _links(heard, members)
+    def view(
+        self, status: Mapping[str, Any], own: MemberReport, answers: Mapping[str, MemberAnswer], now: float
+    ) -> Json:
+        """The swarm now. `status` is the report of `/status`, `own` that of `/member`, both of this node."""
+        gone = {member["id"] for member in status["members"] if member["state"] in GONE}
+        reports = {node: answer.report for node, answer in answers.items() if answer.report and node not in gone}
+        reports[own.node] = own
+        members = self._members(status, own.node, reports, answers, now)
+        links = _links(reports, members)
         for link in links.values():
             members[link["source"]]["up_bytes_per_s"] += link["rate_bytes_per_s"]
             members[link["target"]]["down_bytes_per_s"] += link["rate_bytes_per_s"]
-        artifacts = _artifacts(report, heard, members)
+        artifacts = _artifacts(status, reports, members)
         for member in members.values():
             if rates := [fetch["rate_bytes_per_s"] for fetch in member["fetches"].values() if fetch["running"]]:
-                member["down_bytes_per_s"] = sum(rates)  # what its time to go and its warning are made of
-        _mark_slow(members, heard)
-        _mark_wrong(members, heard)
+                member["down_bytes_per_s"] = sum(rates)  # the same rate as in its eta_s and its warning
+        _mark_slow(members, reports)
+        _mark_wrong(members, reports)
         return {
-            "node": dict(report["node"]),
+            "node": dict(status["node"]),
             "members": members,
             "links": links,
             "artifacts": artifacts,
-            "warnings": warnings(report, members),
-            "asked": {"members": len(told) + 1, "answered": len(heard)},
+            "warnings": warnings(status, members),
+            "asked": {"members": len(answers) + 1, "answered": len(reports)},
         }
 
     def _members(
-        self, report: Mapping[str, Any], me: str, heard: Mapping[str, Own], told: Mapping[str, Told], now: float
+        self,
+        status: Mapping[str, Any],
+        own: str,
+        reports: Mapping[str, MemberReport],
+        answers: Mapping[str, MemberAnswer],
+        now: float,
     ) -> Json:
         members: Json = {}
-        for known in report["members"]:
-            node = known["id"]
-            state = known["state"]
-            answer = told.get(node)
+        for known in status["members"]:
+            node, state = known["id"], known["state"]
+            report, answer = reports.get(node), answers.get(node)
             if state == "alive" and answer and answer.silent and not known["transport"]:
                 state = "silent"
             if state in GONE:
@@ -69,58 +75,42 @@ class SwarmView:
             else:
                 self._gone_at_s.pop(node, None)
             members[node] = _member(known["name"], known["address"], state) | {
-                "self": node == me,
+                "self": node == own,
                 "link": known["transport"],
-                "host": heard[node].host if node in heard else known["host"],
-                "rack": heard[node].rack if node in heard else known["rack"],
+                "host": report.host if report else known["host"],
+                "rack": report.rack if report else known["rack"],
                 "uploads": known["uploads"],
                 "slots": known["slots"],
-                "version": (heard[node].version if node in heard else None) or known.get("version"),
-                "tells": node in heard,
-                "why_not": answer.failure if answer else None,
+                "version": (report and report.version) or known.get("version"),
+                "reports": report is not None,
+                "failure": answer.failure if answer else None,
             }
         self._gone_at_s = {node: at_s for node, at_s in self._gone_at_s.items() if node in members}
-        for told_by in heard.values():
-            for peer in told_by.peers:
-                if peer.node not in members and peer.node not in {known["id"] for known in report["members"]}:
+        in_status = {known["id"] for known in status["members"]}
+        for report in reports.values():
+            for peer in report.peers:
+                if peer.node not in members and peer.node not in in_status:
                     members[peer.node] = _member(peer.name, peer.address, "unknown")
         return members
 
 
 def _member(name: str, address: str, state: str) -> Json:
-    return {
-        "name": name,
-        "address": address,
-        "state": state,
-        "self": False,
-        "link": None,
-        "host": None,
-        "rack": None,
-        "uploads": None,
-        "slots": None,
-        "version": None,
-        "tells": False,
-        "why_not": None,
-        "up_bytes_per_s": 0,
-        "down_bytes_per_s": 0,
-        "slow": False,
-        "wrong_chunks": 0,
-        "wrong_to": {},
-        "banned_by": {},
-        "holds": {},
-        "fetches": {},
-    }
+    absent = dict.fromkeys(("link", "host", "rack", "uploads", "slots", "version", "failure"))
+    rates = {"up_bytes_per_s": 0, "down_bytes_per_s": 0, "slow": False, "wrong_chunks": 0}
+    by_key: Json = {"wrong_to": {}, "banned_by": {}, "holds": {}, "fetches": {}}
+    return {"name": name, "address": address, "state": state, "self": False, "reports": False} | absent | rates | by_key
 
 
-def _links(heard: Mapping[str, Own], members: Json) -> Json:
-    """Who feeds whom. The receiver's count is of verified chunks; where it tells nothing, the sender's must do."""
+def _links(reports: Mapping[str, MemberReport], members: Json) -> Json:
+    """Sources and targets of chunks. A receiver counts verified chunks; without its report, the sender's count is
+    used."""
     links: Json = {}
-    for node, own in heard.items():
-        for flow in own.flows:
+    for node, report in reports.items():
+        for flow in report.flows:
             source, target = (flow.peer, node) if flow.direction == "down" else (node, flow.peer)
             if any(members.get(end, {}).get("state", "left") in GONE for end in (source, target)):
                 continue
-            if flow.direction == "up" and target in heard:
+            if flow.direction == "up" and target in reports:
                 continue
             link = links.setdefault(
                 f"{source}>{target}", {"source": source, "target": target, "bytes": 0, "rate_bytes_per_s": 0}
@@ -130,28 +120,27 @@ def _links(heard: Mapping[str, Own], members: Json) -> Json:
     return links
 
 
-def _artifacts(report: Mapping[str, Any], heard: Mapping[str, Own], members: Json) -> Json:
-    """Puts what everybody holds and fetches into `members`; returns the artifacts by digest."""
-    ids = {known["name"]: known["id"] for known in report["members"]}
+def _artifacts(status: Mapping[str, Any], reports: Mapping[str, MemberReport], members: Json) -> Json:
+    """Puts holdings and fetches into `members`; returns the artifacts by digest."""
     artifacts: Json = {}
-    for known in report["artifacts"]:
+    for known in status["artifacts"]:
         digest = known["digest"]
         artifact = artifacts.setdefault(
             digest, {"model_id": known["model_id"], "tier": known["tier"], "bytes": None, "chunks_total": None}
         )
         artifact["bytes"] = known["bytes"] or artifact["bytes"]
-        for name, fraction in known["members"].items():
-            if (node := ids.get(name)) in members:
+        for node, fraction in known["nodes"].items():
+            if node in members:
                 members[node]["holds"][digest] = {"fraction": fraction, "cells": None}
-    for node, own in heard.items():
+    for node, report in reports.items():
         if node not in members:
             continue
-        for held in own.held:
+        for held in report.held:
             fraction = held.chunks / held.chunks_total if held.chunks_total else 1.0
             members[node]["holds"][held.digest] = {"fraction": round(fraction, 4), "cells": held.cells}
             if held.digest in artifacts:
                 artifacts[held.digest]["chunks_total"] = held.chunks_total
-        for fetch in own.fetches:
+        for fetch in report.fetches:
             members[node]["fetches"][fetch.digest] = {
                 "model_id": fetch.model_id,
                 "bytes": fetch.bytes,
@@ -161,7 +150,7 @@ def _artifacts(report: Mapping[str, Any], heard: Mapping[str, Own], members: Jso
                 "eta_s": None if fetch.eta_s is None else round(fetch.eta_s, 1 if fetch.eta_s < 10 else None),
                 "seconds": None if fetch.running else round(fetch.seconds, 2),
                 "sources": fetch.sources,
-                "rejected_chunks": sum(wrong.chunks for wrong in own.rejected if wrong.digest == fetch.digest),
+                "rejected_chunks": sum(wrong.chunks for wrong in report.rejected if wrong.digest == fetch.digest),
                 "stalled": fetch.running and fetch.quiet_s > STALLED_AFTER_S,
                 "running": fetch.running,
                 "error": fetch.error,
@@ -174,11 +163,11 @@ def _artifacts(report: Mapping[str, Any], heard: Mapping[str, Own], members: Jso
     return artifacts
 
 
-def _mark_slow(members: Json, heard: Mapping[str, Own]) -> None:
-    """Who gets much less than others that fetch the same."""
+def _mark_slow(members: Json, reports: Mapping[str, MemberReport]) -> None:
+    """Marks members that receive less than half of the median of at least three that fetch the same."""
     rates: dict[str, dict[str, int]] = {}
-    for node, own in heard.items():
-        for fetch in own.fetches:
+    for node, report in reports.items():
+        for fetch in report.fetches:
             if fetch.running and fetch.seconds >= SLOW_AFTER_S and node in members:
                 rates.setdefault(fetch.digest, {})[node] = fetch.rate_bytes_per_s
     for fetching in rates.values():
@@ -188,9 +177,9 @@ def _mark_slow(members: Json, heard: Mapping[str, Own]) -> None:
                 members[node]["slow"] |= rate < SLOW_PART * median
 
 
-def _mark_wrong(members: Json, heard: Mapping[str, Own]) -> None:
-    for node, own in heard.items():
-        for wrong in own.rejected:
+def _mark_wrong(members: Json, reports: Mapping[str, MemberReport]) -> None:
+    for node, report in reports.items():
+        for wrong in report.rejected:
             if wrong.peer in members:
                 liar = members[wrong.peer]
                 liar["wrong_chunks"] += wrong.chunks
@@ -200,7 +189,7 @@ def _mark_wrong(members: Json, heard: Mapping[str, Own]) -> None:
 
 
 def patch(old: Json, new: Json) -> Json:
-    """The JSON merge patch that makes `new` out of `old`. None and what is absent are the same."""
+    """The JSON merge patch (RFC 7396) from `old` to `new`. None and an absent key are the same."""
     changes: Json = {key: None for key, value in old.items() if value is not None and new.get(key) is None}
     for key, value in new.items():
         if value is None or (key in old and old[key] == value):
@@ -211,6 +200,6 @@ def patch(old: Json, new: Json) -> Json:
 
 
 def _rounded(rate: int) -> int:
-    """With three digits: what changes less is no news."""
+    """To three digits, so that smaller changes make no patch."""
     step = int(10 ** max(0, len(str(rate)) - 3))
     return round(rate / step) * step

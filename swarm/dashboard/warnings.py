@@ -1,7 +1,7 @@
-"""What is wrong in a swarm, and what to do about it: a pure function of the picture that was drawn of it.
+"""Warnings about a swarm, each with an action for the user: a pure function of the status report and the view.
 
-Whatever shows the swarm (terminal, dashboard, metrics, JSON) shows these, worst first, and decides nothing of its own.
-docs/status.md lists the codes.
+Terminal, dashboard, metrics and JSON show these warnings, most urgent first, and add none. docs/status.md lists the
+codes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from swarm.observe.units import size_text
+from swarm.observe.units import count, size_text
 
 STALLED_AFTER_S = 5.0  # without a verified chunk
-DEAF_AFTER_S = 10.0  # a link leads to a member, and gossip has brought nothing of it
+DEAF_AFTER_S = 10.0  # with a link to a member, but no gossip about it
 
-# Urgency is the order of keys, which begin with it.
+# Keys begin with the urgency, so that their order is the order of urgency.
 URGENCY = {
     "lies": 1,
     "conflict": 1,
@@ -31,7 +31,7 @@ URGENCY = {
 
 
 class Warn(NamedTuple):
-    """`about` tells two of one code apart: a node, or an artifact. `level`: bad (something fails), or warn."""
+    """`about` is the node or artifact. `level` is "bad" if something fails, else "warn"."""
 
     code: str
     level: str
@@ -42,7 +42,7 @@ class Warn(NamedTuple):
 
 
 def warnings(report: Mapping[str, Any], members: Mapping[str, Any]) -> dict[str, Any]:
-    """By key, most urgent first in the order of keys. `report` is that of /status, `members` those of the view."""
+    """Warnings by key; the order of keys is that of urgency. `report`: `/status`, `members`: of the view."""
     found = [*_of_node(report), *_of_artifacts(report, members), *_versions(report, members)]
     for node, member in members.items():
         found += _of_member(node, member, members)
@@ -59,11 +59,10 @@ def warnings(report: Mapping[str, Any], members: Mapping[str, Any]) -> dict[str,
 
 
 def _of_node(report: Mapping[str, Any]) -> Iterator[Warn]:
-    """About the node that was asked itself."""
     node = report["node"]
     me = node["id"]
     if node.get("open"):
-        what = f"{node['name']} has no cluster key: whoever reaches it can read what it serves"
+        what = f"{node['name']} has no cluster key: any machine that reaches it can read its artifacts"
         yield Warn("no-key", "warn", me, me, what, "Make one with `swarm keygen` and give it with --key-file.")
     if node.get("mdns") in ("blocked", "silent"):
         cannot = (
@@ -80,7 +79,7 @@ def _of_node(report: Mapping[str, Any]) -> Iterator[Warn]:
 
 
 def _of_artifacts(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator[Warn]:
-    """Two contents under one id. Ranks of engines differ by layout, checkpoints must not."""
+    """Two digests for one model id. Ranks of engines differ by layout; checkpoints must not differ."""
     holders: dict[str, dict[str, list[str]]] = {}
     for artifact in report["artifacts"]:
         if artifact["tier"] == "checkpoint" and artifact["members"]:
@@ -88,10 +87,9 @@ def _of_artifacts(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iter
     for model_id, contents in holders.items():
         if len(contents) > 1:
             each = "; ".join(f"{digest[:12]} by {listed(names)}" for digest, names in sorted(contents.items()))
-            what = f"{model_id} is two contents: {each}"
-            yield Warn(
-                "conflict", "bad", None, model_id, what, "Fetch one with --digest, or stop who serves the other."
-            )
+            what = f"{model_id} has two digests: {each}"
+            do = "Pin one with --digest, or stop the members that serve the other."
+            yield Warn("conflict", "bad", None, model_id, what, do)
 
 
 def _versions(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator[Warn]:
@@ -102,64 +100,58 @@ def _versions(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator
     if len(by_version) > 1:
         each = "; ".join(f"{version}: {listed(names)}" for version, names in sorted(by_version.items()))
         what = f"members run different versions of swarm ({each})"
-        yield Warn(
-            "version-skew", "warn", None, "all", what, "They work together as far as they do; install one version."
-        )
+        do = "Install one version; mixed versions may not link with each other."
+        yield Warn("version-skew", "warn", None, "all", what, do)
 
 
 def _of_member(node: str, member: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator[Warn]:
     name = member["name"]
     if member["wrong_chunks"]:
-        what = f"{name} sent {_counted(member['wrong_chunks'], 'wrong chunk')} to {_banned(member, members)}"
-        do = f"They were thrown away and asked elsewhere. Stop it ({_where(member)}), and look at its disk and memory."
+        what = f"{name} sent {count(member['wrong_chunks'], 'wrong chunk')} to {_banned(member, members)}"
+        do = f"They were dropped and requested elsewhere. Stop it ({_where(member)}), and check its disk and memory."
         yield Warn("lies", "bad", node, node, what, do)
     if member["state"] == "dead":
         do = f"If it should run, restart it ({_where(member)}): a fetch resumes."
         yield Warn("dead", "bad", node, node, f"{name} is dead", do)
     elif member["state"] in ("suspect", "silent"):
-        do = "In a few seconds it counts as dead unless it answers. Is its process gone or stopped, or its network?"
+        do = "It counts as dead in a few seconds unless it answers. Check its process and its network."
         yield Warn("silent", "warn", node, node, f"{name} is lost: it does not answer", do)
     for digest, fetch in member["fetches"].items():
         about = f"{digest[:8]}-{node}"
         if fetch["error"]:
-            yield Warn(
-                "failed", "bad", node, about, f"{name}: {fetch['error']}", "Run the same fetch again: it resumes."
-            )
+            do = "Run the same fetch again: it resumes."
+            yield Warn("failed", "bad", node, about, f"{name}: {fetch['error']}", do)
         elif fetch["stalled"]:
-            what = f"{name}: {fetch['model_id']} has got nothing for {STALLED_AFTER_S:g} s and more"
-            yield Warn(
-                "stalled", "bad", node, about, what, "Is anybody left who holds it? Start one more who serves it."
-            )
+            what = f"{name}: no chunk of {fetch['model_id']} arrived for more than {STALLED_AFTER_S:g} s"
+            do = "Check that a member still holds the missing chunks, or start another seed."
+            yield Warn("stalled", "bad", node, about, what, do)
         elif member["slow"] and fetch["running"]:
-            what = f"{name} is slow: {size_text(fetch['rate_bytes_per_s'])}/s, less than half of what others get"
-            yield Warn(
-                "slow", "warn", node, about, what, "Look at its network and its disk. Only its own fetch ends later."
-            )
+            what = f"{name} is slow: {size_text(fetch['rate_bytes_per_s'])}/s, less than half of the median"
+            do = "Check its network and its disk. Only its own fetch is delayed."
+            yield Warn("slow", "warn", node, about, what, do)
 
 
 def _banned(member: Mapping[str, Any], members: Mapping[str, Any]) -> str:
-    """Who got wrong chunks of it, and what became of that."""
-    got, by = (
-        [members[other]["name"] if other in members else "one that is gone" for other in member[told]]
-        for told in ("wrong_to", "banned_by")
+    """The members that received its wrong chunks, and those that banned it."""
+    receivers, by = (
+        [members[other]["name"] if other in members else "a member that left" for other in member[field]]
+        for field in ("wrong_to", "banned_by")
     )
-    if len(got) == 1:
-        return f"{got[0]}{', which has banned it' if by else ''}"
+    if len(receivers) == 1:
+        return f"{receivers[0]}{', which has banned it' if by else ''}"
     if not by:
-        return f"{len(got)} members, which have not banned it yet"
-    return f"{len(got)} members; {'all' if len(by) == len(got) else len(by)} of them banned it: {listed(by)}"
+        return f"{len(receivers)} members, which have not banned it yet"
+    return (
+        f"{len(receivers)} members; {'all' if len(by) == len(receivers) else len(by)} of them banned it: {listed(by)}"
+    )
 
 
 def _where(member: Mapping[str, Any]) -> str:
-    """So that one knows which machine it is."""
+    """The machine of a member: address, host and rack."""
     return ", ".join([member["address"], *(f"{key} {member[key]}" for key in ("host", "rack") if member[key])])
 
 
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
 def listed(names: Iterable[str]) -> str:
-    """The first three, and how many there are more."""
+    """The first three names, and the number of the others."""
     named = list(names)
     return ", ".join(named[:3]) + (f" and {len(named) - 3} more" if len(named) > 3 else "")

@@ -1,1 +1,1 @@
-"""What a node reports of itself: status report, fetch history, Prometheus metrics, OpenTelemetry spans, traces."""
+"""Reports of a node about itself: status, records of fetches, Prometheus metrics, OpenTelemetry spans, traces."""

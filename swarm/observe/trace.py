@@ -1,7 +1,7 @@
 """A journal as a file of JSON lines: `swarm fetch --trace FILE`.
 
-Entries are only queued where they happen; a thread encodes and writes them. Bounded: when the disk cannot follow, or
-the file is full, entries are left out and the last line says how many.
+The event loop only queues entries; a thread encodes and writes them. Bounded: if the disk is too slow, or the file is
+full, entries are dropped and the last line counts them.
 """
 
 from __future__ import annotations
@@ -27,42 +27,45 @@ from swarm.journal import (
     Left,
     Opened,
     Received,
+    Resolved,
     Sent,
 )
 from swarm.membership.swim import Changed
-from swarm.transfer.download_events import Ban, ChunkCorrupt, PeerHas, PeerJoined, PeerLeft
+from swarm.observe.fetch_record import TRANSFER_EVENTS
+from swarm.transfer.download_events import PeerHas, PeerJoined, PeerLeft
 
 QUEUED_MAX = 100_000
 FILE_BYTES_MAX = 1 << 30
 WRITE_EVERY_S = 0.5
 
-_SHOWN_AGAIN: dict[str, type] = {
+_REPLAYED: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        ArtifactsAnnounced, Ban, Changed, ChunkCorrupt, FetchEnded, FetchStarted, Joined, Left, Opened, PeerHas,
-        PeerJoined, PeerLeft, Received, Sent,
+        ArtifactsAnnounced, Changed, FetchEnded, FetchStarted, Joined, Left, Opened, PeerHas, PeerJoined, PeerLeft,
+        Received, Resolved, Sent, *TRANSFER_EVENTS,
     )
 }  # fmt: skip
 
 
 def event(entry: Entry) -> dict[str, Any]:
-    """An entry as an object of JSON: `at_s`, `subject`, `event` (what kind), and the fields of what happened."""
+    """An entry as a JSON object: `at_s`, `subject`, `event` (its class), and the fields of the event."""
     fields = msgspec.to_builtins(entry.event, enc_hook=_encoded)
-    said = fields if isinstance(fields, dict) else {"said": fields}
-    return {"at_s": round(entry.at_s, 6), "subject": entry.subject, "event": type(entry.event).__name__, **said}
+    return {"at_s": round(entry.at_s, 6), "subject": entry.subject, "event": type(entry.event).__name__, **fields}
 
 
 def entry(line: Mapping[str, Any]) -> Entry | None:
-    """The entry that `event` said so; None where it is of no kind that is shown again. Raises ValueError or KeyError
-    where it is no line of a trace."""
-    kind = _SHOWN_AGAIN.get(line["event"])
+    """The entry of a line that `event` made; None for a class that replays do not need.
+
+    Raises ValueError or KeyError if it is no line of a trace.
+    """
+    kind = _REPLAYED.get(line["event"])
     if kind is None:
         return None
     return Entry(float(line["at_s"]), str(line["subject"]), msgspec.convert(line, kind, dec_hook=_decoded))
 
 
 def _encoded(value: object) -> Any:
-    """A set of chunks as `chunks_total` and their bits in hexadecimal, chunk 0 first; others in words."""
+    """A bitfield as `chunks_total` and its bits in hexadecimal, chunk 0 first; other values as text."""
     if isinstance(value, Bitfield):
         return {"chunks_total": value.length, "held": value.pack().hex()}
     return str(value)
@@ -76,7 +79,10 @@ def _decoded(kind: type, value: Any) -> Any:
 
 @contextlib.contextmanager
 def tracing(journal: Journal, path: Path | None) -> Iterator[None]:
-    """Writes what happens while the block runs; without a path nothing. Raises StoreError if there can be no file."""
+    """Writes the entries that are recorded while the block runs. Without a path it writes none.
+
+    Raises StoreError if the file cannot be written.
+    """
     if path is None:
         yield
         return
@@ -94,10 +100,10 @@ def tracing(journal: Journal, path: Path | None) -> Iterator[None]:
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """What was written there, as far as it is whole. Raises OSError, and ValueError for a file that is no trace."""
+    """The complete lines of a trace. Raises OSError, and ValueError for another kind of file."""
     with path.open(encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n"):  # the last one may have been cut as its process died
+            if line.endswith("\n"):  # a killed process may leave the last line cut
                 yield msgspec.json.decode(line, type=dict[str, Any])
 
 
@@ -107,12 +113,12 @@ class _Writer:
         self._queued: deque[Entry] = deque()
         self._left_out = 0
         self._written_bytes = 0
-        self._over = threading.Event()
+        self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="swarm: trace", daemon=True)
         self._thread.start()
 
     def queue(self, entry: Entry) -> None:
-        if self._over.is_set():
+        if self._closed.is_set():
             return
         if len(self._queued) < QUEUED_MAX:
             self._queued.append(entry)
@@ -120,11 +126,11 @@ class _Writer:
             self._left_out += 1
 
     def close(self) -> None:
-        self._over.set()
+        self._closed.set()
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._over.wait(WRITE_EVERY_S):
+        while not self._closed.wait(WRITE_EVERY_S):
             self._write()
         self._write()
         if self._left_out:
@@ -142,8 +148,8 @@ class _Writer:
         with contextlib.suppress(OSError):
             self._file.flush()
 
-    def _put(self, said: dict[str, Any]) -> None:
-        line = msgspec.json.encode(said) + b"\n"
+    def _put(self, fields: dict[str, Any]) -> None:
+        line = msgspec.json.encode(fields) + b"\n"
         self._written_bytes += len(line)
         try:
             self._file.write(line)

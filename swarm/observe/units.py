@@ -1,12 +1,12 @@
-"""Numbers as people read them."""
+"""Quantities as text."""
 
 from __future__ import annotations
 
 
 def size_text(size: float) -> str:
-    """Bytes for people: decimal units, three digits."""
+    """Bytes in decimal units, three digits."""
     for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:  # what would be rounded up to 1000 goes to the next unit
+        if size < 999.5:  # above that, rounding gives 1000, which belongs to the next unit
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"

@@ -67,7 +67,7 @@ function head() {
   const from = `seen from ${view.node.name} at ${view.node.address}`;
   if (element("seen-from").textContent !== from) element("seen-from").textContent = from;
   document.title = `${Object.keys(view.warnings).length ? "(!) " : ""}swarm · ${here.length} members`;
-  const quiet = here.filter((m) => !m.tells).map((m) => m.name);
+  const quiet = here.filter((m) => !m.reports).map((m) => m.name);
   const named = quiet.slice(0, 5).join(", ") + (quiet.length > 5 ? ` and ${quiet.length - 5} more` : "");
   const told = quiet.length ? `${here.length - quiet.length} of ${here.length} members tell of themselves. ${named} ${quiet.length > 1 ? "do" : "does"} not: shown is what gossip and links say of ${quiet.length > 1 ? "them" : "it"}.` : `All ${here.length} members tell of themselves.`;
   if (element("asked").textContent !== told) element("asked").textContent = told;

@@ -1,11 +1,11 @@
-// Where the time of one fetch went: phases above, a lane for each source below, wrong chunks marked.
+// One fetch over time: its phases above, a lane for each source below, wrong chunks marked.
 
 import * as words from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const box = document.getElementById("lanes");
 const LANE = 30, LEFT = 150, TOP = 46, RIGHT = 92;
-const PHASES = { "waiting for sources": "waiting", "receiving and hashing": "receiving", sealing: "sealing" };
+const PHASES = { transfer: "receiving", verify: "receiving", seal: "sealing" }; // all others: waiting
 
 function add(parent, name, kind, attributes = {}, text = "") {
   const made = document.createElementNS(SVG, name);
@@ -50,12 +50,13 @@ export function draw(found) {
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", `${found.model_id}: ${found.running ? "running for" : "took"} ${words.seconds(found.seconds)}, from ${found.lanes.length} sources; the table below says the same`);
   let at = 0;
-  for (const phase of found.phases) {
-    if (phase.seconds <= 0) continue;
-    add(svg, "rect", `phase ${PHASES[phase.name] ?? ""}`, { x: x(at), y: 8, width: Math.max(1.5, x(at + phase.seconds) - x(at)), height: 18, rx: 3 });
-    const text = `${phase.name} ${words.seconds(phase.seconds)}`;
-    if (x(at + phase.seconds) - x(at) > text.length * 6.6) add(svg, "text", `phase-name ${PHASES[phase.name] ?? ""}`, { x: x(at) + 7, y: 21 }, text);
-    at += phase.seconds;
+  for (const [name, seconds] of Object.entries(found.phases)) {
+    if (seconds <= 0) continue;
+    const kind = PHASES[name] ?? "waiting";
+    add(svg, "rect", `phase ${kind}`, { x: x(at), y: 8, width: Math.max(1.5, x(at + seconds) - x(at)), height: 18, rx: 3 });
+    const text = `${name} ${words.seconds(seconds)}`;
+    if (x(at + seconds) - x(at) > text.length * 6.6) add(svg, "text", `phase-name ${kind}`, { x: x(at) + 7, y: 21 }, text);
+    at += seconds;
   }
   for (const s of ticks(total, Math.max(2, Math.min(8, inner / 50)))) {
     add(svg, "line", "tick", { x1: x(s), x2: x(s), y1: TOP - 12, y2: height - 24 });
@@ -82,7 +83,9 @@ export function draw(found) {
     li.append(text);
     key.append(li);
   };
-  for (const phase of found.phases) if (phase.seconds >= 0.05) item(PHASES[phase.name], `${phase.name} ${words.seconds(phase.seconds)}`);
+  for (const [name, seconds] of Object.entries(found.phases)) {
+    if (seconds >= 0.05) item(PHASES[name] ?? "waiting", `${name} ${words.seconds(seconds)}`);
+  }
   item("", `A bar: what came verified from that member within ${found.bucket_s < 1 ? `${Math.ceil(found.bucket_s * 1000)} ms` : words.seconds(found.bucket_s)}; the highest is ${words.bytes(most)}`);
   if (found.lanes.some((lane) => lane.rejected_chunks)) item("", "✕ a wrong chunk");
   box.append(key);

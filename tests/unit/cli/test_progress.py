@@ -14,7 +14,7 @@ from swarm.cli import progress as progresses
 from swarm.cli.progress import progress
 from swarm.content.manifest import Digest, ModelId
 from swarm.journal import Entry, FetchStarted, Received
-from swarm.observe.node_report import Picture
+from swarm.observe.fetch_record import FetchRecords
 from swarm.observe.units import size_text
 from swarm.protocol.messages import NodeId
 
@@ -43,8 +43,8 @@ class Terminal(io.StringIO):
         return True
 
 
-def picture() -> Picture:
-    made = Picture()
+def fetches() -> FetchRecords:
+    made = FetchRecords()
     made.apply(Entry(0, "node", FetchStarted(ModelId("org/model"), DIGEST, 4_000_000, 1_000_000)))
     return made
 
@@ -56,7 +56,7 @@ def test_are_there_lines_where_there_is_no_terminal(
     caplog.set_level(logging.INFO, "swarm")
 
     async def scenario() -> None:
-        shown = picture()
+        shown = fetches()
         async with asyncio.timeout(DEADLINE_S), progress(shown, lambda: 1.0, quiet=True):
             await until(lambda: bool(caplog.messages))
             caplog.clear()
@@ -72,7 +72,7 @@ def test_does_it_say_that_nobody_is_there(monkeypatch: pytest.MonkeyPatch, caplo
     caplog.set_level(logging.INFO, "swarm")
 
     async def scenario() -> None:
-        async with asyncio.timeout(DEADLINE_S), progress(picture(), lambda: 1.0, quiet=True):
+        async with asyncio.timeout(DEADLINE_S), progress(fetches(), lambda: 1.0, quiet=True):
             await until(lambda: bool(caplog.messages))
 
     asyncio.run(scenario())
@@ -87,7 +87,7 @@ def test_is_there_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
     async def scenario() -> None:
-        async with asyncio.timeout(DEADLINE_S), progress(picture(), lambda: 1.0):
+        async with asyncio.timeout(DEADLINE_S), progress(fetches(), lambda: 1.0):
             await until(lambda: "waiting for sources" in terminal.getvalue())
 
     asyncio.run(scenario())
@@ -97,7 +97,7 @@ def test_is_there_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_does_an_error_of_the_block_come_out() -> None:
     async def scenario() -> None:
-        async with progress(Picture(), lambda: 0.0, quiet=True):
+        async with progress(FetchRecords(), lambda: 0.0, quiet=True):
             raise LookupError("of the block")
 
     with pytest.raises(LookupError, match="of the block"):

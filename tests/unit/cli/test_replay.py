@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 
 from swarm.cli.main import main
-from swarm.cli.replay_report import replay
+from swarm.cli.replay import replay
 from swarm.content.manifest import Digest, ModelId
 from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Received
 from swarm.observe import trace
+from swarm.observe.fetch_record import PHASES
 from swarm.observe.trace import event, tracing
 from swarm.protocol.messages import Address, NodeId
 from swarm.transfer.download_events import Ask, Ban, ChunkCorrupt, Granted, TransferEnded
 
-P, Q = NodeId("p"), NodeId("q")
+P, Q = NodeId("a" * 16), NodeId("b" * 16)
 
 DIGEST = Digest("d" * 64)
 HERE = DIGEST
@@ -36,11 +37,13 @@ STORY = (
 
 def test_do_the_phases_add_up() -> None:
     (fetch,) = replay(map(event, STORY))["fetches"]
-    assert fetch["phases"] == {"waiting for sources": 2.0, "wire": 2.0, "hashing and disk": 0.5, "sealing": 0.5}
+    assert fetch["phases"] == dict.fromkeys(PHASES, 0) | {
+        "connect": 2.0, "transfer": 2.0, "verify": 0.5, "seal": 0.5,
+    }  # fmt: skip
     assert sum(fetch["phases"].values()) == fetch["seconds"] == 5.0
     assert fetch["complete"]
     pat, liar = fetch["sources"]
-    assert (pat["name"], pat["bytes"], pat["waited_s"], pat["wire_s"]) == ("pat", 30, 1.0, 2.0)
+    assert (pat["name"], pat["bytes"], pat["waited_s"], pat["transfer_s"]) == ("pat", 30, 1.0, 2.0)
     assert (liar["rejected_chunks"], liar["banned"]) == (1, "it lies")
 
 
@@ -65,7 +68,7 @@ def test_is_a_trace_written_and_read(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out) == replay(map(event, STORY))
     assert main(["replay", str(path)]) == 0
     shown = capsys.readouterr().out
-    for word in ("org/m", "complete", "hashing and disk", "pat", "it lies"):
+    for word in ("org/m", "complete", "transfer", "verify", "pat", "it lies"):
         assert word in shown
 
 

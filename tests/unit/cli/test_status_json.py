@@ -14,8 +14,8 @@ from rich.console import Console
 from swarm.cli import status_table, status_watch
 from swarm.cli.status_json import SCHEMA, Json, healthy, seen
 from swarm.content.manifest import Digest, ModelId
-from swarm.dashboard.collector import Told
-from swarm.dashboard.member_report import FetchSummary, Flow, Known, Own, Rejected
+from swarm.dashboard.collector import MemberAnswer
+from swarm.dashboard.member_report import FetchSummary, KnownPeer, MemberReport, PeerFlow, Rejected
 from swarm.dashboard.swarm_view import SwarmView
 from swarm.errors import PeerUnreachable
 from swarm.node import status_client
@@ -42,24 +42,25 @@ def report(*members: Json, node: dict[str, Any] | None = None, artifacts: tuple[
 
 
 def held(digest: str, name: str) -> Json:
-    return {"model_id": "org/m", "digest": digest, "tier": "checkpoint", "bytes": 9, "members": {name: 1.0}}
+    holders = {"members": {name: 1.0}, "nodes": {ME if name == "me" else A: 1.0}}
+    return {"model_id": "org/m", "digest": digest, "tier": "checkpoint", "bytes": 9, **holders}
 
 
-def fetching(*, quiet_s: float = 0.0) -> Own:
+def fetching(*, quiet_s: float = 0.0) -> MemberReport:
     """Tells of a fetch that A feeds, and that the liar spoilt."""
-    return Own(
-        ME, "h", "", (Known(A, "ann", "127.0.0.1:2"),), (Flow(DIGEST, "down", A, 70, 7_000_000),),
+    return MemberReport(
+        ME, "h", "", (KnownPeer(A, "ann", "127.0.0.1:2"),), (PeerFlow(DIGEST, "down", A, 70, 7_000_000),),
         (FetchSummary(MODEL, DIGEST, 1000, 250, 7_000_000, 7_000_000, 5.0, 9.0, 2, True, None, quiet_s),), (),
         (Rejected(DIGEST, LIAR, 3, True, "3 wrong chunks in a row"),), "1",
     )  # fmt: skip
 
 
-def swarm(known: Json, own: Own | None = None, **told: Own) -> Json:
-    own = own or Own(ME, "h", "", (), (), (), (), (), known["node"]["version"])
-    return seen(known, SwarmView().view(known, own, {each.node: Told(each) for each in told.values()}, 0.0))
+def swarm(known: Json, own: MemberReport | None = None, **told: MemberReport) -> Json:
+    own = own or MemberReport(ME, "h", "", (), (), (), (), (), known["node"]["version"])
+    return seen(known, SwarmView().view(known, own, {each.node: MemberAnswer(each) for each in told.values()}, 0.0))
 
 
-def codes(known: Json, own: Own | None = None, **told: Own) -> list[str]:
+def codes(known: Json, own: MemberReport | None = None, **told: MemberReport) -> list[str]:
     return [warning["code"] for warning in swarm(known, own, **told)["warnings"]]
 
 
@@ -117,9 +118,9 @@ def test_is_a_version_told_that_differs() -> None:
     assert codes(gossiped) == ["version-skew"]
     assert codes(report(member(A, "ann", "left") | {"version": "2"})) == []
     assert [m["version"] for m in seen(gossiped, None)["members"]] == [None, "2"]
-    other = Own(A, "h", "", (), (), (), (), (), "2")
+    other = MemberReport(A, "h", "", (), (), (), (), (), "2")
     assert codes(report(member(A, "ann")), None, a=other) == ["version-skew"]
-    assert codes(report(member(A, "ann")), None, a=Own(A, "h", "", (), (), (), (), (), "1")) == []
+    assert codes(report(member(A, "ann")), None, a=MemberReport(A, "h", "", (), (), (), (), (), "1")) == []
 
 
 def test_is_a_fetch_stalled_that_gets_nothing() -> None:
@@ -158,7 +159,7 @@ def test_do_warnings_come_first_and_rates_with_units() -> None:
 
 
 def test_is_a_liar_in_the_table_with_its_address_whom_no_link_leads_to() -> None:
-    own = msgspec.structs.replace(fetching(), peers=(Known(LIAR, "liar", "127.0.0.1:9"),))
+    own = msgspec.structs.replace(fetching(), peers=(KnownPeer(LIAR, "liar", "127.0.0.1:9"),))
     shown = drawn(swarm(report(member(A, "ann")), own))
     assert re.search(r"│ liar +│ 127.0.0.1:9 +│ wrong chunks", shown)
 

@@ -10,7 +10,7 @@ import pytest
 
 from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard.collector import ASK_PER_S, LOOK_EVERY_S, Collector
-from swarm.dashboard.member_report import OWN_BYTES_MAX, PATH, FetchSummary, Own
+from swarm.dashboard.member_report import PATH, REPORT_BYTES_MAX, FetchSummary, MemberReport
 from swarm.errors import PeerUnreachable, RemoteProtocolError
 from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Profile, Record, State
@@ -22,7 +22,7 @@ def member(number: int) -> Record:
 
 def answer(number: int, *, running: bool = False) -> bytes:
     fetch = FetchSummary(ModelId("m"), Digest("d" * 64), 9, 1, 1, 1, None, 1.0, 1, running, None)
-    return msgspec.json.encode(Own(NodeId(f"{number:016x}"), "", "", (), (), (fetch,), (), ()))
+    return msgspec.json.encode(MemberReport(NodeId(f"{number:016x}"), "", "", (), (), (fetch,), (), ()))
 
 
 class Swarm:
@@ -36,7 +36,7 @@ class Swarm:
         self.collector = Collector(self.read, lambda: self.members, lambda: self.now)
 
     async def read(self, address: str, path: str, timeout_s: float, bytes_max: int) -> bytes:
-        assert (path, bytes_max) == (PATH, OWN_BYTES_MAX)
+        assert (path, bytes_max) == (PATH, REPORT_BYTES_MAX)
         number = int(address.rpartition(":")[2])
         self.asked.append(number)
         said = self.said.get(number, answer(number))
@@ -71,11 +71,11 @@ async def rounds(swarm: Swarm, count: int, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(asyncio, "sleep", pause)
     task = asyncio.create_task(swarm.collector.run())
     await over.wait()
-    swarm_told = dict(swarm.collector.told)
+    swarm_answers = dict(swarm.collector.answers)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
-    assert swarm.collector.told == {}  # nobody watches: nothing is kept
-    swarm.collector.told.update(swarm_told)
+    assert swarm.collector.answers == {}  # nobody watches: nothing is kept
+    swarm.collector.answers.update(swarm_answers)
 
 
 def test_are_few_members_asked_once_a_second_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_are_few_members_asked_once_a_second_each(monkeypatch: pytest.MonkeyPatc
         swarm = Swarm(3)
         await rounds(swarm, 8, monkeypatch)
         assert sorted(swarm.asked) == [1, 1, 2, 2, 3, 3]
-        assert all(told.own for told in swarm.collector.told.values())
+        assert all(answer.report for answer in swarm.collector.answers.values())
 
     run(scenario)
 
@@ -93,11 +93,11 @@ def test_is_who_lost_its_link_asked_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         swarm = Swarm(3)
         await swarm.collector.ask_all(10)
         swarm.said[2] = PeerUnreachable("m2", "connection refused")
-        swarm.collector.hurry(member(2).node)
-        swarm.collector.hurry(member(9).node)  # nobody it knows
+        swarm.collector.ask_next(member(2).node)
+        swarm.collector.ask_next(member(9).node)  # nobody it knows
         await swarm.collector.ask_all(10)
         assert swarm.asked == [1, 2, 3, 2]
-        assert swarm.collector.told[member(2).node].silent
+        assert swarm.collector.answers[member(2).node].silent
 
     run(scenario)
 
@@ -138,9 +138,9 @@ def test_what_is_no_answer(said: bytes | Exception, silent: bool) -> None:
         swarm = Swarm(1)
         swarm.said[1] = said
         await swarm.collector.ask_all(10)
-        told = swarm.collector.told[member(1).node]
-        assert told.own is None
-        assert told.failure
-        assert told.silent is silent
+        given = swarm.collector.answers[member(1).node]
+        assert given.report is None
+        assert given.failure
+        assert given.silent is silent
 
     run(scenario)

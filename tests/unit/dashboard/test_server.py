@@ -11,8 +11,7 @@ import pytest
 from swarm.content.manifest import Digest
 from swarm.dashboard.server import Dashboard, Watched
 from swarm.errors import PeerUnreachable
-from swarm.observe.fetch_history import FetchHistories
-from swarm.observe.node_report import Picture
+from swarm.observe.node_report import NodeReport
 from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Profile, Record, State
 
@@ -29,7 +28,7 @@ def test_is_a_member_that_tells_no_timeline_silent(*, known: bool, said: bytes |
 
     ann = Record(ANN, 0, State.ALIVE, 0, "ann", Address("127.0.0.1:2"), Profile())
     node = SimpleNamespace(id=ME, address="127.0.0.1:1", members=lambda: [ann] if known else [], now=lambda: 0.0)
-    dashboard = Dashboard(Picture(), FetchHistories())
+    dashboard = Dashboard(NodeReport())
     dashboard.attach(cast(Watched, node), read)
     assert asyncio.run(dashboard.timeline_of(DIGEST, ANN)) == {"node": ANN, "digest": DIGEST, "silent": True}
     assert asyncio.run(dashboard.timeline_of(DIGEST, ME)) is None

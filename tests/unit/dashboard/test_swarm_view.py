@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Digest, ModelId
-from swarm.dashboard.collector import Told
-from swarm.dashboard.member_report import FetchSummary, Flow, Held, Known, Own, Rejected, cells, decode
+from swarm.dashboard.collector import MemberAnswer
+from swarm.dashboard.member_report import FetchSummary, Held, KnownPeer, MemberReport, PeerFlow, Rejected, cells, decode
 from swarm.dashboard.swarm_view import GONE_SHOWN_S, Json, SwarmView, patch
 from swarm.protocol.messages import NodeId
 
@@ -20,9 +20,9 @@ DIGEST = Digest("d" * 64)
 ME, A, B, C, LIAR = ("1" * 16, NodeId("a" * 16), NodeId("b" * 16), "c" * 16, NodeId("f" * 16))
 
 
-def told(node: str, **facts: Any) -> Own:
+def told(node: str, **facts: Any) -> MemberReport:
     nothing: dict[str, Any] = {"peers": (), "flows": (), "fetches": (), "held": (), "rejected": ()}
-    return Own(**{"node": node, "host": "h", "rack": "r", **nothing, **facts})
+    return MemberReport(**{"node": node, "host": "h", "rack": "r", **nothing, **facts})
 
 
 def report(*members: tuple[str, str, str | None]) -> dict[str, Any]:
@@ -41,16 +41,16 @@ def fetch(rate: int, *, error: str | None = None, running: bool = True, seconds:
     return FetchSummary(ModelId("m"), DIGEST, 1000, 500, rate, 50, 5.0, seconds, 2, running, error)
 
 
-def view(known: dict[str, Any], *heard: Own, now: float = 0.0, viewer: SwarmView | None = None) -> Json:
-    return (viewer or SwarmView()).view(known, told(ME), {own.node: Told(own) for own in heard}, now)
+def view(known: dict[str, Any], *heard: MemberReport, now: float = 0.0, viewer: SwarmView | None = None) -> Json:
+    return (viewer or SwarmView()).view(known, told(ME), {own.node: MemberAnswer(own) for own in heard}, now)
 
 
 ALL = report((ME, "alive", "self"), (A, "alive", "tcp"), (B, "alive", None), (C, "alive", None))
 
 
 def test_is_a_link_counted_once_and_as_its_target_says() -> None:
-    down = Flow(DIGEST, "down", A, 70, 7000)
-    up = Flow(DIGEST, "up", B, 90, 9000)
+    down = PeerFlow(DIGEST, "down", A, 70, 7000)
+    up = PeerFlow(DIGEST, "up", B, 90, 9000)
     seen = view(ALL, told(A, flows=(up,)), told(B, flows=(down,)))
     (link,) = seen["links"].values()
     assert link == {"source": A, "target": B, "bytes": 70, "rate_bytes_per_s": 7000}
@@ -58,7 +58,7 @@ def test_is_a_link_counted_once_and_as_its_target_says() -> None:
 
 
 def test_is_a_link_shown_of_which_the_source_alone_tells() -> None:
-    seen = view(ALL, told(A, flows=(Flow(DIGEST, "up", B, 90, 9000),)))
+    seen = view(ALL, told(A, flows=(PeerFlow(DIGEST, "up", B, 90, 9000),)))
     assert seen["links"][f"{A}>{B}"]["bytes"] == 90
 
 
@@ -69,7 +69,7 @@ def test_who_is_slow() -> None:
 
 
 def test_do_warning_and_table_say_one_rate() -> None:
-    burst = Flow(DIGEST, "down", A, 70, 3_100_000)
+    burst = PeerFlow(DIGEST, "down", A, 70, 3_100_000)
     rates = ((A, 5_000_000, ()), (B, 5_000_000, ()), (C, 600_000, (burst,)))
     seen = view(ALL, *(told(node, fetches=(fetch(rate),), flows=flows) for node, rate, flows in rates))
     assert seen["members"][C]["down_bytes_per_s"] == 600_000
@@ -88,7 +88,7 @@ def test_are_two_too_few_to_call_one_slow() -> None:
 
 def test_is_a_liar_named_whom_this_node_does_not_know() -> None:
     wrong = Rejected(DIGEST, LIAR, 3, True)
-    seen = view(ALL, told(A, rejected=(wrong,), peers=(Known(LIAR, "liar", "127.0.0.1:9"),)))
+    seen = view(ALL, told(A, rejected=(wrong,), peers=(KnownPeer(LIAR, "liar", "127.0.0.1:9"),)))
     assert seen["members"][LIAR]["name"] == "liar"
     assert (seen["members"][LIAR]["wrong_chunks"], seen["members"][LIAR]["banned_by"]) == (3, {A: True})
     (warning,) = seen["warnings"].values()
@@ -108,13 +108,13 @@ def test_how_many_of_those_that_got_wrong_chunks_have_banned_who_sent_them() -> 
 def test_is_a_liar_named_though_who_got_its_chunks_is_known_no_more() -> None:
     known = report((ME, "alive", "self"), (LIAR, "alive", "tcp"))
     (warning,) = view(known, told(A, rejected=(Rejected(DIGEST, LIAR, 3, True),)))["warnings"].values()
-    assert warning["what"] == "f sent 3 wrong chunks to one that is gone, which has banned it"
+    assert warning["what"] == "f sent 3 wrong chunks to a member that left, which has banned it"
 
 
 def test_does_what_the_dead_said_count_no_more() -> None:
     dead = report((ME, "alive", "self"), (A, "dead", None), (B, "alive", None))
-    flow = Flow(DIGEST, "down", A, 70, 7000)
-    seen = view(dead, told(A, fetches=(fetch(9),)), told(B, flows=(flow,), peers=(Known(A, "a", "x"),)))
+    flow = PeerFlow(DIGEST, "down", A, 70, 7000)
+    seen = view(dead, told(A, fetches=(fetch(9),)), told(B, flows=(flow,), peers=(KnownPeer(A, "a", "x"),)))
     assert seen["links"] == {}
     assert seen["members"][A]["fetches"] == {}
     assert [warning["what"] for warning in seen["warnings"].values()] == ["a is dead"]
@@ -128,7 +128,7 @@ def test_are_the_dead_shown_for_a_while() -> None:
 
 
 def test_is_nobody_at_an_address_silent() -> None:
-    seen = SwarmView().view(ALL, told(ME), {B: Told(failure="refused", silent=True)}, 0)
+    seen = SwarmView().view(ALL, told(ME), {B: MemberAnswer(failure="refused", silent=True)}, 0)
     assert seen["members"][B]["state"] == "silent"
 
 

@@ -18,8 +18,9 @@ from swarm.journal import (
     Sent,
 )
 from swarm.membership.swim import Changed
-from swarm.observe import node_report as pictures
-from swarm.observe.node_report import RATE_WINDOW_S, Picture, Rate, distinct_names
+from swarm.observe import node_report
+from swarm.observe.fetch_record import RATE_WINDOW_S, Rate
+from swarm.observe.node_report import NodeReport, distinct_names
 from swarm.protocol.messages import Address, Announcement, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
 
@@ -34,13 +35,13 @@ def announced(node: str, chunks: int, *, total: int = 4, model_id: str = "org/mo
     )
 
 
-def picture_of(*happenings: object) -> Picture:
+def reported(*events: object) -> NodeReport:
     """One second apart, beginning at 1."""
-    picture, journal = Picture(), Journal()
-    picture.follow(journal)
-    for at_s, what in enumerate(happenings, 1):
-        journal.record(at_s, "node", what)
-    return picture
+    report, journal = NodeReport(), Journal()
+    report.follow(journal)
+    for at_s, event in enumerate(events, 1):
+        journal.record(at_s, "node", event)
+    return report
 
 
 OPENED = Opened(N0, "me", Address("127.0.0.1:1"))
@@ -48,7 +49,7 @@ JOINED = Joined(N1, "peer", Address("127.0.0.1:2"), "tcp")
 
 
 def test_what_does_an_empty_journal_show() -> None:
-    report = Picture().report(0)
+    report = NodeReport().report(0)
     assert report == {
         "node": {"id": "", "name": "", "address": ""},
         "members": [],
@@ -58,7 +59,7 @@ def test_what_does_an_empty_journal_show() -> None:
 
 
 def test_who_is_there() -> None:
-    report = picture_of(OPENED, JOINED, Left(N1, "tired"), Left(NodeId("n9"), "never seen")).report(5)
+    report = reported(OPENED, JOINED, Left(N1, "tired"), Left(NodeId("n9"), "never seen")).report(5)
     assert report["node"] == {"id": "n0", "name": "me", "address": "127.0.0.1:1"}
     assert [(m["name"], m["state"], m["transport"]) for m in report["members"]] == [
         ("me", "alive", "self"),
@@ -75,61 +76,62 @@ def heard(state: State, version: int = 0) -> Changed:
 
 
 def test_are_members_shown_that_only_gossip_knows() -> None:
-    picture = picture_of(OPENED, heard(State.ALIVE))
-    (_, far) = picture.report(2)["members"]
+    known = reported(OPENED, heard(State.ALIVE))
+    (_, far) = known.report(2)["members"]
     assert far == {
         "id": "f" * 16, "name": "far", "address": "10.0.0.9:1", "state": "alive", "transport": None,
         "host": "h1", "rack": "r1", "uploads": 2, "slots": 8, "linked_s": None, "gossip": True, "version": "0.1.0",
     }  # fmt: skip
-    (artifact,) = picture.report(2)["artifacts"]
+    (artifact,) = known.report(2)["artifacts"]
     assert (artifact["bytes"], artifact["members"]) == (None, {"far": 0.25})
 
 
 def test_says_a_link_more_than_gossip_and_gossip_who_is_dead() -> None:
     node = "f" * 16
-    picture = picture_of(
+    known = reported(
         OPENED, heard(State.ALIVE), Joined(NodeId(node), "far", Address("10.0.0.9:1"), "tcp"), announced(node, 2)
     )
-    assert picture.report(4)["artifacts"][0]["members"] == {"far": 0.5}
-    assert picture.report(4)["artifacts"][0]["bytes"] == 100
-    picture.apply(Entry(5, "node", heard(State.SUSPECT)))
-    assert picture.report(5)["members"][1]["state"] == "suspect"
-    picture.apply(Entry(6, "node", Left(NodeId(node), "gone")))
-    picture.apply(Entry(7, "node", heard(State.DEAD)))
-    assert picture.report(7)["members"][1]["state"] == "dead"
-    assert picture.report(7)["artifacts"] == []
+    assert known.report(4)["artifacts"][0]["members"] == {"far": 0.5}
+    assert known.report(4)["artifacts"][0]["bytes"] == 100
+    known.apply(Entry(5, "node", heard(State.SUSPECT)))
+    assert known.report(5)["members"][1]["state"] == "suspect"
+    known.apply(Entry(6, "node", Left(NodeId(node), "gone")))
+    known.apply(Entry(7, "node", heard(State.DEAD)))
+    assert known.report(7)["members"][1]["state"] == "dead"
+    assert known.report(7)["artifacts"] == []
 
 
 def test_is_a_member_that_comes_back_alive() -> None:
-    (_, peer) = picture_of(OPENED, JOINED, Left(N1, "tired"), JOINED).report(5)["members"]
+    (_, peer) = reported(OPENED, JOINED, Left(N1, "tired"), JOINED).report(5)["members"]
     assert peer["state"] == "alive"
 
 
 def test_who_holds_how_much() -> None:
-    picture = picture_of(OPENED, JOINED, announced("n0", 1), announced("n1", 4), announced("n9", 4))
-    (artifact,) = picture.report(6)["artifacts"]
+    known = reported(OPENED, JOINED, announced("n0", 1), announced("n1", 4), announced("n9", 4))
+    (artifact,) = known.report(6)["artifacts"]
     assert artifact == {
         "model_id": "org/model",
         "digest": DIGEST,
         "tier": "checkpoint",
         "bytes": 100,
         "members": {"me": 0.25, "peer": 1.0},
+        "nodes": {"n0": 0.25, "n1": 1.0},
     }
-    picture.apply(Entry(7, "node", ArtifactsAnnounced(N0, ())))
-    picture.apply(Entry(8, "node", Left(N1, "tired")))
-    assert picture.report(9)["artifacts"] == []
+    known.apply(Entry(7, "node", ArtifactsAnnounced(N0, ())))
+    known.apply(Entry(8, "node", Left(N1, "tired")))
+    assert known.report(9)["artifacts"] == []
 
 
 def test_are_two_members_of_one_name_told_apart() -> None:
     twin = Joined(N2, "peer", Address("127.0.0.1:3"), "tcp")
-    picture = picture_of(OPENED, JOINED, twin, announced("n1", 4), announced("n2", 1), Sent(N2, DIGEST, 5))
-    report = picture.report(7)
+    known = reported(OPENED, JOINED, twin, announced("n1", 4), announced("n2", 1), Sent(N2, DIGEST, 5))
+    report = known.report(7)
     names = ["me", "peer", "peer (127.0.0.1:3)"]
     assert [member["name"] for member in report["members"]] == names
     assert report["artifacts"][0]["members"] == {"peer": 1.0, "peer (127.0.0.1:3)": 0.25}
     assert report["transfers"][0]["peer"] == "peer (127.0.0.1:3)"
-    picture.apply(Entry(8, "node", Left(N1, "tired")))
-    assert picture.report(9)["artifacts"][0]["members"] == {"peer": 0.25}
+    known.apply(Entry(8, "node", Left(N1, "tired")))
+    assert known.report(9)["artifacts"][0]["members"] == {"peer": 0.25}
 
 
 def test_does_everyone_have_a_name_of_their_own_whatever_they_call_themselves() -> None:
@@ -138,46 +140,48 @@ def test_does_everyone_have_a_name_of_their_own_whatever_they_call_themselves() 
 
 
 def test_is_an_empty_artifact_whole() -> None:
-    (artifact,) = picture_of(OPENED, announced("n0", 0, total=0)).report(3)["artifacts"]
+    (artifact,) = reported(OPENED, announced("n0", 0, total=0)).report(3)["artifacts"]
     assert artifact["members"] == {"me": 1.0}
 
 
 def test_what_is_moving() -> None:
-    picture = picture_of(
+    known = reported(
         OPENED, JOINED, Received(N1, DIGEST, 0, 30), Received(N1, DIGEST, 0, 10), Sent(NodeId("n9"), DIGEST, 5)
     )
-    down, up = picture.report(5)["transfers"]
-    assert down == {"digest": DIGEST, "direction": "down", "peer": "peer", "bytes": 40, "rate_bytes_per_s": 8}
+    down, up = known.report(5)["transfers"]
+    assert down == {
+        "digest": DIGEST, "direction": "down", "peer": "peer", "node": "n1", "bytes": 40, "rate_bytes_per_s": 8,
+    }  # fmt: skip
     assert (up["direction"], up["peer"], up["bytes"]) == ("up", "n9", 5)
-    assert [flow["rate_bytes_per_s"] for flow in picture.report(60)["transfers"]] == [0, 0]
+    assert [flow["rate_bytes_per_s"] for flow in known.report(60)["transfers"]] == [0, 0]
 
 
 def test_how_far_is_a_fetch() -> None:
-    picture = picture_of(
+    known = reported(
         OPENED,
         JOINED,
         FetchStarted(ORG_MODEL, DIGEST, 100, 20),
         Received(N1, DIGEST, 0, 30),
         Received(N2, Digest("other"), 0, 9),
     )
-    fetch = picture.fetches[DIGEST]
-    assert (fetch.done_bytes, fetch.size, fetch.sources, fetch.started_at_s) == (50, 100, {"n1"}, 3)
+    fetch = known.fetches.records[DIGEST]
+    assert (fetch.done_bytes, fetch.size, set(fetch.sources), fetch.started_at_s) == (50, 100, {"n1"}, 3)
     assert fetch.eta_s(5) == pytest.approx(50 / 15)
     assert fetch.eta_s(60) is None
-    picture.apply(Entry(6, "node", FetchEnded(DIGEST, None)))
-    picture.apply(Entry(7, "node", FetchEnded(Digest("unknown"), "why")))
-    assert picture.fetches == {}
+    known.apply(Entry(6, "node", FetchEnded(DIGEST, None)))
+    known.apply(Entry(7, "node", FetchEnded(Digest("unknown"), "why")))
+    assert known.fetches.running == {}
 
 
 def test_are_members_that_left_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "GONE_KEPT", 2)
-    picture = picture_of(OPENED)
+    monkeypatch.setattr(node_report, "GONE_KEPT", 2)
+    known = reported(OPENED)
     for number in range(5):
         node = f"gone-{number}"
-        picture.apply(Entry(number, "node", Joined(NodeId(node), node, Address(""), "tcp")))
-        picture.apply(Entry(number, "node", Sent(NodeId(node), DIGEST, 1)))
-        picture.apply(Entry(number, "node", Left(NodeId(node), "tired")))
-    report = picture.report(9)
+        known.apply(Entry(number, "node", Joined(NodeId(node), node, Address(""), "tcp")))
+        known.apply(Entry(number, "node", Sent(NodeId(node), DIGEST, 1)))
+        known.apply(Entry(number, "node", Left(NodeId(node), "tired")))
+    report = known.report(9)
     assert [member["name"] for member in report["members"]] == ["me", "gone-3", "gone-4"]
     assert [flow["peer"] for flow in report["transfers"]] == ["gone-3", "gone-4"]
 
@@ -202,11 +206,11 @@ def test_how_fast_is_what_has_just_begun() -> None:
 
 
 def test_do_the_rates_of_its_links_add_up_to_that_of_a_fetch() -> None:
-    picture = picture_of(
+    known = reported(
         OPENED,
         FetchStarted(ORG_MODEL, DIGEST, 1000, 0),
         *(Received(NodeId(node), DIGEST, 0, 30) for node in ("n1", "n2", "n1", "n3", "n2", "n3")),
     )
     for now in (8, 9, 11):
-        links = [flow["rate_bytes_per_s"] for flow in picture.report(now)["transfers"]]
-        assert sum(links) == pytest.approx(picture.fetches[DIGEST].rate.at(now), abs=1.5)
+        links = [flow["rate_bytes_per_s"] for flow in known.report(now)["transfers"]]
+        assert sum(links) == pytest.approx(known.fetches.records[DIGEST].rate.at(now), abs=1.5)

@@ -14,6 +14,7 @@ from swarm import Settings
 from swarm.content.manifest import Digest, ModelId
 from swarm.journal import FetchEnded, FetchStarted, Joined, Journal, Left, Received, Resolved
 from swarm.observe import opentelemetry
+from swarm.observe.fetch_record import FetchRecords
 from swarm.protocol.messages import Address, NodeId
 from swarm.transfer.download_events import Ask, Ban, ChunkCorrupt, TransferEnded, TransferFailed
 
@@ -43,8 +44,9 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]:
 
 
 def followed() -> Journal:
-    journal = Journal()
-    opentelemetry.follow(journal)
+    journal, fetches = Journal(), FetchRecords()
+    fetches.follow(journal)
+    opentelemetry.follow(journal, fetches)
     return journal
 
 
@@ -137,7 +139,8 @@ def test_is_nothing_done_without_the_package(
 ) -> None:
     monkeypatch.delattr(sys.modules["opentelemetry"], "trace")
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", None)  # as where another package of that name space is
-    journal = followed()
+    journal = Journal()
+    opentelemetry.follow(journal, FetchRecords())
     journal.record(1.0, "node", FetchStarted(ORG_M, DIGEST, 30, 10))
     journal.record(2.0, "node", FetchEnded(DIGEST, None))
     assert journal._subscribers == []
