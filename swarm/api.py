@@ -28,7 +28,7 @@ from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.store import Source, Store
 from swarm.store.directory import DirectoryStore
-from swarm.store.tensors import DeviceStore, IntoStore, MemoryStore
+from swarm.store.tensors import GpuStore, IntoStore, MemoryStore
 
 if TYPE_CHECKING:
     import torch
@@ -290,7 +290,7 @@ async def _fetch(want: _Want) -> Weights:
             timeout_s=want.timeout_s if want.timeout_s is not None else want.settings.timeout_s,
             settings=want.settings,
         )
-        tensors = store.tensors() if isinstance(store, MemoryStore | DeviceStore) else dict(want.into or {})
+        tensors = store.tensors() if isinstance(store, MemoryStore | GpuStore) else dict(want.into or {})
         files = store.files() if isinstance(store, MemoryStore | IntoStore) else {}
         return Weights(fetched, tensors, files, path, want.settings)
     except BaseException:
@@ -359,7 +359,7 @@ def _store(
     if into is not None:
         return IntoStore(manifest, into), None
     if out is None:
-        return MemoryStore(manifest) if device == "cpu" else DeviceStore(manifest, device), None
+        return MemoryStore(manifest) if device == "cpu" else GpuStore(manifest, device), None
     path = hf_cache.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
     if path.exists() and not path.is_dir():
         raise StoreConflict(path, "is not a directory; fetch to another place")

@@ -1,16 +1,16 @@
-"""Stores: where the bytes of an artifact lie, and where missing ones go.
+"""Stores hold the chunks of an artifact: files, host memory, GPU memory. Here: their interfaces.
 
-A store lends memory and files; it never decides what is verified. Whoever writes through `landing` hashes the bytes and
-then says `verified`, or lets the chunk stay missing. Stores know nothing of peers, transports or hash functions.
+A store lends memory and files. It does not decide which chunks are verified: the caller fills the views of `landing`,
+hashes them, and keeps or discards the chunk. A worker thread receives a chunk view by view:
 
-A chunk's way in, on a worker thread, one writable view at a time:
-
-    for view in store.landing(chunk):    # each view must be filled before the next one is asked for
+    for view in store.landing(chunk):    # fill each view before the next is requested
         receive_into(view)
 
-A generator is enough for both kinds of store: memory stores yield the final memory itself, the directory store yields a
-scratch buffer and writes it to its place when it is asked for the next view. Memory of a GPU is lent in the same way,
-through pinned buffers; who can move GPU memory as it is asks a `DeviceSource` or `DeviceStore` for that instead.
+Memory stores yield the final memory. The directory store yields a scratch buffer and writes it to the file when the
+next view is requested. GPU memory goes through pinned buffers; a transport that can use GPU memory itself calls
+`device_spans` and `device_landing` instead.
+
+Must not know: peers, transports, hash functions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from swarm.content.manifest import Chunk, Manifest
 
 @dataclass(frozen=True, slots=True)
 class FileSpan:
-    """`size` bytes at `offset` of an open file; can be sent from the page cache without a copy."""
+    """`size` bytes at `offset` of an open file; `sendfile` sends them from the page cache without a copy."""
 
     fd: int
     offset: int
@@ -33,10 +33,10 @@ class FileSpan:
 
 @dataclass(frozen=True, slots=True)
 class DeviceView:
-    """`nbytes` bytes of GPU number `device` at `address`; `owner` keeps them alive. Sliced and counted as memoryviews.
+    """`nbytes` bytes at `address` of GPU `device`, kept alive by `owner`; has the methods of a memoryview.
 
-    Lent to be filled, it counts as filled once everything is done that was enqueued so far on the current stream
-    (`cuda.Gpu.current`) of the thread that asks for the next one.
+    A lent view counts as filled when all work is done that was enqueued on the current stream (`cuda.Gpu.current`) of
+    the thread that requests the next view.
     """
 
     device: int
@@ -52,15 +52,15 @@ class DeviceView:
         return self.nbytes
 
     def cast(self, _: str) -> DeviceView:
-        """Itself: it is bytes already."""
+        """Returns itself: its unit is the byte."""
         return self
 
     def toreadonly(self) -> DeviceView:
-        """Itself: nothing protects the memory of a GPU."""
+        """Returns itself: GPU memory has no read-only views."""
         return self
 
     def release(self) -> None:
-        """Nothing: `owner` may free its memory whenever it likes."""
+        """Does nothing."""
 
 
 View: TypeAlias = memoryview | DeviceView
@@ -69,49 +69,46 @@ AnySpan: TypeAlias = Span | DeviceView
 
 
 class Source(Protocol):
-    """Somewhere that chunks can be read from, on any thread."""
+    """Chunks that can be read, on any thread."""
 
     manifest: Manifest
 
     def spans(self, chunk: Chunk) -> Iterator[Span]:
-        """The chunk's bytes, in order, each span valid until the next one is asked for.
-
-        Raises SourceChanged when they can no longer be the manifest's.
-        """
+        """The chunk's bytes in order; a span is valid until the next. Raises SourceChanged if they changed."""
 
     def close(self) -> None:
-        """Gives files and memory back. Spans lent before must not be used any more."""
+        """Releases files and memory, and so ends all spans."""
 
 
 class Store(Source, Protocol):
-    """A source that is still being filled."""
+    """A source that is being filled."""
 
     def present(self) -> Iterator[Chunk]:
-        """Chunks that may be here already, from an earlier attempt; whoever asks must hash them."""
+        """Chunks of an earlier fetch that may be complete; the caller must hash them."""
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
-        """The bytes of a chunk that may be present, in order; a view is valid until the next one is asked for."""
+        """The bytes of a chunk that may be present, in order; a view is valid until the next."""
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
-        """Writable views that together are the chunk's place. Raises StoreError when a write fails."""
+        """Writable views that together are the chunk. Raises StoreError if a write fails."""
 
     def seal(self) -> None:
-        """Everything is verified: gives the artifact its final form. Blocks; raises StoreError."""
+        """Completes the artifact after the last verified chunk. Blocks; raises StoreError."""
 
 
 @runtime_checkable
 class DeviceSource(Source, Protocol):
-    """A source that may lie in the memory of GPUs."""
+    """A source that may lie in GPU memory."""
 
     def device_spans(self, chunk: Chunk) -> Iterator[AnySpan]:
-        """As `spans`, but GPU memory as it is. Device views stay valid as long as the source is open."""
+        """Like `spans`, with GPU memory as DeviceViews, which stay valid until the source is closed."""
 
 
 @runtime_checkable
 class DeviceStore(DeviceSource, Store, Protocol):
-    """A store that may lie in the memory of GPUs: of `devices`, by number."""
+    """A store that may lie in the memory of the GPUs `devices`, by number."""
 
     devices: frozenset[int]
 
     def device_landing(self, chunk: Chunk) -> Iterator[View]:
-        """As `landing`, but GPU memory as it is."""
+        """Like `landing`, with GPU memory as DeviceViews."""

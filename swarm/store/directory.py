@@ -1,25 +1,22 @@
 """Directories as stores: `DirectorySource` serves files where they lie, `DirectoryStore` fetches into a directory.
 
-    out/.swarm/<digest, 16 digits>/.swarm       lock; names the process that fetches (no artifact's path starts so)
-    out/.swarm/<digest, 16 digits>/<path>       a file still being filled, at its full size from the start
-    out/<path>                                  a verified file: nothing else ever gets its final name
+    out/.swarm/<digest[:16]>/.swarm     lock file with the id of the fetching process; no artifact has this path
+    out/.swarm/<digest[:16]>/<path>     an unfinished file, at its full size from the start
+    out/<path>                          a verified file
 
-Rules:
+- **Nothing is overwritten.** A file under a final name is only read. A complete file counts as fetched, any other is a
+  StoreConflict. Files that are not in the manifest are left alone.
+- **Space is allocated first.** A fetch that does not fit fails at once and leaves nothing behind.
+- **A resume needs no record** of verified chunks. Allocated space that was never written is a hole; all other data is
+  hashed again. A record could disagree with the disk after a crash.
+- **Files stay open until `close`.** Senders use lent descriptors, and a descriptor closed too early may already name
+  another file. The soft limit of open files is raised if needed.
+- **Power loss.** With `fsync` (the default) the data of each file is on the disk before it gets its final name, and the
+  names are on the disk when `seal` returns. Writeback starts every 64 MiB of a file: one flush at the end would about
+  double the time of a fetch to a slow disk. Without `fsync`, a killed process loses nothing, but a power loss may leave
+  a final name without contents.
 
-- Nothing is overwritten. A file that exists under a final name is only read: when it is whole it counts as
-  fetched, when it is not, that is a StoreConflict. Files that the manifest does not name are left alone.
-- All room is taken before the first byte is asked for: a fetch that cannot fit fails at once and leaves nothing behind.
-- Resuming needs no record of what was verified: room that was taken and never written reads as a hole, and whatever is
-  no hole is hashed again. A record could disagree with the disk after a crash; the disk cannot.
-- Files stay open until `close`. Spans lend descriptors to whoever sends them, and a descriptor closed too early may
-  already name another file. One per file is affordable: the soft limit of open files is raised when it would not do.
-
-What survives a power cut: with `fsync` (the default) every file's data is on the disk before it gets its final name,
-and the names are on the disk when `seal` returns. Waiting for all of it at the end would about double the time of a
-fetch to a slow disk, so every 64 MiB of a file start on their way to the disk while the next ones arrive.
-Without `fsync`, a process that is killed still loses nothing, but a power cut may leave a final name without contents.
-
-Must not know: hash functions, peers, transports. Whether a chunk is good is the caller's business.
+Must not know: hash functions, peers, transports; verification is the caller's.
 """
 
 from __future__ import annotations
@@ -48,16 +45,16 @@ from swarm.store.disk import (
 )
 
 PARTIAL = ".swarm"
-SCRATCH_BYTES = 1 << 20  # memory per chunk on its way in or out: a few of these fit a core's cache
-CLAIM_ATTEMPTS = 10  # each is lost only to a fetch that ends in the same moment
+SCRATCH_BYTES = 1 << 20  # buffer of a chunk that is read or written: fits a core's cache
+CLAIM_ATTEMPTS = 10  # an attempt fails only if another fetch ends in the same moment
 CLOSE_TIMEOUT_S = 60.0
 
 
 class DirectorySource:
-    """Complete files, served where they lie. `paths[i]` is where the bytes of `manifest.files[i]` are.
+    """Complete files; `paths[i]` holds the bytes of `manifest.files[i]`.
 
-    `stamps` are those of the moment when the files were hashed; without them, those of now. Raises SourceChanged when a
-    file does not have its stamp, now or whenever one of its chunks is read.
+    `stamps` were taken before the files were hashed; default: now. Raises SourceChanged when a file no longer has its
+    stamp, here and on each read.
     """
 
     def __init__(
@@ -76,7 +73,7 @@ class DirectorySource:
         reserve_descriptors(len(self._paths))
 
     def spans(self, chunk: Chunk) -> Iterator[FileSpan]:
-        """The chunk's bytes. Raises SourceChanged, before or after they were used, when the file is not what it was."""
+        """The chunk's bytes. Raises SourceChanged, before or after the span is used, if the file changed."""
         path, stamp = self._paths[chunk.file], self._stamps[chunk.file]
         fd = self._open(chunk.file)
         stamp.check(path, fd)
@@ -84,11 +81,11 @@ class DirectorySource:
         stamp.check(path, fd)
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
-        """The chunk's bytes; each view holds until the next one is asked for. Raises as `spans`, and StoreError."""
+        """The chunk's bytes; a view is valid until the next. Raises StoreError, and as `spans` does."""
         return _read(self.spans(chunk), chunk.size, self._paths[chunk.file])
 
     def close(self) -> None:
-        """Closes the files. Spans lent before must not be used any more."""
+        """Closes the files and so ends all spans."""
         with self._opening:
             self._closed = True
             while self._fds:
@@ -114,20 +111,23 @@ class DirectorySource:
 
 @dataclass(slots=True)
 class _File:
-    """A file of the store: `final` once it has its final name; `stamp` is what it must look like from then on."""
+    """A file of the store; `stamp` is taken when it has its final name."""
 
     entry: FileEntry
     fd: int
     path: Path
-    final: bool = False
     stamp: Stamp | None = None
+
+    @property
+    def final(self) -> bool:
+        return self.stamp is not None
 
 
 class DirectoryStore:
-    """A fetch into the directory `out`, which is made if need be. Landings may run on several threads at once.
+    """A fetch into the directory `out`, which is made if missing. Several threads may write chunks at once.
 
-    Raises, with `out` left as it was: StoreConflict when a file under a final name has the wrong size, something is in
-    the way, or another process fetches the same there; StoreFull when there is not enough room; StoreError.
+    Raises StoreConflict for a final file of another size, another entry in its place, or another process that fetches
+    the same artifact here; StoreFull; StoreError. After each of them `out` is as it was.
     """
 
     def __init__(self, out: Path, manifest: Manifest, *, fsync: bool = True) -> None:
@@ -137,24 +137,24 @@ class DirectoryStore:
         self._name = manifest.digest[:16]
         self._wrote = False
         self._closed = False
-        self._users = 0  # threads that use descriptors right now
+        self._users = 0  # threads that use descriptors
         self._state = threading.Condition()
         self._sealing = threading.Lock()
-        self._made: list[Path] = []  # `out` and its parents, as far as they were made here
+        self._made: list[Path] = []  # `out` and parents that this fetch made
         self._writeback = Writeback()
         reserve_descriptors(len(manifest.files))
         with store_errors(self.out), ExitStack() as held, ExitStack() as undo:
             self._final = self._open_out(held, undo)
             self._partials, self._partial, fresh = self._claim(held, undo)
-            existing = self._existing()  # only now: whoever held the lock before may have added some
+            existing = self._existing()  # after the lock: its last holder may have added files
             self._files = self._open_files(existing, held, undo)
             self._held, self._undo = held.pop_all(), undo.pop_all()
             if not fresh:
-                self._undo.pop_all()  # an earlier fetch left data here, which stays whatever this one does
+                self._undo.pop_all()  # data of an earlier fetch stays even if this fetch fails
 
     def present(self) -> Iterator[Chunk]:
-        """Chunks that may be here: those of files with a final name, and those whose range is not a hole."""
-        data_at: dict[int, float] = {}  # by file: where there is some next; a new file is asked once
+        """Chunks of final files, and chunks whose range is not a hole."""
+        data_at: dict[int, float] = {}  # by file: next offset with data, so that a new file costs one system call
         for chunk in self.manifest.chunks:
             file = self._files[chunk.file]
             self._check(file)
@@ -164,20 +164,20 @@ class DirectoryStore:
                 yield chunk
 
     def spans(self, chunk: Chunk) -> Iterator[FileSpan]:
-        """The chunk's bytes, wherever its file is by now. Raises SourceChanged when a final file was changed."""
+        """The chunk's bytes, under the partial or final name. Raises SourceChanged if a final file changed."""
         file = self._files[chunk.file]
         self._check(file)
         yield FileSpan(file.fd, chunk.offset, chunk.size)
         self._check(file)
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
-        """The chunk's bytes; each view holds until the next one is asked for. Raises as `spans`, and StoreError."""
+        """The chunk's bytes; a view is valid until the next. Raises StoreError, and as `spans` does."""
         return _read(self.spans(chunk), chunk.size, self._files[chunk.file].path)
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
-        """Scratch views, written to the chunk's place as the next one is asked for.
+        """Scratch views, each written to the file when the next is requested.
 
-        Raises StoreConflict when the file has its final name already, StoreFull and StoreError when a write fails.
+        Raises StoreConflict if the file has its final name already, StoreFull and StoreError if a write fails.
         """
         file = self._files[chunk.file]
         self._refuse_final(file)
@@ -188,10 +188,10 @@ class DirectoryStore:
             self._write(file, view, chunk.offset + position)
 
     def seal(self) -> None:
-        """Gives every file its final name, and removes the traces of the fetch. Again is the same as once.
+        """Gives every file its final name and removes the partial directory. Idempotent.
 
-        Raises StoreConflict when something appeared under a final name meanwhile, StoreFull and StoreError when the
-        disk fails. Files that got their final names before that keep them: they are whole, the next fetch finds them.
+        Raises StoreConflict if an entry appeared under a final name during the fetch, StoreFull and StoreError if the
+        disk fails. Files that already have final names keep them; the next fetch uses them.
         """
         with self._in_use(), self._sealing, store_errors(self.out):
             waiting = [file for file in self._files if not file.final]
@@ -209,9 +209,9 @@ class DirectoryStore:
             self._final.remove_if_empty(PARTIAL)
 
     def close(self) -> None:
-        """Closes the files. What was written stays for the next fetch; when nothing was, nothing is left behind.
+        """Closes the files. Written data stays for the next fetch; without any, the partial directory is removed.
 
-        Raises StoreError when a write still hangs after `CLOSE_TIMEOUT_S`: closing its file could redirect it.
+        Raises StoreError if a write still hangs after `CLOSE_TIMEOUT_S`: to close its file could redirect it.
         """
         with self._state:
             if self._closed:
@@ -234,7 +234,7 @@ class DirectoryStore:
         return held.enter_context(contextlib.closing(ConfinedDirectory.open(self.out)))
 
     def _existing(self) -> set[str]:
-        """Paths of files that have their final names already. Raises StoreConflict when one cannot be right."""
+        """Paths of files with final names. Raises StoreConflict for another kind of entry or another size."""
         existing = set()
         for entry in self.manifest.files:
             status = self._final.lstat(entry.path)
@@ -253,30 +253,23 @@ class DirectoryStore:
         return existing
 
     def _claim(self, held: ExitStack, undo: ExitStack) -> tuple[ConfinedDirectory, ConfinedDirectory, bool]:
-        """`.swarm`, this artifact's own directory in it, locked, and whether that was made now."""
+        """Opens and locks the partial directory. Returns `.swarm`, the partial directory, and whether it is new."""
         for _ in range(CLAIM_ATTEMPTS):
-            with ExitStack() as attempt:
-                try:
-                    return self._try_claim(held, undo, attempt)
-                except FileNotFoundError:
-                    continue  # a fetch that ended in this moment removed the directories
+            # FileNotFoundError: another fetch ended and removed the directory.
+            with ExitStack() as attempt, contextlib.suppress(FileNotFoundError):
+                if self._final.make(PARTIAL):
+                    undo.callback(self._final.remove_if_empty, PARTIAL)
+                partials = attempt.enter_context(contextlib.closing(self._final.enter(PARTIAL)))
+                fresh = partials.make(self._name)
+                partial = attempt.enter_context(contextlib.closing(partials.enter(self._name)))
+                lock = partial.open_file(PARTIAL, os.O_RDWR | os.O_CREAT)
+                attempt.callback(os.close, lock)
+                _lock(lock, partial.path)
+                held.push(attempt.pop_all())
+                if fresh:
+                    undo.callback(partials.remove_tree, self._name)
+                return partials, partial, fresh
         raise StoreConflict(self.out / PARTIAL / self._name, "other fetches keep removing it")
-
-    def _try_claim(
-        self, held: ExitStack, undo: ExitStack, attempt: ExitStack
-    ) -> tuple[ConfinedDirectory, ConfinedDirectory, bool]:
-        if self._final.make(PARTIAL):
-            undo.callback(self._final.remove_if_empty, PARTIAL)
-        partials = attempt.enter_context(contextlib.closing(self._final.enter(PARTIAL)))
-        fresh = partials.make(self._name)
-        partial = attempt.enter_context(contextlib.closing(partials.enter(self._name)))
-        lock = partial.open_file(PARTIAL, os.O_RDWR | os.O_CREAT)
-        attempt.callback(os.close, lock)
-        _lock(lock, partial.path)
-        held.push(attempt.pop_all())
-        if fresh:
-            undo.callback(partials.remove_tree, self._name)
-        return partials, partial, fresh
 
     def _open_files(self, existing: set[str], held: ExitStack, undo: ExitStack) -> list[_File]:
         need_bytes = self._check_room(existing)
@@ -286,7 +279,7 @@ class DirectoryStore:
                 fd = self._final.open_file(entry.path, os.O_RDONLY)
                 held.callback(os.close, fd)
                 stamp = Stamp.of(os.fstat(fd))
-                files.append(_File(entry, fd, self.out / entry.path, final=True, stamp=stamp))
+                files.append(_File(entry, fd, self.out / entry.path, stamp))
             else:
                 with store_errors(self.out, need_bytes=need_bytes):
                     fd = self._allocate(entry, held, undo)
@@ -294,12 +287,12 @@ class DirectoryStore:
         return files
 
     def _check_room(self, existing: set[str]) -> int:
-        """Bytes that files without their room still need. Raises StoreFull when there are fewer."""
+        """Bytes that remain to be allocated. Raises StoreFull if fewer are free."""
         need_bytes = 0
         for entry in self.manifest.files:
             if entry.path not in existing:
                 status = self._partial.lstat(entry.path)
-                taken = status.st_blocks * 512 if status else 0  # stat counts in 512s, whatever the disk's block is
+                taken = status.st_blocks * 512 if status else 0  # unit of st_blocks on every disk
                 need_bytes += max(0, entry.size - taken)
         free_bytes = self._final.free_bytes()
         if free_bytes is not None and need_bytes > free_bytes:
@@ -329,7 +322,7 @@ class DirectoryStore:
         if self._closed:
             raise StoreError(f"{self.out} is not served any more")
         if file.stamp is not None:
-            file.stamp.check_open(file.path, file.fd)  # not by name: whoever fetched may move what is sealed
+            file.stamp.check_open(file.path, file.fd)  # not by name: the user may move a sealed file
 
     def _refuse_final(self, file: _File) -> None:
         if file.final:
@@ -353,12 +346,11 @@ class DirectoryStore:
             self._partial.move(file.entry.path, self._final)
         except FileExistsError as error:
             raise _appeared(file) from error
-        file.final = True
         file.stamp = Stamp.of(os.fstat(file.fd))
 
     def _flush_names(self) -> None:
         parents = {str(parent) for entry in self.manifest.files for parent in PurePosixPath(entry.path).parents}
-        for parent in sorted(parents, reverse=True):  # the deepest first: a name is of use only when it leads somewhere
+        for parent in sorted(parents, reverse=True):  # deepest first: a name needs its target
             with contextlib.closing(self._final.enter("" if parent == "." else parent)) as directory:
                 os.fsync(directory.fd)
         for made in self._made:
@@ -395,7 +387,7 @@ def _lock(fd: int, directory: Path) -> None:
         raise StoreConflict(
             directory, f"another fetch (process {pid}) is writing there; wait for it or stop it"
         ) from error
-    with contextlib.suppress(OSError):  # the id is for messages only; a full disk must not prevent a resume
+    with contextlib.suppress(OSError):  # for messages only: a full disk must not prevent a resume
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
 

@@ -1,10 +1,10 @@
-"""What the directory store needs from a file system: confined paths, change stamps, locks, writeback, named errors.
+"""File-system access of the stores: confined paths, change stamps, file locks, drafts, writeback, errors.
 
-A manifest's paths come from strangers, and the directory they land in may be shared with other users. So a path is
-never handed to the kernel whole: `ConfinedDirectory` opens it component by component, relative to the directory before
-it, and no component may be a symbolic link. What was checked is therefore what is used, whoever renames what meanwhile.
+Paths in a manifest come from other hosts, and the output directory may be shared with other users. So no path goes to
+the kernel whole: `ConfinedDirectory` opens it component by component, each relative to the directory before it, and
+refuses symbolic links. A rename by another user between check and use therefore cannot redirect a write.
 
-Must not know: manifests, chunks, or what the files are for.
+Must not know: manifests, chunks.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from typing import Self
 
 from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
 
-WRITEBACK_BYTES = 64 << 20  # a second or less of a slow disk's time, so little is left when the last chunk lands
+WRITEBACK_BYTES = 64 << 20  # at most a second of a slow disk's time remains when the last chunk arrives
 WRITEBACK_THREADS = 4
 LOCK_POLL_S = 0.05
-DESCRIPTORS_SPARE = 256  # left for sockets, logs and whatever else the process opens
+DESCRIPTORS_SPARE = 256  # for sockets, logs and the host program
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _IN_THE_WAY = {errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST}
@@ -40,7 +40,7 @@ _IN_THE_WAY = {errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST}
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What tells a changed file from the file it was: size in bytes, modification time in nanoseconds, inode."""
+    """Identity and version of a file: size in bytes, modification time in nanoseconds, inode."""
 
     size: int
     mtime_ns: int
@@ -53,48 +53,39 @@ class Stamp:
 
     @classmethod
     def at(cls, path: Path) -> Self:
-        """The stamp of the file at `path`, through links. Raises SourceChanged when there is none."""
+        """The stamp of the file at `path`, through links. Raises SourceChanged if it cannot be read."""
         try:
             return cls.of(os.stat(path))
-        except OSError as error:
-            raise SourceChanged(path, error.strerror or str(error)) from error
-
-    def check(self, path: Path, fd: int) -> None:
-        """Raises SourceChanged unless `path` still names a file with this stamp, and the open file `fd` has it too.
-
-        By name, because a directory whose files are replaced is another model; open, because bytes come from there.
-        """
-        try:
-            found = os.stat(path)
         except FileNotFoundError as error:
             raise SourceChanged(path, "it is gone") from error
         except OSError as error:
-            raise SourceChanged(path, f"it cannot be looked at: {error.strerror}") from error
-        self._demand(path, found)
+            raise SourceChanged(path, f"its status cannot be read: {error.strerror}") from error
+
+    def check(self, path: Path, fd: int) -> None:
+        """Raises SourceChanged unless both the file named `path` and the open file `fd` have this stamp.
+
+        The name is checked because a directory with a replaced file is another model, `fd` because it is read.
+        """
+        self._demand(path, Stamp.at(path))
         self.check_open(path, fd)
 
     def check_open(self, path: Path, fd: int) -> None:
-        """Raises SourceChanged, naming `path`, unless the open file `fd` has this stamp. It may have been moved."""
-        self._demand(path, os.fstat(fd))
+        """Raises SourceChanged for `path` unless the open file `fd`, which may have been moved, has this stamp."""
+        self._demand(path, Stamp.of(os.fstat(fd)))
 
-    def _demand(self, path: Path, status: os.stat_result) -> None:
-        found = Stamp.of(status)
+    def _demand(self, path: Path, found: Stamp) -> None:
+        if found.inode != self.inode:
+            raise SourceChanged(path, "another file took its place")
+        if found.size != self.size:
+            raise SourceChanged(path, f"{self.size} bytes became {found.size}")
         if found != self:
-            raise SourceChanged(path, self._difference(found))
-
-    def _difference(self, other: Stamp) -> str:
-        if other.inode != self.inode:
-            return "another file took its place"
-        if other.size != self.size:
-            return f"{self.size} bytes became {other.size}"
-        return "it was written to"
+            raise SourceChanged(path, "it was written to")
 
 
 class ConfinedDirectory:
-    """An open directory, `path` for messages, whose inside is reached without following any symbolic link.
+    """An open directory; paths inside it are resolved without following symbolic links. `path` is for messages.
 
-    Paths are relative, with `/`. Methods raise StoreConflict when a link or a file stands where a directory should,
-    and OSError for the rest.
+    Paths are relative, with `/`. Methods raise StoreConflict for a link or file in place of a directory, and OSError.
     """
 
     def __init__(self, path: Path, fd: int) -> None:
@@ -103,15 +94,15 @@ class ConfinedDirectory:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """The directory itself may be reached through links: its name is the user's, not a stranger's."""
+        """Opens `path` through links: the user chose this name."""
         return cls(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
 
     def close(self) -> None:
-        """Gives the descriptor back."""
+        """Closes the descriptor."""
         os.close(self.fd)
 
     def enter(self, path: str, *, make: bool = False) -> ConfinedDirectory:
-        """The directory at `path`, '' for this one; whoever asks closes it. `make` makes what is missing."""
+        """Opens the directory at `path`, '' for this one; the caller closes it. `make` creates missing directories."""
         here = ConfinedDirectory(self.path, os.dup(self.fd))
         for name in path.split("/") if path else ():
             with contextlib.closing(here):
@@ -119,7 +110,7 @@ class ConfinedDirectory:
         return here
 
     def make(self, name: str) -> bool:
-        """Makes one directory in this one; False when the name is taken."""
+        """Makes a subdirectory; False if the name is taken."""
         try:
             os.mkdir(name, dir_fd=self.fd)
         except FileExistsError:
@@ -127,7 +118,7 @@ class ConfinedDirectory:
         return True
 
     def lstat(self, path: str) -> os.stat_result | None:
-        """Status of what is at `path`, not of what it links to; None when nothing is there."""
+        """Status of the entry at `path`, links not followed; None if there is none."""
         try:
             with self._parent(path) as (parent, name):
                 return os.stat(name, dir_fd=parent.fd, follow_symlinks=False)
@@ -135,9 +126,9 @@ class ConfinedDirectory:
             return None
 
     def open_file(self, path: str, flags: int, *, make_parents: bool = False) -> int:
-        """A descriptor of the regular file at `path`; anything else there raises StoreConflict."""
+        """Opens the regular file at `path` and returns its descriptor. Raises StoreConflict for any other entry."""
         with self._parent(path, make=make_parents) as (parent, name):
-            # O_NONBLOCK: opening a pipe that somebody put there must not wait for its other end.
+            # O_NONBLOCK: opening a pipe would wait for its other end.
             flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
             try:
                 fd = os.open(name, flags, 0o666, dir_fd=parent.fd)
@@ -154,12 +145,12 @@ class ConfinedDirectory:
         """Moves a file to the same path in `target`, making directories. Raises FileExistsError, never overwrites."""
         with self._parent(path) as (source, name), target._parent(path, make=True) as (goal, _):
             try:
-                # A rename would replace whatever appeared there since anybody looked; a link refuses to.
+                # A rename would replace an existing file; a hard link fails instead.
                 os.link(name, name, src_dir_fd=source.fd, dst_dir_fd=goal.fd, follow_symlinks=False)
             except FileExistsError:
                 raise
             except OSError:
-                # This file system has no hard links. The look before the rename leaves a gap, of microseconds.
+                # No hard links on this file system. Microseconds remain between the check and the rename.
                 if target.lstat(path) is not None:
                     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path) from None
                 os.rename(name, name, src_dir_fd=source.fd, dst_dir_fd=goal.fd)
@@ -167,25 +158,21 @@ class ConfinedDirectory:
                 os.unlink(name, dir_fd=source.fd)
 
     def unlink(self, path: str) -> None:
-        """Removes one file, if it is there."""
+        """Removes a file if it exists."""
         with contextlib.suppress(FileNotFoundError), self._parent(path) as (parent, name):
             os.unlink(name, dir_fd=parent.fd)
 
     def remove_tree(self, name: str) -> None:
-        """Removes a directory in this one with all that it holds.
-
-        What cannot be removed stays: it is out of use by now, and some network file systems refuse while a file in it
-        is still open. `rmtree` with `dir_fd` follows no links.
-        """
-        shutil.rmtree(name, dir_fd=self.fd, ignore_errors=True)
+        """Removes a subdirectory with its contents, as far as possible: NFS keeps files that are open."""
+        shutil.rmtree(name, dir_fd=self.fd, ignore_errors=True)  # with dir_fd it follows no links
 
     def remove_if_empty(self, name: str) -> None:
-        """Removes a directory in this one unless it holds something, or cannot be removed."""
+        """Removes a subdirectory if it is empty and can be removed."""
         with contextlib.suppress(OSError):
             os.rmdir(name, dir_fd=self.fd)
 
     def free_bytes(self) -> int | None:
-        """Room on its file system for this user; None when the file system does not tell."""
+        """Free bytes for this user; None if the file system does not report them."""
         room = os.statvfs(self.fd)
         return room.f_bavail * room.f_frsize if room.f_blocks else None
 
@@ -208,7 +195,7 @@ class ConfinedDirectory:
 
 
 class Writeback:
-    """Sends written data on to the disk while more of it arrives. Any thread may call; `close` comes last."""
+    """Starts `fdatasync` while more data arrives, every WRITEBACK_BYTES of a file. Thread-safe; `close` comes last."""
 
     def __init__(self) -> None:
         self._flusher = ThreadPoolExecutor(WRITEBACK_THREADS, thread_name_prefix="swarm-writeback")
@@ -217,7 +204,7 @@ class Writeback:
         self._lock = threading.Lock()
 
     def wrote(self, fd: int, size: int) -> None:
-        """`size` more bytes of a file wait for the disk; once they are enough, they start. Does not block."""
+        """Counts `size` written bytes; does not block."""
         with self._lock:
             self._waiting_bytes[fd] += size
             if self._waiting_bytes[fd] >= WRITEBACK_BYTES:
@@ -225,9 +212,9 @@ class Writeback:
                 self._flushes.append(self._flusher.submit(os.fdatasync, fd))
 
     def flush(self, fds: Sequence[int]) -> None:
-        """Returns when all data of these files is on the disk. Raises OSError when it, or any before it, failed.
+        """Blocks until all data of these files is on the disk. Raises OSError if this flush or an earlier one failed.
 
-        A failure is raised each time from then on: the kernel itself tells of a lost write once and then forgets it.
+        Each later call raises it again: the kernel reports a lost write only once.
         """
         with self._lock:
             self._flushes += [self._flusher.submit(os.fdatasync, fd) for fd in fds]
@@ -236,13 +223,13 @@ class Writeback:
             flush.result()
 
     def close(self) -> None:
-        """Waits for flushes that run; forgets those that do not yet."""
+        """Waits for running flushes and cancels queued flushes."""
         self._flusher.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
 def store_errors(where: Path, *, need_bytes: int = 0) -> Iterator[None]:
-    """Turns an OSError into the StoreError that says what to do; `need_bytes` is what was to be written."""
+    """Raises StoreFull, StoreConflict or StoreError for an OSError. `need_bytes`: size of the write, for StoreFull."""
     try:
         yield
     except OSError as error:
@@ -250,13 +237,15 @@ def store_errors(where: Path, *, need_bytes: int = 0) -> Iterator[None]:
             raise StoreFull(where, need_bytes=need_bytes, free_bytes=_free_bytes(where)) from error
         if error.errno in _IN_THE_WAY:
             raise StoreConflict(where, f"is in the way ({error.strerror}); move it away") from error
+        name = error.filename
+        subject = name if isinstance(name, str) and os.path.isabs(name) else where
         raise StoreError(
-            f"{_named(error) or where}: {error.strerror or error}; mend that or use another directory, then run again"
+            f"{subject}: {error.strerror or error}; mend that or use another directory, then run again"
         ) from error
 
 
 def reserve_descriptors(count: int) -> None:
-    """Raises the process's soft limit of open files, as far as it may, to make room for `count` more."""
+    """Raises the soft limit of open files (RLIMIT_NOFILE), up to the hard limit, to allow `count` more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = len(os.listdir("/proc/self/fd")) + count + DESCRIPTORS_SPARE
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -265,8 +254,7 @@ def reserve_descriptors(count: int) -> None:
 
 
 def next_data(fd: int, offset: int) -> float:
-    """Where something was first written to a file, from here on: this very offset when the file system cannot tell,
-    inf when nothing was."""
+    """Offset of the next written byte (SEEK_DATA): inf if only a hole follows, `offset` without support for holes."""
     try:
         return os.lseek(fd, offset, os.SEEK_DATA)
     except OSError as error:
@@ -297,7 +285,7 @@ def lock_file(fd: int, path: Path, *, shared: bool = False, timeout_s: float | N
 
 
 def open_locked(path: Path, *, shared: bool = False, timeout_s: float | None = None) -> int:
-    """A descriptor of the file at `path`, made if missing and locked as by `lock_file`. Raises OSError."""
+    """Opens the file at `path`, made if missing, locks it as `lock_file` does, and returns its descriptor."""
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -314,7 +302,7 @@ def open_locked(path: Path, *, shared: bool = False, timeout_s: float | None = N
 def replacing(path: Path, *, draft_dir: Path | None = None) -> Iterator[Path]:
     """Yields a new path in `draft_dir` (default: beside `path`), and renames it to `path` when the block ends.
 
-    A reader of `path` sees the old file or the new one, never a part. When the block raises, the draft is removed.
+    A reader of `path` sees the old file or the new file, never a part. When the block raises, the draft is removed.
     """
     draft = (draft_dir or path.parent) / f".new-{secrets.token_hex(8)}"
     try:
@@ -327,15 +315,9 @@ def replacing(path: Path, *, draft_dir: Path | None = None) -> Iterator[Path]:
 
 
 def remove_if_empty(place: Path) -> None:
-    """Removes a directory unless it holds something, or cannot be removed."""
+    """Removes a directory if it is empty and can be removed."""
     with contextlib.suppress(OSError):
         place.rmdir()
-
-
-def _named(error: OSError) -> str | None:
-    """The file that the error is about, unless its name says nothing by itself."""
-    name = error.filename
-    return name if isinstance(name, str) and os.path.isabs(name) else None
 
 
 def _free_bytes(where: Path) -> int:

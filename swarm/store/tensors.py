@@ -1,7 +1,7 @@
-"""Artifacts whose bytes lie in tensors: `MemoryStore`, `IntoStore`, `DeviceStore` and `TensorSource`.
+"""Artifacts whose bytes lie in tensors: `MemoryStore`, `IntoStore`, `GpuStore` and `TensorSource`.
 
     MemoryStore    fetch(model_id)           buffers of its own, handed out as CPU tensors that share them
-    DeviceStore    fetch(device="cuda:0")    tensors of its own in the memory of a GPU
+    GpuStore    fetch(device="cuda:0")    tensors of its own in the memory of a GPU
     IntoStore      fetch(into=state_dict)    the caller's tensors, filled where they are: CPU, GPU, or both
     TensorSource   serve(state_dict)         the caller's tensors, read as one virtual safetensors file
 
@@ -198,7 +198,7 @@ class IntoStore(MemoryLanding):
             self._twins.append((name, provided, landed))
 
 
-class DeviceStore(IntoStore):
+class GpuStore(IntoStore):
     """Tensors of its own on one device, each allocated by torch by itself, so that it can be freed by itself.
 
     Raises StoreFull when the device lacks room, and what `IntoStore` raises.

@@ -17,7 +17,7 @@ from swarm.errors import SourceChanged, StoreConflict
 from swarm.hashing.cpu import chunk_digest
 from swarm.settings import Settings
 from swarm.store import DeviceView
-from swarm.store.tensors import DeviceStore, IntoStore
+from swarm.store.tensors import GpuStore, IntoStore
 from swarm.testing import check_store
 
 pytestmark = pytest.mark.gpu
@@ -48,8 +48,8 @@ def test_given_tensors_keep_the_contract(make: Make) -> None:
 
 
 def test_new_tensors_keep_the_contract() -> None:
-    def make(manifest: Manifest) -> DeviceStore:
-        return DeviceStore(manifest, "cuda")
+    def make(manifest: Manifest) -> GpuStore:
+        return GpuStore(manifest, "cuda")
 
     check_store(make)
 
