@@ -152,6 +152,14 @@ def test_does_every_link_between_documents_lead_somewhere(name: str) -> None:
                 assert section in anchors(path.read_text(encoding="utf-8")), f"{target}#{section}"
 
 
+@pytest.mark.parametrize("name", sorted(set(DOCUMENTS) - {"CHANGELOG.md"}))
+def test_is_every_path_that_is_named_there(name: str) -> None:
+    """But for the folder that CONTRIBUTING.md announces."""
+    folders = ("swarm/", "tests/", "bench/", "docs/", "examples/", ".ci/")
+    paths = {said for said in quoted(name) if said.startswith(folders) and re.fullmatch(r"[\w./-]+", said)}
+    assert {path for path in paths if not (ROOT / path).exists()} <= {"swarm/origin/"}
+
+
 def anchors(document: str) -> set[str]:
     """The names that GitHub gives to headings."""
     headings = re.findall(r"^#+ (.+)$", document, re.MULTILINE)
