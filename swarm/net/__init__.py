@@ -1,4 +1,4 @@
-"""The network as a node sees it: one listening port, links over WebSocket, datagrams, discovery.
+"""The network of a node: a listening port, links over WebSocket, datagrams, discovery.
 
-`environment` joins them behind one interface, which the simulation replaces.
+`environment` joins them behind an interface, which the simulation implements too.
 """

@@ -1,22 +1,21 @@
-"""First contact: the addresses of nodes that nobody has told us about yet.
+"""Discovery: addresses of nodes for the first contact.
 
-Three equal ways, since none works everywhere: addresses that the user lists, names that DNS resolves to many
-addresses (a Kubernetes headless service), and mDNS, which needs no setting up but rarely crosses subnets or pods.
+Three sources, since none works everywhere: addresses in the settings, names that DNS resolves to many addresses (a
+Kubernetes headless service), and mDNS (RFC 6762), which needs no setup but rarely crosses subnets or pods.
 
-Bootstrap only. A killed node stays listed by mDNS for more than an hour and by DNS for as long as it likes; who is
-alive is decided elsewhere, from links. An address found here is a rumour: the handshake says who answers there.
+A killed node stays listed by mDNS for more than an hour and by DNS for as long as its record lives, so an address found
+here is only a hint: links and gossip decide which nodes are alive, and the handshake identifies the node.
 
-What mDNS says is readable by everyone on the network, so it says nothing of models. A node on loopback is announced
-on loopback only.
+mDNS is readable by every host of the network, so it carries no models. A node on loopback is announced on loopback.
 
-How a newcomer finds a seed by mDNS within about 0.1 s (measured with up to 8 nodes on one host, newcomers 0.3 s apart):
+A newcomer finds a seed by mDNS within about 0.1 s (up to 8 nodes on one host, newcomers 0.3 s apart), because it
 
-- It asks from a port of its own. A question from the shared port 5353 is either answered to everyone, and then no
-  answer is repeated within a second, for which the newcomers of a burst would wait (1.1 to 1.7 s); or answered to the
-  asker alone, and then the kernel hands the answer to any process of the host that shares the port (1.1 s).
-- It does not probe for its name before it announces itself: node ids are random, and probing takes 1 s.
+- asks from a port of its own. The answer to a question from the shared port 5353 either goes to all hosts, and is not
+  repeated within a second, so newcomers of a burst wait 1.1 to 1.7 s; or it goes to the asking host alone, and there
+  the kernel may give it to another process that shares the port (1.1 s);
+- does not probe for its name before it announces itself: node ids are random, and probing takes 1 s.
 
-Must not know: links, membership, models. zeroconf is imported only when mDNS starts: it costs the command line time.
+Must not know: links, membership, models. zeroconf is imported when mDNS starts: the import slows the command line.
 """
 
 from __future__ import annotations
@@ -37,36 +36,36 @@ if TYPE_CHECKING:
     from zeroconf import ServiceInfo, ServiceStateChange, Zeroconf
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
-Found: TypeAlias = Callable[[Address], None]
+OnAddress: TypeAlias = Callable[[Address], None]
 
 SERVICE_TYPE = "_swarm-weights._tcp.local."
 RESOLVE_TIMEOUT_S = 5.0
-SILENT_AFTER_S = 10.0  # what is sent comes back at once; announcements go out over some seconds
-CLOSE_TIMEOUT_S = 2.0  # saying goodbye takes 0.4 s
+SILENT_AFTER_S = 10.0  # own announcements come back at once, and go out over some seconds
+CLOSE_TIMEOUT_S = 2.0  # the goodbye takes 0.4 s
 
-# Limits on what strangers on the network can make this node do.
-FOUND_MAX = 4096  # addresses remembered, so that each is reported once
-LOOKUPS_MAX = 64  # names asked about at once; an announcement normally carries its address
+# Limits on work that strangers on the network cause.
+FOUND_MAX = 4096  # remembered addresses, each reported once
+LOOKUPS_MAX = 64  # names looked up at once; an announcement normally contains its address
 
-_ASK_S = 5.0  # the quick questions go out after 0, 1 and 3 s; later nodes announce themselves
+_ASK_S = 5.0  # questions go out after 0, 1 and 3 s; later nodes announce themselves
 _LOOKUP_TIMEOUT_MS = 3000
 _WILDCARD = "0.0.0.0"  # noqa: S104 - compared, not bound
 ELSEWHERE = {  # by wildcard host: an address that is on no network (RFC 5737, RFC 3849)
     _WILDCARD: (socket.AF_INET, "192.0.2.1"),
     "::": (socket.AF_INET6, "2001:db8::1"),
 }
-_TOGETHER_S = 0.2  # answers to one question arrive within
+_TOGETHER_S = 0.2  # within which answers to one question arrive
 
 log = logging.getLogger(__name__)
 
 
 def static(peers: Sequence[str]) -> list[Address]:
-    """The listed addresses in their one form, each once. Raises SettingsError that names the first wrong one."""
+    """The listed addresses in canonical form, without duplicates. Raises SettingsError for invalid addresses."""
     return list(dict.fromkeys(Address(join_address(*split_address("peer", peer))) for peer in peers))
 
 
 async def resolve(address: Address, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
-    """Every `host:port` that an address stands for: one for each address of its name, or itself.
+    """The addresses of a name, each with the port; of a literal itself.
 
     Raises SettingsError for a malformed address, PeerUnreachable when the name is unknown, PeerTimeout.
     """
@@ -84,14 +83,14 @@ async def resolve(address: Address, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> 
 
 
 class Mdns:
-    """Announces one node on the local network and reports the others. `start` once, `close` always."""
+    """Announces a node on the local network and reports the others. `start` once, `close` always."""
 
     def __init__(self) -> None:
         self._node_id = ""
         self._loopback = False
-        self._heard = False  # anybody, this node's own announcement too
+        self._heard = False  # any announcement, its own included
         self._announced_at_s: float | None = None
-        self._found: Found = _ignore
+        self._found: OnAddress = _ignore
         self._reported: set[tuple[str, str]] = set()
         self._sockets: list[AsyncZeroconf] = []
         self._browsers: list[AsyncServiceBrowser] = []
@@ -103,14 +102,14 @@ class Mdns:
 
     @property
     def started(self) -> bool:
-        """Whether there is multicast to speak and listen to."""
+        """Whether multicast sockets are open."""
         return bool(self._sockets)
 
     def silent(self, now: float) -> bool:
-        """Whether this node announced itself, and has not heard even that since: the machine's firewall, most likely.
+        """Whether not even the node's own announcement was heard: a firewall of this machine drops multicast.
 
-        The kernel brings a machine's multicast back to it without a network, so that it is heard says nothing of the
-        network. `now` is on the loop's clock.
+        The kernel loops multicast back without a network, so hearing itself says nothing about the network. `now`: the
+        loop's clock.
         """
         return (
             bool(self._sockets)
@@ -119,18 +118,18 @@ class Mdns:
             and now - self._announced_at_s > SILENT_AFTER_S
         )
 
-    async def start(self, *, node_id: str, address: tuple[str, int], found: Found) -> None:
-        """Announces `node_id` at `address`, and from now on calls `found("host:port")` for other nodes.
+    async def start(self, *, node_id: str, address: tuple[str, int], found: OnAddress) -> None:
+        """Announces `node_id` at `address` and calls `found("host:port")` once for each address of other nodes.
 
-        Every address of a node is reported once. `found` runs on the loop; it must be quick and must not raise. Returns
-        before anything was announced or found. Where there is no multicast this logs one line and does nothing. A
-        wildcard host stands for the address that this machine's default route uses. Without a port (0) it only listens.
+        `found` runs on the loop; it must be quick and must not raise. Returns before the first announcement. Without
+        multicast it logs a line and does nothing. A wildcard host is announced as the address of the default route.
+        With port 0 it only listens.
         """
         host, port = address
         self._node_id, self._found = node_id, found
         try:
             hosts = await _announced(host)
-            self._loopback = all(ipaddress.ip_address(one).is_loopback for one in hosts)
+            self._loopback = all(ipaddress.ip_address(each).is_loopback for each in hosts)
             self._open(hosts, port)
         except (OSError, PeerError) as error:
             log.warning("mDNS is unavailable (%s); nodes will not find each other: name one with --peer", error)
@@ -164,7 +163,7 @@ class Mdns:
             self._browsers.append(browser)
             return browser
 
-        # There is no multicast on ::1; what is said on 127.0.0.1 may name an IPv6 address all the same.
+        # ::1 has no multicast; announcements on 127.0.0.1 may contain an IPv6 address.
         interfaces = ["127.0.0.1"] if self._loopback else hosts
         asker = AsyncZeroconf(interfaces=interfaces, unicast=True)
         asking = browse(asker, None)
@@ -187,14 +186,14 @@ class Mdns:
         from zeroconf import Error
 
         try:
-            # 'cooperating' means: no probing, see the module's docstring.
+            # 'cooperating' skips probing, see the module's docstring.
             await (await messenger.async_register_service(info, cooperating_responders=True))
             self._announced_at_s = asyncio.get_running_loop().time()
         except (Error, OSError) as error:
             log.warning("mDNS could not announce this node (%r); others reach it only with --peer", error)
 
     async def _stop_asking(self, asker: AsyncZeroconf, browser: AsyncServiceBrowser) -> None:
-        # Answers to a private port count as valid for 10 s only, so a browser left there would ask for ever.
+        # Answers to a private port are valid for 10 s only, so a browser there would ask for ever.
         await asyncio.sleep(_ASK_S)
         await browser.async_cancel()
         await asker.async_close()
@@ -226,14 +225,14 @@ class Mdns:
 
     def _report(self, info: ServiceInfo) -> None:
         for host in info.parsed_scoped_addresses():
-            # A loopback address means this host only to a node that is on loopback too.
+            # A loopback address is reachable only from loopback, and a node on loopback reaches nothing else.
             if not info.port or ipaddress.ip_address(host).is_loopback != self._loopback:
                 continue
             address = Address(join_address(host, info.port))
             if (info.name, address) in self._reported:
                 continue
             if len(self._reported) >= FOUND_MAX:
-                self._reported.clear()  # a report twice does no harm
+                self._reported.clear()  # reporting an address twice is harmless
             self._reported.add((info.name, address))
             self._found(address)
 
@@ -244,8 +243,7 @@ class Mdns:
 
 
 async def nearby(timeout_s: float) -> list[Address]:
-    """Addresses of nodes of this machine and its network: those that are found within `timeout_s`, or at once the first
-    that answers and who answers with it."""
+    """Addresses of nodes of this machine and its network. Returns _TOGETHER_S after the first, or after `timeout_s`."""
     found: list[Address] = []
     heard = asyncio.Event()
 
@@ -284,4 +282,4 @@ def reachable_host(host: str) -> str:
 
 
 def _ignore(address: Address) -> None:
-    """What `found` is before `start`."""
+    """The value of `found` before `start`."""

@@ -1,10 +1,10 @@
-"""The environment of a node: ways to other nodes, and data planes to read from them.
+"""The environment of a node: links, datagrams and transports to other nodes, and discovery.
 
-`Environment` is the seam between a node and everything that has a socket or a clock; the simulation has another.
-`HostEnvironment` is the real one: one listening socket for links and bulk data, HTTP links, TCP and in-process
-transports, CUDA IPC where a GPU is in use as the node opens, those that the settings name, a socket for datagrams on
-the same port, multicast DNS and addresses given by hand. It decides what may be reached from where (loopback only,
-unless the settings say otherwise)."""
+`Environment` is the seam between a node and all sockets and clocks; the simulation has another implementation.
+`HostEnvironment` is the real one: links, chunks and HTTP pages on a single TCP port, datagrams on the UDP port of the
+same number, the transports of `transport.registry`, mDNS, and addresses of the settings. It enforces the reach of the
+node: loopback only, unless the settings allow more.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from swarm.transport.pace import TokenBucket, Unlimited
 from swarm.transport.registry import TransportConfig, make_transports
 
 DIAL_TIMEOUT_S = 5.0
-PORTS_TRIED = 16  # where the system chooses: one whose UDP twin somebody else has is not taken
+PORTS_TRIED = 16  # when the system chooses: a TCP port is skipped if its UDP port is taken
 RENEW_LOOK_S = 60.0
-TLS_RECORD = b"\x16\x03"  # how a handshake begins
-RESOLVE_EVERY_S = 5.0  # names given by hand may point to more addresses later: replicas that start after this one
+TLS_RECORD = b"\x16\x03"  # the first bytes of a handshake
+RESOLVE_EVERY_S = 5.0  # a name of the settings may have more addresses later, of replicas that start later
 
 log = logging.getLogger("swarm")
 
 
 class Environment(Protocol):
-    """What a node is put into."""
+    """The network and the clock of a node."""
 
     transports: Sequence[Transport]  # preferred first; usable once open
 
@@ -54,23 +54,23 @@ class Environment(Protocol):
         found: Callable[[Address, bool], None],
         hear: Hear,
     ) -> Address:
-        """Starts to listen and to look for others; returns the address under which others reach this node.
+        """Listens and discovers; returns the address that peers dial.
 
-        `accept` is awaited for every incoming link; `found(address, lasting)` is called for every address that turns
-        up; `hear(source, datagram)` for every datagram.
+        Awaits `accept` for each incoming link, for as long as the link lives. Calls `found(address, lasting)` for each
+        discovered address and `hear(source, datagram)` for each datagram.
         """
 
     async def dial(self, address: Address) -> Link:
         """A link to another node. Raises PeerError."""
 
     def send(self, address: Address, datagram: bytes) -> None:
-        """Sends a datagram to another node. It may get lost; nothing is raised or awaited."""
+        """Sends a datagram, which may get lost. Never waits or raises."""
 
     def drain(self) -> None:
-        """Hands over the datagrams that have arrived already."""
+        """Delivers the datagrams that wait in the socket."""
 
     async def close(self) -> None:
-        """Stops everything; never hangs."""
+        """Closes everything, within the timeouts of its parts."""
 
 
 class HostEnvironment:
@@ -90,14 +90,14 @@ class HostEnvironment:
 
     @property
     def open_to_all(self) -> bool:
-        """Whether other machines may talk to the node, and no key protects it."""
+        """Whether other machines reach the node and no key protects it."""
         return self._settings.insecure and not is_loopback(
             split_address("listen", self._settings.listen, default_port=0)[0]
         )
 
     @property
     def mdns(self) -> str:
-        """off, on, blocked (it was wanted and there is no multicast), or silent (not even this node is heard)."""
+        """off, on, blocked (no multicast), or silent (not even its own announcement arrives)."""
         if self._mdns is None:
             return "off"
         if not self._mdns.started:
@@ -111,7 +111,7 @@ class HostEnvironment:
         found: Callable[[Address, bool], None],
         hear: Hear,
     ) -> Address:
-        """See Environment. Raises SettingsError when the address cannot be listened on."""
+        """As Environment. Raises SettingsError when the address cannot be bound or a transport cannot be used."""
         try:
             self._listener, self._datagrams = await self._listen(hear)
             host, port = self._listener.address
@@ -134,27 +134,27 @@ class HostEnvironment:
             raise
 
     async def dial(self, address: Address) -> Link:
-        """See Environment."""
+        """As Environment. Raises SettingsError for an address beyond this machine without a key."""
         self._demand_reachable(address)
         return await self._links.dial(address, timeout_s=DIAL_TIMEOUT_S)
 
     async def read(self, address: Address, path: str, timeout_s: float, bytes_max: int) -> bytes:
-        """A page of another node. Raises PeerError, see `HttpLinks.read`."""
+        """A page of another node (`HttpLinks.read`). Raises PeerError."""
         self._demand_reachable(address)
         return await self._links.read(address, path, timeout_s=timeout_s, bytes_max=bytes_max)
 
     def send(self, address: Address, datagram: bytes) -> None:
-        """See Environment."""
+        """Nothing before `open`."""
         if self._datagrams:
             self._datagrams.send(address, datagram)
 
     def drain(self) -> None:
-        """See Environment."""
+        """Nothing before `open`."""
         if self._datagrams:
             self._datagrams.drain()
 
     async def close(self) -> None:
-        """See Environment."""
+        """Also after an `open` that failed, and twice."""
         for task in self._tasks:
             task.cancel()
         if self._mdns:
@@ -174,7 +174,7 @@ class HostEnvironment:
             raise SettingsError("peer", f"{address} is beyond this machine, which needs --key-file, or --insecure")
 
     async def _listen(self, hear: Hear) -> tuple[Listener, Datagrams]:
-        """One port for both. Raises SettingsError."""
+        """A TCP and a UDP socket on one port. Raises SettingsError."""
         host, wanted = split_address("listen", self._settings.listen, default_port=0)
         for _ in range(PORTS_TRIED):
             listener = await Listener.open(host, wanted)
@@ -198,7 +198,7 @@ class HostEnvironment:
         return AeadSeal(self._keyring.seal_keys, time=time.time, rng=secrets.token_bytes)
 
     def _advertised(self, host: str, port: int) -> tuple[str, int]:
-        """Where others are told to reach this node, which they reach at this address of the machine itself."""
+        """The host and port to advertise, given those of the listener."""
         if self._settings.advertise is None:
             return host, port
         given, mapped = split_address("advertise", self._settings.advertise, default_port=0)
@@ -225,18 +225,18 @@ class HostEnvironment:
             log.warning("listening on %s without a cluster key: anyone who reaches it can read what it serves", host)
         elif self._settings.data_encryption == "none":
             log.warning(
-                "cluster key %s; chunks are not encrypted (data_encryption = none): who reads the network reads them, "
-                "and who changes what is on it is found out by checksums alone",
+                "cluster key %s; chunks are not encrypted (data_encryption = none): the network can read them, and "
+                "only checksums detect changes",
                 identity.keyring,
             )
             if self._settings.transports:
                 log.warning(
-                    "%s opens connections of its own, which no key protects: whoever reaches its ports may stop this "
-                    "process; use it on networks that you trust",
+                    "%s opens connections of its own, which no key protects: hosts that reach its ports may stop this "
+                    "process; use it on trusted networks",
                     ", ".join(self._settings.transports),
                 )
         else:
-            log.info("cluster key %s: only members are talked to", identity.keyring)
+            log.info("cluster key %s: only members can connect", identity.keyring)
 
     async def _resolve(self, found: Callable[[Address, bool], None]) -> None:
         unknown: set[Address] = set()
@@ -245,7 +245,7 @@ class HostEnvironment:
                 try:
                     addresses = await discovery.resolve(name)
                 except PeerError as error:
-                    if name not in unknown:  # it may come to exist with the first replica that it stands for
+                    if name not in unknown:  # it may exist once its first replica runs
                         log.warning("%s; asking again every %g s", error, RESOLVE_EVERY_S)
                     unknown.add(name)
                     continue
@@ -255,7 +255,7 @@ class HostEnvironment:
 
 
 async def _renew(identity: Identity) -> None:
-    """Keeps the certificate valid. Looks often: a machine may sleep, and its clock may be set."""
+    """Renews the certificate. Checks every RENEW_LOOK_S: a machine may sleep, and its clock may be set."""
     while True:
         await asyncio.sleep(RENEW_LOOK_S)
         if time.time() >= identity.renew_at:
@@ -270,7 +270,7 @@ def new_id() -> NodeId:
 def machine_label() -> str:
     """A label that nodes of one machine share and no other machine has: a digest of the id of its last boot.
 
-    Containers share the kernel of their machine, so they have its label, whatever their host names are.
+    Containers share the kernel of their machine, so they have its label, under any host name.
     """
     return hashlib.sha256(id_.encode()).hexdigest()[:12] if (id_ := machine_id()) else socket.gethostname()
 

@@ -1,15 +1,14 @@
-"""The node's few HTTP pages, over aiohttp: who may read them, and how they go out.
+"""HTTP pages of a node, over aiohttp: access and delivery.
 
-Pages are for members of the cluster, and for programs of this machine. There are three kinds: what JSON can say, assets
-(bytes that were there before anybody asked) and streams (server-sent events). What a path may contain is fixed by its
-pattern; nothing here reads a file, and a page of the web can neither read one nor frame it.
-
-Must not know: what is on the pages, links, TLS.
+Pages are for members of the cluster and for programs of this machine. A page is JSON, an asset (bytes known in advance)
+or a stream of server-sent events. No page reads a file named by its path, and web pages of other origins can neither
+read nor frame them. Must not know: the contents of pages, links, TLS.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import ssl
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -20,8 +19,8 @@ from aiohttp import web
 
 from swarm.settings import is_literal, is_loopback, join_address
 
-WATCHERS_MAX = 16  # streams at once: each is a socket, and its reader a person
-WRITE_TIMEOUT_S = 10.0  # a browser that reads nothing for so long is gone; it comes back by itself
+WATCHERS_MAX = 16  # streams at once; each takes a socket
+WRITE_TIMEOUT_S = 10.0  # for a browser that does not read; it reconnects by itself
 JSON_SECURITY = {"Content-Security-Policy": "default-src 'none'", "X-Content-Type-Options": "nosniff"}
 PAGE_SECURITY = {
     "Content-Security-Policy": (
@@ -37,7 +36,7 @@ PAGE_SECURITY = {
 
 @dataclass(frozen=True)
 class Asset:
-    """A fixed part of a page; `body` is called when somebody asks for it."""
+    """A fixed part of a page. `body` is called for each request."""
 
     content_type: str
     body: Callable[[], bytes]
@@ -45,38 +44,34 @@ class Asset:
 
 @dataclass(frozen=True)
 class EventPage:
-    """Server-sent events: chunks of bytes, each one event or several, for one reader. `events` gets what the pattern of
-    the path names, by keyword."""
+    """Server-sent events: each item of `events` is one or more events in bytes. `events` gets the named parts of the
+    path as keywords."""
 
     events: Callable[..., AsyncGenerator[bytes]]
 
 
-# What a path shows. A function gets what the pattern of its path names, by keyword, and returns what JSON can say, or
-# an awaitable of that; None is 404.
+# A function gets the named parts of the path as keywords and returns a JSON value or an awaitable of it; None is 404.
 Page: TypeAlias = Asset | EventPage | Callable[..., Any]
 
 
 class Pages:
-    """`pages` by the pattern of their paths, as aiohttp writes them."""
+    """Pages by their paths, in aiohttp's patterns."""
 
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = dict(pages)
         self._watching: set[asyncio.Task[Any]] = set()
 
     def add_to(self, app: web.Application, arrived: Callable[[web.Request], None]) -> None:
-        """Adds a route for each; `arrived` is called with every request."""
+        """Adds a route for each page; calls `arrived` with every request."""
 
-        def route(path: str, page: Page) -> None:
-            async def answer(request: web.Request) -> web.StreamResponse:
-                arrived(request)
-                if request.transport is None or (ssl_of(request) is None and not _is_local(request)):
-                    raise web.HTTPForbidden(text=_refusal(request))
-                return await self._answer(request, page)
-
-            app.router.add_get(path, answer)
+        async def answer(page: Page, request: web.Request) -> web.StreamResponse:
+            arrived(request)
+            if request.transport is None or (ssl_of(request) is None and not _is_local(request)):
+                raise web.HTTPForbidden(text=_refusal(request))
+            return await self._answer(request, page)
 
         for path, page in self._pages.items():
-            route(path, page)
+            app.router.add_get(path, functools.partial(answer, page))
 
     def close(self) -> None:
         """Ends all streams."""
@@ -120,12 +115,12 @@ class Pages:
 
 
 def ssl_of(request: web.Request) -> ssl.SSLObject | None:
-    """The TLS of a request; None where it came in the open."""
+    """The TLS connection of a request; None for plain HTTP."""
     return request.transport.get_extra_info("ssl_object") if request.transport else None
 
 
 def _refusal(request: web.Request) -> str:
-    """What somebody reads who is neither a member nor on this machine."""
+    """The answer to programs of other machines that are not members."""
     own = request.transport.get_extra_info("sockname") if request.transport else None
     host, port = own[:2] if own else ("HOST", 0)
     address = join_address(host, port)
@@ -139,7 +134,7 @@ def _refusal(request: web.Request) -> str:
 
 
 def _is_local(request: web.Request) -> bool:
-    """Whether a program of this machine asks, and not a web page whose name was made to lead here."""
+    """Whether the request is from this machine, and not from a web page by DNS rebinding: its host is literal."""
     if request.transport is None:
         return False
     own, remote = (str(request.transport.get_extra_info(end)[0]) for end in ("sockname", "peername"))

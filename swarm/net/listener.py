@@ -1,11 +1,10 @@
-"""The listener: one listening TCP socket for everything a node offers, so that a firewall needs one hole.
+"""The listener: a single TCP socket for all services of a node, so that a firewall needs one hole.
 
-A connection says by its first four bytes what it wants. They are looked at, not consumed, and the connected
-socket (still non-blocking) is handed to the route whose prefix they begin with, or to the default one; from then on it
-belongs to the handler, which returns when it knows who is there.
+The first four bytes of a connection select its handler: they are peeked, and the socket (still non-blocking) goes to
+the route with a matching prefix, or to the default. The handler owns it then, and returns when the peer is known.
 
-Until then it is a stranger's. One has DECIDE_TIMEOUT_S to speak, handlers have deadlines of their own, and at most
-STRANGERS_MAX are known at once; above that the oldest goes. Knows nothing of protocols, peers or nodes.
+Until then the connection is a stranger's: the first bytes must come within DECIDE_TIMEOUT_S, handlers have deadlines of
+their own, and beyond STRANGERS_MAX strangers the oldest is closed. Must not know: protocols, peers, nodes.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from typing import NoReturn, TypeAlias
 from swarm.errors import SettingsError
 
 ROUTE_BYTES = 4
-DECIDE_TIMEOUT_S = 5.0  # one packet after the handshake; a slow network retransmits it twice in that time
-STRANGERS_MAX = 512  # a burst of newcomers fits; a flood costs so many file descriptors and tasks, and no more
-BACKLOG = 1024  # a burst of newcomers dials in one moment; the kernel caps this at its somaxconn
+DECIDE_TIMEOUT_S = 5.0  # for a packet and two retransmissions of it
+STRANGERS_MAX = 512  # more than a burst of newcomers; bounds the descriptors and tasks of a flood
+BACKLOG = 1024  # for a burst of newcomers; the kernel caps it at somaxconn
 CLOSE_TIMEOUT_S = 5.0
 
-# Out of file descriptors or memory: the connection stays in the backlog until some are free again.
+# Out of descriptors or memory: the connection stays in the backlog until some are free.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 BACKOFF_SMALLEST_S, BACKOFF_LARGEST_S = 0.05, 1.0
 
@@ -33,7 +32,7 @@ Handler: TypeAlias = Callable[[socket.socket], Awaitable[None]]
 
 
 class Listener:
-    """Accepts connections and hands them to handlers. Made by `open`; all methods belong to one loop."""
+    """Accepts connections and passes them to handlers. Made by `open`; all methods run on one loop."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -45,7 +44,7 @@ class Listener:
 
     @classmethod
     async def open(cls, host: str, port: int) -> Listener:
-        """Listens on one address; port 0 takes a free one. Raises SettingsError ('listen') when that cannot be had."""
+        """Listens on an address; port 0 takes a free port. Raises SettingsError ('listen') when that fails."""
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -58,22 +57,21 @@ class Listener:
 
     @property
     def address(self) -> tuple[str, int]:
-        """Host and port that are listened on."""
+        """The host and port of the socket."""
         return self._address
 
     def serve(self, routes: Mapping[bytes, Handler], default: Handler) -> None:
-        """Starts to accept, until `close`. `routes` maps what the first four bytes begin with to handlers.
+        """Accepts until `close`. `routes`: handlers by a prefix of the first four bytes.
 
-        A handler owns its socket, also when it raises or is cancelled; what it raises goes to the loop's exception
-        handler.
+        A handler owns its socket, also when it raises or is cancelled; its errors go to the loop's exception handler.
         """
         accepting = self._accept(dict(routes), default)
         self._accepting = asyncio.create_task(accepting, name="listener accepts")
 
     async def close(self) -> None:
-        """Stops listening, drops strangers, and cancels handlers that still run. Within CLOSE_TIMEOUT_S."""
+        """Stops listening, drops strangers and cancels running handlers, within CLOSE_TIMEOUT_S."""
         tasks = {*self._strangers, *self._leaving, *filter(None, [self._accepting])}
-        # Or asyncio would answer, with a traceback, an accept that was cancelled while a connection waited for it.
+        # Otherwise asyncio logs a traceback for a cancelled accept with a connection in the backlog.
         asyncio.get_running_loop().remove_reader(self._sock)
         for task in tasks:
             task.cancel()
@@ -91,7 +89,7 @@ class Listener:
                 if error.errno in _EXHAUSTED:
                     await asyncio.sleep(backoff_s)
                     backoff_s = min(2 * backoff_s, BACKOFF_LARGEST_S)
-                continue  # anything else is the fault of that one connection, which is gone already
+                continue  # other errors concern that connection alone, which is gone
             backoff_s = BACKOFF_SMALLEST_S
             sock.setblocking(False)
             task = asyncio.create_task(self._decide(sock, routes, default), name="listener decides")
@@ -102,13 +100,13 @@ class Listener:
                 del self._strangers[oldest]
                 self._leaving.add(oldest)
                 oldest.cancel()
-            await asyncio.sleep(0)  # a task that is cancelled before it has begun would not close its socket
+            await asyncio.sleep(0)  # a task cancelled before it began would not close its socket
 
     async def _decide(self, sock: socket.socket, routes: Mapping[bytes, Handler], default: Handler) -> None:
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT_S):
                 first = await _peek(sock)
-        except OSError:  # TimeoutError is one: silent, or gone
+        except OSError:  # TimeoutError included: silent, or gone
             sock.close()
             return
         except BaseException:
@@ -132,7 +130,7 @@ class Listener:
 
 
 async def _peek(sock: socket.socket) -> bytes:
-    """The first ROUTE_BYTES, fewer when the stranger hung up; they stay in the socket."""
+    """The first ROUTE_BYTES, fewer when the stranger hung up. They stay in the socket."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -140,7 +138,7 @@ async def _peek(sock: socket.socket) -> bytes:
         if not ready.done():
             ready.set_result(None)
 
-    # Readable means 'all four bytes, or hung up' while this is set: a lone first byte does not wake us up in a circle.
+    # With SO_RCVLOWAT, readable means four bytes or hung up: a single byte does not wake the loop again and again.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, ROUTE_BYTES)
     loop.add_reader(sock.fileno(), look)
     try:
@@ -155,7 +153,7 @@ async def _peek(sock: socket.socket) -> bytes:
 
 def _refuse(error: OSError, host: str, port: int) -> NoReturn:
     if error.errno == errno.EADDRINUSE:
-        why = f"port {port} on {host} is in use; choose another one, or 0 for any free port"
+        why = f"port {port} on {host} is in use; choose another port, or 0 for any free port"
     elif error.errno == errno.EACCES:
         why = f"port {port} on {host} may not be opened by this user; ports from 1024 on may"
     else:

@@ -1,12 +1,10 @@
-"""Datagrams between nodes: one UDP socket beside the listener's, on the same address and port.
+"""Datagrams between nodes: a UDP socket on the address and port of the listener.
 
-What is sent may get lost, and nothing here waits or raises for that: no buffer, no route and no reader are all loss.
-A stranger can send as much as it likes; it costs at most `TURN_MAX` datagrams a turn of the loop, and what does not fit
-into the socket's buffer is dropped by the kernel.
+Datagrams may get lost, so nothing here waits or raises when a buffer is full or a peer unreachable. A flood costs at
+most TURN_MAX datagrams a turn of the loop; the kernel drops the rest. Each datagram passes a `Codec` in both
+directions, which encrypts and authenticates it in a cluster with a key.
 
-Every datagram goes through an `Codec` on its way out and in: the one place to encrypt and to authenticate them.
-
-Must not know: what datagrams say, names (addresses are literals; nothing is looked up here).
+Must not know: packets, names (addresses are literals; nothing is resolved here).
 """
 
 from __future__ import annotations
@@ -22,73 +20,70 @@ from typing import Protocol, TypeAlias
 from swarm.errors import SettingsError
 from swarm.protocol.messages import Address
 from swarm.security.datagram_seal import Opener, Sealer, SealKey, Unopened
+from swarm.security.rate_limit import LogOnce
 from swarm.settings import is_literal, is_loopback, join_address, split_address
 
-TURN_MAX = 64  # datagrams read before others have their turn
-DRAIN_MAX = 2048  # datagrams read before a timer: more than a socket's buffer holds
-SIZE_MAX = 2048  # bytes; of a longer one only so much is read, and it is nobody's
-REFUSALS_MAX = 1000  # different ones that are logged; strangers cannot make this node remember more
-BUFFER_BYTES = 1 << 20  # asked for; a loop that stalls for a moment loses nothing
+TURN_MAX = 64  # datagrams read in a turn of the loop
+DRAIN_MAX = 2048  # datagrams read by `drain`: more than fit a socket's buffer
+SIZE_MAX = 2048  # bytes; a longer datagram is cut and fails to decode
+BUFFER_BYTES = 1 << 20  # requested from the kernel, for a loop that stalls
 
 Hear: TypeAlias = Callable[[Address, bytes], None]  # (source address, datagram)
-
 
 log = logging.getLogger("swarm")
 
 
 class Codec(Protocol):
-    """What a datagram travels in."""
+    """The encoding of datagrams on the wire."""
 
     def seal(self, datagram: bytes) -> bytes:
-        """What is sent."""
+        """The bytes to send."""
 
     def open(self, sealed: bytes, source: str) -> bytes | None:
-        """What was sent, or None if it is not authentic, or was here before. `source` is the host it came from."""
+        """The datagram; None if it is not authentic or a replay. `source`: the host that sent it."""
 
 
 class NoSeal:
-    """No codec: everybody can read and write it."""
+    """Datagrams in the clear, for nodes without a cluster key."""
 
     def seal(self, datagram: bytes) -> bytes:
-        """See Codec."""
+        """The datagram itself."""
         return datagram
 
     def open(self, sealed: bytes, source: str) -> bytes | None:
-        """See Codec."""
+        """The datagram itself."""
         return sealed
 
 
 class AeadSeal:
-    """Members of the cluster alone write and read. What is refused is logged, once for each host and reason."""
+    """Datagrams that only members of the cluster read and write (`datagram_seal`). Refusals are logged once for each
+    host and reason."""
 
     def __init__(self, keys: Sequence[SealKey], *, time: Callable[[], float], rng: Callable[[int], bytes]) -> None:
-        """`time` gives seconds since 1970, `rng(n)` n unpredictable bytes."""
+        """`time` returns seconds since 1970, `rng(n)` n unpredictable bytes."""
         self._sealer = Sealer(keys[0], rng)
         self._opener = Opener(keys)
         self._time = time
-        self._refused: set[tuple[str, Unopened]] = set()
+        self._refusals = LogOnce(log)
 
     def seal(self, datagram: bytes) -> bytes:
-        """See Codec."""
+        """Sealed with the first key."""
         return self._sealer.seal(datagram, self._time())
 
     def open(self, sealed: bytes, source: str) -> bytes | None:
-        """See Codec."""
+        """Opened with any of the keys."""
         opened = self._opener.open(sealed, self._time())
         if isinstance(opened, bytes):
             return opened
-        if (source, opened) not in self._refused and len(self._refused) < REFUSALS_MAX:
-            self._refused.add((source, opened))
-            level = logging.DEBUG if opened is Unopened.REPLAYED else logging.WARNING  # networks double datagrams
-            log.log(level, "refused a datagram from %s that %s", source, opened.value)
+        level = logging.DEBUG if opened is Unopened.REPLAYED else logging.WARNING  # networks duplicate datagrams
+        self._refusals.log(level, f"refused a datagram from {source} that {opened.value}")
         return None
 
 
 class Datagrams:
-    """The socket. `hear` is called on the loop with every datagram and the address that it came from.
+    """The socket. Calls `hear(source address, datagram)` on the loop.
 
-    `loopback_only`: datagrams to and from other machines are neither sent nor accepted.
-    Raises OSError when the address cannot be had.
+    `loopback_only`: drops datagrams to and from other machines. Raises OSError when the address cannot be bound.
     """
 
     def __init__(self, host: str, port: int, hear: Hear, *, codec: Codec, loopback_only: bool) -> None:
@@ -103,7 +98,7 @@ class Datagrams:
             self._sock.setblocking(False)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
             if family == socket.AF_INET6:
-                self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as the listener
+                self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as the listener's
             self._sock.bind(socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0][4])
         except OSError:
             self._sock.close()
@@ -111,7 +106,7 @@ class Datagrams:
         self._loop.add_reader(self._sock.fileno(), self._read, TURN_MAX)
 
     def send(self, address: Address, datagram: bytes) -> None:
-        """Sends one datagram to HOST:PORT, if that is a literal address that may be reached from here."""
+        """Sends a datagram to HOST:PORT; drops it unless that is a literal address within reach."""
         target = _target(address, self._family)
         if target is None or self._sock.fileno() < 0 or not self._permitted(target[0]):
             return
@@ -119,24 +114,24 @@ class Datagrams:
             self._sock.sendto(self._codec.seal(datagram), target)
 
     def drain(self) -> None:
-        """Hands over what has arrived and waits."""
+        """Delivers the datagrams that wait in the socket."""
         self._read(DRAIN_MAX)
 
     def close(self) -> None:
-        """Stops at once."""
+        """Closes the socket."""
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock.fileno())
             self._sock.close()
 
     def _read(self, most: int) -> None:
         for _ in range(most):
-            if self._sock.fileno() < 0:  # closed by whoever heard the last one
+            if self._sock.fileno() < 0:  # closed by `hear`
                 return
             try:
                 sealed, source = self._sock.recvfrom(SIZE_MAX)
             except BlockingIOError:
                 return
-            except OSError:  # the kernel tells of a datagram that was not delivered: it is lost, and that is all
+            except OSError:  # an ICMP error for a datagram sent before
                 continue
             if self._permitted(source[0]) and (datagram := self._codec.open(sealed, source[0])) is not None:
                 self._hear(Address(join_address(source[0], source[1])), datagram)
@@ -147,7 +142,7 @@ class Datagrams:
 
 @functools.lru_cache(4096)
 def _target(address: Address, family: socket.AddressFamily) -> tuple[str, int] | None:
-    """Where to send to; None for names, and for addresses of the other family."""
+    """The socket address; None for names and for the other address family."""
     try:
         host, port = split_address("address", address)
     except SettingsError:

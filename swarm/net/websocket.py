@@ -1,12 +1,13 @@
-"""Links: the control connections between nodes, as WebSockets over aiohttp; and HTTP as far as pages need it.
+"""Links: control connections between nodes, as WebSockets (RFC 6455) over aiohttp.
 
-A link carries whole messages, in order, both ways, with a bound on their size; those sent together share frames. It
-decodes what arrives (`messages.unpack`), pings so that a dead peer is noticed, and knows nothing about what the
-messages mean. It reads other nodes' pages, too. Only this and `pages` import aiohttp.
+A link carries whole messages in order, both ways, of bounded size; messages sent together share frames. It decodes
+frames (`messages.unpack`) and pings, so that a dead peer is noticed. It also reads pages of other nodes. Only this
+module and `http_pages` import aiohttp.
 
-With an identity links are inside TLS, and both ends have proven that they belong to the cluster before the first
-message; what speaks plain HTTP from elsewhere is told to bring the key. A connection that has not asked for anything
-within REQUEST_TIMEOUT_S is closed.
+With an identity links are inside TLS, and both ends prove membership before the first message. Plain HTTP from other
+machines is answered with the demand for a key. A connection without a request within REQUEST_TIMEOUT_S is closed.
+
+Must not know: the meaning of messages.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import socket
 import ssl
 import weakref
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -32,41 +33,40 @@ from swarm.net.http_pages import Page, Pages, ssl_of
 from swarm.protocol import messages
 from swarm.protocol.messages import AnyMessage, Message
 from swarm.security.certificates import Identity, Refusal, node_of, refusal
+from swarm.security.rate_limit import LogOnce
 from swarm.security.tls_handshake import part, shake
 from swarm.settings import join_address
 
 PATH = "/swarm/link"
-HEARTBEAT_S = 5.0  # a peer that answers no ping for this long is gone
-SEND_TIMEOUT_S = 10.0  # a peer that does not read its control messages for this long is gone
+HEARTBEAT_S = 5.0  # a peer that answers no ping for this long counts as gone
+SEND_TIMEOUT_S = 10.0  # a peer that does not read its messages for this long counts as gone
 CLOSE_TIMEOUT_S = 1.0
 HANDSHAKE_TIMEOUT_S = 5.0  # two round trips, on a machine that is busy
-HANDSHAKES_MAX = 64  # under way at once: asyncio takes 400 KB for each before it is known who is there
-REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's head: nothing in it takes long to write
-REFUSALS_MAX = 1000  # different ones that are logged; strangers cannot make this node remember more
+HANDSHAKES_MAX = 64  # at once: asyncio takes 400 KB for each before the peer is known
+REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's header
 
 log = logging.getLogger("swarm")
 _web_log = logging.getLogger("swarm.http")
 
 
 class Link(Protocol):
-    """One control connection. One task receives; any task sends."""
+    """A control connection. A single task receives; any task sends."""
 
     remote: str  # the other end's socket address, for logs
-    member: str | None  # the node id that the other end has proven; None without a cluster key
+    member: str | None  # the node id that the peer has proven; None without a cluster key
 
     async def send(self, *several: Message) -> None:
-        """Raises PeerUnreachable when the link is gone, PeerTimeout when the peer does not read."""
+        """Sends messages. Raises PeerUnreachable when the link is gone, PeerTimeout when the peer does not read."""
 
     async def receive(self) -> AnyMessage:
-        """The next message. Raises PeerUnreachable at the end, RemoteProtocolError for anything that is not a
-        message."""
+        """The next message. Raises PeerUnreachable at the end, RemoteProtocolError for an invalid frame."""
 
     async def close(self) -> None:
         """Ends the link; never raises."""
 
 
 class WebSocketLink:
-    """A link over an open WebSocket of either side."""
+    """A link over an open WebSocket, of the client or the server side."""
 
     def __init__(
         self, socket: web.WebSocketResponse | aiohttp.ClientWebSocketResponse, remote: str, *, member: str | None = None
@@ -74,21 +74,21 @@ class WebSocketLink:
         self.remote = remote
         self.member = member
         self._socket = socket
-        self._heard: deque[AnyMessage] = deque()  # came with a message that was received
+        self._heard: deque[AnyMessage] = deque()  # the rest of a frame
 
     async def send(self, *several: Message) -> None:
-        """See Link."""
+        """Messages of a call share frames."""
         for frame in messages.pack(several):
             await self._send(frame.decode())
 
     async def receive(self) -> AnyMessage:
-        """See Link."""
+        """Messages of a frame, in order."""
         if not self._heard:
             self._heard.extend(await self._receive())
         return self._heard.popleft()
 
     async def close(self) -> None:
-        """See Link."""
+        """Within CLOSE_TIMEOUT_S."""
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._socket.close()
@@ -121,7 +121,7 @@ class WebSocketLink:
                     self.remote, theirs=other.protocol, ours=messages.PROTOCOL, software=other.software
                 ) from other
             except ValueError as error:
-                raise RemoteProtocolError(self.remote, f"sent what is no message: {error}") from error
+                raise RemoteProtocolError(self.remote, f"sent an invalid message: {error}") from error
         if frame.type is aiohttp.WSMsgType.BINARY:
             raise RemoteProtocolError(self.remote, "sent a binary frame; messages are text")
         if isinstance(frame.data, aiohttp.WebSocketError):
@@ -132,7 +132,7 @@ class WebSocketLink:
 
 
 class HttpLinks:
-    """Dials links and accepts them on sockets that a listener hands over; inside TLS, with an identity."""
+    """Dials links, and accepts them on sockets from the listener; with an identity inside TLS."""
 
     def __init__(self, pages: Mapping[str, Page] | None = None) -> None:
         self._pages = Pages(pages or {})
@@ -143,10 +143,10 @@ class HttpLinks:
         self._asked: weakref.WeakKeyDictionary[asyncio.BaseTransport, asyncio.Event] = weakref.WeakKeyDictionary()
         self._encrypted: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self._shaking: dict[asyncio.Task[Any], None] = {}  # oldest first
-        self._refused: set[tuple[str, Refusal]] = set()
+        self._refusals = LogOnce(log)
 
     async def open(self, accept: Callable[[Link], Awaitable[None]], *, identity: Identity | None = None) -> None:
-        """Starts to serve. `accept` is awaited for every incoming link, and the link lives as long as that takes."""
+        """Starts to serve. Awaits `accept` for each incoming link; the link is closed when it returns."""
         self._accept = accept
         self._identity = identity
         app = web.Application(client_max_size=0)
@@ -165,7 +165,7 @@ class HttpLinks:
         self._client = aiohttp.ClientSession(connector=connector)
 
     async def adopt(self, sock: socket.socket) -> None:
-        """Speaks HTTP on an accepted socket."""
+        """Serves plain HTTP on an accepted socket."""
         server = self._runner.server if self._runner else None
         if server is None:
             sock.close()
@@ -174,14 +174,14 @@ class HttpLinks:
         await self._await_request(transport)
 
     async def adopt_tls(self, sock: socket.socket) -> None:
-        """Speaks TLS on an accepted socket, and HTTP inside; refuses it where there is no identity."""
+        """Serves HTTP inside TLS on an accepted socket; refuses the peer without an identity."""
         server = self._runner.server if self._runner else None
         if server is None:
             sock.close()
         elif self._identity is None:
             with sock:
                 self._refuse(_name(sock), Refusal.HAS_KEY)
-                await part(sock, b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")  # what is no TLS
+                await part(sock, b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")  # plaintext
         else:
             name = _name(sock)
             context = self._identity.server
@@ -195,24 +195,15 @@ class HttpLinks:
                 await self._await_request(transport)
 
     async def dial(self, address: str, *, timeout_s: float) -> Link:
-        """A link to the node that listens at HOST:PORT. Raises NotAdmitted, PeerUnreachable or PeerTimeout."""
-        if self._client is None or self._client.closed:
-            raise PeerUnreachable(address, "this node is not open")
+        """A link to the node at HOST:PORT. Raises NotAdmitted, PeerUnreachable or PeerTimeout."""
+        url, size_max = f"http://{address}{PATH}", messages.FRAME_BYTES_MAX
         try:
-            async with asyncio.timeout(timeout_s):
-                socket = await self._client.ws_connect(
-                    f"http://{address}{PATH}",
-                    heartbeat=HEARTBEAT_S,
-                    max_msg_size=messages.FRAME_BYTES_MAX,
-                    autoclose=True,
-                )
-        except TimeoutError:
-            raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            if why := _why_refused(error):
+            async with self._request(address, timeout_s) as client:
+                socket = await client.ws_connect(url, heartbeat=HEARTBEAT_S, max_msg_size=size_max, autoclose=True)
+        except PeerUnreachable as error:
+            if why := _why_refused(error.__cause__):
                 raise NotAdmitted(address, self._said(why)) from error
-            cause = getattr(error, "os_error", error)  # aiohttp's own words speak of TLS where there is none
-            raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
+            raise
         link = WebSocketLink(socket, address, member=_member(socket.get_extra_info("ssl_object")))
         if self._identity and link.member is None:
             await link.close()
@@ -220,25 +211,31 @@ class HttpLinks:
         return link
 
     async def read(self, address: str, path: str, *, timeout_s: float, bytes_max: int) -> bytes:
-        """A page of the node that listens at HOST:PORT. Raises PeerUnreachable or PeerTimeout when nobody answers, and
-        RemoteProtocolError for an answer that is no page or has more than `bytes_max`."""
-        if self._client is None or self._client.closed:
-            raise PeerUnreachable(address, "this node is not open")
-        try:
-            async with asyncio.timeout(timeout_s), self._client.get(f"http://{address}{path}") as answer:
-                if answer.status != HTTPStatus.OK:
-                    raise RemoteProtocolError(address, f"answers {answer.status} {answer.reason}")
-                data = b""
-                while len(data) <= bytes_max and (part := await answer.content.readany()):
-                    data += part
-        except TimeoutError:
-            raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            cause = getattr(error, "os_error", error)
-            raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
+        """A page of the node at HOST:PORT. Raises PeerUnreachable, PeerTimeout, and RemoteProtocolError for another
+        status than 200 or a page of more than `bytes_max`."""
+        data = b""
+        async with self._request(address, timeout_s) as client, client.get(f"http://{address}{path}") as answer:
+            if answer.status != HTTPStatus.OK:
+                raise RemoteProtocolError(address, f"answers {answer.status} {answer.reason}")
+            while len(data) <= bytes_max and (part := await answer.content.readany()):
+                data += part
         if len(data) > bytes_max:
             raise RemoteProtocolError(address, f"sent more than {bytes_max} bytes")
         return data
+
+    @contextlib.asynccontextmanager
+    async def _request(self, address: str, timeout_s: float) -> AsyncIterator[aiohttp.ClientSession]:
+        """Maps the errors of a request to a node to PeerErrors."""
+        if self._client is None or self._client.closed:
+            raise PeerUnreachable(address, "this node is not open")
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield self._client
+        except TimeoutError:
+            raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            cause = getattr(error, "os_error", error)  # aiohttp's own text mentions TLS where there is none
+            raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
 
     async def close(self) -> None:
         """Closes every link and stops serving."""
@@ -247,14 +244,14 @@ class HttpLinks:
             await self._client.close()
         if self._runner:
             await self._runner.cleanup()
-        # TLS would wait for the other end's goodbye, for longer than the loop may live.
+        # TLS would wait for the peer's goodbye, perhaps beyond the life of the loop.
         for transport in list(self._encrypted):
             transport.abort()
-        await asyncio.sleep(0)  # in which they close their sockets
+        await asyncio.sleep(0)  # aborted transports close their sockets in the next turn
 
     @contextlib.contextmanager
     def _shaking_hands(self) -> Iterator[None]:
-        """For this task, which is cancelled when HANDSHAKES_MAX others have begun after it."""
+        """Counts the handshake of this task; cancels the oldest handshake beyond HANDSHAKES_MAX."""
         task = asyncio.current_task()
         if task is not None:
             self._shaking[task] = None
@@ -267,7 +264,7 @@ class HttpLinks:
                 self._shaking.pop(task, None)
 
     async def _await_request(self, transport: asyncio.BaseTransport) -> None:
-        """Returns when the other end has asked for something, or has been cut off because it did not."""
+        """Returns after the first request; aborts a connection without a request within REQUEST_TIMEOUT_S."""
         asked = self._asked.setdefault(transport, asyncio.Event())
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
@@ -280,7 +277,7 @@ class HttpLinks:
 
     async def _incoming(self, request: web.Request) -> web.StreamResponse:
         self._arrived(request)
-        if "Origin" in request.headers:  # only browsers send it, on behalf of pages that have no business here
+        if "Origin" in request.headers:  # only browsers send it, for web pages
             raise web.HTTPForbidden(text="links are for nodes, not for web pages")
         member = None
         if self._identity:
@@ -304,17 +301,15 @@ class HttpLinks:
             self._asked.setdefault(request.transport, asyncio.Event()).set()
 
     def _refuse(self, host: str, why: Refusal) -> None:
-        """Logs it, once for each host and reason. Those who hang up may be anybody."""
-        if (host, why) not in self._refused and len(self._refused) < REFUSALS_MAX:
-            self._refused.add((host, why))
-            log.log(logging.DEBUG if why is Refusal.HUNG_UP else logging.WARNING, "%s %s", host, self._said(why))
+        level = logging.DEBUG if why is Refusal.HUNG_UP else logging.WARNING  # port scanners hang up too
+        self._refusals.log(level, f"{host} {self._said(why)}")
 
     def _said(self, why: Refusal) -> str:
         return f"{why.value} (this node's key: {self._identity.keyring})" if self._identity else why.value
 
 
 class _Connector(aiohttp.BaseConnector):
-    """Connections inside TLS whose other end belongs to the cluster; they are added to `made`."""
+    """Connections inside TLS to members of the cluster; adds them to `made`."""
 
     def __init__(self, identity: Identity, made: weakref.WeakSet[asyncio.Transport]) -> None:
         super().__init__(limit=0)
@@ -342,8 +337,8 @@ class _Connector(aiohttp.BaseConnector):
 
 
 def _is_cancelled() -> bool:
-    """Whether this task was cancelled. All writers of an aiohttp socket wait for one future, so that giving up one
-    send cancels it, and raises CancelledError in tasks that nobody has cancelled."""
+    """Whether this task was cancelled. All writers of an aiohttp socket wait for the same future: the timeout of a send
+    cancels it, which raises CancelledError in other tasks too."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
@@ -354,7 +349,7 @@ def _remote(request: web.Request) -> str:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """Whether something went wrong here: strangers' requests are no news, nor is who hangs up before the answer."""
+    """False for errors that strangers cause: invalid requests, and connections closed before the answer."""
     return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | ConnectionError))
 
 
@@ -372,8 +367,8 @@ def _name(sock: socket.socket) -> str:
         return "unknown"
 
 
-def _why_refused(error: BaseException) -> Refusal | None:
-    """Why the other end and this one are not of one cluster, if that is what the error says."""
+def _why_refused(error: BaseException | None) -> Refusal | None:
+    """The reason that both ends are of different clusters, if the error says so."""
     if isinstance(error, aiohttp.WSServerHandshakeError):
         return Refusal.WANTS_KEY if error.status == HTTPStatus.UPGRADE_REQUIRED else None
-    return refusal(error.__cause__) if error.__cause__ else None
+    return refusal(error.__cause__) if error and error.__cause__ else None

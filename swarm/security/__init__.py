@@ -1,1 +1,1 @@
-"""Who may join and what strangers can cost: keys, certificates, sealed datagrams, rate limits (SECURITY.md)."""
+"""Membership and its enforcement: keys, certificates, sealed datagrams, rate limits (SECURITY.md)."""

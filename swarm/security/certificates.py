@@ -1,18 +1,18 @@
-"""Who a node is to the others: certificates and TLS, from the cluster key alone.
+"""The identity of a node: certificates and TLS from the cluster key alone.
 
-    cluster key ──HKDF──> the cluster's authority (Ed25519; every member derives it, none sends its private half)
+    cluster key ──HKDF──> the cluster's authority (Ed25519; every member derives it, its private half is never sent)
                                │ signs
                                v
-                          a leaf: a fresh key pair, this node's id, good for a day
+                          a leaf: a fresh key pair, this node's id, valid for a day
 
-There is no server that issues certificates, since every member can. Both ends of a connection show theirs and check
-the other's: TLS 1.3 only, no host names, no system-wide authorities, no resumption (a key that was removed must not
-live on in tickets). A member's id stands in its certificate, so that a link tells whose it is before its first message.
+Every member can issue certificates, so there is no server for it. Both ends of a connection present and verify a leaf:
+TLS 1.3 only, no host names, no system-wide authorities, no resumption (tickets would outlive a removed key). The leaf
+contains the node id, so a link identifies its peer before the first message.
 
-A handshake that fails has a reason, and `refusal` finds it: in the verification of this side, or in the alert that the
-other side sent. With TLS 1.3 a client that is turned away may learn so only when it reads for the first time.
+`refusal` finds the reason of a failed handshake, in this side's verification or in the alert of the other side. With
+TLS 1.3 a refused client may learn of it only at its first read.
 
-Must not know: sockets, links, what a node does. Nodes hand in the time of day; OpenSSL compares it with its own clock.
+Must not know: sockets, links. Nodes pass the time of day; OpenSSL compares certificates with its own clock.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from swarm.security.cluster_key import ClusterKey, Keyring
 
-LEAF_LIFE_S = 24 * 3600.0  # a leaf that was stolen without the cluster key is worth nothing a day later
-LEAF_RENEW_S = LEAF_LIFE_S / 2  # so that a node asleep for some hours still shows a valid one
-CLOCK_SKEW_S = 3600.0  # leaves begin so much earlier, for members whose clocks are behind
+LEAF_LIFE_S = 24 * 3600.0  # bounds the use of a stolen leaf
+LEAF_RENEW_S = LEAF_LIFE_S / 2  # a node that slept for hours still has a valid leaf
+CLOCK_SKEW_S = 3600.0  # leaves are valid from this long before their issue, for members with slow clocks
 
 _NODE_URI = "swarm:node:"
 _NODE = re.compile(re.escape(_NODE_URI) + r"([0-9a-f]{16})")
@@ -46,7 +46,7 @@ _FOREVER = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC)
 
 
 class Refusal(Enum):
-    """Why a connection between two nodes was not made. The value ends the sentence 'the other node ...'."""
+    """The reason that two nodes did not connect. The value ends the sentence 'the other node ...'."""
 
     OTHER_KEY = "has another cluster key; give both the same key file"
     FORGED = "claims this cluster's key without having it"
@@ -65,8 +65,8 @@ class Refusal(Enum):
 
 # X509_V_ERR_* of OpenSSL's x509_vfy.h, as in SSLCertVerificationError.verify_code.
 _VERIFY = {
-    2: Refusal.OTHER_KEY,  # the issuer is not known; with 18 to 21 the same, depending on what was sent along
-    7: Refusal.FORGED,  # the issuer's name and not its signature
+    2: Refusal.OTHER_KEY,  # unknown issuer, as 18 to 21, depending on the chain
+    7: Refusal.FORGED,  # the issuer's name without its signature
     9: Refusal.CLOCK,
     10: Refusal.CLOCK,
     18: Refusal.OTHER_KEY,
@@ -77,11 +77,11 @@ _VERIFY = {
     25: Refusal.FORGED,
     79: Refusal.FORGED,
 }
-# OpenSSL's names of alerts that came from the other side, and of what it could not make sense of.
+# OpenSSL's names of received alerts and of bytes that are not TLS.
 _REASONS = {
     "TLSV1_ALERT_UNKNOWN_CA": Refusal.REFUSES_KEY,
     "TLSV1_ALERT_DECRYPT_ERROR": Refusal.REFUSES_KEY,
-    "SSLV3_ALERT_BAD_CERTIFICATE": Refusal.REFUSES_CLOCK,  # what OpenSSL says of one that is not yet valid
+    "SSLV3_ALERT_BAD_CERTIFICATE": Refusal.REFUSES_CLOCK,  # OpenSSL's alert for a leaf that is not yet valid
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": Refusal.REFUSES_CLOCK,
     "TLSV13_ALERT_CERTIFICATE_REQUIRED": Refusal.WANTS_KEY,
     "PEER_DID_NOT_RETURN_A_CERTIFICATE": Refusal.NO_KEY,
@@ -98,7 +98,7 @@ _REASONS = {
 
 
 class Identity:
-    """One node's certificates. `server` and `client` are contexts for `ssl`, and follow when the leaf is renewed."""
+    """The certificates of a node. `server` and `client` are contexts for `ssl`, also after the leaf is renewed."""
 
     def __init__(self, keyring: Keyring, node: str, *, now_s: float) -> None:
         self.node = node
@@ -109,11 +109,11 @@ class Identity:
 
     @property
     def renew_at(self) -> float:
-        """When `renew` should be called next, in seconds since 1970."""
+        """The time to call `renew`, in seconds since 1970."""
         return self._renew_at
 
     def renew(self, now_s: float) -> None:
-        """A new leaf for all connections from now on; those that are open go on."""
+        """Issues a new leaf for new connections; open connections go on."""
         with _in_memory(_issue(self.keyring.first, self.node, now_s)) as path:
             self.server.load_cert_chain(path)
             self.client.load_cert_chain(path)
@@ -124,12 +124,12 @@ class Identity:
 
 
 def visitor(keyring: Keyring) -> ssl.SSLContext:
-    """For a program that is no node and asks one something."""
+    """A client context for a program that is no node, such as `swarm status`."""
     return Identity(keyring, secrets.token_hex(8), now_s=time.time()).client
 
 
 def node_of(connection: ssl.SSLObject) -> str | None:
-    """The node id in the other end's certificate, once the handshake is done; None when it names none."""
+    """The node id in the peer's certificate after the handshake; None when it names no node, or several."""
     names = (connection.getpeercert() or {}).get("subjectAltName", ())
     uris = [str(name[1]) for name in names if name[0] == "URI"]
     found = [match[1] for uri in uris if (match := _NODE.fullmatch(uri))]
@@ -137,22 +137,22 @@ def node_of(connection: ssl.SSLObject) -> str | None:
 
 
 def refusal(error: BaseException) -> Refusal | None:
-    """Why a handshake, or the first read after one, failed with this error; None when it does not concern TLS."""
+    """The reason that a handshake, or the first read after it, failed; None when the error does not concern TLS."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return _VERIFY.get(error.verify_code, Refusal.BROKEN)
     if isinstance(error, ssl.SSLError):
-        reason = getattr(error, "reason", None)  # absent where Python itself made the error
+        reason = getattr(error, "reason", None)  # absent in errors of Python's own
         return _REASONS.get(reason or "", Refusal.HUNG_UP if isinstance(error, ssl.SSLEOFError) else Refusal.BROKEN)
     return None
 
 
 def alert(error: BaseException) -> bytes:
-    """What the other end should still be sent when a handshake in memory failed with this error."""
+    """The alert to send after a handshake in memory failed with this error; may be empty."""
     return getattr(error, "alert", b"")
 
 
 class _Connection(ssl.SSLObject):
-    """Hands out the alert of a handshake that failed: asyncio, which holds it, closes the socket without sending it."""
+    """Keeps the alert of a failed handshake, which asyncio would drop, in the error."""
 
     outgoing: ssl.MemoryBIO
 
@@ -178,7 +178,7 @@ class _Context(ssl.SSLContext):
 def _context(protocol: int, keyring: Keyring) -> ssl.SSLContext:
     context = _Context(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.check_hostname = False  # who signed is what counts: a member may be reached by any name
+    context.check_hostname = False  # the signature decides: a member may be reached by any name
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
     if protocol == ssl.PROTOCOL_TLS_SERVER:
@@ -188,7 +188,7 @@ def _context(protocol: int, keyring: Keyring) -> ssl.SSLContext:
 
 
 def _authority(key: ClusterKey) -> tuple[Ed25519PrivateKey, bytes]:
-    """The private key of a cluster's authority and its certificate in DER; the same every time."""
+    """The private key of a cluster's authority and its certificate in DER. Deterministic."""
     private = Ed25519PrivateKey.from_private_bytes(key.derive("authority"))
     public = private.public_key()
     name = _authority_name(key)
@@ -249,7 +249,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 @contextlib.contextmanager
 def _in_memory(data: bytes) -> Iterator[str]:
-    """A path under which OpenSSL, which reads files alone, finds these bytes; they never touch a disk."""
+    """A path of these bytes in memory, since OpenSSL reads only files and a key must not touch a disk."""
     with os.fdopen(os.memfd_create("swarm-leaf"), "wb", buffering=0) as file:
         file.write(data)
         yield f"/proc/self/fd/{file.fileno()}"

@@ -1,11 +1,11 @@
-"""The cluster key: the one secret that decides who belongs; the file it lies in, and what is derived from it.
+"""The cluster key: the secret of a cluster, its file, and the keys derived from it.
 
     # fingerprint 5d0c1a77
     swarm-key-1:q83vASNFZ4mrze8BI0VniavN7wEjRWeJq83vASNFZ4k          32 random bytes, base64url without padding
 
-A file holds one key, or two while keys are exchanged: the first one signs and seals, both are accepted. Blank lines
-and lines that begin with # mean nothing. Every use has a secret of its own, derived by HKDF-SHA256 under its name, so
-that none of them tells anything of the key or of another one. The fingerprint is derived as well and may be shown.
+A file has a key, or two during a rotation: the first signs and seals, both are accepted. Blank lines and lines that
+begin with # are ignored. Each use has a secret of its own, derived by HKDF-SHA256 (RFC 5869) under its name, so a
+derived secret reveals neither the key nor another secret. The fingerprint is derived too and may be shown.
 
 Must not know: TLS, datagrams, nodes. Keys are never printed: the reprs show fingerprints.
 """
@@ -30,9 +30,9 @@ from swarm.security.datagram_seal import SealKey
 
 PREFIX = "swarm-key-1:"
 KEY_BYTES = 32
-KEYS_MAX = 2  # one that is used, one that comes or goes
-FILE_BYTES_MAX = 4096  # two keys and a few comments; the path may be a slip, and the file huge
-FINGERPRINT_BYTES = 4  # of two clusters that meet by mistake, one pair in four billion looks the same
+KEYS_MAX = 2  # two during a rotation
+FILE_BYTES_MAX = 4096  # two keys and comments; a wrong path may name a huge file
+FINGERPRINT_BYTES = 4  # two clusters have the same fingerprint with a probability of 2**-32
 
 _SALT = b"swarm cluster key 1"
 _LINE = re.compile(re.escape(PREFIX) + r"([A-Za-z0-9_-]{43})")
@@ -40,17 +40,17 @@ _LINE = re.compile(re.escape(PREFIX) + r"([A-Za-z0-9_-]{43})")
 
 @dataclass(frozen=True)
 class ClusterKey:
-    """One secret of KEY_BYTES bytes. Whoever has it is a member."""
+    """A secret of KEY_BYTES bytes. Every holder of it is a member."""
 
     secret: bytes = field(repr=False)
 
     def derive(self, purpose: str, size: int = KEY_BYTES) -> bytes:
-        """`size` bytes that belong to this purpose alone."""
+        """`size` bytes for this purpose alone."""
         return HKDF(SHA256(), size, _SALT, purpose.encode()).derive(self.secret)
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """FINGERPRINT_BYTES bytes that tell keys apart and may be shown to everyone."""
+        """FINGERPRINT_BYTES bytes that identify the key and may be shown."""
         return self.derive("fingerprint", FINGERPRINT_BYTES)
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class ClusterKey:
 
 @dataclass(frozen=True)
 class Keyring:
-    """The keys that this node accepts. It signs and seals with the first."""
+    """The keys that this node accepts; it signs and seals with the first."""
 
     keys: tuple[ClusterKey, ...]
 
@@ -70,7 +70,7 @@ class Keyring:
 
     @property
     def seal_keys(self) -> tuple[SealKey, ...]:
-        """What gossip is sealed with, in the same order."""
+        """The keys of gossip, in the same order."""
         return tuple(SealKey(key.fingerprint, key.derive("gossip")) for key in self.keys)
 
     def __str__(self) -> str:
@@ -78,17 +78,17 @@ class Keyring:
 
 
 def generate() -> ClusterKey:
-    """A new key, from the system's dice."""
+    """A new key of the system's random bytes."""
     return ClusterKey(secrets.token_bytes(KEY_BYTES))
 
 
 def create(path: Path) -> ClusterKey:
-    """Writes a new key to a new file that its owner alone can read. Raises SettingsError ('keygen')."""
+    """Writes a new key to a new file with mode 0600. Raises SettingsError ('keygen')."""
     key = generate()
     line = PREFIX + base64.urlsafe_b64encode(key.secret).rstrip(b"=").decode()
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
-            os.fchmod(file.fileno(), 0o600)  # an odd umask may have taken bits from it
+            os.fchmod(file.fileno(), 0o600)  # the umask may have removed bits
             file.write(f"# fingerprint {key}\n{line}\n")
             file.flush()
             os.fsync(file.fileno())
@@ -100,9 +100,9 @@ def create(path: Path) -> ClusterKey:
 
 
 def load(path: Path) -> Keyring:
-    """The keys of a file. Raises SettingsError ('key_file') when it cannot be used, or others can read it."""
+    """The keys of a file. Raises SettingsError ('key_file') for an unusable file, or when other users can read it."""
     try:
-        # Not blocking: the path may name a pipe, which would be waited for before it can be refused.
+        # O_NONBLOCK: opening a pipe would wait for its writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             _check_private(path, os.fstat(file.fileno()))
             data = file.read(FILE_BYTES_MAX + 1)
@@ -116,7 +116,7 @@ def load(path: Path) -> Keyring:
 
 
 def parse(data: bytes, path: Path) -> Keyring:
-    """The keys in a file's bytes. Raises SettingsError ('key_file'), which never shows what it read."""
+    """The keys in a file's bytes. Raises SettingsError ('key_file'), which never contains these bytes."""
     lines = data.decode("ascii", "replace").splitlines()
     meant = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"]
     keys = [_parse_line(line, f"{path}, line {number}") for number, line in meant]
@@ -135,7 +135,7 @@ def _parse_line(line: str, where: str) -> ClusterKey:
         raise _unusable(f"{where} is no key ({PREFIX} and 43 letters, digits, - or _); copy the line whole")
     try:
         secret = base64.b64decode(match[1] + "=", altchars=b"-_", validate=True)
-    except binascii.Error:  # cannot be, by the pattern, but whoever reads secrets does not guess
+    except binascii.Error:  # the pattern excludes it
         raise _unusable(f"{where} is no base64") from None
     return ClusterKey(secret)
 
@@ -145,7 +145,7 @@ def _check_private(path: Path, found: os.stat_result) -> None:
         raise _unusable(f"{path} is not a file")
     if found.st_uid not in (0, os.geteuid()):
         raise _unusable(f"{path} belongs to another user (uid {found.st_uid}); run: chown {os.geteuid()} {path}")
-    # A secret that an orchestrator mounts belongs to root and is readable by the group that the process runs in.
+    # Orchestrators mount secrets as files of root that the group of the process can read.
     allowed = 0o740 if found.st_uid == 0 and os.geteuid() != 0 else 0o700
     if found.st_mode & 0o777 & ~allowed:
         raise _unusable(f"{path} can be used by others (mode {found.st_mode & 0o777:04o}); run: chmod 600 {path}")

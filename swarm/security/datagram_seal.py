@@ -1,19 +1,19 @@
-"""Sealed datagrams: gossip that only members can read, write, or play again.
+"""Sealed datagrams: only members can read, write or replay gossip.
 
     0       4             8          16         24                       size - 16
     | "SWS" | fingerprint | stream   | number   | encrypted packet       | tag        |
-    | u8: 1 | of the key  | 8 bytes  | u64      | ChaCha20-Poly1305 under the stream's key; what is before is bound |
+    | u8: 1 | of the key  | 8 bytes  | u64      | ChaCha20-Poly1305 (RFC 8439); the header is authenticated too |
 
-A stream is one sealer from its start on, under a random name. The key of a stream is derived from the cluster's key and
-that name; so two processes never share a key and a nonce, whatever their node ids and clocks are. `number` is all of
-nonce, time and order: microseconds since 1970, made greater than the number before.
+A stream is the datagrams of a sealer since its start, under a random name. The key of a stream is derived from the
+cluster key and this name, so two processes never share a key and a nonce, whichever node ids and clocks they have.
+`number` is nonce, time and order at once: microseconds since 1970, increased beyond the last number.
 
-An opener takes every number once. It remembers WINDOW_MAX numbers of each stream, so that datagrams may overtake each
-other; what is below all of these, or further from its own clock than AGE_MAX_S, is refused. So what it may forget was
-too old anyway: nothing is accepted twice, and memory is bounded by STREAMS_MAX streams, which only members can open.
-Members' clocks must agree to AGE_MAX_S.
+An opener accepts each number once. Each stream has an anti-replay window (RFC 6479) of WINDOW_MAX numbers, so datagrams
+may overtake each other; numbers below the window, and numbers further from the own clock than AGE_MAX_S, are refused.
+A stream that is forgotten has only numbers beyond AGE_MAX_S, so no number is accepted twice. Memory is bounded by
+STREAMS_MAX streams, which only members can open. The clocks of members must agree to AGE_MAX_S.
 
-With two keys the first seals and both open. Pure: told the time of day and handed dice; never sees a socket.
+With two keys the first seals and both open. Pure: told the time of day and given random bytes; never sees a socket.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ HEAD_BYTES = len(MAGIC) + HINT_BYTES + STREAM_BYTES + NUMBER_BYTES
 OVERHEAD_BYTES = HEAD_BYTES + TAG_BYTES  # 40
 SEALED_BYTES_MAX = PACKET_BYTES_MAX + OVERHEAD_BYTES
 
-AGE_MAX_S = 120.0  # clocks that are kept at all differ by less; a datagram is under way for far less
-WINDOW_MAX = 128  # numbers of one stream: the largest burst is some 10 datagrams, and few overtake each other
+AGE_MAX_S = 120.0  # synchronized clocks differ by less, and a datagram travels for less
+WINDOW_MAX = 128  # numbers: the largest burst of a stream is about 10 datagrams
 STREAMS_MAX = 4096  # members that send within 2 * AGE_MAX_S, restarts included; about 30 MB when all are busy
 CLOCK_BACK_S = 1.0  # a sealer whose clock goes back by more begins a new stream; its old numbers are in the future
 
 
 class Unopened(Enum):
-    """Why a datagram was not opened. The value ends the sentence 'a datagram that ...'."""
+    """The reason to refuse a datagram. The value ends the sentence 'a datagram that ...'."""
 
     PLAINTEXT = "is not sealed: its sender has no cluster key"
     OTHER_KEY = "is sealed with another cluster key"
@@ -54,14 +54,14 @@ class Unopened(Enum):
 
 
 class SealKey(NamedTuple):
-    """What the cluster key gives to gossip: the secret that stream keys are derived from, and what names it."""
+    """Derived from the cluster key: the secret that stream keys are derived from, and the hint that names it."""
 
     hint: bytes
     secret: bytes
 
 
 class Sealer:
-    """Seals what one process sends. `random_bytes(n)` gives n unpredictable bytes."""
+    """Seals the datagrams of one process. `random_bytes(n)` returns n unpredictable bytes."""
 
     def __init__(self, key: SealKey, random_bytes: Callable[[int], bytes]) -> None:
         self._key = key
@@ -95,14 +95,14 @@ class Sealer:
 
 
 class Opener:
-    """Opens what others sealed with one of these keys, each datagram once."""
+    """Opens datagrams that members sealed with any of these keys, each datagram once."""
 
     def __init__(self, keys: Sequence[SealKey]) -> None:
         self._keys = {key.hint: key for key in keys}
-        self._streams: dict[bytes, _Stream] = {}  # by hint and name; the one that was heard of last is last
+        self._streams: dict[bytes, _Stream] = {}  # by hint and name; the latest is last
 
     def open(self, datagram: bytes, now_s: float) -> bytes | Unopened:
-        """The packet in a datagram, or why there is none; `now_s` in seconds since 1970. Never raises."""
+        """The packet in a datagram, or the reason to refuse it; `now_s` in seconds since 1970. Never raises."""
         if not datagram.startswith(MAGIC):
             return Unopened.PLAINTEXT
         if not OVERHEAD_BYTES <= len(datagram) <= SEALED_BYTES_MAX:
@@ -117,7 +117,7 @@ class Opener:
             return Unopened.CLOCK
         known = self._streams.get(name)
         stream = known or _Stream(_cipher(key, name[HINT_BYTES:]))
-        if not stream.is_new(sent):  # before it is decrypted: the cheaper question first
+        if not stream.is_new(sent):  # before decryption, which costs more
             return Unopened.REPLAYED
         try:
             packet = stream.cipher.decrypt(_nonce(number), datagram[HEAD_BYTES:], datagram[:HEAD_BYTES])
@@ -131,7 +131,7 @@ class Opener:
         return packet
 
     def _make_room(self, now_s: float) -> bool:
-        """Forgets streams of which everything that was accepted is too old to be accepted again, with a margin."""
+        """Forgets streams whose latest number is older than twice AGE_MAX_S: it would not be accepted again."""
         old = []
         for name, stream in self._streams.items():
             if stream.latest / 1e6 + 2 * AGE_MAX_S >= now_s:
@@ -142,7 +142,7 @@ class Opener:
         return len(self._streams) < STREAMS_MAX
 
     def check(self) -> None:
-        """Asserts what must hold between any two datagrams."""
+        """Asserts the invariants that hold between two datagrams."""
         remembered = len(self._streams)
         assert remembered <= STREAMS_MAX
         for stream in self._streams.values():
@@ -153,7 +153,7 @@ class Opener:
 
 
 class _Stream:
-    """Which numbers of one stream were taken: all up to `_floor` count as such, and those in `_taken`, ascending."""
+    """Anti-replay window of a stream. Numbers up to `_floor` count as taken; those above are in `_taken`, ascending."""
 
     def __init__(self, cipher: ChaCha20Poly1305) -> None:
         self.cipher = cipher
@@ -183,7 +183,7 @@ class _Stream:
 
 
 def _cipher(key: SealKey, stream: bytes) -> ChaCha20Poly1305:
-    """The cipher of one stream: HKDF-Expand of one block, with the stream's name as its info."""
+    """The cipher of one stream: HKDF-Expand (RFC 5869) of one block, with the stream's name as info."""
     return ChaCha20Poly1305(hmac.digest(key.secret, stream + b"\1", "sha256"))
 
 

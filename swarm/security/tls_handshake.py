@@ -1,10 +1,8 @@
-"""Handshakes on the loop, for connections that asyncio keeps: TLS, and a last word for those who are refused.
+"""TLS handshakes of connections that asyncio keeps, and a last message to peers that are refused.
 
-asyncio closes the socket of a handshake that failed without sending the alert that says why, and the other side would
-only ever hear that the connection was reset. So a second handle of the socket is kept until it is known how things
-went; through it the alert is sent, and what is still arriving is read, since closing before would discard the alert.
-
-Must not know: links, nodes, whose contexts these are.
+After a failed handshake asyncio closes the socket without sending the alert, so the peer would see only a reset. A
+second handle of the socket stays open meanwhile: the alert goes through it, and pending bytes are read, since closing
+with unread bytes would discard the alert. Must not know: links, nodes, the origin of contexts.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from swarm.security.certificates import alert
 
 Protocol = TypeVar("Protocol", bound=asyncio.Protocol)
 PART_S = 1.0  # a round trip, and time to read an alert
-PART_BYTES_MAX = 64 << 10  # a request or two that were on their way
+PART_BYTES_MAX = 64 << 10  # requests that were on their way
 
 
 async def shake(
@@ -31,10 +29,8 @@ async def shake(
     server_side: bool,
     timeout_s: float,
 ) -> tuple[asyncio.Transport, Protocol]:
-    """TLS over a connected socket, which belongs to the transport from now on, and is closed when this fails.
-
-    Raises OSError, of which ssl.SSLError is one; see `identity.refusal`.
-    """
+    """TLS over a connected socket, which this owns and closes on failure. Raises OSError, ssl.SSLError among them; see
+    `certificates.refusal`."""
     loop = asyncio.get_running_loop()
     spare = sock.dup()
     try:
@@ -51,7 +47,7 @@ async def shake(
 
 
 async def part(sock: socket.socket, last_words: bytes) -> None:
-    """Says something to who is turned away, and gives it time to read that. Never raises OSError; does not close."""
+    """Sends `last_words` to a refused peer and gives it PART_S to read them. Never raises OSError; does not close."""
     loop = asyncio.get_running_loop()
     with contextlib.suppress(OSError):  # TimeoutError is one
         async with asyncio.timeout(PART_S):

@@ -79,7 +79,7 @@ def test_does_a_swarm_that_is_well_log_only_what_a_person_acts_on(
     flags = ["--no-mdns"]
     if keyed:
         [fingerprint] = re.findall("[0-9a-f]{8}", machine.run("keygen", "swarm.key").out)
-        opening = f"cluster key {fingerprint}: only members are talked to"
+        opening = f"cluster key {fingerprint}: only members can connect"
         flags += ["--key-file", "swarm.key"]
     as_json = [*flags, "--log-json"]
 
