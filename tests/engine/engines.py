@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 300.0  # of a machine that does other things as well
 LOOK_EVERY_S = 0.05
 MODEL_ID = f"org/model-{secrets.token_hex(4)}"  # multicast DNS finds the engines of other runs on this machine, too
-SWARM = (str(Path(sys.executable).with_name("swarm")), "run", "--model-id", MODEL_ID)
+SWARM = (sys.executable, "-m", "swarm", "run", "--model-id", MODEL_ID)
 
 
 @dataclass(frozen=True)
