@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -308,6 +309,7 @@ async def fetch_on(
     timeout_s: float | None,
     settings: Settings,
     device: str = "cpu",
+    abandon_s: float = math.inf,
 ) -> tuple[Fetched, Store, Path | None]:
     """Fetches on an open node: what came of it, the store, and the directory if there is one."""
     if digest is not None and not _DIGEST.fullmatch(digest):
@@ -329,7 +331,7 @@ async def fetch_on(
     store, path = await loop.run_in_executor(None, lambda: _store(model_id, manifest, out, into, device, settings))
     left_s = None if timeout_s is None else max(0.1, timeout_s - (node.now() - began))
     try:
-        fetched = await node.fetch(ModelId(model_id), store, origin=origin, timeout_s=left_s)
+        fetched = await node.fetch(ModelId(model_id), store, origin=origin, timeout_s=left_s, abandon_s=abandon_s)
     except FetchTimeout as error:
         raise FetchTimeout(model_id, timeout_s=timeout_s or error.timeout_s, fraction=error.fraction) from error
     try:

@@ -88,7 +88,7 @@ class CheckpointFiles:
     def _use(self, directory: Path) -> None:
         self._directory, self._stamps = directory, _stamps(directory)
 
-    def fetch(self) -> Path:
+    def fetch(self, *, abandon_s: float) -> Path:
         """The directory with all files, fetched unless another rank of this host has done so.
 
         Raises StoreError when another rank takes too long, ManifestInvalid for files other than those that this engine
@@ -103,7 +103,7 @@ class CheckpointFiles:
         cache_gc.prune(self._cache, self._node.settings.cache_limit_bytes, need_bytes=missing_bytes)
         with _locked(place):
             if not self._complete(place):
-                runtime().run(self._fetch(place, self.content))
+                runtime().run(self._fetch(place, self.content, abandon_s))
             manifest = manifest_builder.recall(self._cache, place)
             if manifest is None:
                 raise StoreError(f"{place}: the manifest of this fetch was not kept; is {self._cache} writable?")
@@ -120,11 +120,11 @@ class CheckpointFiles:
             and all((place / f.path).is_file() and (place / f.path).stat().st_size == f.size for f in manifest.files)
         )
 
-    async def _fetch(self, place: Path, content: Digest) -> None:
+    async def _fetch(self, place: Path, content: Digest, abandon_s: float) -> None:
         settings = self._node.settings
         fetched, _, _ = await fetch_on(
             await self._node.open(), self._node.model_id, out=place, into=None, digest=content,
-            timeout_s=settings.timeout_s, settings=settings,
+            timeout_s=settings.timeout_s, settings=settings, abandon_s=abandon_s,
         )  # fmt: skip
         self._node.log_fetch(fetched)
 

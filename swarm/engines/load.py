@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ SETTLE_S = 0.4  # wait for further announcements after the first
 POLL_S = 0.05
 OTHERS_ASKED_MAX = 3  # layouts that are compared with ours, for the log
 OTHER_TIMEOUT_S = 2.0
+ABANDON_S = 1.0  # without a peer that holds a missing chunk, before a tier gives way to the next
 
 Unread: TypeAlias = "Callable[[metadata.CheckpointDescription], str]"
 Ways: TypeAlias = Mapping[TierName, Callable[[], object]]
@@ -84,6 +86,7 @@ class RankLoader:
         self._engine = engine
         self._fields = dict(fields)
         self._attempts: list[TierAttempt] = []
+        self._abandon_s = math.inf  # of the tier that is tried
         self._peers: int | None = None  # that serve the model
 
     def load(self, ways: Ways, *, unsafe: str = "", unread: Unread | None = None) -> TierName:
@@ -115,6 +118,7 @@ class RankLoader:
                 self._decide(choice.tier, False, choice.why)
                 continue
             began = time.monotonic()
+            self._abandon_s = ABANDON_S if choice.alternative else math.inf
             try:
                 ways[choice.tier]()
             except Exception as error:
@@ -232,7 +236,7 @@ class RankLoader:
         await asyncio.to_thread(_demand_twin, artifact, manifest, ours, targets)
         store = await asyncio.to_thread(IntoStore, manifest, targets)
         log.info("%s: fetches loaded tensors, %d bytes as %s", self, manifest.size, ours.digest)
-        fetched = await node.fetch(artifact, store, timeout_s=self.settings.timeout_s)
+        fetched = await node.fetch(artifact, store, timeout_s=self.settings.timeout_s, abandon_s=self._abandon_s)
         self.node.log_fetch(fetched)
         if self.options.serve:
             self.server.adopt(manifest.digest)
@@ -242,7 +246,7 @@ class RankLoader:
 
     def fetch_checkpoint(self) -> Path:
         """The directory with the checkpoint's files. Raises as `CheckpointFiles.fetch` does."""
-        return self.files.fetch()
+        return self.files.fetch(abandon_s=self._abandon_s)
 
     # After warm-up
 

@@ -65,10 +65,11 @@ class RankNode:
         runtime().run(withdraw())
 
     def log_fetch(self, fetched: Fetched) -> None:
-        """Logs bytes, seconds, rate and sources."""
+        """Logs bytes, transports, seconds, rate and sources."""
+        over = f" over {' and '.join(fetched.transports)}" if fetched.transports else ""
         log.info(
-            "%s: fetched %s in %.2f s (%s/s) from %s (%s)",
-            self, size_text(fetched.bytes - fetched.resumed_bytes), fetched.seconds,
+            "%s: fetched %s%s in %.2f s (%s/s) from %s (%s)",
+            self, size_text(fetched.bytes - fetched.resumed_bytes), over, fetched.seconds,
             size_text(fetched.rate_bytes_per_s), count(len(fetched.sources), "source"),
             ", ".join(f"{name} {size_text(size)}" for name, size in fetched.sources.items()),
         )  # fmt: skip

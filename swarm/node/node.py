@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import random
 from collections import Counter
 from collections.abc import Collection, Coroutine, Iterator
@@ -65,7 +66,7 @@ log = logging.getLogger("swarm")
 
 @dataclass(frozen=True)
 class Fetched:
-    """A finished fetch. `sources`: bytes by the name of the peer they came from."""
+    """A finished fetch. `sources`: bytes by the peer's name; `transports`: the schemes that brought them."""
 
     model_id: ModelId
     digest: Digest
@@ -74,6 +75,7 @@ class Fetched:
     sources: dict[str, int]
     rejected_chunks: int
     resumed_bytes: int
+    transports: tuple[str, ...] = ()
 
     @property
     def rate_bytes_per_s(self) -> float:
@@ -201,9 +203,18 @@ class Node:
         return None
 
     async def fetch(
-        self, model_id: ModelId, store: Store, *, origin: Origin | None = None, timeout_s: float | None = None
+        self,
+        model_id: ModelId,
+        store: Store,
+        *,
+        origin: Origin | None = None,
+        timeout_s: float | None = None,
+        abandon_s: float = math.inf,
     ) -> Fetched:
         """Fills a store from every peer that has its artifact, seals it, and serves it from then on.
+
+        `abandon_s`: seconds without a linked peer that holds a missing chunk, after which a fetch with an alternative
+        gives up sooner than a stalled fetch.
 
         Raises FetchError when it gives up and StoreError when the store fails. The store is closed then; a directory
         keeps what was verified for the next attempt.
@@ -212,6 +223,7 @@ class Node:
         held = Bitfield(len(manifest.chunks))
         share = Share(model_id, store, held, origin)
         sources: dict[str, int] = {}
+        transports: tuple[str, ...] = ()
         rejected_chunks = 0
         try:
             async with asyncio.timeout(timeout_s):
@@ -223,8 +235,8 @@ class Node:
                 if own:
                     sources[self.name] = await self._copy(own, store, held)
                 else:
-                    fetching = await self._fetch(share, store)
-                    sources = fetching.sources()
+                    fetching = await self._fetch(share, store, abandon_s)
+                    sources, transports = fetching.sources(), tuple(sorted(fetching.transports))
                     rejected_chunks = fetching.machine.rejected_chunks
             await self._loop.run_in_executor(None, store.seal)
         except BaseException as error:
@@ -241,7 +253,7 @@ class Node:
         self.record("node", FetchEnded(manifest.digest, None))
         self._shares.add(share)
         seconds = self.now() - began
-        return Fetched(model_id, manifest.digest, manifest.size, seconds, sources, rejected_chunks, resumed)
+        return Fetched(model_id, manifest.digest, manifest.size, seconds, sources, rejected_chunks, resumed, transports)
 
     async def _copy(self, own: Share, store: Store, held: Bitfield) -> int:
         own.users += 1  # nobody closes it meanwhile
@@ -250,7 +262,7 @@ class Node:
         finally:
             self.release(own.manifest.digest)
 
-    async def _fetch(self, share: Share, store: Store) -> DownloadDriver:
+    async def _fetch(self, share: Share, store: Store, abandon_s: float) -> DownloadDriver:
         fetching = share.fetching = DownloadDriver(
             share.model_id,
             store,
@@ -258,6 +270,7 @@ class Node:
             host=self,
             idle_timeout_s=self._idle_timeout_s,
             stall_timeout_s=self._stall_timeout_s,
+            abandon_s=abandon_s,
             transfer_ids=self._transfer_ids,
             rng=self._rng,
             announce=partial(self._shares.tell, share.manifest.digest),

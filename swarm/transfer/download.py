@@ -12,7 +12,8 @@
 - A seed with nothing to give rests for the time that it names; every other failure doubles the rest of its peer.
 - The first verified chunk is announced at once, further chunks every `scheduler.announce_every_s`. The driver sends a
   `Tick` at `due_at`.
-- The download gives up when no chunk is verified for `stall_timeout_s`.
+- The download gives up when no chunk is verified for `stall_timeout_s`, or, if its caller has another source, when no
+  joined peer holds a missing chunk for `abandon_s`.
 
 `check()` states the invariants; the simulation calls it after every event.
 """
@@ -111,6 +112,7 @@ class Download:
         stall_timeout_s: float,
         transfer_ids: Iterator[int],
         rng: random.Random,
+        abandon_s: float = math.inf,
     ) -> None:
         self.manifest = manifest
         self.held = held
@@ -124,10 +126,12 @@ class Download:
         self._has_mates = False
         self._idle_timeout_s = idle_timeout_s
         self._stall_timeout_s = stall_timeout_s
+        self._abandon_s = abandon_s
         self._rng = rng
         self._now = now
         self._began = now
         self._progress_at = now
+        self._sourced_at = now  # the last tick at which a peer held a missing chunk; kept if `abandon_s` is finite
         self._peers: dict[NodeId, _Peer] = {}
         self._banned: set[NodeId] = set()
         self._transfers: dict[int, _Transfer] = {}
@@ -150,7 +154,8 @@ class Download:
         actions = self._react(event)
         if self.held.complete:
             return [*self._announce(at_once=True), *actions, *self._finish("complete"), Complete()]
-        if (waited_s := now - self._progress_at) > self._stall_timeout_s:
+        waited_s = now - self._progress_at
+        if waited_s > self._stall_timeout_s or now - self._sourced_at > self._abandon_s:
             missing = self.held.length - len(self.held)
             give_up = GiveUp(missing, waited_s, self._tried())
             return [*self._announce(at_once=True), *actions, *self._finish("stalled"), give_up]
@@ -194,6 +199,8 @@ class Download:
                 if not self._starved and self._now - self._progress_at > patience_s:
                     self._starved = True
                     self._look_again()
+                if math.isfinite(self._abandon_s) and self._rarity[~self.held.mask].any():
+                    self._sourced_at = self._now
                 return self._cut_silent(received_bytes)
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")

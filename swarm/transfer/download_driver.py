@@ -65,6 +65,7 @@ class DownloadDriver:
         host: Host,
         idle_timeout_s: float,
         stall_timeout_s: float,
+        abandon_s: float = math.inf,
         transfer_ids: Iterator[int],
         rng: random.Random,
         announce: Callable[[list[int]], None],
@@ -76,9 +77,11 @@ class DownloadDriver:
             now=host.now(),
             idle_timeout_s=idle_timeout_s,
             stall_timeout_s=stall_timeout_s,
+            abandon_s=abandon_s,
             transfer_ids=transfer_ids,
             rng=rng,
         )
+        self.transports: set[str] = set()  # schemes that brought verified chunks
         self.names: dict[NodeId, str] = {}  # by node id, of every peer that was asked: some have left by the end
         self._announce = announce
         self._model_id = model_id
@@ -284,6 +287,7 @@ class DownloadDriver:
             self._verified(peer, number, [landed.chunk])
 
     def _verified(self, peer: Peer, number: int, chunks: Sequence[Chunk]) -> None:
+        self.transports.add(peer.scheme)
         for chunk in chunks:
             self._host.record(peer.node, Received(peer.node, self.digest, chunk.index, chunk.size))
         self.handle(events.ChunksVerified(peer.node, number, tuple(chunk.index for chunk in chunks)))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 
 from swarm.checkpoint import manifest_builder
+from swarm.content.manifest import Manifest
 from swarm.engines import metadata, start_log
 from swarm.engines.layout import is_loaded, metadata_id
 from swarm.engines.load import RankLoader
@@ -45,9 +49,17 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         *peers: RankLoader,
         fields: dict[str, str] = FIELDS,
         rank: int = 0,
+        upload_limit: float | None = None,
         **more: object,
     ) -> RankLoader:
-        settings = Settings(name=name, mdns=False, cache=tmp_path / name, peers=tuple(map(address, peers)), fsync=False)
+        settings = Settings(
+            name=name,
+            mdns=False,
+            cache=tmp_path / name,
+            peers=tuple(map(address, peers)),
+            fsync=False,
+            upload_limit=upload_limit,
+        )
         options = LoadOptions(settings, model_id=MODEL, look_s=3.0 if peers else 0.1)
         options = dataclasses.replace(options, **more)  # type: ignore[arg-type]
         model = str(directory or MODEL)
@@ -66,15 +78,26 @@ def address(loader: RankLoader) -> str:
     return loader.node.opened.address
 
 
-def seed(start: Callable[..., RankLoader], model: Path, **more: object) -> RankLoader:
+def seed(
+    start: Callable[..., RankLoader], model: Path, kept: dict[str, torch.Tensor] | None = None, **more: object
+) -> RankLoader:
     """A worker that has loaded from disk and serves."""
     a = start("a", model, **more)
     assert a.load({"disk": lambda: None}) == "disk"
-    a.server.keep(lambda: tensors(1.0))
+    a.server.keep(lambda: kept or tensors(1.0))
     a.ready()
     assert a.server.serving is not None
     a.server.serving.result(30)
     return a
+
+
+def hashed(model: Path, cache: Path) -> Manifest:
+    """Hashes a model, as a machine that has served it before."""
+    for path in model.iterdir():
+        os.utime(path, (1, 1))  # long enough ago for the hashes to be trusted
+    manifest, source, _ = manifest_builder.checkpoint(model, cache_dir=cache)
+    source.close()
+    return manifest
 
 
 def bare(tmp_path: Path, a: RankLoader, name: str = "b") -> Path:
@@ -133,15 +156,12 @@ def test_does_what_cannot_be_served_keep_nothing_else_from_being_served(
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
 ) -> None:
-    for path in sharded.iterdir():
-        os.utime(path, (1, 1))  # long enough ago for the hashes to be trusted: it is known what was loaded
-    _, source, _ = manifest_builder.checkpoint(sharded, cache_dir=tmp_path / "a")
-    source.close()
+    manifest = hashed(sharded, tmp_path / "a")  # so that the loaded content is known
     a = start("a", sharded)
     a.load({"disk": lambda: None})
     a.server.keep(lambda: tensors(1.0))
     assert a.files.content is not None
-    metadata.stage(tmp_path / "a", sharded, source.manifest)
+    metadata.stage(tmp_path / "a", sharded, manifest)
     if patched := FAILING[failing](a):
         monkeypatch.setattr(*patched, nowhere)
     compiled: list[str] = []
@@ -247,6 +267,85 @@ def test_are_tensors_of_another_shape_refused_before_any_is_written(
     assert untied["embed"].sum() == 0
     (_, recorded) = start_log.recall(tmp_path / "b")[0]
     assert "is no twin: 1 missing there: head; 1 tied differently: head" in recorded.attempts[0].why
+
+
+def test_does_an_engine_with_files_not_wait_for_a_source_that_died(
+    start: Callable[..., RankLoader], model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    hashed(model, tmp_path / "b")
+    big = {"weight": torch.ones(4 << 20)}
+    a = seed(start, model, big, upload_limit=1e6)
+    b = start("b", model, a)
+
+    def die() -> None:
+        a.node.opened = None
+        runtime().run(runtime().release(a.settings))
+
+    def loaded() -> None:
+        threading.Timer(0.5, die).start()
+        b.fetch_loaded({"weight": torch.zeros(4 << 20)})
+
+    assert b.load({"loaded": loaded, "disk": lambda: None}) == "disk"
+    (_, recorded) = start_log.recall(tmp_path / "b")[0]
+    assert "stalled" in recorded.attempts[0].why
+    assert recorded.attempts[0].failed
+    assert recorded.attempts[0].seconds < 5.0, "not stall_timeout_s, which is 30 s"
+
+
+def test_does_the_log_tell_transport_and_rate_of_a_fetch(
+    start: Callable[..., RankLoader], model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = seed(start, model)
+    b, c = start("b", bare(tmp_path, a), a), start("c", bare(tmp_path, a, "c"), a, fields={**FIELDS, "tp": "0 of 2"})
+    with caplog.at_level("INFO", "swarm"):
+        b.load({"loaded": lambda: b.fetch_loaded(tensors(0.0))})
+        c.load({"checkpoint": c.fetch_checkpoint})
+    fetched = [record.getMessage() for record in caplog.records if " fetched " in record.getMessage()]
+    assert len(fetched) == 2
+    for line in fetched:
+        assert re.search(
+            r"fetched [0-9.]+ kB over inproc in [0-9.]+ s \([0-9.]+ .?B/s\) from 1 source \(a-0 [0-9.]+ kB\)", line
+        )
+
+
+def test_is_a_model_that_the_engine_downloaded_served_at_once(
+    start: Callable[..., RankLoader], model: Path, tmp_path: Path
+) -> None:
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / ("c" * 40)
+
+    def download() -> None:
+        snapshot.parent.parent.joinpath("refs").mkdir(parents=True)
+        snapshot.parent.parent.joinpath("refs", "main").write_text(snapshot.name)
+        shutil.copytree(model, snapshot)
+
+    a = start("a", None)
+    assert a.load({"disk": download}) == "disk"
+    assert a.files.content is None, "it is known once the files are hashed"
+    a.server.keep(lambda: tensors(1.0))
+    a.ready()
+    assert a.server.serving is not None
+    a.server.serving.result(30)
+    b = start("b", bare(tmp_path, a), a)
+    got = tensors(0.0)
+    assert b.load({"loaded": lambda: b.fetch_loaded(got), "disk": nowhere}) == "loaded"
+    assert torch.equal(got["head"], tensors(1.0)["head"])
+    c = start("c", bare(tmp_path, a, "c"), a, fields={**FIELDS, "tp": "0 of 2"})
+    assert c.load({"checkpoint": c.fetch_checkpoint, "disk": nowhere}) == "checkpoint"
+
+
+def test_is_a_download_not_served_as_the_content_of_peers(
+    start: Callable[..., RankLoader], model: Path, tmp_path: Path
+) -> None:
+    """The hub's revision may differ from the content that peers serve, and that the metadata was of."""
+    a = seed(start, model)
+    b = start("b", bare(tmp_path, a), a)
+    assert b.load({"loaded": nowhere, "checkpoint": nowhere, "disk": lambda: None}) == "disk"
+    b.server.keep(lambda: tensors(2.0))
+    b.ready()
+    assert b.server.serving is not None
+    b.server.serving.result(30)
+    assert b.node.opened is not None
+    assert b.node.opened._shares.announcements() == ()
 
 
 def test_is_it_disk_when_there_is_nobody(start: Callable[..., RankLoader], model: Path) -> None:

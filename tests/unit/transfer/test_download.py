@@ -45,7 +45,7 @@ A, B, SEED, LIAR, HONEST = (NodeId(name) for name in ("a", "b", "seed", "liar", 
 class Fetch:
     """A download of `chunks` chunks of which `held` are here; every step is checked."""
 
-    def __init__(self, chunks: int, *, held: Sequence[int] = (), seed: int = 0) -> None:
+    def __init__(self, chunks: int, *, held: Sequence[int] = (), seed: int = 0, abandon_s: float = math.inf) -> None:
         self.machine = Download(
             Content.random(0, chunks=chunks, chunk_bytes=64).manifest,
             Bitfield(chunks, held),
@@ -55,6 +55,7 @@ class Fetch:
             stall_timeout_s=STALL_S,
             transfer_ids=itertools.count(),
             rng=random.Random(seed),
+            abandon_s=abandon_s,
         )
         self.now = 0.0
 
@@ -302,6 +303,29 @@ def test_every_chunk_puts_the_stall_off() -> None:
     fetch.tell(ChunksVerified(A, ask.transfer, (ask.chunks[0],)), at=STALL_S - 1.0)
     assert not any(isinstance(action, GiveUp) for action in fetch.tell(Tick(), at=2 * STALL_S - 2.0))
     assert isinstance(fetch.tell(Tick(), at=2 * STALL_S)[-1], GiveUp)
+
+
+def test_a_download_with_an_alternative_gives_up_soon_after_its_last_holder_left() -> None:
+    fetch = Fetch(4, abandon_s=1.0)
+    fetch.joined("a")
+    fetch.tell(PeerJoined(B, Bitfield(4)))  # holds nothing
+    assert not any(isinstance(action, GiveUp) for action in fetch.tell(Tick(), at=10.0))
+    fetch.tell(PeerLeft(A, "closed the link"), at=10.1)
+    assert not any(isinstance(action, GiveUp) for action in fetch.tell(Tick(), at=10.9))
+    fetch.tell(PeerHas(B, (3,)))
+    fetch.later(2.0)
+    assert not fetch.machine.done, "a holder is back"
+    fetch.tell(PeerLeft(B, "closed the link"))
+    giving_up = fetch.tell(Tick(), at=fetch.now + 1.1)[-1]
+    assert giving_up == GiveUp(4, fetch.now, ("a: closed the link", "b: closed the link"))
+
+
+def test_a_download_without_an_alternative_waits_for_a_holder() -> None:
+    fetch = Fetch(4)
+    fetch.joined("a")
+    fetch.tell(PeerLeft(A, "closed the link"), at=1.0)
+    fetch.later(STALL_S - 2.0)
+    assert not fetch.machine.done
 
 
 def test_complete_comes_once_and_then_nothing() -> None:
