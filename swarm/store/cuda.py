@@ -1,14 +1,12 @@
-"""What is asked of CUDA below torch: copies between addresses, pinned memory, and memory shared between processes.
+"""CUDA below torch: copies between addresses, pinned memory, memory shared between processes (CUDA IPC).
 
-One `Gpu` a device, made by `gpu(index)`. Streams and pinned buffers are torch's, so that they count in its books;
-copies and shared memory go to the driver itself (libcuda, whose functions do not change), because they are about
-addresses and not tensors: a chunk is rarely a tensor.
+One `Gpu` a device, made by `gpu(index)`. Streams and pinned buffers are torch's, so that torch accounts for them.
+Copies and shared memory call the driver (libcuda, whose functions are stable): a chunk is rarely a whole tensor.
 
     address -> export -> handle, offset     another process: open(handle) + offset -> the same bytes
 
-What was enqueued on the current stream of a thread is what 'so far' means here: torch's notion, except while a thread
-moves bytes for a transport (`moving`), which has streams of its own.
-Nothing happens on import: torch is imported, and the driver loaded, when the first `Gpu` is made.
+The current stream of a thread is torch's, except inside `moving`: transports have streams of their own.
+The import has no effect: the first `Gpu` imports torch and loads the driver.
 Must not know: chunks, tensors, transports.
 """
 
@@ -26,42 +24,42 @@ import numpy as np
 
 from swarm.errors import StoreError
 
-HANDLE_BYTES = 64  # the driver's own
+HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _LAZY_ENABLE_PEER_ACCESS = 1
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 
-FIRST = -1  # a stream's priority; usual is 0
+FIRST = -1  # stream priority; the default is 0
 
 _home: int | None = None
 
 
 class CudaError(StoreError):
-    """The driver refused something, or a kernel that ran before failed."""
+    """The driver refused a call, or an earlier kernel failed."""
 
 
 @contextlib.contextmanager
-def torch_errors(what: str) -> Iterator[None]:
-    """What torch raises meanwhile, for want of memory or when a kernel has failed, becomes a CudaError."""
+def torch_errors(subject: str) -> Iterator[None]:
+    """Raises CudaError for a RuntimeError of torch: out of memory, or a failed kernel."""
     try:
         yield
     except RuntimeError as error:
-        raise CudaError(f"{what}: {error}") from error
+        raise CudaError(f"{subject}: {error}") from error
 
 
 def in_use() -> bool:
-    """Whether this process uses a GPU already; asking does not make it use one."""
+    """Whether this process uses a GPU; the call itself initialises nothing."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
 
 
 def settle(index: int) -> None:
-    """Tells that this process has tensors on a GPU: what belongs to no tensor goes there as well."""
+    """Sets the GPU that `home` returns: the last with tensors of this process."""
     global _home
     _home = index
 
 
 def home() -> int:
-    """The GPU that this process's tensors are on; the one told last, where there are several."""
+    """The GPU for bytes that belong to no tensor: the last of `settle`, else torch's current device."""
     if _home is not None:
         return _home
     import torch
@@ -70,31 +68,31 @@ def home() -> int:
 
 
 class CudaStream(Protocol):
-    """What others need of a stream of torch."""
+    """The part of `torch.cuda.Stream` in use."""
 
     cuda_stream: int
 
     def wait_stream(self, other: Any) -> None:
-        """What is enqueued from now on waits for what the other stream has enqueued so far."""
+        """Makes later work on this stream wait for the work already enqueued on `other`."""
 
     def query(self) -> bool:
-        """Whether everything enqueued so far is done."""
+        """Whether all enqueued work is done."""
 
     def synchronize(self) -> None:
-        """Waits for everything enqueued so far."""
+        """Blocks until all enqueued work is done."""
 
 
 class CudaEvent(Protocol):
-    """What others need of an event of torch."""
+    """The part of `torch.cuda.Event` in use."""
 
     def record(self, stream: CudaStream) -> None:
-        """Marks what was enqueued on the stream so far."""
+        """Marks the work enqueued on the stream."""
 
     def query(self) -> bool:
-        """Whether what was marked is done."""
+        """Whether the marked work is done."""
 
     def synchronize(self) -> None:
-        """Waits for what was marked."""
+        """Blocks until the marked work is done."""
 
 
 class Handle(ctypes.Structure):
@@ -104,7 +102,7 @@ class Handle(ctypes.Structure):
 
 
 class Pinned:
-    """Host memory that a GPU copies from and to without a detour."""
+    """Page-locked host memory, which a GPU accesses directly."""
 
     def __init__(self, size: int) -> None:
         import torch
@@ -115,18 +113,19 @@ class Pinned:
 
 
 class Gpu:
-    """One device. Any thread."""
+    """A device. Thread-safe."""
 
     def __init__(self, index: int) -> None:
         import torch
 
         torch.cuda.init()  # type: ignore[no-untyped-call]
         self.index = index
-        self.side = new_stream(index)  # for what must not wait for the work of whoever owns the tensors
+        self.side = new_stream(index)  # for copies that must not wait for the tensors' owner
         self._driver, self._prompt = _driver(ctypes.CDLL), _driver(ctypes.PyDLL)
         device, self._context = ctypes.c_int(), ctypes.c_void_p()
-        self._ask("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
-        self._ask("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        self._check("cuDeviceGet", self._driver.cuDeviceGet(ctypes.byref(device), ctypes.c_int(index)))
+        retained = self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(self._context), device)
+        self._check("cuDevicePrimaryCtxRetain", retained)
 
     def current(self) -> CudaStream:
         """The thread's current stream on this device."""
@@ -140,88 +139,84 @@ class Gpu:
         return cast(CudaStream, torch.cuda.current_stream(self.index))
 
     def event(self) -> CudaEvent:
-        """One that no kernel waits for, only the host."""
+        """A new event."""
         import torch
 
         return cast(CudaEvent, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
     def copy(self, target: int, source: int, size: int, *, stream: int) -> None:
-        """Enqueues a copy between two addresses, of GPUs or the host, on a stream (its number)."""
+        """Enqueues a copy between addresses of GPUs or the host; `stream` is a `cuda_stream` number."""
         where = ctypes.c_void_p(stream)
         parts = ctypes.c_uint64(target), ctypes.c_uint64(source), ctypes.c_size_t(size)
-        with self._inside():
-            self._ask("cuMemcpyAsync", *parts, where, prompt=True)
+        self._call("cuMemcpyAsync", *parts, where, prompt=True)
 
     def allocation(self, address: int) -> tuple[int, int, int]:
-        """Start and size of the allocation that an address lies in, and a number that no other one of this process
-        has had. Raises CudaError for memory that is not this process's."""
+        """Start, size and process-wide unique number of the allocation that contains an address.
+
+        Raises CudaError for memory of another process.
+        """
         start, size, number = ctypes.c_uint64(), ctypes.c_size_t(), ctypes.c_uint64()
         where = ctypes.c_uint64(address)
-        with self._inside():
-            self._ask("cuMemGetAddressRange_v2", ctypes.byref(start), ctypes.byref(size), where, prompt=True)
-            self._ask("cuPointerGetAttribute", ctypes.byref(number), ctypes.c_int(_BUFFER_ID), where, prompt=True)
+        self._call("cuMemGetAddressRange_v2", ctypes.byref(start), ctypes.byref(size), where, prompt=True)
+        self._call("cuPointerGetAttribute", ctypes.byref(number), ctypes.c_int(_BUFFER_ID), where, prompt=True)
         return start.value, size.value, number.value
 
     def export(self, start: int) -> bytes:
-        """The handle of an allocation. Raises CudaError where it cannot be shared (expandable segments, managed)."""
+        """The IPC handle of an allocation. Raises CudaError for expandable segments and managed memory."""
         handle = Handle()
-        with self._inside():
-            self._ask("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(start))
+        self._call("cuIpcGetMemHandle", ctypes.byref(handle), ctypes.c_uint64(start))
         return bytes(handle.bytes)
 
     def open(self, handle: bytes) -> int:
-        """Where another process's allocation begins here. Raises CudaError; each `open` needs a `close`."""
+        """Maps another process's allocation and returns its address; needs a `close`. Raises CudaError."""
         start = ctypes.c_uint64()
         raw = Handle.from_buffer_copy(handle)
-        with self._inside():
-            self._ask("cuIpcOpenMemHandle_v2", ctypes.byref(start), raw, ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS))
+        self._call("cuIpcOpenMemHandle_v2", ctypes.byref(start), raw, ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS))
         return start.value
 
     def close(self, start: int) -> None:
-        """Undoes one `open`."""
-        with self._inside():
-            self._ask("cuIpcCloseMemHandle", ctypes.c_uint64(start))
+        """Undoes an `open`."""
+        self._call("cuIpcCloseMemHandle", ctypes.c_uint64(start))
 
     def load(self, image: bytes) -> int:
-        """Loads compiled kernels (a cubin, fatbin or PTX), for good. May wait until the GPU is idle."""
+        """Loads a module (cubin, fatbin or PTX) for the life of the process. May wait until the GPU is idle."""
         module = ctypes.c_void_p()
-        with self._inside():
-            self._ask("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
+        self._call("cuModuleLoadData", ctypes.byref(module), ctypes.c_char_p(image))
         return module.value or 0
 
     def function(self, module: int, name: str) -> int:
         """A kernel of a loaded module."""
         function = ctypes.c_void_p()
-        with self._inside():
-            self._ask("cuModuleGetFunction", ctypes.byref(function), ctypes.c_void_p(module), name.encode())
+        self._call("cuModuleGetFunction", ctypes.byref(function), ctypes.c_void_p(module), name.encode())
         return function.value or 0
 
     def launch(self, function: int, blocks: int, threads: int, arguments: Sequence[Any], *, stream: int) -> None:
-        """Enqueues a kernel on a stream (its number); `arguments` are ctypes objects."""
-        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(one) for one in arguments))
+        """Enqueues a kernel; `arguments` are ctypes objects, `stream` is a `cuda_stream` number."""
+        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         grid = [ctypes.c_uint(size) for size in (blocks, 1, 1, threads, 1, 1, 0)]  # the last: shared memory, in bytes
-        with self._inside():
-            where = ctypes.c_void_p(function), ctypes.c_void_p(stream)
-            self._ask("cuLaunchKernel", where[0], *grid, where[1], addresses, None, prompt=True)
+        where = ctypes.c_void_p(function), ctypes.c_void_p(stream)
+        self._call("cuLaunchKernel", where[0], *grid, where[1], addresses, None, prompt=True)
 
     def enter(self) -> None:
-        """Makes the device's context this thread's, for good: torch does so only for threads that run kernels. It makes
-        the device torch's current one as well: not for a thread of anybody else's."""
-        self._ask("cuCtxSetCurrent", self._context, prompt=True)
+        """Makes the device's context current in this thread for good; torch does so only in threads that run kernels.
 
-    @contextlib.contextmanager
-    def _inside(self) -> Iterator[None]:
-        """Meanwhile the device's context is this thread's, whoever's thread it is."""
-        self._ask("cuCtxPushCurrent_v2", self._context, prompt=True)
+        It also changes torch's current device, so it is for threads of this package only.
+        """
+        self._check("cuCtxSetCurrent", self._prompt.cuCtxSetCurrent(self._context))
+
+    def _call(self, name: str, *arguments: object, prompt: bool = False) -> None:
+        """Calls a driver function in the device's context. Raises CudaError.
+
+        `prompt` keeps the GIL: to release it costs more than a call of a few microseconds.
+        """
+        self._check("cuCtxPushCurrent_v2", self._prompt.cuCtxPushCurrent_v2(self._context))
         try:
-            yield
+            self._check(name, getattr(self._prompt if prompt else self._driver, name)(*arguments))
         finally:
-            self._ask("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()), prompt=True)
+            self._check("cuCtxPopCurrent_v2", self._prompt.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))
 
-    def _ask(self, name: str, *arguments: object, prompt: bool = False) -> None:
-        """`prompt`: it takes a few microseconds, during which no other thread needs to run. To give them the
-        interpreter, and to wait until they give it back, would take longer."""
-        if status := getattr(self._prompt if prompt else self._driver, name)(*arguments):
+    def _check(self, name: str, status: int) -> None:
+        if status:
             text = ctypes.c_char_p()
             self._driver.cuGetErrorName(status, ctypes.byref(text))
             raise CudaError(f"GPU {self.index}: {name} says {(text.value or b'error').decode()} ({status})")
@@ -231,7 +226,7 @@ class Gpu:
 
 
 def copy_view(target: Any, source: Any) -> None:
-    """Copies bytes between views, of GPUs or the host, of one size; done when it returns."""
+    """Copies between views of one size, of GPUs or the host. Blocks."""
     devices = [view.device for view in (target, source) if not isinstance(view, memoryview)]
     if not devices:
         target[:] = source
@@ -244,7 +239,7 @@ def copy_view(target: Any, source: Any) -> None:
 
 
 def _address(view: Any) -> tuple[int, object]:
-    """Where a view's bytes are, and what keeps them there."""
+    """Address of a view, and the object that keeps it alive."""
     if not isinstance(view, memoryview):
         return view.address, view
     array = np.frombuffer(view, np.uint8)
@@ -252,13 +247,13 @@ def _address(view: Any) -> tuple[int, object]:
 
 
 class Mover(Protocol):
-    """Puts off some of what it has to enqueue, to enqueue it all at once."""
+    """Batches operations before it enqueues them."""
 
     def flush(self) -> None:
-        """What was put off is enqueued when this returns, and so is all that was called for before."""
+        """Enqueues all operations requested so far."""
 
     def puts_off(self) -> bool:
-        """Whether `flush` would part what belongs together."""
+        """Whether `flush` now would split a batch."""
 
 
 _mover = threading.local()
@@ -266,10 +261,10 @@ _mover = threading.local()
 
 @contextlib.contextmanager
 def moving(streams: dict[int, CudaStream], mover: Mover | None = None, *, priority: int = 0) -> Iterator[None]:
-    """Meanwhile this thread's current streams are these, by device; they are made when they are first needed.
+    """Sets this thread's current streams by device while the block runs; missing streams are made on demand.
 
-    `priority`: theirs. Kernels of a lower one go before others that are not running yet, those of FIRST before hashes.
-    `mover` is asked by whoever wants to enqueue something behind what it has put off.
+    Kernels of streams with a lower `priority` number start first: those of FIRST before hashes. `flush` and `puts_off`
+    call `mover`, which may hold back operations.
     """
     _mover.streams, _mover.mover, _mover.priority = streams, mover, priority
     try:
@@ -279,13 +274,13 @@ def moving(streams: dict[int, CudaStream], mover: Mover | None = None, *, priori
 
 
 def flush() -> None:
-    """Everything that this thread's mover was lent so far is enqueued when this returns."""
+    """Enqueues all operations that this thread's mover holds back."""
     if (mover := getattr(_mover, "mover", None)) is not None:
         mover.flush()
 
 
 def puts_off() -> bool:
-    """Whether `flush` is better called a little later."""
+    """Whether a `flush` now would split a batch of this thread's mover."""
     mover = getattr(_mover, "mover", None)
     return mover is not None and mover.puts_off()
 
@@ -299,7 +294,7 @@ def _driver(kind: type[ctypes.CDLL]) -> ctypes.CDLL:
 
 
 def new_stream(device: int, *, priority: int = 0) -> CudaStream:
-    """A stream of its own on a device."""
+    """A new stream on a device."""
     import torch
 
     return cast(CudaStream, torch.cuda.Stream(device, priority=priority))  # type: ignore[no-untyped-call]
@@ -307,5 +302,5 @@ def new_stream(device: int, *, priority: int = 0) -> CudaStream:
 
 @functools.cache
 def gpu(index: int) -> Gpu:
-    """The device of this number."""
+    """The device with this number."""
     return Gpu(index)

@@ -1,11 +1,10 @@
-"""What stores in memory are made of: files as consecutive places of memory, and buffers to land in.
+"""The parts of stores in memory: files as consecutive places, sources and stores over them, the index of tensors.
 
-A place is some bytes of a file that lie together: a whole buffer, a header, one tensor. Chunks know nothing of places
-and may straddle them at will. Where somebody else can write to a place, its `check` tells whether that has happened.
-A place may be in the memory of a GPU; `staging` then carries its bytes, unless they are asked for as they are.
+A place is a contiguous range of a file's bytes: a buffer, a header, a tensor. Chunks may straddle places. If the user
+can write to a place, its `check` detects that. Places in GPU memory are copied through `staging`, or lent as they are.
 
-Nothing is ever unmapped by hand: a buffer lives until the last view over it is gone, so what was handed out outlives
-the store. Must not know: torch, hash functions, peers.
+Buffers are never unmapped explicitly: a buffer lives until the last view over it is gone, so lent memory outlives the
+store. Must not know: torch, hash functions, peers.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ from swarm.errors import ManifestInvalid, SourceChanged, StoreFull
 from swarm.store import AnySpan, DeviceView, View
 from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 
-# Below one huge page a mapping of its own gains nothing, and a process may only have about 65,000 of them.
+# A smaller mapping gains no huge page, and a process may have about 65,000 mappings.
 _MAPPED_BYTES_MIN = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Consecutive bytes of a file. `check` raises SourceChanged when somebody else has written to them."""
+    """A contiguous range of a file's bytes. `check` raises SourceChanged if the user has written to it."""
 
     view: View
     check: Callable[[], None] | None = None
 
 
 class PlacedFile:
-    """One file as places that follow one another without holes."""
+    """A file as places without gaps."""
 
     def __init__(self, places: Iterable[Place]) -> None:
         self._places = [place for place in places if place.view.nbytes]
         self._starts = list(itertools.accumulate((place.view.nbytes for place in self._places), initial=0))
 
     def cut(self, offset: int, size: int) -> Iterator[Place]:
-        """The bytes `[offset, offset + size)`, place after place."""
+        """The bytes `[offset, offset + size)`, split at the places."""
         number = bisect_right(self._starts, offset) - 1
         while size > 0:
             place, within = self._places[number], offset - self._starts[number]
@@ -55,24 +54,21 @@ class PlacedFile:
 
 
 class MemorySource:
-    """A `Source` over placed files. Once closed, it raises SourceChanged."""
+    """A `Source` over placed files. After `close` it raises SourceChanged."""
 
     manifest: Manifest
     _files: list[PlacedFile] | None = None  # None once closed
 
     def spans(self, chunk: Chunk) -> Iterator[memoryview]:
-        """The chunk's bytes, read-only.
-
-        Raises SourceChanged, before or after they were used, once a tensor in them was written to or moved.
-        """
+        """The chunk's bytes, read-only. Raises SourceChanged, before or after their use, if a tensor changed."""
         return self._read(chunk.file, chunk.offset, chunk.size)
 
     def device_spans(self, chunk: Chunk) -> Iterator[AnySpan]:
-        """As `spans`, but GPU memory as it is."""
+        """Like `spans`, with GPU memory as DeviceViews."""
         return self._lent(chunk.file, chunk.offset, chunk.size)
 
     def close(self) -> None:
-        """Lets go of the memory; what was handed out keeps its own."""
+        """Releases the memory; lent views keep theirs."""
         self._files = None
 
     def _read(self, file: int, offset: int, size: int) -> Iterator[memoryview]:
@@ -87,7 +83,7 @@ class MemorySource:
             if place.check:
                 place.check()
             yield place.view.toreadonly()
-            if place.check:  # it may have been written to while it was sent
+            if place.check:  # for a write while the view was in use
                 place.check()
 
     def _file(self, number: int) -> PlacedFile:
@@ -102,20 +98,20 @@ class MemoryLanding(MemorySource):
     devices: frozenset[int] = frozenset()
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
-        """The same as `spans`."""
+        """Same as `spans`."""
         return self.spans(chunk)
 
     def present(self) -> Iterator[Chunk]:
-        """Nothing: memory remembers no earlier attempt."""
+        """No chunk: memory keeps nothing of an earlier fetch."""
         return iter(())
 
     def files(self) -> dict[str, memoryview]:
-        """Contents of the files that are not safetensors (configuration, tokenizer), by path, read-only."""
+        """Contents of files other than safetensors (configuration, tokenizer), by path, read-only."""
         numbered = enumerate(self.manifest.files)
         return {f.path: next(self._read(n, 0, f.size), memoryview(b"")) for n, f in numbered if not f.header}
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
-        """The final memory itself, or pinned memory on its way there, at most LANDING_BYTES at a time."""
+        """The final host memory, or pinned memory that is copied to the GPU; at most LANDING_BYTES a view."""
         for view in self.device_landing(chunk):
             if isinstance(view, DeviceView):
                 yield from incoming(view)
@@ -123,7 +119,7 @@ class MemoryLanding(MemorySource):
                 yield view
 
     def device_landing(self, chunk: Chunk) -> Iterator[View]:
-        """The final memory itself; at most LANDING_BYTES at a time where it is the host's."""
+        """The final memory; at most LANDING_BYTES a view of host memory."""
         for place in self._file(chunk.file).cut(chunk.offset, chunk.size):
             if isinstance(place.view, DeviceView):
                 yield place.view
@@ -133,11 +129,10 @@ class MemoryLanding(MemorySource):
 
 
 class TensorIndex:
-    """The tensors of a manifest: `by_file`, in order of their offsets; `owners` and `aliases`, by name.
+    """The tensors of a manifest: `by_file` in order of offset, `owners` and `aliases` by name.
 
-    `heads` says how many bytes of each file come before its tensors: its header, or all of a file that has none.
-
-    Raises ManifestInvalid when a name stands for two tensors: a directory has room for both, one mapping has not.
+    `heads`: bytes of each file before its first tensor, or its size without tensors. Raises ManifestInvalid for two
+    tensors of one name, which a directory can hold and a state dict cannot.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -154,7 +149,7 @@ class TensorIndex:
         self.aliases: dict[str, str] = {}
         for file in manifest.files:
             for alias, name in file.aliases().items():
-                # A tensor's own name counts more than what another file's metadata says.
+                # A tensor's own name takes precedence over the metadata of another file.
                 if alias not in self.owners and self.aliases.setdefault(alias, name) != name:
                     _twice(file, alias)
 
@@ -164,7 +159,7 @@ def _twice(file: FileEntry, name: str) -> NoReturn:
 
 
 def buffer(size: int) -> memoryview:
-    """`size` zeroed bytes in huge pages, if that is worth it. Raises StoreFull."""
+    """`size` zeroed bytes, in huge pages from 2 MiB up. Raises StoreFull."""
     if size < _MAPPED_BYTES_MIN:
         return memoryview(bytearray(size))
     try:
@@ -177,7 +172,7 @@ def buffer(size: int) -> memoryview:
 
 
 def demand_room(need_bytes: int) -> None:
-    """Raises StoreFull for what the kernel would promise now, and kill this process for later."""
+    """Raises StoreFull for more than is available: overcommit would grant it, and kill this process later."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     free_bytes = sum(int(line[1]) << 10 for line in lines if line[0] in ("MemAvailable:", "SwapFree:"))
     if need_bytes > free_bytes:
