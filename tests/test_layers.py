@@ -46,7 +46,7 @@ ROWS: dict[str, set[str]] = {
         "transfer.verify",
     },
     "faces": {
-        "", "__main__", "api", "cli", "cli.demo", "cli.main", "cli.progress", "cli.replay",
+        "", "__main__", "api", "cli", "cli.commands", "cli.demo", "cli.main", "cli.progress", "cli.replay",
         "cli.simulate", "cli.status_json", "cli.status_table", "cli.status_watch", "dashboard", "dashboard.collector",
         "dashboard.member_report", "dashboard.recording", "dashboard.replay_server", "dashboard.server",
         "dashboard.sse", "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",
@@ -134,7 +134,6 @@ HOMES: dict[str, set[str]] = {
         "cli.status_table",
         "cli.status_watch",
         "cli.progress",
-        "cli.main",
         "cli.demo",
         "cli.simulate",
     },

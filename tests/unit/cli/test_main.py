@@ -17,6 +17,7 @@ import pytest
 import swarm
 from swarm import errors
 from swarm.checkpoint.manifest_builder import checkpoint, remember
+from swarm.cli import commands
 from swarm.cli import main as cli
 from swarm.cli.main import main
 from swarm.node import status_client
@@ -109,6 +110,20 @@ def test_is_a_wrong_command_line_exit_code_2(arguments: list[str], capsys: pytes
     assert "usage: swarm" in printed(capsys)[1]
 
 
+@pytest.mark.parametrize("command", ["fetch x", "status", "verify x", "simulate", "demo"])
+def test_usage_of_the_command_is_shown_for_an_unknown_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command.split(), "--no-such-flag"])
+    err = printed(capsys)[1]
+    assert err.startswith(f"usage: swarm {command.split()[0]} ")
+    assert err.endswith("error: unrecognized arguments: --no-such-flag\n")
+
+
+def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == 0
+    assert printed(capsys)[0].startswith("usage: swarm ")
+
+
 FLAGS = {
     "name": ["--name", "me"],
     "listen": ["--listen", "127.0.0.2"],
@@ -144,15 +159,15 @@ def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[obj
         "upload_limit": 1e6,
         "timeout_s": 2.5,
     }
-    assert getattr(cli._settings(options), setting.name) == wanted[setting.name]
-    plain = cli._settings(cli._parser().parse_args([command, "x"]))
+    assert getattr(commands.settings_of(options), setting.name) == wanted[setting.name]
+    plain = commands.settings_of(cli._parser().parse_args([command, "x"]))
     assert getattr(plain, setting.name) == getattr(Settings(), setting.name)
 
 
 def test_do_flags_count_more_than_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SWARM_NAME", "from outside")
-    assert cli._settings(cli._parser().parse_args(["fetch", "x"])).name == "from outside"
-    assert cli._settings(cli._parser().parse_args(["fetch", "x", "--name", "me"])).name == "me"
+    assert commands.settings_of(cli._parser().parse_args(["fetch", "x"])).name == "from outside"
+    assert commands.settings_of(cli._parser().parse_args(["fetch", "x", "--name", "me"])).name == "me"
 
 
 ERRORS = [
@@ -286,6 +301,7 @@ FIELDS = ["schema", "node", "members", "artifacts", "transfers", "fetches", "lin
 
 LIGHT = """
 import sys
+from swarm.cli import commands
 from swarm.cli import main as cli
 {statement}
 print(*sorted({{"torch", "aiohttp", "zeroconf", "numpy"}} & set(sys.modules)))

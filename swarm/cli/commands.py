@@ -1,0 +1,279 @@
+"""The commands of `swarm`: each takes parsed options, prints, and returns an exit code.
+
+Every command imports the modules that it needs when it runs: `swarm --version` and `swarm status` start fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from swarm.errors import SettingsError, StoreError
+from swarm.settings import Settings
+from swarm.simulation.setup import Setup
+
+PROBLEMS_FOUND = 1
+MDNS_S = 2.0  # to find a node
+
+log = logging.getLogger("swarm")
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    """Settings with the flags of a command. Raises SettingsError."""
+    names = [setting.name for setting in dataclasses.fields(Settings) if setting.metadata["flag"]]
+    return Settings.load({name: getattr(options, name, None) for name in names})
+
+
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    """Runs a coroutine. Ctrl-C and SIGTERM cancel it; it may catch the cancellation and return an exit code."""
+
+    async def run() -> int:
+        task = asyncio.current_task()
+        if task is not None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await work
+
+    try:
+        return asyncio.run(run())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serves a model until it is stopped."""
+    from swarm.api import open_source
+    from swarm.node import local_nodes
+    from swarm.observe.trace import tracing
+    from swarm.observe.units import size_text
+    from swarm.runtime import new_node
+
+    settings = settings_of(options)
+
+    async def serve() -> int:
+        node, _ = new_node(settings)
+        async with contextlib.AsyncExitStack() as open_:
+            open_.enter_context(tracing(node.journal, options.trace))
+            await open_.enter_async_context(node)
+            name, source, origin = await asyncio.to_thread(
+                open_source, options.model, model_id=options.model_id, settings=settings
+            )
+            node.serve(name, source, origin=origin)
+            manifest = source.manifest
+            with local_nodes.note(settings.cache, node.address):
+                what = f"{name}, {len(manifest.files)} files, {size_text(manifest.size)}, digest {manifest.digest}"
+                print(f"{node.address} ready: {what}", flush=True)
+                log.info("fetch it with: swarm fetch %s --peer %s", name, node.address)
+                await _until_stopped()
+        return 0
+
+    return _run(serve())
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """Fetches a model, and serves it until it is stopped, unless `--no-seed`."""
+    from swarm.api import HUB_CACHE, fetch_on
+    from swarm.cli.progress import progress
+    from swarm.node import local_nodes
+    from swarm.observe.trace import tracing
+    from swarm.observe.units import size_text
+    from swarm.runtime import new_node
+
+    settings = settings_of(options)
+
+    async def fetch() -> int:
+        node, status = new_node(settings)
+        async with contextlib.AsyncExitStack() as open_:
+            open_.enter_context(tracing(node.journal, options.trace))
+            await open_.enter_async_context(node)
+            with local_nodes.note(settings.cache, node.address):
+                async with progress(status.fetches, node.now, quiet=options.json):
+                    fetched, _, path = await fetch_on(
+                        node,
+                        options.model_id,
+                        out=options.out or HUB_CACHE,
+                        into=None,
+                        digest=options.digest,
+                        timeout_s=settings.timeout_s,
+                        settings=settings,
+                    )
+                if options.json:
+                    report = {
+                        **dataclasses.asdict(fetched),
+                        "rate_bytes_per_s": fetched.rate_bytes_per_s,
+                        "out": str(path),
+                    }
+                    print(json.dumps(report), flush=True)
+                else:
+                    sources = ", ".join(f"{name} {size_text(size)}" for name, size in fetched.sources.items())
+                    rate = f"{size_text(fetched.bytes)} in {fetched.seconds:.2f} s, verified"
+                    kept = f", {size_text(fetched.resumed_bytes)} kept from before" if fetched.resumed_bytes else ""
+                    came = f", from {sources}" if sources else ""
+                    print(f"{fetched.model_id}: {rate}{kept}{came} -> {path}", flush=True)
+                if not options.no_seed:
+                    log.info("serving it on at %s; Ctrl-C to stop", node.address)
+                    await _until_stopped()
+        return 0
+
+    return _run(fetch())
+
+
+async def _until_stopped() -> None:
+    """Returns at Ctrl-C or SIGTERM: to stop a seed is no failure."""
+    with contextlib.suppress(asyncio.CancelledError):
+        await asyncio.Event().wait()
+
+
+def run(options: argparse.Namespace) -> int:
+    """Replaces this process by an engine that loads its model from peers."""
+    from swarm.engines.launch import prepare
+
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        raise SettingsError("command", "is missing; for example: swarm run -- vllm serve org/model")
+    launch = prepare(command, settings_of(options), model_id=options.model_id)
+    log.info("becomes: %s", shlex.join(launch.command))
+    sys.stdout.flush()
+    try:
+        os.execvpe(launch.command[0], launch.command, {**os.environ, **launch.environment})  # noqa: S606 - no shell
+    except OSError as error:
+        raise SettingsError("command", f"{launch.command[0]}: {error.strerror}") from error
+
+
+def status(options: argparse.Namespace) -> int:
+    """Prints the view of a running node; 1 if a warning is bad."""
+    from swarm.cli import status_table, status_watch
+    from swarm.cli.status_json import healthy
+    from swarm.node import local_nodes
+
+    settings = Settings.load({"key_file": options.key_file})
+    context = None
+    if settings.key_file:
+        from swarm.security import cluster_key
+        from swarm.security.certificates import visitor
+
+        context = visitor(cluster_key.load(settings.key_file))
+    here = [] if options.peer else local_nodes.addresses(settings.cache)
+    given = [options.peer] if options.peer else here or _discovered(settings)
+    ask = status_watch.Asker(given, context, proven=not here)
+    if options.watch and not options.json:
+        return status_watch.watch(ask)
+    while True:
+        swarm = ask()
+        if options.json:
+            print(json.dumps(swarm), flush=True)
+        else:
+            status_table.show(swarm)
+        if not options.watch:
+            return 0 if healthy(swarm) else PROBLEMS_FOUND
+        time.sleep(status_watch.EVERY_S)
+
+
+def replay(options: argparse.Namespace) -> int:
+    """Prints phases and sources of the fetches in a trace; serves its dashboard with `--web`."""
+    from swarm.cli.replay import read, show
+
+    replayed = read(options.trace)
+    if options.json:
+        print(json.dumps(replayed))
+    else:
+        show(replayed)
+    return _run(_serve_replay(options.trace, options.port)) if options.web else 0
+
+
+async def _serve_replay(trace: Path, port: int) -> int:
+    from swarm.dashboard.replay_server import ReplayServer
+
+    server = await asyncio.to_thread(ReplayServer, trace)
+    async with server.serve(port) as address:
+        print(f"http://{address}/ shows it again; Ctrl-C to stop", flush=True)
+        await _until_stopped()
+    return 0
+
+
+def _discovered(settings: Settings) -> Sequence[str]:
+    """Addresses of nodes that multicast DNS finds."""
+    if not settings.mdns:
+        return []
+    from swarm.net.discovery import nearby
+
+    return asyncio.run(nearby(MDNS_S))
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Prints findings about this machine and its swarm; 1 if one of them is bad."""
+    from swarm.doctor.checks import diagnose
+    from swarm.doctor.examine import examine
+    from swarm.doctor.show import as_json, show
+
+    settings = settings_of(options)
+    if not options.verbose:
+        log.setLevel(logging.ERROR)  # findings report the same
+
+    async def doctor() -> int:
+        findings = diagnose(await examine(settings, options.model_id))
+        if options.json:
+            print(as_json(findings), flush=True)
+        else:
+            show(findings)
+        return PROBLEMS_FOUND if any(finding.level == "bad" for finding in findings) else 0
+
+    return _run(doctor())
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Compares a fetched directory with its manifest; 1 if a file differs."""
+    from swarm.checkpoint import manifest_builder
+    from swarm.store.directory import PARTIAL
+
+    manifest = manifest_builder.recall(Settings.load().cache, options.directory)
+    if (options.directory / PARTIAL).exists():
+        raise StoreError(f"{options.directory}: a fetch into it is unfinished; run that fetch again")
+    if manifest is None:
+        raise StoreError(
+            f"{options.directory}: not fetched by swarm on this machine, so there is nothing to compare with"
+        )
+    if options.digest not in (None, manifest.digest):
+        raise StoreError(f"{options.directory}: fetched as {manifest.digest}, which is not the digest asked for")
+    problems = manifest_builder.verify(options.directory, manifest)
+    for problem in problems:
+        print(problem)
+    if not problems:
+        size = f"{len(manifest.files)} files, {manifest.size} bytes"
+        print(f"{options.directory}: {size}, as fetched ({manifest.digest[:16]})")
+    return PROBLEMS_FOUND if problems else 0
+
+
+def keygen(options: argparse.Namespace) -> int:
+    """Writes a new cluster key."""
+    from swarm.security import cluster_key
+
+    key = cluster_key.create(options.path)
+    print(f"{options.path}: a new cluster key, fingerprint {key}; give every machine a copy of the file")
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Runs the demo; 1 if a copy differs."""
+    from swarm.cli.demo import demo
+
+    return demo(options.path)
+
+
+def simulate(options: argparse.Namespace) -> int:
+    """Runs the simulation; 1 if a newcomer did not finish."""
+    setup = Setup.read({field.name: getattr(options, field.name) for field in dataclasses.fields(Setup)})
+    from swarm.cli.simulate import simulate
+
+    return simulate(setup, runs=options.runs, as_json=options.json, trace=options.trace, plot=options.plot)
