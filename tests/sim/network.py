@@ -246,7 +246,7 @@ class MemoryLink:
         try:
             return messages.decode(self._inbox.popleft())
         except ValueError as error:
-            raise RemoteProtocolError(self.remote, f"sent what is no message: {error}") from error
+            raise RemoteProtocolError(self.remote, f"sent an invalid message: {error}") from error
 
     async def close(self) -> None:
         """See Link."""

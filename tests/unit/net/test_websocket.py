@@ -141,7 +141,7 @@ def test_is_a_frame_that_is_no_message_the_peers_fault(text: str) -> None:
     async def scenario() -> None:
         async with strange() as (socket, link):
             await socket.send_str(text)
-            with pytest.raises(RemoteProtocolError, match="no message"):
+            with pytest.raises(RemoteProtocolError, match="invalid message"):
                 await link.receive()
 
     run(scenario)
