@@ -1,13 +1,12 @@
-"""Transports: move the bytes of transfers that both ends have agreed on over their link.
+"""Transports: move the bytes of transfers that both nodes agreed on over their link.
 
-A transfer is a run of bytes with an id. The asker posts `receive` when it sends its request; the holder calls `send`
-when it grants it. The asker's id is unique among the transfers of its session, so a transport may match the ends by
-it. Where bytes land and what is hashed on the way is the caller's: a transport fills the views it is given, in order,
-on a worker thread, and never looks inside. Only a session that says `on_device` is lent memory of GPUs. It knows
-nothing of chunks, peers' reputations or schedules.
+A transfer is a run of bytes with an id. The asker calls `receive` when it sends its request, the holder calls `send`
+when it grants the request. Ids are unique within a session, so a transport matches both ends by them. A transport fills
+the given views in order, on a worker thread, and never interprets the bytes: the caller decides where they land and
+hashes them. Only a session with `on_device` is given memory of GPUs.
 
-`swarm.testing.check_transport` is the contract as a program: every transport passes it. docs/transports.md shows how to
-add one.
+`swarm.testing.check_transport` is the contract as a program; docs/transports.md shows how to add a transport. Must not
+know: chunks, reputations, schedules.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from swarm.store import AnySpan, View
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """An agreed transfer of `size` bytes. `idle_timeout_s`: longest silence on the wire before it fails."""
+    """An agreed transfer of `size` bytes. It fails after `idle_timeout_s` without a byte on the wire."""
 
     id: int
     size: int
@@ -30,21 +29,21 @@ class Transfer:
 
 
 class Inbound(Protocol):
-    """The asker's end of a session with one peer. `on_device`: it can fill the memory of GPUs as it is."""
+    """The asker's end of a session. `on_device`: it fills DeviceViews."""
 
     on_device: bool
 
     async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
-        """Fills `views` until `transfer.size` bytes have arrived; they are advanced on a worker thread.
+        """Fills `views` with `transfer.size` bytes, advancing it on a worker thread.
 
-        Raises TransportError when the peer aborts, stops, sends too much or goes away; `views` is closed then.
-        Whatever advancing `views` raises (a full disk) comes out unchanged. After a failure the session may be dead:
-        `alive` says. When cancelled, returns only when `views` will not be advanced any more.
+        Raises TransportError when the peer aborts, is silent, sends too much or goes away; closes `views` then. Errors
+        out of `views` (a full disk) come out unchanged. After a failure the session may be dead, see `alive`. When
+        cancelled, returns only once `views` is not advanced any more.
         """
 
     @property
     def received_bytes(self) -> int:
-        """Bytes of all transfers so far: while it grows, the peer is not silent, only slow."""
+        """Bytes of all transfers so far: it grows while the peer is slow, but not silent."""
 
     @property
     def alive(self) -> bool:
@@ -55,57 +54,57 @@ class Inbound(Protocol):
 
 
 class Outbound(Protocol):
-    """The holder's end of a session with one peer. `on_device`: it can send the memory of GPUs as it is."""
+    """The holder's end of a session. `on_device`: it sends DeviceViews."""
 
     on_device: bool
 
     async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
-        """Sends the bytes of `spans`, `transfer.size` of them in all, advancing it on a worker thread.
+        """Sends the `transfer.size` bytes of `spans`, advancing it on a worker thread.
 
         Raises TransportError when the peer goes away or does not read. An error out of `spans` aborts the transfer on
-        both ends, keeps the session, and comes out unchanged. When cancelled, the transfer is aborted on both ends.
+        both ends, keeps the session, and comes out unchanged. Cancelling aborts the transfer on both ends.
         """
 
 
 class Pace(Protocol):
-    """An upload cap, shared by everything a node sends."""
+    """The upload cap of a node, over all its sessions."""
 
     def take(self, size: int) -> float:
-        """Books `size` bytes and returns for how many seconds the caller must wait before it sends them."""
+        """Books `size` bytes; returns the seconds to wait before sending them."""
 
     @property
     def slice_bytes(self) -> int | None:
-        """Most bytes worth booking at once; None when there is no cap."""
+        """Most bytes to book at once; None without a cap."""
 
 
 class Transport(Protocol):
-    """One data plane of one node: opens sessions as the asker, is handed sessions as the holder."""
+    """A data plane of a node: opens sessions as the asker and accepts them as the holder."""
 
     scheme: str
-    reason: str  # for the log line of a choice: why this transport is preferred where it reaches a peer
-    usual_bytes_per_s: float  # of a session that nobody has measured yet; 0: it may be anything
+    reason: str  # for the log: the advantage of this transport where it reaches a peer
+    usual_bytes_per_s: float  # of a session that is not measured yet; 0: unknown
 
     @property
     def address(self) -> str:
-        """What the handshake advertises, in the scheme's own form."""
+        """The address to advertise to peers, in a form of the scheme's own."""
 
     def reach(self, address: str) -> bool:
-        """Whether a peer's advertised address can be reached from here."""
+        """Whether `connect` may reach a peer's advertised address. Quick; does not dial."""
 
     async def connect(self, address: str, token: str, *, timeout_s: float) -> Inbound:
         """Opens a session to a peer with the token from its Hello. Raises TransportError."""
 
     def admit(self, token: str) -> None:
-        """From now on a peer may open a session with this token; every other token is turned away."""
+        """Lets a peer open sessions with this token. Other tokens are refused."""
 
     async def accept(self, token: str, *, timeout_s: float) -> Outbound:
-        """The live session that a peer opened, or opens within the deadline, with an admitted token.
+        """The latest session opened with an admitted token, waiting for it up to `timeout_s`. Raises TransportError.
 
-        Raises TransportError. A peer whose session broke may open another one with the same token: the latest counts.
+        A peer whose session broke opens another session with the same token.
         """
 
     async def revoke(self, token: str) -> None:
-        """Closes the sessions opened with this token and turns it away from now on."""
+        """Closes the sessions opened with this token and refuses it from now on."""
 
     async def close(self) -> None:
         """Closes every session."""
@@ -117,7 +116,7 @@ class AdoptingTransport(Transport, Protocol):
 
     @property
     def opening(self) -> bytes:
-        """The first bytes of such a connection, at most 4; no two transports of a node have the same."""
+        """The first bytes of such a connection, at most 4, different for each transport of a node."""
 
     async def adopt(self, sock: socket.socket) -> None:
         """Takes over a connection that begins with `opening`, which is still to be read. Owns the socket, also when it

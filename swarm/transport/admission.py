@@ -1,9 +1,9 @@
-"""Admission of askers: `TokenTransport` is the base of transports whose askers open a session with a token.
+"""Admission of askers by token: `TokenTransport`, the base of all transports.
 
-The holder admits a token when a link opens and revokes it when the link closes. A peer whose session broke opens
-another one with the same token, often before the holder notices the break, so the latest live session counts.
+The holder admits a token when a link opens and revokes it when the link closes. A peer whose session broke opens a
+second session with the same token, often before the holder notices the break, so the latest live session counts.
 
-Must not know: how connections come about, what a session carries.
+Must not know: connections, transfers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TokenTransport(Generic[S]):
         self._admitted.setdefault(token, Admission())
 
     async def accept(self, token: str, *, timeout_s: float) -> S:
-        """The latest live session opened with this token, waiting for one. Raises TransportError."""
+        """The latest live session opened with this token, waiting up to `timeout_s` for it. Raises TransportError."""
         if (admission := self._admitted.get(token)) is None:
             raise TransportError(f"{self.scheme}: the token is not admitted")
         try:

@@ -1,11 +1,10 @@
-"""Upload caps: one `Pace` is shared by everything a node sends.
+"""Upload caps: a `Pace` is shared by all uploads of a node.
 
-A token bucket in its GCRA form: instead of a fill level, it keeps the time at which everything booked so far
-has been earned. A slice may leave once it is earned in full, and at most `BURST_S` of unused rate is saved
-up, so that within any stretch of T seconds at most `rate * (T + BURST_S)` bytes leave: the cap holds within 5
-% over every second.
+A token bucket in the form of GCRA (ITU-T I.371): instead of a fill level it keeps the time at which all booked bytes
+are earned. A slice is sent once it is earned in full, and at most BURST_S of unused rate is saved, so within T seconds
+at most `rate * (T + BURST_S)` bytes are sent: 5 % above the cap within any second. The caller of `take` waits.
 
-Knows nothing of sockets or sessions; whoever books a slice does the waiting.
+Must not know: sockets, sessions.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable
 from swarm.errors import SettingsError
 
 BURST_S = 0.05  # bounds the overshoot of any one second to 5 %
-SLICE_S = 0.02  # short enough to share the cap among sessions, long enough that 50 wake-ups a second do
+SLICE_S = 0.02  # short enough to share the cap among sessions; 50 wake-ups a second
 SLICE_BYTES_MIN = 4 << 10  # below, headers and wake-ups dominate
 
 
@@ -33,7 +32,7 @@ class TokenBucket:
         self._earned_at_s = clock()
 
     def take(self, size: int) -> float:
-        """Books `size` bytes; returns for how many seconds the caller must wait before it sends them."""
+        """Books `size` bytes; returns the seconds to wait before sending them."""
         with self._lock:
             now_s = self._clock()
             self._earned_at_s = max(self._earned_at_s, now_s - BURST_S) + size / self._rate
@@ -41,7 +40,7 @@ class TokenBucket:
 
     @property
     def slice_bytes(self) -> int | None:
-        """Most bytes worth booking at once."""
+        """The bytes of SLICE_S, at least SLICE_BYTES_MIN."""
         return int(max(self._rate * SLICE_S, SLICE_BYTES_MIN))
 
     def __repr__(self) -> str:
@@ -49,7 +48,7 @@ class TokenBucket:
 
 
 class Unlimited:
-    """No cap: nothing ever waits."""
+    """No cap."""
 
     def take(self, size: int) -> float:
         """Always 0 seconds."""
@@ -57,7 +56,7 @@ class Unlimited:
 
     @property
     def slice_bytes(self) -> int | None:
-        """None: there is nothing to book."""
+        """None: slices need no booking."""
         return None
 
     def __repr__(self) -> str:

@@ -5,9 +5,9 @@
 The transports on both sides are automatic: each is there wherever its factory does not return None. Named transports
 are there when the setting `transports` names them, in its order.
 
-A plugin is a package with an entry point of group `swarm.transports`, whose name is the scheme and whose object is a
-factory. It is imported only when `transports` names it. A plugin that fails is logged and left out; the node goes on
-with its other transports. docs/transports.md shows a complete one.
+A plugin is a package with an entry point of group `swarm.transports`: its name is the scheme, its object a factory. It
+is imported only when `transports` names it. A plugin that fails is logged and left out; the node goes on
+with its other transports. docs/transports.md shows a complete plugin.
 
 Must not know: links, settings, peers.
 """
@@ -42,7 +42,7 @@ class TransportConfig:
 
     local: tuple[str, int]  # host and port of the node's listener
     advertised: tuple[str, int]  # host and port under which peers dial it: differs from `local` behind a port mapping
-    pace: Pace  # the node's upload cap; `slice_bytes` is None without one
+    pace: Pace  # the node's upload cap; `slice_bytes` is None without a cap
     congestion: str | None  # TCP congestion control; None: the system's default
     identity: Identity | None  # the node's certificate; None without a cluster key
     encrypted: bool  # chunks must be encrypted outside this machine

@@ -1,17 +1,15 @@
-"""The two ends of a transfer, as every transport needs them: spans cut into pieces, and views being filled.
+"""Both ends of a transfer, for all transports: spans cut into pieces, and views being filled.
 
-`pieces` cuts what the holder's store lends. `Landing` fills what the asker's store lends, and owns the rule
-that is hard to keep: whoever awaits a transfer is not released before its views are left alone. Views are
-touched only by the holder of the landing's gate. The thread that moves bytes takes the gate for one piece at
-a time; to stop a landing from outside, one leaves a note and then tries the gate, and the mover looks for a
-note after it let go of the gate. So one of the two always ends the landing, and nobody waits for a lock while
-bytes are on their way. A mover that has others fill what it borrowed (a GPU) pins the landing until they have.
+`pieces` cuts the spans that the holder's store lends. `Landing` fills the views that the asker's store lends, and keeps
+a rule: `outcome` returns only once the views are left alone. A thread must hold the landing's lock to touch the views.
+The I/O thread takes the lock for one piece at a time. To stop a landing, set `_stop_error`, then try the lock; the I/O
+thread checks `_stop_error` after it releases the lock. Exactly one of the two ends the landing, and neither blocks
+while bytes are in flight. An I/O thread pins the landing while a GPU fills borrowed views.
 
-What threads have to say to the loop goes through a `Mailbox`, and whoever waits for a thread awaits an `Outcome`: with
-small chunks, waking the loop and walking through its turns is most of what a transfer costs.
+`Mailbox` passes calls from threads to the loop, and an `Outcome` is awaited for the end of work on a thread: with small
+chunks, waking the loop and its turns are most of the cost of a transfer.
 
-A landing that ended lends no more room; the transport drops the rest of its bytes. Knows no sockets and no
-frames.
+An ended landing lends no views; the transport drops the rest of its bytes. Must not know: sockets, frames.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from swarm.errors import LocalProtocolError, SourceChanged, TransportError
 from swarm.store import AnySpan, DeviceView, FileSpan, Span, View
 from swarm.transport import Transfer
 
-LOOK_EVERY_S = 50e-6  # at work of a GPU, which wakes nobody when it is done
+LOOK_EVERY_S = 50e-6  # period of polling a GPU, which wakes no thread
 
 _NO_VIEW: View = memoryview(b"")
 
@@ -62,7 +60,7 @@ def on_host(span: View) -> memoryview: ...
 @overload
 def on_host(span: AnySpan) -> Span: ...
 def on_host(span: AnySpan) -> Span:
-    """The span, which is not of a GPU. Raises LocalProtocolError: who lends those must know who can take them."""
+    """The span, on the host. Raises LocalProtocolError for GPU memory: only sessions with `on_device` take it."""
     if isinstance(span, DeviceView):
         raise LocalProtocolError("GPU memory was lent to a transport that moves host memory")
     return span
@@ -83,8 +81,8 @@ def _part(span: AnySpan, offset: int, size: int) -> AnySpan:
 
 
 class Mailbox:
-    """Calls that other threads leave for the loop, which makes them in order. However many were left since it looked
-    last, they wake it once. Made on the loop."""
+    """Calls from other threads to the loop, in order. Calls posted before the loop runs wake it once. Made on the
+    loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -92,9 +90,9 @@ class Mailbox:
         self._rung = False
 
     def post(self, call: Callable[[], object]) -> None:
-        """Leaves a call; any thread. A loop that is closed has nobody left who waits."""
+        """Posts a call; any thread. Dropped once the loop is closed."""
         self._calls.append(call)
-        if not self._rung:  # looked at after the call was left, so that it is either seen or rung for
+        if not self._rung:  # read after the append: the call is either seen or rung for
             self._ring()
 
     def _ring(self) -> None:
@@ -108,37 +106,37 @@ class Mailbox:
             while self._calls:
                 self._calls.popleft()()
         finally:
-            if self._calls:  # one call failed; the others are still to be made
+            if self._calls:  # a call raised: the rest is still to run
                 self._ring()
 
 
 class Outcome(asyncio.Future[None]):
-    """How work on another thread ends. Whoever awaits `reached` and is cancelled has the work stopped, and is released
-    only once it has ended: a thread does not let go of memory because a task was cancelled."""
+    """The end of work on another thread. Cancelling a task in `reached` stops the work and waits for its end, since the
+    thread may still use the task's memory."""
 
     def __init__(self, stop: Callable[[], object]) -> None:
         super().__init__(loop=asyncio.get_running_loop())
-        self._stop: Callable[[], object] | None = stop  # None once it is settled: who is stopped holds this one
-        self._unwanted = False
+        self._stop: Callable[[], object] | None = stop  # None once settled: breaks the reference circle
+        self._was_cancelled = False
 
     async def reached(self) -> None:
-        """Returns, or raises what the work failed with; CancelledError when it was cancelled meanwhile."""
+        """Returns, or raises the error of the work, or CancelledError after a cancellation."""
         try:
             await self
         finally:
-            if self._unwanted:
+            if self._was_cancelled:
                 raise asyncio.CancelledError
 
     def cancel(self, msg: object = None) -> bool:
-        """What a task calls that is cancelled while it waits."""
+        """Called when a waiting task is cancelled: stops the work."""
         if self._stop is None:
             return False
-        self._unwanted = True
+        self._was_cancelled = True
         self._stop()
         return True
 
     def settle(self, error: BaseException | None) -> None:
-        """Gives it its result unless it has one. On the loop's thread."""
+        """Sets the result, unless it is set. On the loop's thread."""
         if self._stop is None:
             return
         self._stop = None
@@ -146,11 +144,11 @@ class Outcome(asyncio.Future[None]):
             self.set_result(None)
         else:
             self.set_exception(error)
-            self.exception()  # seen: otherwise asyncio reports it as lost when its asker was cancelled
+            self.exception()  # retrieved: else asyncio logs it when the task was cancelled
 
 
 class Landing:
-    """The views of one transfer while they are filled. Made on the loop; `borrow` to `finish` belong to one mover."""
+    """The views of a transfer while they are filled. Made on the loop; `borrow` to `finish` are for the I/O thread."""
 
     def __init__(self, transfer: Transfer, views: Iterator[View], *, mailbox: Mailbox) -> None:
         self.transfer = transfer
@@ -158,24 +156,24 @@ class Landing:
         self._views = views
         self._view = _NO_VIEW
         self._lent = _NO_VIEW
-        self._gate = threading.Lock()
+        self._lock = threading.Lock()
         self._pins = 0
-        self._note: Exception | None = None
+        self._stop_error: Exception | None = None
         self._ended = False
         self._mailbox = mailbox
         self._loop_thread = threading.get_ident()
-        self._outcome = Outcome(stop=lambda: self.stop(TransportError("cancelled by its asker")))
+        self._outcome = Outcome(stop=lambda: self.stop(TransportError("cancelled")))
 
     async def outcome(self) -> None:
-        """Returns when everything has landed, or raises why it did not; in both cases the views are left alone."""
+        """Returns when all bytes have landed, or raises the error; the views are left alone from then on."""
         await self._outcome.reached()
 
     def borrow(self, most: int) -> View | None:
-        """Where the next bytes go, at most `most` of them, which are known to follow. None: the landing has ended.
+        """A view for the next bytes, at most `most`, which must be known to follow; None once the landing has ended.
 
-        Room must be given back before anything else is done with the landing.
+        Must be given back before any other call.
         """
-        self._gate.acquire()
+        self._lock.acquire()
         if not self._ended:
             try:
                 self._find_room(most)
@@ -184,36 +182,36 @@ class Landing:
             else:
                 self._lent = self._view[:most]
                 return self._lent
-        self._gate.release()
+        self._lock.release()
         return None
 
     def give_back(self, filled: int) -> None:
-        """Ends a `borrow`: the first `filled` bytes of the room are in place."""
-        self._lent.release()  # whoever awaits the landing may unmap the memory next
+        """Ends a `borrow` whose first `filled` bytes are in place."""
+        self._lent.release()  # the caller may unmap the memory next
         self._view = self._view[filled:]
         self.received += filled
-        self._gate.release()
-        if self._note is not None:
-            self.stop(self._note)
+        self._lock.release()
+        if self._stop_error is not None:
+            self.stop(self._stop_error)
 
     def pin(self) -> None:
-        """What was borrowed is being filled although it is given back: only `unpin` lets the landing end badly."""
+        """Borrowed views are filled after `give_back`, by a GPU: an error ends the landing only after `unpin`."""
         self._pins += 1
 
     def unpin(self) -> None:
         """Undoes one `pin`."""
         self._pins -= 1
-        if self._note is not None:
-            self.stop(self._note)
+        if self._stop_error is not None:
+            self.stop(self._stop_error)
 
     def finish(self) -> None:
-        """The peer has sent everything: lets the views do what they do after the last one, and ends the landing."""
+        """The peer has sent all bytes: advances the views beyond the last, and ends the landing. Blocks."""
         while not self.try_finish():
             time.sleep(LOOK_EVERY_S)
 
     def try_finish(self) -> bool:
-        """As `finish`, but False when the views have something to wait for, which they say by an empty one."""
-        with self._gate:
+        """As `finish`, but returns False when the views wait for a GPU, which they show by an empty view."""
+        with self._lock:
             if self._ended:
                 return True
             try:
@@ -224,24 +222,24 @@ class Landing:
             return self._ended
 
     def stop(self, error: Exception) -> None:
-        """Ends the landing with `error`, at once or as soon as the mover gives back what it borrowed. Any thread."""
-        if self._note is None:
-            self._note = error
-        if self._gate.acquire(blocking=False):
+        """Ends the landing with `error`, at once or at the next `give_back` or `unpin`. Any thread."""
+        if self._stop_error is None:
+            self._stop_error = error
+        if self._lock.acquire(blocking=False):
             try:
                 if not self._ended and not self._pins:
-                    self._end(self._note)
+                    self._end(self._stop_error)
             finally:
-                self._gate.release()
+                self._lock.release()
 
     @property
     def ended(self) -> bool:
-        """Whether the views are left alone from now on."""
+        """Whether the views are left alone."""
         return self._ended
 
     def _find_room(self, most: int) -> None:
-        if self._note is not None:
-            raise self._note
+        if self._stop_error is not None:
+            raise self._stop_error
         if self.received + most > self.transfer.size:
             raise TransportError(f"the peer sends more than the {self.transfer.size} bytes agreed on")
         while not self._view.nbytes:
@@ -253,8 +251,8 @@ class Landing:
             self._view = view.cast("B")
 
     def _is_complete(self) -> bool:
-        if self._note is not None:
-            raise self._note
+        if self._stop_error is not None:
+            raise self._stop_error
         if self.received != self.transfer.size:
             raise TransportError(f"the peer sent {self.received} of {self.transfer.size} bytes")
         view = self._view if self._view.nbytes else next(self._views, None)
@@ -265,7 +263,7 @@ class Landing:
 
     def _fail(self, error: Exception) -> None:
         if self._pins:
-            self._note = self._note or error
+            self._stop_error = self._stop_error or error
         else:
             self._end(error)
 
@@ -275,7 +273,7 @@ class Landing:
         if error is not None:
             try:
                 close_iterator(self._views)
-            except Exception as closing:  # the first error is the cause, so it is the one that comes out
+            except Exception as closing:  # the first error is the cause
                 error.add_note(f"closing its views failed too: {closing!r}")
         if threading.get_ident() == self._loop_thread:
             self._outcome.settle(error)
@@ -288,7 +286,7 @@ class Landing:
 
 
 def close_iterator(iterator: Iterator[object]) -> None:
-    """Closes a generator; other iterators hold nothing."""
+    """Closes a generator; other iterators need no closing."""
     close = getattr(iterator, "close", None)
     if close is not None:
         close()
