@@ -1,4 +1,4 @@
-"""Disturbances of a simulated burst: changes to a `Setup`, by their names in the printed table."""
+"""Disturbances of a simulated burst: changes to a `Burst`, by their names in the printed table."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Two tables: 32 newcomers and 2048 chunks, 1 and 2 seeds, under each disturbance; and bursts of 64 and 256 newcomers
 (`--large`: of 1024 with 4096 chunks too, which takes an hour of CPU), 1 and 4 seeds. Times are virtual and every run is
-a function of its setup, so the machine does not matter. Raw numbers go to bench/results/.
+a function of its burst, so the machine does not matter. Raw numbers go to bench/results/.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from disturbances import DISTURBANCES
 
 from swarm import __version__
 from swarm.cli.simulate import Outcome, as_plain, failure, play_each
-from swarm.simulation.report import Report
-from swarm.simulation.setup import Setup
+from swarm.simulation.report import BurstReport
+from swarm.simulation.setup import Burst
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = 1024, 4096
 
 
-def disturbed(newcomers: int, chunks: int) -> Iterator[tuple[str, Setup]]:
+def disturbed(newcomers: int, chunks: int) -> Iterator[tuple[str, Burst]]:
     """A burst under each disturbance, with 1 and 2 seeds."""
-    base = Setup(newcomers=newcomers, chunks=chunks)
+    base = Burst(newcomers=newcomers, chunks=chunks)
     for words, changes in DISTURBANCES.items():
         for seeds in (1, 2) if "seeds" not in changes else (changes["seeds"],):
             yield words, replace(base, **{**changes, "seeds": seeds})
 
 
-def scaled(newcomers: list[int], chunks: int, *, large: bool) -> Iterator[tuple[str, Setup]]:
+def scaled(newcomers: list[int], chunks: int, *, large: bool) -> Iterator[tuple[str, Burst]]:
     """Undisturbed bursts of ever more newcomers, with 1 and 4 seeds."""
     for count, parts in [*((count, chunks) for count in newcomers), *([LARGE] if large else [])]:
         for seeds in (1, 4):
-            yield f"{count} newcomers", Setup(newcomers=count, chunks=parts, seeds=seeds)
+            yield f"{count} newcomers", Burst(newcomers=count, chunks=parts, seeds=seeds)
 
 
 def row(words: str, outcome: Outcome) -> str:
     """A line of the table."""
-    if not isinstance(outcome, Report) or outcome.unfinished:
+    if not isinstance(outcome, BurstReport) or outcome.unfinished:
         return f"| {words} | | | failed: {failure(outcome)} | | | | |"
-    setup = outcome.setup
-    crossed = outcome.crossed_models if setup.racks > 1 else outcome.entered_models
+    burst = outcome.burst
+    crossed = outcome.crossed_models if burst.racks > 1 else outcome.entered_models
     return (
-        f"| {words} | {setup.seeds} | {setup.chunks} | {outcome.last_ratio:.3f} | {outcome.mean_ratio:.3f} "
+        f"| {words} | {burst.seeds} | {burst.chunks} | {outcome.last_ratio:.3f} | {outcome.mean_ratio:.3f} "
         f"| {outcome.seed_models:.2f} | {outcome.control_part:.3%} | {f'{crossed:.2f}' if crossed else ''} |"
     )
 
@@ -63,8 +63,8 @@ def draw(played: list[tuple[str, Outcome]], path: Path) -> None:
 
     figure = Figure(figsize=(14, 6), layout="constrained")
     bars, curves = figure.subplots(1, 2)
-    reports = [(words, outcome) for words, outcome in played if isinstance(outcome, Report)]
-    names = [f"{words}, S = {report.setup.seeds}" for words, report in reports]
+    reports = [(words, outcome) for words, outcome in played if isinstance(outcome, BurstReport)]
+    names = [f"{words}, S = {report.burst.seeds}" for words, report in reports]
     bars.barh(names, [report.last_ratio for _, report in reports])
     bars.invert_yaxis()
     bars.set_xlim(left=1.0)
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--newcomers", default="64,256", metavar="N,N", help="of the bursts of the second table")
     parser.add_argument("--chunks", type=int, default=2048, help="of the model, in both tables")
     parser.add_argument("--disturbed", type=int, default=32, metavar="N", help="newcomers of the first table; 0: none")
-    parser.add_argument("--dice", type=int, default=0)
+    parser.add_argument("--rng-seed", type=int, default=0)
     parser.add_argument("--large", action="store_true", help="a burst of 1024 with 4096 chunks too")
     parser.add_argument("--plot", action="store_true", help="draw it beside the numbers; needs matplotlib")
     parser.add_argument("--out", type=Path, default=RESULTS / f"simulate-{date}.json")
@@ -96,13 +96,13 @@ def main() -> int:
     print("| --- " * 8 + "|", flush=True)
     played: list[tuple[str, Outcome]] = []
     for (words, _), outcome in zip(
-        asked, play_each([replace(setup, dice=given.dice) for _, setup in asked]), strict=True
+        asked, play_each([replace(burst, rng_seed=given.rng_seed) for _, burst in asked]), strict=True
     ):
         played.append((words, outcome))
         print(row(words, outcome), flush=True)
     raw: list[dict[str, Any]] = [
-        {"what": words, "setup": dataclasses.asdict(setup), **as_plain(outcome)}
-        for (_, setup), (words, outcome) in zip(asked, played, strict=True)
+        {"what": words, "setup": dataclasses.asdict(burst), **as_plain(outcome)}
+        for (_, burst), (words, outcome) in zip(asked, played, strict=True)
     ]
     told = {
         "date": date,

@@ -2,7 +2,7 @@
 
 Prints each question's median and worst ratio (the last newcomer over its lower bound) with the seed of the worst, and
 the command that replays each failure: a newcomer that did not finish, a rule that a machine broke, an honest newcomer
-that was banned. Every run is a function of its setup, so the machine does not matter. Exits 1 after a failure.
+that was banned. Every run is a function of its burst, so the machine does not matter. Exits 1 after a failure.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import replace
 from disturbances import DISTURBANCES
 
 from swarm.cli.simulate import Outcome, failure, play_each
-from swarm.simulation.report import Report
-from swarm.simulation.setup import Setup
+from swarm.simulation.report import BurstReport
+from swarm.simulation.setup import Burst
 
 CHUNK_BYTES = 62_500_000  # few large chunks: fast to simulate
 
@@ -25,10 +25,10 @@ def wrong(outcome: Outcome) -> str | None:
     """The failure of a run, with the command that replays it."""
     if line := failure(outcome):
         return line
-    assert isinstance(outcome, Report)
+    assert isinstance(outcome, BurstReport)
     honest = outcome.banned_by.keys() - outcome.liars
     return (
-        f"{', '.join(sorted(honest))} banned though honest; replay it with: {outcome.setup.command}" if honest else None
+        f"{', '.join(sorted(honest))} banned though honest; replay it with: {outcome.burst.command}" if honest else None
     )
 
 
@@ -39,15 +39,15 @@ def main() -> int:
     parser.add_argument("--newcomers", type=int, default=8)
     parser.add_argument("--chunks", type=int, default=20)
     given = parser.parse_args()
-    base = Setup(newcomers=given.newcomers, chunks=given.chunks, model_bytes=given.chunks * CHUNK_BYTES)
+    base = Burst(newcomers=given.newcomers, chunks=given.chunks, model_bytes=given.chunks * CHUNK_BYTES)
     failures = 0
     for words, changes in DISTURBANCES.items():
         question = replace(base, **changes)
         if question.racks > 2 or question.per_machine > 4:  # as many as so few newcomers fill
             question = replace(question, racks=min(question.racks, 2), per_machine=min(question.per_machine, 4))
-        setups = [replace(question, dice=given.first + number) for number in range(given.runs)]
-        outcomes = list(play_each(setups))
-        reports = [outcome for outcome in outcomes if isinstance(outcome, Report)]
+        bursts = [replace(question, rng_seed=given.first + number) for number in range(given.runs)]
+        outcomes = list(play_each(bursts))
+        reports = [outcome for outcome in outcomes if isinstance(outcome, BurstReport)]
         lines = [line for outcome in outcomes if (line := wrong(outcome))]
         failures += len(lines)
         if reports:
@@ -55,8 +55,8 @@ def main() -> int:
             median = statistics.median(report.last_ratio for report in reports)
             seeds = max(report.seed_models for report in reports)
             print(
-                f"{words}: median {median:.2f}, worst {worst.last_ratio:.2f} (dice {worst.setup.dice}), seeds sent at "
-                f"most {seeds:.2f} models, {len(lines)} of {len(outcomes)} failed",
+                f"{words}: median {median:.2f}, worst {worst.last_ratio:.2f} (rng seed {worst.burst.rng_seed}), seeds "
+                f"sent at most {seeds:.2f} models, {len(lines)} of {len(outcomes)} failed",
                 flush=True,
             )
         for line in lines:

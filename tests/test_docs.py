@@ -16,10 +16,10 @@ import pytest
 
 import swarm
 from swarm import errors
-from swarm.cli.main import _parser
+from swarm.cli.main import _parser, main
 from swarm.protocol import messages
 from swarm.settings import Settings
-from swarm.simulation.setup import Setup, flag_of
+from swarm.simulation.setup import Burst, flag_of
 
 ROOT = Path(swarm.__file__).parent.parent
 DOCUMENTS = sorted(
@@ -74,9 +74,18 @@ def test_says_the_row_of_a_setting_what_its_help_says(field: dataclasses.Field[o
 
 def test_says_the_row_of_a_flag_of_the_simulation_what_its_help_says() -> None:
     described = {row[0].strip("`"): row[-1] for row in table("docs/simulation.md", "flag")}
-    helps = {f"--{flag_of(field)}": field.metadata["help"] for field in dataclasses.fields(Setup)}
+    helps = {f"--{flag_of(field)}": field.metadata["help"] for field in dataclasses.fields(Burst)}
     assert {flag: words for flag, words in described.items() if flag in helps} == helps
     assert described.keys() - helps.keys() == {"--runs", "--json", "--trace", "--plot"}
+
+
+def test_does_the_first_command_of_the_simulation_document_print_what_it_shows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A run is a function of its flags, on every machine."""
+    command, *shown = text("docs/simulation.md").partition("```\n$ swarm ")[2].partition("\n```")[0].splitlines()
+    assert main(shlex.split(command)) == 0
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == shown
 
 
 @pytest.mark.parametrize("message", typing.get_args(messages.AnyMessage), ids=lambda message: message.__name__)

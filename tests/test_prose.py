@@ -68,9 +68,9 @@ def help_texts() -> Iterator[tuple[str, str]]:
     """Name and help text of every setting, of every flag of the simulation, and of every option and command."""
     from swarm.cli.main import _parser
     from swarm.settings import Settings
-    from swarm.simulation.setup import Setup
+    from swarm.simulation.setup import Burst
 
-    for kind in (Settings, Setup):
+    for kind in (Settings, Burst):
         for field in dataclasses.fields(kind):
             yield field.name, field.metadata["help"]
     waiting = [_parser()]

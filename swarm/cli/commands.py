@@ -22,7 +22,7 @@ from typing import Any
 
 from swarm.errors import SettingsError, StoreError
 from swarm.settings import Settings
-from swarm.simulation.setup import Setup
+from swarm.simulation.setup import Burst
 
 PROBLEMS_FOUND = 1
 MDNS_S = 2.0  # to find a node
@@ -273,7 +273,7 @@ def demo(options: argparse.Namespace) -> int:
 
 def simulate(options: argparse.Namespace) -> int:
     """Runs the simulation; 1 if a newcomer did not finish."""
-    setup = Setup.read({field.name: getattr(options, field.name) for field in dataclasses.fields(Setup)})
+    burst = Burst.read({field.name: getattr(options, field.name) for field in dataclasses.fields(Burst)})
     from swarm.cli.simulate import simulate
 
-    return simulate(setup, runs=options.runs, as_json=options.json, trace=options.trace, plot=options.plot)
+    return simulate(burst, runs=options.runs, as_json=options.json, trace=options.trace, plot=options.plot)

@@ -18,7 +18,7 @@ from swarm import __version__
 from swarm.cli import commands
 from swarm.errors import SwarmError
 from swarm.settings import Settings
-from swarm.simulation.setup import Setup, flag_of
+from swarm.simulation.setup import Burst, flag_of
 
 INTERRUPTED = 130
 METAVARS = {
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     simulate = command(commands.simulate, "simulate a cold-start burst")
-    for field in dataclasses.fields(Setup):
+    for field in dataclasses.fields(Burst):
         about = field.metadata["help"]
         simulate.add_argument(f"--{flag_of(field)}", dest=field.name, metavar=field.metadata["metavar"], help=about)
     simulate.add_argument(

@@ -30,18 +30,18 @@ from swarm.content.bitfield import Bitfield
 from swarm.errors import LocalProtocolError, SettingsError, StoreError
 from swarm.observe.units import size_text
 from swarm.simulation.crowd import Crowd, Observer
-from swarm.simulation.report import Report, quantile
-from swarm.simulation.setup import Setup
+from swarm.simulation.report import BurstReport, quantile
+from swarm.simulation.setup import Burst
 from swarm.store.disk import replacing
 
 PARTS = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "9/10": 0.9, "all": 1.0}
 NOT_ALL_FINISHED = 1
 COLUMNS = 100  # of a table, when there is no terminal to ask
 
-Outcome: TypeAlias = Report | LocalProtocolError
+Outcome: TypeAlias = BurstReport | LocalProtocolError
 
 
-def simulate(setup: Setup, *, runs: int, as_json: bool, trace: Path | None, plot: Path | None) -> int:
+def simulate(burst: Burst, *, runs: int, as_json: bool, trace: Path | None, plot: Path | None) -> int:
     """Plays and prints; 0 when every newcomer that was not killed finished in every run.
 
     Raises SettingsError, and StoreError for a file that cannot be written.
@@ -51,13 +51,13 @@ def simulate(setup: Setup, *, runs: int, as_json: bool, trace: Path | None, plot
     if runs > 1 and (trace or plot):
         raise SettingsError("trace" if trace else "plot", "tells of one run; leave out --runs")
     console = Console() if sys.stdout.isatty() else Console(width=COLUMNS)
-    with Console(stderr=True).status(f"{runs} x {setup.newcomers} newcomers, {setup.chunks} chunks"):
-        outcomes = play_all(setup, runs) if runs > 1 else [_play_and_write(setup, trace, plot)]
-    reports = [outcome for outcome in outcomes if isinstance(outcome, Report)]
+    with Console(stderr=True).status(f"{runs} x {burst.newcomers} newcomers, {burst.chunks} chunks"):
+        outcomes = play_all(burst, runs) if runs > 1 else [_play_and_write(burst, trace, plot)]
+    reports = [outcome for outcome in outcomes if isinstance(outcome, BurstReport)]
     if as_json:
-        bounds = {"copy_s": setup.copy_s, "bound_s": setup.bound_s}
+        bounds = {"copy_s": burst.copy_s, "bound_s": burst.bound_s}
         played = [as_plain(outcome) for outcome in outcomes]
-        print(json.dumps({"setup": dataclasses.asdict(setup), **bounds, "runs": played}))
+        print(json.dumps({"setup": dataclasses.asdict(burst), **bounds, "runs": played}))
     elif runs == 1:
         for report in reports:
             show(report, console)
@@ -69,26 +69,26 @@ def simulate(setup: Setup, *, runs: int, as_json: bool, trace: Path | None, plot
     return NOT_ALL_FINISHED if failures else 0
 
 
-def play(setup: Setup, observe: Observer | None = None) -> Outcome:
+def play(burst: Burst, observe: Observer | None = None) -> Outcome:
     """One run; a machine that broke its own rules is an outcome too."""
     try:
-        return Crowd(setup, observe).run()
+        return Crowd(burst, observe).run()
     except LocalProtocolError as error:
         return error
 
 
-def play_all(setup: Setup, runs: int) -> list[Outcome]:
-    """So many runs, each with the next dice, in as many processes as there are cores."""
-    setups = [dataclasses.replace(setup, dice=setup.dice + number) for number in range(runs)]
-    return list(play_each(setups))
+def play_all(burst: Burst, runs: int) -> list[Outcome]:
+    """So many runs, each with the next rng_seed, in as many processes as there are cores."""
+    bursts = [dataclasses.replace(burst, rng_seed=burst.rng_seed + number) for number in range(runs)]
+    return list(play_each(bursts))
 
 
-def play_each(setups: Sequence[Setup]) -> Iterator[Outcome]:
-    """The outcomes in the order of the setups, played in as many processes as there are cores."""
-    processes = min(len(setups), len(os.sched_getaffinity(0)))
+def play_each(bursts: Sequence[Burst]) -> Iterator[Outcome]:
+    """The outcomes in the order of the bursts, played in as many processes as there are cores."""
+    processes = min(len(bursts), len(os.sched_getaffinity(0)))
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
     try:
-        yield from pool.map(play, setups)
+        yield from pool.map(play, bursts)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -100,37 +100,37 @@ def failure(outcome: Outcome) -> str | None:
     if not outcome.unfinished:
         return None
     why = (
-        f"{outcome.lost_chunks} of {outcome.setup.chunks} chunks died with their last holders"
+        f"{outcome.lost_chunks} of {outcome.burst.chunks} chunks died with their last holders"
         if outcome.lost_chunks
         else "although somebody holds each chunk, which is a bug in swarm"
     )
     names = ", ".join(outcome.unfinished[:3]) + (", ..." if len(outcome.unfinished) > 3 else "")
-    who = f"{len(outcome.unfinished)} of {outcome.setup.newcomers} newcomers ({names})"
-    return f"{who} did not finish, {why}; replay it with: {outcome.setup.command}"
+    who = f"{len(outcome.unfinished)} of {outcome.burst.newcomers} newcomers ({names})"
+    return f"{who} did not finish, {why}; replay it with: {outcome.burst.command}"
 
 
-def measures(report: Report) -> dict[str, tuple[float, str]]:
+def measures(report: BurstReport) -> dict[str, tuple[float, str]]:
     """What is worth knowing of a run, with the pattern that prints it; what does not apply is left out."""
-    setup = report.setup
+    burst = report.burst
     found = {
         "last newcomer, times its lower bound": (report.last_ratio, "{:.3f}"),
         "mean newcomer, times its lower bound": (report.mean_ratio, "{:.3f}"),
         "seeds sent, copies of the model": (report.seed_models, "{:.2f}"),
         "control messages, part of the payload": (report.control_part, "{:.3%}"),
     }
-    if setup.corrupt or setup.liars:
+    if burst.corrupt or burst.liars:
         found["rejected chunks"] = (report.rejected_chunks, "{:.0f}")
-    if setup.racks > 1:
+    if burst.racks > 1:
         found["copies that left a rack"] = (report.crossed_models, "{:.2f}")
-    if setup.per_machine > 1:
+    if burst.per_machine > 1:
         found["copies that entered a machine"] = (report.entered_models, "{:.2f}")
     return found
 
 
-def show(report: Report, console: Console) -> None:
+def show(report: BurstReport, console: Console) -> None:
     """Prints one run."""
-    _head(report.setup, console)
-    lived_s, star_s, bound_s = report.lived_s, report.star_s, report.setup.bound_s
+    _head(report.burst, console)
+    lived_s, star_s, bound_s = report.lived_s, report.star_s, report.burst.bound_s
     table = Table("done", "swarm", "lower bound", "ratio", "star")
     for words, part in PARTS.items():
         time_s = quantile(lived_s, part)
@@ -144,10 +144,10 @@ def show(report: Report, console: Console) -> None:
         console.print(f"{name}, {what}: banned by {count}", highlight=False)
 
 
-def show_all(reports: Sequence[Report], console: Console) -> None:
-    """Prints many runs of one setup: median and range."""
-    setup = reports[0].setup
-    _head(setup, console)
+def show_all(reports: Sequence[BurstReport], console: Console) -> None:
+    """Prints many runs of one burst: median and range."""
+    burst = reports[0].burst
+    _head(burst, console)
     table = Table(f"{len(reports)} runs", "median", "least", "most")
     for words, part in PARTS.items():
         times_s = [quantile(report.lived_s, part) for report in reports]
@@ -157,7 +157,7 @@ def show_all(reports: Sequence[Report], console: Console) -> None:
     console.print(table)
     last_s = [report.star_s[-1] for report in reports if report.star_s]
     star = seconds_text(statistics.median(last_s)) if last_s else "-"
-    console.print(f"lower bound {seconds_text(setup.bound_s)}; last of a star {star}", highlight=False)
+    console.print(f"lower bound {seconds_text(burst.bound_s)}; last of a star {star}", highlight=False)
 
 
 def seconds_text(seconds: float) -> str:
@@ -190,7 +190,7 @@ def as_plain(outcome: Outcome) -> dict[str, Any]:
         "unfinished": outcome.unfinished,
         "times_s": dict(outcome.times_s),
     }
-    told = {"dice": outcome.setup.dice, "command": outcome.setup.command, "failure": failure(outcome)}
+    told = {"rng_seed": outcome.burst.rng_seed, "command": outcome.burst.command, "failure": failure(outcome)}
     return {**told, **{name: _finite(value) for name, value in numbers.items()}}
 
 
@@ -200,11 +200,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _head(setup: Setup, console: Console) -> None:
-    seeds = "one seed" if setup.seeds == 1 else f"{setup.seeds} seeds"
-    model = f"{size_text(setup.model_bytes)} in {setup.chunks} chunks, links of {size_text(setup.rate_bytes_per_s)}/s"
+def _head(burst: Burst, console: Console) -> None:
+    seeds = "one seed" if burst.seeds == 1 else f"{burst.seeds} seeds"
+    model = f"{size_text(burst.model_bytes)} in {burst.chunks} chunks, links of {size_text(burst.rate_bytes_per_s)}/s"
     console.print(
-        f"{setup.newcomers} newcomers, {seeds}, {model}: one copy takes {seconds_text(setup.copy_s)}", highlight=False
+        f"{burst.newcomers} newcomers, {seeds}, {model}: one copy takes {seconds_text(burst.copy_s)}", highlight=False
     )
 
 
@@ -212,14 +212,14 @@ def _range(values: Sequence[float], text: Callable[[float], str]) -> tuple[str, 
     return text(statistics.median(values)), text(min(values)), text(max(values))
 
 
-def _play_and_write(setup: Setup, trace: Path | None, plot: Path | None) -> Outcome:
+def _play_and_write(burst: Burst, trace: Path | None, plot: Path | None) -> Outcome:
     """One run; its journal and its picture appear when they are whole."""
     if plot is None and trace is None:
-        return play(setup)
-    from swarm.simulation.plot import History, Picture
+        return play(burst)
+    from swarm.simulation.plot import BurstPlot, ChunkHistory
 
-    picture = Picture(plot) if plot else None  # fails before the run, not after
-    history = History()
+    picture = BurstPlot(plot) if plot else None  # fails before the run, not after
+    history = ChunkHistory()
     with contextlib.ExitStack() as files:
         draft = files.enter_context(_replacing(trace)) if trace else None
         file = files.enter_context(draft.open("w", encoding="utf-8")) if draft else None
@@ -229,8 +229,8 @@ def _play_and_write(setup: Setup, trace: Path | None, plot: Path | None) -> Outc
             if file:
                 file.write(trace_line(at_s, node, what))
 
-        outcome = play(setup, observe)
-    if plot and picture and isinstance(outcome, Report):
+        outcome = play(burst, observe)
+    if plot and picture and isinstance(outcome, BurstReport):
         with _replacing(plot) as draft:
             picture.draw(outcome, history, draft)
     return outcome

@@ -336,7 +336,7 @@ class Connections:
 
     def _due(self, now: float) -> list[Action]:
         """Whom to dial, and which link gives way to that."""
-        blocked = self._blocked(now)
+        blocked, small = self._blocked(now), self._small()
         limit = LINKS_MAX if blocked else self._for_all_wanted(LINKS_MOST)
         self._most_dialled = max(self._most_dialled, limit)
         linked = self._linked()
@@ -347,13 +347,13 @@ class Connections:
         for address in by_hand:
             self._known[address].dialling = True
         taken = len(self._by_itself()) + sum(not self._known[address].lasting for address in dialling)
-        members = self._to_dial(now) if self._wants.digests or self._wants.more or self._small() else {}
+        members = self._to_dial(now) if self._wants.digests or self._wants.more or small else {}
         holders = {node: m for node, m in members.items() if not self._wants.digests.isdisjoint(m.holds)}
         drops = self._make_way(min(len(holders), taken + len(holders) - limit), now)
         free = min(room - len(by_hand), limit - taken) + len(drops)
         chosen = self._choose_holders(holders, free, now)
-        others = {a for a in due if not self._known[a].lasting and (blocked or self._small() or not self._is_member(a))}
-        others |= {m.address for m in members.values() if self._small() or (self._wants.more and m.more)}
+        others = {a for a in due if not self._known[a].lasting and (blocked or small or not self._is_member(a))}
+        others |= {m.address for m in members.values() if small or (self._wants.more and m.more)}
         others -= {*chosen, *by_hand}
         free = max(0, free - len(chosen))
         picked = sorted(others) if len(others) <= free else sorted(self._rng.sample(sorted(others), free))
@@ -364,6 +364,8 @@ class Connections:
     def _choose_holders(self, holders: dict[NodeId, _Member], free: int, now: float) -> list[Address]:
         """Marks up to `free` of these as being dialled, and returns their addresses."""
         chosen: list[Address] = []
+        if free <= 0:
+            return chosen
         sources = {digest: self._sources(digest) for digest in self._wanted_since}
         for digest, linked in sorted(sources.items(), key=lambda item: len(item[1])):
             few = now - self._wanted_since[digest] < selection.SETTLE_S and not self._small()

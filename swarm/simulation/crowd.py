@@ -1,11 +1,12 @@
-"""A crowd: many newcomers at once, as machines and messages alone, so that a thousand of them fit into one process.
+"""A simulated burst: members as pure machines and their messages, under a virtual clock in one process.
 
-Every member runs the machines of a real node (`download`, `upload`, `gifts`, links by `mesh`) and says what a node
-says. What lies between (links, tasks, stores) is left out, a chunk is right or wrong by dice, and who is there is known
-at once. `cluster` runs whole nodes and is where their drivers are tried; here the question is how a burst scales, and
-what disturbs it.
+Each member runs the machines of a node: `Connections`, `Download`, `Upload` and `Superseed`. The crowd carries out
+their actions: it opens links, delivers messages after a delay and moves chunks over a `Wire`. Nothing stands for
+sockets, tasks, stores and hashes: a random generator decides which chunks are corrupt. Gossip tells every member of
+joins and deaths at once, and of loads every second. `tests/sim` runs whole nodes with their drivers; the crowd shows
+how a burst of a thousand scales.
 
-A run is a function of its `Setup`. Every event and action of every machine can be observed.
+A run is a function of its `Burst`. An observer sees every event and action, except what gossip tells.
 
 Must not know: how the machines decide.
 """
@@ -18,36 +19,41 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from swarm.content.bitfield import Bitfield, runs
-from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest
+from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
 from swarm.errors import LocalProtocolError
 from swarm.node.node import TICK_S
-from swarm.peers import selection
-from swarm.peers.connections import LINKS_MAX
-from swarm.peers.selection import Candidate
+from swarm.peers import connections, selection
+from swarm.peers.connections import Connections
 from swarm.protocol import messages
-from swarm.protocol.messages import Message, NodeId
-from swarm.simulation.report import Report
-from swarm.simulation.setup import SLOWER, Setup
-from swarm.simulation.wire import Clock, Domain, Flow, Host, Trunk, Wire
+from swarm.protocol.messages import Address, Announcement, Message, NodeId
+from swarm.protocol.packets import Holding, Profile, Record, State
+from swarm.simulation.report import BurstReport
+from swarm.simulation.setup import SLOWER, Burst
+from swarm.simulation.wire import ChunkFlow, Clock, Domain, Nic, Trunk, Wire
 from swarm.transfer import download_events, upload
 from swarm.transfer.download import Download
 from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import NOTHING_RETRY_S, REFUSED_RETRY_S
 
-DIGEST, SCHEME = Digest("0" * 64), "simulated"
+DIGEST, MODEL, SCHEME = Digest("0" * 64), ModelId("simulated"), "simulated"
 FRAME_BYTES = 8  # around each message
 UPLOAD_SLOTS = 8
-IDLE_TIMEOUT_S = 5.0
-BURST_S = 0.002  # newcomers of one burst ask within so long
-LOADS_EVERY_S = 1.0  # gossip tells how busy a member is no more often
-BUS_FASTER = 8  # members of one machine reach each other so many times faster than its link is
-LIMIT_BOUNDS, LIMIT_S = 50, 60.0  # so many lower bounds, and what timeouts may add, are more than any run should take
-LIES_PART = 0.5  # of what a liar sends
+IDLE_TIMEOUT_S, DIAL_TIMEOUT_S = 5.0, 5.0
+BURST_S = 0.002  # the newcomers of a burst ask within this time
+GOSSIP_EVERY_S = ANNOUNCE_EVERY_S = 1.0
+BUS_FASTER = 8  # members of one machine reach each other at this multiple of its link's rate
+LIMIT_BOUNDS, LIMIT_S = 50, 60.0  # a run ends after this many lower bounds, plus a time for timeouts
+LIES_PART = 0.5  # part of a liar's chunks that is corrupt
 
 Observer = Callable[[float, str, object], None]
+
+
+class _Machine(Protocol):
+    def check(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,124 +63,126 @@ class Asked:
 
 @dataclass(frozen=True)
 class Died:
-    """A member's machine is gone."""
+    """A member stops, and with it everything that it sends and receives."""
 
 
 @dataclass
 class _Member:
     name: NodeId
-    host: Host
+    nic: Nic
     machine: int
     rack: int
     held: Bitfield
     rng: random.Random
     asked_at: float
+    connections: Connections
+    profile: Profile  # as gossip tells it
     superseed: Superseed | None = None
     download: Download | None = None
     ended_at: float | None = None
-    load: int = 0  # what others know of how many links it has
+    due_at: float = math.inf  # of the next `_come_due`
     control_bytes: int = 0
     upload: Upload = field(default_factory=lambda: Upload(slots=UPLOAD_SLOTS))
-    links: dict[NodeId, _Member] = field(default_factory=dict)
-    due_at: float = math.inf  # of the next `_come_due`
+    open: dict[int, _Member] = field(default_factory=dict)  # all links, by number
+    links: dict[NodeId, int] = field(default_factory=dict)  # the links that carry messages, by node
     requests: dict[tuple[NodeId, int], messages.Request] = field(default_factory=dict)
-    sending: dict[tuple[NodeId, int], tuple[Flow, float]] = field(default_factory=dict)  # with the time when it began
+    sending: dict[tuple[NodeId, int], tuple[ChunkFlow, float]] = field(default_factory=dict)  # with its start
     receiving: dict[int, NodeId] = field(default_factory=dict)  # the source of each transfer
     received_bytes: Counter[NodeId] = field(default_factory=Counter)  # by source
 
     @property
     def fetches(self) -> bool:
-        return self.host.alive and self.download is not None and not self.download.done
+        return self.nic.alive and self.download is not None and not self.download.done
 
-    @property
-    def full(self) -> bool:
-        if not self.fetches:
-            return len(self.links) >= LINKS_MAX
-        return sum(not other.held.complete for other in self.links.values()) >= selection.LINKS_FULL
+    def record(self, state: State = State.ALIVE) -> Record:
+        return Record(self.name, 0, state, 0, self.name, Address(self.name), self.profile)
+
+    def distance(self, other: _Member) -> int:
+        return other.profile.distance(self.profile.host, self.profile.rack)
 
 
 class Crowd:
-    """A burst under construction and under way: `Crowd(setup).run()`, once.
+    """A simulated burst: `Crowd(burst).run()`, once.
 
-    `observe` is told of every event and action. `checked`: after each, the invariants of the machine it concerns.
+    `observe(at_s, member, what)` is called for every event and action. `checked`: after each, the invariants of its
+    machine are checked.
     """
 
-    def __init__(self, setup: Setup, observe: Observer | None = None, *, checked: bool = False) -> None:
-        self.setup = setup
+    def __init__(self, burst: Burst, observe: Observer | None = None, *, checked: bool = False) -> None:
+        self.burst = burst
         self._observe = observe
         self._checked = checked
         self._clock = Clock()
-        self._wire = Wire(self._clock, delay_s=setup.delay_s)
-        self._rng = random.Random(setup.dice)  # noqa: S311 - dice that can be thrown again
-        entries = (ChunkEntry(setup.chunk_bytes, "0" * 32),) * setup.chunks
-        files = (FileEntry("model", setup.copy_bytes, "", entries),)
-        self._manifest = Manifest(1, "checkpoint", "", HashScheme(), setup.chunk_bytes, files)
+        self._wire = Wire(self._clock, delay_s=burst.delay_s)
+        self._rng = random.Random(burst.rng_seed)  # noqa: S311 - reproducible
+        entries = (ChunkEntry(burst.chunk_bytes, "0" * 32),) * burst.chunks
+        files = (FileEntry("model", burst.copy_bytes, "", entries),)
+        self._manifest = Manifest(1, "checkpoint", "", HashScheme(), burst.chunk_bytes, files)
         self._members: dict[NodeId, _Member] = {}
         self._machines: dict[int, Domain] = {}
         self._racks = [
-            Domain(Trunk(setup.rack_bytes_per_s), Trunk(setup.rack_bytes_per_s))
-            for _ in range(setup.racks if setup.racks > 1 else 0)
+            Domain(Trunk(burst.rack_bytes_per_s), Trunk(burst.rack_bytes_per_s))
+            for _ in range(burst.racks if burst.racks > 1 else 0)
         ]
-        self._seeds = [NodeId(f"seed-{number}") for number in range(setup.seeds)]  # alive
-        self._names = [NodeId(f"newcomer-{number}") for number in range(setup.newcomers)]
+        self._seeds = [NodeId(f"seed-{number}") for number in range(burst.seeds)]
+        self._names = [NodeId(f"newcomer-{number}") for number in range(burst.newcomers)]
         self._slow, self._late, self._doomed = (
-            frozenset(self._rng.sample(self._names, round(part * setup.newcomers)))
-            for part in (setup.slow, setup.late, setup.kill_newcomers)
+            frozenset(self._rng.sample(self._names, round(part * burst.newcomers)))
+            for part in (burst.slow, burst.late, burst.kill_newcomers)
         )
-        self._liars = frozenset(self._names[: setup.liars])
+        self._liars = frozenset(self._names[: burst.liars])
         self._awaited = set(self._names) - self._doomed
-        self._banned: dict[NodeId, list[str]] = {}
-        self._lost_chunks = 0  # that nobody alive holds
+        self._link_numbers = itertools.count()
+        self._banned: dict[str, list[str]] = {}
+        self._lost_chunks = 0  # without a living holder
         self._mates_due = False
 
-    def run(self, *, limit_s: float | None = None) -> Report:
-        """Plays until all newcomers that were not killed are done, or cannot be as a chunk is lost; `limit_s` at most.
+    def run(self, *, limit_s: float | None = None) -> BurstReport:
+        """Runs until every newcomer that is not killed is done, a chunk has no holder left, or `limit_s` is over.
 
-        Raises LocalProtocolError when a machine breaks its own rules; the error names the command that replays it.
+        Raises LocalProtocolError when a machine breaks an invariant, with the command that replays the run.
         """
-        setup = self.setup
+        burst = self.burst
         for number, name in enumerate(self._seeds):
             self._add(name, machine=number, whole=True)
         for number, name in enumerate(self._names):
-            at_s = self._rng.uniform(0, BURST_S) + setup.spread * setup.copy_s * number / setup.newcomers
-            at_s += setup.copy_s / 2 if name in self._late else 0.0
+            at_s = self._rng.uniform(0, BURST_S) + burst.spread * burst.copy_s * number / burst.newcomers
+            at_s += burst.copy_s / 2 if name in self._late else 0.0
             self._clock.at(at_s, self._ask, name, number)
             if name in self._doomed:
-                self._clock.at(at_s + self._rng.uniform(0.1, 0.9) * setup.copy_s, self._kill, name)
-        if setup.kill_seed_at is not None:
-            self._clock.at(setup.kill_seed_at * setup.copy_s, self._kill, "seed-0")
-        self._clock.after(LOADS_EVERY_S, self._tell_loads)
-        limit_s = limit_s or LIMIT_BOUNDS * setup.bound_s + setup.noticed_s + LIMIT_S
+                self._clock.at(at_s + self._rng.uniform(0.1, 0.9) * burst.copy_s, self._kill, name)
+        if burst.kill_seed_at is not None:
+            self._clock.at(burst.kill_seed_at * burst.copy_s, self._kill, self._seeds[0])
+        self._clock.after(GOSSIP_EVERY_S, self._gossip_loads)
+        limit_s = limit_s or LIMIT_BOUNDS * burst.bound_s + burst.noticed_s + LIMIT_S
         try:
             self._clock.run(lambda: not self._awaited or bool(self._lost_chunks), limit_s=limit_s)
             if self._checked:
                 self.check()
         except LocalProtocolError as error:
-            raise LocalProtocolError(f"{self!r}: {error}; replay it with: {setup.command}") from error
+            raise LocalProtocolError(f"{self!r}: {error}; replay it with: {burst.command}") from error
         return self._report()
 
     def check(self) -> None:
-        """Raises LocalProtocolError when an invariant does not hold, of this or of any machine."""
+        """Raises LocalProtocolError when a member's machine breaks an invariant."""
         for member in self._members.values():
-            for machine in (member.upload, member.download, member.superseed):
+            for machine in (member.connections, member.upload, member.download, member.superseed):
                 if machine:
                     machine.check()
-            for name, other in member.links.items():
-                if member.host.alive and other.host.alive and other.links.get(member.name) is not member:
-                    raise LocalProtocolError(f"{self!r}: {member.name} has a link with {name}, which has none with it")
 
     def __repr__(self) -> str:
-        dead = sum(not member.host.alive for member in self._members.values())
+        seeds = sum(self._members[name].nic.alive for name in self._seeds if name in self._members)
+        dead = sum(not member.nic.alive for member in self._members.values())
         return (
-            f"<Crowd {self.setup.newcomers} newcomers, {len(self._awaited)} awaited | {len(self._seeds)} seeds"
+            f"<Crowd {self.burst.newcomers} newcomers, {len(self._awaited)} awaited | {seeds or len(self._seeds)} seeds"
             f" | {dead} dead | {self._clock.now:.3f} s>"
         )
 
-    def _report(self) -> Report:
+    def _report(self) -> BurstReport:
         members = self._members
         newcomers = [members[name] for name in self._names if name in members]
-        return Report(
-            setup=self.setup,
+        return BurstReport(
+            burst=self.burst,
             asked_at_s={member.name: member.asked_at for member in newcomers},
             times_s={
                 **dict.fromkeys(self._names),
@@ -184,7 +192,7 @@ class Crowd:
             slow=self._slow,
             liars=self._liars,
             lost_chunks=self._lost_chunks,
-            seed_bytes=sum(member.host.sent_bytes for member in members.values() if member.superseed),
+            seed_bytes=sum(member.nic.sent_bytes for member in members.values() if member.superseed),
             control_bytes={name: member.control_bytes for name, member in members.items()},
             rejected_chunks=sum(m.download.rejected_chunks for m in newcomers if m.download),
             banned={name: tuple(peers) for name, peers in self._banned.items()},
@@ -195,23 +203,39 @@ class Crowd:
     # Members
 
     def _add(self, name: NodeId, *, machine: int, whole: bool = False) -> _Member:
-        setup, shared, rate = self.setup, None, self.setup.rate_bytes_per_s
-        if setup.per_machine > 1 and not whole:
+        burst, shared, rate = self.burst, None, self.burst.rate_bytes_per_s
+        if burst.per_machine > 1 and not whole:
             shared = self._machines.setdefault(machine, Domain(Trunk(rate), Trunk(rate)))
             rate *= BUS_FASTER
         if name in self._slow:
-            rate = setup.rate_bytes_per_s / SLOWER
-        rack = machine % setup.racks
-        host = Host(rate, rate, (shared, self._racks[rack] if self._racks else None))
-        held = Bitfield.full(setup.chunks) if whole else Bitfield(setup.chunks)
-        rng = random.Random(f"{setup.dice}/{name}")  # noqa: S311 - dice that can be thrown again
-        member = self._members[name] = _Member(name, host, machine, rack, held, rng, self._clock.now)
-        member.superseed = Superseed(setup.chunks, rng=rng) if whole else None
+            rate = burst.rate_bytes_per_s / SLOWER
+        rack = machine % burst.racks
+        nic = Nic(rate, rate, (shared, self._racks[rack] if self._racks else None))
+        rng = random.Random(f"{burst.rng_seed}/{name}")  # noqa: S311 - reproducible
+        host_label, rack_label = f"machine-{machine}", f"rack-{rack}" if self._racks else ""
+        member = self._members[name] = _Member(
+            name=name,
+            nic=nic,
+            machine=machine,
+            rack=rack,
+            held=Bitfield.full(burst.chunks) if whole else Bitfield(burst.chunks),
+            rng=rng,
+            asked_at=self._clock.now,
+            connections=Connections(name, rng=rng, host=host_label, rack=rack_label),
+            profile=Profile(host=host_label, rack=rack_label),
+        )
+        member.superseed = Superseed(burst.chunks, rng=rng) if whole else None
+        member.profile = self._profile(member)
+        for other in self._members.values():
+            if other is not member and other.nic.alive:
+                self._connect(member, connections.Heard(other.record()))
+        self._gossip(member)
+        self._tick(member)
         return member
 
     def _ask(self, name: NodeId, number: int) -> None:
-        setup = self.setup
-        member = self._add(name, machine=setup.seeds + number // setup.per_machine)
+        burst = self.burst
+        member = self._add(name, machine=burst.seeds + number // burst.per_machine)
         member.download = Download(
             self._manifest,
             member.held,
@@ -223,63 +247,44 @@ class Crowd:
             rng=member.rng,
         )
         self._note(member, Asked())
-        self._look_for_links(member, selection.LINKS_FIRST)
-        self._clock.after(selection.SETTLE_S, self._keep_links, member)
-        self._clock.after(TICK_S, self._tick, member)
+        self._connect(member, connections.Wants(frozenset({DIGEST})))
+        self._clock.after(ANNOUNCE_EVERY_S, self._announce_progress, member)
         self._tell_mates_soon()
 
     def _kill(self, name: NodeId) -> None:
         member = self._members[name]
         self._note(member, Died())
-        self._wire.kill(member.host)
-        self._seeds = [seed for seed in self._seeds if seed != name]
-        living = [member.held for member in self._members.values() if member.host.alive]
-        self._lost_chunks = sum(not any(chunk in held for held in living) for chunk in range(self.setup.chunks))
-        for other in member.links.values():
-            self._clock.after(self.setup.noticed_s + self.setup.delay_s, self._lose, other, name)
+        self._wire.kill(member.nic)
+        living = [member.held for member in self._members.values() if member.nic.alive]
+        self._lost_chunks = sum(not any(chunk in held for held in living) for chunk in range(self.burst.chunks))
+        noticed_s = self.burst.noticed_s + self.burst.delay_s
+        for number, other in member.open.items():
+            self._clock.after(noticed_s, self._close, other, number, "the connection was reset")
+        self._clock.after(noticed_s, self._gossip, member, State.DEAD)
         self._tell_mates_soon()
 
-    def _lose(self, member: _Member, name: NodeId) -> None:
-        if member.links.pop(name, None) and member.host.alive:
-            for number in [number for number, source in member.receiving.items() if source == name]:
-                del member.receiving[number]
-            self._upload(member, upload.PeerLeft(name))
-            self._download(member, download_events.PeerLeft(name, "the connection was reset"))
-            if member.superseed:
-                member.superseed.left(name)
+    def _profile(self, member: _Member) -> Profile:
+        chunks, total = len(member.held), member.held.length
+        holding = Holding(MODEL, DIGEST, "checkpoint", chunks, total, member.superseed is not None)
+        labels = member.profile.host, member.profile.rack
+        return Profile((holding,), 0, (), *labels, member.upload.active, UPLOAD_SLOTS)
 
-    def _keep_links(self, member: _Member) -> None:
-        if member.fetches:
-            self._look_for_links(member, selection.LINKS_WANTED)
-            self._clock.after(selection.LOOK_EVERY_S, self._keep_links, member)
+    def _gossip(self, member: _Member, state: State = State.ALIVE) -> None:
+        heard = connections.Heard(member.record(state))
+        for other in self._members.values():
+            if other is not member:
+                self._connect(other, heard)
 
-    def _look_for_links(self, member: _Member, wanted: int) -> None:
-        linked = [self._candidate(member, other) for other in member.links.values()]
-        others = [
-            self._candidate(member, other)
-            for other in self._members.values()
-            if other.host.alive and not other.full and other is not member and other.name not in member.links
-        ]
-        for candidate in selection.choose(linked, others, wanted=wanted, rng=member.rng):
-            other = self._members[candidate.node]
-            member.links[other.name], other.links[member.name] = other, member
-            self._show_interest(member, other)
-            self._show_interest(other, member)
-
-    def _candidate(self, member: _Member, other: _Member) -> Candidate:
-        return Candidate(other.name, other.held.complete, _distance(member, other), other.load)
-
-    def _show_interest(self, member: _Member, other: _Member) -> None:
-        if member.fetches:
-            self._say(member, other, messages.Interest(DIGEST, member.held.pack()))
-
-    def _tell_loads(self) -> None:
+    def _gossip_loads(self) -> None:
         for member in self._members.values():
-            member.load = len(member.links)
-        self._clock.after(LOADS_EVERY_S, self._tell_loads)
+            profile = self._profile(member)
+            if member.nic.alive and profile != member.profile:
+                member.profile = profile
+                self._gossip(member)
+        self._clock.after(GOSSIP_EVERY_S, self._gossip_loads)
 
     def _tell_mates_soon(self) -> None:
-        if (self.setup.per_machine > 1 or self._racks) and not self._mates_due:
+        if (self.burst.per_machine > 1 or self._racks) and not self._mates_due:
             self._mates_due = True
             self._clock.after(selection.SETTLE_S, self._tell_mates)
 
@@ -291,24 +296,94 @@ class Crowd:
             in_rack = frozenset(m.name for m in fetching if m.rack == member.rack and m is not member)
             self._download(member, download_events.Mates(on_host, in_rack if self._racks else frozenset()))
 
+    # Links
+
+    def _connect(self, member: _Member, event: connections.Event) -> None:
+        if not member.nic.alive:
+            return
+        gossip = isinstance(event, connections.Heard)
+        if not gossip:
+            self._note(member, event)
+        actions = member.connections.handle(event, self._clock.now)
+        self._check(member.connections)
+        for action in actions:
+            self._note(member, action)
+            match action:
+                case connections.Dial(address):
+                    self._clock.after(2 * self.burst.delay_s, self._dialled, member, self._members[NodeId(address)])
+                case connections.Drop(number, why):
+                    if other := member.open.get(number):
+                        self._forget(member, other.name, number, why)
+                        del member.open[number]
+                        self._clock.after(self.burst.delay_s, self._close, other, number, why)
+                case connections.Welcome(number, addresses):
+                    self._welcome(member, number, addresses)
+
+    def _dialled(self, member: _Member, other: _Member) -> None:
+        address = Address(other.name)
+        if not other.nic.alive:
+            self._clock.after(DIAL_TIMEOUT_S, self._connect, member, connections.DialFailed(address))
+            return
+        number = next(self._link_numbers)
+        member.open[number], other.open[number] = other, member
+        for end, far, dialled in ((other, member, None), (member, other, address)):
+            holds = {DIGEST: far.held.complete}
+            self._connect(end, connections.LinkUp(number, far.name, Address(far.name), dialled, holds))
+
+    def _welcome(self, member: _Member, number: int, addresses: tuple[Address, ...]) -> None:
+        other = member.open[number]
+        if (twin := member.links.get(other.name)) is not None:
+            self._forget(member, other.name, twin, "another link is open")
+        member.links[other.name] = number
+        if addresses:
+            self._say(messages.Members(addresses), member, other)
+        if member.fetches:
+            self._say(messages.Interest(DIGEST, member.held.pack()), member, other)
+
+    def _close(self, member: _Member, number: int, why: str) -> None:
+        """The other end of a link has closed it, or is dead."""
+        if other := member.open.pop(number, None):
+            self._forget(member, other.name, number, why)
+            self._connect(member, connections.LinkDown(number))
+
+    def _forget(self, member: _Member, name: NodeId, number: int, why: str) -> None:
+        if member.links.get(name) != number or not member.nic.alive:
+            return
+        del member.links[name]
+        for transfer in [transfer for transfer, source in member.receiving.items() if source == name]:
+            del member.receiving[transfer]
+        self._upload(member, upload.PeerLeft(name))
+        self._download(member, download_events.PeerLeft(name, why))
+        if member.superseed:
+            member.superseed.left(name)
+
     # Messages
 
-    def _say(self, member: _Member, other: _Member, message: Message) -> None:
-        member.control_bytes += len(messages.encode(message)) + FRAME_BYTES
-        self._clock.after(self.setup.delay_s, self._hear, other, member, message)
+    def _say(self, message: Message, member: _Member, *others: _Member) -> None:
+        member.control_bytes += (len(messages.encode(message)) + FRAME_BYTES) * len(others)
+        for other in others:
+            self._clock.after(self.burst.delay_s, self._receive, other, member, message)
 
-    def _hear(self, member: _Member, peer: _Member, message: Message) -> None:
-        if not member.host.alive or peer.name not in member.links:
+    def _linked(self, member: _Member) -> list[_Member]:
+        return [self._members[name] for name in member.links]
+
+    def _receive(self, member: _Member, peer: _Member, message: Message) -> None:
+        if not member.nic.alive or peer.name not in member.links:
             return
         match message:
+            case messages.Members(addresses):
+                self._connect(member, connections.Told(addresses))
+            case messages.Announce(artifacts):
+                holds = {held.digest: held.chunks == held.chunks_total for held in artifacts}
+                self._connect(member, connections.Announced(member.links[peer.name], holds))
             case messages.Interest(_, bits):
-                self._say(member, peer, messages.Holdings(DIGEST, member.held.pack()))
+                self._say(messages.Holdings(DIGEST, member.held.pack()), member, peer)
                 if member.superseed:
                     member.superseed.joined(peer.name, Bitfield.unpack(bits, member.held.length))
             case messages.Holdings(_, bits):
-                holds = Bitfield.unpack(bits, member.held.length)
-                superseeds, distance = peer.superseed is not None, _distance(member, peer)
-                self._download(member, download_events.PeerJoined(peer.name, holds, superseeds, distance))
+                holds_chunks = Bitfield.unpack(bits, member.held.length)
+                superseeds, distance = peer.superseed is not None, member.distance(peer)
+                self._download(member, download_events.PeerJoined(peer.name, holds_chunks, superseeds, distance))
             case messages.Have(_, told):
                 chunks = tuple(index for first, count in told for index in range(first, first + count))
                 if member.superseed:
@@ -326,19 +401,27 @@ class Crowd:
                 member.requests.pop((peer.name, number), None)
                 self._upload(member, upload.Cancelled(peer.name, number))
 
-    # Sending
+    def _announce_progress(self, member: _Member) -> None:
+        superseeds = member.superseed is not None
+        total = member.held.length
+        held = Announcement(MODEL, DIGEST, "checkpoint", self.burst.copy_bytes, len(member.held), total, superseeds)
+        self._say(messages.Announce((held,)), member, *self._linked(member))
+        if member.fetches:
+            self._clock.after(ANNOUNCE_EVERY_S, self._announce_progress, member)
+
+    # Uploads
 
     def _requested(self, member: _Member, peer: _Member, request: messages.Request) -> None:
         if all(chunk in member.held for chunk in request.chunks) and (request.chunks or member.superseed):
             member.requests[peer.name, request.transfer] = request
-            size = (len(request.chunks) or request.count) * self.setup.chunk_bytes
+            size = (len(request.chunks) or request.count) * self.burst.chunk_bytes
             asked = upload.Requested(peer.name, request.transfer, size, request.sources, request.pace_bytes_per_s)
             self._upload(member, asked)
         else:
-            self._say(member, peer, messages.Refuse(request.transfer, "not_held", REFUSED_RETRY_S))
+            self._say(messages.Refuse(request.transfer, "not_held", REFUSED_RETRY_S), member, peer)
 
     def _upload(self, member: _Member, event: upload.Event) -> None:
-        if not member.host.alive:
+        if not member.nic.alive:
             return
         self._note(member, event)
         actions = member.upload.handle(event)
@@ -354,20 +437,20 @@ class Crowd:
                     self._upload(member, upload.Ended(name, number, self._clock.now - began_at, whole=False))
                 case upload.Refuse(name, number, reason, retry_s):
                     member.requests.pop((name, number), None)
-                    self._say(member, self._members[name], messages.Refuse(number, reason, retry_s))
+                    self._say(messages.Refuse(number, reason, retry_s), member, self._members[name])
 
     def _grant(self, member: _Member, peer: _Member, request: messages.Request, sequence: int) -> None:
         number = request.transfer
         chunks = request.chunks or self._choose(member, peer, request)
         if not chunks:
-            self._say(member, peer, messages.Refuse(number, "nothing_to_give", NOTHING_RETRY_S))
+            self._say(messages.Refuse(number, "nothing_to_give", NOTHING_RETRY_S), member, peer)
             self._upload(member, upload.Ended(peer.name, number, 0.0, whole=False))
             return
-        self._say(member, peer, messages.Grant(number, sequence, chunks))
-        flow = Flow(
-            member.host,
-            peer.host,
-            [self.setup.chunk_bytes] * len(chunks),
+        self._say(messages.Grant(number, sequence, chunks), member, peer)
+        flow = ChunkFlow(
+            member.nic,
+            peer.nic,
+            [self.burst.chunk_bytes] * len(chunks),
             landed=lambda place: self._landed(peer, member, number, chunks[place]),
             ended=lambda: self._ended(peer, member, number),
         )
@@ -377,17 +460,18 @@ class Crowd:
     def _choose(self, member: _Member, peer: _Member, request: messages.Request) -> tuple[int, ...]:
         if member.superseed is None:
             return ()
-        rank, seeds = self._seeds.index(member.name), len(self._seeds)
+        others = [other.name for other in self._linked(member) if other.superseed]
+        rank, seeds = sum(name < member.name for name in others), len(others) + 1
         chunks = member.superseed.choose(peer.name, request.count, starving=request.starving, rank=rank, seeds=seeds)
         self._check(member.superseed)
         return chunks
 
-    # Receiving
+    # Downloads
 
     def _landed(self, member: _Member, source: _Member, number: int, chunk: int) -> None:
         if number in member.receiving:
-            member.received_bytes[source.name] += self.setup.chunk_bytes
-            if self._rng.random() < (LIES_PART if source.name in self._liars else self.setup.corrupt):
+            member.received_bytes[source.name] += self.burst.chunk_bytes
+            if self._rng.random() < (LIES_PART if source.name in self._liars else self.burst.corrupt):
                 self._download(member, download_events.ChunkCorrupt(source.name, number, chunk))
             else:
                 self._download(member, download_events.ChunksVerified(source.name, number, (chunk,)))
@@ -412,19 +496,19 @@ class Crowd:
                 case download_events.Ask(name, number, chunks, _, count, starving, sources, pace):
                     member.receiving[number] = name
                     request = messages.Request(SCHEME, DIGEST, number, chunks, count, starving, sources, pace)
-                    self._say(member, self._members[name], request)
+                    self._say(request, member, self._members[name])
                 case download_events.Cancel(name, number):
                     member.receiving.pop(number, None)
-                    self._say(member, self._members[name], messages.Cancel(number))
+                    self._say(messages.Cancel(number), member, self._members[name])
                 case download_events.Announce(chunks):
-                    have = messages.Have(DIGEST, tuple(runs(sorted(chunks))))
-                    for other in list(member.links.values()):
-                        self._say(member, other, have)
+                    self._say(messages.Have(DIGEST, tuple(runs(sorted(chunks)))), member, *self._linked(member))
                 case download_events.Ban(name):
                     self._banned.setdefault(member.name, []).append(name)
                 case download_events.Complete():
                     member.ended_at = self._clock.now
                     self._awaited.discard(member.name)
+                    self._connect(member, connections.Wants(frozenset()))
+                    self._announce_progress(member)
                     self._tell_mates_soon()
         if machine.due_at < member.due_at:
             member.due_at = machine.due_at
@@ -433,7 +517,8 @@ class Crowd:
     # Time
 
     def _tick(self, member: _Member) -> None:
-        if member.fetches:
+        if member.nic.alive:
+            self._connect(member, connections.Tick())
             self._download(member, download_events.Tick(dict(member.received_bytes)))
             self._clock.after(TICK_S, self._tick, member)
 
@@ -445,12 +530,6 @@ class Crowd:
         if self._observe:
             self._observe(self._clock.now, member.name, what)
 
-    def _check(self, machine: Download | Upload | Superseed) -> None:
+    def _check(self, machine: _Machine) -> None:
         if self._checked:
             machine.check()
-
-
-def _distance(one: _Member, other: _Member) -> int:
-    if one.rack != other.rack:
-        return 2
-    return 0 if one.machine == other.machine else 1

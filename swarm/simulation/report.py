@@ -1,6 +1,6 @@
-"""What happened in a simulated burst, measured against the lower bound and against a star.
+"""The result of a simulated burst, compared with the lower bound and with a star.
 
-Must not know: how a burst is played.
+Must not know: how a burst is simulated.
 """
 
 from __future__ import annotations
@@ -11,41 +11,41 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from swarm.simulation.setup import SLOWER, Setup
+from swarm.simulation.setup import SLOWER, Burst
 
 
 @dataclass(frozen=True)
-class Report:
-    """One run. `times_s` count from each newcomer's own request, by name; None: it did not finish."""
+class BurstReport:
+    """One run. `times_s` count from each newcomer's own request, by name; None for a newcomer that did not finish."""
 
-    setup: Setup
+    burst: Burst
     asked_at_s: Mapping[str, float]
     times_s: Mapping[str, float | None]
     killed: frozenset[str]
     slow: frozenset[str]
     liars: frozenset[str]
-    lost_chunks: int  # that nobody alive holds in the end
+    lost_chunks: int  # without a living holder at the end
     seed_bytes: float
     control_bytes: Mapping[str, int]  # by member
     rejected_chunks: int
-    banned: Mapping[str, tuple[str, ...]]  # by newcomer, whom it banned
+    banned: Mapping[str, tuple[str, ...]]  # by newcomer, the members that it banned
     crossed_bytes: float  # out of racks
-    entered_bytes: float  # into machines that hold several newcomers
+    entered_bytes: float  # into machines with several newcomers
 
     @property
     def unfinished(self) -> list[str]:
-        """Newcomers that lived and did not finish."""
+        """Living newcomers that did not finish."""
         return [name for name, time_s in self.times_s.items() if time_s is None and name not in self.killed]
 
     @property
     def lived_s(self) -> list[float]:
-        """Times of all that were not killed, ascending; infinite for who did not finish."""
+        """Times of all newcomers that were not killed, ascending; infinite for a newcomer that did not finish."""
         return sorted(self._time_s(name) for name in self.times_s if name not in self.killed)
 
     @property
     def star_s(self) -> list[float]:
-        """Times of the same newcomers, ascending, if a seed sent each the whole model, one after another."""
-        free_at_s = [0.0] * self.setup.seeds
+        """Times of the same newcomers, ascending, if seeds sent each of them the whole model, one after another."""
+        free_at_s = [0.0] * self.burst.seeds
         times_s = []
         for name, asked_at_s in sorted(self.asked_at_s.items(), key=lambda item: item[1]):
             if name not in self.killed:
@@ -56,46 +56,46 @@ class Report:
 
     def ratio_of(self, name: str) -> float:
         """A newcomer's time over its own lower bound; infinite when it did not finish."""
-        return self._time_s(name) / max(self.setup.bound_s, self._copy_s(name))
+        return self._time_s(name) / max(self.burst.bound_s, self._copy_s(name))
 
     @property
     def ratios(self) -> list[float]:
-        """Of all that were not killed, ascending."""
+        """Ratios of all newcomers that were not killed, ascending."""
         return sorted(self.ratio_of(name) for name in self.times_s if name not in self.killed)
 
     @property
     def last_ratio(self) -> float:
-        """The worst ratio; infinite when somebody did not finish."""
+        """The worst ratio; infinite when a newcomer did not finish, NaN without living newcomers."""
         return max(self.ratios, default=math.nan)
 
     @property
     def mean_ratio(self) -> float:
-        """Of all that were not killed."""
+        """The mean ratio; NaN without living newcomers."""
         return sum(self.ratios) / len(self.ratios) if self.ratios else math.nan
 
     @property
     def seed_models(self) -> float:
-        """What all seeds sent together, in copies of the model."""
-        return self.seed_bytes / self.setup.copy_bytes
+        """Bytes that all seeds sent together, in copies of the model."""
+        return self.seed_bytes / self.burst.copy_bytes
 
     @property
     def crossed_models(self) -> float:
-        """What left racks, in copies of the model for each rack."""
-        return self.crossed_bytes / self.setup.copy_bytes / self.setup.racks
+        """Bytes that left racks, in copies of the model per rack."""
+        return self.crossed_bytes / self.burst.copy_bytes / self.burst.racks
 
     @property
     def entered_models(self) -> float:
-        """What entered machines that hold several newcomers, in copies of the model for each machine."""
-        return self.entered_bytes / self.setup.copy_bytes / (self.setup.machines - self.setup.seeds)
+        """Bytes that entered machines with several newcomers, in copies of the model per machine."""
+        return self.entered_bytes / self.burst.copy_bytes / (self.burst.machines - self.burst.seeds)
 
     @property
     def control_part(self) -> float:
-        """Bytes of messages that a member sent, over those of the model: the mean over all."""
-        return sum(self.control_bytes.values()) / len(self.control_bytes) / self.setup.copy_bytes
+        """Bytes of the messages that a member sent over those of the model; the mean of all members."""
+        return sum(self.control_bytes.values()) / len(self.control_bytes) / self.burst.copy_bytes
 
     @property
     def banned_by(self) -> Counter[str]:
-        """How many newcomers banned whom."""
+        """By member, the number of newcomers that banned it."""
         return Counter(name for names in self.banned.values() for name in names)
 
     def _time_s(self, name: str) -> float:
@@ -103,9 +103,9 @@ class Report:
         return math.inf if time_s is None else time_s
 
     def _copy_s(self, name: str) -> float:
-        return self.setup.copy_s * (SLOWER if name in self.slow else 1)
+        return self.burst.copy_s * (SLOWER if name in self.slow else 1)
 
 
 def quantile(ascending: list[float], part: float) -> float:
-    """When this part of all was done; not a number when there is nobody."""
+    """The value that this part of all values does not exceed; NaN without values."""
     return ascending[math.ceil(part * len(ascending)) - 1] if ascending else math.nan

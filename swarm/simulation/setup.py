@@ -1,8 +1,8 @@
-"""What the simulation of a burst depends on, how a command line says it, and the time that no schedule beats.
+"""The parameters of a simulated burst, their command-line form, and the lower bound of its time.
 
-The command line makes its flags of the fields, so this imports next to nothing.
+`swarm.cli.main` makes its flags of the fields, so this module imports little.
 
-Must not know: how a burst is played.
+Must not know: how a burst is simulated.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from swarm.errors import SettingsError
 from swarm.settings import parse_rate
 
-SLOWER = 4  # a slow newcomer's links carry so many times less
+SLOWER = 4  # the rate of a slow newcomer's link is divided by this
 
 _SECONDS = re.compile(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*(us|ms|s)\s*", re.ASCII)
-_UNIT_S = {"us": 1e6, "ms": 1e3, "s": 1.0}  # so many in a second
+_UNITS_PER_S = {"us": 1e6, "ms": 1e3, "s": 1.0}
 
 
 def _count(name: str, text: str) -> int:
@@ -48,19 +48,16 @@ def _size(name: str, text: str) -> int:
         raise SettingsError(name, f"{text!r} is not a size such as 16GB or 500MiB") from None
 
 
-def _seconds(name: str, text: str) -> float:
+def _seconds(name: str, text: str, *, unit: str = "s") -> float:
+    text = text if text.endswith("s") else text + unit
     match = _SECONDS.fullmatch(text)
     if match is None:
         raise SettingsError(name, f"{text!r} is not a time such as 0.5ms or 2s")
-    return _number(name, match[1]) / _UNIT_S[match[2]]
+    return _number(name, match[1]) / _UNITS_PER_S[match[2]]
 
 
-def _delay(name: str, text: str) -> float:
-    return _seconds(name, text if text.endswith("s") else f"{text}ms")
-
-
-def _noticed(name: str, text: str) -> float:
-    return _seconds(name, text if text.endswith("s") else f"{text}s")
+def _milliseconds(name: str, text: str) -> float:
+    return _seconds(name, text, unit="ms")
 
 
 def _written(value: float, unit: str) -> str:
@@ -70,12 +67,12 @@ def _written(value: float, unit: str) -> str:
     return f"{value}{unit}"
 
 
-# How the value that a reader read is written, so that it reads the same again.
+# The inverse of each reader: the text that it reads as the same value again.
 _WRITERS: dict[Callable[[str, str], float], Callable[[float], str]] = {
     _size: lambda value: _written(value, "B"),
     parse_rate: lambda value: _written(value, "B/s"),
-    _delay: lambda value: f"{value}s",
-    _noticed: lambda value: f"{value}s",
+    _milliseconds: lambda value: f"{value}s",
+    _seconds: lambda value: f"{value}s",
 }
 
 
@@ -87,42 +84,40 @@ def _flag(
 
 
 @dataclass(frozen=True)
-class Setup:
-    """Everything a run depends on. Raises SettingsError for what cannot be played.
+class Burst:
+    """The parameters of a run; a run is a function of them. Raises SettingsError for values that cannot be simulated.
 
-    Parts, of the newcomers or of the time that one copy of the model takes through one link, are 0 to 1.
+    Parts are 0 to 1, of the newcomers, or of the time that one copy of the model takes through one link.
     """
 
-    newcomers: int = _flag(32, "N", "newcomers that want the model, at once", read=_count)
-    seeds: int = _flag(1, "S", "seeds that have it", read=_count)
-    chunks: int = _flag(1024, "K", "chunks that it is cut into, all alike", read=_count)
+    newcomers: int = _flag(32, "N", "newcomers that ask for the model at once", read=_count)
+    seeds: int = _flag(1, "S", "seeds that hold the model", read=_count)
+    chunks: int = _flag(1024, "K", "chunks of the model, all of one size", read=_count)
     model_bytes: int = _flag(16_000_000_000, "SIZE", "size of the model, e.g. 16GB", read=_size, name="model")
     rate_bytes_per_s: float = _flag(
-        1.25e9, "RATE", "what every machine's link carries, each way, e.g. 10Gbit/s", read=parse_rate, name="rate"
+        1.25e9, "RATE", "rate of every machine's link, each way, e.g. 10Gbit/s", read=parse_rate, name="rate"
     )
     delay_s: float = _flag(
-        0.0005, "MS", "delay one way, with what both ends take to think, e.g. 0.5ms", read=_delay, name="delay"
+        0.0005, "MS", "one-way delay, with the time that both ends need, e.g. 0.5ms", read=_milliseconds, name="delay"
     )
-    dice: int = _flag(0, "n", "number of the dice: the same dice, the same run", read=_count)
+    rng_seed: int = _flag(0, "n", "seed of the random generator: the same seed gives the same run", read=_count)
     kill_newcomers: float = _flag(0.0, "PART", "part of the newcomers that dies, at random times", read=_part)
-    kill_seed_at: float | None = _flag(None, "PART", "part of the time at which the first seed dies", read=_part)
-    noticed_s: float = _flag(0.0, "S", "how late others notice a death", read=_noticed, name="noticed")
-    slow: float = _flag(0.0, "PART", f"part of the newcomers whose links carry {SLOWER} times less", read=_part)
+    kill_seed_at: float | None = _flag(None, "PART", "part of the time after which the first seed dies", read=_part)
+    noticed_s: float = _flag(0.0, "S", "seconds after which others notice a death", read=_seconds, name="noticed")
+    slow: float = _flag(0.0, "PART", f"part of the newcomers with links {SLOWER} times slower", read=_part)
     late: float = _flag(0.0, "PART", "part of the newcomers that asks at half time", read=_part)
     spread: float = _flag(0.0, "PART", "part of the time over which newcomers ask, one after another", read=_part)
-    corrupt: float = _flag(0.0, "PART", "part of the chunks that arrives wrong, from anybody", read=_part)
-    liars: int = _flag(0, "N", "newcomers that send wrong chunks", read=_count)
+    corrupt: float = _flag(0.0, "PART", "part of the chunks that arrives corrupt, from any member", read=_part)
+    liars: int = _flag(0, "N", "newcomers that send corrupt chunks", read=_count)
     per_machine: int = _flag(1, "N", "newcomers on one machine, which share its link", read=_count)
-    racks: int = _flag(1, "N", "racks that the machines stand in, by turns", read=_count)
-    rack_slower: float = _flag(
-        4.0, "X", "a rack's way out carries so many times less than its machines' links together", read=_number
-    )
+    racks: int = _flag(1, "N", "racks, to which machines are assigned in turn", read=_count)
+    rack_slower: float = _flag(4.0, "X", "links of a rack's machines together, over the rack's uplink", read=_number)
 
     def __post_init__(self) -> None:
         from swarm.content.manifest import CHUNK_BYTES_MAX
 
         for name in ("newcomers", "seeds", "chunks", "model_bytes", "rate_bytes_per_s", "per_machine", "racks"):
-            if not 1 <= getattr(self, name) < math.inf:  # which a NaN is not either
+            if not 1 <= getattr(self, name) < math.inf:  # which excludes NaN
                 raise SettingsError(_name(name), f"{getattr(self, name)}; at least 1 is needed")
         for name in ("kill_newcomers", "kill_seed_at", "slow", "late", "spread", "corrupt"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
@@ -144,15 +139,14 @@ class Setup:
             raise SettingsError("chunks", why)
 
     @classmethod
-    def read(cls, given: Mapping[str, str | None]) -> Setup:
-        """From what a command line says, by field; None counts as not given. Raises SettingsError."""
-        kinds = {field.name: field for field in dataclasses.fields(cls)}
-        texts = {name: text for name, text in given.items() if text is not None}
-        return cls(**{name: kinds[name].metadata["read"](_name(name), text) for name, text in texts.items()})
+    def read(cls, given: Mapping[str, str | None]) -> Burst:
+        """From the texts of a command line, by field; None for a flag that is not given. Raises SettingsError."""
+        readers = {field.name: field.metadata["read"] for field in dataclasses.fields(cls)}
+        return cls(**{name: readers[name](_name(name), text) for name, text in given.items() if text is not None})
 
     @property
     def command(self) -> str:
-        """What replays the run."""
+        """The command that repeats the run."""
         given = (field for field in dataclasses.fields(self) if getattr(self, field.name) != field.default)
         words = (
             f"--{flag_of(field)} {_WRITERS.get(field.metadata['read'], str)(getattr(self, field.name))}"
@@ -162,12 +156,12 @@ class Setup:
 
     @property
     def machines(self) -> int:
-        """Each seed has one; newcomers may share theirs."""
+        """Number of machines: one per seed, and one per `per_machine` newcomers."""
         return self.seeds + math.ceil(self.newcomers / self.per_machine)
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one chunk; all are alike."""
+        """Bytes of one chunk."""
         return self.model_bytes // self.chunks
 
     @property
@@ -182,10 +176,11 @@ class Setup:
 
     @property
     def bound_s(self) -> float:
-        """No schedule in whole chunks is faster, if all newcomers ask at once (Mundinger, Weber and Weiss, 2008).
+        """The least time of any schedule in whole chunks when all newcomers ask at once, in seconds.
 
-        Machines count, for newcomers on one machine could share what it gets; and a rack without a seed takes in one
-        copy. All links are alike, so that the fluid bound (Kumar and Ross, 2006) is one copy through one link: less.
+        (K - 1 + ceil(log2(M / S))) / K copies for M machines (Mundinger, Weber and Weiss, 2008): newcomers on one
+        machine could share each chunk. A rack without a seed takes in one copy as well. All links have one rate, so
+        the fluid bound (Kumar and Ross, 2006) is one copy through one link, which is less.
         """
         rounds = math.ceil(math.log2(self.machines / self.seeds))
         whole_s = (self.chunks - 1 + rounds) / self.chunks * self.copy_s
@@ -193,14 +188,14 @@ class Setup:
 
     @property
     def rack_bytes_per_s(self) -> float:
-        """What goes out of a rack, or in."""
+        """Rate of a rack's uplink, each way."""
         return self.machines / self.racks * self.rate_bytes_per_s / self.rack_slower
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
-    """What a field of `Setup` is called on the command line."""
+    """The command-line flag of a field of `Burst`, without the dashes."""
     return str(field.metadata["flag"] or field.name.replace("_", "-"))
 
 
-def _name(field: str) -> str:
-    return next(flag_of(one) for one in dataclasses.fields(Setup) if one.name == field)
+def _name(name: str) -> str:
+    return next(flag_of(field) for field in dataclasses.fields(Burst) if field.name == name)

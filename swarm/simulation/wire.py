@@ -1,10 +1,10 @@
-"""The wire of a simulated crowd: hosts whose links are shared fairly, slice by slice, under a virtual clock.
+"""The wire of a simulated burst: network interfaces that share their links fairly, under a virtual clock.
 
-A chunk travels in slices. A host sends one slice at a time and takes its flows by turns; a slice takes the receiver's
-downlink in the order of sending, and a flow has only so many slices on their way (a window, as TCP has), so that a busy
-receiver holds up nobody else's flows. Nothing is dropped, and no rate grows slowly.
+A chunk travels in slices. An interface sends one slice at a time and serves its flows in turn (round robin). A slice
+then takes the receiver's downlink, in the order of sending. A flow has a window of slices in flight, as TCP has, so
+that a busy receiver delays only its own flows. There is no loss and no slow start.
 
-Must not know: machines, messages, what a flow carries.
+Must not know: machines, messages, the content of a flow.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SLICES = 4  # of a chunk: what a host sends before it is another flow's turn
-WINDOW = 2  # slices of one flow on their way, beyond those that the delay takes
+SLICES = 4  # slices of a chunk; after each it is the turn of another flow
+WINDOW = 2  # slices of a flow in flight, beyond those that fill the delay
 
 
 class Clock:
-    """Virtual seconds, and what is to happen at them."""
+    """Virtual time in seconds, and the calls scheduled at later times."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -30,15 +30,15 @@ class Clock:
         self._order = itertools.count()
 
     def at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
-        """Calls at a time; what is due at the same time happens in the order of asking."""
+        """Schedules a call. Calls at the same time happen in the order in which they were scheduled."""
         heapq.heappush(self._due, (when, next(self._order), call, arguments))
 
     def after(self, seconds: float, call: Callable[..., None], *arguments: Any) -> None:
-        """Calls after so many seconds."""
+        """Schedules a call relative to now."""
         self.at(self.now + seconds, call, *arguments)
 
     def run(self, until: Callable[[], bool], *, limit_s: float) -> bool:
-        """Lets time pass. False: nothing was left to do, or the time was over, and it is still not so."""
+        """Makes scheduled calls until `until()`. False when it still is not so at `limit_s` or after the last call."""
         while not until():
             if not self._due:
                 return False
@@ -51,7 +51,7 @@ class Clock:
 
 
 class Trunk:
-    """One direction of a link that several members share: a machine's way out or in, or a rack's."""
+    """One direction of a link that several members share: the uplink or downlink of a machine or rack."""
 
     __slots__ = ("free_at", "rate", "sent_bytes")
 
@@ -61,7 +61,7 @@ class Trunk:
         self.sent_bytes = 0.0
 
     def book(self, ready_at: float, size: float) -> float:
-        """When a slice that is ready then may start: after those before it."""
+        """The time at which a slice starts that is ready at `ready_at`: after the slices before it."""
         started = max(self.free_at, ready_at)
         self.free_at = started + size / self.rate
         self.sent_bytes += size
@@ -70,14 +70,14 @@ class Trunk:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Domain:
-    """A machine with several members, or a rack: what leaves or enters it shares a trunk."""
+    """A machine with several members, or a rack, with the trunks out of it and into it."""
 
     out: Trunk
     into: Trunk
 
 
-class Host:
-    """A member's own interface. Rates in bytes per second; `domains`: those it is in, the inner one first."""
+class Nic:
+    """The network interface of a member. Rates in bytes per second; `domains` are its machine and its rack."""
 
     __slots__ = ("alive", "domains", "down_free_at", "down_rate", "flows", "sending", "sent_bytes", "up_rate")
 
@@ -89,18 +89,18 @@ class Host:
         self.sending = False
         self.down_free_at = 0.0
         self.sent_bytes = 0.0
-        self.flows: deque[Flow] = deque()
+        self.flows: deque[ChunkFlow] = deque()
 
 
-class Flow:
-    """Chunks of one transfer on their way. `landed(n)` is called as the n-th is whole, `ended` once after the last."""
+class ChunkFlow:
+    """The chunks of one transfer in flight. Calls `landed(n)` when chunk n is whole, and `ended()` after the last."""
 
     __slots__ = ("done", "ended", "flying", "landed", "left", "source", "target", "todo", "window")
 
     def __init__(
         self,
-        source: Host,
-        target: Host,
+        source: Nic,
+        target: Nic,
         sizes: Sequence[int],
         *,
         landed: Callable[[int], None],
@@ -118,13 +118,13 @@ class Flow:
 
 
 class Wire:
-    """What is between all hosts, which are `delay_s` apart, one way."""
+    """The network between all interfaces, with a one-way delay of `delay_s`."""
 
     def __init__(self, clock: Clock, *, delay_s: float) -> None:
         self.delay_s = delay_s
         self._clock = clock
 
-    def send(self, flow: Flow) -> None:
+    def send(self, flow: ChunkFlow) -> None:
         """Starts a flow."""
         if not flow.todo:
             flow.ended()
@@ -134,23 +134,23 @@ class Wire:
         flow.source.flows.append(flow)
         self._pump(flow.source)
 
-    def cancel(self, flow: Flow) -> None:
-        """Ends a flow early; nothing of it lands any more."""
+    def cancel(self, flow: ChunkFlow) -> None:
+        """Ends a flow early; its slices in flight do not land."""
         flow.done = True
         flow.todo.clear()
 
-    def kill(self, host: Host) -> None:
-        """Nothing leaves this host any more, nor lands there."""
-        host.alive = False
-        for flow in host.flows:
+    def kill(self, nic: Nic) -> None:
+        """Ends all flows from an interface, and lets no slice land there any more."""
+        nic.alive = False
+        for flow in nic.flows:
             flow.done = True
-        host.flows.clear()
+        nic.flows.clear()
 
-    def _pump(self, host: Host) -> None:
-        """Sends the next slice, of the first flow in turn whose window has room."""
-        if host.sending:
+    def _pump(self, nic: Nic) -> None:
+        """Sends a slice of the next flow whose window has room."""
+        if nic.sending:
             return
-        flows = host.flows
+        flows = nic.flows
         for _ in range(len(flows)):
             flow = flows.popleft()
             if flow.done or not flow.todo:
@@ -160,7 +160,7 @@ class Wire:
                 self._fly(flow)
                 return
 
-    def _fly(self, flow: Flow) -> None:
+    def _fly(self, flow: ChunkFlow) -> None:
         now, source, target = self._clock.now, flow.source, flow.target
         size, number, last = flow.todo.popleft()
         flow.flying += 1
@@ -176,14 +176,14 @@ class Wire:
         self._clock.at(sent_at, self._sent, source)
         self._clock.at(max(target.down_free_at, sent_at + self.delay_s), self._arrived, flow, number, last)
 
-    def _sent(self, source: Host) -> None:
+    def _sent(self, source: Nic) -> None:
         source.sending = False
         if source.alive:
             self._pump(source)
 
-    def _arrived(self, flow: Flow, number: int, last: bool) -> None:
+    def _arrived(self, flow: ChunkFlow, number: int, last: bool) -> None:
         if flow.done or not flow.target.alive:
-            return  # who is dead acknowledges nothing: the flow's window stays full
+            return  # a dead receiver acknowledges nothing: the flow's window stays full
         flow.flying -= 1
         flow.left -= 1
         if last:

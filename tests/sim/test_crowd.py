@@ -1,4 +1,4 @@
-"""Questions to a crowd, asked with many dice. `bench/simulate_sweep.py` asks the same with a thousand.
+"""Questions to a crowd, asked with many rng seeds. `bench/simulate_sweep.py` asks the same with a thousand.
 
 Few large chunks make a run fast and its ratios worse than they are with a thousand: the bounds hold so that the policy
 cannot rot unseen, not to say how good it is. A failing run prints the command that replays it.
@@ -13,42 +13,42 @@ import pytest
 
 from swarm.errors import LocalProtocolError
 from swarm.simulation.crowd import Asked, Crowd, Died, Observer
-from swarm.simulation.report import Report
-from swarm.simulation.setup import SLOWER, Setup
+from swarm.simulation.report import BurstReport
+from swarm.simulation.setup import SLOWER, Burst
 from swarm.transfer import download, download_events
 from swarm.transfer.upload import Upload
 
-BURST = Setup(newcomers=8, chunks=20, model_bytes=1_250_000_000)
+BURST = Burst(newcomers=8, chunks=20, model_bytes=1_250_000_000)
 EVERYTHING = replace(
     BURST, seeds=2, kill_newcomers=0.25, noticed_s=0.2, slow=0.25, late=0.25, spread=0.5, corrupt=0.02, liars=1,
     per_machine=2, racks=2,
 )  # fmt: skip
 
-dice = pytest.mark.parametrize("dice", range(20))
+each_seed = pytest.mark.parametrize("rng_seed", range(20))
 
 
-def played(setup: Setup, observe: Observer | None = None, *, checked: bool = False) -> Report:
-    print(setup.command)  # shown when the test fails
-    report = Crowd(setup, observe, checked=checked).run()
+def played(burst: Burst, observe: Observer | None = None, *, checked: bool = False) -> BurstReport:
+    print(burst.command)  # shown when the test fails
+    report = Crowd(burst, observe, checked=checked).run()
     assert report.unfinished == []
     return report
 
 
-@dice
-def test_does_it_stop_anyone_that_one_of_two_seeds_dies_at_half_time(dice: int) -> None:
-    report = played(replace(BURST, seeds=2, kill_seed_at=0.5, dice=dice))
+@each_seed
+def test_does_it_stop_anyone_that_one_of_two_seeds_dies_at_half_time(rng_seed: int) -> None:
+    report = played(replace(BURST, seeds=2, kill_seed_at=0.5, rng_seed=rng_seed))
     assert report.last_ratio <= 1.7
 
 
-@dice
-def test_is_a_liar_banned_by_all_who_took_from_it_and_nobody_honest(dice: int) -> None:
+@each_seed
+def test_is_a_liar_banned_by_all_who_took_from_it_and_nobody_honest(rng_seed: int) -> None:
     wrong = Counter[tuple[str, str]]()
 
     def observe(_: float, node: str, what: object) -> None:
         if isinstance(what, download_events.ChunkCorrupt):
             wrong[node, what.peer] += 1
 
-    report = played(replace(BURST, chunks=48, model_bytes=3_000_000_000, liars=1, dice=dice), observe)
+    report = played(replace(BURST, chunks=48, model_bytes=3_000_000_000, liars=1, rng_seed=rng_seed), observe)
     (liar,) = report.liars
     fooled = {node for (node, source), count in wrong.items() if count >= download.CORRUPT_CHUNKS_MAX}
     assert {source for _, source in wrong} == {liar}
@@ -63,57 +63,57 @@ def test_does_a_flash_crowd_of_64_keep_the_upload_of_the_seed_low() -> None:
     report = played(replace(BURST, newcomers=64, chunks=24, model_bytes=1_500_000_000))
     assert report.seed_models <= 2.5
     assert report.last_ratio <= 2.1
-    assert report.star_s[-1] >= 60 * report.setup.copy_s
+    assert report.star_s[-1] >= 60 * report.burst.copy_s
 
 
-@dice
-def test_does_a_slow_quarter_slow_the_rest(dice: int) -> None:
-    report = played(replace(BURST, slow=0.25, dice=dice))
+@each_seed
+def test_does_a_slow_quarter_slow_the_rest(rng_seed: int) -> None:
+    report = played(replace(BURST, slow=0.25, rng_seed=rng_seed))
     assert len(report.slow) == 2
     assert all(report.ratio_of(name) <= 2.25 for name in report.times_s.keys() - report.slow)
     assert all(report.ratio_of(name) <= 1.4 for name in report.slow), f"of a bound that is {SLOWER} times longer"
 
 
-@dice
-def test_do_newcomers_that_die_hold_up_the_rest_though_it_is_noticed_late(dice: int) -> None:
-    report = played(replace(BURST, kill_newcomers=0.25, noticed_s=0.5, dice=dice))
+@each_seed
+def test_do_newcomers_that_die_hold_up_the_rest_though_it_is_noticed_late(rng_seed: int) -> None:
+    report = played(replace(BURST, kill_newcomers=0.25, noticed_s=0.5, rng_seed=rng_seed))
     assert len(report.killed) == 2
     assert all(report.times_s[name] is None for name in report.killed)
     assert report.last_ratio <= 1.8
 
 
-@dice
-def test_is_half_that_joins_late_as_fast_as_the_first(dice: int) -> None:
-    report = played(replace(BURST, late=0.5, dice=dice))
+@each_seed
+def test_is_half_that_joins_late_as_fast_as_the_first(rng_seed: int) -> None:
+    report = played(replace(BURST, late=0.5, rng_seed=rng_seed))
     asked_at_s = sorted(report.asked_at_s.values())
-    assert asked_at_s[3] < 0.1 * report.setup.copy_s < 0.4 * report.setup.copy_s < asked_at_s[4]
+    assert asked_at_s[3] < 0.1 * report.burst.copy_s < 0.4 * report.burst.copy_s < asked_at_s[4]
     assert report.last_ratio <= 1.75
 
 
-@dice
-def test_do_arrivals_that_are_spread_get_it_as_fast(dice: int) -> None:
-    report = played(replace(BURST, spread=1.0, dice=dice))
-    assert max(report.asked_at_s.values()) > 0.8 * report.setup.copy_s
+@each_seed
+def test_do_arrivals_that_are_spread_get_it_as_fast(rng_seed: int) -> None:
+    report = played(replace(BURST, spread=1.0, rng_seed=rng_seed))
+    assert max(report.asked_at_s.values()) > 0.8 * report.burst.copy_s
     assert report.last_ratio <= 1.6
 
 
-@dice
-def test_does_one_chunk_in_a_hundred_that_arrives_wrong_cost_little(dice: int) -> None:
-    report = played(replace(BURST, corrupt=0.01, dice=dice))
+@each_seed
+def test_does_one_chunk_in_a_hundred_that_arrives_wrong_cost_little(rng_seed: int) -> None:
+    report = played(replace(BURST, corrupt=0.01, rng_seed=rng_seed))
     assert report.banned == {}, "so little is the wire's fault"
     assert report.last_ratio <= 1.85
 
 
-@dice
-def test_does_each_chunk_cross_about_once_into_each_rack(dice: int) -> None:
-    report = played(replace(BURST, racks=2, dice=dice))
+@each_seed
+def test_does_each_chunk_cross_about_once_into_each_rack(rng_seed: int) -> None:
+    report = played(replace(BURST, racks=2, rng_seed=rng_seed))
     assert 0.5 <= report.crossed_models <= 1.6  # one rack of two has the seed; 4 each would be no care at all
     assert report.last_ratio <= 2.4
 
 
-@dice
-def test_does_each_chunk_enter_a_machine_of_several_newcomers_about_once(dice: int) -> None:
-    report = played(replace(BURST, per_machine=4, dice=dice))
+@each_seed
+def test_does_each_chunk_enter_a_machine_of_several_newcomers_about_once(rng_seed: int) -> None:
+    report = played(replace(BURST, per_machine=4, rng_seed=rng_seed))
     assert 1.0 <= report.entered_models <= 1.85
     assert report.last_ratio <= 2.4
 
@@ -122,18 +122,20 @@ def test_does_each_chunk_enter_a_machine_of_several_newcomers_about_once(dice: i
 
 
 def test_is_a_run_a_function_of_its_setup() -> None:
-    def trace(dice: int) -> tuple[Report, list[str]]:
+    def trace(rng_seed: int) -> tuple[BurstReport, list[str]]:
         lines: list[str] = []
-        report = played(replace(EVERYTHING, dice=dice), lambda at_s, node, what: lines.append(f"{at_s} {node} {what}"))
+        report = played(
+            replace(EVERYTHING, rng_seed=rng_seed), lambda at_s, node, what: lines.append(f"{at_s} {node} {what}")
+        )
         return report, lines
 
     assert trace(3) == trace(3)
     assert trace(3) != trace(4)
 
 
-@pytest.mark.parametrize("dice", range(3))
-def test_do_invariants_hold_after_every_event_whatever_happens(dice: int) -> None:
-    played(replace(EVERYTHING, dice=dice), checked=True)
+@pytest.mark.parametrize("rng_seed", range(3))
+def test_do_invariants_hold_after_every_event_whatever_happens(rng_seed: int) -> None:
+    played(replace(EVERYTHING, rng_seed=rng_seed), checked=True)
 
 
 def test_is_a_broken_invariant_told_with_the_command_that_replays_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,13 +161,13 @@ def test_are_the_doomed_observed_to_ask_and_to_die_while_they_fetch() -> None:
         if isinstance(what, Asked | Died):
             happened.setdefault(node, []).append(what)
 
-    report = played(replace(BURST, kill_newcomers=0.5, late=0.5, spread=0.5, dice=1), observe)
+    report = played(replace(BURST, kill_newcomers=0.5, late=0.5, spread=0.5, rng_seed=1), observe)
     assert all(happened[name] == [Asked(), *([Died()] if name in report.killed else [])] for name in report.times_s)
 
 
 def test_what_would_a_star_take() -> None:
     report = played(replace(BURST, slow=0.125, seeds=2, newcomers=8))
-    copy_s = report.setup.copy_s
+    copy_s = report.burst.copy_s
     # Two seeds send a copy at a time, and one of the copies takes as long as four.
     assert sum(report.star_s) > sum((number // 2 + 1) * copy_s for number in range(8))
     assert report.star_s[0] == pytest.approx(copy_s)

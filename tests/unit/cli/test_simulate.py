@@ -21,7 +21,7 @@ from swarm.errors import LocalProtocolError, SettingsError
 from swarm.protocol.messages import NodeId
 from swarm.simulation.crowd import Crowd
 from swarm.simulation.report import quantile
-from swarm.simulation.setup import Setup
+from swarm.simulation.setup import Burst
 from swarm.transfer import download_events, upload
 
 SMALL = ["simulate", "--newcomers", "4", "--chunks", "16", "--model", "1GB"]
@@ -33,22 +33,22 @@ def printed(capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
     return captured.out, captured.err
 
 
-def read(arguments: list[str]) -> Setup:
-    """The setup that the command would play."""
+def read(arguments: list[str]) -> Burst:
+    """The burst that the command would play."""
     options = vars(cli._parser().parse_args(arguments))
-    return Setup.read({name: options[name] for name in Setup.__dataclass_fields__})
+    return Burst.read({name: options[name] for name in Burst.__dataclass_fields__})
 
 
 # What it accepts
 
 
 def test_what_do_words_mean() -> None:
-    words = "--model 2GB --rate 10Gbit/s --delay 2 --noticed 3 --slow 25% --late 0.5 --chunks 64 --dice -3"
-    setup = read(["simulate", *words.split()])
-    assert (setup.model_bytes, setup.rate_bytes_per_s) == (2 * 10**9, 1.25e9)
-    assert (setup.delay_s, setup.noticed_s) == (0.002, 3.0)
-    assert (setup.slow, setup.late, setup.dice) == (0.25, 0.5, -3)
-    assert read(["simulate", "--delay", "0.5ms"]) == read(["simulate"]) == Setup()
+    words = "--model 2GB --rate 10Gbit/s --delay 2 --noticed 3 --slow 25% --late 0.5 --chunks 64 --rng-seed -3"
+    burst = read(["simulate", *words.split()])
+    assert (burst.model_bytes, burst.rate_bytes_per_s) == (2 * 10**9, 1.25e9)
+    assert (burst.delay_s, burst.noticed_s) == (0.002, 3.0)
+    assert (burst.slow, burst.late, burst.rng_seed) == (0.25, 0.5, -3)
+    assert read(["simulate", "--delay", "0.5ms"]) == read(["simulate"]) == Burst()
     assert read(["simulate", "--delay", "700us"]).delay_s == pytest.approx(0.0007)
 
 
@@ -57,14 +57,14 @@ parts = st.floats(0, 1)
 
 @given(
     st.builds(
-        Setup,
+        Burst,
         newcomers=st.integers(1, 2000),
         seeds=st.integers(1, 9),
         chunks=st.integers(1024, 4096),
         model_bytes=st.integers(4096, 1024 * CHUNK_BYTES_MAX),
         rate_bytes_per_s=st.floats(1, 1e12),
         delay_s=st.floats(0, 10),
-        dice=st.integers(),
+        rng_seed=st.integers(),
         kill_newcomers=parts,
         kill_seed_at=st.none() | parts,
         noticed_s=st.floats(0, 100),
@@ -73,10 +73,10 @@ parts = st.floats(0, 1)
         rack_slower=st.floats(0.1, 10),
     )
 )
-def test_does_the_command_of_a_setup_replay_it(setup: Setup) -> None:
-    program, *arguments = shlex.split(setup.command)
+def test_does_the_command_of_a_setup_replay_it(burst: Burst) -> None:
+    program, *arguments = shlex.split(burst.command)
     assert program == "swarm"
-    assert read(arguments) == setup
+    assert read(arguments) == burst
 
 
 @pytest.mark.parametrize(
@@ -118,10 +118,10 @@ def test_what_does_it_say_of_what_cannot_be_played(words: str, says: str, capsys
 
 
 def test_what_is_the_lower_bound() -> None:
-    assert Setup(newcomers=1, chunks=1024).bound_s == pytest.approx(12.8)  # no more than a plain copy
-    assert Setup(newcomers=31, chunks=1024).bound_s == pytest.approx(12.8 * 1028 / 1024)
-    assert Setup(newcomers=31, chunks=1024, per_machine=31).bound_s == pytest.approx(12.8)
-    racks = Setup(newcomers=31, chunks=1024, racks=4, rack_slower=16)  # 8 links together, a 16th of that is half a link
+    assert Burst(newcomers=1, chunks=1024).bound_s == pytest.approx(12.8)  # no more than a plain copy
+    assert Burst(newcomers=31, chunks=1024).bound_s == pytest.approx(12.8 * 1028 / 1024)
+    assert Burst(newcomers=31, chunks=1024, per_machine=31).bound_s == pytest.approx(12.8)
+    racks = Burst(newcomers=31, chunks=1024, racks=4, rack_slower=16)  # 8 links together, a 16th of that is half a link
     assert racks.bound_s == pytest.approx(2 * 12.8)
 
 
@@ -129,7 +129,7 @@ def test_what_is_the_lower_bound() -> None:
 
 
 def test_what_is_printed_of_one_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*SMALL, "--racks", "2", "--per-machine", "2", "--liars", "1", "--dice", "2"]) == 0
+    assert main([*SMALL, "--racks", "2", "--per-machine", "2", "--liars", "1", "--rng-seed", "2"]) == 0
     out, err = printed(capsys)
     assert err == ""
     assert out.startswith("4 newcomers, one seed, 1 GB in 16 chunks, links of 1.25 GB/s: one copy takes 800 ms\n")
@@ -175,13 +175,13 @@ def test_is_a_bug_told_with_what_replays_it(
 
 
 def test_what_is_said_when_all_chunks_are_there_and_somebody_did_not_finish() -> None:
-    report = Crowd(Setup(newcomers=2, chunks=16, model_bytes=10**9)).run(limit_s=0.5)
+    report = Crowd(Burst(newcomers=2, chunks=16, model_bytes=10**9)).run(limit_s=0.5)
     assert "although somebody holds each chunk, which is a bug in swarm; replay" in (failure(report) or "")
 
 
 @pytest.mark.parametrize("runs", [1, 2])
 def test_what_does_a_program_read(runs: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*LOST, "--json", "--runs", str(runs), "--dice", "5"]) == 1
+    assert main([*LOST, "--json", "--runs", str(runs), "--rng-seed", "5"]) == 1
 
     def no_constant(text: str) -> None:
         raise AssertionError(f"{text} is no JSON")
@@ -189,7 +189,7 @@ def test_what_does_a_program_read(runs: int, capsys: pytest.CaptureFixture[str])
     told = json.loads(printed(capsys)[0], parse_constant=no_constant)
     assert told["setup"]["newcomers"] == 4
     assert told["bound_s"] > told["copy_s"] == pytest.approx(0.8)
-    assert [run["dice"] for run in told["runs"]] == list(range(5, 5 + runs))
+    assert [run["rng_seed"] for run in told["runs"]] == list(range(5, 5 + runs))
     for run in told["runs"]:
         assert run["curve_s"]["all"] is run["last_ratio"] is None
         assert run["star_s"]["all"] == pytest.approx(3.2, abs=0.01)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from swarm.simulation.wire import SLICES, Clock, Domain, Flow, Host, Trunk, Wire
+from swarm.simulation.wire import SLICES, ChunkFlow, Clock, Domain, Nic, Trunk, Wire
 
 RATE, SIZE, DELAY_S = 100.0, 48, 0.001
 
@@ -20,8 +20,8 @@ class Net:
         self.landed: list[tuple[str, int, float]] = []
         self.ended: dict[str, float] = {}
 
-    def send(self, name: str, source: Host, target: Host, chunks: int = 1) -> Flow:
-        flow = Flow(
+    def send(self, name: str, source: Nic, target: Nic, chunks: int = 1) -> ChunkFlow:
+        flow = ChunkFlow(
             source,
             target,
             [SIZE] * chunks,
@@ -40,8 +40,8 @@ def net() -> Net:
     return Net()
 
 
-def host(*domains: Domain | None, rate: float = RATE) -> Host:
-    return Host(rate, rate, domains)
+def host(*domains: Domain | None, rate: float = RATE) -> Nic:
+    return Nic(rate, rate, domains)
 
 
 def test_do_calls_come_in_order_of_time_and_then_of_asking() -> None:
