@@ -27,7 +27,7 @@ LIMIT_S = 600.0
 
 def flock(members: int, *, seed: int, loss: float = 0.0) -> SwimGroup:
     """Members that joined through the first at once and have fallen quiet."""
-    found = SwimGroup(seed=seed, tuning=config.lan(), checked=False)
+    found = SwimGroup(seed=seed, config=config.lan(), checked=False)
     for number in range(members):
         found.add(f"m{number}", contacts=("m0",) if number else ())
     while found.now < LIMIT_S and not all(found.knows(name) == members - 1 for name in found.hosts):

@@ -16,7 +16,7 @@ from typing import Any
 
 from swarm.journal import Entry
 from swarm.membership.config import SwimConfig, lan, local, wan
-from swarm.membership.swim import Changed
+from swarm.membership.swim import MemberChanged
 from swarm.net.environment import HostEnvironment, machine_label
 from swarm.node.node import Node
 from swarm.protocol.messages import Address
@@ -44,7 +44,7 @@ async def main(network: str, *contacts: str) -> None:
     changes: list[tuple[float, str, str]] = []
 
     def note(entry: Entry) -> None:
-        if isinstance(entry.event, Changed):
+        if isinstance(entry.event, MemberChanged):
             record = entry.event.record
             changes.append((time.monotonic(), record.node, record.state.name))
 

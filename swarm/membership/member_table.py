@@ -164,7 +164,7 @@ class MemberTable:
         return f"<MemberTable {len(self)} living of {len(self._records)}>"
 
 
-class Walk:
+class SyncWalk:
     """How far the comparison with others has come on its way along the ring of ids, again and again.
 
     Of Syncs under way only the latest counts, so that an answer that is lost, late or invented does no harm.
@@ -236,7 +236,7 @@ class _Fresh:
     size: int
 
 
-class Spread:
+class RumourQueue:
     """Rumours still to be passed on: those sent least first, and of those the newest.
 
     One claim and one record a member wait at most; news about it replaces them, and counts as unsent.

@@ -41,13 +41,13 @@ class Relay:
 class Prober:
     """One probe of one's own at a time, and those for others."""
 
-    def __init__(self, *, tuning: SwimConfig, clock: float, rng: random.Random) -> None:
-        self._tuning = tuning
+    def __init__(self, *, config: SwimConfig, clock: float, rng: random.Random) -> None:
+        self._config = config
         self._rng = rng
         self._probe: Probe | None = None
         self._indirect_at = math.inf
         # A burst that starts together does not probe together.
-        self._ends_at = clock + rng.random() * tuning.probe_interval_s
+        self._ends_at = clock + rng.random() * config.probe_interval_s
         self._relays: dict[int, Relay] = {}
         self.doubt = 0  # of itself
 
@@ -58,7 +58,7 @@ class Prober:
     def void(self, clock: float) -> None:
         """What is under way says nothing about anybody."""
         self._probe, self._indirect_at = None, math.inf
-        self._ends_at = clock + self._tuning.probe_interval_s
+        self._ends_at = clock + self._config.probe_interval_s
 
     def late(self, clock: float) -> Probe | None:
         """The probe for which others are to be asked now; once."""
@@ -82,8 +82,8 @@ class Prober:
     def begin(self, target: Record | None, clock: float) -> Probe | None:
         """Begins a period, with a probe if there is a target."""
         scale = 1 + self.doubt
-        self._ends_at = clock + self._tuning.probe_interval_s * scale
-        self._indirect_at = clock + self._tuning.probe_timeout_s * scale if target else math.inf
+        self._ends_at = clock + self._config.probe_interval_s * scale
+        self._indirect_at = clock + self._config.probe_timeout_s * scale if target else math.inf
         self._probe = Probe(self._rng.getrandbits(32), target) if target else None
         self._relays = {key: relay for key, relay in self._relays.items() if relay.until > clock}
         return self._probe
@@ -93,7 +93,7 @@ class Prober:
         if len(self._relays) >= RELAYS_MAX:
             return None
         sequence = self._rng.getrandbits(32)
-        until = clock + self._tuning.probe_interval_s * (1 + DOUBT_MAX)
+        until = clock + self._config.probe_interval_s * (1 + DOUBT_MAX)
         self._relays[sequence] = Relay(request.target, source, request.sequence, until)
         return sequence
 

@@ -27,7 +27,7 @@ from typing import TypeAlias
 
 from swarm.errors import LocalProtocolError
 from swarm.membership.config import SwimConfig
-from swarm.membership.member_table import MemberTable, Spread, Walk, refute
+from swarm.membership.member_table import MemberTable, RumourQueue, SyncWalk, refute
 from swarm.membership.probes import Probe, Prober
 from swarm.protocol import packets
 from swarm.protocol.messages import Address, NodeId
@@ -53,14 +53,14 @@ CONFLICTS_MAX = 3  # a predecessor with this node's id is outvoted once or twice
 
 
 @dataclass(frozen=True)
-class Found:
+class ContactFound:
     """Discovery names an address. It is asked for members, now and whenever no member is known there."""
 
     address: Address
 
 
 @dataclass(frozen=True)
-class Heard:
+class PacketReceived:
     """A datagram arrived, from this address. `packets.decode` has accepted it."""
 
     source: Address
@@ -68,7 +68,7 @@ class Heard:
 
 
 @dataclass(frozen=True)
-class Tell:
+class ProfileChanged:
     """This node holds, does or is something else now. Others hear of it in due time."""
 
     profile: Profile
@@ -93,7 +93,7 @@ class Send:
 
 
 @dataclass(frozen=True)
-class Changed:
+class MemberChanged:
     """A member is new, or in another state, or has another profile."""
 
     record: Record
@@ -106,11 +106,11 @@ class Conflict:
     address: Address
 
 
-Event: TypeAlias = Found | Heard | Tell | Leave | Tick
-Action: TypeAlias = Send | Changed | Conflict
+Event: TypeAlias = ContactFound | PacketReceived | ProfileChanged | Leave | Tick
+Action: TypeAlias = Send | MemberChanged | Conflict
 
 
-class Gossip:
+class Swim:
     """One member's view of all. `node` is its id, `address` where others send datagrams to.
 
     A process that comes back under an id it had before may start at incarnation 0: it learns the rest when it joins.
@@ -122,7 +122,7 @@ class Gossip:
         address: Address,
         *,
         name: str,
-        tuning: SwimConfig,
+        config: SwimConfig,
         now: float,
         rng: random.Random,
         profile: Profile | None = None,
@@ -131,16 +131,16 @@ class Gossip:
         told = packets.quantised(profile or Profile())
         record = Record(node, incarnation, State.ALIVE, 0, name[: packets.LABEL_MAX], address, told)
         self._own = packets.fitted(record)
-        self._tuning = tuning
+        self._config = config
         self._rng = rng
-        self._roster = MemberTable(rng=rng)
-        self._spread = Spread()
+        self._members = MemberTable(rng=rng)
+        self._rumours = RumourQueue()
         self._contacts: dict[Address, None] = {}
         self._actions: list[Action] = []
         self._conflicts = 0
         # Time as it passes for this machine, from 0; `_told` is the caller's at its last event.
         self._clock, self._told = 0.0, now
-        self._prober = Prober(tuning=tuning, clock=0.0, rng=rng)
+        self._prober = Prober(config=config, clock=0.0, rng=rng)
         self._suspects: dict[NodeId, float] = {}  # when each is declared dead
         self._tombs: dict[NodeId, float] = {}  # when each is forgotten; in that order
         self._gossip_at = 0.0
@@ -148,7 +148,7 @@ class Gossip:
         self._publish_at = math.inf
         self._quiet_until = 0.0
         self._pending = told
-        self._walk = Walk()
+        self._walk = SyncWalk()
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about one event, at `now` on a clock in seconds that should not go back, but may."""
@@ -156,11 +156,11 @@ class Gossip:
             return []
         self._pass_time(now)
         match event:
-            case Found(address):
+            case ContactFound(address):
                 self._found(address)
-            case Heard(source, packet):
+            case PacketReceived(source, packet):
                 self._hear(source, packet)
-            case Tell(profile):
+            case ProfileChanged(profile):
                 self._tell(profile)
             case Leave():
                 self._leave()
@@ -176,13 +176,13 @@ class Gossip:
         """Seconds until the next Tick is due; at most a probe period, or this node would seem to have slept."""
         if self._own.state is State.LEFT:
             return math.inf
-        gossip_at = self._gossip_at if self._spread and len(self._roster) else math.inf
+        gossip_at = self._gossip_at if self._rumours and len(self._members) else math.inf
         times = (self._prober.due_at(), gossip_at, self._sync_at, self._publish_at, *self._suspects.values())
-        return max(0.0, min(min(times) - self._clock - (now - self._told), self._tuning.probe_interval_s))
+        return max(0.0, min(min(times) - self._clock - (now - self._told), self._config.probe_interval_s))
 
     def __len__(self) -> int:
         """How many others are alive or suspect."""
-        return len(self._roster)
+        return len(self._members)
 
     @property
     def own(self) -> Record:
@@ -196,23 +196,23 @@ class Gossip:
 
     def members(self) -> list[Record]:
         """Everybody else who is alive or suspect, by id."""
-        return [record for record in self._roster.records() if record.state < State.DEAD]
+        return [record for record in self._members.records() if record.state < State.DEAD]
 
     def member(self, node: NodeId) -> Record | None:
         """One other member, be it dead, unless it is unknown or forgotten."""
-        return self._roster.get(node)
+        return self._members.get(node)
 
     # Time
 
     def _pass_time(self, now: float) -> None:
         passed = now - self._told
         self._told = now
-        if 0 <= passed <= LEAP_PERIODS * self._tuning.probe_interval_s:
+        if 0 <= passed <= LEAP_PERIODS * self._config.probe_interval_s:
             self._clock += passed
             return
         # Asleep, stopped, or on a clock that was set: answers may be lost, and others may think this node dead.
         self._prober.void(self._clock)
-        self._walk, self._sync_at = Walk(), self._clock
+        self._walk, self._sync_at = SyncWalk(), self._clock
 
     def _act_on_time(self) -> None:
         if probe := self._prober.late(self._clock):
@@ -220,7 +220,7 @@ class Gossip:
         if self._prober.ended(self._clock):
             self._end_period()
         for node in [node for node, until in self._suspects.items() if self._clock >= until]:
-            suspect = self._roster.get(node)
+            suspect = self._members.get(node)
             if suspect is None:
                 raise LocalProtocolError(f"{self!r}: {node} is suspected and unknown")
             self._believe(Status(node, suspect.incarnation, State.DEAD, suspect.version))
@@ -228,9 +228,9 @@ class Gossip:
             self._begin_sync()
         if self._clock >= self._publish_at:
             self._publish()
-        if self._clock >= self._gossip_at and self._spread:
-            self._gossip_at = self._clock + self._tuning.gossip_interval_s
-            for member in self._roster.some(self._tuning.gossip_fanout):
+        if self._clock >= self._gossip_at and self._rumours:
+            self._gossip_at = self._clock + self._config.gossip_interval_s
+            for member in self._members.some(self._config.gossip_fanout):
                 if told := self._rumours_for(member.node):
                     self._send(member.address, packets.Gossip(self._own.node, told))
 
@@ -238,29 +238,29 @@ class Gossip:
 
     def _end_period(self) -> None:
         target = self._prober.failed()
-        if target and (known := self._roster.get(target.node)) and known.state is State.ALIVE:
+        if target and (known := self._members.get(target.node)) and known.state is State.ALIVE:
             self._believe(Status(known.node, known.incarnation, State.SUSPECT, known.version))
-        if probe := self._prober.begin(self._roster.next_to_probe(), self._clock):
+        if probe := self._prober.begin(self._members.next_to_probe(), self._clock):
             self._ping(probe.sequence, probe.target)
         # One that was refuted may not have heard the refutation: those about to be declared dead are asked again.
-        for node in sorted(self._suspects, key=self._suspects.__getitem__)[: self._tuning.indirect_probes]:
-            if (suspect := self._roster.get(node)) and not (probe and probe.target.node == node):
+        for node in sorted(self._suspects, key=self._suspects.__getitem__)[: self._config.indirect_probes]:
+            if (suspect := self._members.get(node)) and not (probe and probe.target.node == node):
                 self._ping(self._rng.getrandbits(32), suspect)
         for node in [node for node, until in self._tombs.items() if self._clock >= until]:
             del self._tombs[node]
-            self._roster.forget(node)
+            self._members.forget(node)
 
     def _ping(self, sequence: int, target: Record) -> None:
         self._send(target.address, Ping(sequence, self._own.node, target.node, self._rumours_for(target.node)))
 
     def _ask_others(self, probe: Probe) -> None:
-        for member in self._roster.some(self._tuning.indirect_probes, but=probe.target.node):
+        for member in self._members.some(self._config.indirect_probes, but=probe.target.node):
             told = self._rumours_for(member.node)
             self._send(member.address, PingRequest(probe.sequence, self._own.node, probe.target.node, told))
 
     def _ping_for(self, source: Address, request: PingRequest) -> None:
         # Only members are pinged: a stranger must not choose where this node's datagrams go.
-        target = self._roster.get(request.target)
+        target = self._members.get(request.target)
         if target and (sequence := self._prober.relay(source, request, self._clock)) is not None:
             self._ping(sequence, target)
 
@@ -292,8 +292,8 @@ class Gossip:
         if rumour.node == self._own.node:
             self._hear_of_self(rumour)
             return
-        before = self._roster.get(rumour.node)
-        after = self._roster.merge(rumour)
+        before = self._members.get(rumour.node)
+        after = self._members.merge(rumour)
         if after is None:
             return
         if before is None or after.version != before.version:
@@ -301,20 +301,20 @@ class Gossip:
         else:
             news = after.status
         if pass_on:
-            self._spread.put(news)
+            self._rumours.put(news)
         if before is None or (before.state, before.incarnation) != (after.state, after.incarnation):
             self._suspects.pop(after.node, None)
             self._tombs.pop(after.node, None)
             if after.state is State.SUSPECT:
-                self._suspects[after.node] = self._clock + self._tuning.suspicion_s(len(self._roster) + 1)
+                self._suspects[after.node] = self._clock + self._config.suspicion_s(len(self._members) + 1)
             elif after.state >= State.DEAD:
-                self._tombs[after.node] = self._clock + self._tuning.dead_memory_s
+                self._tombs[after.node] = self._clock + self._config.dead_memory_s
         if after.state < State.DEAD and (before is None or before.state >= State.DEAD):
             # A burst of newcomers, or a partition that heals: rumours miss a few, so compare more often for a while.
             self._walk.hurry()
-            self._sync_at = min(self._sync_at, self._clock + self._tuning.probe_interval_s)
+            self._sync_at = min(self._sync_at, self._clock + self._config.probe_interval_s)
         if before is None or before.state is not after.state or before.version != after.version:
-            self._actions.append(Changed(after))
+            self._actions.append(MemberChanged(after))
 
     def _hear_of_self(self, rumour: Rumour) -> None:
         """Refutes what is wrong about this node: by others, or by a process that had its id before it."""
@@ -327,17 +327,17 @@ class Gossip:
             self._conflicts += 1
             if self._conflicts == CONFLICTS_MAX:
                 self._actions.append(Conflict(rumour.address))
-        self._spread.put(refuted.status if refuted.version == self._own.version else refuted)
+        self._rumours.put(refuted.status if refuted.version == self._own.version else refuted)
         self._own = refuted
 
     def _rumours_for(self, node: NodeId) -> tuple[Rumour, ...]:
         """What a datagram to a member has room for. One that is doubted hears that first: it is the one to know."""
         room_bytes = packets.DATAGRAM_BYTES_MAX - packets.PACKET_HEAD_BYTES
         first: list[Rumour] = []
-        if (known := self._roster.get(node)) and known.state is not State.ALIVE:
+        if (known := self._members.get(node)) and known.state is not State.ALIVE:
             first.append(known.status)
-        times = self._tuning.retransmits(len(self._roster) + 1)
-        return (*first, *self._spread.take(room_bytes, times=times))
+        times = self._config.retransmits(len(self._members) + 1)
+        return (*first, *self._rumours.take(room_bytes, times=times))
 
     # What rumours missed
 
@@ -352,10 +352,10 @@ class Gossip:
 
     def _begin_sync(self) -> None:
         """Compares a window with a member, and with somebody who may live beyond a partition."""
-        hurry = self._walk.hurried or not len(self._roster)
-        interval_s = self._tuning.probe_interval_s if hurry else self._tuning.sync_interval_s
+        hurry = self._walk.hurried or not len(self._members)
+        interval_s = self._config.probe_interval_s if hurry else self._config.sync_interval_s
         self._sync_at = self._clock + interval_s
-        partners = [member.address for member in self._roster.some(1)]
+        partners = [member.address for member in self._members.some(1)]
         if beyond := self._beyond():
             partners.insert(0, self._rng.choice(beyond))
         for address in partners:  # the walk waits for the last one's answer, which is the likelier one
@@ -363,12 +363,12 @@ class Gossip:
 
     def _beyond(self) -> list[Address]:
         here = {member.address for member in self.members()}
-        addresses = [member.address for member in self._roster.lost()]
+        addresses = [member.address for member in self._members.lost()]
         return [address for address in (*addresses, *self._contacts) if address not in here]
 
     def _sync(self, address: Address) -> None:
         sequence, first = self._rng.getrandbits(32), self._walk.cursor
-        last, statuses = self._roster.window(first, room_bytes=packets.SYNC_BYTES - packets.size(self._own))
+        last, statuses = self._members.window(first, room_bytes=packets.SYNC_BYTES - packets.size(self._own))
         self._walk.asked(sequence, last)
         self._send(address, Sync(sequence, self._own, first, last, statuses))
 
@@ -376,13 +376,13 @@ class Gossip:
         if sync.sender == self._own.node:
             self._hear_of_self(sync.record)
             return
-        known = self._roster.get(sync.sender)
+        known = self._members.get(sync.sender)
         # What is thought of the sender and is not so: only the sender can refute that it is dead, or came back.
         contradiction = (known,) if known and refute(sync.record, known) else ()
         self._believe(sync.record)
-        lacking, wants = self._roster.compare(sync, own=self._own)
+        lacking, wants = self._members.compare(sync, own=self._own)
         for status in sync.statuses:
-            self._believe(self._roster.softened(status))
+            self._believe(self._members.softened(status))
         if wants or contradiction:
             self._send(source, SyncReply(sync.sequence, self._own.node, contradiction, wants, None))
         parts = packets.batches(lacking) or [()]
@@ -392,8 +392,8 @@ class Gossip:
 
     def _hear_news(self, source: Address, news: SyncReply) -> None:
         for record in news.records:
-            self._believe(self._roster.softened(record), pass_on=self._walk.whole)
-        wanted = [self._own if node == self._own.node else self._roster.get(node) for node in news.wants]
+            self._believe(self._members.softened(record), pass_on=self._walk.whole)
+        wanted = [self._own if node == self._own.node else self._members.get(node) for node in news.wants]
         for part in packets.batches(record for record in wanted if record)[:NEWS_MAX]:
             self._send(source, packets.Gossip(self._own.node, part))
         if news.until and self._walk.settled(news.sequence, news.until):
@@ -407,14 +407,14 @@ class Gossip:
 
     def _publish(self) -> None:
         # Not all at once, however much they are in step: what begins together would stay together.
-        quiet_s = self._tuning.between_profiles_s(len(self._roster) + 1) * self._rng.uniform(0.75, 1.25)
+        quiet_s = self._config.between_profiles_s(len(self._members) + 1) * self._rng.uniform(0.75, 1.25)
         self._publish_at, self._quiet_until = math.inf, self._clock + quiet_s
         self._own = packets.replace(self._own, version=self._own.version + 1, profile=self._pending)
-        self._spread.put(self._own)
+        self._rumours.put(self._own)
 
     def _leave(self) -> None:
         self._own = packets.replace(self._own, state=State.LEFT)
-        for member in self._roster.some(LEAVE_FANOUT):
+        for member in self._members.some(LEAVE_FANOUT):
             self._send(member.address, packets.Gossip(self._own.node, (self._own.status,)))
 
     def _send(self, address: Address, packet: Packet) -> None:
@@ -426,20 +426,20 @@ class Gossip:
 
     def check(self) -> None:
         """Raises LocalProtocolError when an invariant does not hold."""
-        self._roster.check()
-        records = self._roster.records()
+        self._members.check()
+        records = self._members.records()
         if set(self._suspects) != {record.node for record in records if record.state is State.SUSPECT}:
             raise LocalProtocolError(f"{self!r}: not every suspect, or somebody else, has a deadline")
         if set(self._tombs) != {record.node for record in records if record.state >= State.DEAD}:
             raise LocalProtocolError(f"{self!r}: not every dead member, or a living one, is to be forgotten")
-        if self._roster.get(self._own.node) or self._own.state not in (State.ALIVE, State.LEFT):
+        if self._members.get(self._own.node) or self._own.state not in (State.ALIVE, State.LEFT):
             raise LocalProtocolError(f"{self!r}: believes others about itself")
-        if len(self._contacts) > CONTACTS_MAX or len(self._spread) > 2 * len(records) + 2:
+        if len(self._contacts) > CONTACTS_MAX or len(self._rumours) > 2 * len(records) + 2:
             raise LocalProtocolError(f"{self!r}: remembers too much")
 
     def __repr__(self) -> str:
-        own, lost = self._own, len(self._roster.lost())
+        own, lost = self._own, len(self._members.lost())
         return (
-            f"<Gossip {own.name} {own.state.name.lower()} {own.incarnation} | {len(self._roster)} members | "
-            f"{len(self._suspects)} suspect | {lost} dead | {len(self._spread)} rumours | doubt {self._prober.doubt}>"
+            f"<Swim {own.name} {own.state.name.lower()} {own.incarnation} | {len(self._members)} members | "
+            f"{len(self._suspects)} suspect | {lost} dead | {len(self._rumours)} rumours | doubt {self._prober.doubt}>"
         )

@@ -15,7 +15,18 @@ import random
 from collections.abc import Callable
 
 from swarm.membership.config import SwimConfig
-from swarm.membership.swim import Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
+from swarm.membership.swim import (
+    Conflict,
+    ContactFound,
+    Event,
+    Leave,
+    MemberChanged,
+    PacketReceived,
+    ProfileChanged,
+    Send,
+    Swim,
+    Tick,
+)
 from swarm.net.environment import Environment
 from swarm.protocol import packets
 from swarm.protocol.messages import Address, NodeId
@@ -38,15 +49,15 @@ class SwimDriver:
         self,
         environment: Environment,
         *,
-        tuning: SwimConfig,
+        config: SwimConfig,
         rng: random.Random,
         clock: Callable[[], float],
         changed: Callable[[Record], None],
     ) -> None:
-        self.machine: Gossip | None = None  # until `open`
+        self.machine: Swim | None = None  # until `open`
         self.unreadable = 0  # datagrams that were no gossip
         self._environment = environment
-        self._tuning = tuning
+        self._config = config
         self._rng = rng
         self._clock = clock
         self._changed = changed
@@ -59,11 +70,11 @@ class SwimDriver:
     def open(self, node: NodeId, address: Address, name: str, profile: Profile) -> None:
         """Begins to gossip under this id and name; others send to `address`."""
         self._told = profile
-        self.machine = Gossip(
-            node, address, name=name, tuning=self._tuning, now=self._clock(), rng=self._rng, profile=profile
+        self.machine = Swim(
+            node, address, name=name, config=self._config, now=self._clock(), rng=self._rng, profile=profile
         )
         for contact in self._waiting:
-            self._handle(Found(contact))
+            self._handle(ContactFound(contact))
         self._waiting.clear()
         self._plan()
 
@@ -71,7 +82,7 @@ class SwimDriver:
         """Somebody may be there to ask for members. The address is a literal."""
         self._asked_at = self._clock() if self._asked_at is None else self._asked_at
         if self.machine is not None:
-            self._handle(Found(address))
+            self._handle(ContactFound(address))
         elif len(self._waiting) < CONTACTS_WAITING_MAX:
             self._waiting[address] = None
 
@@ -88,13 +99,13 @@ class SwimDriver:
             self.unreadable += 1
             log.debug("a datagram from %s is no gossip: %s", source, error)
             return
-        self._handle(Heard(source, packet))
+        self._handle(PacketReceived(source, packet))
 
     def tell(self, profile: Profile) -> None:
         """What this node is and holds now; cheap when nothing has changed."""
         if profile != self._told:
             self._told = profile
-            self._handle(Tell(profile))
+            self._handle(ProfileChanged(profile))
 
     def close(self) -> None:
         """Says goodbye, and nothing more."""
@@ -125,7 +136,7 @@ class SwimDriver:
                 match action:
                     case Send(address, packet):
                         self._environment.send(address, packets.encode(packet))
-                    case Changed(record):
+                    case MemberChanged(record):
                         self._changed(record)
                     case Conflict(address):
                         node = self.machine.own.node

@@ -35,7 +35,7 @@ from swarm.hashing.cpu import chunk_digest
 from swarm.journal import FetchEnded, FetchStarted, Journal, Opened
 from swarm.membership import config
 from swarm.membership.config import SwimConfig
-from swarm.membership.swim import Changed, Gossip
+from swarm.membership.swim import MemberChanged, Swim
 from swarm.membership.swim_driver import SwimDriver
 from swarm.net.environment import Environment
 from swarm.peers import connections
@@ -127,7 +127,7 @@ class Node:
         machine = Connections(self.id, rng=self._rng, host=self._host, rack=self._rack)
         self._connections = ConnectionsDriver(environment, machine, party=self)
         self._swim = SwimDriver(
-            environment, tuning=network or config.lan(), rng=self._rng, clock=self.now, changed=self._member_changed
+            environment, config=network or config.lan(), rng=self._rng, clock=self.now, changed=self._member_changed
         )
         self._shares = Shares(host=self, rng=self._rng, announced=self._tell_everybody, distance=self._distance)
         self._upload_driver: UploadDriver | None = None  # until the transports are there
@@ -356,7 +356,7 @@ class Node:
         return bool(self._connections.machine.unanswered()) or self._swim.joining
 
     @property
-    def machines(self) -> list[Download | Upload | Connections | Gossip]:
+    def machines(self) -> list[Download | Upload | Connections | Swim]:
         """The state machines of an open node, for whoever checks their invariants."""
         gossip = [] if self._swim.machine is None else [self._swim.machine]
         upload = [] if self._upload_driver is None else [self._upload_driver.machine]
@@ -460,18 +460,18 @@ class Node:
 
     def _found(self, address: Address, lasting: bool) -> None:
         self._swim.found(address)
-        self._connections.meet(connections.Found(address, lasting))
+        self._connections.meet(connections.AddressDiscovered(address, lasting))
 
     def _member_changed(self, record: Record) -> None:
-        self.record(record.node, Changed(record))
+        self.record(record.node, MemberChanged(record))
         if not self._closing:
-            self._connections.meet(connections.Heard(record))
+            self._connections.meet(connections.MemberUpdated(record))
             for fetching in self._shares.fetchings():
                 fetching.placed(record.node, record.profile.distance(self._host, self._rack))
 
     def _tell_wants(self) -> None:
         digests = frozenset(digest for digest in self._sought if digest is not None)
-        self._connections.meet(connections.Wants(digests, more=None in self._sought))
+        self._connections.meet(connections.Wanted(digests, more=None in self._sought))
 
     def _profile(self) -> Profile:
         holdings = tuple(share.holding() for share in self._shares.shares.values())

@@ -11,7 +11,7 @@ from typing import Any
 
 from swarm.content.manifest import Digest
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Journal, Left, Opened, Received, Sent
-from swarm.membership.swim import Changed
+from swarm.membership.swim import MemberChanged
 from swarm.observe.fetch_record import FetchRecords, Rate
 from swarm.protocol.messages import Address, Announcement, NodeId
 from swarm.protocol.packets import Record, State
@@ -103,7 +103,7 @@ class NodeReport:
     def follow(self, journal: Journal) -> None:
         """Applies the entries that are recorded from now on."""
         self.fetches.follow(journal)
-        journal.subscribe(self._apply, Opened, Joined, Changed, Left, ArtifactsAnnounced, Received, Sent)
+        journal.subscribe(self._apply, Opened, Joined, MemberChanged, Left, ArtifactsAnnounced, Received, Sent)
 
     def apply(self, entry: Entry) -> None:
         """Applies one entry."""
@@ -124,7 +124,7 @@ class NodeReport:
                 self._members[node] = _Member(
                     name, address, scheme, record=known.record if known else None, linked_at_s=entry.at_s
                 )
-            case Changed(record):
+            case MemberChanged(record):
                 self._change(record)
             case Left(node):
                 if member := self._members.get(node):

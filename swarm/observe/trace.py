@@ -30,7 +30,7 @@ from swarm.journal import (
     Resolved,
     Sent,
 )
-from swarm.membership.swim import Changed
+from swarm.membership.swim import MemberChanged
 from swarm.observe.fetch_record import TRANSFER_EVENTS
 from swarm.transfer.download_events import PeerHas, PeerJoined, PeerLeft
 
@@ -41,8 +41,8 @@ WRITE_EVERY_S = 0.5
 _REPLAYED: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        ArtifactsAnnounced, Changed, FetchEnded, FetchStarted, Joined, Left, Opened, PeerHas, PeerJoined, PeerLeft,
-        Received, Resolved, Sent, *TRANSFER_EVENTS,
+        ArtifactsAnnounced, FetchEnded, FetchStarted, Joined, Left, MemberChanged, Opened, PeerHas, PeerJoined,
+        PeerLeft, Received, Resolved, Sent, *TRANSFER_EVENTS,
     )
 }  # fmt: skip
 

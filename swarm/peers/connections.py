@@ -44,7 +44,7 @@ IDLE_S = 30.0  # a link that neither end can use is kept so long: the next fetch
 
 
 @dataclass(frozen=True)
-class Found:
+class AddressDiscovered:
     """Discovery names an address. `lasting`: given by hand, never forgotten."""
 
     address: Address
@@ -52,7 +52,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Told:
+class AddressesShared:
     """A member names addresses that it is connected to."""
 
     addresses: tuple[Address, ...]
@@ -69,7 +69,7 @@ class DialFailed:
 class LinkUp:
     """Hello was exchanged. `link` numbers the link; `dialled` is the address this node dialled, if it did.
 
-    `holds`: what the node announces, see `Announced`.
+    `holds`: what the node announces, see `HoldingsAnnounced`.
     """
 
     link: int
@@ -87,7 +87,7 @@ class LinkDown:
 
 
 @dataclass(frozen=True)
-class Announced:
+class HoldingsAnnounced:
     """A linked node says what it holds: by digest, whether all of it."""
 
     link: int
@@ -95,14 +95,14 @@ class Announced:
 
 
 @dataclass(frozen=True)
-class Heard:
+class MemberUpdated:
     """Gossip says something new of a member."""
 
     record: Record
 
 
 @dataclass(frozen=True)
-class Wants:
+class Wanted:
     """What this node is looking for from now on. `more`: also something of which it does not know the digest."""
 
     digests: frozenset[Digest]
@@ -137,7 +137,17 @@ class Drop:
     why: str
 
 
-Event: TypeAlias = Found | Told | DialFailed | LinkUp | LinkDown | Announced | Heard | Wants | Tick
+Event: TypeAlias = (
+    AddressDiscovered
+    | AddressesShared
+    | DialFailed
+    | LinkUp
+    | LinkDown
+    | HoldingsAnnounced
+    | MemberUpdated
+    | Wanted
+    | Tick
+)
 Action: TypeAlias = Dial | Welcome | Drop
 
 
@@ -184,7 +194,7 @@ class Connections:
         self._own: dict[Address, None] = {}  # in the order of dialling
         self._members: dict[NodeId, _Member] = {}  # the living, by node
         self._living_at: dict[Address, NodeId] = {}  # who of them, by address
-        self._wants = Wants(frozenset())
+        self._wants = Wanted(frozenset())
         self._wanted_since: dict[Digest, float] = {}
         self._most_dialled = LINKS_MOST  # more once gossip was found to be blocked
 
@@ -192,9 +202,9 @@ class Connections:
         """What to do about one event."""
         actions: list[Action] = []
         match event:
-            case Found(address, lasting):
+            case AddressDiscovered(address, lasting):
                 self._learn(address, lasting)
-            case Told(addresses):
+            case AddressesShared(addresses):
                 for address in addresses:
                     self._learn(address, False)
             case DialFailed(address):
@@ -203,13 +213,13 @@ class Connections:
                 actions = self._up(event, now)
             case LinkDown(number):
                 self._down(number, now)
-            case Announced(number, holds):
+            case HoldingsAnnounced(number, holds):
                 if link := self._links.get(number):
                     link.holds = holds
                 return []
-            case Heard(record):
+            case MemberUpdated(record):
                 return self._hear(record, now)  # whom to dial waits for the next Tick: gossip comes in bursts
-            case Wants(digests):
+            case Wanted(digests):
                 self._wants = event
                 self._wanted_since = {digest: self._wanted_since.get(digest, now) for digest in sorted(digests)}
             case Tick():

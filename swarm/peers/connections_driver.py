@@ -218,9 +218,9 @@ class ConnectionsDriver:
             case _ if self._party.peers.get(peer.node) is not peer:
                 return  # the other of two links, about to be dropped
             case messages.Members(addresses):
-                self.meet(connections.Told(addresses))
+                self.meet(connections.AddressesShared(addresses))
             case messages.Announce(artifacts):
-                self.meet(connections.Announced(peer.number, _wholes(artifacts)))
+                self.meet(connections.HoldingsAnnounced(peer.number, _wholes(artifacts)))
                 self._party.hear(peer, message)
             case _:
                 self._party.hear(peer, message)

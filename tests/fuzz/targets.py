@@ -23,7 +23,7 @@ from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
 from swarm.errors import ManifestInvalid, SettingsError, TransportError
 from swarm.membership import config
-from swarm.membership.swim import Gossip, Heard
+from swarm.membership.swim import PacketReceived, Swim
 from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, Announcement, Endpoint, NodeId, Origin
 from swarm.protocol.packets import Ack, Holding, Ping, PingRequest, Profile, Record, State, Status, Sync, SyncReply
@@ -123,8 +123,8 @@ def feed_gossip(data: bytes) -> bool:
     except ValueError:
         return False
     assert packets.decode(packets.encode(packet)) == packet
-    machine = Gossip(ME, Address("10.0.0.9:7000"), name="me", tuning=config.lan(), now=NOW, rng=random.Random(1))
-    for event in (Heard(Address("10.0.0.1:7000"), packet),) * 2:
+    machine = Swim(ME, Address("10.0.0.9:7000"), name="me", config=config.lan(), now=NOW, rng=random.Random(1))
+    for event in (PacketReceived(Address("10.0.0.1:7000"), packet),) * 2:
         machine.handle(event, NOW)
         machine.check()
     return True

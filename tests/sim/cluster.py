@@ -29,7 +29,7 @@ import numpy as np
 from swarm.content.manifest import ModelId
 from swarm.errors import LocalProtocolError, SwarmError
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Left
-from swarm.membership.swim import Changed, Gossip
+from swarm.membership.swim import MemberChanged, Swim
 from swarm.node.node import Fetched, Node
 from swarm.peers.connections import Connections
 from swarm.store import Source
@@ -48,8 +48,8 @@ SPREAD_S = 0.01  # newcomers of one burst do not ask in the same instant
 CHANGES: dict[type, tuple[type, ...]] = {
     Download: get_args(download_events.Event),
     Upload: get_args(upload.Action),
-    Connections: (Joined, Left, ArtifactsAnnounced, Changed),
-    Gossip: (Changed,),
+    Connections: (Joined, Left, ArtifactsAnnounced, MemberChanged),
+    Swim: (MemberChanged,),
 }
 
 

@@ -16,7 +16,18 @@ from dataclasses import dataclass, field
 
 from swarm.errors import LocalProtocolError
 from swarm.membership.config import SwimConfig
-from swarm.membership.swim import Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
+from swarm.membership.swim import (
+    Conflict,
+    ContactFound,
+    Event,
+    Leave,
+    MemberChanged,
+    PacketReceived,
+    ProfileChanged,
+    Send,
+    Swim,
+    Tick,
+)
 from swarm.protocol import packets
 from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Profile, Record, State
@@ -40,7 +51,7 @@ class Host:
     """Where one machine runs. Its clock shows `skew_s` more than the network's."""
 
     address: str
-    machine: Gossip
+    machine: Swim
     side: int = 0
     up: bool = True  # else it neither hears nor does anything
     skew_s: float = 0.0
@@ -56,7 +67,7 @@ class SwimGroup:
         self,
         *,
         seed: int,
-        tuning: SwimConfig,
+        config: SwimConfig,
         delay_s: tuple[float, float] = (0.0005, 0.002),
         loss: float = 0.0,
         checked: bool = True,
@@ -67,10 +78,10 @@ class SwimGroup:
         self.seen: deque[Seen] = deque(maxlen=SEEN_MAX)
         self.conflicts: list[str] = []
         self._rng = random.Random(seed)  # dice of a game
-        self._tuning = tuning
+        self._config = config
         self._delay_s = delay_s
         self._checked = checked
-        self._happens: list[tuple[float, int, str, Heard | Tick]] = []
+        self._happens: list[tuple[float, int, str, PacketReceived | Tick]] = []
         self._order = 0
         self._news = False
 
@@ -80,24 +91,24 @@ class SwimGroup:
         """A new member at an address of its own, which finds its contacts. An address that is taken is taken over."""
         dice = random.Random(self._rng.getrandbits(64))  # dice of a game
         node = node or f"{self._rng.getrandbits(64):016x}"
-        machine = Gossip(
+        machine = Swim(
             NodeId(node),
             Address(name),
             name=name,
-            tuning=self._tuning,
+            config=self._config,
             now=self.now,
             rng=dice,
             profile=profile,
         )
         host = self.hosts[name] = Host(name, machine)
         for contact in contacts:
-            self._do(host, Found(Address(contact)))
+            self._do(host, ContactFound(Address(contact)))
         self._plan(host)
         return host
 
     def tell(self, name: str, profile: Profile) -> None:
         """A member holds something else now."""
-        self._do(self.hosts[name], Tell(profile))
+        self._do(self.hosts[name], ProfileChanged(profile))
 
     def kill(self, name: str) -> None:
         """A member vanishes."""
@@ -181,7 +192,7 @@ class SwimGroup:
             match action:
                 case Send(address, packet):
                     self._carry(host, address, packets.encode(packet))
-                case Changed(record):
+                case MemberChanged(record):
                     self._news = True
                     self.seen.append(Seen(self.now, host.address, record.address, record.state))
                 case Conflict(address):
@@ -200,7 +211,7 @@ class SwimGroup:
         self._push(
             self.now + self._rng.uniform(*self._delay_s),
             address,
-            Heard(Address(host.address), packets.decode(datagram)),
+            PacketReceived(Address(host.address), packets.decode(datagram)),
         )
 
     def _plan(self, host: Host) -> None:
@@ -210,7 +221,7 @@ class SwimGroup:
             host.tick_at = tick_at
             self._push(tick_at, host.address, Tick())
 
-    def _push(self, at: float, address: str, event: Heard | Tick) -> None:
+    def _push(self, at: float, address: str, event: PacketReceived | Tick) -> None:
         self._order += 1
         heapq.heappush(self._happens, (at, self._order, address, event))
 

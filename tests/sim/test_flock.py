@@ -16,7 +16,7 @@ LIMIT_S = 120.0
 
 def flock(members: int, *, seed: int = 1, loss: float = 0.0, checked: bool = True) -> SwimGroup:
     """Members `m0`, `m1`, ... that joined through m0 at once and agree."""
-    found = SwimGroup(seed=seed, tuning=T, loss=loss, checked=checked)
+    found = SwimGroup(seed=seed, config=T, loss=loss, checked=checked)
     found.add("m0")
     for number in range(1, members):
         found.add(f"m{number}", contacts=("m0",))
@@ -42,7 +42,7 @@ def test_does_a_newcomer_know_all_of_32_at_once_through_any_member() -> None:
 
 @pytest.mark.parametrize("loss", [0.0, 0.1, 0.3])
 def test_does_a_burst_come_to_agree(loss: float) -> None:
-    found = SwimGroup(seed=3, tuning=T, loss=loss)
+    found = SwimGroup(seed=3, config=T, loss=loss)
     for number in range(24):
         found.add(f"m{number}", contacts=("m0",) if number else ())
     found.until(lambda: all(found.knows(name) == 23 for name in found.hosts), limit_s=LIMIT_S)

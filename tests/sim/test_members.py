@@ -12,7 +12,7 @@ from swarm.content.manifest import ModelId
 from swarm.errors import ManifestConflict
 from swarm.journal import Left
 from swarm.membership.config import lan
-from swarm.membership.swim import Changed
+from swarm.membership.swim import MemberChanged
 from swarm.node import resolve
 from swarm.node.node import Node
 from swarm.peers import selection
@@ -192,7 +192,7 @@ def test_does_a_clock_that_jumps_blame_nobody(skew_s: float, monkeypatch: pytest
             member.node.journal.subscribe(
                 lambda entry: (
                     blamed.append(entry)
-                    if isinstance(entry.event, Changed) and entry.event.record.state is not State.ALIVE
+                    if isinstance(entry.event, MemberChanged) and entry.event.record.state is not State.ALIVE
                     else None
                 )
             )

@@ -1,4 +1,4 @@
-"""The gossip machine, by lists of events: what does `Gossip` say, believe and refute?"""
+"""The gossip machine, by lists of events: what does `Swim` say, believe and refute?"""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ from hypothesis import strategies as st
 from swarm.content.manifest import Digest, ModelId
 from swarm.errors import LocalProtocolError
 from swarm.membership import config, swim
-from swarm.membership.member_table import MemberTable, Spread, Walk, refute
-from swarm.membership.swim import Action, Changed, Conflict, Event, Found, Gossip, Heard, Leave, Send, Tell, Tick
+from swarm.membership.member_table import MemberTable, RumourQueue, SyncWalk, refute
+from swarm.membership.swim import (
+    Action,
+    Conflict,
+    ContactFound,
+    Event,
+    Leave,
+    MemberChanged,
+    PacketReceived,
+    ProfileChanged,
+    Send,
+    Swim,
+    Tick,
+)
 from swarm.protocol import packets
 from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import (
@@ -69,11 +81,11 @@ class Member:
     def __init__(self, *known: str, node: str = ME, profile: Profile | None = None, incarnation: int = 0) -> None:
         self.now = 100.0
         dice = random.Random(0)
-        self.machine = Gossip(
+        self.machine = Swim(
             NodeId(node),
             Address(f"at-{node[-1]}"),
             name="me",
-            tuning=T,
+            config=T,
             now=self.now,
             rng=dice,
             profile=profile,
@@ -92,7 +104,7 @@ class Member:
         return actions
 
     def get(self, packet: Packet, *, source: str = "at-2") -> list[Action]:
-        return self.do(Heard(Address(source), packet))
+        return self.do(PacketReceived(Address(source), packet))
 
     def hear(self, *told: packets.Rumour) -> list[Action]:
         return self.get(packets.Gossip(NodeId("e" * 16), told))
@@ -128,7 +140,7 @@ def told(actions: Iterable[Action], node: str) -> list[packets.Rumour]:
 
 
 def changes(actions: Iterable[Action]) -> list[tuple[str, State]]:
-    return [(a.record.node, a.record.state) for a in actions if isinstance(a, Changed)]
+    return [(a.record.node, a.record.state) for a in actions if isinstance(a, MemberChanged)]
 
 
 # Probes
@@ -380,7 +392,7 @@ def test_news_is_told_a_bounded_number_of_times() -> None:
 
 
 def test_spread_prefers_what_was_sent_least_and_then_the_newest() -> None:
-    spread = Spread()
+    spread = RumourQueue()
     old, new = Status(ANN, 1, State.ALIVE, 0), Status(BEN, 1, State.ALIVE, 0)
     room = packets.size(old)
     spread.put(old)
@@ -390,7 +402,7 @@ def test_spread_prefers_what_was_sent_least_and_then_the_newest() -> None:
 
 
 def test_spread_replaces_older_news_of_a_member() -> None:
-    spread = Spread()
+    spread = RumourQueue()
     for incarnation in range(5):
         spread.put(Status(ANN, incarnation, State.ALIVE, 0))
     assert spread.take(1000, times=1) == [Status(ANN, 4, State.ALIVE, 0)]
@@ -401,7 +413,7 @@ def test_progress_is_told_in_eighths() -> None:
     me = Member(ANN)
     versions = []
     for chunks in range(81):
-        me.do(Tell(Profile((holding(chunks),))))
+        me.do(ProfileChanged(Profile((holding(chunks),))))
         me.wait(3.0)
         versions.append(me.machine.own.version)
     assert versions[-1] == 1 + 1 + 8  # nothing, something, and each eighth
@@ -413,7 +425,7 @@ def test_profiles_are_told_the_more_rarely_the_more_members_there_are() -> None:
         me = Member(*(f"{number:016x}" for number in range(2, 2 + members)))
         before = me.machine.own.version
         for number in range(600):
-            me.do(Tell(Profile((holding(80 * (number % 2)),))))
+            me.do(ProfileChanged(Profile((holding(80 * (number % 2)),))))
             me.wait(0.1)
         return me.machine.own.version - before
 
@@ -425,14 +437,14 @@ def test_profiles_are_told_the_more_rarely_the_more_members_there_are() -> None:
 
 def test_a_newcomer_asks_whom_it_was_told_of_until_it_gets_an_answer() -> None:
     me = Member()
-    assert [address for address, _ in sent(me.do(Found(AT_2)), Sync)] == ["at-2"]
+    assert [address for address, _ in sent(me.do(ContactFound(AT_2)), Sync)] == ["at-2"]
     assert [address for address, _ in sent(me.wait(T.probe_interval_s), Sync)] == ["at-2"]
 
 
 def test_a_newcomer_learns_of_everyone_from_one_member() -> None:
     many = [f"{number:016x}" for number in range(3, 400)]
     ann, me = Member(*many, node=ANN), Member()
-    inbox = [(ann, packet) for _, packet in sent(me.do(Found(AT_2)), Sync)]
+    inbox = [(ann, packet) for _, packet in sent(me.do(ContactFound(AT_2)), Sync)]
     bursts = []
     while inbox:
         to, packet = inbox.pop(0)
@@ -473,7 +485,7 @@ def test_wants_are_answered() -> None:
 
 
 def test_a_walk_ignores_answers_that_lead_nowhere() -> None:
-    walk = Walk()
+    walk = SyncWalk()
     walk.asked(7, BEN)
     assert not walk.settled(8, BEN)
     assert not walk.settled(7, CAT)
@@ -542,7 +554,7 @@ def test_says_repr_how_things_are() -> None:
     me = Member(ANN, BEN, CAT)
     me.hear(Status(CAT, 0, State.DEAD, 0), Status(BEN, 0, State.SUSPECT, 0))
     me.wait(0.0)
-    assert repr(me.machine).startswith("<Gossip me alive 0 | 2 members | 1 suspect | 1 dead | ")
+    assert repr(me.machine).startswith("<Swim me alive 0 | 2 members | 1 suspect | 1 dead | ")
 
 
 # Limits and presets
@@ -554,7 +566,7 @@ def test_a_member_with_too_much_to_tell_leaves_some_out_and_says_so() -> None:
     own = me.machine.own
     assert own.profile.omitted + len(own.profile.artifacts) == 40
     assert packets.size(own) <= packets.RECORD_BYTES_MAX
-    me.do(Tell(Profile((*all_of_it.artifacts, holding(1)), transports=("tcp",))))
+    me.do(ProfileChanged(Profile((*all_of_it.artifacts, holding(1)), transports=("tcp",))))
     records = [r for r in told(me.wait(10.0), ME) if isinstance(r, Record)]
     assert records, "the longest record still finds room in a datagram"
 
@@ -564,11 +576,11 @@ def test_the_longest_names_fit() -> None:
     profile = Profile(
         (), 0, tuple(f"{'x' * 15}{c}" for c in "abcdefgh"), long, long, 1 << 31, 1 << 31, "9" * packets.SOFTWARE_MAX
     )
-    machine = Gossip(
+    machine = Swim(
         NodeId("f" * 16),
         Address("h" * 253 + ":65535"),
         name=long,
-        tuning=T,
+        config=T,
         now=0.0,
         rng=random.Random(0),
         profile=profile,

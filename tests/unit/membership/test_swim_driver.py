@@ -53,7 +53,7 @@ class Members:
 
         dice = random.Random(name)
         one = SwimDriver(
-            environment, tuning=T, rng=dice, clock=lambda: loop.time() + self.skew_s[name], changed=changed
+            environment, config=T, rng=dice, clock=lambda: loop.time() + self.skew_s[name], changed=changed
         )
         for contact in contacts:
             one.found(Address(contact))
@@ -157,7 +157,7 @@ def test_are_datagrams_read_before_time_is_told() -> None:
                 order.append("drain")
 
         loop = asyncio.get_running_loop()
-        one = SwimDriver(Environment(), tuning=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
+        one = SwimDriver(Environment(), config=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
         assert not one.joining
         one.found(TWO)
         assert not one.joining, "nobody was asked yet"
@@ -201,7 +201,7 @@ def test_are_contacts_bounded_before_there_is_an_address(monkeypatch: pytest.Mon
                 asked.append(address)
 
         loop = asyncio.get_running_loop()
-        one = SwimDriver(Environment(), tuning=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
+        one = SwimDriver(Environment(), config=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
         for number in range(5):
             one.found(Address(f"m{number}"))
         one.open(NodeId("a" * 16), ONE, "one", Profile())

@@ -17,7 +17,7 @@ from swarm.journal import (
     Received,
     Sent,
 )
-from swarm.membership.swim import Changed
+from swarm.membership.swim import MemberChanged
 from swarm.observe import node_report
 from swarm.observe.fetch_record import RATE_WINDOW_S, Rate
 from swarm.observe.node_report import NodeReport, distinct_names
@@ -70,9 +70,9 @@ def test_who_is_there() -> None:
 HOLDING = Holding(ORG_MODEL, DIGEST, "checkpoint", 1, 4, False)
 
 
-def heard(state: State, version: int = 0) -> Changed:
+def heard(state: State, version: int = 0) -> MemberChanged:
     profile = Profile((HOLDING,), 0, ("tcp",), "h1", "r1", 2, 8, "0.1.0")
-    return Changed(Record(NodeId("f" * 16), version, state, version, "far", Address("10.0.0.9:1"), profile))
+    return MemberChanged(Record(NodeId("f" * 16), version, state, version, "far", Address("10.0.0.9:1"), profile))
 
 
 def test_are_members_shown_that_only_gossip_knows() -> None:

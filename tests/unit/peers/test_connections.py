@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 from swarm.content.manifest import Digest, ModelId
 from swarm.errors import LocalProtocolError
 from swarm.peers import connections, selection
-from swarm.peers.connections import Connections, Dial, DialFailed, Drop, Found, LinkDown, LinkUp, Told, Welcome
+from swarm.peers.connections import (
+    AddressDiscovered,
+    AddressesShared,
+    Connections,
+    Dial,
+    DialFailed,
+    Drop,
+    LinkDown,
+    LinkUp,
+    MemberUpdated,
+    Wanted,
+    Welcome,
+)
 from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
 
@@ -44,15 +56,15 @@ class Knows:
 
 def test_a_found_address_is_dialled_once() -> None:
     knows = Knows()
-    assert knows.tell(Found(B_1, True)) == [Dial(B_1)]
-    assert knows.tell(Found(B_1, False)) == []
+    assert knows.tell(AddressDiscovered(B_1, True)) == [Dial(B_1)]
+    assert knows.tell(AddressDiscovered(B_1, False)) == []
     assert knows.tell(connections.Tick(), at=60.0) == []
     assert knows.machine.unanswered() == ["b:1"]
 
 
 def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
     knows, pauses = Knows(), []
-    knows.tell(Found(B_1, True))
+    knows.tell(AddressDiscovered(B_1, True))
     for _ in range(8):
         knows.tell(DialFailed(B_1))
         began = knows.now
@@ -66,7 +78,7 @@ def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
 @pytest.mark.parametrize("lasting", [True, False])
 def test_only_what_was_given_by_hand_is_never_forgotten(lasting: bool) -> None:
     knows = Knows()
-    knows.tell(Found(B_1, lasting))
+    knows.tell(AddressDiscovered(B_1, lasting))
     for number in range(1, connections.FAILURES_MAX + 1):
         knows.tell(DialFailed(B_1), at=100.0 * number)
         knows.tell(connections.Tick(), at=100.0 * number + 50.0)
@@ -101,7 +113,7 @@ def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
 
 def test_a_second_address_of_a_linked_node_is_not_dialled_again_and_again() -> None:
     knows = Knows(BIG)
-    knows.tell(Found(ALIAS_1, True))
+    knows.tell(AddressDiscovered(ALIAS_1, True))
     assert knows.tell(LinkUp(1, SMALL, A_1, dialled=None)) == [Welcome(1, ())]
     assert knows.tell(LinkUp(2, SMALL, A_1, dialled=ALIAS_1)) == [Drop(2, "another link is open")]
     assert knows.tell(connections.Tick(), at=60.0) == []
@@ -112,15 +124,15 @@ def test_a_second_address_of_a_linked_node_is_not_dialled_again_and_again() -> N
 
 def test_the_own_address_is_dialled_once_and_never_again() -> None:
     knows = Knows()
-    knows.tell(Found(ME_1, True))
+    knows.tell(AddressDiscovered(ME_1, True))
     assert knows.tell(LinkUp(1, SMALL, Address("10.0.0.1:1"), dialled=ME_1)) == [Drop(1, "this is myself")]
-    assert knows.tell(Told((ME_1,))) == []
-    assert knows.tell(Found(ME_1, True)) == []
+    assert knows.tell(AddressesShared((ME_1,))) == []
+    assert knows.tell(AddressDiscovered(ME_1, True)) == []
 
 
 def test_a_stranger_cannot_have_an_address_taken_for_the_own_one() -> None:
     knows = Knows()
-    knows.tell(Found(SEED_1, True))
+    knows.tell(AddressDiscovered(SEED_1, True))
     knows.tell(DialFailed(SEED_1))
     assert knows.tell(LinkUp(1, SMALL, SEED_1, dialled=None)) == [Drop(1, "this is myself")]
     assert knows.tell(connections.Tick(), at=60.0) == [Dial(SEED_1)]
@@ -131,13 +143,13 @@ def test_the_own_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     knows = Knows()
     for number, address in enumerate(("me:1", "me:2", "me:3")):
         knows.tell(LinkUp(number, SMALL, ME_1, dialled=Address(address)))
-    assert knows.tell(Told((Address("me:3"), Address("me:2")))) == []
-    assert knows.tell(Told((ME_1,))) == [Dial(ME_1)]
+    assert knows.tell(AddressesShared((Address("me:3"), Address("me:2")))) == []
+    assert knows.tell(AddressesShared((ME_1,))) == [Dial(ME_1)]
 
 
 def test_a_claimed_address_keeps_nobody_from_dialling_what_was_given_by_hand() -> None:
     knows = Knows()
-    knows.tell(Found(SEED_1, True))
+    knows.tell(AddressDiscovered(SEED_1, True))
     knows.tell(DialFailed(SEED_1))
     knows.tell(LinkUp(1, BIG, SEED_1, dialled=None))
     assert knows.tell(connections.Tick(), at=0.4) == []
@@ -148,12 +160,12 @@ def test_a_claimed_address_keeps_nobody_from_dialling_what_was_given_by_hand() -
 def test_a_claimed_address_that_nobody_gave_by_hand_is_not_dialled() -> None:
     knows = Knows()
     knows.tell(LinkUp(1, BIG, B_1, dialled=None))
-    assert knows.tell(Told((B_1,)), at=60.0) == []
+    assert knows.tell(AddressesShared((B_1,)), at=60.0) == []
 
 
 def test_who_hangs_up_at_once_is_dialled_less_and_less_often_until_a_link_lasts() -> None:
     knows, pauses = Knows(), []
-    knows.tell(Found(B_1, False))
+    knows.tell(AddressDiscovered(B_1, False))
     for number in range(8):
         knows.tell(LinkUp(number, BIG, B_1, dialled=B_1))
         knows.tell(LinkDown(number), at=knows.now + connections.BRIEF_S / 2)
@@ -181,7 +193,7 @@ def test_a_link_that_gives_way_to_its_twin_has_not_failed() -> None:
 
 def test_an_address_that_fails_for_days_is_still_dialled() -> None:
     knows = Knows()
-    knows.tell(Found(B_1, True))
+    knows.tell(AddressDiscovered(B_1, True))
     for number in range(2000):
         knows.tell(DialFailed(B_1), at=100.0 * number)
         assert knows.tell(connections.Tick(), at=100.0 * number + 50.0) == [Dial(B_1)]
@@ -199,7 +211,7 @@ def test_one_address_is_enough_to_hear_of_the_others() -> None:
     for number, name in enumerate("bcd"):
         actions = knows.tell(LinkUp(number, NodeId(name * 16), Address(f"{name}:1"), dialled=None))
     assert actions == [Welcome(2, (B_1, C_1))]
-    assert knows.tell(Told((E_1, B_1))) == [Dial(E_1)]
+    assert knows.tell(AddressesShared((E_1, B_1))) == [Dial(E_1)]
 
 
 def test_links_and_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +220,7 @@ def test_links_and_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     knows = Knows()
     knows.tell(LinkUp(1, BIG, B_1, dialled=None))
     assert knows.tell(LinkUp(2, NodeId("3" * 16), C_1, dialled=None)) == [Drop(2, "too many links")]
-    assert knows.tell(Told((Address("d:1"), E_1, Address("f:1")))) == []
+    assert knows.tell(AddressesShared((Address("d:1"), E_1, Address("f:1")))) == []
     assert repr(knows.machine) == "<Connections 11111111 1 links | 2 addresses | 0 members>"
 
 
@@ -220,14 +232,14 @@ def record(number: int, *, state: State = State.ALIVE, chunks: int | None = None
 
 
 DIGEST = Digest("ab" * 32)
-WANT = connections.Wants(frozenset({DIGEST}))
+WANT = Wanted(frozenset({DIGEST}))
 
 
 def large(knows: Knows, *, holding: int = 40, seeds: int = 1, host: str = "", near: int = 0) -> None:
     """Gossip knows of 60 members: `holding` have half, `seeds` of them all, and `near` of them are on this host."""
     for number in range(60):
         chunks = None if number >= holding else 8 if number < seeds else 4
-        knows.tell(connections.Heard(record(number, chunks=chunks, host=host if number < near else "elsewhere")))
+        knows.tell(MemberUpdated(record(number, chunks=chunks, host=host if number < near else "elsewhere")))
 
 
 def drops(actions: list[connections.Action]) -> list[str]:
@@ -253,7 +265,7 @@ def linked(
 def test_in_a_small_swarm_everybody_that_gossip_names_is_dialled() -> None:
     knows = Knows()
     for number in range(selection.LINKS_WANTED):
-        assert knows.tell(connections.Heard(record(number))) == []
+        assert knows.tell(MemberUpdated(record(number))) == []
     assert dialled(knows.tell(connections.Tick())) == list(range(selection.LINKS_WANTED))
     assert knows.tell(connections.Tick(), at=60.0) == []
 
@@ -262,14 +274,14 @@ def test_in_a_large_swarm_nobody_is_dialled_who_wants_nothing() -> None:
     knows = Knows()
     large(knows)
     assert knows.tell(connections.Tick(), at=60.0) == []
-    assert knows.tell(Found(M3_1, False)) == []
-    assert dialled(knows.tell(Found(M3_1, True))) == [3], "but those given by hand are"
+    assert knows.tell(AddressDiscovered(M3_1, False)) == []
+    assert dialled(knows.tell(AddressDiscovered(M3_1, True))) == [3], "but those given by hand are"
 
 
 def test_an_address_that_gossip_does_not_know_is_dialled_as_if_there_were_none() -> None:
     knows = Knows()
     large(knows)
-    assert knows.tell(Found(STRANGER_1, False)) == [Dial(STRANGER_1)]
+    assert knows.tell(AddressDiscovered(STRANGER_1, False)) == [Dial(STRANGER_1)]
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 40])
@@ -294,7 +306,7 @@ def test_who_fetches_is_full_to_members_but_not_to_strangers_whom_gossip_may_not
     assert not drops(linked(knows, list(range(selection.LINKS_FULL)), by=None))
     assert drops(linked(knows, [50], by=None)) == ["full while it fetches"]
     assert not drops(knows.tell(LinkUp(99, NodeId("f" * 16), STRANGER_1, None, {})))
-    knows.tell(connections.Wants(frozenset()))
+    knows.tell(Wanted(frozenset()))
     assert not drops(linked(knows, [51], by=None)), "who has everything takes more"
 
 
@@ -306,8 +318,8 @@ def test_two_fetches_have_links_for_each() -> None:
     other = "cd" * 32
     holding = (Holding(ModelId("org/other"), Digest(other), "checkpoint", 8, 8, True),)
     alone = record(200)
-    knows.tell(connections.Heard(Record(alone.node, 0, State.ALIVE, 0, "m200", Address("m200:1"), Profile(holding))))
-    assert dialled(knows.tell(connections.Wants(frozenset({DIGEST, Digest(other)})))) == [200]
+    knows.tell(MemberUpdated(Record(alone.node, 0, State.ALIVE, 0, "m200", Address("m200:1"), Profile(holding))))
+    assert dialled(knows.tell(Wanted(frozenset({DIGEST, Digest(other)})))) == [200]
 
 
 def test_half_of_those_chosen_are_of_this_host() -> None:
@@ -325,7 +337,7 @@ def test_links_of_no_use_give_way() -> None:
     knows = Knows()
     useless = list(range(45, 45 + selection.LINKS_MOST))
     for number in useless:
-        knows.tell(Found(Address(f"m{number}:1"), False))
+        knows.tell(AddressDiscovered(Address(f"m{number}:1"), False))
     linked(knows, useless, chunks=0)
     linked(knows, [59], by=None, chunks=0)
     large(knows)
@@ -340,8 +352,8 @@ def test_links_that_nobody_can_use_end_after_a_while() -> None:
     chosen = dialled(knows.tell(WANT))
     linked(knows, chosen[1:], chunks=8)
     linked(knows, chosen[:1], chunks=4)
-    knows.tell(Found(Address(f"m{chosen[1]}:1"), True))
-    knows.tell(connections.Wants(frozenset()))
+    knows.tell(AddressDiscovered(Address(f"m{chosen[1]}:1"), True))
+    knows.tell(Wanted(frozenset()))
     assert knows.tell(connections.Tick(), at=connections.IDLE_S / 2) == []
     ended = [
         action.link for action in knows.tell(connections.Tick(), at=connections.IDLE_S) if isinstance(action, Drop)
@@ -352,21 +364,21 @@ def test_links_that_nobody_can_use_end_after_a_while() -> None:
 
 def test_the_dead_are_dropped_and_not_dialled() -> None:
     knows = Knows()
-    knows.tell(connections.Heard(record(1)))
+    knows.tell(MemberUpdated(record(1)))
     knows.tell(connections.Tick())
     linked(knows, [1])
-    assert knows.tell(connections.Heard(record(1, state=State.SUSPECT))) == []
-    assert knows.tell(connections.Heard(record(1, state=State.DEAD))) == [Drop(1, "gossip says that it is dead")]
+    assert knows.tell(MemberUpdated(record(1, state=State.SUSPECT))) == []
+    assert knows.tell(MemberUpdated(record(1, state=State.DEAD))) == [Drop(1, "gossip says that it is dead")]
     assert knows.tell(LinkDown(1)) == []
     assert knows.tell(connections.Tick(), at=60.0) == []
-    knows.tell(connections.Heard(record(1)))
+    knows.tell(MemberUpdated(record(1)))
     assert dialled(knows.tell(connections.Tick())) == [1]
 
 
 def test_where_datagrams_do_not_get_through_everybody_is_dialled() -> None:
     knows = Knows()
     knows.tell(LinkUp(99, BIG, B_1, dialled=None))
-    told = Told(tuple(Address(f"m{number}:1") for number in range(40)))
+    told = AddressesShared(tuple(Address(f"m{number}:1") for number in range(40)))
     assert len(dialled(knows.tell(told))) == selection.LINKS_MOST
     assert len(dialled(knows.tell(connections.Tick(), at=connections.GOSSIP_LATE_S))) == 40 - selection.LINKS_MOST
 
@@ -376,8 +388,8 @@ def test_somebody_who_holds_more_than_it_could_say_is_asked_for_what_nobody_is_k
     large(knows, holding=0)
     full = record(5)
     profile = Profile(omitted=3)
-    knows.tell(connections.Heard(Record(full.node, 0, State.ALIVE, 1, full.name, full.address, profile)))
-    assert dialled(knows.tell(connections.Wants(frozenset(), more=True))) == [5]
+    knows.tell(MemberUpdated(Record(full.node, 0, State.ALIVE, 1, full.name, full.address, profile)))
+    assert dialled(knows.tell(Wanted(frozenset(), more=True))) == [5]
 
 
 @given(seed=st.integers(0, 2**32))
@@ -391,10 +403,10 @@ def test_whatever_happens_the_links_are_few(seed: int) -> None:
         events: list[connections.Event] = [
             connections.Tick(),
             WANT,
-            connections.Wants(frozenset()),
-            connections.Heard(somebody),
-            connections.Heard(record(number, state=State.DEAD)),
-            Found(somebody.address, dice.random() < 0.1),
+            Wanted(frozenset()),
+            MemberUpdated(somebody),
+            MemberUpdated(record(number, state=State.DEAD)),
+            AddressDiscovered(somebody.address, dice.random() < 0.1),
             LinkUp(1000 + step, somebody.node, somebody.address, None),
         ]
         if dialling and dice.random() < 0.5:
