@@ -228,7 +228,7 @@ class Crowd:
         member.profile = self._profile(member)
         for other in self._members.values():
             if other is not member and other.nic.alive:
-                self._connect(member, connections.Heard(other.record()))
+                self._connect(member, connections.MemberUpdated(other.record()))
         self._gossip(member)
         self._tick(member)
         return member
@@ -247,7 +247,7 @@ class Crowd:
             rng=member.rng,
         )
         self._note(member, Asked())
-        self._connect(member, connections.Wants(frozenset({DIGEST})))
+        self._connect(member, connections.Wanted(frozenset({DIGEST})))
         self._clock.after(ANNOUNCE_EVERY_S, self._announce_progress, member)
         self._tell_mates_soon()
 
@@ -270,7 +270,7 @@ class Crowd:
         return Profile((holding,), 0, (), *labels, member.upload.active, UPLOAD_SLOTS)
 
     def _gossip(self, member: _Member, state: State = State.ALIVE) -> None:
-        heard = connections.Heard(member.record(state))
+        heard = connections.MemberUpdated(member.record(state))
         for other in self._members.values():
             if other is not member:
                 self._connect(other, heard)
@@ -301,7 +301,7 @@ class Crowd:
     def _connect(self, member: _Member, event: connections.Event) -> None:
         if not member.nic.alive:
             return
-        gossip = isinstance(event, connections.Heard)
+        gossip = isinstance(event, connections.MemberUpdated)
         if not gossip:
             self._note(member, event)
         actions = member.connections.handle(event, self._clock.now)
@@ -372,10 +372,10 @@ class Crowd:
             return
         match message:
             case messages.Members(addresses):
-                self._connect(member, connections.Told(addresses))
+                self._connect(member, connections.AddressesShared(addresses))
             case messages.Announce(artifacts):
                 holds = {held.digest: held.chunks == held.chunks_total for held in artifacts}
-                self._connect(member, connections.Announced(member.links[peer.name], holds))
+                self._connect(member, connections.HoldingsAnnounced(member.links[peer.name], holds))
             case messages.Interest(_, bits):
                 self._say(messages.Holdings(DIGEST, member.held.pack()), member, peer)
                 if member.superseed:
@@ -507,7 +507,7 @@ class Crowd:
                 case download_events.Complete():
                     member.ended_at = self._clock.now
                     self._awaited.discard(member.name)
-                    self._connect(member, connections.Wants(frozenset()))
+                    self._connect(member, connections.Wanted(frozenset()))
                     self._announce_progress(member)
                     self._tell_mates_soon()
         if machine.due_at < member.due_at:
