@@ -350,10 +350,7 @@ def _plan(file: CheckpointFile, grid: _Grid) -> tuple[str, list[int]]:
     if not file.path.endswith(".safetensors"):
         return "", cut([file.stamp.size], grid.chunk_bytes)
     with file.real.open("rb") as stream:
-        prefix = stream.read(safetensors_header.LENGTH_BYTES)
-        end = safetensors_header.header_bytes(prefix, subject=file.path, file_bytes=file.stamp.size)
-        header = stream.read(end - len(prefix))
-    tensors, _ = safetensors_header.parse(header, subject=file.path, file_bytes=file.stamp.size)
+        header, tensors = safetensors_header.read(stream, subject=file.path, file_bytes=file.stamp.size)
     return header.decode(), cut(units(file.stamp.size, tensors), grid.chunk_bytes)
 
 

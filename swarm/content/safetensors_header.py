@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from swarm.errors import ManifestInvalid
 
@@ -54,6 +54,13 @@ def header_bytes(prefix: bytes, *, subject: str, file_bytes: int) -> int:
     if LENGTH_BYTES + length > file_bytes:
         raise ManifestInvalid(subject, f"safetensors header claims {length} bytes in a file of {file_bytes}: truncated")
     return LENGTH_BYTES + length
+
+
+def read(stream: BinaryIO, *, subject: str, file_bytes: int) -> tuple[bytes, list[Tensor]]:
+    """The header's JSON text and tensors, from a file that is open at its start. Raises ManifestInvalid."""
+    prefix = stream.read(LENGTH_BYTES)
+    header = stream.read(header_bytes(prefix, subject=subject, file_bytes=file_bytes) - len(prefix))
+    return header, parse(header, subject=subject, file_bytes=file_bytes)[0]
 
 
 def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor], dict[str, str]]:

@@ -38,50 +38,53 @@ class Finding:
     todo: str = ""
 
 
+Results: TypeAlias = "Iterator[tuple[Level, str, str]]"  # level, what was found, remedy
+
+
 def diagnose(facts: Facts) -> list[Finding]:
     """All findings, check by check."""
-    return [finding for check in CHECKS for finding in check(facts)]
+    return [Finding(check.__name__, *result) for check in CHECKS for result in check(facts)]
 
 
-def key(facts: Facts) -> Iterator[Finding]:
+def key(facts: Facts) -> Results:
     """Can the cluster key be used, and which peers refuse it?"""
     if facts.key.error:
         todo = "give every machine a copy of one key file, readable by its user alone"
-        yield _error("key", "bad", facts.key.error, todo)
+        yield _error("bad", facts.key.error, todo)
         return
     if facts.key.fingerprint:
-        yield Finding("key", "ok", f"cluster key {facts.key.fingerprint}")
+        yield "ok", f"cluster key {facts.key.fingerprint}", ""
     elif facts.insecure:
         todo = "make a key with `swarm keygen`, and give it with --key-file everywhere"
-        yield Finding("key", "note", "no cluster key: any machine that reaches this node can read what it serves", todo)
+        yield "note", "no cluster key: any machine that reaches this node can read what it serves", todo
     else:
         todo = "fine on one machine; for others make a key with `swarm keygen`, give it with --key-file, and --listen"
-        yield Finding("key", "note", "no cluster key: this node talks to nodes of this machine only", todo)
+        yield "note", "no cluster key: this node talks to nodes of this machine only", todo
     for peer in facts.dialed:
         if isinstance(peer.error, NotAdmitted):
-            yield _error("key", _level(peer), str(peer.error), "give both the same key file")
+            yield _error(_level(peer), str(peer.error), "give both the same key file")
 
 
-def port(facts: Facts) -> Iterator[Finding]:
+def port(facts: Facts) -> Results:
     """Can this machine listen at the address of the settings, and connect to it?"""
     if facts.port is None:
         return
     if facts.port.held_by:
         what = f"a node of yours listens at {facts.port.held_by} already"
-        yield Finding("port", "note", what, "a second one needs another --listen port, or 0 for any free one")
+        yield "note", what, "a second one needs another --listen port, or 0 for any free one"
     elif facts.port.error:
-        yield _error("port", "bad", facts.port.error, "choose another --listen port, or 0 for any free one")
+        yield _error("bad", facts.port.error, "choose another --listen port, or 0 for any free one")
     else:
-        yield Finding("port", "ok", f"TCP and UDP can be had at {facts.port.address}")
+        yield "ok", f"TCP and UDP can be had at {facts.port.address}", ""
     if not facts.port.reached:
         todo = "open the port for TCP, or --listen on the address that other machines reach"
-        yield Finding("port", "bad", f"this machine does not reach itself at {facts.port.address}", todo)
+        yield "bad", f"this machine does not reach itself at {facts.port.address}", todo
     elif facts.loopback:
         todo = "for other machines: --listen 0.0.0.0:PORT with --key-file"
-        yield Finding("port", "note", "it listens on loopback: no other machine can reach it", todo)
+        yield "note", "it listens on loopback: no other machine can reach it", todo
 
 
-def mdns(facts: Facts) -> Iterator[Finding]:
+def mdns(facts: Facts) -> Results:
     """Does multicast DNS work, and how many nodes did it find?"""
     if facts.port is None:
         return
@@ -89,65 +92,64 @@ def mdns(facts: Facts) -> Iterator[Finding]:
     fault: Level = "note" if facts.names else "bad"  # named peers do without
     if facts.mdns is None:
         named = "" if facts.names else name_one
-        yield Finding("mdns", "note" if named else "ok", "multicast DNS is switched off (--no-mdns)", named)
+        yield "note" if named else "ok", "multicast DNS is switched off (--no-mdns)", named
     elif not facts.mdns.started:
-        yield Finding("mdns", fault, "there is no multicast here", name_one)
+        yield fault, "there is no multicast here", name_one
     elif not facts.mdns.heard_itself:
         todo = f"multicast to 224.0.0.251, UDP port 5353, is blocked on this machine: allow it, or {name_one}"
-        yield Finding("mdns", fault, "this machine does not receive its own announcement", todo)
+        yield fault, "this machine does not receive its own announcement", todo
     else:
         found = len(facts.mdns.found)
-        yield Finding("mdns", "ok", f"works on this machine, and finds {count(found, 'other node')}")
-        unheard = [peer for peer in facts.dialed if not peer.error and peer.ways.isdisjoint({"mdns", "here"})]
+        yield "ok", f"works on this machine, and finds {count(found, 'other node')}", ""
+        unheard = [peer for peer in facts.linked if peer.ways.isdisjoint({"mdns", "here"})]
         if unheard and not found:
             addresses = ", ".join(peer.address for peer in unheard[:3])
             todo = "keep --peer: multicast rarely crosses subnets, pods and switches that filter it"
-            yield Finding("mdns", "note", f"it does not find {addresses}, which can be reached", todo)
+            yield "note", f"it does not find {addresses}, which can be reached", todo
 
 
-def peers(facts: Facts) -> Iterator[Finding]:
+def peers(facts: Facts) -> Results:
     """Which nodes were found, and which of them answer?"""
     if facts.port is None:
         return
     for name, found in facts.names.items():
         if isinstance(found, str):
-            yield _error("peers", "bad", found, "correct the name, or wait until its nodes have started")
+            yield _error("bad", found, "correct the name, or wait until its nodes have started")
         elif not found:
-            yield Finding("peers", "bad", f"{name} has no address", "correct the name given with --peer")
+            yield "bad", f"{name} has no address", "correct the name given with --peer"
     for peer in facts.dialed:
         if peer.error is None:
-            yield Finding("peers", "ok", f"{peer.name} at {peer.address} answers ({', '.join(sorted(peer.ways))})")
+            yield "ok", f"{peer.name} at {peer.address} answers ({', '.join(sorted(peer.ways))})", ""
         elif not isinstance(peer.error, NotAdmitted | VersionSkew):
             todo = "is a node running there, and does a firewall let its TCP port through?"
-            yield _error("peers", _level(peer), str(peer.error), todo)
+            yield _error(_level(peer), str(peer.error), todo)
     for member in facts.members:
-        yield Finding("peers", "ok", f"{member.name} at {member.address} is known through gossip")
-    if not facts.members and all(peer.error for peer in facts.dialed):
+        yield "ok", f"{member.name} at {member.address} is known through gossip", ""
+    if not facts.members and not facts.linked:
         todo = "start `swarm serve` on some machine, and name it with --peer if multicast does not reach it"
-        yield Finding("peers", "bad", "no node was found that answers", todo)
-    answering = {peer.address for peer in facts.dialed if not peer.error}
+        yield "bad", "no node was found that answers", todo
+    answering = {peer.address for peer in facts.linked}
     for node in facts.local_nodes:
         if node.error:
-            yield _error("peers", "note", node.error, "it may just be starting or ending")
+            yield _error("note", node.error, "it may just be starting or ending")
         elif node.address not in answering:
             todo = "it has other settings (key, --listen, --no-mdns) than this command: use the same, or --peer"
             what = f"your node at {node.address} runs here, and is not found with these settings"
-            yield Finding("peers", "note", what, todo)
+            yield "note", what, todo
 
 
-def datagrams(facts: Facts) -> Iterator[Finding]:
+def datagrams(facts: Facts) -> Results:
     """Do gossip's datagrams arrive?"""
-    linked = [peer for peer in facts.dialed if not peer.error]
-    silent = ", ".join(peer.address for peer in linked if not peer.gossips)
+    silent = ", ".join(peer.address for peer in facts.linked if not peer.gossips)
     if silent:
         todo = "open the port for UDP too, in both directions; on Kubernetes name both protocols in the Service"
         what = f"no datagrams from {silent}, although links stand: gossip is blocked, fetches work, and cost more"
-        yield Finding("datagrams", "bad", what, todo)
-    elif linked:
-        yield Finding("datagrams", "ok", f"gossip reaches {count(len(linked), 'node')} and comes back")
+        yield "bad", what, todo
+    elif facts.linked:
+        yield "ok", f"gossip reaches {count(len(facts.linked), 'node')} and comes back", ""
 
 
-def clock(facts: Facts) -> Iterator[Finding]:
+def clock(facts: Facts) -> Results:
     """Do the nodes' clocks agree?"""
     known = [(peer.name, ahead_s) for peer in facts.dialed if (ahead_s := peer.clock_s) is not None]
     off = [(name, ahead_s) for name, ahead_s in known if abs(ahead_s) > CLOCK_NEAR_S]
@@ -156,39 +158,38 @@ def clock(facts: Facts) -> Iterator[Finding]:
         side = "ahead of" if ahead_s > 0 else "behind"
         limit = f"; gossip of more than {CLOCK_GOSSIP_S:.0f} s is refused, links of more than {CLOCK_LINK_S:.0f} s"
         what = f"the clock of {name} is {abs(ahead_s):.0f} s {side} this one{limit if far else ''}"
-        yield Finding("clock", "bad" if far else "note", what, "synchronise both with NTP")
+        yield "bad" if far else "note", what, "synchronise both with NTP"
     if known and not off:
-        yield Finding("clock", "ok", f"clocks of {count(len(known), 'node')} agree with this one")
+        yield "ok", f"clocks of {count(len(known), 'node')} agree with this one", ""
 
 
-def versions(facts: Facts) -> Iterator[Finding]:
+def versions(facts: Facts) -> Results:
     """Do all nodes speak the same protocol?"""
     for peer in facts.dialed:
         if isinstance(peer.error, VersionSkew):
-            yield _error("versions", _level(peer), str(peer.error))
-    linked = [peer for peer in facts.dialed if not peer.error]
-    software = {peer.software for peer in linked} | {member.software for member in facts.members}
+            yield _error(_level(peer), str(peer.error))
+    software = {peer.software for peer in facts.linked} | {member.software for member in facts.members}
     others = sorted(software - {facts.software, ""})
     if others:
         todo = "they understand each other; upgrade the older when it suits"
-        yield Finding("versions", "note", f"swarm {facts.software} here, {', '.join(others)} elsewhere", todo)
-    elif linked:
-        yield Finding("versions", "ok", f"all nodes run swarm {facts.software}")
+        yield "note", f"swarm {facts.software} here, {', '.join(others)} elsewhere", todo
+    elif facts.linked:
+        yield "ok", f"all nodes run swarm {facts.software}", ""
 
 
-def room(facts: Facts) -> Iterator[Finding]:
+def room(facts: Facts) -> Results:
     """Is there disk space for the model?"""
     need_bytes = max((holding.size for holding in _holdings(facts) if holding.size is not None), default=0)
     for disk in facts.disks:
         free = f"{disk.free_bytes / 1e9:.1f} GB are free for {disk.purpose} at {disk.path}"
         if disk.free_bytes < need_bytes:
             todo = "make room there, or name another place (--out, HF_HOME, SWARM_CACHE)"
-            yield Finding("room", "bad", f"{free}, and the model has {need_bytes / 1e9:.1f} GB", todo)
+            yield "bad", f"{free}, and the model has {need_bytes / 1e9:.1f} GB", todo
         else:
-            yield Finding("room", "ok", free)
+            yield "ok", free, ""
 
 
-def model(facts: Facts) -> Iterator[Finding]:
+def model(facts: Facts) -> Results:
     """Which nodes hold the model, do they hold all of it, and is it the same content?"""
     if facts.model_id is None or facts.port is None:
         return
@@ -198,31 +199,31 @@ def model(facts: Facts) -> Iterator[Finding]:
         if held.tier == "checkpoint" and held.digest not in barred:
             digests[held.digest].append(held.node)
         what = f"{held.node} holds {held.fraction:.0%} of {facts.model_id}, {held.tier} tier, {held.digest[:16]}"
-        yield Finding("model", "ok", what)
+        yield "ok", what, ""
     if barred:
         kept_out = ", ".join(sorted({f"{h.node} ({h.digest[:16]})" for h in holdings if h.digest in barred}))
         what = f"`trusted` ({', '.join(facts.trusted)}) names no machine that may introduce what these hold: {kept_out}"
         todo = "add a machine that holds it to SWARM_TRUSTED, by the address that its link comes from, or pin --digest"
-        yield Finding("model", "bad" if not digests else "note", what, todo)
+        yield "bad" if not digests else "note", what, todo
     if len(digests) > 1:
         sides = "; ".join(f"{digest[:16]} at {', '.join(nodes)}" for digest, nodes in sorted(digests.items()))
         todo = "stop the wrong source, or choose one with --digest"
-        yield Finding("model", "bad", f"{facts.model_id} stands for {len(digests)} different contents ({sides})", todo)
+        yield "bad", f"{facts.model_id} stands for {len(digests)} different contents ({sides})", todo
     if not holdings:
         served = sorted({artifact.model_id for peer in facts.dialed for artifact in peer.artifacts})
         others = f"; what is served: {', '.join(served[:5])}" if served else ""
         todo = "serve it, under exactly this id (`swarm serve PATH --model-id ID`)"
-        yield Finding("model", "bad", f"no node holds {facts.model_id}{others}", todo)
+        yield "bad", f"no node holds {facts.model_id}{others}", todo
     elif all(held.fraction < 1 for held in holdings):
-        yield Finding("model", "note", f"no node holds all of {facts.model_id} yet", "wait for the first to finish")
+        yield "note", f"no node holds all of {facts.model_id} yet", "wait for the first to finish"
 
 
-def starts(facts: Facts) -> Iterator[Finding]:
+def starts(facts: Facts) -> Results:
     """Which tier brought the weights of the last start of each engine rank?"""
     for start in _last_starts(facts):
         level, brought, todo = _verdict(start)
         skipped = [f"{attempt.tier} skipped: {attempt.why}" for attempt in start.attempts if not attempt.taken]
-        yield Finding("starts", level, f"{_name(start)}: {'; '.join([brought, *skipped])}", todo)
+        yield level, f"{_name(start)}: {'; '.join([brought, *skipped])}", todo
 
 
 def _verdict(start: EngineStart) -> tuple[Level, str, str]:
@@ -242,11 +243,11 @@ def _verdict(start: EngineStart) -> tuple[Level, str, str]:
     return "ok", f"{disk}: no node served the model yet, as at every first start", ""
 
 
-def fingerprints(facts: Facts) -> Iterator[Finding]:
+def fingerprint(facts: Facts) -> Results:
     """In which fields does a start's layout differ from the layouts that members hold?"""
     for layout in facts.layouts:
         if layout.error:
-            yield _error("fingerprint", "note", f"{layout.member}: {layout.error}", "is it of another version?")
+            yield _error("note", f"{layout.member}: {layout.error}", "is it of another version?")
     for start in _last_starts(facts):
         ours = Fingerprint(start.fingerprint)
         apart = [
@@ -257,16 +258,16 @@ def fingerprints(facts: Facts) -> Iterator[Finding]:
         if not apart or not start.fingerprint:
             continue
         if twins := sorted(member for member, differences in apart if not differences):
-            yield Finding("fingerprint", "ok", f"{_name(start)}: {', '.join(twins)} holds this very layout")
+            yield "ok", f"{_name(start)}: {', '.join(twins)} holds this very layout", ""
             continue
         member, differences = min(apart, key=lambda pair: len(pair[1]))  # a twin's other ranks differ more
         shown = "; ".join(map(str, differences[:DIFFERENCES_SHOWN]))
         todo = "start both alike to load from memory to memory; the checkpoint tier takes any layout"
-        yield Finding("fingerprint", "note", f"{_name(start)}: no twin; the nearest, {member}: {shown}", todo)
+        yield "note", f"{_name(start)}: no twin; the nearest, {member}: {shown}", todo
 
 
-CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
-    key, port, mdns, peers, datagrams, clock, versions, room, model, starts, fingerprints,
+CHECKS: tuple[Callable[[Facts], Results], ...] = (
+    key, port, mdns, peers, datagrams, clock, versions, room, model, starts, fingerprint,
 )  # fmt: skip
 
 
@@ -318,7 +319,7 @@ def _level(peer: DialedPeer) -> Level:
     return "bad" if "given" in peer.ways else "note"
 
 
-def _error(check: str, level: Level, text: str, todo: str = "") -> Finding:
-    """The finding of an error, whose text may name a remedy after a semicolon."""
+def _error(level: Level, text: str, todo: str = "") -> tuple[Level, str, str]:
+    """The result of an error, whose text may name a remedy after a semicolon."""
     what, _, remedy = text.partition("; ")
-    return Finding(check, level, what, remedy or todo)
+    return level, what, remedy or todo

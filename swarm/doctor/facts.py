@@ -117,3 +117,8 @@ class Facts:
     disks: tuple[DiskSpace, ...] = ()
     layouts: tuple[LoadedLayout, ...] = ()
     starts: tuple[tuple[float, EngineStart], ...] = ()  # newest first
+
+    @property
+    def linked(self) -> list[DialedPeer]:
+        """The dialed peers that answered."""
+        return [peer for peer in self.dialed if not peer.error]

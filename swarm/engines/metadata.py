@@ -168,12 +168,9 @@ def _shards(index: Path) -> set[Path]:
 
 
 def _whole(path: Path) -> bool:
-    size = path.stat().st_size
     try:
         with path.open("rb") as stream:
-            prefix = stream.read(safetensors_header.LENGTH_BYTES)
-            end = safetensors_header.header_bytes(prefix, subject=str(path), file_bytes=size)
-            safetensors_header.parse(stream.read(end - len(prefix)), subject=str(path), file_bytes=size)
+            safetensors_header.read(stream, subject=str(path), file_bytes=path.stat().st_size)
     except ManifestInvalid:
         return False
     return True

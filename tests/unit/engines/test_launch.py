@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,13 +8,14 @@ import pytest
 
 import swarm
 from swarm.api import serve_source
-from swarm.checkpoint import manifest_builder
 from swarm.cli.demo import write_made_up
 from swarm.engines import metadata
 from swarm.engines.launch import prepare
 from swarm.engines.layout import metadata_id
 from swarm.errors import ManifestNotFound, SettingsError
 from swarm.settings import Settings
+
+from .models import hashed
 
 MODEL = "org/model"
 
@@ -26,15 +26,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def peer(tmp_path: Path) -> Iterator[str]:
+def peer(model: Path, tmp_path: Path) -> Iterator[str]:
     """The address of a node that serves a model's metadata."""
-    model = tmp_path / "model"
-    model.mkdir()
-    write_made_up(model / "model.safetensors", [("a.weight", (30, 10))], rng=np.random.default_rng(1))
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     cache = tmp_path / "theirs"
-    manifest, source, _ = manifest_builder.checkpoint(model, cache_dir=cache)
-    source.close()
+    manifest = hashed(model, cache)
     staged = metadata.stage(cache, model, manifest)
     with swarm.serve(staged, model_id=metadata_id(MODEL), settings=Settings(mdns=False, cache=cache)) as served:
         yield served.address
@@ -42,8 +37,7 @@ def peer(tmp_path: Path) -> Iterator[str]:
 
 def test_is_a_model_of_several_files_laid_out_with_its_index(sharded: Path, tmp_path: Path) -> None:
     cache = tmp_path / "theirs"
-    manifest, source, _ = manifest_builder.checkpoint(sharded, cache_dir=cache)
-    source.close()
+    manifest = hashed(sharded, cache)
     staged = metadata.source(cache, metadata.stage(cache, sharded, manifest))
     theirs = Settings(mdns=False, cache=cache)
     with serve_source(metadata_id(MODEL), staged, None, settings=theirs) as served:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import threading
@@ -14,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm.checkpoint import manifest_builder
-from swarm.content.manifest import Manifest
 from swarm.engines import metadata, start_log
 from swarm.engines.layout import is_loaded, metadata_id
 from swarm.engines.load import RankLoader
@@ -24,6 +21,8 @@ from swarm.engines.tiers import TierName
 from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError, SwarmError
 from swarm.runtime import runtime
 from swarm.settings import Settings
+
+from .models import hashed
 
 MODEL = "org/model"
 FIELDS = {"engine": "test", "tp": "0 of 1"}
@@ -89,15 +88,6 @@ def seed(
     assert a.server.serving is not None
     a.server.serving.result(30)
     return a
-
-
-def hashed(model: Path, cache: Path) -> Manifest:
-    """Hashes a model, as a machine that has served it before."""
-    for path in model.iterdir():
-        os.utime(path, (1, 1))  # long enough ago for the hashes to be trusted
-    manifest, source, _ = manifest_builder.checkpoint(model, cache_dir=cache)
-    source.close()
-    return manifest
 
 
 def bare(tmp_path: Path, a: RankLoader, name: str = "b") -> Path:

@@ -10,6 +10,8 @@ from swarm.checkpoint import manifest_builder
 from swarm.engines import metadata
 from swarm.errors import ManifestInvalid, SourceChanged
 
+from .models import hashed
+
 
 @pytest.fixture
 def model(model: Path) -> Path:
@@ -24,8 +26,7 @@ def names(path: Path) -> set[str]:
 
 
 def test_is_what_an_engine_reads_first_staged_and_laid_out(model: Path, tmp_path: Path) -> None:
-    manifest, source, _ = manifest_builder.checkpoint(model, cache_dir=tmp_path / "a")
-    source.close()
+    manifest = hashed(model, tmp_path / "a")
     staged = metadata.stage(tmp_path / "a", model, manifest)
     assert names(staged) == {"config.json", "tokenizer/vocab.txt", metadata.DESCRIPTION}
     assert metadata.staged(tmp_path / "a", manifest.digest) == staged
@@ -42,8 +43,7 @@ def test_is_what_an_engine_reads_first_staged_and_laid_out(model: Path, tmp_path
 
 
 def test_are_headers_alone_not_taken_for_weights(model: Path, tmp_path: Path) -> None:
-    manifest, source, _ = manifest_builder.checkpoint(model, cache_dir=tmp_path)
-    source.close()
+    manifest = hashed(model, tmp_path)
     out = metadata.lay_out(tmp_path, "org/model", metadata.stage(tmp_path, model, manifest))
     assert metadata.is_whole(model)
     assert not metadata.is_whole(out)
@@ -59,8 +59,7 @@ def test_is_a_directory_without_weights_not_whole(tmp_path: Path) -> None:
 def test_is_the_same_content_staged_the_same_everywhere(model: Path, tmp_path: Path) -> None:
     digests = set()
     for machine in ("a", "b"):
-        manifest, source, _ = manifest_builder.checkpoint(model, cache_dir=tmp_path / machine)
-        source.close()
+        manifest = hashed(model, tmp_path / machine)
         staged = metadata.source(tmp_path / "c", metadata.stage(tmp_path / machine, model, manifest))
         staged.close()
         digests.add(staged.manifest.digest)
@@ -68,8 +67,7 @@ def test_is_the_same_content_staged_the_same_everywhere(model: Path, tmp_path: P
 
 
 def test_is_an_index_served_and_laid_out_without_its_shards(sharded: Path, tmp_path: Path) -> None:
-    manifest, source, _ = manifest_builder.checkpoint(sharded, cache_dir=tmp_path / "a")
-    source.close()
+    manifest = hashed(sharded, tmp_path / "a")
     staged = metadata.stage(tmp_path / "a", sharded, manifest)
     served = metadata.source(tmp_path / "a", staged)
     served.close()
@@ -86,8 +84,7 @@ def test_is_an_index_served_and_laid_out_without_its_shards(sharded: Path, tmp_p
 
 
 def test_are_files_that_changed_since_they_were_hashed_not_staged(model: Path, tmp_path: Path) -> None:
-    manifest, source, _ = manifest_builder.checkpoint(model, cache_dir=tmp_path)
-    source.close()
+    manifest = hashed(model, tmp_path)
     (model / "config.json").write_text('{"tie_word_embeddings": nope}')
     with pytest.raises(SourceChanged, match="config"):
         metadata.stage(tmp_path, model, manifest)
