@@ -1,7 +1,7 @@
-"""Fills a torch module in place from another one that is served: `python examples/into_a_model.py`.
+"""Fills a torch module in place from a served module: `python examples/into_a_model.py`.
 
-Here both live in one process; elsewhere the second half runs on another replica, with the first one's address in
-`peers`, or found by multicast DNS.
+Here both are in one process. In practice the second half runs on another replica, which finds the first by `peers` or
+multicast DNS.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Serves a state dict from one process and fetches it in the same one: `python examples/serve_and_fetch.py`."""
+"""Serves a state dict and fetches it in the same process: `python examples/serve_and_fetch.py`."""
 
 import torch
 

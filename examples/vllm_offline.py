@@ -1,6 +1,6 @@
-"""Offline inference with weights of the swarm: `swarm run -- python examples/vllm_offline.py --model org/model`.
+"""Offline inference with weights from peers: `swarm run -- python examples/vllm_offline.py --model org/model`.
 
-On a machine that has the model, or reaches the hub, it works without `swarm run`, and is a source for others then.
+A machine that has the model, or reaches the hub, needs no `swarm run`, and serves the model to peers.
 """
 
 import argparse

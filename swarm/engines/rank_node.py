@@ -71,7 +71,7 @@ class RankNode:
             "%s: fetched %s%s in %.2f s (%s/s) from %s (%s)",
             self, size_text(fetched.bytes - fetched.resumed_bytes), over, fetched.seconds,
             size_text(fetched.rate_bytes_per_s), count(len(fetched.sources), "source"),
-            ", ".join(f"{name} {size_text(size)}" for name, size in fetched.sources.items()),
+            ", ".join(f"{name} {size} bytes" for name, size in fetched.sources.items()),
         )  # fmt: skip
 
     def __repr__(self) -> str:

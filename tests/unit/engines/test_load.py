@@ -294,7 +294,7 @@ def test_does_the_log_tell_transport_and_rate_of_a_fetch(
     assert len(fetched) == 2
     for line in fetched:
         assert re.search(
-            r"fetched [0-9.]+ kB over inproc in [0-9.]+ s \([0-9.]+ .?B/s\) from 1 source \(a-0 [0-9.]+ kB\)", line
+            r"fetched [0-9.]+ kB over inproc in [0-9.]+ s \([0-9.]+ .?B/s\) from 1 source \(a-0 [0-9]+ bytes\)", line
         )
 
 
