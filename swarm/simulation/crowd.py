@@ -1,4 +1,4 @@
-"""A simulated burst: members as pure machines and their messages, under a virtual clock in one process.
+"""A simulated burst: members as pure machines and their messages, under a virtual clock in a single process.
 
 Each member runs the machines of a node: `Connections`, `Download`, `Upload` and `Superseed`. The crowd carries out
 their actions: it opens links, delivers messages after a delay and moves chunks over a `Wire`. Nothing stands for
@@ -6,7 +6,7 @@ sockets, tasks, stores and hashes: a random generator decides which chunks are c
 joins and deaths at once, and of loads every second. `tests/sim` runs whole nodes with their drivers; the crowd shows
 how a burst of a thousand scales.
 
-A run is a function of its `Burst`. An observer sees every event and action, except what gossip tells.
+A run is a function of its `Burst`. An observer sees every event and action, except gossip.
 
 Must not know: how the machines decide.
 """
@@ -45,7 +45,7 @@ UPLOAD_SLOTS = 8
 IDLE_TIMEOUT_S, DIAL_TIMEOUT_S = 5.0, 5.0
 BURST_S = 0.002  # the newcomers of a burst ask within this time
 GOSSIP_EVERY_S = ANNOUNCE_EVERY_S = 1.0
-BUS_FASTER = 8  # members of one machine reach each other at this multiple of its link's rate
+BUS_FASTER = 8  # members of a machine reach each other at this multiple of its link's rate
 LIMIT_BOUNDS, LIMIT_S = 50, 60.0  # a run ends after this many lower bounds, plus a time for timeouts
 LIES_PART = 0.5  # part of a liar's chunks that is corrupt
 

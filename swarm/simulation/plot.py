@@ -1,4 +1,4 @@
-"""A plot of one simulated burst: completion times, the progress of each newcomer, and the upload of the seeds.
+"""A plot of a simulated burst: completion times, the progress of each newcomer, and the upload of the seeds.
 
 Needs matplotlib, which the extra `swarm-weights[plot]` installs.
 
@@ -28,7 +28,7 @@ class ChunkHistory:
         self._verified: defaultdict[str, set[int]] = defaultdict(set)
 
     def note(self, at_s: float, node: str, what: object) -> None:
-        """Takes in one event or action."""
+        """Takes in an event or action."""
         match what:
             case Asked():
                 self.verified_at_s[node].append(at_s)

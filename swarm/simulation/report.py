@@ -16,7 +16,7 @@ from swarm.simulation.setup import SLOWER, Burst
 
 @dataclass(frozen=True)
 class BurstReport:
-    """One run. `times_s` count from each newcomer's own request, by name; None for a newcomer that did not finish."""
+    """A run. `times_s` count from each newcomer's own request, by name; None for a newcomer that did not finish."""
 
     burst: Burst
     asked_at_s: Mapping[str, float]
@@ -44,7 +44,7 @@ class BurstReport:
 
     @property
     def star_s(self) -> list[float]:
-        """Times of the same newcomers, ascending, if seeds sent each of them the whole model, one after another."""
+        """Times of the same newcomers, ascending, if seeds sent each of them the whole model in sequence."""
         free_at_s = [0.0] * self.burst.seeds
         times_s = []
         for name, asked_at_s in sorted(self.asked_at_s.items(), key=lambda item: item[1]):

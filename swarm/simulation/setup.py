@@ -87,12 +87,12 @@ def _flag(
 class Burst:
     """The parameters of a run; a run is a function of them. Raises SettingsError for values that cannot be simulated.
 
-    Parts are 0 to 1, of the newcomers, or of the time that one copy of the model takes through one link.
+    Parts are 0 to 1, of the newcomers, or of the time that a copy of the model takes through a link.
     """
 
     newcomers: int = _flag(32, "N", "newcomers that ask for the model at once", read=_count)
     seeds: int = _flag(1, "S", "seeds that hold the model", read=_count)
-    chunks: int = _flag(1024, "K", "chunks of the model, all of one size", read=_count)
+    chunks: int = _flag(1024, "K", "chunks of the model, all of the same size", read=_count)
     model_bytes: int = _flag(16_000_000_000, "SIZE", "size of the model, e.g. 16GB", read=_size, name="model")
     rate_bytes_per_s: float = _flag(
         1.25e9, "RATE", "rate of every machine's link, each way, e.g. 10Gbit/s", read=parse_rate, name="rate"
@@ -106,10 +106,10 @@ class Burst:
     noticed_s: float = _flag(0.0, "S", "seconds after which others notice a death", read=_seconds, name="noticed")
     slow: float = _flag(0.0, "PART", f"part of the newcomers with links {SLOWER} times slower", read=_part)
     late: float = _flag(0.0, "PART", "part of the newcomers that asks at half time", read=_part)
-    spread: float = _flag(0.0, "PART", "part of the time over which newcomers ask, one after another", read=_part)
+    spread: float = _flag(0.0, "PART", "part of the time over which newcomers ask in sequence", read=_part)
     corrupt: float = _flag(0.0, "PART", "part of the chunks that arrives corrupt, from any member", read=_part)
     liars: int = _flag(0, "N", "newcomers that send corrupt chunks", read=_count)
-    per_machine: int = _flag(1, "N", "newcomers on one machine, which share its link", read=_count)
+    per_machine: int = _flag(1, "N", "newcomers per machine, which share its link", read=_count)
     racks: int = _flag(1, "N", "racks, to which machines are assigned in turn", read=_count)
     rack_slower: float = _flag(4.0, "X", "links of a rack's machines together, over the rack's uplink", read=_number)
 
@@ -156,12 +156,12 @@ class Burst:
 
     @property
     def machines(self) -> int:
-        """Number of machines: one per seed, and one per `per_machine` newcomers."""
+        """Number of machines: each seed has its own, and `per_machine` newcomers share theirs."""
         return self.seeds + math.ceil(self.newcomers / self.per_machine)
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one chunk."""
+        """Bytes of a chunk."""
         return self.model_bytes // self.chunks
 
     @property
@@ -171,16 +171,16 @@ class Burst:
 
     @property
     def copy_s(self) -> float:
-        """Seconds that one copy of the model takes through one link."""
+        """Seconds that a copy of the model takes through a link."""
         return self.copy_bytes / self.rate_bytes_per_s
 
     @property
     def bound_s(self) -> float:
         """The least time of any schedule in whole chunks when all newcomers ask at once, in seconds.
 
-        (K - 1 + ceil(log2(M / S))) / K copies for M machines (Mundinger, Weber and Weiss, 2008): newcomers on one
-        machine could share each chunk. A rack without a seed takes in one copy as well. All links have one rate, so
-        the fluid bound (Kumar and Ross, 2006) is one copy through one link, which is less.
+        (K - 1 + ceil(log2(M / S))) / K copies for M machines (Mundinger, Weber and Weiss, 2008): newcomers of a
+        machine could share each chunk. A rack without a seed takes in a copy as well. All links have the same rate, so
+        the fluid bound (Kumar and Ross, 2006) is a copy through a link, which is less.
         """
         rounds = math.ceil(math.log2(self.machines / self.seeds))
         whole_s = (self.chunks - 1 + rounds) / self.chunks * self.copy_s

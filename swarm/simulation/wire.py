@@ -1,8 +1,8 @@
 """The wire of a simulated burst: network interfaces that share their links fairly, under a virtual clock.
 
-A chunk travels in slices. An interface sends one slice at a time and serves its flows in turn (round robin). A slice
-then takes the receiver's downlink, in the order of sending. A flow has a window of slices in flight, as TCP has, so
-that a busy receiver delays only its own flows. There is no loss and no slow start.
+A chunk travels in slices. An interface sends a single slice at a time and serves its flows in turn (round robin). A
+slice then takes the receiver's downlink, in the order of sending. A flow has a window of slices in flight, as TCP has,
+so that a busy receiver delays only its own flows. There is no loss and no slow start.
 
 Must not know: machines, messages, the content of a flow.
 """
@@ -51,7 +51,7 @@ class Clock:
 
 
 class Trunk:
-    """One direction of a link that several members share: the uplink or downlink of a machine or rack."""
+    """A direction of a link that several members share: the uplink or downlink of a machine or rack."""
 
     __slots__ = ("free_at", "rate", "sent_bytes")
 
@@ -93,7 +93,7 @@ class Nic:
 
 
 class ChunkFlow:
-    """The chunks of one transfer in flight. Calls `landed(n)` when chunk n is whole, and `ended()` after the last."""
+    """The chunks of a transfer in flight. Calls `landed(n)` when chunk n is whole, and `ended()` after the last."""
 
     __slots__ = ("done", "ended", "flying", "landed", "left", "source", "target", "todo", "window")
 

@@ -1,7 +1,7 @@
-"""The download of one artifact, as a state machine: events in, actions out, no socket and no clock.
+"""The download of an artifact, as a state machine: events in, actions out, no socket and no clock.
 
     chunk:      missing   -> requested -> verified        missing again when its transfer fails or its digest is wrong
-    transfer:   requested -> granted   -> ended           one transfer carries a batch of chunks from one peer
+    transfer:   requested -> granted   -> ended           a transfer carries a batch of chunks from one peer
     peer:       joined    -> left or banned               rests after a failure, longer after each failure in a row
 
 `scheduler.plan` chooses the requests. This machine keeps the state that `plan` reads, and owns the timing rules:
@@ -95,7 +95,7 @@ class _Peer:
 
 
 class Download:
-    """One artifact being fetched. `held` is shared with the uploads; only this machine adds to it.
+    """An artifact being fetched. `held` is shared with the uploads; only this machine adds to it.
 
     A chunk crosses into a host or a rack about once: from distant peers a node requests only the chunks that it
     imports for its mates (`scheduler.imports`) and that no nearer peer holds. A starved download requests any chunk.
@@ -314,7 +314,7 @@ class Download:
     def _cut_silent(self, received_bytes: Mapping[NodeId, int]) -> list[Action]:
         """Cancels transfers without a grant or a byte for too long.
 
-        A session carries its transfers one after another, so a byte of any of them counts for all.
+        A session carries its transfers in sequence, so a byte of any of them counts for all.
         """
         for name, size in received_bytes.items():
             if (peer := self._peers.get(name)) and size != peer.received_bytes:

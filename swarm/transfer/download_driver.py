@@ -1,4 +1,4 @@
-"""The asyncio half of `Download`: one fetch, from its first request to its last verified chunk.
+"""The asyncio half of `Download`: a fetch, from its first request to its last verified chunk.
 
 Carries out the machine's actions: sends requests, receives transfers into the store, cancels them. Turns messages,
 arrived bytes and errors into events. Runs on the node's loop; transports fill views on threads of their own.
@@ -54,7 +54,7 @@ class _Receiving:
 
 
 class DownloadDriver:
-    """One fetch. `announce` is called with newly verified chunks, as often as the machine says."""
+    """A fetch. `announce` is called with newly verified chunks, as often as the machine says."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class DownloadDriver:
             self._due = self._loop.call_later(max(0.0, self.machine.due_at - self._host.now()), self._come_due)
 
     def tick(self) -> None:
-        """Passes the machine the time, and what each peer's session has received."""
+        """Passes the machine the time, and the bytes that each peer's session has received."""
         sessions = {r.peer.node: r.session for r in self._receiving.values() if r.session}
         self.handle(events.Tick({node: session.received_bytes for node, session in sessions.items()}))
 

@@ -1,7 +1,7 @@
 """Chunk scheduling: which chunks a newcomer requests from which peer, and which chunks a seed sends (BEP 16).
 
 A newcomer keeps every peer busy with batches that take the peer about `BATCH_S` to send: fast links carry many chunks a
-request, slow links one chunk. From another newcomer it requests chunks that start at a random chunk among the rarest.
+request, slow links few. From another newcomer it requests chunks that start at a random chunk among the rarest.
 From a seed it requests a number of chunks, and the seed chooses (`superseed_chunks`): every chunk once, to any newcomer
 that requests, before it repeats any. So no two newcomers import the same chunk, their holdings differ as much as
 possible, and the seed sends about one copy of the model to any number of newcomers. In the endgame, when every missing
@@ -32,8 +32,8 @@ from swarm.protocol.messages import NodeId
 Mask = npt.NDArray[np.bool_]
 Counts = npt.NDArray[np.int32]
 
-BATCH_S = 0.05  # long against a message's cost (about 0.1 ms), short against what a lost peer may hold up
-BATCHES_OUTSTANDING = 2  # one batch on the wire and one requested, so that the wire never waits for a request
+BATCH_S = 0.05  # long against a message's cost (about 0.1 ms), short against the stall of a lost peer
+BATCHES_OUTSTANDING = 2  # a batch on the wire and another requested: the wire never waits for a request
 FAIR_BATCH_S = 0.003  # the least batch towards the end: a shorter one costs a round trip all the same
 FEW_PEERS = 4  # with more peers a second batch gains nothing, and ties chunks to a slow peer
 COPIES_MAX = 2  # holders asked for the same chunk in the endgame
@@ -81,7 +81,7 @@ class DownloadView:
 
 @dataclass(frozen=True, slots=True)
 class PlannedRequest:
-    """One transfer to request from `peer`: these chunks, ascending, or up to `count` chunks of its choice."""
+    """A transfer to request from `peer`: these chunks, ascending, or up to `count` chunks of its choice."""
 
     peer: NodeId
     why: str
@@ -123,7 +123,7 @@ def superseed_chunks(
 
     `wanted` are the newcomer's missing chunks. `given` counts the transmissions of each chunk by this seed, `held` the
     newcomers that hold it. A seed first sends every chunk of its `territory` once; with several seeds each has its own.
-    It repeats a chunk, the one with the fewest copies, only for a starving newcomer.
+    It repeats the chunk with the fewest copies, only for a starving newcomer.
     """
     copies = np.maximum(given, held)
     if chunks := _batch(wanted & territory & (copies == 0), copies, count, rng):

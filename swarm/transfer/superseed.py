@@ -1,9 +1,9 @@
-"""What a seed has given of one artifact and to whom, as a state machine: it remembers, `scheduler.give` chooses.
+"""Super-seeding (BEP 16) of an artifact, as a state machine: the chunks sent to each newcomer so far.
 
-A chunk counts as given from the moment it is sent. When its transfer fails it counts no longer, and when the newcomer
-leaves nothing that it was given does: the next burst starts afresh. Bytes can also be lost unseen, in a socket that
-breaks or as a wrong chunk, and only the newcomer knows. It then asks on although everything was sent to it: the second
-time in a row, what it does not say it has counts as lost.
+`scheduler.superseed_chunks` chooses among them. A chunk counts as given from the moment it is sent, until its transfer
+fails or its newcomer leaves: the next burst starts afresh. Bytes can also be lost unnoticed, in a broken socket or as a
+corrupt chunk, and then the newcomer asks again although every chunk was sent to it. At its second such request in a row
+the chunks that it has not announced count as lost.
 
 Must not know: sockets, clocks.
 """
@@ -26,21 +26,21 @@ from swarm.transfer import scheduler
 class _Newcomer:
     holds: Bitfield
     sent: Bitfield
-    starved: bool = False  # it was hungry when it asked last, and there was nothing left to give it
+    starved: bool = False  # its last request was refused while it was starving
 
 
 class Superseed:
-    """One artifact of `length` chunks, given away."""
+    """An artifact of `length` chunks on a seed."""
 
     def __init__(self, length: int, *, rng: random.Random) -> None:
         self._given = np.zeros(length, dtype=np.int32)
         self._held = np.zeros(length, dtype=np.int32)
         self._newcomers: dict[NodeId, _Newcomer] = {}
-        self._own = 0, 1, np.ones(length, dtype=np.bool_)  # the territory of rank 0 of 1
+        self._own = 0, 1, np.ones(length, dtype=np.bool_)  # the territory of rank 0 of 1 seed
         self._rng = rng
 
     def joined(self, peer: NodeId, holds: Bitfield) -> None:
-        """A newcomer says what it holds."""
+        """A newcomer joins that holds these chunks."""
         self.left(peer)
         self._newcomers[peer] = _Newcomer(holds, Bitfield(holds.length))
         self._held += holds.mask
@@ -54,7 +54,7 @@ class Superseed:
                     self._held[chunk] += 1
 
     def choose(self, peer: NodeId, count: int, *, starving: bool, rank: int, seeds: int) -> tuple[int, ...]:
-        """The chunks to send to a newcomer now, at most `count`; none when it had better ask its peers.
+        """The chunks to send to a newcomer now, at most `count`; empty to refuse its request.
 
         This seed is number `rank` of `seeds`; chunk c is the territory of seed c modulo `seeds`.
         """
@@ -62,9 +62,7 @@ class Superseed:
         if newcomer is None:
             return ()
         wanted = ~(newcomer.holds.mask | newcomer.sent.mask)
-        if (
-            starving and newcomer.starved and not wanted.any()
-        ):  # once, and what it lacks may be on its way, or news of it
+        if starving and newcomer.starved and not wanted.any():  # at the first, chunks or announcements may be in flight
             self.failed(peer, newcomer.sent)
             wanted = ~newcomer.holds.mask
         chunks = scheduler.superseed_chunks(
@@ -88,7 +86,7 @@ class Superseed:
         return self._own[2]
 
     def failed(self, peer: NodeId, chunks: Iterable[int]) -> None:
-        """A transfer of these chunks did not get through."""
+        """A transfer of these chunks failed."""
         if newcomer := self._newcomers.get(peer):
             for chunk in chunks:
                 if chunk in newcomer.sent and chunk not in newcomer.holds:
@@ -96,7 +94,7 @@ class Superseed:
                     self._given[chunk] -= 1
 
     def left(self, peer: NodeId) -> None:
-        """A newcomer is gone, and with it what it held."""
+        """A newcomer is gone, and with it its chunks."""
         if newcomer := self._newcomers.pop(peer, None):
             self._held -= newcomer.holds.mask
             self._given -= newcomer.sent.mask

@@ -1,30 +1,18 @@
-"""What a node sends, as a state machine: who is granted a transfer next, and who is told to come back.
+"""The uploads of one node, as a state machine: which transfer is granted next, and which request is refused.
 
-A few transfers are on the wire at once (`slots`), the others wait. A free slot goes to a peer with nothing on the wire
-before one gets its second, or the slots of a seed fill with slow newcomers and its link is idle. Among those it goes to
-the peer that was charged least so far, so that a newcomer with many requests does not starve one with few.
+At most `slots` transfers are on the wire; the others wait. A free slot goes to a peer without a transfer on the wire
+before any peer gets a second slot: otherwise slow newcomers fill the slots of a seed, and its link idles. Among those
+it goes to the peer with the least use of slots so far.
 
-A peer is charged for the time that its transfers held a slot, as among stations of one radio: whose link is full anyway
-takes long for a chunk, and by bytes it would hold the slots that others wait for. And it is charged by the square of
-its pace, what it got per second since it began, over that of the fastest: what a link does not carry now it never makes
-up for, and who fell behind, with slow parents say, gets more until it has caught up.
-
-Who fetches together with others of its machine or rack is charged by bytes, once for every source that it has: what
-takes long there is a link that they share, and of n parents each gives a part of 1/n.
-
-Simulated, the last newcomer over the lower bound (32 newcomers, 2048 chunks; one seed, two seeds):
-
-                                                    undisturbed     a tenth at quarter speed
-    every byte charged by sources                   1.025, 1.074    1.188, 1.193
-    no second transfer while somebody waits         1.025, 1.074    1.059, 1.192
-    and by pace                                     1.022, 1.046    1.057, 1.098
-    time instead of bytes                           1.028, 1.024    1.067, 1.049
-
-and with four seeds: 256 newcomers 1.094 by bytes and 1.040 by time, 1024 (4096 chunks) 1.087 and 1.043.
+Airtime fairness, as for the stations of a radio cell (docs/decisions/0009): use is the time that a peer's transfers
+hold a slot, so that a peer with a saturated link does not block the slots that others wait for. It is weighted by the
+square of the peer's pace (verified bytes per second since its download began) over the fastest pace, so that a peer
+that fell behind catches up. Newcomers that fetch with others of their machine or rack share a bottleneck: they are
+accounted by bytes, once for each of their n sources, as each source has to give them 1/n of their rate.
 
 Transfers to one peer keep the order of its requests.
 
-Must not know: sockets, clocks, what a chunk holds.
+Must not know: sockets, clocks, the content of chunks.
 """
 
 from __future__ import annotations
@@ -36,15 +24,15 @@ from typing import TypeAlias
 from swarm.errors import LocalProtocolError
 from swarm.protocol.messages import NodeId, RefusalReason
 
-QUEUED_PER_PEER_MAX = 16  # a well-behaved peer asks for two batches ahead
-ACTIVE_PER_PEER_MAX = 2  # the second lets the wire go on while the first one's end is being told
-SLOWEST = 8  # whose pace is less than this part of the fastest is charged as if it were so: what is told may be a lie
+QUEUED_PER_PEER_MAX = 16  # a node requests at most two batches ahead
+ACTIVE_PER_PEER_MAX = 2  # the second keeps the wire busy while the end of the first is reported
+SLOWEST = 8  # a pace below 1 / SLOWEST of the fastest counts as that: a peer may misreport its pace
 BUSY_RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Requested:
-    """A peer asks for a transfer of `size` bytes. It got so much since it began; `sources`: see `messages.Request`."""
+    """A peer requests a transfer of `size` bytes. `sources` and `pace_bytes_per_s`: see `messages.Request`."""
 
     peer: NodeId
     transfer: int
@@ -55,7 +43,7 @@ class Requested:
 
 @dataclass(frozen=True)
 class Cancelled:
-    """A peer does not want a transfer any more."""
+    """A peer cancels a transfer."""
 
     peer: NodeId
     transfer: int
@@ -63,7 +51,7 @@ class Cancelled:
 
 @dataclass(frozen=True)
 class Ended:
-    """A granted transfer is off the wire, `whole` or not; it held its slot for so long."""
+    """A granted transfer is off the wire, `whole` or not, and held its slot for `seconds`."""
 
     peer: NodeId
     transfer: int
@@ -97,7 +85,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class Refuse:
-    """Tell the peer that it will not get this transfer."""
+    """Refuse a transfer; the peer may ask again after `retry_s`."""
 
     peer: NodeId
     transfer: int
@@ -111,24 +99,24 @@ Action: TypeAlias = Grant | Stop | Refuse
 
 @dataclass
 class _Peer:
-    waiting: deque[tuple[Requested, float]] = field(default_factory=deque)  # with what its grant is charged
+    waiting: deque[tuple[Requested, float]] = field(default_factory=deque)  # with the use of its grant
     active: dict[int, Requested] = field(default_factory=dict)  # by the transfer
-    charged: float = 0.0  # bytes: those that were granted, or what usually moves in the time that was taken
+    used: float = 0.0  # bytes: granted, or usually sent in the time that its transfers held a slot
     pace_bytes_per_s: float = 0.0
     grants: int = 0
 
 
 class Upload:
-    """Everything one node sends, of all artifacts together."""
+    """The uploads of one node, of all its artifacts together."""
 
     def __init__(self, *, slots: int) -> None:
         self._slots = slots
         self._peers: dict[NodeId, _Peer] = {}
-        self._level = 0.0  # what the peer granted last had been charged before
-        self._taken_s, self._taken_bytes = 0.0, 0  # by whole transfers that are charged by time
+        self._level = 0.0  # the highest use of a peer at the time of a grant
+        self._sent_s, self._sent_bytes = 0.0, 0  # of whole transfers that are accounted by time
 
     def handle(self, event: Event) -> list[Action]:
-        """What to do about one event."""
+        """The actions that one event causes."""
         match event:
             case Requested():
                 return self._requested(event)
@@ -139,7 +127,7 @@ class Upload:
                         return [Stop(name, transfer)]
             case Ended(name, transfer):
                 if (peer := self._peers.get(name)) and (asked := peer.active.pop(transfer, None)):
-                    self._charge_time(peer, asked, event)
+                    self._account_time(peer, asked, event)
                 return list(self._grants())
             case PeerLeft(name):
                 peer = self._peers.pop(name, None)
@@ -152,26 +140,26 @@ class Upload:
     def _requested(self, event: Requested) -> list[Action]:
         peer = self._peers.setdefault(event.peer, _Peer())
         if not (peer.waiting or peer.active):
-            # Who comes late, or back, starts level with those served now: idle times give no claim on the wire.
-            peer.charged = max(peer.charged, self._level)
+            # A peer that arrives late, or returns, starts level with the others: idle time gives no claim.
+            peer.used = max(peer.used, self._level)
         if len(peer.waiting) >= QUEUED_PER_PEER_MAX:
             return [Refuse(event.peer, event.transfer, "busy", BUSY_RETRY_S)]
         peer.pace_bytes_per_s = event.pace_bytes_per_s
         peer.waiting.append((event, event.size * event.sources * self._behind(peer) ** 2))
         return list(self._grants())
 
-    def _charge_time(self, peer: _Peer, asked: Requested, ended: Ended) -> None:
-        """In bytes, at the usual rate of a slot, so that both ways to charge can be compared."""
+    def _account_time(self, peer: _Peer, asked: Requested, ended: Ended) -> None:
+        """Adds the time of a transfer, in bytes at the usual rate of a slot: the unit of both ways of accounting."""
         if asked.sources:
             return
         if ended.whole:
-            self._taken_s += ended.seconds
-            self._taken_bytes += asked.size
-        usual = self._taken_bytes / self._taken_s if self._taken_s > 0 else 1.0  # any, until there is one
-        peer.charged += ended.seconds * usual * self._behind(peer) ** 2
+            self._sent_s += ended.seconds
+            self._sent_bytes += asked.size
+        usual = self._sent_bytes / self._sent_s if self._sent_s > 0 else 1.0  # any rate, until a rate is measured
+        peer.used += ended.seconds * usual * self._behind(peer) ** 2
 
     def _behind(self, peer: _Peer) -> float:
-        """A peer's pace over that of the fastest: 1 for that one, and for all while nobody got anything yet."""
+        """A peer's pace over the fastest pace; 1 for all peers as long as no peer has any chunk."""
         fastest = max(other.pace_bytes_per_s for other in self._peers.values())
         return max(peer.pace_bytes_per_s / fastest, 1 / SLOWEST) if fastest else 1.0
 
@@ -179,7 +167,7 @@ class Upload:
         grants = []
         while self.active < self._slots:
             able = [
-                (len(peer.active), peer.charged, name)
+                (len(peer.active), peer.used, name)
                 for name, peer in self._peers.items()
                 if peer.waiting and len(peer.active) < ACTIVE_PER_PEER_MAX
             ]
@@ -187,17 +175,17 @@ class Upload:
                 break
             *_, name = min(able)
             peer = self._peers[name]
-            asked, charge = peer.waiting.popleft()
+            asked, use = peer.waiting.popleft()
             peer.active[asked.transfer] = asked
-            self._level = max(self._level, peer.charged)
-            peer.charged += charge
+            self._level = max(self._level, peer.used)
+            peer.used += use
             grants.append(Grant(name, asked.transfer, peer.grants))
             peer.grants += 1
         return grants
 
     @property
     def active(self) -> int:
-        """Slots that are taken."""
+        """Number of slots in use."""
         return sum(len(peer.active) for peer in self._peers.values())
 
     def check(self) -> None:

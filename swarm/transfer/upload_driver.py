@@ -1,7 +1,6 @@
-"""UploadDriver: the upload machine, driven by real transfers.
+"""The asyncio half of `Upload`: sends granted transfers from the artifacts that a node shares.
 
-Answers requests out of the artifacts a node shares, and withdraws one whose source turns out to have changed. Runs on
-the node's loop; only spans are advanced on other threads.
+Withdraws an artifact whose source has changed. Runs on the node's loop; transports read spans on threads of their own.
 """
 
 from __future__ import annotations
@@ -27,28 +26,28 @@ from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload import Upload
 from swarm.transport import Transfer, Transport
 
-ACCEPT_TIMEOUT_S = 5.0  # a peer opens its session before it asks
+ACCEPT_TIMEOUT_S = 5.0  # a peer opens its session before its first request
 REFUSED_RETRY_S = 1.0
-NOTHING_RETRY_S = 0.1  # by then the newcomer may be hungry
+NOTHING_RETRY_S = 0.1  # by then the newcomer may be starving
 
 log = logging.getLogger("swarm")
 
 
 class Servable(Protocol):
-    """An artifact, or as much of it as is verified."""
+    """A shared artifact; `held` are its verified chunks."""
 
     @property
     def manifest(self) -> Manifest:
-        """What its chunks are."""
+        """Its manifest."""
 
     source: Source
     held: Bitfield
-    superseed: Superseed | None  # for seeds, which choose what they send
+    superseed: Superseed | None  # for seeds, which choose the chunks that they send
 
 
 @dataclass(frozen=True)
 class _Sending:
-    """A transfer that holds a slot. `task` returns whether it went out whole."""
+    """A transfer that holds a slot. `task` returns whether all bytes were sent."""
 
     task: asyncio.Task[bool]
     share: Servable | None
@@ -56,9 +55,10 @@ class _Sending:
 
 
 class UploadDriver:
-    """Everything one node sends.
+    """The uploads of a node.
 
-    `rank(digest)` says which of how many seeds this node is; `withdraw(digest, why)` is called when a source changed.
+    `rank(digest)` returns this node's rank among the seeds of an artifact, and their number. `withdraw(digest, why)` is
+    called when a source has changed.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class UploadDriver:
         self._sending: dict[tuple[NodeId, int], _Sending] = {}
 
     def requested(self, peer: Peer, request: messages.Request) -> None:
-        """A peer asks for chunks. Raises RemoteProtocolError when it uses a transfer's number twice."""
+        """A peer requests chunks. Raises RemoteProtocolError for a transfer number in use or a malformed request."""
         key = (peer.node, request.transfer)
         if key in self._requests or key in self._sending:
             raise RemoteProtocolError(peer.name, f"asked for transfer {request.transfer} twice")
@@ -104,7 +104,7 @@ class UploadDriver:
             self._handle(upload.Requested(peer.node, request.transfer, size, request.sources, pace))
 
     def cancelled(self, peer: Peer, number: int) -> None:
-        """A peer does not want a transfer any more."""
+        """A peer cancels a transfer."""
         self._requests.pop((peer.node, number), None)
         self._handle(upload.Cancelled(peer.node, number))
 
@@ -114,14 +114,14 @@ class UploadDriver:
         self._handle(upload.PeerLeft(node))
 
     async def stop(self, share: Servable) -> None:
-        """Ends every transfer of an artifact that is on the wire; nobody reads its source afterwards."""
+        """Ends every transfer of an artifact that is on the wire; its source is not read afterwards."""
         tasks = [sending.task for sending in self._sending.values() if sending.share is share]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _handle(self, event: upload.Event) -> None:
-        """Tells the machine, and does what it says."""
+        """Passes an event to the machine and carries out its actions."""
         for action in self.machine.handle(event):
             self._host.record("upload", action)
             peer = self._host.peers.get(action.peer)
@@ -144,7 +144,7 @@ class UploadDriver:
                         self._refuse(peer, number, reason, retry_s)
 
     async def _send(self, peer: Peer, request: messages.Request, share: Servable | None, sequence: int) -> bool:
-        """One transfer going out; whether it did so whole. What was here when it was asked for may be gone by now."""
+        """Sends a granted transfer; returns whether all of it was sent. Its chunks may be gone since the request."""
         number = request.transfer
         if share is None:
             self._refuse(peer, number, "unknown_artifact", REFUSED_RETRY_S)
@@ -192,7 +192,7 @@ class UploadDriver:
 
 
 def _answerable(share: Servable, request: messages.Request) -> bool:
-    """Whether everything asked for is here. Who asks for a choice may not have heard yet that this is no seed now."""
+    """Whether all requested chunks are here. A peer may ask for a choice before it learns that this is no seed."""
     if request.count:
         return share.superseed is not None
     return all(index < share.held.length and index in share.held for index in request.chunks)

@@ -1,13 +1,13 @@
-"""Where received chunks land: hashed on the way in, and never written over one another.
+"""Verification of received chunks: each is hashed as it lands, and never written over a verified copy.
 
-A chunk has one place. The first transfer that brings it writes there; a second copy of the same chunk (the endgame
-asks for some) lands in memory of its own, because it must not touch bytes that may be verified already. If the second
-copy turns out right first, it is put in place once the first one has let go.
+Each chunk has a place in the store. The first transfer that brings a chunk claims the place. A second copy, from the
+endgame, lands in a spare buffer, because it must not touch bytes that may be verified already. If the spare is verified
+first, it is put in place as soon as the first transfer has let go.
 
-In host memory a chunk is hashed view by view, as it arrives. In the memory of a GPU it is hashed there, many chunks at
-once, and while the next ones arrive: so a chunk is reported some time after its last byte was asked for.
+In host memory a chunk is hashed view by view as it arrives. In GPU memory chunks are hashed in batches while the next
+chunks arrive, so a chunk is reported some time after its last byte.
 
-Runs on the transports' worker threads; tells what happened through `report`. Knows stores and hashes, no peers.
+Runs on the threads of transports and calls `report` there. Must not know: peers, messages.
 """
 
 from __future__ import annotations
@@ -30,45 +30,46 @@ from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, 
 
 @dataclass(frozen=True)
 class LandedChunk:
-    """A chunk of a transfer has arrived. `spare`: its right bytes, not in place yet, because another copy was
-    landing."""
+    """A chunk that a transfer has brought. `spare`: its right bytes, while another transfer holds its place."""
 
     chunk: Chunk
     correct: bool
     spare: bytearray | None = None
 
 
-# Told of chunks as their last bytes are in; of those that were hashed together all at once.
-Report: TypeAlias = Callable[[Sequence[LandedChunk]], object]
+# Called with chunks whose last bytes are in; chunks of one GPU batch come together.
+ReportChunks: TypeAlias = Callable[[Sequence[LandedChunk]], object]
 
-NOBODY = -1
+HELD = -1  # claims the places of chunks that were verified before the fetch
 
-BATCHES_MAX = 4  # being hashed at once
-FILLED_TIMEOUT_S = 30.0  # for a chunk that lies on several GPUs, once all of it was asked for
+BATCHES_MAX = 4  # GPU batches that are hashed at once
+FILLED_TIMEOUT_S = 30.0  # for a chunk on several GPUs, after its last byte was requested
 LOOK_EVERY_S = 50e-6  # at that
 
-# What follows the last view while its chunks are still being hashed: nothing to fill, but not the end either.
+# Yielded after the last view while chunks are still being hashed.
 _NOT_YET: View = memoryview(b"")
 
 
 class Verifier:
-    """The verifier of one fetch, over all its transfers. `held`: chunks that were here, and right, before it."""
+    """Lends places for the chunks of a fetch and hashes them. `held`: chunks that were verified before."""
 
     def __init__(self, manifest: Manifest, store: Store, held: Bitfield) -> None:
         self._manifest = manifest
         self._store = store
         self._lock = threading.Lock()
-        # Which transfer may write to a chunk's place. It stays once it is right; what was right before is nobody's.
-        self._claimed: dict[int, int] = dict.fromkeys(held, NOBODY)
+        # By chunk, the transfer that may write to its place; a verified chunk keeps its claim.
+        self._claimed: dict[int, int] = dict.fromkeys(held, HELD)
 
-    def views(self, transfer: int, chunks: Sequence[int], report: Report) -> Generator[memoryview, None, None]:
-        """The views that a transfer of these chunks fills, in order. Reports every chunk as its last byte is in."""
+    def views(self, transfer: int, chunks: Sequence[int], report: ReportChunks) -> Generator[memoryview, None, None]:
+        """The views that a transfer of these chunks fills, in order. Reports each chunk after its last byte."""
         for index in chunks:
             yield from self._chunk_views(transfer, self._manifest.chunks[index], report)
 
-    def device_views(self, transfer: int, chunks: Sequence[int], report: Report) -> Generator[View, None, None]:
-        """As `views`, but GPU memory as it is, if the store has any. Behind the last view come empty ones until all is
-        hashed: whoever moves bytes can do something else meanwhile."""
+    def device_views(self, transfer: int, chunks: Sequence[int], report: ReportChunks) -> Generator[View, None, None]:
+        """As `views`, with views of GPU memory if the store has any.
+
+        Yields empty views after the last until all chunks are hashed, so that the caller can do other work meanwhile.
+        """
         if not isinstance(self._store, DeviceStore):
             yield from self.views(transfer, chunks, report)
             return
@@ -85,13 +86,13 @@ class Verifier:
             batches.abandon()
 
     def prepare(self) -> None:
-        """Before the first `device_views` are filled. Blocks; raises CudaError."""
+        """Prepares GPUs for hashing, before the first `device_views`. Blocks; raises CudaError."""
         if isinstance(self._store, DeviceStore):
             for device in self._store.devices:
                 prepare(device)
 
     def settle(self, spare: LandedChunk, transfer: int) -> bool:
-        """Puts a spare copy in place, if its chunk's place is free. Blocks; raises StoreError."""
+        """Puts a spare copy in place and returns True, if the place is free. Blocks; raises StoreError."""
         if spare.spare is None or not self._claim(spare.chunk, transfer):
             return False
         rest = memoryview(spare.spare)
@@ -105,10 +106,10 @@ class Verifier:
         return True
 
     def holder(self, chunk: int) -> int | None:
-        """The transfer whose copy of a chunk is in place or on its way there."""
+        """The transfer that claims the place of a chunk."""
         return self._claimed.get(chunk)
 
-    def _chunk_views(self, transfer: int, chunk: Chunk, report: Report) -> Generator[memoryview, None, None]:
+    def _chunk_views(self, transfer: int, chunk: Chunk, report: ReportChunks) -> Generator[memoryview, None, None]:
         hasher = LeafHasher(self._manifest.scheme)
         spare = None if self._claim(chunk, transfer) else bytearray(chunk.size)
         correct = False
@@ -132,10 +133,10 @@ class Verifier:
 
 
 class _DeviceBatches:
-    """The chunks of one transfer that land where GPUs are: filled, then hashed in batches, then reported.
+    """The chunks of a transfer that land in GPU memory: filled, hashed in batches, then reported.
 
-    Nobody waits for a hash while there is something to fill: a GPU that has its next copies in time never rests.
-    A chunk that lies on several GPUs, or on none, is hashed by the CPU.
+    Hashing never delays filling, so that a GPU always has its next copies queued. The CPU hashes a chunk that lies on
+    several GPUs or on none.
     """
 
     def __init__(
@@ -144,7 +145,7 @@ class _DeviceBatches:
         store: DeviceStore,
         *,
         release: Callable[[Chunk], None],
-        report: Report,
+        report: ReportChunks,
     ) -> None:
         self._scheme = manifest.scheme
         self._store = store
@@ -155,10 +156,10 @@ class _DeviceBatches:
         self._filled_bytes = 0
         self._filled_on = 0  # the GPU
         self._hashing: list[tuple[list[Chunk], Batch]] = []
-        self._movers: list[cuda.CudaStream] = []  # that may still be filling
+        self._movers: list[cuda.CudaStream] = []  # the streams that may still fill views
 
     def fill(self, chunk: Chunk) -> Generator[View, None, None]:
-        """The views of a chunk, whose place is this transfer's."""
+        """The views of a chunk that this transfer has claimed."""
         self._unproven[chunk.index] = chunk
         views: list[View] = []
         for view in self._store.device_landing(chunk):
@@ -183,7 +184,7 @@ class _DeviceBatches:
             self._collect()
 
     def finish(self) -> Iterator[View]:
-        """Hashes and reports everything that was filled; yields while there is something to wait for."""
+        """Hashes and reports all filled chunks; yields empty views while it waits."""
         self._hash()
         while self._hashing:
             if self._hashing[0][1].ready():
@@ -192,10 +193,10 @@ class _DeviceBatches:
                 yield _NOT_YET
 
     def abandon(self) -> None:
-        """Lets go of what was not found right, once nobody writes there any more."""
+        """Releases the places of unverified chunks, when no copy writes there any more."""
         if self._unproven:
             self._drain()
-        for _, batch in self._hashing:  # it may still copy to memory of its own
+        for _, batch in self._hashing:  # it may still copy into its own buffers
             with contextlib.suppress(StoreError):
                 batch.collect()
         for chunk in list(self._unproven.values()):
@@ -225,7 +226,7 @@ class _DeviceBatches:
             self._movers.append(stream)
 
     def _await_movers(self) -> None:
-        """Raises TransportError: what fills the chunk may wait for a peer."""
+        """Waits until the views are filled. Raises TransportError when a copy waits for a peer for too long."""
         deadline = time.monotonic() + FILLED_TIMEOUT_S
         for stream in self._movers:
             while not stream.query():
@@ -239,10 +240,10 @@ class _DeviceBatches:
 
 
 def copy(source: Source, store: Store, held: Bitfield) -> int:
-    """Fills a store from a source of the same manifest in this process; returns the bytes copied.
+    """Fills a store from a source in this process with the same manifest; returns the bytes copied.
 
-    Blocks. Chunks in `held` are left alone, the others are added to it. Raises StoreError, and SourceChanged when the
-    source's bytes are not the manifest's.
+    Blocks. Skips the chunks in `held` and adds the others to it. Raises StoreError, and SourceChanged for a chunk of
+    the source with the wrong digest.
     """
     verifier, copied = Verifier(store.manifest, store, held), 0
     landed: list[LandedChunk] = []
@@ -274,5 +275,5 @@ def _pour(spans: Iterator[Span], views: Iterator[memoryview]) -> None:
             else:
                 view[:step] = span[done : done + step]
             view, done = view[step:], done + step
-    if view.nbytes or next(views, nothing).nbytes:  # which also reports the chunk as landed
+    if view.nbytes or next(views, nothing).nbytes:  # `next` also reports the chunk
         raise LocalProtocolError("a source gives less bytes than its chunk has")
