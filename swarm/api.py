@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from swarm.checkpoint import hf_cache, manifest_builder
+from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.hashing.cpu import demand
@@ -370,7 +370,7 @@ def _store(
 
 def _remember(cache: Path, path: Path, manifest: Manifest) -> None:
     try:
-        manifest_builder.remember(cache, path, manifest)
+        digest_cache.remember(cache, path, manifest)
     except StoreError as error:
         log.warning("%s; the fetch is complete, but `swarm verify %s` will know nothing of it", error, path)
 

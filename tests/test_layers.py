@@ -31,8 +31,9 @@ ROWS: dict[str, set[str]] = {
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
     "world": {
-        "checkpoint.files", "checkpoint.hf_cache", "hashing", "hashing.cpu", "hashing.cuda", "hashing.kernels", "net",
-        "net.discovery", "net.http_pages", "net.listener", "net.udp", "net.websocket", "security",
+        "checkpoint.digest_cache", "checkpoint.files", "checkpoint.hf_cache", "hashing", "hashing.cpu", "hashing.cuda",
+        "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.udp", "net.websocket",
+        "security",
         "security.certificates", "security.cluster_key", "security.tls_handshake", "store", "store.cuda",
         "store.directory", "store.disk", "store.memory", "store.staging", "store.tensors", "transport",
         "transport.admission", "transport.byte_stream", "transport.cuda_ipc", "transport.inproc", "transport.nccl",
@@ -153,7 +154,7 @@ HOMES: dict[str, set[str]] = {
         "content.manifest",
         "protocol.messages",
         "protocol.packets",
-        "checkpoint.manifest_builder",
+        "checkpoint.digest_cache",
         "engines.compile_caches",
         "engines.metadata",
         "engines.start_log",
@@ -179,7 +180,7 @@ INSIDE = {
 }  # imported by an engine, which has imported these packages
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
 TIME_OF_DAY = {
-    "checkpoint.manifest_builder", "engines.cache_gc", "net.environment", "observe.opentelemetry",
+    "checkpoint.digest_cache", "engines.cache_gc", "net.environment", "observe.opentelemetry",
     "security.certificates",
 }  # fmt: skip
 ALLOWED_ANYWAY = {("settings", "os")}  # the environment is one of its sources

@@ -1,32 +1,25 @@
-"""Builds manifests of a checkpoint, of files that are none, and of tensors; checks directories against manifests.
+"""Builds the manifests of model directories, other directories and tensors, and checks directories against manifests.
 
-Owns how files are hashed in parallel, and the cache that spares hashing them again:
+    walk -> stamps -> digest cache -> hash the other files in parallel -> compare the stamps -> source
 
-    walk -> stamps -> cache: a file that still has its stamp is not read again -> hash the others -> stamps once more
+Files are read, not mapped: a mapped file that another process truncates kills this process with SIGBUS.
 
-The cache trusts size, modification time and inode, and only of files that had been left alone for `RACY_NS` when they
-were hashed: a file system's clock may be so coarse that a file is written again without its time changing.
-
-Files are read, not mapped: a mapped file that somebody truncates kills the process with SIGBUS.
+Must not know: peers, transports.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import logging
 import os
 import stat
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import msgspec
-
+from swarm.checkpoint.digest_cache import DigestCache
 from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
 from swarm.content import safetensors_header
 from swarm.content.manifest import (
@@ -37,7 +30,6 @@ from swarm.content.manifest import (
     LEAF_BYTES_MIN,
     ChunkEntry,
     ChunkHash,
-    Digest,
     FileEntry,
     HashScheme,
     Manifest,
@@ -47,27 +39,25 @@ from swarm.content.manifest import (
     default_chunk_bytes,
     units,
 )
-from swarm.errors import ManifestError, ManifestInvalid, SettingsError, SourceChanged
+from swarm.errors import ManifestInvalid, SettingsError, SourceChanged
 from swarm.hashing.cpu import LeafHasher, chunk_digest, demand
 from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
 from swarm.store.directory import DirectorySource
-from swarm.store.disk import Stamp, replacing, store_errors
+from swarm.store.disk import Stamp, store_errors
 from swarm.store.tensors import VIRTUAL_PATH, TensorSource
 
 if TYPE_CHECKING:
     import torch
 
-JOB_BYTES = 16 << 20  # hashed by one thread at a time: hides a job's fixed cost, and one big file uses all threads
+JOB_BYTES = 16 << 20  # hashed by a thread at a time: hides the cost of a job, and a single file uses all threads
 SCRATCH_BYTES = 1 << 20
 INDEX_BYTES_MAX = 100 << 20  # an index of 100,000 tensors is about 10 MB
-RACY_NS = 2_000_000_000  # the coarsest clock in use, FAT's
 NAMES_SHOWN = 3
 
 Progress = Callable[[int, int], None]
+J = TypeVar("J")
 T = TypeVar("T")
-
-log = logging.getLogger("swarm")
 
 
 def checkpoint(
@@ -80,29 +70,25 @@ def checkpoint(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> tuple[Manifest, DirectorySource, list[SkippedPath]]:
-    """The manifest of a model directory, or of one safetensors file; a source that serves it; and what was left out.
+    """The manifest of a model directory or a safetensors file, a source that serves it, and the skipped paths.
 
-    `progress(done, total)` is told bytes, on the calling thread. `threads` None is one per core. Raises ManifestInvalid
-    when the files cannot be an artifact, or are not all that an index names, SettingsError for sizes out of bounds,
-    SourceChanged when a file changes meanwhile, StoreError when one cannot be read.
+    `progress(done_bytes, total_bytes)` is called on this thread. `threads` defaults to the number of cores. Raises
+    ManifestInvalid if the files cannot be an artifact or lack a shard of an index, SettingsError for sizes out of
+    bounds, SourceChanged if a file changes meanwhile, StoreError if a file cannot be read.
     """
     with store_errors(path):
         found, skipped = walk(path)
-        grid = _grid(chunk_bytes, leaf_bytes, chunk_hash, total_bytes=sum(file.stamp.size for file in found))
+        grid = _grid(_size(found), chunk_bytes, leaf_bytes, chunk_hash)
         _check_indexes(found)
         source = _hashed(path, found, grid, cache_dir=cache_dir, progress=progress, threads=threads)
     return source.manifest, source, skipped
 
 
 def files(path: Path, *, cache_dir: Path) -> DirectorySource:
-    """A source of the files of a directory that is no checkpoint: what an index names need not be there.
-
-    Raises as `checkpoint` does.
-    """
+    """A source of any directory; shards of an index may be missing. Raises as `checkpoint` does."""
     with store_errors(path):
         found, _ = walk(path)
-        grid = _grid(None, None, total_bytes=sum(file.stamp.size for file in found))
-        return _hashed(path, found, grid, cache_dir=cache_dir)
+        return _hashed(path, found, _grid(_size(found)), cache_dir=cache_dir)
 
 
 def known(
@@ -113,17 +99,17 @@ def known(
     leaf_bytes: int | None = None,
     chunk_hash: ChunkHash = "xxh3-128",
 ) -> Manifest | None:
-    """The manifest that `checkpoint` would build, if no byte has to be read for it; None when a file is not known.
+    """The manifest that `checkpoint` would build, from the cache alone; None if a file is not cached.
 
     Raises as `checkpoint` does.
     """
     with store_errors(path):
         found, _ = walk(path)
-        grid = _grid(chunk_bytes, leaf_bytes, chunk_hash, total_bytes=sum(file.stamp.size for file in found))
-        entries = _Cache(cache_dir, path, grid).load(found)
+        grid = _grid(_size(found), chunk_bytes, leaf_bytes, chunk_hash)
+        entries = DigestCache(cache_dir, path, found, chunk_bytes=grid.chunk_bytes, scheme=grid.scheme).known
     if len(entries) < len(found):
         return None
-    return Manifest(1, "checkpoint", "", grid.scheme, grid.chunk_bytes, tuple(entries[f.path] for f in found))
+    return grid.manifest(entries[file.path] for file in found)
 
 
 def tensors(
@@ -135,9 +121,9 @@ def tensors(
     threads: int | None = None,
     loaded_as: str | None = None,
 ) -> TensorSource:
-    """A source that serves a state dict as one safetensors file. Raises what TensorSource does.
+    """A source that serves a state dict as a single safetensors file. Raises as TensorSource does.
 
-    `loaded_as` is the fingerprint of the layout that an engine loaded them in; None: they are a checkpoint's.
+    `loaded_as`: fingerprint of the layout that an engine loaded; None for tensors of a checkpoint.
     """
     source = TensorSource(given)
     if source.devices:
@@ -145,57 +131,48 @@ def tensors(
             raise SettingsError("chunk_hash", f"{chunk_hash} is for the CPU; tensors of a GPU are hashed with xxh3-128")
         leaf_bytes = GPU_LEAF_BYTES if leaf_bytes is None else leaf_bytes
         chunk_bytes = default_chunk_bytes(source.size, on_gpu=True) if chunk_bytes is None else chunk_bytes
-    grid = _grid(chunk_bytes, leaf_bytes, chunk_hash, total_bytes=source.size)
+    grid = _grid(source.size, chunk_bytes, leaf_bytes, chunk_hash)
     sizes = cut(source.units(), grid.chunk_bytes)
     ranges = list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
     digests = _hash_on_gpus(source, ranges, grid.scheme)
     rest = [part for part in ranges if part not in digests]
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="swarm-hash") as pool:
-        hashed = pool.map(lambda part: chunk_digest(grid.scheme, source.read(*part)), rest)
-        digests |= zip(rest, hashed, strict=True)
+    digests |= _in_parallel(lambda part: chunk_digest(grid.scheme, source.read(*part)), rest, threads=threads)
     chunks = tuple(ChunkEntry(size, digests[at, size].hex()) for at, size in ranges)
     file = FileEntry(VIRTUAL_PATH, source.size, source.header, chunks)
-    tier: Tier = "checkpoint" if loaded_as is None else "loaded"
-    source.manifest = Manifest(1, tier, loaded_as or "", grid.scheme, grid.chunk_bytes, (file,))
+    source.manifest = grid.manifest([file], loaded_as=loaded_as)
     decode(source.manifest.encoded, digest=source.manifest.digest)
     return source
 
 
 def verify(directory: Path, manifest: Manifest, *, threads: int | None = None) -> list[str]:
-    """What is wrong with the files of a directory, a line for each file; empty when they are the manifest's.
+    """The problems of a directory's files, a line for each file; empty if they match the manifest.
 
-    Files that the manifest does not name are not looked at. What cannot be read is a problem, not an exception.
+    Other files are ignored. A file that cannot be read is a problem, not an exception.
     """
     problems: dict[str, str] = {}
+    digests: dict[str, list[str]] = {file.path: [] for file in manifest.files}
     jobs: list[_Job] = []
     for file in manifest.files:
         if problem := _differs(directory / file.path, file):
             problems[file.path] = problem
         else:
             jobs += _jobs(directory / file.path, [chunk.size for chunk in file.chunks])
-    digests: dict[Path, list[bytes]] = {}
     for job, hashed in _in_parallel(lambda job: _hash_or_problem(job, manifest.scheme), jobs, threads=threads):
+        path = job.path.relative_to(directory).as_posix()
         if isinstance(hashed, str):
-            problems[job.path.relative_to(directory).as_posix()] = hashed
+            problems[path] = hashed
         else:
-            digests.setdefault(job.path, []).extend(hashed)
+            digests[path] += [digest.hex() for digest in hashed]
     for file in manifest.files:
-        hexadecimal = [digest.hex() for digest in digests.get(directory / file.path, [])]
-        if file.path not in problems and (problem := _mismatch(file, hexadecimal)):
-            problems[file.path] = problem
+        offsets = itertools.accumulate((chunk.size for chunk in file.chunks), initial=0)
+        hashes = zip(offsets, file.chunks, digests[file.path], strict=False)  # fewer digests for a file with a problem
+        wrong = [offset for offset, chunk, digest in hashes if chunk.digest != digest]
+        if wrong and file.path not in problems:
+            problems[file.path] = (
+                f"{len(wrong)} of {len(file.chunks)} chunks differ, the first is the one at byte {wrong[0]}; "
+                "remove the file and fetch again, the others are kept"
+            )
     return [f"{path}: {problem}" for path, problem in sorted(problems.items())]
-
-
-def remember(cache_dir: Path, directory: Path, manifest: Manifest) -> None:
-    """Notes that `directory` was fetched as `manifest`, for `recall`. Raises StoreError."""
-    with store_errors(cache_dir):
-        _write(_fetched(cache_dir, directory), _Kept(manifest.digest, manifest.encoded.decode(), {}))
-
-
-def recall(cache_dir: Path, directory: Path) -> Manifest | None:
-    """The manifest that `directory` was last fetched as; None when it never was, or the note is unreadable."""
-    kept = _load(_fetched(cache_dir, directory))
-    return kept[0] if kept else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +180,14 @@ class _Grid:
     chunk_bytes: int
     scheme: HashScheme
 
+    def manifest(self, entries: Iterable[FileEntry], *, loaded_as: str | None = None) -> Manifest:
+        tier: Tier = "checkpoint" if loaded_as is None else "loaded"
+        return Manifest(1, tier, loaded_as or "", self.scheme, self.chunk_bytes, tuple(entries))
+
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Consecutive chunks of one file, from `offset` on."""
+    """Consecutive chunks of a file from `offset` on."""
 
     path: Path
     offset: int
@@ -214,25 +195,11 @@ class _Job:
     stamp: Stamp | None = None
 
 
-class _Kept(msgspec.Struct, forbid_unknown_fields=True):
-    """A manifest on the disk, and the stamps (size, mtime_ns, inode) of those of its files that had settled."""
-
-    digest: Digest
-    manifest: str
-    stamps: dict[str, tuple[int, int, int]]
-    version: Literal[1] = 1
-
-
-_kept_decoder = msgspec.json.Decoder(_Kept)
-
-
 def _grid(
-    chunk_bytes: int | None, leaf_bytes: int | None, chunk_hash: ChunkHash = "xxh3-128", *, total_bytes: int
+    total_bytes: int, chunk_bytes: int | None = None, leaf_bytes: int | None = None, chunk_hash: ChunkHash = "xxh3-128"
 ) -> _Grid:
-    if chunk_bytes is None:
-        chunk_bytes = default_chunk_bytes(total_bytes)
-    if leaf_bytes is None:
-        leaf_bytes = LEAF_BYTES_DEFAULT
+    chunk_bytes = default_chunk_bytes(total_bytes) if chunk_bytes is None else chunk_bytes
+    leaf_bytes = LEAF_BYTES_DEFAULT if leaf_bytes is None else leaf_bytes
     for name, value, least, most in (
         ("chunk_bytes", chunk_bytes, 1, CHUNK_BYTES_MAX),
         ("leaf_bytes", leaf_bytes, LEAF_BYTES_MIN, LEAF_BYTES_MAX),
@@ -247,7 +214,7 @@ def _grid(
 def _hash_on_gpus(
     source: TensorSource, ranges: Sequence[tuple[int, int]], scheme: HashScheme
 ) -> dict[tuple[int, int], bytes]:
-    """Digests of those ranges (offset, size) that lie on one GPU, by range."""
+    """Digests of the ranges (offset, size) that lie on a single GPU, by range."""
     on_gpu: dict[int, dict[tuple[int, int], list[DeviceView]]] = {device: {} for device in source.devices}
     for part in ranges if source.devices else ():
         views = list(source.device_read(*part))
@@ -270,21 +237,16 @@ def _hashed(
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> DirectorySource:
-    """A source of these files, hashing those that the cache does not know."""
-    began_ns = time.time_ns()
-    cache = _Cache(cache_dir, path, grid)
-    known = cache.load(found)
-    entries = _describe(found, known, grid, progress=progress, threads=threads)
-    manifest = Manifest(1, "checkpoint", "", grid.scheme, grid.chunk_bytes, tuple(entries))
-    decode(manifest.encoded, digest=manifest.digest)  # what no peer would accept must not be announced
-    settled = [file for file in found if file.path in known or file.stamp.mtime_ns < began_ns - RACY_NS]
-    if len(known) < len(found):
-        cache.save(manifest, settled)
+    """A source of the files; hashes files that are not cached."""
+    cache = DigestCache(cache_dir, path, found, chunk_bytes=grid.chunk_bytes, scheme=grid.scheme)
+    manifest = grid.manifest(_describe(found, cache.known, grid, progress=progress, threads=threads))
+    decode(manifest.encoded, digest=manifest.digest)  # a manifest that peers refuse must not be announced
+    cache.save(manifest)
     return DirectorySource(path, manifest, paths=[f.real for f in found], stamps=[f.stamp for f in found])
 
 
 def _check_indexes(found: Sequence[CheckpointFile]) -> None:
-    """Raises ManifestInvalid unless every shard that a safetensors index names is there."""
+    """Raises ManifestInvalid if a shard of a safetensors index is missing."""
     here = {file.path for file in found}
     for file in found:
         if file.path.endswith(".safetensors.index.json"):
@@ -310,22 +272,22 @@ def _shards(index: CheckpointFile) -> set[str]:
 
 def _describe(
     found: Sequence[CheckpointFile],
-    known: dict[str, FileEntry],
+    known: Mapping[str, FileEntry],
     grid: _Grid,
     *,
     progress: Progress | None,
     threads: int | None,
 ) -> list[FileEntry]:
-    """Entries for all files, hashing those that are not known."""
-    plans = {file.path: _plan(file, grid) for file in found if file.path not in known}
-    chunks = sum(len(sizes) for _, sizes in plans.values()) + sum(len(entry.chunks) for entry in known.values())
+    """Entries of all files in order; hashes files that are not known."""
+    plans = [(file, *_plan(file, grid)) for file in found if file.path not in known]
+    chunks = sum(len(sizes) for *_, sizes in plans) + sum(len(entry.chunks) for entry in known.values())
     if chunks > CHUNKS_MAX:
         raise SettingsError(
             "chunk_bytes", f"{grid.chunk_bytes} makes {chunks} chunks; at most {CHUNKS_MAX} are allowed"
         )
-    jobs = [job for file in found if file.path in plans for job in _jobs(file.real, plans[file.path][1], file.stamp)]
-    total_bytes = sum(file.stamp.size for file in found)
-    done_bytes = total_bytes - sum(sum(job.sizes) for job in jobs)
+    jobs = [job for file, _, sizes in plans for job in _jobs(file.real, sizes, file.stamp)]
+    total_bytes = _size(found)
+    done_bytes = total_bytes - _size([file for file, *_ in plans])
     if progress is not None:
         progress(done_bytes, total_bytes)
     hashed: list[ChunkEntry] = []
@@ -334,24 +296,25 @@ def _describe(
         done_bytes += sum(job.sizes)
         if progress is not None:
             progress(done_bytes, total_bytes)
-    rest = iter(hashed)  # jobs came back in the order of the files
-    entries = []
-    for file in found:
-        entry = known.get(file.path)
-        if entry is None:
-            header, sizes = plans[file.path]
-            entry = FileEntry(file.path, file.stamp.size, header, tuple(next(rest) for _ in sizes))
-        entries.append(entry)
-    return entries
+    rest = iter(hashed)  # in the order of the plans
+    entries = dict(known)
+    for file, header, sizes in plans:
+        chunk_entries = tuple(itertools.islice(rest, len(sizes)))
+        entries[file.path] = FileEntry(file.path, file.stamp.size, header, chunk_entries)
+    return [entries[file.path] for file in found]
 
 
 def _plan(file: CheckpointFile, grid: _Grid) -> tuple[str, list[int]]:
-    """A file's safetensors header, '' for other files, and the sizes of its chunks."""
+    """The safetensors header of a file, '' for other files, and its chunk sizes."""
     if not file.path.endswith(".safetensors"):
         return "", cut([file.stamp.size], grid.chunk_bytes)
     with file.real.open("rb") as stream:
         header, tensors = safetensors_header.read(stream, subject=file.path, file_bytes=file.stamp.size)
     return header.decode(), cut(units(file.stamp.size, tensors), grid.chunk_bytes)
+
+
+def _size(files: Sequence[CheckpointFile]) -> int:
+    return sum(file.stamp.size for file in files)
 
 
 def _jobs(path: Path, sizes: Sequence[int], stamp: Stamp | None = None) -> Iterator[_Job]:
@@ -363,8 +326,8 @@ def _jobs(path: Path, sizes: Sequence[int], stamp: Stamp | None = None) -> Itera
             first, offset, size = position, offset + size, 0
 
 
-def _in_parallel(work: Callable[[_Job], T], jobs: Sequence[_Job], *, threads: int | None) -> Iterator[tuple[_Job, T]]:
-    """Jobs and their results, in order. The first failure is raised, and drops the jobs that have not begun."""
+def _in_parallel(work: Callable[[J], T], jobs: Sequence[J], *, threads: int | None) -> Iterator[tuple[J, T]]:
+    """Jobs with their results, in order. Raises the first failure and cancels jobs that have not begun."""
     pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="swarm-hash")
     try:
         yield from zip(jobs, pool.map(work, jobs), strict=True)
@@ -373,7 +336,7 @@ def _in_parallel(work: Callable[[_Job], T], jobs: Sequence[_Job], *, threads: in
 
 
 def _hash(job: _Job, scheme: HashScheme) -> list[bytes]:
-    """Digests of a job's chunks. Raises SourceChanged when the file is not, or no longer, what its stamp says."""
+    """Digests of a job's chunks. Raises SourceChanged if the file does not match its stamp, before or after."""
     try:
         fd = os.open(job.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -410,7 +373,7 @@ def _differs(path: Path, file: FileEntry) -> str | None:
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
-        return f"cannot be looked at: {error.strerror}"
+        return f"cannot be read: {error.strerror}"
     if not stat.S_ISREG(status.st_mode):
         return "is not a file"
     return None if status.st_size == file.size else f"has {status.st_size} bytes instead of {file.size}"
@@ -423,70 +386,3 @@ def _hash_or_problem(job: _Job, scheme: HashScheme) -> list[bytes] | str:
         return f"cannot be read: {error.strerror}"
     except SourceChanged as error:
         return f"changed while it was read: {error.why}"
-
-
-def _mismatch(file: FileEntry, digests: Sequence[str]) -> str | None:
-    offset, wrong, first = 0, 0, 0
-    for chunk, digest in zip(file.chunks, digests, strict=True):
-        if digest != chunk.digest:
-            first = offset if not wrong else first
-            wrong += 1
-        offset += chunk.size
-    if not wrong:
-        return None
-    where = f"{wrong} of {len(file.chunks)} chunks differ, the first is the one at byte {first}"
-    return f"{where}; remove the file and fetch again, the others are kept"
-
-
-class _Cache:
-    """What is known of the files below one path from the last time they were hashed on this grid."""
-
-    def __init__(self, cache_dir: Path, path: Path, grid: _Grid) -> None:
-        key = f"{os.path.realpath(path)}\0{grid.chunk_bytes}\0{grid.scheme.name}\0{grid.scheme.leaf_bytes}"
-        self._place = cache_dir / "manifests" / f"{hashlib.sha256(os.fsencode(key)).hexdigest()}.json"
-        self._grid = grid
-
-    def load(self, found: Sequence[CheckpointFile]) -> dict[str, FileEntry]:
-        """Entries of those files that still have the stamps they had. Nothing when the cache is unreadable."""
-        kept = _load(self._place)
-        if kept is None or (kept[0].chunk_bytes, kept[0].scheme) != (self._grid.chunk_bytes, self._grid.scheme):
-            return {}
-        entries = {entry.path: entry for entry in kept[0].files}
-        stamps = {path: Stamp(*stamp) for path, stamp in kept[1].items()}
-        return {
-            file.path: entries[file.path]
-            for file in found
-            if file.path in entries
-            and stamps.get(file.path) == file.stamp
-            and entries[file.path].size == file.stamp.size
-        }
-
-    def save(self, manifest: Manifest, settled: Sequence[CheckpointFile]) -> None:
-        """Keeps the manifest, and the stamps of files that had settled. Failing is logged: serving goes on without."""
-        stamps = {file.path: (file.stamp.size, file.stamp.mtime_ns, file.stamp.inode) for file in settled}
-        try:
-            _write(self._place, _Kept(manifest.digest, manifest.encoded.decode(), stamps))
-        except OSError as error:
-            log.warning("%s: the manifest is not cached, files will be hashed again: %s", self._place, error.strerror)
-
-
-def _fetched(cache_dir: Path, directory: Path) -> Path:
-    return cache_dir / "fetched" / f"{hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()}.json"
-
-
-def _load(place: Path) -> tuple[Manifest, dict[str, tuple[int, int, int]]] | None:
-    try:
-        kept = _kept_decoder.decode(place.read_bytes())
-        return decode(kept.manifest.encode(), digest=kept.digest), kept.stamps
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, msgspec.DecodeError, RecursionError, ManifestError) as error:
-        log.warning("%s is ignored: %s", place, error)
-        return None
-
-
-def _write(place: Path, kept: _Kept) -> None:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(place) as draft:
-        draft.touch(0o600)
-        draft.write_bytes(msgspec.json.encode(kept))

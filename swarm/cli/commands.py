@@ -234,10 +234,10 @@ def doctor(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Compares a fetched directory with its manifest; 1 if a file differs."""
-    from swarm.checkpoint import manifest_builder
+    from swarm.checkpoint import digest_cache, manifest_builder
     from swarm.store.directory import PARTIAL
 
-    manifest = manifest_builder.recall(Settings.load().cache, options.directory)
+    manifest = digest_cache.recall(Settings.load().cache, options.directory)
     if (options.directory / PARTIAL).exists():
         raise StoreError(f"{options.directory}: a fetch into it is unfinished; run that fetch again")
     if manifest is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from swarm.api import fetch_on
-from swarm.checkpoint import hf_cache, manifest_builder
+from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest
 from swarm.engines import cache_gc, metadata
 from swarm.engines.layout import metadata_id
@@ -104,7 +104,7 @@ class CheckpointFiles:
         with _locked(place):
             if not self._complete(place):
                 runtime().run(self._fetch(place, self.content, abandon_s))
-            manifest = manifest_builder.recall(self._cache, place)
+            manifest = digest_cache.recall(self._cache, place)
             if manifest is None:
                 raise StoreError(f"{place}: the manifest of this fetch was not kept; is {self._cache} writable?")
         if self.description and metadata.describe(manifest).headers != self.description.headers:
@@ -113,7 +113,7 @@ class CheckpointFiles:
         return place
 
     def _complete(self, place: Path) -> bool:
-        manifest = manifest_builder.recall(self._cache, place)
+        manifest = digest_cache.recall(self._cache, place)
         return (
             manifest is not None
             and manifest.digest == self.content

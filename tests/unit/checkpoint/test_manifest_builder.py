@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swarm.checkpoint import manifest_builder
+from swarm.checkpoint import digest_cache, manifest_builder
 from swarm.content import safetensors_header
 from swarm.content.manifest import Manifest
 from swarm.errors import ManifestInvalid, SettingsError, SourceChanged, StoreError
@@ -363,17 +363,17 @@ def test_does_verify_name_every_problem(model: Path, tmp_path: Path) -> None:
 def test_is_what_was_fetched_remembered(model: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     manifest, _ = hashed(model, tmp_path / "other-cache")
-    assert manifest_builder.recall(cache, model) is None
-    manifest_builder.remember(cache, model, manifest)
+    assert digest_cache.recall(cache, model) is None
+    digest_cache.remember(cache, model, manifest)
     (tmp_path / "link").symlink_to(model)
-    assert manifest_builder.recall(cache, tmp_path / "link") == manifest
+    assert digest_cache.recall(cache, tmp_path / "link") == manifest
     (kept,) = (cache / "fetched").iterdir()
     kept.write_bytes(b"damaged")
-    assert manifest_builder.recall(cache, model) is None
+    assert digest_cache.recall(cache, model) is None
 
 
 def test_does_remembering_say_when_it_cannot(model: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     manifest, _ = hashed(model, tmp_path / "other-cache")
     with pytest.raises(StoreError):
-        manifest_builder.remember(tmp_path / "cache", model, manifest)
+        digest_cache.remember(tmp_path / "cache", model, manifest)

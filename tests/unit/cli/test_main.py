@@ -16,7 +16,8 @@ import pytest
 
 import swarm
 from swarm import errors
-from swarm.checkpoint.manifest_builder import checkpoint, remember
+from swarm.checkpoint.digest_cache import remember
+from swarm.checkpoint.manifest_builder import checkpoint
 from swarm.cli import commands
 from swarm.cli import main as cli
 from swarm.cli.main import main
