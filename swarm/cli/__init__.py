@@ -1,1 +1,1 @@
-"""The `swarm` command: argument parsing in `main`, one module for each command that needs more."""
+"""The `swarm` command: flags in `main`, commands in `commands`, and a module for each larger command."""

@@ -50,7 +50,7 @@ BLOCK_BYTES = 16 << 20
 
 
 def demo(path: Path | None) -> int:
-    """Distributes a model directory, by default one with random weights, to three newcomers. Returns the exit code.
+    """Distributes a model directory, by default random weights, to three newcomers. Returns the exit code.
 
     Raises ManifestInvalid for a directory that cannot be served, StoreFull, and FetchError when a process fails.
     """

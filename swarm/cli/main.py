@@ -31,7 +31,7 @@ METAVARS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code."""
+    """Runs a command; returns its exit code."""
     options, unknown = _parser().parse_known_args(argv)
     if unknown:  # argparse would show the usage of `swarm` instead of the command's
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")

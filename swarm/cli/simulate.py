@@ -1,11 +1,9 @@
-"""`swarm simulate`: plays a burst of newcomers and says how it compares with the lower bound and with a star.
+"""`swarm simulate`: runs a simulated burst, and compares it with the lower bound and with a star.
 
-The machines are those of a real node, so what it finds is true of the policy; links, disks and CPUs are made up.
+    curve:   completion times of 1/4, 1/2, 3/4, 9/10 and all of the newcomers, each from its own request
+    star:    completion times if each newcomer got the whole model from a seed, one after another
 
-    curve:   when 1/4, 1/2, 3/4, 9/10 and all of the newcomers were done, each from its own request
-    star:    the same newcomers if each got the model whole from a seed, one after another
-
-Owns what is printed and written. Must not know: how a burst is played.
+Owns the output. Must not know: the simulation.
 """
 
 from __future__ import annotations
@@ -36,20 +34,20 @@ from swarm.store.disk import replacing
 
 PARTS = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "9/10": 0.9, "all": 1.0}
 NOT_ALL_FINISHED = 1
-COLUMNS = 100  # of a table, when there is no terminal to ask
+COLUMNS = 100  # of a table, without a terminal
 
 Outcome: TypeAlias = BurstReport | LocalProtocolError
 
 
 def simulate(burst: Burst, *, runs: int, as_json: bool, trace: Path | None, plot: Path | None) -> int:
-    """Plays and prints; 0 when every newcomer that was not killed finished in every run.
+    """Runs and prints. Returns 0 if every newcomer that was not killed completed in every run, else 1.
 
     Raises SettingsError, and StoreError for a file that cannot be written.
     """
     if runs < 1:
         raise SettingsError("runs", f"{runs}; at least 1 is needed")
     if runs > 1 and (trace or plot):
-        raise SettingsError("trace" if trace else "plot", "tells of one run; leave out --runs")
+        raise SettingsError("trace" if trace else "plot", "is of one run; leave out --runs")
     console = Console() if sys.stdout.isatty() else Console(width=COLUMNS)
     with Console(stderr=True).status(f"{runs} x {burst.newcomers} newcomers, {burst.chunks} chunks"):
         outcomes = play_all(burst, runs) if runs > 1 else [_play_and_write(burst, trace, plot)]
@@ -70,7 +68,7 @@ def simulate(burst: Burst, *, runs: int, as_json: bool, trace: Path | None, plot
 
 
 def play(burst: Burst, observe: Observer | None = None) -> Outcome:
-    """One run; a machine that broke its own rules is an outcome too."""
+    """A single run. A LocalProtocolError of a machine is returned as the outcome."""
     try:
         return Crowd(burst, observe).run()
     except LocalProtocolError as error:
@@ -78,13 +76,13 @@ def play(burst: Burst, observe: Observer | None = None) -> Outcome:
 
 
 def play_all(burst: Burst, runs: int) -> list[Outcome]:
-    """So many runs, each with the next rng_seed, in as many processes as there are cores."""
+    """`runs` runs, each with the next random seed, in a process for each core."""
     bursts = [dataclasses.replace(burst, rng_seed=burst.rng_seed + number) for number in range(runs)]
     return list(play_each(bursts))
 
 
 def play_each(bursts: Sequence[Burst]) -> Iterator[Outcome]:
-    """The outcomes in the order of the bursts, played in as many processes as there are cores."""
+    """The outcomes in the order of the bursts, from a process for each core."""
     processes = min(len(bursts), len(os.sched_getaffinity(0)))
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
     try:
@@ -94,7 +92,7 @@ def play_each(bursts: Sequence[Burst]) -> Iterator[Outcome]:
 
 
 def failure(outcome: Outcome) -> str | None:
-    """What went wrong and the command that replays it, on one line; None when all finished."""
+    """The failure and the command that repeats it, as a line of text; None if all newcomers completed."""
     if isinstance(outcome, LocalProtocolError):
         return str(outcome)
     if not outcome.unfinished:
@@ -102,15 +100,15 @@ def failure(outcome: Outcome) -> str | None:
     why = (
         f"{outcome.lost_chunks} of {outcome.burst.chunks} chunks died with their last holders"
         if outcome.lost_chunks
-        else "although somebody holds each chunk, which is a bug in swarm"
+        else "although every chunk has a holder, which is a bug in swarm"
     )
     names = ", ".join(outcome.unfinished[:3]) + (", ..." if len(outcome.unfinished) > 3 else "")
-    who = f"{len(outcome.unfinished)} of {outcome.burst.newcomers} newcomers ({names})"
-    return f"{who} did not finish, {why}; replay it with: {outcome.burst.command}"
+    newcomers = f"{len(outcome.unfinished)} of {outcome.burst.newcomers} newcomers ({names})"
+    return f"{newcomers} did not finish, {why}; replay it with: {outcome.burst.command}"
 
 
 def measures(report: BurstReport) -> dict[str, tuple[float, str]]:
-    """What is worth knowing of a run, with the pattern that prints it; what does not apply is left out."""
+    """Measures of a run that apply to its burst, each with its format."""
     burst = report.burst
     found = {
         "last newcomer, times its lower bound": (report.last_ratio, "{:.3f}"),
@@ -128,7 +126,7 @@ def measures(report: BurstReport) -> dict[str, tuple[float, str]]:
 
 
 def show(report: BurstReport, console: Console) -> None:
-    """Prints one run."""
+    """Prints a run."""
     _head(report.burst, console)
     lived_s, star_s, bound_s = report.lived_s, report.star_s, report.burst.bound_s
     table = Table("done", "swarm", "lower bound", "ratio", "star")
@@ -140,12 +138,12 @@ def show(report: BurstReport, console: Console) -> None:
     for words, (value, pattern) in measures(report).items():
         console.print(f"{words}: {pattern.format(value)}", highlight=False)
     for name, count in sorted(report.banned_by.items()):
-        what = "which lies" if name in report.liars else "honest"
-        console.print(f"{name}, {what}: banned by {count}", highlight=False)
+        kind = "which lies" if name in report.liars else "honest"
+        console.print(f"{name}, {kind}: banned by {count}", highlight=False)
 
 
 def show_all(reports: Sequence[BurstReport], console: Console) -> None:
-    """Prints many runs of one burst: median and range."""
+    """Prints many runs of a burst: median and range."""
     burst = reports[0].burst
     _head(burst, console)
     table = Table(f"{len(reports)} runs", "median", "least", "most")
@@ -161,7 +159,7 @@ def show_all(reports: Sequence[BurstReport], console: Console) -> None:
 
 
 def seconds_text(seconds: float) -> str:
-    """Seconds for people."""
+    """A time as text, in ms below 1 s."""
     if math.isnan(seconds):
         return "-"
     if math.isinf(seconds):
@@ -170,7 +168,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def as_plain(outcome: Outcome) -> dict[str, Any]:
-    """One run for machines; what is no number is null."""
+    """A run as JSON; infinite and undefined numbers are null."""
     if isinstance(outcome, LocalProtocolError):
         return {"failure": str(outcome)}
     lived_s, star_s = outcome.lived_s, outcome.star_s
@@ -190,8 +188,8 @@ def as_plain(outcome: Outcome) -> dict[str, Any]:
         "unfinished": outcome.unfinished,
         "times_s": dict(outcome.times_s),
     }
-    told = {"rng_seed": outcome.burst.rng_seed, "command": outcome.burst.command, "failure": failure(outcome)}
-    return {**told, **{name: _finite(value) for name, value in numbers.items()}}
+    head = {"rng_seed": outcome.burst.rng_seed, "command": outcome.burst.command, "failure": failure(outcome)}
+    return {**head, **{name: _finite(value) for name, value in numbers.items()}}
 
 
 def _finite(value: Any) -> Any:
@@ -213,7 +211,7 @@ def _range(values: Sequence[float], text: Callable[[float], str]) -> tuple[str, 
 
 
 def _play_and_write(burst: Burst, trace: Path | None, plot: Path | None) -> Outcome:
-    """One run; its journal and its picture appear when they are whole."""
+    """A single run; files of its journal and plot appear when they are complete."""
     if plot is None and trace is None:
         return play(burst)
     from swarm.simulation.plot import BurstPlot, ChunkHistory
@@ -224,10 +222,10 @@ def _play_and_write(burst: Burst, trace: Path | None, plot: Path | None) -> Outc
         draft = files.enter_context(_replacing(trace)) if trace else None
         file = files.enter_context(draft.open("w", encoding="utf-8")) if draft else None
 
-        def observe(at_s: float, node: str, what: object) -> None:
-            history.note(at_s, node, what)
+        def observe(at_s: float, node: str, event: object) -> None:
+            history.note(at_s, node, event)
             if file:
-                file.write(trace_line(at_s, node, what))
+                file.write(trace_line(at_s, node, event))
 
         outcome = play(burst, observe)
     if plot and picture and isinstance(outcome, BurstReport):
@@ -236,18 +234,18 @@ def _play_and_write(burst: Burst, trace: Path | None, plot: Path | None) -> Outc
     return outcome
 
 
-def trace_line(at_s: float, node: str, what: Any) -> str:
-    """One entry of the journal as a line of JSON: when, who, what, and the fields of that."""
-    module = type(what).__module__.rpartition(".")[2].removesuffix("_events")
-    fields = {field.name: getattr(what, field.name) for field in dataclasses.fields(what)}
+def trace_line(at_s: float, node: str, event: Any) -> str:
+    """An entry of the journal as a JSON line: `at_s`, `node`, module and class of the event, its fields."""
+    module = type(event).__module__.rpartition(".")[2].removesuffix("_events")
+    fields = {field.name: getattr(event, field.name) for field in dataclasses.fields(event)}
     return (
-        json.dumps({"at_s": at_s, "node": node, "what": f"{module}.{type(what).__name__}", **fields}, default=_as_json)
+        json.dumps({"at_s": at_s, "node": node, "what": f"{module}.{type(event).__name__}", **fields}, default=_as_json)
         + "\n"
     )
 
 
 def _as_json(value: object) -> object:
-    """Holdings as their number, sets in order."""
+    """A bitfield as its number of chunks, a set as a sorted list."""
     return len(value) if isinstance(value, Bitfield) else sorted(value)  # type: ignore[call-overload]
 
 

@@ -1,7 +1,7 @@
-"""What `swarm status` shows and `swarm status --json` prints: a node's own report joined with its view of the swarm.
+"""The JSON of `swarm status --json`: the status report of a node joined with its view.
 
-Pure, and on the reader's side: a node of another version, which has no view, still shows what its report says. The JSON
-is documented in docs/status.md; `SCHEMA` counts changes that would break a reader, and new fields are none.
+Pure; runs in the client, which also joins reports of nodes of other versions without a view. docs/status.md has the
+fields. `SCHEMA` counts changes that break a reader; new fields do not.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ SCHEMA = 1
 OF_VIEW = ("version", "up_bytes_per_s", "down_bytes_per_s", "slow", "wrong_chunks", "banned_by")
 
 
-def seen(report: Mapping[str, Any], view: Mapping[str, Any] | None) -> Json:
-    """The swarm as a node reports and views it; without a view, what only that knows is null or empty."""
+def swarm_status(report: Mapping[str, Any], view: Mapping[str, Any] | None) -> Json:
+    """The join of `/status` and `/view`; without a view its fields are null or empty."""
     viewed = view["members"] if view else {}
     known = {member["id"]: member for member in report["members"]}
     members = [_member(member, viewed.get(node)) for node, member in known.items()]
@@ -43,7 +43,7 @@ def seen(report: Mapping[str, Any], view: Mapping[str, Any] | None) -> Json:
 
 
 def healthy(swarm: Mapping[str, Any]) -> bool:
-    """Whether nothing fails: there may be warnings, but none is bad."""
+    """Whether no warning is bad."""
     return not any(warning["level"] == "bad" for warning in swarm["warnings"])
 
 
@@ -64,13 +64,13 @@ def _named(link: Mapping[str, Any], names: Mapping[str, str]) -> Json:
 
 
 def _fetch(node: str, digest: str, fetch: Mapping[str, Any], names: Mapping[str, str], links: list[Json]) -> Json:
-    """`sources` counts all of the fetch so far, `fed_by` are the links that bring something now, the fastest first."""
+    """`fed_by` lists links that carry chunks now, the fastest first; `sources` also counts former sources."""
     fed_by = [
         {"node": link["source"], "name": link["source_name"], "rate_bytes_per_s": link["rate_bytes_per_s"]}
         for link in links
         if link["target"] == node and link["rate_bytes_per_s"] and fetch["running"]
     ]
-    fed_by.sort(key=lambda one: -one["rate_bytes_per_s"])
+    fed_by.sort(key=lambda link: -link["rate_bytes_per_s"])
     fraction = round(fetch["done_bytes"] / fetch["bytes"], 4) if fetch["bytes"] else 1.0
     return {
         "node": node,

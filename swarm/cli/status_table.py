@@ -1,8 +1,8 @@
-"""`swarm status` in a terminal, over rich: warnings first, then members, then what is being fetched.
+"""`swarm status` in a terminal, with rich: warnings, members, running fetches.
 
-Shows what `seen` joined, and nothing else. Names come from other machines: no markup is read in them, and nothing of
-them can move the cursor. Where the screen is narrow, columns give way in an order instead of all becoming unreadable;
-where it does not scroll, rows do, and the last line says how many.
+Shows the JSON of `status_json` alone. Names come from other machines: markup in them is not interpreted, and control
+characters are replaced. On a narrow screen columns are dropped in a fixed order; on a screen that does not scroll rows
+are dropped, and the last line counts them.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from rich.text import Text
 from swarm.observe.units import count, size_text
 
 HERE = ("alive", "suspect", "silent")
-SHOWN = (*HERE, "dead")  # who left in peace is no news
+SHOWN = (*HERE, "dead")  # members that left on purpose need no attention
 STYLES = {"alive": "green", "suspect": "yellow", "silent": "yellow", "dead": "red"}
 MARKS = {"bad": ("✗", "bold red"), "warn": ("!", "yellow")}
-LOST = "lost: no answer"  # whether gossip or whoever asked it noticed first
+LOST = "lost: no answer"  # by gossip, or by a request of this node
 ROWS_MAX = 200  # of a table; --json has all
 BAR_WIDTH = 20
 FRAME_LINES = 4  # of a table: above and below its header and its rows
 
 
 def show(swarm: Mapping[str, Any]) -> None:
-    """Prints it once."""
+    """Prints the screen once."""
     Console(markup=False, highlight=False).print(screen(swarm))
 
 
 def screen(swarm: Mapping[str, Any], *, in_place: bool = False) -> RenderableType:
-    """All of it, to be printed; or, to be drawn `in_place` again and again, as much of it as the terminal holds."""
+    """Warnings and tables; `in_place` limits them to the height of the terminal."""
     return _Screen(swarm, in_place=in_place)
 
 
 def line(swarm: Mapping[str, Any]) -> str:
-    """All of it in one line, for a file or a pipe."""
+    """Members, fetches and warnings in one line, for a file or a pipe."""
     here = sum(member["state"] in HERE for member in swarm["members"])
     running = [fetch for fetch in swarm["fetches"] if fetch["running"]]
     rate = sum(fetch["rate_bytes_per_s"] for fetch in running)
@@ -57,7 +57,7 @@ class _Screen:
         node = swarm["node"]
         self._in_place = in_place
         here = sum(member["state"] in HERE for member in swarm["members"])
-        self._head = _words(f"{node['name']} at {node['address']}, {here} member{'' if here == 1 else 's'}")
+        self._head = _words(f"{node['name']} at {node['address']}, {count(here, 'member')}")
         self._warnings = swarm["warnings"]
         self._members = _members(swarm)
         self._fetches = _fetches([fetch for fetch in swarm["fetches"] if fetch["running"]])
@@ -95,8 +95,8 @@ class _Screen:
 
 
 class _Column(NamedTuple):
-    """`least`: what it may be cut to, by its end; None: not at all. `goes`: which column goes first where there is no
-    room; None: it stays."""
+    """`least`: minimum width of a column that may be cut; None: it is not cut. `goes`: its place in the order in which
+    columns are dropped; None: it stays."""
 
     header: str
     least: int | None = None
@@ -105,7 +105,7 @@ class _Column(NamedTuple):
 
 
 class _Rows:
-    """A table before it is known how large it may be."""
+    """The cells of a table, before its size is known."""
 
     def __init__(self, columns: Sequence[_Column], rows: Sequence[Sequence[Text | ProgressBar]]) -> None:
         self.rows = rows[:ROWS_MAX]
@@ -119,19 +119,19 @@ class _Rows:
         self._lines = list(accumulate(heights, initial=FRAME_LINES))
 
     def lines(self, count: int) -> int:
-        """How many the first rows take on the screen, with what is around them."""
+        """Height of a table of the first `count` rows, with its frame."""
         return self._lines[count] if count else 0
 
     def fitting(self, room: int) -> int:
-        """How many rows fit into so many lines."""
+        """Number of rows that fit into `room` lines."""
         return max((count for count in range(len(self.rows) + 1) if self.lines(count) <= room), default=0)
 
     def left_out(self, count: int) -> int:
-        """How many rows there are but the first ones."""
+        """Number of rows after the first `count`."""
         return self._all - count
 
     def table(self, count: int, width: int) -> Table:
-        """The first rows, in so many columns of the screen."""
+        """The first `count` rows in `width` characters."""
         chosen, widths = self._fitted(width)
         table = Table()
         for number in chosen:
@@ -143,14 +143,14 @@ class _Rows:
                 no_wrap=True,
                 overflow="ellipsis" if cut else "fold",
                 width=widths[number] if cut else None,
-                min_width=self._widths[number],  # of all rows: nothing moves when others are shown
+                min_width=self._widths[number],  # of all rows, so that columns keep their widths
             )
         for row in self.rows[:count]:
             table.add_row(*(row[number] for number in chosen))
         return table
 
     def _fitted(self, width: int) -> tuple[list[int], dict[int, int | None]]:
-        """The columns that fit, by number, and what those get that can be cut."""
+        """The columns that fit, by number, and the widths of those that may be cut."""
         least = [
             whole if column.least is None else min(whole, column.least)
             for column, whole in zip(self._columns, self._widths, strict=True)
@@ -201,7 +201,7 @@ def _members(swarm: Mapping[str, Any]) -> _Rows:
     for member in swarm["members"]:
         if member["state"] not in SHOWN and not member.get("wrong_chunks"):
             continue
-        told = (member.get(key) or "-" for key in ("host", "rack", "transport"))
+        place = (member.get(key) or "-" for key in ("host", "rack", "transport"))
         load = f"{member['uploads']}/{member['slots']}" if member.get("slots") else "-"
         word = LOST if member["state"] in ("suspect", "silent") else member["state"]
         state = f"{word}, slow" if member.get("slow") else word
@@ -213,7 +213,7 @@ def _members(swarm: Mapping[str, Any]) -> _Rows:
                 _words(member["name"], "bold" if member["id"] == swarm["node"]["id"] else ""),
                 _words(member["address"]),
                 Text(state, "bold red" if lies else STYLES.get(member["state"], "")),
-                *map(_words, told),
+                *map(_words, place),
                 Text(load),
                 _words("\n".join(holds.get(member["name"], [nothing]))),
                 Text(_rate(member.get("up_bytes_per_s"))),
@@ -233,7 +233,7 @@ def _fetches(fetches: Sequence[Mapping[str, Any]]) -> _Rows:
     for fetch in fetches:
         eta_s = fetch["eta_s"]
         left = "stalled" if fetch["stalled"] else "waiting" if eta_s is None else f"{eta_s:.0f} s"
-        best = [f"{one['name']} {_rate(one['rate_bytes_per_s'])}" for one in fetch["fed_by"][:1]]
+        best = [f"{source['name']} {_rate(source['rate_bytes_per_s'])}" for source in fetch["fed_by"][:1]]
         more = len(fetch["fed_by"]) - len(best)
         from_ = ", ".join([*best, *([f"{more} more"] if more > 0 else [])]) or f"{fetch['sources']} so far"
         rows.append(
@@ -260,5 +260,5 @@ def _words(text: str, style: str = "") -> Text:
 
 
 def _printable(text: str) -> str:
-    """Without what would move the cursor, or reorder what is read."""
+    """Replaces characters that move the cursor or reorder text."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -1,7 +1,6 @@
-"""`swarm status` again and again: asks some node that answers, draws what it says in place, and says it plainly into
-a pipe.
+"""`swarm status --watch`: asks a node every second, redraws the screen on a terminal, prints a line elsewhere.
 
-The node that was asked may die; then another one is asked that it told of.
+If the asked node dies, a member that it had reported is asked instead.
 """
 
 from __future__ import annotations
@@ -17,20 +16,22 @@ from rich.live import Live
 from rich.text import Text
 
 from swarm.cli import status_table
-from swarm.cli.status_json import healthy, seen
+from swarm.cli.status_json import healthy, swarm_status
 from swarm.errors import PeerUnreachable
 from swarm.node import status_client
 
 EVERY_S = 1.0
-FALLBACKS_MAX = 8  # members asked when nobody else answers: each may take its time
+FALLBACKS_MAX = 8  # members asked if the given nodes do not answer; each may take until its timeout
 GIVE_UP_AFTER_S = 30.0
 
 Ask: TypeAlias = Callable[[], dict[str, Any]]
 
 
 class Asker:
-    """Asks `addresses`, and when none of them answers, members that the last answer named. `context` is the proof for
-    nodes of other machines; those in `addresses` are asked with it where `proven`."""
+    """Asks the first of `addresses` that answers, else a member of the last answer.
+
+    `context` proves membership to nodes of other machines; `addresses` get it only if `proven`.
+    """
 
     def __init__(self, addresses: Sequence[str], context: SSLContext | None, *, proven: bool) -> None:
         self._addresses = list(addresses)
@@ -39,14 +40,14 @@ class Asker:
         self._others: list[str] = []
 
     def __call__(self) -> dict[str, Any]:
-        """The swarm as some node sees it (see `seen`). Raises PeerUnreachable."""
+        """The JSON of `swarm status --json`. Raises PeerUnreachable."""
         try:
             address, report = status_client.ask_any(self._addresses, self._context if self._proven else None)
             context = self._context if self._proven else None
         except PeerUnreachable as error:
             address, report = self._ask_others(error)
             context = self._context
-        swarm = seen(report, status_client.view(address, context))
+        swarm = swarm_status(report, status_client.view(address, context))
         others = [m["address"] for m in swarm["members"] if m["state"] == "alive" and m["address"] != address]
         self._others = others[:FALLBACKS_MAX] or self._others
         return swarm
@@ -61,9 +62,9 @@ class Asker:
 
 
 def watch(ask: Ask) -> int:
-    """Shows it every second until it is interrupted; the exit code says whether all was well at last.
+    """Shows the swarm every second until it is interrupted. Returns 1 if the last answer had a bad warning, else 0.
 
-    Raises PeerUnreachable when nobody answers at first, or for a long time.
+    Raises PeerUnreachable if no node answers at first, or for `GIVE_UP_AFTER_S`.
     """
     swarm = ask()
     console = Console(markup=False, highlight=False)
@@ -77,25 +78,25 @@ def watch(ask: Ask) -> int:
                     refresh=True,
                 )
     except KeyboardInterrupt:
-        console.print(status_table.screen(swarm))  # the last one stays when the screen is given back
+        console.print(status_table.screen(swarm))  # remains after the alternate screen
     return 0 if healthy(swarm) else 1
 
 
 def _lines(ask: Ask, swarm: Mapping[str, Any]) -> int:
     try:
-        for said in _again(ask, swarm):
-            text = said.plain if isinstance(said, Text) else status_table.line(swarm := said)
+        for answer in _again(ask, swarm):
+            text = answer.plain if isinstance(answer, Text) else status_table.line(swarm := answer)
             sys.stdout.write(f"{time.strftime('%H:%M:%S')} {text}\n")
             sys.stdout.flush()
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:  # whoever read has seen enough
-        sys.stdout = None  # or Python would try to flush into it, and complain
+    except BrokenPipeError:  # the reader has closed the pipe
+        sys.stdout = None  # Python would flush it at exit, and complain
     return 0 if healthy(swarm) else 1
 
 
 def _again(ask: Ask, swarm: Mapping[str, Any]) -> Any:
-    """What `ask` says, now and every second; a text where nobody answers."""
+    """`swarm`, then an answer of `ask` every second; a text if no node answers."""
     yield swarm
     answered_at_s = time.monotonic()
     while True:
@@ -105,7 +106,7 @@ def _again(ask: Ask, swarm: Mapping[str, Any]) -> Any:
         except PeerUnreachable as error:
             if time.monotonic() - answered_at_s > GIVE_UP_AFTER_S:
                 raise
-            yield Text(f"nobody answers ({error}); asking again")
+            yield Text(f"no node answers ({error}); asking again")
             continue
         answered_at_s = time.monotonic()
         yield swarm

@@ -32,7 +32,7 @@ Words = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
 class PeerFlow(msgspec.Struct, frozen=True):
-    """Bytes of one artifact between this node and a peer: total and present rate."""
+    """Bytes of an artifact between this node and a peer: total and present rate."""
 
     digest: Digest
     direction: Literal["down", "up"]
@@ -52,7 +52,7 @@ class Rejected(msgspec.Struct, frozen=True):
 
 
 class FetchSummary(msgspec.Struct, frozen=True):
-    """A fetch of this node. Bytes include resumed ones. `seconds` is since its first request could be sent,
+    """A fetch of this node. Bytes include resumed chunks. `seconds` is since its first request could be sent,
     `average_bytes_per_s` over that time, `rate_bytes_per_s` over the last 5 s; `quiet_s` is since the last verified
     chunk. `sources` counts peers that sent a verified chunk."""
 

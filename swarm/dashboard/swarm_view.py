@@ -1,4 +1,4 @@
-"""The view: the whole swarm as one JSON object, from this node's status report and the reports of members.
+"""The view: the whole swarm as a JSON object, from this node's status report and the reports of members.
 
 Pure. The view holds objects only, keyed by node id, digest or link, so that the difference between two views is a JSON
 merge patch (RFC 7396): changed values, and null for removed ones. docs/dashboard.md has its fields.
@@ -23,7 +23,7 @@ GONE_SHOWN_S = 90.0
 
 
 class SwarmView:
-    """Makes views, one after another. Its only state is the time at which members died or left."""
+    """Makes views. Its only state is the time at which members died or left."""
 
     def __init__(self) -> None:
         self._gone_at_s: dict[str, float] = {}

@@ -76,7 +76,7 @@ class Rate:
 
 @dataclass
 class FetchSource:
-    """The part of one peer in a fetch. `number` is its place in `FetchRecord.sources`."""
+    """The part of a peer in a fetch. `number` is its place in `FetchRecord.sources`."""
 
     number: int
     name: str
@@ -93,7 +93,7 @@ class FetchSource:
 
 @dataclass
 class FetchRecord:
-    """One fetch, running or ended. Times are on the node's clock, if not said otherwise.
+    """A fetch, running or ended. Times are on the node's clock, if not said otherwise.
 
     The fetch began at `began_at_s` and its manifest was here at `manifest_at_s`; `started_at_s` is when requests could
     begin, because the chunks stored before were hashed.
@@ -140,7 +140,7 @@ class FetchRecord:
 
     @property
     def done_bytes(self) -> int:
-        """Bytes verified so far, resumed ones included."""
+        """Bytes verified so far, resumed chunks included."""
         return self.resumed_bytes + self.received_bytes
 
     @property
@@ -162,7 +162,7 @@ class FetchRecord:
         return list(self.sources)[self._source_numbers[found]], round(self._seconds[found], 3)
 
     def source(self, node: NodeId, name: str, at_s: float) -> FetchSource:
-        """The source with this node id, made if there is none."""
+        """The source with this node id, made at its first event."""
         if (source := self.sources.get(node)) is None:
             source = self.sources[node] = FetchSource(len(self.sources), name, at_s)
         source.heard_at_s = at_s
@@ -318,7 +318,7 @@ class FetchRecords:
         journal.subscribe(self.apply, *self.KINDS)
 
     def apply(self, entry: Entry) -> None:
-        """Applies one entry."""
+        """Applies an entry."""
         match entry.event:
             case Received(node, digest, chunk, size):  # first, because there are as many as chunks
                 if fetch := self._running(digest):

@@ -106,7 +106,7 @@ class NodeReport:
         journal.subscribe(self._apply, Opened, Joined, MemberChanged, Left, ArtifactsAnnounced, Received, Sent)
 
     def apply(self, entry: Entry) -> None:
-        """Applies one entry."""
+        """Applies an entry."""
         self.fetches.apply(entry)
         self._apply(entry)
 

@@ -45,7 +45,7 @@ class Metrics:
         journal.subscribe(self.apply, *_KINDS, Received, Sent, FetchEnded)
 
     def apply(self, entry: Entry) -> None:
-        """Counts one entry."""
+        """Counts an entry."""
         event = entry.event
         self._counts[type(event)] += 1
         if isinstance(event, (Received, Sent)):  # a union would be built again for every chunk

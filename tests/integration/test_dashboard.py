@@ -1,4 +1,4 @@
-"""The dashboard in a real browser, of a real swarm: does a person see what happens, whatever they see it with?
+"""The dashboard of a real swarm in a real browser, with and without colours, by mouse and by keyboard.
 
 Needs playwright and Chromium. With `SWARM_SCREENSHOTS=docs/pictures` the pictures of the documents are made anew.
 """
@@ -128,7 +128,7 @@ def test_shows_the_page_what_happens_while_a_fetch_runs(page: Any, stage: Stage)
         lambda: page.evaluate(SAYS_THE_WARNING_WHAT_THE_TABLE_SAYS, f"replica-{SLOW}"), "one rate of who is slow"
     )
     assert re.search(r"chunks are with seed-0 only", page.inner_text("#alone"))
-    assert re.search(r"tell of themselves\. Liar does not", page.inner_text("#asked"))
+    assert re.search(r"members answered\. Liar did not", page.inner_text("#asked"))
     assert page.locator("#link-rows tr").count() == 5
     page.click("#links-more")
     page.wait_for_selector("#link-rows tr:nth-child(9)")

@@ -1,11 +1,11 @@
-// Chunk maps, as torrent clients show them: a strip for each member, and above them how many copies there are. And, for
-// one chosen chunk, who gave it to whom.
+// Chunk maps, as torrent clients show them: a strip for each member, above them the number of copies; and the
+// distribution tree of a chosen chunk.
 
 import * as words from "./words.js";
 
 const maps = document.getElementById("maps");
 const alone = document.getElementById("alone");
-const untold = document.getElementById("untold");
+const unknown = document.getElementById("unknown");
 const heldInPart = document.getElementById("held-in-part");
 const treeBox = document.getElementById("tree");
 const strips = new Map();
@@ -54,7 +54,7 @@ const seen = new IntersectionObserver((entries) => {
   }
 }, { root: maps, rootMargin: "60px" });
 
-// One pixel for each cell, which the style sheet stretches; of strips that can be seen alone.
+// One pixel for each cell, stretched by the style sheet; strips outside the visible part are skipped.
 function paint(made) {
   const drawn = `${made.key}|${made.marked}`;
   if (!made.visible || !made.levels?.length || made.drawn === drawn) return;
@@ -72,9 +72,9 @@ function show(made, key, levels, marked) {
   paint(made);
 }
 
-function say(element, text) {
-  if (element.said === text) return;
-  element.said = text;
+function write(element, text) {
+  if (element.shownText === text) return;
+  element.shownText = text;
   element.textContent = text;
 }
 
@@ -86,8 +86,8 @@ export function draw(view, { digest, chunk, onChunk }) {
   const marked = chunk != null && total ? Math.floor((chunk * count) / total) : null;
   const onCell = (at) => { if (count) onChunk(Math.ceil((Math.floor(at * count) * total) / count)); };
   const copies = new Array(count).fill(0);
-  const only = new Array(count).fill(null); // the one member that has anything of a cell
-  let told = true;
+  const only = new Array(count).fill(null); // the only member that holds chunks of a cell; "": several do
+  let known = true;
   const wanted = [];
   for (const id of holders) {
     const member = view.members[id];
@@ -102,15 +102,15 @@ export function draw(view, { digest, chunk, onChunk }) {
         return ["held", digit === "0" ? 0 : digit === "9" ? 1 : 0.25 + Number(digit) * 0.06];
       });
     } else {
-      // Known by its size alone: it is not told which chunks these are.
-      told = false;
+      // Gossip gives the fraction only.
+      known = false;
       const filled = Math.round(hold.fraction * Math.max(count, 1));
       levels = Array.from({ length: Math.max(count, 1) }, (_, n) => ["guess", n < filled ? 1 : 0]);
     }
     show(made, `${cells ?? hold.fraction}`, levels, marked);
-    say(made.name, member.name);
-    say(made.part, words.percent(hold.fraction));
-    const label = `${member.name} holds ${words.percent(hold.fraction)}${cells ? "" : "; which chunks is not told"}`;
+    write(made.name, member.name);
+    write(made.part, words.percent(hold.fraction));
+    const label = `${member.name} holds ${words.percent(hold.fraction)}${cells ? "" : "; which chunks is unknown"}`;
     if (made.label !== label) made.canvas.setAttribute("aria-label", label);
     made.label = label;
     wanted.push([id, made.box]);
@@ -122,15 +122,15 @@ export function draw(view, { digest, chunk, onChunk }) {
     const least = Math.min(...copies.map(Math.round));
     show(made, copies.map((n) => n.toFixed(1)).join(), copies.map((n) => ["accent", n ? 0.15 + 0.85 * (n / most) : 0]), null);
     const many = `${least === most ? "" : `${least} to `}${most} ${most === 1 ? "copy" : "copies"}`;
-    say(made.name, "in the swarm");
-    say(made.part, many);
+    write(made.name, "in the swarm");
+    write(made.part, many);
     made.canvas.setAttribute("aria-label", `Of each chunk there are ${many} in the swarm`);
     wanted.unshift(["copies", made.box]);
   }
-  untold.hidden = told;
+  unknown.hidden = known;
   heldInPart.hidden = total <= count;
-  say(heldInPart.lastChild, `held in part (a column is ${Math.ceil(total / Math.max(1, count))} chunks)`);
-  warnOfTheOnly(told ? only.filter(Boolean) : [], total, count);
+  write(heldInPart.lastChild, `held in part (a column is ${Math.ceil(total / Math.max(1, count))} chunks)`);
+  warnOfSingleCopies(known ? only.filter(Boolean) : [], total, count);
   wanted.forEach(([, box], n) => { if (maps.children[n] !== box) maps.insertBefore(box, maps.children[n] ?? null); });
   while (maps.children.length > wanted.length) maps.lastChild.remove();
   const present = new Set(wanted.map(([key]) => key));
@@ -141,14 +141,14 @@ export function draw(view, { digest, chunk, onChunk }) {
   }
 }
 
-// That some chunks have one copy alone is worth knowing before that member is stopped. Cells are counted, not chunks.
-function warnOfTheOnly(names, total, count) {
+// A member that holds the only copy of chunks must not be stopped. The number is an estimate: cells are counted.
+function warnOfSingleCopies(names, total, count) {
   alone.hidden = !names.length;
   if (!names.length) return;
   const holders = [...new Set(names)];
   const some = names.length === count ? `All ${total} chunks` : `About ${Math.max(1, Math.round((names.length * total) / count))} of ${total} chunks`;
-  const who = holders.length === 1 ? `${holders[0]} only: if it stops, nobody` : `one member only (${holders.slice(0, 3).join(", ")}${holders.length > 3 ? " and others" : ""}): if that stops, nobody`;
-  say(alone, `${some} are with ${who} can get them.`);
+  const holder = holders.length === 1 ? `${holders[0]} only` : `one member only (${holders.slice(0, 3).join(", ")}${holders.length > 3 ? " and others" : ""})`;
+  write(alone, `${some} are with ${holder}: if it stops, the chunks are lost.`);
 }
 
 export async function ask(digest, chunk) {
@@ -156,8 +156,8 @@ export async function ask(digest, chunk) {
   return answer.ok ? answer.json() : null;
 }
 
-// The tree in words: who gave it to whom, as nested lists.
-export function tell(view, tree) {
+// The tree as nested lists: each member below its source.
+export function list(view, tree) {
   treeBox.replaceChildren();
   if (!tree) return;
   const name = (id) => view.members[id]?.name ?? id;
@@ -171,26 +171,26 @@ export function tell(view, tree) {
     children.set(parent, [...(children.get(parent) ?? []), [id, edge]]);
   }
   const seen = new Set();
-  const list = (parent) => {
+  const below = (parent) => {
     const ul = document.createElement("ul");
     const its = (children.get(parent) ?? []).sort(([, a], [, b]) => (a.at_s ?? 0) - (b.at_s ?? 0));
     for (const [id, edge] of its) {
-      if (seen.has(id)) continue; // what members tell need not be a tree
+      if (seen.has(id)) continue; // edges of lying members may make a circle
       seen.add(id);
       const li = document.createElement("li");
       const how = edge.source
         ? `${parent ? "" : ` from ${name(edge.source)},`} after ${words.seconds(edge.at_s)}`
-        : " had it";
+        : " stored it before";
       li.append(Object.assign(document.createElement("strong"), { textContent: name(id) }), how);
-      if (children.has(id)) li.append(list(id));
+      if (children.has(id)) li.append(below(id));
       ul.append(li);
     }
     return ul;
   };
-  treeBox.append(list(""));
+  treeBox.append(below(""));
   if (tree.silent.length) {
     const p = document.createElement("p");
-    p.textContent = `Not told by ${tree.silent.map(name).join(", ")}.`;
+    p.textContent = `No answer from ${tree.silent.map(name).join(", ")}.`;
     treeBox.append(p);
   }
 }

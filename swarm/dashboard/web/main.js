@@ -1,4 +1,4 @@
-// Joins the parts: the view comes in, the parts draw it, and what a person chooses is kept here.
+// Joins the parts: passes each view to them, and keeps the choices of the user.
 
 import * as chunks from "./chunks.js";
 import * as members from "./members.js";
@@ -69,8 +69,8 @@ function head() {
   document.title = `${Object.keys(view.warnings).length ? "(!) " : ""}swarm · ${here.length} members`;
   const quiet = here.filter((m) => !m.reports).map((m) => m.name);
   const named = quiet.slice(0, 5).join(", ") + (quiet.length > 5 ? ` and ${quiet.length - 5} more` : "");
-  const told = quiet.length ? `${here.length - quiet.length} of ${here.length} members tell of themselves. ${named} ${quiet.length > 1 ? "do" : "does"} not: shown is what gossip and links say of ${quiet.length > 1 ? "them" : "it"}.` : `All ${here.length} members tell of themselves.`;
-  if (element("asked").textContent !== told) element("asked").textContent = told;
+  const asked = quiet.length ? `${here.length - quiet.length} of ${here.length} members answered. ${named} did not: the page shows what gossip and links know of ${quiet.length > 1 ? "them" : "it"}.` : `All ${here.length} members answered.`;
+  if (element("asked").textContent !== asked) element("asked").textContent = asked;
 }
 
 function options(select, wanted, value) {
@@ -98,16 +98,16 @@ async function showTree() {
   element("chunk-close").hidden = false;
   element("tree-twin").hidden = false;
   element("tree-twin").href = `/tree/${digest}/${chunk}`;
-  element("picture-title").textContent = `Who gave chunk ${chunk} to whom`;
-  chunks.tell(view, tree);
+  element("picture-title").textContent = `Distribution tree of chunk ${chunk}`;
+  chunks.list(view, tree);
   redraw();
 }
 
 function closeTree() {
   chosen.tree = chosen.chunk = null;
   element("chunk-close").hidden = element("tree-twin").hidden = true;
-  element("picture-title").textContent = "Who feeds whom";
-  chunks.tell(view, null);
+  element("picture-title").textContent = "Transfers between members";
+  chunks.list(view, null);
   redraw();
 }
 
@@ -132,7 +132,7 @@ async function showTimeline(key) {
   if (chosen.fetch !== key) return;
   element("fetch").value = key;
   const name = view.members[node]?.name;
-  element("timeline-title").textContent = found && name ? `How ${name} ${found.running ? "gets" : "got"} it` : "Timeline of a fetch";
+  element("timeline-title").textContent = found && name ? `Fetch of ${name}` : "Timeline of a fetch";
   element("timeline-twin").hidden = false;
   element("timeline-twin").href = `/timeline/${digest}/of/${node}`;
   if (!element("lanes").contains(document.activeElement)) timeline.draw(found);

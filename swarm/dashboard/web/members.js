@@ -1,4 +1,4 @@
-// The tables: members, links and warnings, in words and numbers. The twin of the picture for whoever does not see it.
+// The tables: members, links and warnings. They hold all values of the picture, for screen readers too.
 
 import * as words from "./words.js";
 
@@ -9,11 +9,11 @@ const announcement = document.getElementById("announcement");
 const linksMore = document.getElementById("links-more");
 const LINKS_MAX = 200, LINKS_FIRST = 5;
 let allLinks = false;
-let said = new Set();
+let announced = new Set();
 
-function say(element, text) {
-  if (element.said === text) return;
-  element.said = text;
+function write(element, text) {
+  if (element.shownText === text) return;
+  element.shownText = text;
   element.textContent = text;
 }
 
@@ -24,7 +24,7 @@ function made(name, kind, parent) {
   return element;
 }
 
-// Makes `parent` have one child for each key, in order, and fills each.
+// Gives `parent` one child for each key, in order, and fills each.
 function keyed(parent, keys, make, fill) {
   const have = new Map([...parent.children].map((child) => [child.dataset.key, child]));
   keys.forEach((key, n) => {
@@ -49,7 +49,7 @@ function row(chosen) {
     button.type = "button";
     button.addEventListener("click", () => chosen(id));
     made("span", "address", head);
-    made("span", "state under", head); // instead of its column, where the screen is narrow
+    made("span", "state under", head); // replaces its column on a narrow screen
     made("span", "state", made("td", "beside", tr));
     const holds = made("td", "holds", tr);
     made("i", "", made("span", "bar", holds));
@@ -67,28 +67,28 @@ export function draw(view, { digest, selected, chosen }) {
     const fetch = words.running(member);
     const [head, state, holds, ready, down, up, place] = tr.children;
     tr.className = `is-${condition}${selected === id ? " selected" : ""}`;
-    say(head.firstChild, member.name);
-    say(head.children[1], member.address);
+    write(head.firstChild, member.name);
+    write(head.children[1], member.address);
     head.firstChild.setAttribute("aria-pressed", String(selected === id));
-    say(state.firstChild, words.STATES[condition]);
-    say(head.lastChild, words.STATES[condition]);
-    say(place, [member.rack, member.host].filter(Boolean).join(", ") || "–");
+    write(state.firstChild, words.STATES[condition]);
+    write(head.lastChild, words.STATES[condition]);
+    write(place, [member.rack, member.host].filter(Boolean).join(", ") || "–");
     const part = fetch ? fetch.done_bytes / Math.max(1, fetch.bytes) : words.fraction(member, digest);
     const width = `${(part * 100).toFixed(1)}%`;
     if (holds.firstChild.firstChild.style.width !== width) holds.firstChild.firstChild.style.width = width;
-    say(holds.lastChild, words.percent(part));
-    say(ready, fetch ? words.seconds(fetch.eta_s) : condition === "seed" ? "ready" : "–");
-    say(down, words.rate(member.down_bytes_per_s));
-    say(up, words.rate(member.up_bytes_per_s));
+    write(holds.lastChild, words.percent(part));
+    write(ready, fetch ? words.seconds(fetch.eta_s) : condition === "seed" ? "ready" : "–");
+    write(down, words.rate(member.down_bytes_per_s));
+    write(up, words.rate(member.up_bytes_per_s));
   });
   const moving = Object.entries(view.links).filter(([, link]) => link.rate_bytes_per_s > 0);
-  say(document.getElementById("links-count"), String(moving.length));
+  write(document.getElementById("links-count"), String(moving.length));
   if (document.getElementById("links-twin").open) {
     moving.sort(([, a], [, b]) => b.rate_bytes_per_s - a.rate_bytes_per_s);
     const fill = (tr, key) => {
       const link = view.links[key];
       const cells = [view.members[link.source]?.name, view.members[link.target]?.name, words.rate(link.rate_bytes_per_s), words.bytes(link.bytes)];
-      cells.forEach((text, n) => say(tr.children[n], text ?? "–"));
+      cells.forEach((text, n) => write(tr.children[n], text ?? "–"));
     };
     const make = () => {
       const tr = document.createElement("tr");
@@ -98,16 +98,16 @@ export function draw(view, { digest, selected, chosen }) {
     keyed(linkRows, moving.slice(0, allLinks ? LINKS_MAX : LINKS_FIRST).map(([key]) => key), make, fill);
     const more = Math.min(moving.length, LINKS_MAX) - LINKS_FIRST;
     linksMore.hidden = more <= 0 && !allLinks;
-    say(linksMore, allLinks ? `Only the first ${LINKS_FIRST}` : `Show ${more} more`);
+    write(linksMore, allLinks ? `Only the first ${LINKS_FIRST}` : `Show ${more} more`);
   }
 }
 
-// All links instead of the first few, or these again.
+// Switches between all links and the first few.
 export function toggleLinks() {
   allLinks = !allLinks;
 }
 
-// Warnings, and the news among them for screen readers.
+// Warnings; new ones are announced to screen readers.
 export function warn(view, chosen) {
   const keys = Object.keys(view.warnings).sort();
   document.getElementById("warnings").classList.toggle("well", keys.length === 0);
@@ -132,17 +132,17 @@ export function warn(view, chosen) {
     if (key !== "none") return make(key);
     const li = document.createElement("li");
     li.className = "none";
-    li.textContent = "All is well.";
+    li.textContent = "No warnings.";
     return li;
   }, (li, key) => {
     if (key === "none") return;
     const warning = view.warnings[key];
     li.className = `level-${warning.level}`;
-    say(li.querySelector(".level"), warning.level === "bad" ? "!" : "?");
-    say(li.querySelector("strong"), warning.what + ".");
-    say(li.querySelector(".do"), warning.do);
+    write(li.querySelector(".level"), warning.level === "bad" ? "!" : "?");
+    write(li.querySelector("strong"), warning.what + ".");
+    write(li.querySelector(".do"), warning.do);
   });
-  const fresh = keys.filter((key) => !said.has(key));
-  if (fresh.length) say(announcement, fresh.slice(0, 5).map((key) => view.warnings[key].what).join(". "));
-  said = new Set(keys);
+  const fresh = keys.filter((key) => !announced.has(key));
+  if (fresh.length) write(announcement, fresh.slice(0, 5).map((key) => view.warnings[key].what).join(". "));
+  announced = new Set(keys);
 }

@@ -1,13 +1,12 @@
-// A recording instead of a live swarm: where it is, and where a person wants it to be. What the page shows is the path of
-// its events, so that to pause, to seek and to go faster is to follow another path.
+// Position and speed of a recording. Both are in the path of its events: pause, seek and speed switch to another path.
 
 import * as words from "./words.js";
 
 const element = (id) => document.getElementById(`replay-${id}`);
 const bar = document.getElementById("replay");
-let now = null; // what the view says of it
+let now = null; // `replay` of the view
 let watch = null;
-let held = false; // the slider is in somebody's hand
+let held = false; // the user drags the slider
 
 const atEnd = () => now.at_s >= now.seconds;
 
@@ -16,7 +15,7 @@ function go(at_s, speed) {
   watch(`/events/${Math.round(at_s * 1000)}/${speed}`);
 }
 
-// `watch(url)` follows other events from now on.
+// `watching(url)` switches to other events.
 export function follow(watching) {
   watch = watching;
 }

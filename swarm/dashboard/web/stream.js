@@ -1,4 +1,4 @@
-// The view as it changes: a snapshot, then JSON merge patches (RFC 7396). The browser reconnects by itself.
+// The live view: a snapshot, then JSON merge patches (RFC 7396). The browser reconnects by itself.
 
 function merge(target, changes) {
   for (const [key, value] of Object.entries(changes)) {
@@ -9,13 +9,13 @@ function merge(target, changes) {
   return target;
 }
 
-// `show(view)` is called with every change; `tell(connected)` when the connection comes or goes. Returns
-// what ends it.
-export function follow(url, show, tell) {
+// Calls `show(view)` after every change, and `connected(true | false)` when the connection opens or breaks. Returns a
+// function that closes it.
+export function follow(url, show, connected) {
   let view = null;
   const source = new EventSource(url);
-  source.addEventListener("open", () => tell(true));
-  source.addEventListener("error", () => tell(false));
+  source.addEventListener("open", () => connected(true));
+  source.addEventListener("error", () => connected(false));
   source.addEventListener("snapshot", (event) => { view = merge({}, JSON.parse(event.data)); show(view); });
   source.addEventListener("patch", (event) => { if (view) show(merge(view, JSON.parse(event.data))); });
   addEventListener("pagehide", () => source.close());

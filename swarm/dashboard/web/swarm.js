@@ -1,12 +1,12 @@
-// The swarm as a picture: members on a ring, those of one host and one rack beside each other; links with live rates
-// between them; or, when a chunk is chosen, the tree that it took. Elements are kept and changed, never drawn anew.
+// The swarm as a picture: members on a ring, ordered by rack and host; between them links with their rates, or the
+// distribution tree of a chosen chunk. Elements are kept and changed, never drawn again.
 
 import * as words from "./words.js";
 
 const SVG = "http://www.w3.org/2000/svg";
-const NAMED_MAX = 24; // with more members than this only those that matter have their names written
-const LINKS_MAX = 250; // drawn at once, the fastest first: more are a grey cloud; the table has them
-const RATES_MAX = 6; // only the fastest links have their rates written, where there is room
+const NAMED_MAX = 24; // with more members only marked ones show their names
+const LINKS_MAX = 250; // the fastest first: more are unreadable; the table has them
+const RATES_MAX = 6; // only the fastest links show their rates, if there is room
 const SIGNS = {
   slow: "M-.3-.5H.3L-.3.5H.3z", dead: "M-.5-.5.5.5M.5-.5-.5.5", left: "M-.5-.5.5.5M.5-.5-.5.5", wrong: "M0-.6V.1M0 .5V.55",
 };
@@ -29,7 +29,7 @@ function add(parent, name, kind, attributes = {}) {
   return made;
 }
 
-// What was written last is remembered beside the element: asking the page costs more than comparing here.
+// Keeps the last values beside the element: to read them from the page costs more.
 function set(element, attributes) {
   const written = (element.written ??= {});
   for (const [name, value] of Object.entries(attributes)) {
@@ -39,9 +39,9 @@ function set(element, attributes) {
   }
 }
 
-function say(element, text) {
-  if ((element.said ?? "") === text) return;
-  element.said = text;
+function write(element, text) {
+  if ((element.shownText ?? "") === text) return;
+  element.shownText = text;
   element.textContent = text;
 }
 
@@ -49,7 +49,7 @@ const { compare } = new Intl.Collator("en", { numeric: true });
 const byPlace = ([a, x], [b, y]) =>
   compare(x.rack ?? "", y.rack ?? "") || compare(x.host ?? "~", y.host ?? "~") || compare(x.name, y.name) || compare(a, b);
 
-// Ids in the order in which everything lists them.
+// Ids in the order of all lists.
 export const ordered = (view) => Object.entries(view.members).filter(([, m]) => m.state !== "left" || m.wrong_chunks).sort(byPlace).map(([id]) => id);
 
 function arrange(view, ids) {
@@ -174,7 +174,7 @@ function ring(part, r) {
   return `M0${-r}A${r} ${r} 0 ${angle > Math.PI ? 1 : 0} 1 ${(r * Math.sin(angle)).toFixed(2)} ${(-r * Math.cos(angle)).toFixed(2)}`;
 }
 
-// What is written under a name, in one line.
+// The line below a name.
 export function note(member, short = false) {
   const condition = words.condition(member);
   const fetch = words.running(member);
@@ -189,10 +189,10 @@ export function note(member, short = false) {
     case "wrong": return short ? `wrong chunks${banned ? " · banned" : ""}` : `sent ${member.wrong_chunks} wrong chunk${member.wrong_chunks === 1 ? "" : "s"}${banned ? ` · banned by ${banned} of ${Object.keys(member.wrong_to).length}` : ""}`;
     case "slow": return short ? `slow · ${words.soon(fetch?.eta_s)}` : `slow · ${done} · ${fetch?.eta_s == null ? left : `ready in ${words.soon(fetch.eta_s)}`}`;
     case "fetching": return progress;
-    case "unknown": return "heard of";
+    case "unknown": return "reported by others";
     case "part": return `has ${words.percent(words.fraction(member))}`;
     case "idle": return "holds nothing";
-    default: return member.up_bytes_per_s && short ? words.rate(member.up_bytes_per_s) : member.up_bytes_per_s ? `has all · gives ${words.rate(member.up_bytes_per_s)}` : "has all";
+    default: return member.up_bytes_per_s && short ? words.rate(member.up_bytes_per_s) : member.up_bytes_per_s ? `has all · sends ${words.rate(member.up_bytes_per_s)}` : "has all";
   }
 }
 
@@ -206,7 +206,7 @@ function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
     transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
     class: `node is-${condition}${selected === id ? " selected" : ""}${member.self ? " self" : ""}${dim ? " dim" : ""}`,
     "aria-pressed": String(selected === id),
-    "aria-label": `${member.name}: ${words.STATES[condition]}, ${note(member)}, ${words.place(member)}, gets ${words.rate(member.down_bytes_per_s)}, gives ${words.rate(member.up_bytes_per_s)}`,
+    "aria-label": `${member.name}: ${words.STATES[condition]}, ${note(member)}, ${words.place(member)}, receives ${words.rate(member.down_bytes_per_s)}, sends ${words.rate(member.up_bytes_per_s)}`,
   });
   const whole = part >= 1 && condition !== "dead";
   set(made.plate, { d: condition === "wrong" ? `M0${-r * 1.35} ${r * 1.35} 0 0 ${r * 1.35} ${-r * 1.35} 0z` : "" });
@@ -224,14 +224,14 @@ function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
   const up = side === "middle" ? (Math.sin(angle) < 0 ? -away - 17 : away + 12) : -3;
   set(made.name, { x: tx, y: up, "text-anchor": side });
   set(made.note, { x: tx, y: up + 15, "text-anchor": side });
-  say(made.name, named ? shortened(member.name, narrow ? 11 : 26) : "");
-  say(made.note, named ? note(member, narrow) : "");
+  write(made.name, named ? shortened(member.name, narrow ? 11 : 26) : "");
+  write(made.note, named ? note(member, narrow) : "");
 }
 
 const shortened = (name, most) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
 
 function curve(from, to) {
-  // Bent towards the centre; a link and the one that goes back are kept apart.
+  // Bent towards the centre; the two directions of a link are kept apart.
   const mx = (from.x + to.x) / 2, my = (from.y + to.y) / 2;
   const dx = to.x - from.x, dy = to.y - from.y;
   const length = Math.hypot(dx, dy) || 1;
@@ -306,7 +306,7 @@ function drawLinks(wanted, selected) {
       written.push(free);
       set(made.label, { x: free.x, y: free.y + 4 });
     }
-    say(made.label, free ? link.words : "");
+    write(made.label, free ? link.words : "");
   }
 }
 

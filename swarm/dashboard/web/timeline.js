@@ -36,7 +36,7 @@ export function draw(found) {
   const open = box.querySelector("details")?.open ?? false;
   box.replaceChildren();
   if (!found) {
-    box.append(Object.assign(document.createElement("p"), { className: "hint", textContent: "No fetch was seen yet, or its member does not tell of it." }));
+    box.append(Object.assign(document.createElement("p"), { className: "hint", textContent: "No fetch yet, or its member does not answer." }));
     return;
   }
   const width = Math.max(320, box.clientWidth || 700);
@@ -48,7 +48,7 @@ export function draw(found) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", `${found.model_id}: ${found.running ? "running for" : "took"} ${words.seconds(found.seconds)}, from ${found.lanes.length} sources; the table below says the same`);
+  svg.setAttribute("aria-label", `${found.model_id}: ${found.running ? "running for" : "took"} ${words.seconds(found.seconds)}, from ${found.lanes.length} sources; the table below has the values`);
   let at = 0;
   for (const [name, seconds] of Object.entries(found.phases)) {
     if (seconds <= 0) continue;
@@ -86,7 +86,7 @@ export function draw(found) {
   for (const [name, seconds] of Object.entries(found.phases)) {
     if (seconds >= 0.05) item(PHASES[name] ?? "waiting", `${name} ${words.seconds(seconds)}`);
   }
-  item("", `A bar: what came verified from that member within ${found.bucket_s < 1 ? `${Math.ceil(found.bucket_s * 1000)} ms` : words.seconds(found.bucket_s)}; the highest is ${words.bytes(most)}`);
+  item("", `A bar: verified bytes from that member within ${found.bucket_s < 1 ? `${Math.ceil(found.bucket_s * 1000)} ms` : words.seconds(found.bucket_s)}; the highest is ${words.bytes(most)}`);
   if (found.lanes.some((lane) => lane.rejected_chunks)) item("", "✕ a wrong chunk");
   box.append(key);
   const details = document.createElement("details");

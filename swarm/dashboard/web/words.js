@@ -1,4 +1,4 @@
-// How numbers and states are said. Knows no elements of the page.
+// Numbers and states as text. Must not know: elements of the page.
 
 export function bytes(n) {
   if (n == null) return "–";
@@ -18,25 +18,25 @@ export function seconds(s) {
   return `${(s / 3600).toFixed(1)} h`;
 }
 
-// The same where there is little room.
+// The same, shorter.
 export const soon = (s) => (s >= 100 && s < 5400 ? `${Math.round(s / 60)} min` : seconds(s));
 
-// Rounded down: 100 % is said of what is whole only.
+// Rounded down: only a complete artifact has 100 %.
 export const percent = (fraction) => `${Math.floor(fraction * 100)} %`;
 
 export const running = (member) => Object.values(member.fetches).find((fetch) => fetch.running);
 
-// How much a member holds of what it holds or fetches, as one fraction: of one artifact, or of the one that arrives.
+// The fraction of an artifact that a member holds; without `digest` the least of all its artifacts.
 export function fraction(member, digest) {
   if (digest) return member.holds[digest]?.fraction ?? 0;
   const held = Object.values(member.holds).map((hold) => hold.fraction);
   return held.length ? Math.min(...held) : 0;
 }
 
-// The one word that says what a member is; wrong before slow, gone before all.
+// The state to show, most urgent first.
 export function condition(member) {
   if (member.state === "dead") return "dead";
-  if (member.wrong_chunks) return "wrong"; // one to be stopped, whoever is linked with it
+  if (member.wrong_chunks) return "wrong"; // must be stopped, even without a link to it
   if (member.state === "left") return "left";
   if (member.state === "suspect" || member.state === "silent") return "silent";
   if (member.slow && running(member)) return "slow";
@@ -44,12 +44,12 @@ export function condition(member) {
   if (member.state === "unknown") return "unknown";
   const holds = Object.values(member.holds);
   if (!holds.length) return "idle";
-  return holds.every((hold) => hold.fraction >= 1) ? "seed" : "part"; // it may fetch, and has not told so
+  return holds.every((hold) => hold.fraction >= 1) ? "seed" : "part"; // may be fetching without a report
 }
 
 export const STATES = {
   dead: "dead", left: "left", wrong: "wrong chunks", silent: "lost: no answer", slow: "slow", fetching: "fetching",
-  unknown: "heard of", seed: "seed", part: "has a part", idle: "holds nothing",
+  unknown: "reported by others", seed: "seed", part: "has a part", idle: "holds nothing",
 };
 
 export function place(member) {

@@ -104,8 +104,8 @@ def test_does_the_command_of_a_setup_replay_it(burst: Burst) -> None:
         ("--rack-slower 0", "rack-slower: 0.0 is not a number above zero"),
         ("--rack-slower inf", "rack-slower: inf is not a number above zero"),
         ("--runs 0", "runs: 0; at least 1"),
-        ("--runs 2 --trace x", "trace: tells of one run; leave out --runs"),
-        ("--runs 2 --plot x", "plot: tells of one run"),
+        ("--runs 2 --trace x", "trace: is of one run; leave out --runs"),
+        ("--runs 2 --plot x", "plot: is of one run"),
     ],
 )
 def test_what_does_it_say_of_what_cannot_be_played(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +176,7 @@ def test_is_a_bug_told_with_what_replays_it(
 
 def test_what_is_said_when_all_chunks_are_there_and_somebody_did_not_finish() -> None:
     report = Crowd(Burst(newcomers=2, chunks=16, model_bytes=10**9)).run(limit_s=0.5)
-    assert "although somebody holds each chunk, which is a bug in swarm; replay" in (failure(report) or "")
+    assert "although every chunk has a holder, which is a bug in swarm; replay" in (failure(report) or "")
 
 
 @pytest.mark.parametrize("runs", [1, 2])

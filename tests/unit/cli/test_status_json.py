@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from swarm.cli import status_table, status_watch
-from swarm.cli.status_json import SCHEMA, Json, healthy, seen
+from swarm.cli.status_json import SCHEMA, Json, healthy, swarm_status
 from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard.collector import MemberAnswer
 from swarm.dashboard.member_report import FetchSummary, KnownPeer, MemberReport, PeerFlow, Rejected
@@ -57,7 +57,8 @@ def fetching(*, quiet_s: float = 0.0) -> MemberReport:
 
 def swarm(known: Json, own: MemberReport | None = None, **told: MemberReport) -> Json:
     own = own or MemberReport(ME, "h", "", (), (), (), (), (), known["node"]["version"])
-    return seen(known, SwarmView().view(known, own, {each.node: MemberAnswer(each) for each in told.values()}, 0.0))
+    answers: dict[str, MemberAnswer] = {each.node: MemberAnswer(each) for each in told.values()}
+    return swarm_status(known, SwarmView().view(known, own, answers, 0.0))
 
 
 def codes(known: Json, own: MemberReport | None = None, **told: MemberReport) -> list[str]:
@@ -117,7 +118,7 @@ def test_is_a_version_told_that_differs() -> None:
     gossiped = report(member(A, "ann") | {"version": "2"})
     assert codes(gossiped) == ["version-skew"]
     assert codes(report(member(A, "ann", "left") | {"version": "2"})) == []
-    assert [m["version"] for m in seen(gossiped, None)["members"]] == [None, "2"]
+    assert [m["version"] for m in swarm_status(gossiped, None)["members"]] == [None, "2"]
     other = MemberReport(A, "h", "", (), (), (), (), (), "2")
     assert codes(report(member(A, "ann")), None, a=other) == ["version-skew"]
     assert codes(report(member(A, "ann")), None, a=MemberReport(A, "h", "", (), (), (), (), (), "1")) == []
@@ -138,7 +139,7 @@ def test_is_there_nothing_to_warn_of(known: Json) -> None:
 
 
 def test_is_a_node_without_a_view_shown_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    told = seen(ALL, None)
+    told = swarm_status(ALL, None)
     assert (told["warnings"], told["fetches"], told["asked"]) == ([], [], None)
     status_table.show(told)
     assert "3 members" in capsys.readouterr().out
