@@ -1,8 +1,8 @@
-"""What a bulk session needs of its connection, and the connection that is nothing but a socket.
+"""The connection of a bulk session: `ByteStream`, and `PlainStream` over a socket. `tls_stream` has the TLS one.
 
-A stream lives twice: first on the loop, where `hear` and `say` carry the few bytes that a session begins with; then,
-after `block`, on threads, one at a time, whose calls wait for at most `poll_s` and then raise BlockingIOError, so that
-a thread can look around. `transport.tls` has the other one. Knows nothing of frames and tokens.
+A stream has two phases. On the loop, `hear` and `say` carry the few bytes of the preamble. After `block`, threads use
+it, one at a time: their calls wait for at most `poll_s` and then raise BlockingIOError, so that a thread can check for
+a stop. Must not know: frames, tokens.
 """
 
 from __future__ import annotations
@@ -16,62 +16,61 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 SAID_BYTES_MAX = 4096
-LEAST_BYTES_MAX = 64 << 10  # waking a thread costs what hashing so much does; waiting for more saves little
+LEAST_BYTES_MAX = 64 << 10  # hashing it takes as long as waking a thread
 
 
 class ByteStream(Protocol):
-    """A connection. Everything but `fileno` raises OSError when it is gone."""
+    """A connection. All methods but `fileno` raise OSError when it is gone."""
 
     async def hear(self, most: int) -> bytes:
-        """Up to so many bytes, none at the end."""
+        """Receives up to `most` bytes; b"" at the end."""
 
     async def say(self, data: bytes) -> None:
         """Sends a few bytes."""
 
     def block(self, poll_s: float) -> None:
-        """From now on the calls of threads wait, for at most `poll_s` each."""
+        """Begins the phase of threads, whose calls wait for at most `poll_s`."""
 
     def idle(self) -> None:
-        """No thread waits until further notice: whoever watches the socket is to hear of the first byte."""
+        """No thread reads for now: the first byte must make the socket readable for the loop."""
 
     def recv_into(self, room: memoryview, /) -> int:
-        """Fills some of the room; 0 at the end. May wait for all of it: there must be as much to come."""
+        """Fills a part of `room`; 0 at the end. May wait for all of it, so as many bytes must be on their way."""
 
     def recvmsg_into(self, rooms: Sequence[memoryview], /) -> tuple[Any, ...]:
-        """Fills some of the rooms, in order; the first item says how much, 0 at the end. May wait for all of the first
-        room."""
+        """As `recv_into` over several rooms, in order; the first item is the count. May wait for the first room."""
 
     def readable(self) -> bool:
-        """Whether there is something to read, or nothing will ever be; does not wait. On the reading thread."""
+        """Whether bytes or the end can be read; does not wait. On the reading thread."""
 
     def send(self, data: memoryview, flags: int = 0, /) -> int:
-        """Sends some of it. `flags` is MSG_MORE when `send_file` follows."""
+        """Sends a part of `data`. `flags` is MSG_MORE before `send_file`."""
 
     def sendmsg(self, parts: Sequence[memoryview], /) -> int:
-        """Sends some of a few bytes and what follows them, in order."""
+        """Sends a part of a header and its payload."""
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
-        """Sends some of this range of a file; 0 when the file ends before it."""
+        """Sends a part of this range of a file; 0 when the file ends before it."""
 
     def said(self) -> bytes | None:
-        """Some of what the other end has said, b"" when it has left, None when neither; does not wait. On the loop."""
+        """Received bytes, b"" at the end, None for neither; does not wait. On the loop."""
 
     def fileno(self) -> int:
-        """The socket's; -1 when it is closed."""
+        """The descriptor of the socket; -1 when closed."""
 
     def shutdown(self, how: int, /) -> None:
         """Ends the connection, from any thread."""
 
     def close(self) -> None:
-        """Closes the socket, which no thread may use any more."""
+        """Closes the socket. No thread may use it."""
 
 
 class PlainStream(socket.socket):
-    """A connected TCP socket, which belongs to the stream from now on.
+    """A connected stream socket, which the stream owns.
 
-    On a slow link every packet would wake the thread that reads. So it reads what is there, and when there is nothing,
-    sleeps until LEAST_BYTES_MAX are, or what it waits for (SO_RCVLOWAT). That bounds `poll` and not `recv`, which would
-    begin to count anew after each packet that it has taken.
+    On a slow link each packet would wake the reading thread. So a thread reads the bytes that are there, and otherwise
+    polls until LEAST_BYTES_MAX or all wanted bytes are there (SO_RCVLOWAT). It polls because `recv` counts anew after
+    each packet.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -83,30 +82,30 @@ class PlainStream(socket.socket):
         self._arriving.register(self, select.POLLIN)
 
     async def hear(self, most: int) -> bytes:
-        """See ByteStream."""
+        """On the loop."""
         return await asyncio.get_running_loop().sock_recv(self, most)
 
     async def say(self, data: bytes) -> None:
-        """See ByteStream."""
+        """On the loop."""
         await asyncio.get_running_loop().sock_sendall(self, data)
 
     def block(self, poll_s: float) -> None:
-        """See ByteStream. One system call per write, unlike with Python's own timeouts."""
+        """By SO_SNDTIMEO: one system call a write, unlike Python's timeouts."""
         self.setblocking(True)
         self._poll_ms = 1e3 * poll_s
         poll = struct.pack("@ll", int(poll_s), int(poll_s % 1 * 1e6))
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
 
     def idle(self) -> None:
-        """See ByteStream. For epoll, too, a socket is readable once there is as much as was waited for last."""
+        """Resets SO_RCVLOWAT, which epoll obeys too."""
         self._wake_at(1)
 
     def recv_into(self, room: memoryview) -> int:  # type: ignore[override]
-        """See ByteStream."""
+        """Waits for all of it."""
         return self.recv_least(room, len(room))
 
     def recv_least(self, room: memoryview, least: int) -> int:
-        """As `recv_into`, but so many bytes are worth waking up for."""
+        """As `recv_into`, but waits for `least` bytes only."""
         try:
             return super().recv_into(room, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -114,7 +113,7 @@ class PlainStream(socket.socket):
             return super().recv_into(room, 0, socket.MSG_DONTWAIT)
 
     def recvmsg_into(self, rooms: Sequence[memoryview]) -> tuple[Any, ...]:  # type: ignore[override]
-        """See ByteStream."""
+        """Waits for the first room."""
         try:
             return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -122,7 +121,7 @@ class PlainStream(socket.socket):
             return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
 
     def readable(self) -> bool:
-        """See ByteStream. Looks itself: `poll` would wait for as much as the last read did."""
+        """By MSG_PEEK: `poll` would wait for SO_RCVLOWAT bytes."""
         try:
             self.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         except BlockingIOError:
@@ -132,18 +131,18 @@ class PlainStream(socket.socket):
         return True
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
-        """See ByteStream. Straight from the page cache."""
+        """From the page cache, without a copy."""
         return os.sendfile(self.fileno(), fd, offset, size)
 
     def said(self) -> bytes | None:
-        """See ByteStream."""
+        """Up to SAID_BYTES_MAX."""
         try:
             return self.recv(SAID_BYTES_MAX, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
 
     def _await(self, least: int) -> None:
-        """Until so many bytes can be read, or the other end has left; for a while at most."""
+        """Waits until `least` bytes or the end can be read, for at most `poll_s`."""
         self._wake_at(min(least, LEAST_BYTES_MAX))
         self._arriving.poll(self._poll_ms)
 

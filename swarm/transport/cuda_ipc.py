@@ -1,21 +1,21 @@
-"""CUDA IPC: within one host, the asker reads the holder's GPU memory itself; the holder neither copies nor computes.
+"""CUDA IPC: within a host the asker reads the holder's GPU memory; the holder neither copies nor computes.
 
-A session is one of TCP's (`tcp_session`) with a magic word of its own and two things more. Memory of a GPU is not sent
-but lent, as a frame of kind REGION; and the asker says when it has read a transfer:
+A session is a TCP session (`tcp_session`) with a magic word of its own and two additions. GPU memory is not sent but
+lent, in a frame of kind REGION, and the asker confirms that it has read a transfer:
 
     0         64       72     80
-    | handle  | offset | size |       handle: the driver's, of the allocation that the `size` bytes at `offset` lie in
+    | handle  | offset | size |       the driver's handle of the allocation that has `size` bytes at `offset`
 
     holder -> asker   REGION REGION ... END          asker -> holder   | transfer: u64 |
 
-Until then the transfer counts as being sent, so that whoever owns the memory knows that it is in use. A lease ends
-after LEASE_S: the session goes, and what its asker reads from then on has the wrong digest if the memory was reused.
-Bytes of host memory and files travel in DATA frames as ever.
+Until the confirmation the transfer counts as being sent, so that the owner keeps the memory. A lease expires after
+LEASE_S: the session ends, and bytes that the asker reads later have a wrong digest if the memory was reused. Host
+memory and files travel in DATA frames.
 
-An asker that cannot open a handle (another container) says so once in the log, and does not reach that holder this way
-again: the next in the list of transports is taken. Memory that the driver does not share (expandable segments) is sent
-in DATA frames by the holder. What a handle opens is asked of the
-driver before anything is read, so that a holder that lies about offsets fails a transfer and not this process.
+An asker that cannot open a handle (another container) logs it once and does not use this transport with that holder
+again; the next usable transport takes over. Memory that the driver cannot share (expandable segments) travels in DATA
+frames. The asker checks offsets against the allocation's size by the driver, so that a lying holder fails a transfer
+and not the process.
 
 Must not know: tokens, links, tensors.
 """
@@ -43,18 +43,18 @@ from swarm.transport.tcp_session import FRAME_BYTES_MAX, HEADER, Sending, TcpInb
 REGION = 4
 FRAME = struct.Struct(f">{cuda.HANDLE_BYTES}sQQ")
 READ = struct.Struct(">Q")
-REGION_BYTES_MAX = 64 << 20  # a whole chunk of any size: cutting it finer only costs frames
+REGION_BYTES_MAX = 64 << 20  # a whole chunk: smaller regions only cost frames
 MACHINE_IDS = ("/proc/sys/kernel/random/boot_id", "/etc/machine-id")
-LEASE_S = 10.0  # reading a transfer takes milliseconds; an asker that is stopped in a debugger must not keep memory
+LEASE_S = 10.0  # reading takes milliseconds; a stopped asker must not keep memory
 
 log = logging.getLogger("swarm")
 
-# Handles of this process's own allocations, which it cannot open: on which GPU and where they begin.
+# GPU and address by handle, of this process's own allocations: CUDA does not open own handles.
 _exported: dict[bytes, tuple[int, int]] = {}
 
 
 class CudaIpcTransport(TcpTransport):
-    """The plane of a node whose process uses a GPU."""
+    """The transport of a node whose process uses a GPU."""
 
     scheme = "cuda_ipc"
     reason = "both processes use GPUs of this machine"
@@ -68,16 +68,16 @@ class CudaIpcTransport(TcpTransport):
 
     @property
     def address(self) -> str:
-        """MACHINE/HOST:PORT; the machine is the kernel's own id of this boot."""
+        """MACHINE/HOST:PORT, with `machine_id`."""
         return f"{machine_id()}/{super().address}"
 
     def reach(self, address: str) -> bool:
-        """Whether the address is on this machine, and no handle of it has failed."""
+        """Whether the address is on this machine and none of its handles has failed."""
         where, _, rest = address.partition("/")
         return where == machine_id() and cuda.in_use() and address not in self._unusable and super().reach(rest)
 
     async def connect(self, address: str, token: str, *, timeout_s: float) -> Inbound:
-        """See `Transport`."""
+        """As Transport."""
         session = await super().connect(address.partition("/")[2], token, timeout_s=timeout_s)
         if isinstance(session, CudaIpcInbound):
             session.refused = functools.partial(self._refused, address)
@@ -117,9 +117,9 @@ class CudaIpcInbound(TcpInbound):
         super().__init__(sock, peer=peer, pool=pool)
 
     async def close(self) -> None:
-        """See `Inbound`. Closes what was opened, which the driver takes its time for."""
+        """As Inbound; closes handles on a thread, since the driver may block."""
         await super().close()
-        if self._job is None:  # else it still reads
+        if self._job is None:  # else the pump still reads
             opened, self._opened = self._opened, {}
             if opened:
                 await self._loop.run_in_executor(None, _close_handles, opened)
@@ -135,7 +135,7 @@ class CudaIpcInbound(TcpInbound):
         if kind != REGION:
             super()._take_payload(landing, kind, length)
             return
-        read = self._receive_into(self._frame, self._header)  # what follows is read together with it
+        read = self._receive_into(self._frame, self._header)  # together with the next header
         while read < length:
             read += self._receive_into(self._frame[read:])
         self._header_filled = read - length
@@ -143,7 +143,7 @@ class CudaIpcInbound(TcpInbound):
         while size:
             room = landing.borrow(size)
             if room is None:
-                return  # nobody wants the rest
+                return  # the landing has ended
             filled = 0
             try:
                 device = room.device if isinstance(room, DeviceView) else cuda.home()
@@ -157,7 +157,7 @@ class CudaIpcInbound(TcpInbound):
             self.received_bytes += filled
 
     def _find_region(self, device: int, handle: bytes, offset: int, size: int) -> int:
-        """Where the peer's bytes are in this process."""
+        """The address of the peer's bytes in this process."""
         own = _exported.get(handle)
         region = _region(*own) if own is not None else self._opened.get((device, handle))
         if region is None:
@@ -179,7 +179,7 @@ class CudaIpcInbound(TcpInbound):
             cuda.copy_view(room, DeviceView(device, source, room.nbytes, None))
 
     def _receive_room(self, room: View, length: int) -> int:
-        """Bytes off the socket into a room; one of a GPU gets them through pinned memory."""
+        """Bytes of the socket for GPU memory go through pinned memory."""
         if not isinstance(room, DeviceView):
             return super()._receive_room(room, length)
         if self._pinned is None:
@@ -194,12 +194,12 @@ class CudaIpcInbound(TcpInbound):
             try:
                 sent += self._sock.send(said[sent:])
             except BlockingIOError:
-                continue  # the holder is slow to listen; it looks at the session's end too
+                continue  # the holder is slow to read; the loop ends with the session
 
 
 @dataclass(frozen=True, slots=True)
 class _Region:
-    """An allocation of another process: where it begins here, and its bytes from there on."""
+    """An allocation of another process: its address in this process and its size."""
 
     start: int
     size: int
@@ -220,7 +220,7 @@ def _close_handles(opened: Mapping[tuple[int, bytes], _Region]) -> None:
 
 @dataclass
 class _Lease:
-    """A transfer whose memory the asker may read. `outcome`: a 1-tuple once this end has said everything."""
+    """A transfer whose memory the asker may read. `outcome`: a 1-tuple once END or ABORT is sent."""
 
     sending: Sending
     outcome: tuple[Exception | None] | None = None
@@ -235,7 +235,7 @@ class CudaIpcOutbound(TcpOutbound):
 
     def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
         self._leases: dict[int, _Lease] = {}
-        self._handles: dict[int, bytes | None] = {}  # by the allocation's number; None: it cannot be shared
+        self._handles: dict[int, bytes | None] = {}  # by the allocation's number; None: the driver cannot share it
         self._said = b""
         super().__init__(sock, peer=peer, pool=pool, pace=pace)
 
@@ -255,7 +255,7 @@ class CudaIpcOutbound(TcpOutbound):
         self._write(sending, len(frame), lambda done: self._sock.send(frame[done:]))
 
     def _lent(self, piece: DeviceView) -> bytes | None:
-        """What tells the asker where a piece is; None where the driver does not share such memory."""
+        """The REGION payload of a piece; None where the driver does not share its memory."""
         gpu = cuda.gpu(piece.device)
         start, _, number = gpu.allocation(piece.address)
         if number not in self._handles:
@@ -280,7 +280,7 @@ class CudaIpcOutbound(TcpOutbound):
                 return
             self._leases.pop(sending.transfer.id, None)
             if lease is not None and not lease.read and error is None:
-                error = self._error()  # nobody will ever say that it was read
+                error = self._error()  # it will not be confirmed any more
         super()._conclude(sending, error)
 
     def _readable(self) -> None:
@@ -311,13 +311,13 @@ class CudaIpcOutbound(TcpOutbound):
 
     def _expire(self, lease: _Lease) -> None:
         if self._leases.get(lease.sending.transfer.id) is lease:
-            self._lose(f"it did not say within {LEASE_S:g} s that it has read what it was lent")
+            self._lose(f"it did not confirm a lease within {LEASE_S:g} s")
 
     def _drop_transfers(self) -> None:
         super()._drop_transfers()
         with self._lock:
             over = [lease for lease in self._leases.values() if lease.outcome is not None]
-            for lease in over:  # the others are still to be concluded, as unread
+            for lease in over:  # the others are concluded later, as unread
                 del self._leases[lease.sending.transfer.id]
         for lease in over:
             lease.sending.end(lease.outcome[0] if lease.outcome and lease.outcome[0] else self._error())

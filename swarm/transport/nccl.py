@@ -1,17 +1,16 @@
-"""NCCL as a data plane between GPUs: a communicator of two for each session, made on demand, aborted with a deadline.
+"""NCCL as a transport between GPUs: a communicator of two for each session, aborted after a deadline.
 
-The holder draws the communicator's id and says it over the session's connection; both join. No global group, no ports,
-no environment. The communicator is a non-blocking one: every call that would wait is asked about until it is done or
-its time is over, and then aborted, after which the process lives on. It goes with its session, on a thread of its own,
-since that takes a third of a second.
+The holder creates the communicator's id and sends it over the connection of the session; both ends join. There is no
+global group, no port and no environment variable. The communicator is non-blocking: calls in progress are polled, and
+aborted after their deadline, which the process survives. It is destroyed on a thread, since that takes 0.3 s.
 
-The library is called directly, by ctypes: the one that torch has loaded, through eleven functions that have not changed
-since NCCL 2.18. torch.distributed's NCCL groups bring a watchdog that ends the process when a peer dies, and nccl4py is
-one more package to install for the same functions.
+The library that torch has loaded is called directly, by ctypes: eleven functions that are unchanged since NCCL 2.18.
+torch.distributed's NCCL groups have a watchdog that ends the process when a peer dies, and nccl4py is a further
+package for the same functions.
 
-Device views of one frame go into one NCCL group, so that there is one kernel for many chunks: at a busy source each
-kernel waits for those that run. Host memory goes through 4 MiB on the GPU. For clusters whose nodes trust each other:
-NCCL does not check who connects to it, or what it receives.
+The device views of a frame are one NCCL group, so one kernel for many chunks, which waits once for running kernels.
+Host memory goes through 4 MiB on the GPU. For clusters of trusted nodes: NCCL does not check its peer or its input.
+
 Must not know: transfers, tensors, links.
 """
 
@@ -21,7 +20,6 @@ import ctypes
 import functools
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,59 +27,47 @@ from swarm.errors import SettingsError, TransportError
 from swarm.store import DeviceView, View, cuda
 from swarm.transport.byte_stream import ByteStream
 from swarm.transport.paired import (
+    ASKER,
+    HOLDER,
     HOST_PIECE_BYTES_MAX,
     Done,
-    PairedInbound,
-    PairedOutbound,
-    make_lane,
+    PairedTransport,
     read_exactly,
     wait_for,
     write_all,
 )
 from swarm.transport.sink import LOOK_EVERY_S
-from swarm.transport.tcp import TcpTransport
-from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
 if TYPE_CHECKING:
     import torch
 
-SETUP_TIMEOUT_S = 4.5  # less than a peer waits for a session; 0.1 s is usual
-END_TIMEOUT_S = 5.0  # then it is aborted
+SETUP_TIMEOUT_S = 4.5  # below a peer's timeout for a session; 0.1 s is usual
+END_TIMEOUT_S = 5.0  # for finalizing; then it is aborted
 END_LOOK_EVERY_S = 0.01
-HOLDER, ASKER = 0, 1
 ID_BYTES = 128
 _IN_PROGRESS = 7
 _UINT8 = 1
 _UNSET = -(1 << 31)
 
 
-class NcclTransport(TcpTransport):
-    """The plane of a node whose process uses a GPU; its communicators are where the process's tensors are."""
+class NcclTransport(PairedTransport):
+    """The transport of a process that uses a GPU. Communicators are on the GPU of the process's tensors."""
 
     scheme = "nccl"
     reason = "the settings name it and both processes use GPUs"
     usual_bytes_per_s = 100e9
     magic = b"SWRN"
-    parallel = False
 
     def reach(self, address: str) -> bool:
-        """Whether both may have a GPU: who offers this has one."""
+        """Whether this process uses a GPU; a peer that advertises this scheme does."""
         return cuda.in_use() and super().reach(address)
 
-    async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
-        lane = await self._pair(stream, ASKER, pool=self._askers)
-        return PairedInbound(stream, lane, peer=peer, pool=self._askers)
-
-    async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
-        lane = await self._pair(stream, HOLDER, pool=self._holders)
-        return PairedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
-
-    async def _pair(self, stream: ByteStream, rank: int, *, pool: ThreadPoolExecutor) -> NcclLane:
-        return await make_lane(stream, functools.partial(NcclLane, stream, rank, device=cuda.home()), pool=pool)
+    def _make_lane(self, stream: ByteStream, rank: int) -> NcclLane:
+        return NcclLane(stream, rank, device=cuda.home())
 
 
 def demand() -> None:
-    """Raises SettingsError, which says what is missing, where NCCL cannot be used."""
+    """Raises SettingsError with the missing part, where NCCL cannot be used."""
     if not cuda.in_use():
         raise SettingsError("transports", "nccl: this process uses no GPU; serve or fetch CUDA tensors, or use tcp")
     try:
@@ -91,7 +77,7 @@ def demand() -> None:
 
 
 class NcclLane:
-    """A communicator of two. Raises TransportError when it does not come about."""
+    """A communicator of two. Raises TransportError when its setup fails."""
 
     on_device = True
 
@@ -100,10 +86,10 @@ class NcclLane:
         self._device = device
         self._nccl = _library()
         self._communicator = ctypes.c_void_p()
-        self._open = 0  # calls of the open group, which is not begun before its first
-        # Ends of frames, to be recorded once their kernels are enqueued, by a thread of NCCL's.
+        self._open = 0  # calls of the open group, which begins with its first call
+        # Ends of frames, recorded once a thread of NCCL has enqueued their kernels.
         self._unmarked: list[_Mark] = []
-        self._timeout_s = SETUP_TIMEOUT_S  # for that, as was said with the last call
+        self._timeout_s = SETUP_TIMEOUT_S  # of the last call, for enqueuing
         self._scratch: DeviceView | None = None
         stream.block(SETUP_TIMEOUT_S)
         try:
@@ -115,29 +101,29 @@ class NcclLane:
             )
             self._settle()
         except (OSError, EOFError) as error:
-            raise TransportError(f"nccl: no pair came about ({error})") from error
+            raise TransportError(f"nccl: the setup of the pair failed ({error})") from error
 
     def begin(self) -> None:
-        """See `Lane`. The group begins with its first call."""
+        """Nothing: the group begins with its first call."""
 
     def send(self, view: View, *, timeout_s: float) -> None:
-        """See `Lane`."""
+        """A view of another device or of the host blocks."""
         self._post("ncclSend", view, timeout_s)
 
     def receive(self, view: View, *, timeout_s: float) -> None:
-        """See `Lane`."""
+        """A view of another device or of the host blocks."""
         self._post("ncclRecv", view, timeout_s)
 
     def end(self, *, timeout_s: float) -> Done:
-        """See `Lane`."""
+        """Ends the group and records an event after its kernels."""
         self._end_group()
         mark = _Mark(cuda.gpu(self._device).event(), self._stream())
         self._unmarked.append(mark)
-        deadline: float | None = None  # its time begins when those before it are done, and somebody asks
+        deadline: float | None = None  # set at the first poll, when the frames before are done
 
         def done() -> bool:
             nonlocal deadline
-            if not self._communicator:  # the event is done then, but what it marked was cut short
+            if not self._communicator:  # the event is done, but its kernels were aborted
                 raise TransportError("nccl: the communicator was aborted")
             if not mark.recorded and not self._in_progress():
                 self._mark()
@@ -151,31 +137,31 @@ class NcclLane:
         return done
 
     def flush(self) -> None:
-        """See `Lane`."""
+        """Enqueues all postponed calls."""
         self._end_group()
         self._settle()
 
     def abandon(self) -> None:
-        """See `Lane`."""
+        """Aborts the communicator."""
         communicator, self._communicator = self._communicator, ctypes.c_void_p()
         if communicator:
-            if self._open:  # all communicators of a thread share its group: left open, nobody's kernels would start
+            if self._open:  # communicators of a thread share its group: left open, it would block them all
                 self._open = 0
                 self._nccl.ncclGroupEnd()
             _abort(self._nccl, communicator, self._device)
 
     def puts_off(self) -> bool:
-        """See `Lane`."""
+        """Whether a group is open."""
         return self._open > 0
 
     def scratch(self, size: int) -> DeviceView:
-        """See `Lane`."""
+        """Memory of the GPU."""
         if self._scratch is None or self._scratch.nbytes < size:
             self._scratch = _allocate(self._device, max(size, HOST_PIECE_BYTES_MAX), self._stream())
         return self._scratch[:size]
 
     def close(self) -> None:
-        """See `Lane`."""
+        """Finalizes the communicator on a thread."""
         communicator, self._communicator = self._communicator, ctypes.c_void_p()
         if communicator:
             end = functools.partial(_end, self._nccl, communicator, self._device)
@@ -230,7 +216,7 @@ class NcclLane:
         return _UniqueId.from_buffer_copy(read_exactly(stream, ID_BYTES))
 
     def _settle(self) -> None:
-        """Waits until the communicator has nothing in progress: the last group's kernels are enqueued then."""
+        """Waits until no call is in progress: the kernels of the last group are enqueued then."""
         deadline = time.monotonic() + self._timeout_s
         while self._in_progress():
             self._expire(deadline, self._timeout_s)
@@ -238,7 +224,7 @@ class NcclLane:
         self._mark()
 
     def _in_progress(self) -> bool:
-        """Whether it has. Raises TransportError when it has failed."""
+        """Whether a call is in progress. Raises TransportError when the communicator failed."""
         status = ctypes.c_int(_IN_PROGRESS)
         self._call("ncclCommGetAsyncError", self._communicator, ctypes.byref(status))
         if status.value not in (0, _IN_PROGRESS):
@@ -250,7 +236,7 @@ class NcclLane:
             self._fail(f"the other end did not call within {timeout_s:g} s")
 
     def _fail(self, why: str) -> None:
-        """Aborts, so that nothing that was enqueued waits any more."""
+        """Aborts, so that enqueued kernels end."""
         self.abandon()
         raise TransportError(f"nccl: {why}")
 
@@ -264,7 +250,7 @@ class NcclLane:
 
 @dataclass(eq=False)
 class _Mark:
-    """The end of a frame on the stream that its kernels are on."""
+    """The end of a frame on the stream of its kernels."""
 
     event: cuda.CudaEvent
     stream: cuda.CudaStream
@@ -278,7 +264,7 @@ class _UniqueId(ctypes.Structure):
 
 
 class _Config(ctypes.Structure):
-    """ncclConfig_t of NCCL 2.18, which later ones accept: a communicator whose calls do not block."""
+    """ncclConfig_t of NCCL 2.18, which later versions accept, for a non-blocking communicator."""
 
     _fields_ = [
         ("size", ctypes.c_size_t),
@@ -299,8 +285,8 @@ class _Config(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Raises OSError. Its calls let go of the interpreter: any may wait for the driver, and that for a kernel whose
-    peer died, until another thread aborts it."""
+    """Raises OSError. Calls release the GIL: the driver may wait for a kernel whose peer died, until another thread
+    aborts it."""
     return ctypes.CDLL("libnccl.so.2")
 
 
@@ -310,8 +296,7 @@ def _text(nccl: ctypes.CDLL, status: int) -> str:
 
 
 def _end(nccl: ctypes.CDLL, communicator: ctypes.c_void_p, device: int) -> None:
-    """Ends a communicator that has nothing under way. What `ncclCommAbort` leaves of the host's memory (3.5 MiB where
-    the bytes went through sockets), this does not."""
+    """Destroys an idle communicator. `ncclCommAbort` would leak host memory: 3.5 MiB where NCCL used sockets."""
     cuda.gpu(device).enter()
     deadline, status = time.monotonic() + END_TIMEOUT_S, ctypes.c_int(nccl.ncclCommFinalize(communicator))
     while status.value == _IN_PROGRESS and time.monotonic() < deadline:
@@ -329,7 +314,7 @@ def _abort(nccl: ctypes.CDLL, communicator: ctypes.c_void_p, device: int) -> Non
 
 
 def _allocate(device: int, size: int, stream: cuda.CudaStream) -> DeviceView:
-    """Memory that no other stream has used, or may still be using."""
+    """Memory that no other stream uses."""
     import torch
 
     with cuda.torch_errors(f"{size} bytes of GPU {device}"), torch.cuda.stream(stream):  # type: ignore[arg-type]

@@ -1,25 +1,26 @@
-"""Sessions whose bytes move by calls that both ends must make: `send` here and `receive` there, in agreed order.
+"""Sessions over two-sided libraries: both ends must call, `send` and `receive`, in the same order.
 
-A session is one of TCP's (`tcp_session`), which carries the order, and a lane, which carries the bytes. A frame of
-kind PIECES has the sizes of what comes over the lane next. So everything that a lane lacks (who comes next, cancelling,
-aborting, noticing the dead between two frames) is TCP's own.
+A session is a TCP session (`tcp_session`), which carries the order of calls, and a lane, which carries the bytes. A
+frame of kind PIECES has the sizes of the next pieces on the lane. So the TCP session does all that a lane cannot:
+order, cancelling, aborting, noticing a dead peer between two frames.
 
     holder -> asker    | PIECES: 4 MiB |               over the connection
     holder => asker      4 MiB                         over the lane, once both have called
 
-Lanes of GPUs are told when a frame begins and ends, and may put off the calls in between to make them all at once: a
-kernel that sends waits for the kernels of whoever uses the GPU, so that one for many pieces waits only once. And while
-one frame is under way, both ends make the calls of the next, be it of the next transfer: so the GPUs never wait for
-their processes. A transfer has ended when its last frame is done. Host memory is announced piece by piece.
+Lanes of GPUs learn the begin and the end of a frame, and may postpone its calls to make them at once: a kernel that
+sends waits for running kernels, so a kernel for many pieces waits once. While a frame is in flight, both ends make the
+calls of the next frames, also of other transfers, so that GPUs never wait for their processes. A transfer ends when its
+last frame is done. Pieces of host memory have frames of their own. A frame that is not done within the transfer's idle
+timeout ends the session.
 
-A frame that is not done within the transfer's idle timeout ends the session.
-Must not know: what a lane is made of.
+Must not know: how a lane moves bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import struct
 import time
@@ -34,71 +35,68 @@ from swarm.store import AnySpan, DeviceView, FileSpan, View, cuda
 from swarm.transport import Pace
 from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import LOOK_EVERY_S, Landing, read_file
+from swarm.transport.tcp import TcpTransport
 from swarm.transport.tcp_session import END, HEADER, Lost, Sending, TcpInbound, TcpOutbound
 
+HOLDER, ASKER = 0, 1
 PIECES = 5
 PIECES_MAX = 64
-HOST_PIECE_BYTES_MAX = (
-    4 << 20
-)  # bounds what a cancelled transfer still moves, and the memory of pieces that fit no view
+HOST_PIECE_BYTES_MAX = 4 << 20  # moved after a cancellation at most; also the scratch memory
 DEVICE_PIECE_BYTES_MAX = 64 << 20  # a whole chunk
-FRAME_BYTES_MAX = 512 << 20  # of pieces: enough to hide the start of a kernel
-FRAMES_MAX = 6  # under way at once: 9 ms between two GPUs, as an interpreter may keep a thread waiting for 5
+FRAME_BYTES_MAX = 512 << 20  # of pieces: hides the start of a kernel
+FRAMES_MAX = 6  # in flight: 9 ms between two GPUs; the GIL may keep a thread waiting for 5 ms
 
 
 class Lane(cuda.Mover, Protocol):
-    """Moves bytes between two processes, on one thread at a time. Calls raise TransportError.
+    """Moves bytes between two processes; a single thread at a time calls it. Calls raise TransportError.
 
-    `on_device`: it takes memory of GPUs. Calls need not be done when they return, but those for host memory are.
+    `on_device`: takes DeviceViews. Their calls may return before they are done; calls for host memory may not.
     """
 
     on_device: bool
 
     def begin(self) -> None:
-        """A frame begins."""
+        """Begins a frame."""
 
     def send(self, view: View, *, timeout_s: float) -> None:
         """Sends the view."""
 
     def receive(self, view: View, *, timeout_s: float) -> None:
-        """Fills the view with exactly what the other end sends."""
+        """Fills the view with the bytes of the peer's `send`."""
 
     def end(self, *, timeout_s: float) -> Done:
-        """The frame ends, all its calls are made, and there are `timeout_s` for them once those before are done."""
+        """Ends the frame, all of whose calls are made; they have `timeout_s` after the frames before are done."""
 
     def abandon(self) -> None:
-        """A frame that was begun will not be completed: nothing can come over the lane any more. Where it was begun."""
+        """Gives up a frame, on the thread that began it. The lane is unusable from then on."""
 
     def scratch(self, size: int) -> View:
-        """Memory for a piece that fits no view."""
+        """Memory for a piece that does not fit a view."""
 
     def close(self) -> None:
-        """Lets go of everything; any thread, when no call is under way. Does not block."""
+        """Releases all resources. Any thread, without a call in flight. Does not block."""
 
 
-# Whether all calls of a frame are done; raises TransportError, once and for all, when they failed or took too long.
-# Nothing is under way any more then.
 Done: TypeAlias = Callable[[], bool]
+"""Whether all calls of a frame are done. Raises TransportError when they failed or timed out; they have ended then."""
 
 L = TypeVar("L", bound=Lane)
 
 
 def at_once() -> bool:
-    """What `end` returns where every call is done when it returns."""
+    """The Done of lanes whose calls block."""
     return True
 
 
 def wait_for(done: Done) -> None:
-    """Returns when a frame is done. Raises TransportError."""
+    """Waits for a frame. Raises TransportError."""
     while not done():
         time.sleep(LOOK_EVERY_S)
 
 
 async def make_lane(stream: ByteStream, make: Callable[[], L], *, pool: ThreadPoolExecutor) -> L:
-    """A lane, made on a thread that may use the stream meanwhile. Raises what `make` raises; the stream is closed then.
-
-    Cancelled, it hangs up and returns when the thread has let go of it.
-    """
+    """A lane, made on a pool thread, which may use the stream. On an error of `make`, and when cancelled, shuts the
+    stream down, waits for the thread, and closes the stream."""
     job = asyncio.get_running_loop().run_in_executor(pool, make)
     try:
         return await asyncio.shield(job)
@@ -113,14 +111,14 @@ async def make_lane(stream: ByteStream, make: Callable[[], L], *, pool: ThreadPo
 
 
 def read_exactly(stream: ByteStream, size: int) -> bytes:
-    """What the other end says while a lane is made, on its thread. Raises OSError and EOFError."""
+    """Receives `size` bytes while a lane is made. Raises OSError and EOFError."""
     data = bytearray(size)
     rest = memoryview(data)
     while rest:
         try:
             got = stream.recv_into(rest)
         except BlockingIOError:
-            raise TimeoutError("the peer says nothing") from None
+            raise TimeoutError("the peer is silent") from None
         if not got:
             raise EOFError("the peer hung up")
         rest = rest[got:]
@@ -128,13 +126,31 @@ def read_exactly(stream: ByteStream, size: int) -> bytes:
 
 
 def write_all(stream: ByteStream, data: bytes) -> None:
-    """The counterpart of `read_exactly`."""
+    """Sends all of `data` while a lane is made. Raises OSError."""
     rest = memoryview(data)
     while rest:
         try:
             rest = rest[stream.send(rest) :]
         except BlockingIOError:
             raise TimeoutError("the peer does not read") from None
+
+
+class PairedTransport(TcpTransport):
+    """A transport whose sessions have a lane, which a subclass makes. The two ends have the ranks HOLDER and ASKER."""
+
+    parallel = False
+
+    def _make_lane(self, stream: ByteStream, rank: int) -> Lane:
+        """A new lane, on a pool thread, which may use the stream. Raises TransportError."""
+        raise NotImplementedError
+
+    async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
+        lane = await make_lane(stream, functools.partial(self._make_lane, stream, ASKER), pool=self._askers)
+        return PairedInbound(stream, lane, peer=peer, pool=self._askers)
+
+    async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
+        lane = await make_lane(stream, functools.partial(self._make_lane, stream, HOLDER), pool=self._holders)
+        return PairedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
 
 
 class PairedInbound(TcpInbound):
@@ -145,28 +161,28 @@ class PairedInbound(TcpInbound):
         self._lane = lane
         self._streams: dict[int, cuda.CudaStream] = {}
         self._frame = memoryview(bytearray(4 * PIECES_MAX))
-        self._under_way: deque[tuple[Landing, int, Done]] = deque()  # frames, with their bytes
+        self._in_flight: deque[tuple[Landing, int, Done]] = deque()  # frames, with their sizes
         super().__init__(sock, peer=peer, pool=pool)
 
     def _pump(self) -> None:
-        # What waits for the hash of the last frames is no hurry; the next frame is, and the holder's GPU waits with it.
+        # Receives have priority over hashes: the holder's GPU waits for them.
         with cuda.moving(self._streams, self._lane, priority=cuda.FIRST):
             super()._pump()
 
     def _unfinished(self) -> bool:
-        return bool(self._under_way) or super()._unfinished()
+        return bool(self._in_flight) or super()._unfinished()
 
     def _advance(self) -> bool:
-        before = len(self._under_way)
-        while self._under_way and self._under_way[0][2]():
-            landing, size, _ = self._under_way.popleft()
+        before = len(self._in_flight)
+        while self._in_flight and self._in_flight[0][2]():
+            landing, size, _ = self._in_flight.popleft()
             self.received_bytes += size
             landing.unpin()
-        return super()._advance() or len(self._under_way) < before
+        return super()._advance() or len(self._in_flight) < before
 
     def _let_go(self) -> None:
-        while self._under_way:
-            landing, _, done = self._under_way.popleft()
+        while self._in_flight:
+            landing, _, done = self._in_flight.popleft()
             try:
                 wait_for(done)
             except TransportError as error:
@@ -188,7 +204,7 @@ class PairedInbound(TcpInbound):
         most = DEVICE_PIECE_BYTES_MAX if self.on_device else HOST_PIECE_BYTES_MAX
         if max(sizes) > most or not min(sizes) or sum(sizes) > max(FRAME_BYTES_MAX, most):
             raise TransportError(f"it announced {len(sizes)} pieces of up to {max(sizes)} bytes")
-        while len(self._under_way) >= FRAMES_MAX:
+        while len(self._in_flight) >= FRAMES_MAX:
             if not self._advance():
                 time.sleep(LOOK_EVERY_S)
         timeout_s = landing.transfer.idle_timeout_s
@@ -198,11 +214,11 @@ class PairedInbound(TcpInbound):
             for size in sizes:
                 self._take_piece(landing, size, timeout_s=timeout_s)
             done = self._lane.end(timeout_s=timeout_s)
-        except Exception as error:  # whatever it is, the other end has called, or will
+        except Exception as error:  # the peer has called the lane, or will
             self._lane.abandon()
             landing.unpin()
             raise TransportError(str(error)) from error
-        self._under_way.append((landing, sum(sizes), done))
+        self._in_flight.append((landing, sum(sizes), done))
 
     def _take_piece(self, landing: Landing, size: int, *, timeout_s: float) -> None:
         room = landing.borrow(size)
@@ -234,8 +250,7 @@ class PairedInbound(TcpInbound):
 
 @dataclass
 class _Frame:
-    """Being sent. `views` are read until it is done. `outcome`: a 1-tuple when this end has said everything of the
-    transfer, whose last frame it is."""
+    """A frame in flight; `views` keeps its memory. `outcome`: a 1-tuple when it is the last frame of its transfer."""
 
     sending: Sending
     views: object
@@ -244,7 +259,7 @@ class _Frame:
 
 
 class PairedOutbound(TcpOutbound):
-    """The holder's end. Its job goes on until nothing is under way."""
+    """The holder's end. Its job ends when no frame is in flight."""
 
     def __init__(self, sock: ByteStream, lane: Lane, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
         self.on_device = lane.on_device
@@ -253,7 +268,7 @@ class PairedOutbound(TcpOutbound):
         self._streams: dict[int, cuda.CudaStream] = {}
         self._scratch = memoryview(b"")
         self._held_back: list[DeviceView] = []  # not announced yet
-        self._under_way: deque[_Frame] = deque()
+        self._in_flight: deque[_Frame] = deque()
         slice_bytes = pace.slice_bytes if pace else None
         self._frame_bytes = min(slice_bytes or FRAME_BYTES_MAX, FRAME_BYTES_MAX)
         super().__init__(sock, peer=peer, pool=pool, pace=pace)
@@ -266,7 +281,7 @@ class PairedOutbound(TcpOutbound):
                 self._await_frames(0)
 
     def _await_queue(self) -> None:
-        while self._under_way and not self._queue and self.alive:
+        while self._in_flight and not self._queue and self.alive:
             if not self._advance():
                 time.sleep(LOOK_EVERY_S)
         super()._await_queue()
@@ -290,7 +305,7 @@ class PairedOutbound(TcpOutbound):
     def _send_frame(self, sending: Sending, kind: int, piece: FileSpan | memoryview | None = None) -> None:
         if kind == END:
             self._send_held_back(sending)
-        self._held_back.clear()  # of a transfer that is aborted
+        self._held_back.clear()  # of an aborted transfer
         super()._send_frame(sending, kind, piece)
 
     def _send_held_back(self, sending: Sending) -> None:
@@ -308,40 +323,39 @@ class PairedOutbound(TcpOutbound):
             for view in views:
                 self._lane.send(view, timeout_s=timeout_s)
             done = self._lane.end(timeout_s=timeout_s)
-        except Exception as error:  # whatever it is, the other end waits for what was announced
+        except Exception as error:  # the peer waits for the announced pieces
             self._lane.abandon()
             raise Lost(str(error)) from error
-        self._under_way.append(_Frame(sending, views, done))
+        self._in_flight.append(_Frame(sending, views, done))
         self._advance()
         self._await_frames(FRAMES_MAX - 1)
 
     def _await_frames(self, most: int) -> None:
-        """Returns when at most so many are under way."""
-        while len(self._under_way) > most:
+        """Waits until at most `most` frames are in flight."""
+        while len(self._in_flight) > most:
             if not self._advance():
                 time.sleep(LOOK_EVERY_S)
 
     def _advance(self) -> bool:
-        """Looks after what is under way, without waiting; whether something was done. Where a frame fails, no other one
-        goes on, and the session is lost."""
-        before = len(self._under_way)
+        """Polls the frames in flight; returns whether a frame ended. A failed frame ends the session."""
+        before = len(self._in_flight)
         try:
-            while self._under_way and self._under_way[0].done():
+            while self._in_flight and self._in_flight[0].done():
                 self._let_go(None)
         except TransportError as lost:
             self._lose(str(lost))
-            while self._under_way:
+            while self._in_flight:
                 self._let_go(lost)
-        return len(self._under_way) < before
+        return len(self._in_flight) < before
 
     def _let_go(self, lost: TransportError | None) -> None:
-        frame = self._under_way.popleft()
+        frame = self._in_flight.popleft()
         if frame.outcome:
             super()._conclude(frame.sending, frame.outcome[0] or lost)
 
     def _conclude(self, sending: Sending, error: Exception | None) -> None:
-        if self._under_way and self._under_way[-1].sending is sending:
-            self._under_way[-1].outcome = (error,)
+        if self._in_flight and self._in_flight[-1].sending is sending:
+            self._in_flight[-1].outcome = (error,)
         else:
             super()._conclude(sending, error)
 

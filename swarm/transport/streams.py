@@ -1,13 +1,14 @@
-"""Several TCP connections that carry the transfers of one session side by side.
+"""Several TCP connections that carry the transfers of a session side by side.
 
-One connection is one core at each end: it receives, hashes and lands on one thread. So an asker opens more of them as
-long as that raises the rate, each with a thread of its own. They are one session: transfers are posted once for all of
-them, the holder sends each transfer through the connection with the least to do, and the loss of one ends them all.
+A connection uses one core at each end, since a single thread receives, hashes and lands its bytes. An asker opens more
+connections while that raises the rate, each with a thread. They are one session: transfers are posted once for all
+connections, the holder sends each transfer through the connection with the shortest queue, and the loss of a connection
+ends the session.
 
     asker   receive(7) ──> posted: 5 6 7 <── stream 0: DATA 5 DATA 5 END 5 <── send(5)   holder
                                          <── stream 1: DATA 6 DATA 6 ...   <── send(6)
 
-Must not know: how connections come about, what a transfer holds.
+Must not know: how connections are opened, the contents of transfers.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from swarm.store import AnySpan, View
 from swarm.transport import Transfer
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
-STREAMS_MAX = 16  # of a session: raw sockets gain nothing beyond on 32 cores
-CORES_PER_STREAM = 4  # on fewer cores more threads only wait for each other and for the interpreter
-WINDOW_S = 0.02  # a rate is measured for so long: 80 MB at the rate of one stream
-GROWTH_MIN = 1.2  # twice the streams must raise the rate by so much, or there are enough of them
+STREAMS_MAX = 16  # of a session: on 32 cores raw sockets gain nothing beyond
+CORES_PER_STREAM = 4  # on fewer cores, more threads wait for each other and for the GIL
+WINDOW_S = 0.02  # of a rate measurement: 80 MB at the rate of a stream
+GROWTH_MIN = 1.2  # least gain of the rate for twice the streams; below, the number stays
 
 
 def streams_most() -> int:
-    """Streams that are worth opening for one session, by the cores that this process may use."""
+    """Most connections of a session, by the cores that this process may use."""
     return min(STREAMS_MAX, max(1, len(os.sched_getaffinity(0)) // CORES_PER_STREAM))
 
 
 class Growth:
-    """How many streams a session should have: twice as many as long as that raises its rate. Told the time."""
+    """The number of connections of a session: doubled while that raises the rate. Told the time."""
 
     def __init__(self, most: int) -> None:
         self.wanted = 1
@@ -44,9 +45,9 @@ class Growth:
         self._window: tuple[float, int] | None = None  # its begin, and the bytes received until then
 
     def look(self, *, now: float, received_bytes: int, streams: int, outstanding: int) -> int:
-        """The streams that are wanted, given those that are open and the transfers that are posted."""
+        """The wanted number of connections, given `streams` open connections and `outstanding` posted transfers."""
         if self.wanted >= self._most or streams < self.wanted or outstanding <= streams:
-            self._window = None  # enough, being opened, or the posted transfers are what bounds the rate
+            self._window = None  # enough, being opened, or posted transfers bound the rate
             return self.wanted
         if self._window is None:
             self._window = now, received_bytes
@@ -63,7 +64,7 @@ class Growth:
 
 
 class InboundStreams:
-    """The asker's end of a session. `dial` opens one more connection beside the first."""
+    """The asker's end of a session. `dial` opens a connection beside the first."""
 
     on_device = False
 
@@ -76,7 +77,7 @@ class InboundStreams:
         self._closed = False
 
     async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
-        """Fills `views` from the connection that the holder chooses."""
+        """As Inbound; the holder chooses the connection."""
         self._outstanding += 1
         self._grow()
         try:
@@ -85,8 +86,8 @@ class InboundStreams:
             self._outstanding -= 1
 
     async def open(self, wanted: int) -> None:
-        """Dials until there are so many connections. Raises TransportError."""
-        while len(self._streams) < wanted:  # one after another: the holder takes their counts in order
+        """Dials until `wanted` connections are open. Raises TransportError."""
+        while len(self._streams) < wanted:  # in turn: the holder accepts ascending counts only
             self._streams.append(await self._dial(self._streams[0]))
 
     @property
@@ -142,14 +143,14 @@ class OutboundStreams:
         self._streams = [first]
 
     def join(self, stream: TcpOutbound) -> bool:
-        """Takes one more connection, unless there are too many or the session is lost."""
+        """Adds a connection; False when there are STREAMS_MAX or the session is lost."""
         if len(self._streams) >= STREAMS_MAX or not self.alive:
             return False
         self._streams.append(stream)
         return True
 
     async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
-        """Sends through the connection with the fewest transfers to send."""
+        """As Outbound, through the connection with the shortest queue."""
         await min(self._streams, key=lambda stream: stream.queued).send(transfer, spans)
 
     @property

@@ -1,21 +1,19 @@
-"""TCP: the data plane that always works. Owns how bulk connections come about; what they carry is `tcp_session`'s.
+"""TCP: the transport that every node has. Owns how bulk connections are opened; `tcp_session` owns their contents.
 
-A session is one connection to the port of the holder's listener, dialled by the asker:
+A session is a connection to the port of the holder's listener, dialled by the asker:
 
     asker -> holder   | "SWRM" | version: u8 | count: u64 | beside: u64 | proof: 16 bytes |
     holder -> asker   | verdict: u8 |
 
-The token comes from the holder's Hello, over the link: it says who is asking, and that the asker may. It is not shown:
-the proof is its HMAC over what is before, and `count` is greater in each session of a link, so that whoever listens on
-the way cannot open one. A refused asker is told why in the verdict, then the connection is closed. A connection whose
-`beside` is not 0 joins the session that began with that count (`streams`).
+The token comes from the holder's Hello, over the link; it identifies and authorizes the asker. The preamble does not
+contain the token: the proof is its HMAC over the preceding bytes, and `count` grows with each connection of a link, so
+an eavesdropper cannot open a session. The verdict tells a refused asker the reason, then the connection is closed. A
+connection whose `beside` is not 0 joins the session whose first connection has that count (`streams`).
 
-With an identity the same is inside TLS, and the scheme is "tls": "SWRT" in the open, the handshake, then as above.
+With an identity the scheme is "tls": "SWRT" in the clear, the TLS handshake, then as above. Transports with a way of
+their own to move bytes subclass this, with a magic word of their own, which the proof covers.
 
-Transports that need such a connection beside their own way of moving bytes are kinds of this one, with a magic word of
-their own, which the proof covers: what was read of one kind opens no other.
-
-Must not know: transfers, frames, links, who the peers are.
+Must not know: transfers, frames, links, peers.
 """
 
 from __future__ import annotations
@@ -45,25 +43,22 @@ COUNTS = struct.Struct(">QQ")
 PREAMBLE_BYTES = len(MAGIC) + 1 + COUNTS.size + PROOF_BYTES
 ACCEPTED, UNKNOWN_TOKEN, WRONG_VERSION = b"\0", b"\1", b"\2"
 
-PREAMBLE_TIMEOUT_S = 5.0  # one round trip is enough; a stranger must not keep a connection by silence
-LOOPBACK_CONGESTION = (
-    "cubic"  # bbr, some machines' default, paces and loses a quarter or more of the speed within a host
-)
-THREADS_MAX = 64  # askers and holders have a pool each: a full one never waits for the other
+PREAMBLE_TIMEOUT_S = 5.0  # one round trip is enough; a silent stranger must not keep a connection
+LOOPBACK_CONGESTION = "cubic"  # bbr, some systems' default, paces and costs a quarter or more of the rate on loopback
+THREADS_MAX = 64  # of two pools, for askers and holders: a full pool never waits for the other
 
-# A peer that vanished without a word is noticed after 2 + 3 * 1 = 5 s. The asker needs this most: it never writes.
+# A vanished peer is noticed after 2 + 3 * 1 = 5 s, also by the asker, which never writes.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 2, 1, 3
-# Only for the asker: at the holder it would also kill sessions whose asker waits for its disk for that long. There, a
-# transfer's own idle timeout counts.
+# Only for the asker: a holder must keep sessions whose asker waits for its disk, up to the transfer's idle timeout.
 USER_TIMEOUT_MS = 4000
 
 
 class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
-    """The plane of the node whose listener is at `host`:`port`, and hands connections with its `opening` to `adopt`."""
+    """The transport of a node whose listener is at `host`:`port` and passes connections with `opening` to `adopt`."""
 
     scheme = "tcp"
     magic = MAGIC  # how a preamble begins
-    parallel = True  # a session may have several connections; not where each is a pair of a library's own
+    parallel = True  # a session may have several connections
 
     def __init__(
         self,
@@ -75,8 +70,8 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
         identity: Identity | None = None,
         streams_max: int | None = None,
     ) -> None:
-        """`congestion`: the kernel's name of a congestion control; None leaves the machine's own, but within a host.
-        `streams_max`: connections of one session; None counts the cores."""
+        """`congestion`: name of a TCP congestion control; None: the system's, on loopback LOOPBACK_CONGESTION.
+        `streams_max`: connections of a session; None: by the number of cores."""
         super().__init__()
         self._streams_max = streams_max or streams_most()
         self._identity = identity
@@ -93,7 +88,7 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
 
     @property
     def opening(self) -> bytes:
-        """How connections to this plane begin: the listener is to hand those to `adopt`."""
+        """The magic of this transport's connections."""
         return TLS_MAGIC if self._identity else self.magic
 
     @property
@@ -102,15 +97,12 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
         return self._address
 
     def reach(self, address: str) -> bool:
-        """Whether the address is a host and a port that this node may dial; who is there, only `connect` finds out.
-
-        A node that listens on loopback has no business beyond this machine, whatever a peer's Hello says.
-        """
+        """Whether the address is HOST:PORT; for a node on loopback, of this machine."""
         own, where = _where(self._address), _where(address)
         return where is not None and (own is None or not is_loopback(own[0]) or is_loopback(where[0]))
 
     async def connect(self, address: str, token: str, *, timeout_s: float) -> Inbound:
-        """See `Transport`. Raises TransportError when nobody answers in time, or turns the token away."""
+        """As Transport. Raises TransportError when the holder does not answer in time, or refuses the token."""
         secret, count = _token_bytes(token), next(self._count)
         first = await self._connect(address, preamble_of(secret, count, magic=self.magic), timeout_s=timeout_s)
         session: Inbound = first
@@ -153,7 +145,7 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
         super().admit(token)
 
     async def adopt(self, sock: socket.socket) -> None:
-        """Takes over a connection that begins with the magic, and judges its preamble. What goes wrong ends with it."""
+        """As AdoptingTransport. Errors of a stranger's connection only close it."""
         stream: ByteStream | None = None
         try:
             async with asyncio.timeout(PREAMBLE_TIMEOUT_S):
@@ -169,8 +161,7 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
                 session = await self._hold(stream, peer=peer)
         except BaseException as error:
             (stream or sock).close()
-            # TimeoutError is an OSError; a stranger's broken connection concerns nobody
-            if isinstance(error, OSError | EOFError):
+            if isinstance(error, OSError | EOFError):  # TimeoutError included
                 return
             raise
         count, beside = counts_of(preamble)
@@ -187,25 +178,25 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
         self._holders.shutdown(wait=False)
 
     async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
-        """The asker's end of a connection whose preamble was accepted. It owns the stream, also when it raises."""
+        """The asker's end of an accepted connection. Owns the stream, also when it raises."""
         return TcpInbound(stream, peer=peer, pool=self._askers)
 
     async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
-        """The holder's end of a connection whose preamble was accepted."""
+        """The holder's end of an accepted connection. Owns the stream, also when it raises."""
         return TcpOutbound(stream, peer=peer, pool=self._holders, pace=self._pace)
 
     async def _receive(self, sock: socket.socket) -> ByteStream:
-        """The holder's end of a connection, where the preamble is to be read."""
+        """The holder's end of a connection before its preamble."""
         if self._identity is None:
             return PlainStream(sock)
         sock.setblocking(False)
-        said = await asyncio.get_running_loop().sock_recv(sock, len(TLS_MAGIC))  # the listener has seen all of it
+        said = await asyncio.get_running_loop().sock_recv(sock, len(TLS_MAGIC))  # the listener peeked all of it
         if said != TLS_MAGIC:
             raise EOFError("not the magic")
         return await TlsStream.open(sock, self._identity.server, server_side=True)
 
     async def _dial(self, host: str, port: int, preamble: bytes) -> ByteStream:
-        """A connection whose preamble was accepted. Raises OSError or TransportError."""
+        """The asker's end of a connection with an accepted preamble. Raises OSError or TransportError."""
         loop = asyncio.get_running_loop()
         addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, kind, protocol, _, where = addresses[0]
@@ -265,7 +256,7 @@ def _check_verdict(verdict: bytes, *, peer: str) -> None:
 
 
 async def _read_preamble(stream: ByteStream, *, magic: bytes) -> bytes:
-    """A preamble, or as much of one as tells that it is of another version. Raises EOFError when it is none."""
+    """A preamble, or its first bytes if they show another version. Raises EOFError for other bytes."""
     data = b""
     wanted = len(MAGIC) + 1
     while len(data) < wanted:
@@ -291,13 +282,13 @@ def counts_of(preamble: bytes) -> tuple[int, int]:
 
 
 def _tune(sock: socket.socket, *, peer: str, congestion: str | None) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # END follows a frame at once; headers ask for MORE
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # END follows a frame at once; headers use MSG_MORE
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
     if congestion is None and is_loopback(peer):
-        with contextlib.suppress(OSError):  # a kernel without it is as good without it
+        with contextlib.suppress(OSError):  # a kernel without it keeps its default
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, LOOPBACK_CONGESTION.encode())
     elif congestion is not None:
         try:

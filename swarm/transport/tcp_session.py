@@ -1,29 +1,27 @@
-"""One TCP connection that carries transfers from a holder to an asker, after its preamble.
+"""A TCP connection that carries transfers from a holder to an asker, after its preamble.
 
     0            8         12     13      16
     | transfer   | payload | kind | zeros | payload ...     DATA: 1 to 1 MiB of payload; END, ABORT: none
     | u64        | u32     | u8   |       |                 numbers big-endian
 
-A transfer is DATA frames whose payloads are its bytes, then END; ABORT instead of any of them ends it early
-and keeps the session. Transfers do not interleave. The asker says nothing: what it wants travels on the link,
-so that anything readable at the holder means that the asker is gone.
+A transfer is DATA frames with its bytes, then END; ABORT in place of any frame ends it early and keeps the session.
+Transfers do not interleave. The asker sends nothing, since its requests travel on the link: readable bytes at the
+holder mean that the asker is gone.
 
-Sockets block, and work is done on pool threads: `recv_into` and `sendfile` release the GIL, and asyncio costs
-a quarter of the speed. Their timeouts (of `poll`, SO_SNDTIMEO) make a blocked thread look around every
-POLL_S. A session takes a thread only while bytes move, and for POLL_S after that: small chunks follow each other
-closely, and to be woken is cheaper than to be started. Otherwise the loop watches the socket. The socket is closed on
-the loop, when no thread uses it: its number may belong to another connection a moment later.
+Sockets block, on pool threads: `recv_into` and `sendfile` release the GIL, while asyncio costs a quarter of the rate.
+Timeouts (`poll`, SO_SNDTIMEO) make a blocked thread check for a stop every POLL_S. A session holds a thread while bytes
+move and for POLL_S after that, because waking a thread is cheaper than starting a job; else the loop watches the
+socket. The loop closes the socket when no thread uses it, since its number may be reused a moment later.
 
-Views of a GPU may have something to do yet when their transfer has ended. The asker takes the next frames meanwhile,
-and ends that transfer between two of them.
+Views of a GPU may be filled after the END of their transfer. The asker receives the next frames meanwhile, and ends
+that transfer between two frames.
 
-A small chunk costs by the system call. So the end of a frame is read together with the next header, and a payload out
-of memory is written together with its own. END waits for the spans to say that what they lent was right to the last.
+System calls dominate the cost of a small chunk. So the end of a frame is read together with the next header, and a
+payload in memory is written together with its header. END is sent after the spans' own check at their end.
 
-Other transports that need a connection beside their own way of moving bytes build on these sessions: they add kinds of
-frames, and say what such a frame carries (`_take_payload`, `_send_piece`).
+Other transports build on these sessions with frames of kinds of their own (`_take_payload`, `_send_piece`).
 
-Must not know: tokens, addresses, how connections come about. `ends` knows when views may be touched.
+Must not know: tokens, addresses, how connections are opened. `sink` decides when views may be touched.
 """
 
 from __future__ import annotations
@@ -47,21 +45,21 @@ from swarm.transport.sink import LOOK_EVERY_S, Landing, Mailbox, Outcome, close_
 
 HEADER = struct.Struct(">QIB3x")
 DATA, END, ABORT = 1, 2, 3
-FRAME_BYTES_MAX = 1 << 20  # a cancelled transfer stops within one frame; 1 MiB already hides the header's cost
+FRAME_BYTES_MAX = 1 << 20  # a cancelled transfer stops within a frame; 1 MiB hides the cost of the header
 
-POLL_S = 0.25  # how soon a blocked thread notices that it is not wanted any more
-HEADER_TIMEOUT_S = 5.0  # for the rest of a header once its first byte is here
-UNPOSTED_WAIT_S = 5.0  # a `receive` that is late because its loop is busy; longer, and nobody will post it
-CANCEL_GRACE_S = 1.0  # for the rest of a frame whose transfer was cancelled; then the session goes instead
-CLOSE_TIMEOUT_S = 5.0  # for threads to let go of a socket that was shut down
-ABANDONED_MAX = 4096  # cancelled before their first frame; beyond that, the holder has long forgotten the oldest
+POLL_S = 0.25  # within which a blocked thread notices a stop
+HEADER_TIMEOUT_S = 5.0  # for the rest of a header after its first byte
+UNPOSTED_WAIT_S = 5.0  # for a `receive` that is late since its loop is busy
+CANCEL_GRACE_S = 1.0  # for the rest of a frame of a cancelled transfer; then the session ends
+CLOSE_TIMEOUT_S = 5.0  # for threads to leave a socket that was shut down
+ABANDONED_MAX = 4096  # cancelled before their first frame; beyond that, the oldest will not be sent
 
 _NOTHING = memoryview(b"")
-_scrap = memoryview(bytearray(256 << 10))  # where unwanted bytes go: written by all, read by nobody
+_scrap = memoryview(bytearray(256 << 10))  # for unwanted bytes: written by all threads, never read
 
 
 class _Session:
-    """A connected socket, at most one job on a pool thread, and how both end."""
+    """A connected socket, at most a single job on a pool thread, and their end."""
 
     def __init__(
         self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor, lock: threading.Condition | None = None
@@ -93,7 +91,7 @@ class _Session:
         raise NotImplementedError
 
     def _drop_transfers(self) -> None:
-        """Called once, when the session is lost, on any thread."""
+        """Fails all transfers. Called once, when the session is lost; any thread."""
         raise NotImplementedError
 
     def _watch(self) -> None:
@@ -118,13 +116,13 @@ class _Session:
         return TransportError(f"tcp session with {self.peer}: {self._lost}")
 
     def _lose(self, why: str) -> None:
-        """Any thread. The first reason counts."""
+        """Ends the session. Any thread; the first reason counts."""
         with self._lock:
             if self._lost is not None:
                 return
             self._lost = why
             self._lock.notify_all()
-        with contextlib.suppress(OSError):  # the other end may have been quicker
+        with contextlib.suppress(OSError):  # the peer may have closed it
             self._sock.shutdown(socket.SHUT_RDWR)
         self._drop_transfers()
         self._mailbox.post(self._retire)
@@ -139,10 +137,10 @@ class _Session:
 
 
 class TcpInbound(_Session):
-    """The asker's end: a pump, which runs while frames arrive, brings each to the landing of its transfer.
+    """The asker's end: a pump, which runs while frames arrive, passes each to the landing of its transfer.
 
-    `beside` is the first connection of the same session: transfers are posted to all connections of a session, and
-    the loss of one ends them all.
+    `beside` is the first connection of the same session: they share all transfers, and the loss of a connection ends
+    them all.
     """
 
     on_device = False
@@ -155,15 +153,15 @@ class TcpInbound(_Session):
         self._session: list[TcpInbound] = beside._session if beside else []
         self._session.append(self)
         self._current: Landing | None = None
-        self._finishing: deque[Landing] = deque()  # everything has come, but their views are not done with it
+        self._finishing: deque[Landing] = deque()  # all bytes are here, but their views wait for a GPU
         self._header = memoryview(bytearray(HEADER.size))
-        self._header_filled = 0  # bytes of it that came with the frame before
+        self._header_filled = 0  # its bytes that were read with the frame before
         self._quiet_s = 0.0
         self.received_bytes = 0
         super().__init__(sock, peer=peer, pool=pool, lock=beside._lock if beside else None)
 
     async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
-        """See `Inbound`. Raises LocalProtocolError when the id is in use or the views are not `transfer.size` bytes."""
+        """As Inbound. Raises LocalProtocolError when the id is in use or the views are not `transfer.size` bytes."""
         landing = Landing(transfer, views, mailbox=self._mailbox)
         with self._lock:
             if transfer.id in self._landings:
@@ -179,7 +177,7 @@ class TcpInbound(_Session):
             self._abandon(landing)
 
     def _abandon(self, landing: Landing) -> None:
-        """A landing without END: its frames may still come, or never."""
+        """Remembers a landing without END: its frames may still come, or never."""
         with self._lock:
             if self._landings.get(landing.transfer.id) is landing:
                 self._abandoned.append(landing.transfer.id)
@@ -218,32 +216,32 @@ class TcpInbound(_Session):
             self._let_go()
 
     def _await_header(self) -> bool:
-        """False when nothing is on its way, nor left to be done."""
+        """Reads a header; False when no byte comes within POLL_S and no work is left."""
         while self._unfinished() and not self._header_filled and not self._sock.readable():
             if not self._advance():
                 time.sleep(LOOK_EVERY_S)
         return self._read_header()
 
     def _unfinished(self) -> bool:
-        """Whether there is something to look after while nothing comes."""
+        """Whether there is work to poll while no frame comes."""
         return bool(self._finishing)
 
     def _advance(self) -> bool:
-        """Looks after it, without waiting; whether something was done."""
+        """Polls it, without waiting; returns whether a part ended."""
         before = len(self._finishing)
         while self._finishing and self._finishing[0].try_finish():
             self._over(self._finishing.popleft().transfer.id)
         return len(self._finishing) < before
 
     def _let_go(self) -> None:
-        """Waits for it: the pump ends."""
+        """Waits for it, at the end of the pump."""
         while self._finishing:
             landing = self._finishing.popleft()
             landing.finish()
             self._over(landing.transfer.id)
 
     def _read_header(self) -> bool:
-        """False when nothing is on its way."""
+        """False when no byte comes within POLL_S."""
         read, self._header_filled = self._header_filled, 0
         while read < HEADER.size:
             got = self._receive_into(self._header[read:])
@@ -271,13 +269,13 @@ class TcpInbound(_Session):
         self._finishing.append(landing)
 
     def _over(self, transfer_id: int) -> None:
-        """A transfer has ended or was aborted, and its views are left alone."""
+        """Called when a transfer has ended and its views are left alone."""
 
     def _is_frame(self, kind: int, length: int) -> bool:
         return 0 < length <= FRAME_BYTES_MAX if kind == DATA else kind in (END, ABORT) and length == 0
 
     def _take_payload(self, landing: Landing, kind: int, length: int) -> None:
-        """A frame of a transfer that is neither its end nor its abort."""
+        """Receives the payload of a frame."""
         self._fill(landing, length)
 
     def _find(self, transfer_id: int) -> Landing:
@@ -285,7 +283,7 @@ class TcpInbound(_Session):
             self._lock.wait_for(lambda: self._lost or transfer_id in self._landings, UNPOSTED_WAIT_S)
             landing = self._landings.get(transfer_id)
         if landing is None:
-            raise TransportError(f"it sent transfer {transfer_id}, which nobody asked for")
+            raise TransportError(f"it sent transfer {transfer_id}, which was not requested")
         return landing
 
     def _fill(self, landing: Landing, length: int) -> None:
@@ -302,7 +300,7 @@ class TcpInbound(_Session):
             length -= got
 
     def _receive_room(self, room: View, length: int) -> int:
-        """As `_receive_into`, into what a landing lends; if it takes the rest of a frame, with what follows."""
+        """As `_receive_into`, into a borrowed view; the last read of a frame includes the next header."""
         view = on_host(room)
         got = self._receive_into(view, self._header) if view.nbytes == length else self._receive_into(view)
         if got > length:
@@ -310,7 +308,7 @@ class TcpInbound(_Session):
         return got
 
     def _receive_into(self, *rooms: memoryview) -> int:
-        """0: nothing came within POLL_S, so that the caller can look around."""
+        """Returns the count; 0 when no byte came within POLL_S. Raises TransportError at the end and the timeout."""
         try:
             got = self._sock.recv_into(rooms[0]) if len(rooms) == 1 else self._sock.recvmsg_into(rooms)[0]
         except BlockingIOError:
@@ -327,7 +325,7 @@ class TcpInbound(_Session):
 
 
 class Sending:
-    """One transfer on its way out. `stopped` cuts short every wait for it."""
+    """A transfer that the holder sends. `stopped` ends all waits for it."""
 
     def __init__(
         self, transfer: Transfer, spans: Iterator[AnySpan], *, stop: Callable[[Sending], None], mailbox: Mailbox
@@ -340,20 +338,20 @@ class Sending:
         self._mailbox = mailbox
 
     def end(self, error: Exception | None) -> None:
-        """Any thread; nobody advances the spans any more."""
+        """Closes the spans and settles the outcome. Any thread, the last to use the spans."""
         try:
             close_iterator(self.spans)
-        except Exception as closing:  # whoever awaits the transfer hears of it
+        except Exception as closing:  # raised by `send`
             error = error or closing
         self._mailbox.post(lambda: self.outcome.settle(error))
 
 
 class Lost(TransportError):
-    """The connection can not be written to any more. Tells its errors from those that come out of spans."""
+    """The connection failed, as opposed to an error out of spans."""
 
 
 class TcpOutbound(_Session):
-    """The holder's end: one job at a time sends what is queued, in order."""
+    """The holder's end: a job sends the queued transfers in order."""
 
     on_device = False
     piece_bytes = FRAME_BYTES_MAX  # most bytes sent at once
@@ -366,11 +364,11 @@ class TcpOutbound(_Session):
 
     @property
     def queued(self) -> int:
-        """Transfers that it has to send, the one on the wire included."""
+        """Transfers to send, including the transfer on the wire."""
         return len(self._queue) + (self._sending is not None)
 
     async def send(self, transfer: Transfer, spans: Iterator[AnySpan]) -> None:
-        """See `Outbound`. Raises LocalProtocolError when the spans are not `transfer.size` bytes."""
+        """As Outbound. Raises LocalProtocolError when the spans are not `transfer.size` bytes."""
         sending = Sending(transfer, spans, stop=self._cancel, mailbox=self._mailbox)
         with self._lock:
             if self._lost is not None:
@@ -386,7 +384,7 @@ class TcpOutbound(_Session):
         with self._lock:
             begun = sending.begun
             sending.begun = True
-        if not begun:  # it stays in the queue: the asker is told when it is its turn
+        if not begun:  # it stays queued: its ABORT is sent in its turn
             sending.end(TransportError("cancelled"))
 
     def _drop_transfers(self) -> None:
@@ -394,7 +392,7 @@ class TcpOutbound(_Session):
             queued = list(self._queue)
             self._queue.clear()
             if self._sending is not None:
-                self._sending.stopped.set()  # it may be waiting for its turn
+                self._sending.stopped.set()  # it may wait for the upload cap
         for sending in queued:
             sending.end(self._error())
 
@@ -409,7 +407,7 @@ class TcpOutbound(_Session):
 
     def _finished(self, job: asyncio.Future[None]) -> None:
         super()._finished(job)
-        if self._lost is None and self._queue:  # queued between the job's last look and now
+        if self._lost is None and self._queue:  # queued after the job's last look
             self._start(self._send_queued)
 
     def _send_queued(self) -> None:
@@ -421,14 +419,14 @@ class TcpOutbound(_Session):
                 sending = self._queue.popleft()
                 begun, sending.begun = sending.begun, True
                 self._sending = sending
-            if begun:  # and cancelled: its outcome is known and its spans are closed
+            if begun:  # cancelled: its outcome is settled and its spans are closed
                 self._abort(sending)
             else:
                 self._send(sending)
             self._sending = None
 
     def _await_queue(self) -> None:
-        """Returns when there is something to send, or was nothing for POLL_S."""
+        """Waits for a transfer to send, for at most POLL_S."""
         with self._lock:
             self._lock.wait_for(lambda: self._queue or self._lost, POLL_S)
 
@@ -450,7 +448,7 @@ class TcpOutbound(_Session):
         self._conclude(sending, error)
 
     def _conclude(self, sending: Sending, error: Exception | None) -> None:
-        """Everything that this end says of a transfer was said."""
+        """Called after END or ABORT, or with the error that prevented it."""
         sending.end(error)
 
     def _send_piece(self, sending: Sending, piece: AnySpan) -> None:
@@ -487,12 +485,12 @@ class TcpOutbound(_Session):
     def _send_file(self, sending: Sending, span: FileSpan) -> None:
         fd, offset, size = span.fd, span.offset, span.size
         sent = self._write(sending, size, lambda done: self._sock.send_file(fd, offset + done, size - done))
-        if sent < size:  # the frame cannot be completed, so the stream cannot go on
+        if sent < size:  # an incomplete frame ends the session
             self._lose("the file it was sent became shorter")
             raise SourceChanged(os.readlink(f"/proc/self/fd/{fd}"), f"it ends before byte {offset + size}")
 
     def _write(self, sending: Sending, size: int, write: Callable[[int], int]) -> int:
-        """Less than `size` only when `write` has nothing more to give. Raises Lost."""
+        """Calls `write(done)` until `size` bytes are sent or it returns 0; returns the count. Raises Lost."""
         done, quiet_s = 0, 0.0
         while done < size:
             if self._lost is not None:

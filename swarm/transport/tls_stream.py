@@ -1,15 +1,10 @@
-"""TLS under a bulk session: a connection that a session can use as if it were a plain one.
+"""TLS below a bulk session: a `ByteStream` with encryption, whose peer has presented a certificate.
 
-A `ByteStream` (see `transport.stream`) whose bytes are encrypted and whose other end has shown its certificate.
+OpenSSL works in memory, and the socket is read and written in pieces of PIECE_BYTES. With OpenSSL on the socket, each
+record of 16 KiB would cost one or two system calls and wake the peer, which takes longer than its encryption.
 
-OpenSSL works in memory, and the socket is read and written in pieces of PIECE_BYTES. A record has 16 KiB at most; where
-OpenSSL holds the socket, every record costs a system call or two and wakes the other end, which is more than the
-encryption itself.
-
-What `send` and `send_file` could not send is kept, encrypted, and BlockingIOError raised; whoever calls again with the
-same is told that it was sent once it was.
-
-Must not know: what is sent, who may connect; contexts are handed in.
+Encrypted bytes that could not be sent are kept, and BlockingIOError is raised; the caller repeats the call with the
+same bytes until it returns their count. Must not know: frames, the origin of contexts.
 """
 
 from __future__ import annotations
@@ -23,10 +18,10 @@ from swarm.security.certificates import alert
 from swarm.security.tls_handshake import part
 from swarm.transport.byte_stream import PlainStream
 
-RECORD_BYTES = 16 << 10  # the most that one TLS record carries
-PIECE_BYTES = 16 * RECORD_BYTES  # stays in the core's cache from the socket to its place
+RECORD_BYTES = 16 << 10  # most bytes of a TLS record
+PIECE_BYTES = 16 * RECORD_BYTES  # fits the core's cache
 KEPT_BYTES_MAX = 64  # a frame's header
-ALERT = b"\x15"  # how a TLS record begins that says goodbye
+ALERT = b"\x15"  # the first byte of a TLS alert
 
 
 class TlsStream:
@@ -37,17 +32,14 @@ class TlsStream:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.connection = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
         self._unsent = memoryview(b"")  # encrypted
-        self._accepted = 0  # bytes of the caller's that are in `_unsent`, and that it has not been told of
+        self._accepted = 0  # the caller's bytes in `_unsent`
         self._kept = b""
-        self._cipher: memoryview | None = None  # as it comes from the socket
-        self._clear: memoryview | None = None  # as it comes from a file
+        self._cipher: memoryview | None = None  # read from the socket
+        self._clear: memoryview | None = None  # read from a file
 
     @classmethod
     async def open(cls, sock: socket.socket, context: ssl.SSLContext, *, server_side: bool) -> TlsStream:
-        """Shakes hands over a connected socket, which belongs to the result from now on, and is closed when that fails.
-
-        Has no deadline of its own. Raises OSError, of which ssl.SSLError is one.
-        """
+        """Performs the handshake over a connected socket, which this owns. No deadline. Raises OSError."""
         stream = cls(PlainStream(sock), context, server_side=server_side)
         try:
             await stream._shake_hands()
@@ -59,7 +51,7 @@ class TlsStream:
         return stream
 
     async def hear(self, most: int) -> bytes:
-        """See ByteStream."""
+        """On the loop."""
         while True:
             try:
                 return self.connection.read(most)
@@ -69,24 +61,24 @@ class TlsStream:
                 return b""
 
     async def say(self, data: bytes) -> None:
-        """See ByteStream."""
+        """On the loop."""
         self.connection.write(data)
         await self._sock.say(self._outgoing.read())
 
     def block(self, poll_s: float) -> None:
-        """See ByteStream."""
+        """As PlainStream."""
         self._sock.block(poll_s)
 
     def idle(self) -> None:
-        """See ByteStream."""
+        """As PlainStream."""
         self._sock.idle()
 
     def fileno(self) -> int:
-        """See ByteStream."""
+        """As PlainStream."""
         return self._sock.fileno()
 
     def said(self) -> bytes | None:
-        """See ByteStream. Looks beneath TLS: there is nothing that may be said after the handshake but goodbye."""
+        """Below TLS: after the handshake an asker sends nothing but an alert."""
         try:
             first = self._sock.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
         except BlockingIOError:
@@ -94,7 +86,7 @@ class TlsStream:
         return b"" if first == ALERT else first
 
     def recv_into(self, room: memoryview) -> int:
-        """See ByteStream. As much as is there: what a caller does costs as much as a record."""
+        """All decrypted bytes that are there: a caller's turn costs as much as a record."""
         filled = 0
         while filled < len(room):
             try:
@@ -108,38 +100,38 @@ class TlsStream:
         return filled
 
     def recvmsg_into(self, rooms: Sequence[memoryview]) -> tuple[int]:
-        """Fills some of the first room: what is left waits in memory, so the others have nothing to gain."""
+        """Fills the first room only: the rest is in memory, so that reading on costs no system call."""
         return (self.recv_into(rooms[0]),)
 
     def readable(self) -> bool:
-        """See ByteStream. What lies here may be less than a record, so that to read it waits for the rest after all."""
+        """True also for a partial record, for whose rest a read then waits."""
         return bool(self.connection.pending() or self._incoming.pending) or self._sock.readable()
 
     def send(self, data: memoryview, flags: int = 0) -> int:
-        """See ByteStream. Up to PIECE_BYTES at once; a little that is to be followed by more is kept until then."""
+        """Up to PIECE_BYTES. A header with MSG_MORE is kept for the next call."""
         if flags & socket.MSG_MORE and not self._kept and len(data) <= KEPT_BYTES_MAX:
             self._kept = bytes(data)
             return len(data)
         return self._send(data[:PIECE_BYTES])
 
     def sendmsg(self, parts: Sequence[memoryview]) -> int:
-        """Sends a little, and the beginning of what follows it in the same record."""
+        """Sends the header and the begin of the payload in a single record."""
         head, rest = parts
         return self._send(memoryview(b"".join((head, rest[: RECORD_BYTES - len(head)]))))
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
-        """See ByteStream. Up to PIECE_BYTES at once, read into memory: they have to be encrypted."""
+        """Up to PIECE_BYTES, read into memory for encryption."""
         if self._clear is None:
             self._clear = memoryview(bytearray(PIECE_BYTES))
         read = 0 if self._accepted else os.preadv(fd, [self._clear[:size]], offset)
         return self._send(self._clear[:read]) if read or self._accepted else 0
 
     def shutdown(self, how: int) -> None:
-        """See ByteStream."""
+        """As PlainStream."""
         self._sock.shutdown(how)
 
     def close(self) -> None:
-        """See ByteStream."""
+        """As PlainStream."""
         self._sock.close()
 
     async def _shake_hands(self) -> None:
@@ -159,7 +151,7 @@ class TlsStream:
     def _receive(self, wanted: int) -> None:
         if self._cipher is None:
             self._cipher = memoryview(bytearray(PIECE_BYTES))
-        least = max(1, wanted - RECORD_BYTES)  # so much of it OpenSSL may hold already, of a record without its end
+        least = max(1, wanted - RECORD_BYTES)  # OpenSSL may hold the rest already, as a partial record
         self._take(self._cipher[: self._sock.recv_least(self._cipher, least)])
 
     def _take(self, data: bytes | memoryview) -> None:
@@ -169,7 +161,7 @@ class TlsStream:
             self._incoming.write_eof()
 
     def _send(self, data: memoryview) -> int:
-        """All of it, and what was kept before it, as one; or BlockingIOError, until the same is asked for again."""
+        """Sends all of it after the kept header, or raises BlockingIOError: the next call must repeat it."""
         if not self._accepted:
             if self._kept:
                 head = data[: RECORD_BYTES - len(self._kept)]

@@ -1,15 +1,15 @@
-"""torch.distributed as a data plane: a pair of processes, gloo or UCC, without a global group, ports or environment.
+"""torch.distributed as a transport: pairs of processes over gloo or UCC, without a global group, ports or environment.
 
-Two processes make a group of two whenever one connects to the other. What torch keeps in a store while it does so goes
-over the session's own connection, which is idle then:
+Two processes form a group of two for each session. torch's rendezvous store for the group goes over the connection of
+the session, which is idle then:
 
     asker | key bytes: u32 | value bytes: u32 | key | value |  <->  the same, from the holder
 
-For clusters whose nodes trust each other, because neither library checks what arrives: a peer that sends more than was
-announced ends the process that receives. They are asked for by name (`transports`); the default planes need neither.
-UCC reaches fabrics that TCP does not, where torch was built with it; gloo is what CPUs have, and what tests this code.
+For clusters of trusted nodes: both libraries trust the sizes of their peer, so a peer that sends more than announced
+ends the receiving process. The setting `transports` enables them. UCC reaches fabrics beyond TCP, with a torch that is
+built with it; gloo is for CPUs and for tests of `paired`.
 
-Must not know: transfers, tensors of users. Imports torch when the first transport is made.
+Must not know: transfers, users' tensors. Imports torch when the first transport is made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import functools
 import importlib
 import struct
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,59 +29,45 @@ from swarm.store import View
 from swarm.transport import Pace
 from swarm.transport.byte_stream import ByteStream
 from swarm.transport.paired import (
+    ASKER,
+    HOLDER,
     HOST_PIECE_BYTES_MAX,
     Done,
-    PairedInbound,
-    PairedOutbound,
+    PairedTransport,
     at_once,
-    make_lane,
     read_exactly,
     write_all,
 )
 from swarm.transport.sink import on_host
-from swarm.transport.tcp import TcpTransport
-from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
 if TYPE_CHECKING:
     import torch
 
 MAGIC = {"gloo": b"SWRG", "ucc": b"SWRU"}
-SETUP_TIMEOUT_S = 4.0  # less than a peer waits for a session; 3 ms are usual, 50 for UCC
-HOLDER, ASKER = 0, 1
+SETUP_TIMEOUT_S = 4.0  # below a peer's timeout for a session; 3 ms are usual, 50 with UCC
 _SIZES = struct.Struct(">II")
-STORED_BYTES_MAX = 64 << 10  # in all: addresses of two processes are hundreds of bytes
+STORED_BYTES_MAX = 64 << 10  # total of a setup: the addresses of two processes are hundreds of bytes
 
 
-class TorchDistTransport(TcpTransport):
-    """The plane over one of torch's backends; `scheme` is the backend's name."""
-
-    parallel = False
+class TorchDistTransport(PairedTransport):
+    """The transport over a backend of torch; `scheme` is its name."""
 
     def __init__(
         self, host: str, port: int, *, backend: str, pace: Pace | None = None, congestion: str | None = None
     ) -> None:
-        """Raises SettingsError when this torch cannot."""
+        """Raises SettingsError when this torch lacks the backend."""
         demand(backend)
         super().__init__(host, port, pace=pace, congestion=congestion)
         self.scheme = backend
         self.magic = MAGIC[backend]
         self._host = host
 
-    async def _ask(self, stream: ByteStream, *, peer: str) -> TcpInbound:
-        lane = await self._pair(stream, ASKER, pool=self._askers)
-        return PairedInbound(stream, lane, peer=peer, pool=self._askers)
-
-    async def _hold(self, stream: ByteStream, *, peer: str) -> TcpOutbound:
-        lane = await self._pair(stream, HOLDER, pool=self._holders)
-        return PairedOutbound(stream, lane, peer=peer, pool=self._holders, pace=self._pace)
-
-    async def _pair(self, stream: ByteStream, rank: int, *, pool: ThreadPoolExecutor) -> PairLane:
-        make = functools.partial(PairLane, stream, self.scheme, rank, host=self._host)
-        return await make_lane(stream, make, pool=pool)
+    def _make_lane(self, stream: ByteStream, rank: int) -> PairLane:
+        return PairLane(stream, self.scheme, rank, host=self._host)
 
 
 class PairLane:
-    """A group of two. Raises TransportError when it does not come about."""
+    """A group of two. Raises TransportError when its setup fails."""
 
     on_device = False
 
@@ -94,21 +79,21 @@ class PairLane:
         try:
             self._group = _group(backend, _store_class()(stream), rank, host=host)
         except (RuntimeError, OSError, EOFError) as error:  # torch's own errors are RuntimeErrors
-            raise TransportError(f"{backend}: no pair came about ({_first_line(error)})") from error
+            raise TransportError(f"{backend}: the setup of the pair failed ({_first_line(error)})") from error
 
     def begin(self) -> None:
-        """Nothing: every call is done when it returns."""
+        """Nothing: all calls block."""
 
     def send(self, view: View, *, timeout_s: float) -> None:
-        """See `Lane`."""
+        """Blocks."""
         self._finish(lambda tensor: self._group.send([tensor], self._other, 0), view, timeout_s)
 
     def receive(self, view: View, *, timeout_s: float) -> None:
-        """See `Lane`."""
+        """Blocks."""
         self._finish(lambda tensor: self._group.recv([tensor], self._other, 0), view, timeout_s)
 
     def end(self, *, timeout_s: float) -> Done:
-        """See `Lane`."""
+        """The calls are done already."""
         return at_once
 
     def flush(self) -> None:
@@ -122,13 +107,13 @@ class PairLane:
         """Nothing is enqueued."""
 
     def scratch(self, size: int) -> View:
-        """See `Lane`."""
+        """Host memory."""
         if self._scratch is None:
             self._scratch = memoryview(bytearray(HOST_PIECE_BYTES_MAX))
         return self._scratch[:size]
 
     def close(self) -> None:
-        """See `Lane`."""
+        """Drops the group."""
         self._group = None
 
     def _finish(self, post: Any, view: View, timeout_s: float) -> None:
@@ -140,7 +125,7 @@ class PairLane:
 
 
 def demand(backend: str) -> None:
-    """Raises SettingsError, which says what is missing, when this torch lacks a backend."""
+    """Raises SettingsError with the missing part, when this torch lacks a backend."""
     if why := _missing(backend):
         raise SettingsError("transports", why)
 
@@ -162,7 +147,7 @@ def _missing(backend: str) -> str | None:
 
 
 def _group(backend: str, store: Any, rank: int, *, host: str) -> Any:
-    dist: Any = importlib.import_module("torch.distributed")  # whose types differ with how torch was built
+    dist: Any = importlib.import_module("torch.distributed")  # its types depend on the build of torch
     timeout = datetime.timedelta(seconds=SETUP_TIMEOUT_S)
     if backend == "gloo":
         options = dist.ProcessGroupGloo._Options()
@@ -176,8 +161,8 @@ def _group(backend: str, store: Any, rank: int, *, host: str) -> Any:
 def _store_class() -> Any:
     store: Any = importlib.import_module("torch.distributed").Store
 
-    class StreamStore(store):  # type: ignore[misc] # a type that exists where torch does
-        """What both ends have set; each tells the other over the stream. Raises OSError and EOFError."""
+    class StreamStore(store):  # type: ignore[misc] # torch is imported late
+        """The keys that both ends set, exchanged over the stream. Raises OSError and EOFError."""
 
         def __init__(self, stream: ByteStream) -> None:
             super().__init__()
@@ -208,7 +193,7 @@ def _store_class() -> Any:
 
 
 def _tensor(view: memoryview) -> torch.Tensor:
-    """The view's memory, also if it may only be read: torch has no such tensors, and warns."""
+    """The memory of the view, which may be read-only: torch.frombuffer warns about read-only buffers."""
     import torch
 
     memory = np.frombuffer(view, np.uint8)

@@ -139,7 +139,7 @@ def test_does_a_lease_end_when_the_asker_does_not(gpu: FakeGpu, monkeypatch: pyt
             agreed = transfer(1, SIZE)
             target = torch.zeros(SIZE, dtype=torch.uint8)
             receiving = asyncio.create_task(inbound.receive(agreed, lent([gpu.own(target)], gpu)))
-            with pytest.raises(TransportError, match="did not say within"):
+            with pytest.raises(TransportError, match="did not confirm a lease within"):
                 await outbound.send(agreed, iter([gpu.own(random_bytes(SIZE))]))
             await outcome(receiving)
 

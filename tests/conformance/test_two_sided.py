@@ -410,7 +410,7 @@ def test_are_ends_that_fall_silent_or_hang_up_told_apart_while_a_lane_is_made() 
     stream, theirs = stream_pair()
     with stream, theirs:
         theirs.sendall(b"abc")
-        with pytest.raises(TimeoutError, match="says nothing"):
+        with pytest.raises(TimeoutError, match="is silent"):
             paired.read_exactly(stream, 4)
         with pytest.raises(TimeoutError, match="does not read"):
             paired.write_all(stream, bytes(64 << 20))

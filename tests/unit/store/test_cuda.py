@@ -130,7 +130,7 @@ def lane(gpu: Gpu, library: Nccl, monkeypatch: pytest.MonkeyPatch) -> nccl.NcclL
     monkeypatch.setattr(nccl, "_library", lambda: library)
     ours, theirs = socket.socketpair()
     with theirs, PlainStream(ours) as stream:
-        lane = nccl.NcclLane(stream, nccl.HOLDER, device=0)
+        lane = nccl.NcclLane(stream, paired.HOLDER, device=0)
     library.called.clear()
     return lane
 

@@ -142,7 +142,7 @@ def test_does_an_unwanted_transfer_end_the_session(monkeypatch: pytest.MonkeyPat
     async def scenario() -> None:
         async with asking() as (holder, inbound, receiving, _):
             await holder.frame(7, DATA, b"x")
-            with pytest.raises(TransportError, match="nobody asked for"):
+            with pytest.raises(TransportError, match="was not requested"):
                 await receiving
             assert not inbound.alive
 
