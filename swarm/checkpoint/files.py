@@ -1,10 +1,10 @@
-"""Which files of a model directory are served, and which are not, with the reason.
+"""Lists the files of a model directory that are served, and the skipped paths with reasons.
 
-Every regular file below the directory is, links within it included. A Hugging Face cache snapshot, whose files link to
-`../../blobs` of the same repository folder, is taken as it stands. Any other file link that leads out is an error: the
-artifact would depend on something that nobody named.
+All regular files below the directory are served, links inside it included. Files of a Hugging Face snapshot link to
+`../../blobs` of the same repository folder, and are served. A link to a file anywhere else is an error: the artifact
+would depend on a file outside the named directory.
 
-Must not know: what is in the files.
+Must not know: contents of files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NOT_SERVED = {
 
 @dataclass(frozen=True, slots=True)
 class SkippedPath:
-    """Something that is not served. `path` is printable, relative to the directory."""
+    """A path that is not served, relative to the directory and printable."""
 
     path: str
     why: str
@@ -35,7 +35,7 @@ class SkippedPath:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """A file to serve: its path in the artifact, where its bytes are with links resolved, and its stamp."""
+    """A file to serve: its path in the artifact, its real path with links resolved, and its stamp."""
 
     path: str
     real: Path
@@ -43,9 +43,9 @@ class CheckpointFile:
 
 
 def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:
-    """Files of a directory in order of their paths, or one safetensors file alone.
+    """The files of a directory, sorted by path, or a single safetensors file.
 
-    Raises ManifestInvalid when there is nothing to serve or a link leads out, OSError when the disk fails.
+    Raises ManifestInvalid if there is no file to serve or a link leads out of the directory, and OSError.
     """
     if path.is_dir():
         walker = _Walk(os.path.realpath(path))
@@ -65,13 +65,13 @@ def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:
 
 class _Walk:
     def __init__(self, root: str) -> None:
-        self.root = root  # with links resolved, like every directory here
+        self.root = root  # links resolved, as in every directory path here
         self.found: list[CheckpointFile] = []
         self.skipped: list[SkippedPath] = []
         self._blobs = _blobs(Path(root))
 
     def visit(self, directory: str, *, prefix: str, linked: bool = False) -> None:
-        """Adds what is in `directory`, which the artifact calls `prefix`. `linked`: a link led here."""
+        """Adds the entries of `directory`, which has the path `prefix` in the artifact. `linked`: reached by a link."""
         with os.scandir(directory) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = prefix + entry.name
@@ -99,8 +99,8 @@ class _Walk:
         elif Path(os.path.dirname(link)).is_relative_to(target):
             self._skip(path, "is a link to a directory that it is in")
         elif linked:
-            # Two linked directories may lead to each other, and several of them would multiply.
-            self._skip(path, "is a link to a directory, found through another one")
+            # Linked directories may contain links to each other.
+            self._skip(path, "is a link to a directory, found through another link")
         else:
             self.visit(target, prefix=f"{path}/", linked=True)
 
@@ -121,7 +121,7 @@ class _Walk:
 def _unservable(path: str) -> str | None:
     try:
         size = len(path.encode("utf-8"))
-    except UnicodeEncodeError:  # Python carries bytes that are no UTF-8 as lone surrogates
+    except UnicodeEncodeError:  # Python decodes other bytes as lone surrogates
         return "has a name that is not UTF-8"
     if size > PATH_BYTES_MAX:
         return f"has a path of more than {PATH_BYTES_MAX} bytes"
@@ -129,7 +129,7 @@ def _unservable(path: str) -> str | None:
 
 
 def _blobs(root: Path) -> Path | None:
-    """Where files of a Hugging Face cache snapshot lie: `models--org--name/blobs`. None for other directories."""
+    """`models--org--name/blobs` for a snapshot of the Hugging Face cache; None for other directories."""
     for commit in (root, *root.parents):
         repository = commit.parent.parent
         if commit.parent.name == "snapshots" and repository.name.startswith("models--"):

@@ -1,20 +1,19 @@
-"""Artifacts whose bytes lie in tensors: `MemoryStore`, `IntoStore`, `GpuStore` and `TensorSource`.
+"""Artifacts in tensors: `MemoryStore`, `IntoStore`, `GpuStore` and `TensorSource`.
 
-    MemoryStore    fetch(model_id)           buffers of its own, handed out as CPU tensors that share them
-    GpuStore    fetch(device="cuda:0")    tensors of its own in the memory of a GPU
-    IntoStore      fetch(into=state_dict)    the caller's tensors, filled where they are: CPU, GPU, or both
-    TensorSource   serve(state_dict)         the caller's tensors, read as one virtual safetensors file
+    MemoryStore    fetch(model_id)           own buffers, lent as CPU tensors that share them
+    GpuStore       fetch(device="cuda:0")    own tensors in the memory of a GPU
+    IntoStore      fetch(into=state_dict)    the caller's tensors, filled in place: CPU, GPU, or both
+    TensorSource   serve(state_dict)         the caller's tensors, read as a virtual safetensors file
 
-Nothing is copied between a socket and a CPU tensor, except where a tensor's own layout forbids it; each class says
-where. Tensors of a GPU are read and filled in their own memory too, by transports that can; for others, `staging`
-carries it.
+CPU tensors are sent and received in place, without a copy, unless their layout forbids it (each class says when).
+Transports that can use GPU memory send and receive GPU tensors in place; for others `staging` copies.
 
-Whoever holds a tensor may write to it, and then its chunks no longer match the manifest. Every tensor that somebody
-else can write to is watched through torch's version counter. The counter does not see writes through `.data`, numpy or
-another process, an inference-mode tensor has none, and views of one tensor share it, so that a write to one withdraws
-its siblings: it is a courtesy to receivers, who verify every chunk anyway.
+A write to a tensor makes its chunks differ from the manifest, so all tensors that the caller can write to are watched
+through torch's version counter. The counter misses writes through `.data`, numpy or another process, inference tensors
+have none, and views of a tensor share it, so a write to one view withdraws the others. Receivers verify every chunk
+anyway; the watch only spares them wrong chunks.
 
-Must not know: hash functions, peers, sockets. Imports torch where it is needed, because `swarm` works without it.
+Must not know: hash functions, peers, sockets. torch is optional, so functions import it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from swarm.content import safetensors_header
-from swarm.content.manifest import Manifest, units
+from swarm.content.manifest import Manifest
 from swarm.content.safetensors_header import LENGTH_BYTES, Tensor
 from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict, StoreFull
 from swarm.store import DeviceView, View, cuda
@@ -34,9 +33,9 @@ from swarm.store.memory import MemoryLanding, MemorySource, Place, PlacedFile, T
 if TYPE_CHECKING:
     import torch
 
-VIRTUAL_PATH = "model.safetensors"  # what a newcomer that fetches a state dict into a directory finds there
+VIRTUAL_PATH = "model.safetensors"  # the file that a fetch of a state dict into a directory makes
 
-# torch lacks the 6-bit types, and holds F4 as two elements a byte, so that the last dimension halves.
+# torch lacks the 6-bit types. It packs two F4 elements into a byte, which halves the last dimension.
 _TORCH_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
     "U64": "uint64", "I64": "int64", "F4": "float4_e2m1fn_x2", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
@@ -46,19 +45,18 @@ _TORCH_NAMES = {
 _SAFETENSORS_NAMES = {f"torch.{theirs}": ours for ours, theirs in _TORCH_NAMES.items()}
 _FOUR_BIT = "F4"
 
-_OVERLAP_WORK_MAX = 10_000  # steps that the exact test of two strided layouts may take before they count as overlapping
+_OVERLAP_WORK_MAX = 10_000  # steps of the exact test of two strided layouts; beyond, they count as overlapping
 _NAMES_SHOWN = 3
 
-# What two names must have in common to be one tensor: data pointer, dtype, shape, strides.
+# Equal for names of the same tensor: data pointer, dtype, shape, strides.
 _Identity: TypeAlias = "tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]"
 
 
 class MemoryStore(MemoryLanding):
-    """One buffer a file, of exactly its size; after `seal` the tensors of all safetensors files, sharing these buffers.
+    """A buffer per file; after `seal`, tensors of all safetensors files that share these buffers.
 
-    Raises StoreFull when memory is short, ManifestInvalid when two files hold tensors of one name, and StoreConflict
-    for tensors that torch cannot hold (6 bits an element): all before any byte is fetched. Does not need torch until
-    `tensors` is called.
+    Before any byte is fetched, raises StoreFull, ManifestInvalid for two tensors of one name, and StoreConflict for
+    tensors that torch cannot hold (6 bits an element). Only `tensors` needs torch.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -72,28 +70,27 @@ class MemoryStore(MemoryLanding):
         self._tensors: dict[str, torch.Tensor] | None = None
 
     def seal(self) -> None:
-        """Everything is verified: `tensors` and `files` may be used from now on."""
+        """Makes `tensors` and `files` available."""
         self._sealed = True
 
     def files(self) -> dict[str, memoryview]:
-        """The same once it is sealed."""
+        """As in MemoryLanding; requires `seal`."""
         self._demand_sealed()
         return super().files()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name, writable, sharing the store's memory; tied names share one tensor object.
+        """Every tensor by name, writable, sharing the store's memory; tied names share a tensor object.
 
-        The same objects every time. A tensor that does not lie at a multiple of its element size is copied, because
-        torch wants it aligned: the safetensors library writes no such files. Writing to a tensor withdraws the artifact
-        from serving.
-        Raises SettingsError without torch, StoreConflict for a type that this torch lacks.
+        Each call returns the same objects. A tensor that is not aligned to its element size is copied, as torch
+        requires; the safetensors library writes no such files. A write to a tensor withdraws its chunks from serving.
+        Raises SettingsError without torch, StoreConflict for a dtype that this torch lacks.
         """
         self._demand_sealed()
         self._tensors = self._tensors or self._make_tensors()
         return dict(self._tensors)
 
     def close(self) -> None:
-        """Lets go of the memory; tensors and files that were handed out keep theirs."""
+        """Releases the memory; lent tensors and files keep theirs."""
         super().close()
         self._buffers, self._tensors = [], None
 
@@ -109,7 +106,7 @@ class MemoryStore(MemoryLanding):
             for entry in entries:
                 view = memory[entry.offset : entry.offset + entry.size]
                 tensor = made[entry.name] = _sharing(view, entry)
-                # Watched through an alias: `tensor.data = other` is no change, the bytes here stay what they were.
+                # Watch an alias: `tensor.data = other` leaves the bytes here unchanged.
                 places.append(Place(view, _Watch(entry.name, tensor.detach()).check))
             files.append(PlacedFile(places))
         self._files = files
@@ -117,19 +114,18 @@ class MemoryStore(MemoryLanding):
 
 
 class IntoStore(MemoryLanding):
-    """Lands straight in the given tensors' own memory. Their contents are undefined until `seal` has returned.
+    """Fills the given tensors in place. Their contents are undefined until `seal` has returned.
 
-    The tensors must match the manifest exactly, in name, dtype and shape; else StoreConflict says what differs, before
-    any byte is fetched. A name that the manifest lacks is fine when it is tied: an alias of the manifest, or the same
-    memory as a tensor of it. Headers and files that are no safetensors land in memory of the store, so that the node
-    can serve every chunk on.
+    Names, dtypes and shapes must match the manifest; else StoreConflict lists the differences before any byte is
+    fetched. A name outside the manifest is allowed if it is tied: an alias in the manifest, or memory of a tensor in
+    it. Headers and files other than safetensors are kept in memory of the store, so the node can serve every chunk.
 
-    `seal` copies or compares what cannot land in its place: tensors that are not contiguous land in temporary memory,
-    which stays for serving; aliases with memory of their own are filled from the tensor that they stand for; tensors
-    that the caller has tied and the manifest has not land separately and must turn out equal.
+    Not every tensor is filled in place. Tensors that are not contiguous are received in temporary memory, kept for
+    serving, and copied by `seal`. Aliases with memory of their own are copied from their tensor by `seal`. Tensors that
+    the caller has tied and the manifest has not are received separately, and `seal` compares them.
 
-    Raises SettingsError for a value that is not a tensor, StoreConflict for a tensor that is not in plain memory of the
-    CPU or a GPU or that overlaps another one, and what `MemoryStore` raises.
+    Raises SettingsError for a value that is not a tensor, StoreConflict for a tensor outside plain memory of the CPU or
+    a GPU and for overlapping tensors, and the errors of `MemoryStore`.
     """
 
     def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -140,11 +136,11 @@ class IntoStore(MemoryLanding):
         _refuse_overlaps(given)
         demand_room(manifest.size - sum(entry.size for entry in index.owners.values()))
         self.manifest = manifest
-        self.devices = _finish_work(given.values())  # or what was enqueued before would land on what is fetched
+        self.devices = _finish_work(given.values())  # else kernels enqueued before would overwrite fetched bytes
         self._watches: list[_Watch] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, landed)
-        self._twins: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # (name, landed, landed in another place)
-        self._filled: dict[_Identity, torch.Tensor] = {}  # the caller's memory -> the tensor that its contents land in
+        self._twins: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # (name, landed, landed elsewhere)
+        self._filled: dict[_Identity, torch.Tensor] = {}  # the caller's memory -> the tensor that receives its contents
         landed = {name: self._place(holder, given[holder]) for name, holder in holders.items()}
         for alias, name in index.aliases.items():
             if alias in given:
@@ -155,9 +151,9 @@ class IntoStore(MemoryLanding):
         ]
 
     def seal(self) -> None:
-        """Copies and compares what landed elsewhere. Before it has returned, the tensors' contents are undefined.
+        """Copies and compares tensors that were not filled in place.
 
-        Raises SourceChanged when a tensor was written to or moved meanwhile, StoreConflict when tied tensors differ.
+        Raises SourceChanged if a tensor was written to or moved during the fetch, StoreConflict if tied tensors differ.
         """
         import torch
 
@@ -174,12 +170,12 @@ class IntoStore(MemoryLanding):
             watch.renew()
 
     def close(self) -> None:
-        """Lets go of the tensors, which are the caller's and stay as they are."""
+        """Releases the caller's tensors."""
         super().close()
         self._watches, self._copies, self._twins, self._filled = [], [], [], {}
 
     def _place(self, name: str, target: torch.Tensor) -> tuple[torch.Tensor, Place]:
-        """The tensor that a tensor of the manifest lands in, and its place."""
+        """The tensor that receives a tensor of the manifest, and its place."""
         if target.is_contiguous() and _identity(target) not in self._filled:
             self._filled[_identity(target)] = target
             self._watches.append(_Watch(name, target))
@@ -189,7 +185,7 @@ class IntoStore(MemoryLanding):
         return landed, Place(_bytes(landed))
 
     def _settle(self, name: str, target: torch.Tensor, landed: torch.Tensor) -> None:
-        """Has `seal` bring `target` what landed elsewhere, or compare it if `target` has been provided for."""
+        """Has `seal` copy `landed` to `target`, or compare it if another tensor fills `target` already."""
         provided = self._filled.get(_identity(target))
         if provided is None:
             self._filled[_identity(target)] = landed
@@ -199,9 +195,9 @@ class IntoStore(MemoryLanding):
 
 
 class GpuStore(IntoStore):
-    """Tensors of its own on one device, each allocated by torch by itself, so that it can be freed by itself.
+    """Own tensors on a GPU, each a separate torch allocation, so that the caller can free each.
 
-    Raises StoreFull when the device lacks room, and what `IntoStore` raises.
+    Raises StoreFull if the device lacks memory, and the errors of `IntoStore`.
     """
 
     def __init__(self, manifest: Manifest, device: str) -> None:
@@ -210,69 +206,66 @@ class GpuStore(IntoStore):
         index, where = TensorIndex(manifest), torch.device(device)
         _demand_representable(index.owners.values())
         need_bytes = sum(entry.size for entry in index.owners.values())
-        free_bytes = torch.cuda.mem_get_info(where)[0] + _cached_bytes(where)
+        cached_bytes = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+        free_bytes = torch.cuda.mem_get_info(where)[0] + cached_bytes
         if need_bytes > free_bytes:
             raise StoreFull(device, need_bytes=need_bytes, free_bytes=free_bytes)
-        made: dict[str, torch.Tensor] = {}
-        for name, entry in index.owners.items():
-            dtype, shape = _torch_type(entry)
-            made[name] = _empty(shape, dtype, where)
+        made = {name: _empty(*_torch_type(entry), where) for name, entry in index.owners.items()}
         super().__init__(manifest, made)
         self._made = made | {alias: made[name] for alias, name in index.aliases.items()}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name; tied names share one tensor object. To be used once sealed."""
+        """Every tensor by name; tied names share a tensor object. Call it after `seal`."""
         return dict(self._made)
 
     def close(self) -> None:
-        """Lets go of the memory; tensors that were handed out keep theirs."""
+        """Releases the memory; lent tensors keep theirs."""
         super().close()
         self._made = {}
 
 
 class TensorSource(MemorySource):
-    """A state dict as one virtual file, `VIRTUAL_PATH`: valid safetensors, whoever fetches it.
+    """A state dict as a virtual safetensors file, `VIRTUAL_PATH`.
 
-    Tensors of wide elements come first, then by name, so that each is aligned. Tied tensors (same memory, dtype, shape
-    and strides) are stored once, under the first of their names; the others go into the metadata, as
-    `safetensors.torch.save_model` does it. Tensors that merely overlap are stored one by one. A tensor that is not
-    contiguous is copied once, here; all others are read where they are. What was enqueued so far for tensors of a GPU
-    is done when this returns.
+    Tensors are sorted by element size, largest first, then by name, so each is aligned. Tied tensors (same memory,
+    dtype, shape and strides) are stored once, under the first of their names; the metadata lists the other names, as
+    `safetensors.torch.save_model` does. Overlapping tensors are stored separately. A tensor that is not contiguous is
+    copied here; all others are read in place. Work already enqueued on their GPUs is done when this returns.
 
-    Whoever builds the manifest (of `cut(source.units(), ...)`, hashing `read`) sets `manifest`. Raises SettingsError
-    for a value that is no tensor or has no safetensors type, StoreConflict for one that is not in plain memory of the
-    CPU or a GPU.
+    The builder of the manifest (from `cut(source.units(), ...)` and hashes of `read`) sets `manifest`. Raises
+    SettingsError for a value that is no tensor or a dtype without a safetensors type, StoreConflict for a tensor
+    outside plain memory of the CPU or a GPU.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
         kept, aliases = _untied(_plain(tensors))
         kept.sort(key=lambda pair: (-pair[1].element_size(), pair[0]))
         entries = [_entry(name, tensor) for name, tensor in kept]
-        # Some readers, transformers among them, want to be told whose tensors these are.
+        # transformers and other readers require the format.
         metadata = {} if "pt" in tensors else {"format": "pt"}
         composed = safetensors_header.compose(entries, metadata | aliases)
         self.header = composed.decode()
         prefix = len(composed).to_bytes(LENGTH_BYTES, "little") + composed
-        self.size = len(prefix) + sum(size for *_, size in entries)
+        self._units = [len(prefix), *(size for *_, size in entries)]
+        self.size = sum(self._units)
         self._files = [PlacedFile([Place(memoryview(prefix)), *(_readable(name, tensor) for name, tensor in kept)])]
         self.devices = _finish_work(tensor for _, tensor in kept)  # of GPUs, by number
 
     def units(self) -> list[int]:
-        """Bytes of the header and of each tensor: what `manifest.cut` wants to know."""
-        tensors, _ = safetensors_header.parse(self.header.encode(), subject=VIRTUAL_PATH, file_bytes=self.size)
-        return units(self.size, tensors)
+        """Sizes of header and tensors, for `manifest.cut`."""
+        return self._units
 
     def read(self, offset: int, size: int) -> Iterator[memoryview]:
-        """These bytes of the virtual file. Raises SourceChanged once a tensor in them was written to or moved."""
+        """A range of the virtual file. Raises SourceChanged if a tensor in it was written to or moved."""
         return self._read(0, offset, size)
 
     def device_read(self, offset: int, size: int) -> Iterator[View]:
-        """As `read`, but GPU memory as it is."""
+        """Like `read`, with GPU memory as DeviceViews."""
         return self._lent(0, offset, size)
 
 
 class _Watch:
-    """Notices that a tensor was written to, or moved to other memory, since this was made or renewed."""
+    """Detects a write to a tensor, or its move to other memory, since it was created or renewed."""
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self._name = name
@@ -281,11 +274,11 @@ class _Watch:
         self.renew()
 
     def renew(self) -> None:
-        """From now on: what was written up to here is fine. Views of one tensor share its counter."""
+        """Accepts all writes so far. Views of a tensor share its counter."""
         self._version = None if self._tensor.is_inference() else self._tensor._version
 
     def check(self) -> None:
-        """Raises SourceChanged."""
+        """Raises SourceChanged if the tensor was written to or moved."""
         if self._tensor.data_ptr() != self._pointer:
             raise SourceChanged(self._name, "it was moved to other memory")
         if self._version is not None and self._tensor._version != self._version:
@@ -300,12 +293,12 @@ def _demand_representable(entries: Iterable[Tensor]) -> None:
 
 
 def _sharing(view: memoryview, entry: Tensor) -> torch.Tensor:
-    """A tensor over this memory, or over an aligned copy of it."""
+    """A tensor that shares this memory, or an aligned copy of it."""
     try:
         import torch
     except ImportError as error:
         raise SettingsError("torch", "is not installed; install it, or fetch into a directory") from error
-    dtype, shape = _torch_type(entry)
+    shape, dtype = _torch_type(entry)
     if not entry.size:  # frombuffer refuses empty memory
         return torch.empty(shape, dtype=dtype)
     raw = torch.frombuffer(view, dtype=torch.uint8)
@@ -314,18 +307,18 @@ def _sharing(view: memoryview, entry: Tensor) -> torch.Tensor:
     return raw.view(dtype).reshape(shape)
 
 
-def _torch_type(entry: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+def _torch_type(entry: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
     import torch
 
     dtype = getattr(torch, _TORCH_NAMES[entry.dtype], None)
     if dtype is None:
         raise StoreConflict(entry.name, f"torch {torch.__version__} has no type for {entry.dtype}; install a newer one")
     *outer, last = entry.shape or (0,)
-    return dtype, (*outer, last // 2) if entry.dtype == _FOUR_BIT else entry.shape
+    return (*outer, last // 2) if entry.dtype == _FOUR_BIT else entry.shape, dtype
 
 
 def _entry(name: str, tensor: torch.Tensor) -> tuple[str, str, tuple[int, ...], int]:
-    """What a safetensors header says of a tensor."""
+    """Name, dtype, shape and size of a tensor in a safetensors header."""
     dtype, shape = _SAFETENSORS_NAMES.get(str(tensor.dtype)), tuple(tensor.shape)
     if dtype is None or (dtype == _FOUR_BIT and not shape):
         raise SettingsError(name, f"{tensor.dtype} {shape} has no safetensors type; convert it or leave it out")
@@ -335,7 +328,7 @@ def _entry(name: str, tensor: torch.Tensor) -> tuple[str, str, tuple[int, ...], 
 
 
 def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The mapping, once every value has turned out to be a tensor in memory that holds its own bytes."""
+    """A copy of the mapping. Raises for a value that is no tensor with plain bytes of its own on a CPU or CUDA GPU."""
     import torch
 
     for name, tensor in tensors.items():
@@ -352,7 +345,7 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _match(index: TensorIndex, given: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """For each tensor of the manifest, the given name that stands for it: its own, or else that of an alias."""
+    """For each tensor of the manifest, its given name: its own, or else an alias. Raises StoreConflict."""
     spellings = {name: [name] for name in index.owners}
     for alias, name in index.aliases.items():
         spellings[name].append(alias)
@@ -371,7 +364,7 @@ def _match(index: TensorIndex, given: Mapping[str, torch.Tensor]) -> dict[str, s
             f"{list(index.owners[name].shape)}"
             for name, names in found.items()
             for spelling in names
-            if (given[spelling].dtype, given[spelling].shape) != _torch_type(index.owners[name])
+            if (given[spelling].shape, given[spelling].dtype) != _torch_type(index.owners[name])
         ],
     }
     wrong = [f"{len(items)} {kind}: {', '.join(items[:_NAMES_SHOWN])}" for kind, items in complaints.items() if items]
@@ -381,18 +374,18 @@ def _match(index: TensorIndex, given: Mapping[str, torch.Tensor]) -> dict[str, s
 
 
 def _identity(tensor: torch.Tensor) -> _Identity:
-    # The stride of a dimension of one element says nothing, and torch is free to choose it.
+    # torch chooses the stride of a dimension of size 1 freely.
     strides = (stride if n > 1 else 0 for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
     return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(strides)
 
 
 def _refuse_overlaps(given: Mapping[str, torch.Tensor]) -> None:
-    """Raises StoreConflict when landing in one tensor would change another one, or another part of itself."""
+    """Raises StoreConflict if a write to a tensor would change another tensor, or another element of its own."""
     distinct = {_identity(tensor): (name, tensor) for name, tensor in given.items() if tensor.numel()}
     reaching: list[tuple[str, torch.Tensor]] = []
     for name, tensor in sorted(distinct.values(), key=lambda pair: pair[1].data_ptr()):
         if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
-            raise StoreConflict(name, "is expanded: several of its elements are one in memory")
+            raise StoreConflict(name, "is expanded: several of its elements share memory")
         reaching = [(other, earlier) for other, earlier in reaching if _end(earlier) > tensor.data_ptr()]
         for other, earlier in reaching:
             if _shares(earlier, tensor):
@@ -405,16 +398,16 @@ def _end(tensor: torch.Tensor) -> int:
     return tensor.data_ptr() + (steps + 1) * tensor.element_size()
 
 
-def _shares(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors whose extents overlap have a byte in common: columns of one matrix have none."""
+def _shares(tensor: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors with overlapping extents share a byte; columns of a matrix share none."""
     try:
-        return np.shares_memory(_Extent(one), _Extent(other), max_work=_OVERLAP_WORK_MAX)  # type: ignore[arg-type]
+        return np.shares_memory(_Extent(tensor), _Extent(other), max_work=_OVERLAP_WORK_MAX)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
 
 
 class _Extent:
-    """A tensor's layout as numpy describes one, for comparing: the memory itself may be a GPU's and is not read."""
+    """A tensor's layout as a numpy array interface, for comparison only: the memory may be a GPU's."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         size = tensor.element_size()
@@ -442,7 +435,7 @@ def _readable(name: str, tensor: torch.Tensor) -> Place:
 
 
 def _bytes(tensor: torch.Tensor) -> View:
-    """The memory of a contiguous tensor, which stays alive as long as the view. A CPU's cannot be resized meanwhile."""
+    """The memory of a contiguous tensor, alive as long as the view; a CPU tensor cannot be resized meanwhile."""
     flat = _flat(tensor)
     if flat.device.type == "cpu":
         return flat.numpy().data
@@ -466,23 +459,11 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
         raise StoreFull(str(device), need_bytes=need_bytes, free_bytes=torch.cuda.mem_get_info(device)[0]) from error
 
 
-def _cached_bytes(device: torch.device) -> int:
-    """What torch keeps of a device's memory without using it."""
-    import torch
-
-    return torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def _devices(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
-    """The GPUs that these tensors are on, by number."""
-    return frozenset(tensor.device.index for tensor in tensors if tensor.device.type != "cpu")
-
-
 def _finish_work(tensors: Iterable[torch.Tensor]) -> frozenset[int]:
-    """Waits for everything that was enqueued on the GPUs of these tensors; returns their numbers."""
+    """Waits for the work enqueued on the GPUs of these tensors; returns the numbers of the GPUs."""
     import torch
 
-    devices = _devices(tensors)
+    devices = frozenset(tensor.device.index for tensor in tensors if tensor.device.type != "cpu")
     for device in devices:
         torch.cuda.synchronize(device)
     return devices
