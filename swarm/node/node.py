@@ -22,7 +22,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Collection, Coroutine, Iterator
+from collections.abc import Collection, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,7 +40,7 @@ from swarm.membership.swim_driver import SwimDriver
 from swarm.net.environment import Environment
 from swarm.peers import connections
 from swarm.peers.connections import Connections
-from swarm.peers.connections_driver import ConnectionsDriver
+from swarm.peers.connections_driver import ConnectionsDriver, Handler
 from swarm.peers.manifest_requests import ManifestRequests
 from swarm.peers.peer import Peer
 from swarm.protocol import messages, packets
@@ -117,7 +117,6 @@ class Node:
         self.name = name or f"node-{self.id[:6]}"
         self.address = Address("")
         self.journal = Journal()
-        self.peers: dict[NodeId, Peer] = {}  # by node id
         self.manifest_requests = ManifestRequests(self.described)
         self._environment = environment
         self._upload_slots = upload_slots
@@ -125,15 +124,16 @@ class Node:
         self._stall_timeout_s = stall_timeout_s
         self._host, self._rack = host[: packets.LABEL_MAX], rack[: packets.LABEL_MAX]
         machine = Connections(self.id, rng=self._rng, host=self._host, rack=self._rack)
-        self._connections = ConnectionsDriver(environment, machine, party=self)
+        self._connections = ConnectionsDriver(environment, machine, host=self, rng=self._rng)
         self._swim = SwimDriver(
             environment, config=network or config.lan(), rng=self._rng, clock=self.now, changed=self._member_changed
         )
-        self._shares = Shares(host=self, rng=self._rng, announced=self._tell_everybody, distance=self._distance)
+        self._shares = Shares(host=self, rng=self._rng, changed=self._update_profile, distance=self._distance)
         self._upload_driver: UploadDriver | None = None  # until the transports are there
         self._sought: Counter[Digest | None] = Counter()  # digests; None where only a model id is known
         self._withdrawn: list[Share] = []  # until they are closed
         self._transfer_ids = itertools.count()
+        self._transfers: dict[int, DownloadDriver] = {}  # open transfers to this node, by id
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()  # somebody came, went or announced
         self._closing = False
@@ -143,7 +143,9 @@ class Node:
     async def open(self) -> None:
         """Joins the swarm. Raises SettingsError when the listening address cannot be used."""
         self._loop = asyncio.get_running_loop()
-        self.address = await self._environment.open(self.id, self._connections.converse, self._found, self._swim.hear)
+        self.address = await self._environment.open(
+            self.id, self._connections.run_link, self._discovered, self._swim.hear
+        )
         self._upload_driver = UploadDriver(
             host=self,
             transports=self._environment.transports,
@@ -155,7 +157,7 @@ class Node:
         )
         self.record("node", Opened(self.id, self.name, self.address, *self.place))
         self._swim.open(self.id, self.address, self.name, self._profile())
-        self._connections.open()
+        self._connections.open(self._handlers(self._upload_driver))
         self.spawn(self._ticks(), "ticks")
 
     async def close(self, reason: str = "shutting down") -> None:
@@ -163,8 +165,8 @@ class Node:
         self._closing = True
         self._swim.close()
         await self._connections.close(reason)
-        for fetching in self._shares.fetchings():
-            fetching.fail(SwarmError("the node was closed"))
+        for download_driver in self._shares.downloads():
+            download_driver.fail(SwarmError("the node was closed"))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -229,7 +231,7 @@ class Node:
             async with asyncio.timeout(timeout_s):
                 resumed = await self._resume(store, held)
                 # No await from here to `_fetch`: two fetches may be here.
-                own = await self._shares.own(manifest.digest)
+                own = await self._shares.complete(manifest.digest)
                 kept = tuple(runs(list(held)))
                 self.record("node", FetchStarted(model_id, manifest.digest, manifest.size, resumed, held.length, kept))
                 if own:
@@ -263,7 +265,7 @@ class Node:
             self.release(own.manifest.digest)
 
     async def _fetch(self, share: Share, store: Store, abandon_s: float) -> DownloadDriver:
-        fetching = share.fetching = DownloadDriver(
+        fetching = share.download = DownloadDriver(
             share.model_id,
             store,
             share.held,
@@ -272,15 +274,16 @@ class Node:
             stall_timeout_s=self._stall_timeout_s,
             abandon_s=abandon_s,
             transfer_ids=self._transfer_ids,
+            transfers=self._transfers,
             rng=self._rng,
-            announce=partial(self._shares.tell, share.manifest.digest),
+            announce=partial(self._shares.send_have, share.manifest.digest),
         )
         self._shares.add(share)
         try:
             with self.seeking(share.manifest.digest):
                 await fetching.run()
         finally:
-            share.fetching = None
+            share.download = None
         return fetching
 
     async def _resume(self, store: Store, held: Bitfield) -> int:
@@ -360,7 +363,7 @@ class Node:
         """The state machines of an open node, for whoever checks their invariants."""
         gossip = [] if self._swim.machine is None else [self._swim.machine]
         upload = [] if self._upload_driver is None else [self._upload_driver.machine]
-        fetches = [fetching.machine for fetching in self._shares.fetchings()]
+        fetches = [download_driver.machine for download_driver in self._shares.downloads()]
         return [self._connections.machine, *gossip, *upload, *fetches]
 
     def tried(self) -> list[str]:
@@ -382,73 +385,96 @@ class Node:
                 for held in member.profile.artifacts:
                     yield Holder(member.node, member.name, member.address, None), held.digest, held.model_id
 
-    # What its parts ask for (see fetching.Host and linking.Party)
+    # For its parts, see peers.host
+
+    @property
+    def peers(self) -> Mapping[NodeId, Peer]:
+        """The linked nodes, by id."""
+        return self._connections.peers
 
     def now(self) -> float:
         """Seconds on the loop's clock."""
         return self._loop.time()
 
-    def record(self, subject: str, what: object) -> None:
+    def record(self, subject: str, event: object) -> None:
         """Writes to the journal."""
-        self.journal.record(self.now(), subject, what)
+        self.journal.record(self.now(), subject, event)
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        """Runs something until the node closes; its failure is logged."""
+        """Starts a task that ends with the node; its failure is logged."""
         task = asyncio.create_task(work, name=f"swarm: {name}")
         self._tasks.add(task)
         task.add_done_callback(self._finished)
         return task
 
-    def token(self) -> str:
-        """A fresh one, for one link."""
-        return f"{self._rng.getrandbits(128):032x}"
-
     def hello(self, token: str) -> Hello:
-        """How this node greets."""
+        """The node's Hello."""
         endpoints = tuple(Endpoint(transport.scheme, transport.address) for transport in self._environment.transports)
         artifacts = self._shares.announcements()
         return Hello(messages.PROTOCOL, __version__, self.id, self.name, self.address, token, endpoints, artifacts)
 
-    def reached(self, address: Address) -> None:
-        """A node was dialled there, and greeted: maybe gossip gets through as well."""
+    def dialled(self, address: Address) -> None:
+        """Tries gossip at an address that accepted a link, unless a member is known there."""
         if all(member.address != address for member in self.members()):
             self._swim.found(address)
 
-    def joined(self, peer: Peer) -> None:
-        """There is a link to this node."""
-        self._shares.inquire(peer)
+    def peer_joined(self, peer: Peer) -> None:
+        """Shows interest in the peer's artifacts."""
+        self._shares.show_interest(peer)
 
-    def left(self, peer: Peer, why: str) -> None:
-        """There is none any more."""
-        self._shares.left(peer, why)
+    def peer_left(self, peer: Peer, why: str) -> None:
+        """Ends transfers and requests of a peer, in both directions."""
+        self._shares.peer_left(peer, why)
         if self._upload_driver:
             self._upload_driver.left(peer.node)
-        self.manifest_requests.left(peer.node, why)
+        self.manifest_requests.peer_left(peer.node, why)
 
-    def hear(self, peer: Peer, message: AnyMessage) -> None:
-        """Acts on one message. Raises RemoteProtocolError for what a well-behaved peer would not say."""
-        match message:
-            case messages.ManifestRequest() | messages.OriginRequest():
-                self.spawn(self.manifest_requests.answer(peer, message), f"answer {peer.name}")
-            case messages.ManifestPart() | messages.OriginReply():
-                self.manifest_requests.hear(peer, message)
-            case messages.Request() if self._upload_driver:
-                self._upload_driver.requested(peer, message)
-            case messages.Cancel(transfer) if self._upload_driver:
-                self._upload_driver.cancelled(peer, transfer)
-            case _:
-                self._shares.hear(peer, message)
-
-    def noticed(self) -> None:
-        """Somebody came, went or failed to answer."""
+    def peers_changed(self) -> None:
+        """Wakes callers of `changed`."""
         self._changed.set()
+
+    # Messages
+
+    def _handlers(self, uploads: UploadDriver) -> dict[type[AnyMessage], Handler]:
+        """The handler of each type of message from a peer, but of Hello and Bye, which are the link's."""
+        shares, requests = self._shares, self.manifest_requests
+        return {
+            messages.Members: self._connections.on_members,
+            messages.Announce: self._on_announce,
+            messages.ManifestRequest: self._on_manifest_request,
+            messages.ManifestPart: requests.on_manifest_part,
+            messages.OriginRequest: requests.on_origin_request,
+            messages.OriginReply: requests.on_origin_reply,
+            messages.Interest: shares.on_interest,
+            messages.Holdings: shares.on_holdings,
+            messages.Have: shares.on_have,
+            messages.Request: uploads.requested,
+            messages.Cancel: lambda peer, cancel: uploads.cancelled(peer, cancel.transfer),
+            messages.Grant: self._on_grant,
+            messages.Refuse: self._on_refuse,
+        }
+
+    def _on_announce(self, peer: Peer, announce: messages.Announce) -> None:
+        self._connections.on_announce(peer, announce)
+        self._shares.on_announce(peer, announce)
+
+    def _on_manifest_request(self, peer: Peer, request: messages.ManifestRequest) -> None:
+        self.spawn(self.manifest_requests.send_manifest(peer, request), f"send a manifest to {peer.name}")
+
+    def _on_grant(self, peer: Peer, grant: messages.Grant) -> None:
+        if download := self._transfers.get(grant.transfer):
+            download.granted(peer, grant.transfer, grant.chunks)
+
+    def _on_refuse(self, peer: Peer, refusal: messages.Refuse) -> None:
+        if download := self._transfers.get(refusal.transfer):
+            download.refused(peer, refusal.transfer, reason=refusal.reason, retry_s=refusal.retry_s)
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s failed", task.get_name(), exc_info=error)
-            for fetching in self._shares.fetchings():  # it may be what would have ended them
-                fetching.fail(LocalProtocolError(f"{task.get_name()} failed: {error!r}; please report this"))
+            for download_driver in self._shares.downloads():  # it may be what would have ended them
+                download_driver.fail(LocalProtocolError(f"{task.get_name()} failed: {error!r}; please report this"))
 
     async def _close_share(self, share: Share) -> None:
         if self._upload_driver:
@@ -458,20 +484,20 @@ class Node:
 
     # Members
 
-    def _found(self, address: Address, lasting: bool) -> None:
+    def _discovered(self, address: Address, lasting: bool) -> None:
         self._swim.found(address)
-        self._connections.meet(connections.AddressDiscovered(address, lasting))
+        self._connections.handle(connections.AddressDiscovered(address, lasting))
 
     def _member_changed(self, record: Record) -> None:
         self.record(record.node, MemberChanged(record))
         if not self._closing:
-            self._connections.meet(connections.MemberUpdated(record))
-            for fetching in self._shares.fetchings():
-                fetching.placed(record.node, record.profile.distance(self._host, self._rack))
+            self._connections.handle(connections.MemberUpdated(record))
+            for download_driver in self._shares.downloads():
+                download_driver.placed(record.node, record.profile.distance(self._host, self._rack))
 
     def _tell_wants(self) -> None:
         digests = frozenset(digest for digest in self._sought if digest is not None)
-        self._connections.meet(connections.Wanted(digests, more=None in self._sought))
+        self._connections.handle(connections.Wanted(digests, more=None in self._sought))
 
     def _profile(self) -> Profile:
         holdings = tuple(share.holding() for share in self._shares.shares.values())
@@ -490,15 +516,15 @@ class Node:
     def _tell_mates(self) -> None:
         """Tells every fetch who fetches the same nearby: each chunk comes in once for all of them."""
         members = self.members()
-        for fetching in self._shares.fetchings():
+        for download_driver in self._shares.downloads():
             near: tuple[set[NodeId], set[NodeId]] = (set(), set())
             for member in members:
                 distance = member.profile.distance(self._host, self._rack)
-                if distance < download.DISTANCE_MAX and self._fetches(member, fetching.digest):
+                if distance < download.DISTANCE_MAX and self._fetches(member, download_driver.digest):
                     for names in near[distance:]:
                         names.add(member.node)
             # Without a label of its own a rack is everybody, and has no border.
-            fetching.met(events.Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
+            download_driver.met(events.Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
 
     def _fetches(self, member: Record, digest: Digest) -> bool:
         """Whether a member fetches this just now. Its link says so sooner than gossip."""
@@ -506,7 +532,7 @@ class Node:
             return told.chunks < told.chunks_total
         return any(held.digest == digest and held.chunks < held.chunks_total for held in member.profile.artifacts)
 
-    def _tell_everybody(self) -> None:
+    def _update_profile(self) -> None:
         self._swim.tell(self._profile())
 
     # Time
@@ -514,10 +540,10 @@ class Node:
     async def _ticks(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self._connections.meet(connections.Tick())
+            self._connections.handle(connections.Tick())
             self._tell_mates()
             self._shares.tick()
-            self._tell_everybody()
+            self._update_profile()
 
     def __repr__(self) -> str:
         return f"<Node {self.name} {self.address} | {len(self.peers)} peers | {len(self._shares.shares)} artifacts>"

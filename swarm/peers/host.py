@@ -1,26 +1,48 @@
-"""What transfers and links need of the node that runs them."""
+"""Interfaces of a node to the parts that it runs."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, Protocol
 
 from swarm.peers.peer import Peer
-from swarm.protocol.messages import NodeId
+from swarm.protocol.messages import Address, Hello, NodeId
 
 
 class Host(Protocol):
-    """What a node does for its fetches and its uploads."""
+    """Clock, journal, tasks and peers of the node."""
 
     id: NodeId
-    peers: dict[NodeId, Peer]  # by node id
+
+    @property
+    def peers(self) -> Mapping[NodeId, Peer]:
+        """The linked nodes. `peers.connections_driver` owns them."""
 
     def now(self) -> float:
         """Seconds on the node's clock; callable from any thread."""
 
-    def record(self, subject: str, what: object) -> None:
+    def record(self, subject: str, event: object) -> None:
         """Writes to the journal."""
 
     def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
-        """Runs something until the node closes."""
+        """Starts a task that ends with the node."""
+
+
+class LinkHost(Host, Protocol):
+    """What the connections driver needs of the node in addition."""
+
+    def hello(self, token: str) -> Hello:
+        """The node's Hello. The receiver presents `token` when it opens a session to a transport of this node."""
+
+    def dialled(self, address: Address) -> None:
+        """A node at this address accepted a link."""
+
+    def peer_joined(self, peer: Peer) -> None:
+        """`peer` is in `peers` now."""
+
+    def peer_left(self, peer: Peer, why: str) -> None:
+        """`peer` is not in `peers` any more. All that was agreed over its link has ended."""
+
+    def peers_changed(self) -> None:
+        """A peer joined or left, announced artifacts, or could not be dialled."""

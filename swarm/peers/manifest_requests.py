@@ -1,7 +1,7 @@
-"""Questions between two nodes before a fetch: what is the manifest of this digest, and where does the model come from.
+"""Requests for manifests and origins: those of this node to its peers, and the answers to theirs.
 
-Answers come in messages, some in parts; each question has a deadline, and a peer that leaves has answered all of
-them. What a peer answers is bounded here and checked by whoever asked.
+A manifest arrives in parts. A request has a deadline and fails when its peer leaves. Answers are bounded here; callers
+check their content.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, TypeVar
 
 from swarm.content.manifest import MANIFEST_BYTES_MAX, Digest, Manifest
 from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
@@ -18,25 +18,23 @@ from swarm.protocol import messages
 from swarm.protocol.messages import NodeId, Origin
 
 T = TypeVar("T")
-Question: TypeAlias = messages.ManifestRequest | messages.OriginRequest
-Answer: TypeAlias = messages.ManifestPart | messages.OriginReply
 
 
 class ManifestRequests:
-    """This node's open questions, and its answers to others'. `lookup` says what this node has of a digest."""
+    """The open requests of a node. `lookup` returns the manifest and the origin that this node has of a digest."""
 
     def __init__(self, lookup: Callable[[Digest], tuple[Manifest, Origin | None] | None]) -> None:
         self._lookup = lookup
-        self._manifests: dict[tuple[NodeId, Digest], _Manifest] = {}
-        self._origins: dict[tuple[NodeId, Digest], _Open[Origin | None]] = {}
+        self._manifests: dict[tuple[NodeId, Digest], _ManifestRequest] = {}
+        self._origins: dict[tuple[NodeId, Digest], _OpenRequest[Origin | None]] = {}
 
     async def manifest(self, peer: Peer, digest: Digest, *, timeout_s: float) -> bytes:
-        """A manifest's bytes as one peer sends them: bounded, but not checked. Raises PeerError."""
-        if peer.why_gone:  # nobody would say so later: `left` was called before
+        """A manifest's bytes as a peer sends them: bounded, but not checked. Raises PeerError."""
+        if peer.why_gone:  # `peer_left` was called before, and would not end this request
             raise PeerError(peer.name, peer.why_gone)
         key = peer.node, digest
         if key not in self._manifests:
-            self._manifests[key] = _Manifest(peer, partial(self._manifests.pop, key))
+            self._manifests[key] = _ManifestRequest(peer, partial(self._manifests.pop, key))
             peer.post(messages.ManifestRequest(digest))
         try:
             return await self._manifests[key].answer(timeout_s=timeout_s)
@@ -44,70 +42,72 @@ class ManifestRequests:
             raise PeerTimeout(peer.name, f"did not send its manifest within {timeout_s:g} s") from None
 
     async def origin(self, peer: Peer, digest: Digest, *, timeout_s: float) -> Origin | None:
-        """Where a peer says that a checkpoint came from; None when it does not know or does not answer."""
+        """The origin of a checkpoint as a peer sends it; None when the peer does not know it or does not answer."""
         if peer.why_gone:
             return None
         key = peer.node, digest
         if key not in self._origins:
-            self._origins[key] = _Open(partial(self._origins.pop, key))
+            self._origins[key] = _OpenRequest(partial(self._origins.pop, key))
             peer.post(messages.OriginRequest(digest))
         try:
             return await self._origins[key].answer(timeout_s=timeout_s)
         except TimeoutError:
             return None
 
-    async def answer(self, peer: Peer, question: Question) -> None:
-        """Answers a peer's question."""
-        found = self._lookup(question.digest)
-        if isinstance(question, messages.OriginRequest):
-            reply = messages.OriginReply(question.digest, found[1] if found else None)
-            if len(messages.encode(reply)) > messages.FRAME_BYTES_MAX:  # some 10,000 files: fetched without their etags
-                reply = messages.OriginReply(question.digest, None)
-            peer.post(reply)
-            return
+    async def send_manifest(self, peer: Peer, request: messages.ManifestRequest) -> None:
+        """Answers a ManifestRequest in parts, with an empty part if this node has no such manifest."""
+        found = self._lookup(request.digest)
         data = found[0].encoded if found else b""
         for offset in range(0, max(1, len(data)), messages.MANIFEST_PART_BYTES):
             part = data[offset : offset + messages.MANIFEST_PART_BYTES]
-            peer.post(messages.ManifestPart(question.digest, len(data), offset, part))
-            await asyncio.sleep(0)  # other messages get in between
+            peer.post(messages.ManifestPart(request.digest, len(data), offset, part))
+            await asyncio.sleep(0)  # other messages are sent between two parts
 
-    def hear(self, peer: Peer, answer: Answer) -> None:
-        """Takes (a part of) an answer. Raises RemoteProtocolError when the parts do not fit together."""
-        key = peer.node, answer.digest
-        if isinstance(answer, messages.ManifestPart):
-            if inquiry := self._manifests.get(key):
-                inquiry.add(answer)
-        elif waiting := self._origins.get(key):
-            waiting.succeed(answer.origin)
+    def on_origin_request(self, peer: Peer, request: messages.OriginRequest) -> None:
+        """Answers an OriginRequest."""
+        found = self._lookup(request.digest)
+        reply = messages.OriginReply(request.digest, found[1] if found else None)
+        if len(messages.encode(reply)) > messages.FRAME_BYTES_MAX:  # some 10,000 files: fetched without their etags
+            reply = messages.OriginReply(request.digest, None)
+        peer.post(reply)
 
-    def left(self, node: NodeId, why: str) -> None:
-        """A peer is gone."""
-        for (asked, _), inquiry in self._manifests.items():
+    def on_manifest_part(self, peer: Peer, part: messages.ManifestPart) -> None:
+        """Raises RemoteProtocolError when the parts do not fit together."""
+        if request := self._manifests.get((peer.node, part.digest)):
+            request.add(part)
+
+    def on_origin_reply(self, peer: Peer, reply: messages.OriginReply) -> None:
+        """Ends the request for this origin."""
+        if request := self._origins.get((peer.node, reply.digest)):
+            request.succeed(reply.origin)
+
+    def peer_left(self, node: NodeId, why: str) -> None:
+        """Fails the requests to a peer."""
+        for (asked, _), manifest in self._manifests.items():
             if asked == node:
-                inquiry.fail(why)
-        for (asked, _), waiting in self._origins.items():
+                manifest.fail(why)
+        for (asked, _), origin in self._origins.items():
             if asked == node:
-                waiting.succeed(None)
+                origin.succeed(None)
 
 
-class _Open(Generic[T]):
-    """A question on its way to one peer. Whoever asks the same meanwhile waits for the same answer; `forget` is called
-    when nobody waits any more."""
+class _OpenRequest(Generic[T]):
+    """A request to a peer, and all callers that wait for its answer. `forget` is called when the last caller leaves."""
 
     def __init__(self, forget: Callable[[], object]) -> None:
         self.done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._forget = forget
-        self._askers = 0
+        self._callers = 0
 
     async def answer(self, *, timeout_s: float) -> T:
-        """Raises TimeoutError, and what the question failed with."""
-        self._askers += 1
+        """Raises TimeoutError, and the error that the request failed with."""
+        self._callers += 1
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.shield(self.done)
         finally:
-            self._askers -= 1
-            if not self._askers:
+            self._callers -= 1
+            if not self._callers:
                 self._forget()
 
     def succeed(self, answer: T) -> None:
@@ -115,8 +115,8 @@ class _Open(Generic[T]):
             self.done.set_result(answer)
 
 
-class _Manifest(_Open[bytes]):
-    """A manifest on its way from one peer."""
+class _ManifestRequest(_OpenRequest[bytes]):
+    """A request for a manifest, with the parts that have arrived."""
 
     def __init__(self, peer: Peer, forget: Callable[[], object]) -> None:
         super().__init__(forget)

@@ -34,9 +34,9 @@ class Peer:
         self.token = token
         self.link = link
         self.artifacts: dict[Digest, Announcement] = {a.digest: a for a in hello.artifacts}
-        self.wants: set[Digest] = set()  # digests it asked to hear about
-        self.asked: set[Digest] = set()  # digests it was asked to tell about
-        self.why_gone: str | None = None  # set by whoever cuts it off
+        self.interests: set[Digest] = set()  # digests of which it wants `Have` messages
+        self.own_interests: set[Digest] = set()  # digests of which this node wants `Have` messages
+        self.why_gone: str | None = None  # why the link ends, known before it has ended
         self._outbox: deque[Message] = deque()  # until the link has taken them
         self._posted = asyncio.Event()
         self._unsent_bytes = 0

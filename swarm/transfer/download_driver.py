@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 import random
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,10 @@ class _Receiving:
 
 
 class DownloadDriver:
-    """A fetch. `announce` is called with newly verified chunks, as often as the machine says."""
+    """A fetch. `announce` is called with newly verified chunks, as often as the machine says.
+
+    `transfers` maps the open transfers of all fetches of the node to their drivers.
+    """
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class DownloadDriver:
         stall_timeout_s: float,
         abandon_s: float = math.inf,
         transfer_ids: Iterator[int],
+        transfers: MutableMapping[int, DownloadDriver],
         rng: random.Random,
         announce: Callable[[list[int]], None],
     ) -> None:
@@ -96,6 +100,7 @@ class DownloadDriver:
         self._due: asyncio.TimerHandle | None = None
         self._preparing: asyncio.Future[None] | None = None
         self._receiving: dict[int, _Receiving] = {}
+        self._transfers = transfers
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
@@ -220,8 +225,13 @@ class DownloadDriver:
         if ask.chunks:
             chunks.set_result(ask.chunks)
         receiving = self._receiving[number] = _Receiving(peer, ask, chunks)
+        self._transfers[number] = self
         receiving.task = self._spawn(self._receive(receiving), f"receive {number} from {peer.name}")
-        receiving.task.add_done_callback(lambda _: self._receiving.pop(number, None))
+        receiving.task.add_done_callback(lambda _: self._close_transfer(number))
+
+    def _close_transfer(self, number: int) -> None:
+        self._receiving.pop(number, None)
+        self._transfers.pop(number, None)
 
     async def _receive(self, receiving: _Receiving) -> None:
         """Requests a transfer, receives it and reports its end; a cancelled transfer is not reported."""

@@ -1,9 +1,9 @@
-"""What one node shares: artifacts that are whole or still arriving, and who is told of them.
+"""The artifacts that a node serves or fetches, and what its peers hold of them.
 
-Keeps one `Share` for each digest, announces them to peers, tells interested ones which chunks are new, and passes what
-peers say of them on to the fetch or the gifts that it concerns.
+Keeps one `Share` for each digest, announces them to peers, sends `Have` for verified chunks, and passes the holdings of
+peers to the download or the super-seeding that they concern.
 
-Must not know: links, datagrams, how a fetch or an upload goes.
+Must not know: links, datagrams, how a fetch or an upload runs.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from swarm.journal import ArtifactsAnnounced
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
-from swarm.protocol.messages import Announcement, AnyMessage, NodeId, Origin
+from swarm.protocol.messages import Announcement, NodeId, Origin
 from swarm.protocol.packets import Holding
 from swarm.store import Source
 from swarm.transfer import download_events as events
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.superseed import Superseed
 
-ANNOUNCE_EVERY_S = 1.0  # progress for people to look at
+ANNOUNCE_EVERY_S = 1.0  # progress of a fetch, for status pages
 
 
 @dataclass(eq=False)
 class Share:
-    """One artifact. Its `source` has the chunks in `held`; `fetching` is set while more arrive."""
+    """An artifact whose `source` has the chunks in `held`. `download` is set while a fetch adds chunks."""
 
     model_id: ModelId
     source: Source
     held: Bitfield
     origin: Origin | None
-    fetching: DownloadDriver | None = None
+    download: DownloadDriver | None = None
     superseed: Superseed | None = None
-    settled: asyncio.Event = field(default_factory=asyncio.Event)  # set once it is whole, or will never be
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # the artifact is complete, or its fetch failed
     users: int = 1
     spares: list[Source] = field(default_factory=list)  # further sources of the same content
 
@@ -51,39 +51,40 @@ class Share:
 
     @property
     def manifest(self) -> Manifest:
-        """What its chunks are."""
+        """The manifest of the artifact."""
         return self.source.manifest
 
     def announcement(self) -> Announcement:
-        """What peers are told."""
+        """The artifact as links announce it."""
         m = self.manifest
         superseeds = self.superseed is not None
         return Announcement(self.model_id, m.digest, m.tier, m.size, len(self.held), self.held.length, superseeds)
 
     def holding(self) -> Holding:
-        """What everybody else is told."""
+        """The artifact as gossip announces it."""
         m = self.manifest
         return Holding(self.model_id, m.digest, m.tier, len(self.held), self.held.length, self.superseed is not None)
 
 
 class Shares:
-    """Everything that a node shares. `announced` is called when that changes.
-
-    `borders` says how many there are on the way to a node: see `events.PeerJoined`.
-    """
+    """All shares of a node. `changed` is called after each announcement; `distance` is that of `PeerJoined`."""
 
     def __init__(
-        self, *, host: Host, rng: random.Random, announced: Callable[[], None], distance: Callable[[NodeId], int]
+        self, *, host: Host, rng: random.Random, changed: Callable[[], None], distance: Callable[[NodeId], int]
     ) -> None:
-        self.shares: dict[Digest, Share] = {}  # by digest
+        self.shares: dict[Digest, Share] = {}
         self._host = host
         self._distance = distance
         self._rng = rng
-        self._announced = announced
+        self._changed = changed
         self._announced_at = 0.0
 
     def serve(self, model_id: ModelId, source: Source, origin: Origin | None) -> None:
-        """Shares a complete artifact. Raises SettingsError, see `Node.serve`."""
+        """Shares a complete artifact.
+
+        Raises SettingsError for a model id that no message can carry, and for content that this node fetches, or
+        shares under another model id.
+        """
         if why := messages.unsayable(model_id):
             raise SettingsError("model_id", why)
         known = self.shares.get(source.manifest.digest)
@@ -97,7 +98,7 @@ class Shares:
         self.add(share)
 
     def add(self, share: Share) -> None:
-        """Shares an artifact, or adds another source and user to it if it is shared already."""
+        """Adds a share. If its digest is shared already, that share gets another source and another user."""
         digest = share.manifest.digest
         known = self.shares.setdefault(digest, share)
         if known is not share:
@@ -105,133 +106,127 @@ class Shares:
             known.users += 1
         self.announce()
         for peer in list(self._host.peers.values()):
-            peer.asked.discard(digest)
-            self.inquire(peer)
+            peer.own_interests.discard(digest)
+            self.show_interest(peer)
 
     def remove(self, digest: Digest, why: str) -> Share | None:
-        """Ends what is shared under a digest; its sources stay open until whoever reads them has ended."""
+        """Removes a share and ends its fetch. Its sources stay open: uploads may still read them."""
         if share := self.shares.pop(digest, None):
-            if share.fetching:
-                share.fetching.fail(SwarmError(f"{share.model_id} was withdrawn: {why}"))
+            if share.download:
+                share.download.fail(SwarmError(f"{share.model_id} was withdrawn: {why}"))
             self.announce()
         return share
 
-    async def own(self, digest: Digest) -> Share | None:
-        """What this node holds whole already, possibly after another fetch of it has ended."""
+    async def complete(self, digest: Digest) -> Share | None:
+        """The complete share of a digest, after any fetch of it has ended; None if there is no share then."""
         while (share := self.shares.get(digest)) and not share.settled.is_set():
             await share.settled.wait()
         return share
 
-    def fetchings(self) -> list[DownloadDriver]:
-        """All fetches that run."""
-        return [share.fetching for share in self.shares.values() if share.fetching]
+    def downloads(self) -> list[DownloadDriver]:
+        """All running fetches."""
+        return [share.download for share in self.shares.values() if share.download]
 
     def rank(self, digest: Digest) -> tuple[int, int]:
-        """Which of how many seeds of an artifact this node is, as far as it is linked with them."""
+        """The rank of this node by id among the linked seeds of an artifact, and their number with this node."""
         others = [node for node, p in self._host.peers.items() if (a := p.artifacts.get(digest)) and a.superseeds]
         return sum(node < self._host.id for node in others), len(others) + 1
 
-    # What others are told
+    # To peers
 
     def announcements(self) -> tuple[Announcement, ...]:
-        """All artifacts, as far as one message can name them."""
+        """The first `ANNOUNCED_MAX` shares: a message holds no more."""
         return tuple(share.announcement() for share in self.shares.values())[: messages.ANNOUNCED_MAX]
 
     def announce(self) -> None:
-        """Tells every peer what is shared now."""
+        """Sends `Announce` to every peer."""
         self._announced_at = self._host.now()
         artifacts = self.announcements()
         self._host.record("node", ArtifactsAnnounced(self._host.id, artifacts))
         for peer in self._host.peers.values():
             peer.post(messages.Announce(artifacts))
-        self._announced()
+        self._changed()
 
-    def inquire(self, peer: Peer) -> None:
-        """Shows interest in what this node is fetching and the peer has."""
-        for digest in sorted(peer.artifacts.keys() - peer.asked):
-            if (share := self.shares.get(digest)) and share.fetching:
-                peer.asked.add(digest)
-                share.fetching.meet(peer)
+    def show_interest(self, peer: Peer) -> None:
+        """Sends `Interest`, once for each digest that this node fetches and the peer announces."""
+        for digest in sorted(peer.artifacts.keys() - peer.own_interests):
+            if (share := self.shares.get(digest)) and share.download:
+                peer.own_interests.add(digest)
+                share.download.meet(peer)
                 peer.post(messages.Interest(digest, share.held.pack()))
 
-    def tell(self, digest: Digest, chunks: list[int]) -> None:
-        """Tells everyone interested that these chunks were verified."""
-        told = runs(sorted(chunks))
-        for start in range(0, len(told), messages.RUNS_MAX):
-            have = messages.Have(digest, tuple(told[start : start + messages.RUNS_MAX]))
+    def send_have(self, digest: Digest, chunks: list[int]) -> None:
+        """Sends `Have` for verified chunks to every peer with an interest in the artifact, either way.
+
+        A seed to which this node showed interest counts the copies of each chunk, and sends the rarest.
+        """
+        verified = runs(sorted(chunks))
+        for start in range(0, len(verified), messages.RUNS_MAX):
+            have = messages.Have(digest, tuple(verified[start : start + messages.RUNS_MAX]))
             for peer in self._host.peers.values():
-                if digest in peer.wants or digest in peer.asked:  # a seed listens too, and gives what is rare
+                if digest in peer.interests or digest in peer.own_interests:
                     peer.post(have)
 
     def tick(self) -> None:
-        """Time passed."""
-        for fetching in self.fetchings():
-            fetching.tick()
-        if self.fetchings() and self._host.now() - self._announced_at > ANNOUNCE_EVERY_S:
+        """Passes time to the downloads, and announces their progress."""
+        for download in self.downloads():
+            download.tick()
+        if self.downloads() and self._host.now() - self._announced_at > ANNOUNCE_EVERY_S:
             self.announce()
 
-    # What others tell
+    # From peers. Messages that break the protocol raise RemoteProtocolError.
 
-    def hear(self, peer: Peer, message: AnyMessage) -> None:
-        """What a peer says of an artifact. Raises RemoteProtocolError for what a well-behaved one would not say."""
-        match message:
-            case messages.Announce(artifacts):
-                self._hear_announce(peer, artifacts)
-            case messages.Interest(digest, bits):
-                peer.wants.add(digest)
-                if share := self.shares.get(digest):
-                    peer.post(messages.Holdings(digest, share.held.pack()))
-                    if share.superseed:
-                        share.superseed.joined(peer.node, _unpacked(peer, bits, share))
-            case messages.Grant(transfer, _, chunks):
-                for fetching in self.fetchings():
-                    fetching.granted(peer, transfer, chunks)
-            case messages.Refuse(transfer, reason, retry_s):
-                for fetching in self.fetchings():
-                    fetching.refused(peer, transfer, reason=reason, retry_s=retry_s)
-            case messages.Holdings(digest, bits):
-                if (share := self.shares.get(digest)) and share.fetching:
-                    announced = peer.artifacts.get(digest)
-                    superseeds = announced is not None and announced.superseeds
-                    holds = _unpacked(peer, bits, share)
-                    joined = events.PeerJoined(
-                        peer.node, holds, superseeds, self._distance(peer.node), peer.usual_bytes_per_s
-                    )
-                    share.fetching.handle(joined)
-            case messages.Have(digest, told):
-                if share := self.shares.get(digest):
-                    self._hear_have(peer, share, told)
+    def on_announce(self, peer: Peer, message: messages.Announce) -> None:
+        """Keeps a peer's artifacts, and shows interest in those that this node fetches."""
+        dropped = peer.artifacts.keys() - {announced.digest for announced in message.artifacts}
+        peer.artifacts = {announced.digest: announced for announced in message.artifacts}
+        self._host.record(peer.node, ArtifactsAnnounced(peer.node, message.artifacts))
+        for digest in sorted(dropped):
+            peer.own_interests.discard(digest)
+            if (share := self.shares.get(digest)) and share.download:
+                share.download.handle(events.PeerLeft(peer.node, "does not serve it any more"))
+        self.show_interest(peer)
 
-    def left(self, peer: Peer, why: str) -> None:
-        """A peer is gone."""
+    def on_interest(self, peer: Peer, message: messages.Interest) -> None:
+        """Answers with the own chunks; the peer gets `Have` for later chunks."""
+        peer.interests.add(message.digest)
+        if share := self.shares.get(message.digest):
+            peer.post(messages.Holdings(message.digest, share.held.pack()))
+            if share.superseed:
+                share.superseed.joined(peer.node, _unpacked(peer, message.bits, share))
+
+    def on_holdings(self, peer: Peer, message: messages.Holdings) -> None:
+        """The answer to `Interest`: the download may request chunks from this peer."""
+        if (share := self.shares.get(message.digest)) and share.download:
+            announced = peer.artifacts.get(message.digest)
+            superseeds = announced is not None and announced.superseeds
+            holds, distance = _unpacked(peer, message.bits, share), self._distance(peer.node)
+            share.download.handle(events.PeerJoined(peer.node, holds, superseeds, distance, peer.usual_bytes_per_s))
+
+    def on_have(self, peer: Peer, message: messages.Have) -> None:
+        """A peer verified chunks."""
+        share = self.shares.get(message.digest)
+        if share is None:
+            return
+        if any(first + count > share.held.length for first, count in message.runs):
+            raise RemoteProtocolError(peer.name, f"has chunks beyond the {share.held.length} there are")
+        chunks = tuple(index for first, count in message.runs for index in range(first, first + count))
+        if share.download:
+            share.download.handle(events.PeerHas(peer.node, chunks))
+        elif share.superseed:
+            share.superseed.has(peer.node, chunks)
+
+    def peer_left(self, peer: Peer, why: str) -> None:
+        """Ends the part of a peer in downloads and super-seeding."""
         for digest, share in self.shares.items():
-            if share.fetching and digest in peer.asked:
-                share.fetching.handle(events.PeerLeft(peer.node, why))
+            if share.download and digest in peer.own_interests:
+                share.download.handle(events.PeerLeft(peer.node, why))
         for share in self.shares.values():
             if share.superseed:
                 share.superseed.left(peer.node)
 
-    def _hear_announce(self, peer: Peer, artifacts: tuple[Announcement, ...]) -> None:
-        dropped = peer.artifacts.keys() - {announced.digest for announced in artifacts}
-        peer.artifacts = {announced.digest: announced for announced in artifacts}
-        self._host.record(peer.node, ArtifactsAnnounced(peer.node, artifacts))
-        for digest in sorted(dropped):
-            peer.asked.discard(digest)
-            if (share := self.shares.get(digest)) and share.fetching:
-                share.fetching.handle(events.PeerLeft(peer.node, "does not serve it any more"))
-        self.inquire(peer)
-
-    def _hear_have(self, peer: Peer, share: Share, told: tuple[tuple[int, int], ...]) -> None:
-        if any(first + count > share.held.length for first, count in told):
-            raise RemoteProtocolError(peer.name, f"has chunks beyond the {share.held.length} there are")
-        chunks = tuple(index for first, count in told for index in range(first, first + count))
-        if share.fetching:
-            share.fetching.handle(events.PeerHas(peer.node, chunks))
-        elif share.superseed:
-            share.superseed.has(peer.node, chunks)
-
     def __repr__(self) -> str:
-        return f"<Shares {len(self.shares)} artifacts, {len(self.fetchings())} arriving>"
+        return f"<Shares {len(self.shares)} artifacts, {len(self.downloads())} arriving>"
 
 
 def _unpacked(peer: Peer, bits: bytes, share: Share) -> Bitfield:

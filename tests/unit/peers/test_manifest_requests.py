@@ -9,7 +9,7 @@ import pytest
 
 from swarm.content.manifest import Digest, FileEntry, HashScheme, Manifest
 from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
-from swarm.peers.manifest_requests import Answer, ManifestRequests, Question
+from swarm.peers.manifest_requests import ManifestRequests
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import (
@@ -87,11 +87,11 @@ def test_does_a_manifest_in_parts_arrive_whole() -> None:
         waiting = asyncio.create_task(asker.manifest(them, manifest.digest, timeout_s=DEADLINE_S))
         await asyncio.sleep(0)
         assert them.posted == [ManifestRequest(manifest.digest)]
-        await holder.answer(us, ManifestRequest(manifest.digest))
+        await holder.send_manifest(us, ManifestRequest(manifest.digest))
         assert len(us.posted) == 3
         for part in us.posted:
             assert isinstance(part, ManifestPart)
-            asker.hear(them, part)
+            asker.on_manifest_part(them, part)
         assert await waiting == manifest.encoded
 
     run(scenario)
@@ -102,15 +102,15 @@ def test_do_two_who_ask_the_same_share_one_answer() -> None:
         peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
         first, second = await asked(manifest_requests, peer), await asked(manifest_requests, peer)
         assert peer.posted == [ManifestRequest(DIGEST)]
-        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
+        manifest_requests.on_manifest_part(peer, ManifestPart(DIGEST, 2, 0, b"a"))
         first.cancel()
         await asyncio.gather(first, return_exceptions=True)
-        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 1, b"b"))
+        manifest_requests.on_manifest_part(peer, ManifestPart(DIGEST, 2, 1, b"b"))
         assert await second == b"ab"
         origins = [asyncio.create_task(manifest_requests.origin(peer, DIGEST, timeout_s=DEADLINE_S)) for _ in range(2)]
         await asyncio.sleep(0)
         assert peer.posted[1:] == [OriginRequest(DIGEST)]
-        manifest_requests.hear(peer, OriginReply(DIGEST, ORIGIN))
+        manifest_requests.on_origin_reply(peer, OriginReply(DIGEST, ORIGIN))
         assert await asyncio.gather(*origins) == [ORIGIN, ORIGIN]
 
     run(scenario)
@@ -133,7 +133,7 @@ def test_is_an_answered_question_asked_again() -> None:
         peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
         for data in (b"a", b"b"):
             waiting = await asked(manifest_requests, peer)
-            manifest_requests.hear(peer, ManifestPart(DIGEST, 1, 0, data))
+            manifest_requests.on_manifest_part(peer, ManifestPart(DIGEST, 1, 0, data))
             assert await waiting == data
         assert len(peer.posted) == 2
 
@@ -151,15 +151,15 @@ def test_is_an_answered_question_asked_again() -> None:
     ],
     ids=["begins late", "empty", "too long", "twice", "shrinks"],
 )
-def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[Answer]) -> None:
+def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[ManifestPart]) -> None:
     async def scenario() -> None:
         peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
         waiting = await asked(manifest_requests, peer)
         *fine, wrong = parts
         for part in fine:
-            manifest_requests.hear(peer, part)
+            manifest_requests.on_manifest_part(peer, part)
         with pytest.raises(RemoteProtocolError, match="do not fit together"):
-            manifest_requests.hear(peer, wrong)
+            manifest_requests.on_manifest_part(peer, wrong)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
 
@@ -169,11 +169,11 @@ def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[Answer]) -> None:
 def test_are_answers_nobody_asked_for_ignored() -> None:
     async def scenario() -> None:
         peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
-        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"no"))
-        manifest_requests.hear(peer, OriginReply(DIGEST, ORIGIN))
+        manifest_requests.on_manifest_part(peer, ManifestPart(DIGEST, 2, 0, b"no"))
+        manifest_requests.on_origin_reply(peer, OriginReply(DIGEST, ORIGIN))
         assert peer.posted == []
         waiting = await asked(manifest_requests, peer)
-        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"ab"))
+        manifest_requests.on_manifest_part(peer, ManifestPart(DIGEST, 2, 0, b"ab"))
         assert await waiting == b"ab"
 
     run(scenario)
@@ -182,10 +182,10 @@ def test_are_answers_nobody_asked_for_ignored() -> None:
 def test_does_a_peer_without_the_manifest_end_the_question() -> None:
     async def scenario() -> None:
         holder, asker, us, them = ManifestRequests(nothing), ManifestRequests(nothing), FakePeer(), FakePeer()
-        await holder.answer(us, ManifestRequest(DIGEST))
+        await holder.send_manifest(us, ManifestRequest(DIGEST))
         assert us.posted == [ManifestPart(DIGEST, 0, 0, b"")]
         waiting = await asked(asker, them)
-        asker.hear(them, ManifestPart(DIGEST, 0, 0, b""))
+        asker.on_manifest_part(them, ManifestPart(DIGEST, 0, 0, b""))
         with pytest.raises(PeerError, match="does not have the manifest"):
             await waiting
 
@@ -198,10 +198,10 @@ def test_does_a_peer_that_leaves_end_its_questions_only() -> None:
         waiting = await asked(manifest_requests, peer)
         origin = asyncio.create_task(manifest_requests.origin(peer, DIGEST, timeout_s=DEADLINE_S))
         await asyncio.sleep(0)
-        manifest_requests.hear(peer, ManifestPart(DIGEST, 2, 0, b"a"))
-        manifest_requests.left(NodeId("f" * 16), "somebody else")
+        manifest_requests.on_manifest_part(peer, ManifestPart(DIGEST, 2, 0, b"a"))
+        manifest_requests.peer_left(NodeId("f" * 16), "somebody else")
         assert not waiting.done()
-        manifest_requests.left(peer.node, "was killed")
+        manifest_requests.peer_left(peer.node, "was killed")
         with pytest.raises(PeerError, match="them: was killed"):
             await waiting
         assert await origin is None
@@ -223,9 +223,8 @@ def test_does_a_silent_peer_end_in_time() -> None:
 def test_is_an_origin_told(origin: Origin | None) -> None:
     async def scenario() -> None:
         manifest, peer = large_manifest(), FakePeer()
-        question: Question = OriginRequest(DIGEST)
-        await ManifestRequests(lambda digest: (manifest, origin)).answer(peer, question)
-        await ManifestRequests(nothing).answer(peer, question)
+        ManifestRequests(lambda digest: (manifest, origin)).on_origin_request(peer, OriginRequest(DIGEST))
+        ManifestRequests(nothing).on_origin_request(peer, OriginRequest(DIGEST))
         assert peer.posted == [OriginReply(DIGEST, origin), OriginReply(DIGEST, None)]
 
     run(scenario)

@@ -62,6 +62,7 @@ class Fetch:
         self.now = 0.0
         self.tasks: list[asyncio.Task[Any]] = []
         self.told: list[list[int]] = []
+        self.transfers: dict[int, DownloadDriver] = {}
         content = Content.random(0, chunks=CHUNKS, chunk_bytes=64)
         host = SimpleNamespace(
             id="0" * 16,
@@ -78,6 +79,7 @@ class Fetch:
             idle_timeout_s=1.0,
             stall_timeout_s=30.0,
             transfer_ids=itertools.count(),
+            transfers=self.transfers,
             rng=random.Random(0),
             announce=self.told.append,
         )
@@ -203,6 +205,7 @@ def test_is_a_grant_of_what_somebody_else_was_asked_for_ignored() -> None:
         before = repr(fetch.fetching.machine)
         fetch.fetching.granted(cast(Peer, Source()), request.transfer, (5,))
         fetch.fetching.granted(fetch.peer, 999, (5,))
+        assert fetch.transfers == {request.transfer: fetch.fetching}
         assert repr(fetch.fetching.machine) == before
         assert fetch.source.receiving == []
         fetch.fetching.granted(fetch.peer, request.transfer, (5,))
@@ -218,6 +221,7 @@ def test_does_nobody_wait_for_the_gifts_of_a_peer_that_left() -> None:
         await fetch.asked()
         fetch.fetching.handle(download_events.PeerLeft(fetch.source.node, "closed the link"))
         await fetch.until(lambda: all(task.done() for task in fetch.tasks))
+        await fetch.until(lambda: fetch.transfers == {})
 
     run(scenario, superseeds=True)
 
