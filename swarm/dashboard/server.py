@@ -75,9 +75,6 @@ class _Lane(msgspec.Struct, frozen=True):
     bytes: _Count
     chunks: _Count
     rejected_chunks: _Count
-    failed_transfers: _Count
-    waited_s: _Seconds
-    transfer_s: _Seconds
     banned: Words | None
     rejected_at_s: Annotated[tuple[_Seconds, ...], msgspec.Meta(max_length=BUCKETS)]
     buckets: Annotated[tuple[_Count, ...], msgspec.Meta(max_length=BUCKETS)]
@@ -93,7 +90,6 @@ class _Timeline(msgspec.Struct, frozen=True):
     resumed_bytes: _Count
     received_bytes: _Count
     running: bool
-    complete: bool
     error: Words | None
     seconds: _Seconds
     bucket_s: _Seconds

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from swarm.content.manifest import Digest, ModelId
@@ -76,9 +76,9 @@ class Rate:
 
 @dataclass
 class FetchSource:
-    """The part of a peer in a fetch. `number` is its place in `FetchRecord.sources`."""
+    """The part of a peer in a fetch."""
 
-    number: int
+    node: NodeId
     name: str
     heard_at_s: float  # the last request to it, or event of it
     chunks: int = 0  # verified
@@ -164,7 +164,7 @@ class FetchRecord:
     def source(self, node: NodeId, name: str, at_s: float) -> FetchSource:
         """The source with this node id, made at its first event."""
         if (source := self.sources.get(node)) is None:
-            source = self.sources[node] = FetchSource(len(self.sources), name, at_s)
+            source = self.sources[node] = FetchSource(node, name, at_s)
         source.heard_at_s = at_s
         return source
 
@@ -176,7 +176,7 @@ class FetchRecord:
         self.received_bytes += size
         self.rate.add(at_s, size)
         self._chunks.append(chunk)
-        self._source_numbers.append(source.number)
+        self._source_numbers.append(list(self.sources).index(source.node))
         self._sizes.append(size)
         self._seconds.append(at_s - self.started_at_s)
         if self._connected_at_s is None:
@@ -249,20 +249,7 @@ class FetchRecord:
             "complete": not self.running and self.error is None,
             "error": self.error,
             "phases": self.phases(now),
-            "sources": [
-                {
-                    "node": node,
-                    "name": source.name,
-                    "chunks": source.chunks,
-                    "bytes": source.bytes,
-                    "rejected_chunks": source.rejected_chunks,
-                    "failed_transfers": source.failed_transfers,
-                    "waited_s": round(source.waited_s, 4),
-                    "transfer_s": round(source.transfer_s, 4),
-                    "banned": source.banned,
-                }
-                for node, source in self.sources.items()
-            ],
+            "sources": [asdict(source) for source in self.sources.values()],
         }
 
     def timeline(self, now: float) -> dict[str, Any]:
