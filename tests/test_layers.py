@@ -53,7 +53,7 @@ ROWS: dict[str, set[str]] = {
         "dashboard.sse", "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",
         "doctor.facts", "doctor.show", "engines", "engines.cache_gc", "engines.checkpoint_files",
         "engines.compile_caches", "engines.hooks", "engines.launch", "engines.layout", "engines.load",
-        "engines.metadata", "engines.options", "engines.rank_node", "engines.serve_loaded", "engines.sglang",
+        "engines.metadata", "engines.rank", "engines.serve_loaded", "engines.sglang",
         "engines.sglang_loader", "engines.snapshot", "engines.start_log", "engines.tiers", "engines.transformers",
         "engines.vllm", "engines.vllm_loader", "node.local_nodes", "node.status_client", "observe",
         "observe.fetch_record", "observe.node_report", "observe.opentelemetry", "observe.prometheus", "observe.trace",

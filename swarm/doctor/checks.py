@@ -272,7 +272,7 @@ CHECKS: tuple[Callable[[Facts], Results], ...] = (
 
 
 @dataclass(frozen=True)
-class _Held:
+class _ModelCopy:
     node: str
     digest: str
     tier: str
@@ -280,17 +280,17 @@ class _Held:
     size: int | None = None
 
 
-def _holdings(facts: Facts) -> Iterator[_Held]:
+def _holdings(facts: Facts) -> Iterator[_ModelCopy]:
     """The artifacts of the model, in any layout."""
     wanted = facts.model_id or ""
     for peer in facts.dialed:
         for a in peer.artifacts:
             if a.model_id == wanted or is_loaded(a.model_id, wanted):
-                yield _Held(peer.name, a.digest, a.tier, a.chunks / max(1, a.chunks_total), a.size)
+                yield _ModelCopy(peer.name, a.digest, a.tier, a.chunks / max(1, a.chunks_total), a.size)
     for member in facts.members:
         for artifact_id, digest, tier, fraction in member.artifacts:
             if artifact_id == wanted or is_loaded(artifact_id, wanted):
-                yield _Held(member.name, digest, tier, fraction)
+                yield _ModelCopy(member.name, digest, tier, fraction)
 
 
 def _barred(facts: Facts) -> set[str]:

@@ -24,7 +24,7 @@ from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest
 from swarm.engines import cache_gc, metadata
 from swarm.engines.layout import metadata_id
-from swarm.engines.rank_node import RankNode
+from swarm.engines.rank import RankNode
 from swarm.engines.tiers import Local
 from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError
 from swarm.runtime import runtime
@@ -156,7 +156,8 @@ class CheckpointFiles:
         if self._directory is not None and self._manifest is not None:
             metadata.stage(self._cache, self._directory, self._manifest)
         if place := metadata.staged(self._cache, self.content):
-            self._node.serve(metadata_id(self._node.model_id), metadata.source(self._cache, place))
+            source = manifest_builder.files(place, cache_dir=self._cache)  # its index names files that it lacks
+            self._node.serve(metadata_id(self._node.model_id), source)
 
     def _hash(self, directory: Path) -> DirectorySource:
         with _locked(self._cache / "checkpoints" / f"hash-{directory.name}"):

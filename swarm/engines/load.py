@@ -26,8 +26,7 @@ from swarm.content.manifest import Digest, FileEntry, Manifest, ModelId
 from swarm.engines import metadata
 from swarm.engines.checkpoint_files import CheckpointFiles, model_id_of
 from swarm.engines.layout import CONTENT, WEIGHT_VERSION, Fingerprint, TensorLayout, is_loaded
-from swarm.engines.options import TIERS, LoadOptions, Rank
-from swarm.engines.rank_node import RankNode
+from swarm.engines.rank import TIERS, LoadOptions, Rank, RankNode
 from swarm.engines.serve_loaded import TENSORS, TensorServer
 from swarm.engines.start_log import REASON_MAX, EngineStart, TierAttempt, record
 from swarm.engines.tiers import Availability, OtherLayout, TierChoice, TierName, choose

@@ -1,7 +1,6 @@
 """The metadata artifact: config, tokenizer and safetensors headers, which an engine reads before its weights.
 
-    stage      a checkpoint's small files and its description -> a directory
-    source     such a directory -> the source of '<model id>#metadata'
+    stage      a checkpoint's small files and its description -> a directory, served as '<model id>#metadata'
     lay_out    a fetched directory -> a model directory with safetensors headers in place of the files
 
 Engines also decide by headers: tied embeddings, dtype, quantisation. Without them a newcomer may build a model that the
@@ -30,7 +29,6 @@ from swarm.content import safetensors_header
 from swarm.content.manifest import FILE_BYTES_MAX, Digest, Manifest, unsafe_path
 from swarm.engines import cache_gc
 from swarm.errors import ManifestInvalid, SourceChanged
-from swarm.store.directory import DirectorySource
 from swarm.store.disk import store_errors
 
 DESCRIPTION = "swarm_checkpoint.json"
@@ -92,11 +90,6 @@ def staged(cache: Path, content: str) -> Path | None:
         return None
     cache_gc.hold(place)
     return place if (place / DESCRIPTION).is_file() else None
-
-
-def source(cache: Path, place: Path) -> DirectorySource:
-    """The source of a staged directory. It is no checkpoint: its index names files that it lacks."""
-    return manifest_builder.files(place, cache_dir=cache)
 
 
 def adopt(cache: Path, fetched: Path) -> Path:

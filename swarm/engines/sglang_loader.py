@@ -28,7 +28,7 @@ from torch import nn
 
 from swarm.engines.layout import short_digest
 from swarm.engines.load import RankLoader
-from swarm.engines.options import LoadOptions, Rank
+from swarm.engines.rank import LoadOptions, Rank
 from swarm.engines.snapshot import (
     LoadedModel,
     LoadedModels,

@@ -32,7 +32,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from swarm.engines import compile_caches, metadata
 from swarm.engines.layout import short_digest
 from swarm.engines.load import RankLoader
-from swarm.engines.options import LoadOptions, Rank
+from swarm.engines.rank import LoadOptions, Rank
 from swarm.engines.snapshot import (
     LoadedModel,
     LoadedModels,

@@ -8,6 +8,7 @@ import pytest
 
 import swarm
 from swarm.api import serve_source
+from swarm.checkpoint import manifest_builder
 from swarm.cli.demo import write_made_up
 from swarm.engines import metadata
 from swarm.engines.launch import prepare
@@ -38,7 +39,7 @@ def peer(model: Path, tmp_path: Path) -> Iterator[str]:
 def test_is_a_model_of_several_files_laid_out_with_its_index(sharded: Path, tmp_path: Path) -> None:
     cache = tmp_path / "theirs"
     manifest = hashed(sharded, cache)
-    staged = metadata.source(cache, metadata.stage(cache, sharded, manifest))
+    staged = manifest_builder.files(metadata.stage(cache, sharded, manifest), cache_dir=cache)
     theirs = Settings(mdns=False, cache=cache)
     with serve_source(metadata_id(MODEL), staged, None, settings=theirs) as served:
         launch = prepare(["vllm", "serve", MODEL], settings(tmp_path, served.address))

@@ -16,7 +16,7 @@ import torch
 from swarm.engines import metadata, start_log
 from swarm.engines.layout import is_loaded, metadata_id
 from swarm.engines.load import RankLoader
-from swarm.engines.options import LoadOptions, Rank
+from swarm.engines.rank import LoadOptions, Rank
 from swarm.engines.tiers import TierName
 from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError, SwarmError
 from swarm.runtime import runtime

@@ -60,7 +60,7 @@ def test_is_the_same_content_staged_the_same_everywhere(model: Path, tmp_path: P
     digests = set()
     for machine in ("a", "b"):
         manifest = hashed(model, tmp_path / machine)
-        staged = metadata.source(tmp_path / "c", metadata.stage(tmp_path / machine, model, manifest))
+        staged = manifest_builder.files(metadata.stage(tmp_path / machine, model, manifest), cache_dir=tmp_path / "c")
         staged.close()
         digests.add(staged.manifest.digest)
     assert len(digests) == 1
@@ -69,7 +69,7 @@ def test_is_the_same_content_staged_the_same_everywhere(model: Path, tmp_path: P
 def test_is_an_index_served_and_laid_out_without_its_shards(sharded: Path, tmp_path: Path) -> None:
     manifest = hashed(sharded, tmp_path / "a")
     staged = metadata.stage(tmp_path / "a", sharded, manifest)
-    served = metadata.source(tmp_path / "a", staged)
+    served = manifest_builder.files(staged, cache_dir=tmp_path / "a")
     served.close()
     index = "model.safetensors.index.json"
     assert {file.path for file in served.manifest.files} == {"config.json", index, metadata.DESCRIPTION}
