@@ -69,10 +69,11 @@ def fetched(streams: int, mode: str, tensors: int, place: Path, options: argpars
     seed = start("serve", given, place / "seed")
     assert seed.stdout is not None
     address = json.loads(seed.stdout.readline())["address"]
+    given |= {"peer": address, "rounds": options.rounds}
     newcomers = [
-        start("fetch", given | {"peer": address, "rounds": options.rounds, "out": str(place / f"out{n}")}, place / f"n{n}")
+        start("fetch", given | {"out": str(place / f"out{n}")}, place / f"newcomer{n}")
         for n in range(options.newcomers)
-    ]  # fmt: skip
+    ]
     for newcomer in newcomers:
         assert newcomer.stdout is not None
         newcomer.stdout.readline()  # it is ready
@@ -148,7 +149,7 @@ def serve(given: dict[str, Any]) -> None:
 def fetch(given: dict[str, Any]) -> None:
     import swarm
     from swarm import journal
-    from swarm.transfer import download
+    from swarm.transfer import download_events as download
     from swarm.transport.streams import InboundStreams
 
     how, mode = settings(given), given["mode"]

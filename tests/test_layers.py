@@ -72,7 +72,7 @@ FOLDERS: dict[str, set[str]] = {
     "security": {"protocol"},
     "store": {"content"},
     "hashing": {"content", "store"},
-    "transport": {"security", "store"},
+    "transport": {"protocol", "security", "store"},
     "net": {"protocol", "security", "transport"},
     "membership": {"net", "protocol", "security"},
     "checkpoint": {"content", "hashing", "protocol", "store"},

@@ -38,6 +38,7 @@ FRAME_BYTES_WANTED = 64 << 10  # a sender starts a new frame beyond that; a sing
 MANIFEST_PART_BYTES = 256 << 10  # other messages are sent between two parts
 REQUEST_CHUNKS_MAX = 256  # more in a transfer would depend too much on a single peer
 SOURCES_MAX = 1024
+STREAMS_MAX = 16  # connections of one bulk session: on 32 cores raw sockets gain nothing beyond
 PACE_BYTES_PER_S_MAX = 1 << 50
 ANNOUNCED_MAX = 256  # artifacts of a node
 ADDRESSES_MAX = 64  # addresses in a Members message
@@ -181,7 +182,8 @@ class Request(Message, frozen=True):
     Exactly one of `chunks` and `count` is set. `transfer` is unique on the link, chosen by the sender. `starving`: the
     peers of the sender do not fill its link, so a seed may repeat a chunk. `sources`: the number of peers that send to
     the sender if other nodes of its host or rack fetch the same artifact, else 0. `pace_bytes_per_s`: mean download
-    rate since the fetch began. transfer.upload orders uploads by `sources` and pace.
+    rate since the fetch began. transfer.upload orders uploads by `sources` and pace. `streams`: the transfers that the
+    sender's session carries side by side.
     """
 
     scheme: Scheme
@@ -192,6 +194,7 @@ class Request(Message, frozen=True):
     starving: bool
     sources: Annotated[int, msgspec.Meta(ge=0, le=SOURCES_MAX)]
     pace_bytes_per_s: Annotated[int, msgspec.Meta(ge=0, le=PACE_BYTES_PER_S_MAX)]
+    streams: Annotated[int, msgspec.Meta(ge=1, le=STREAMS_MAX)]
 
 
 class Grant(Message, frozen=True):

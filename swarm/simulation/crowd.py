@@ -493,9 +493,9 @@ class Crowd:
         for action in actions:
             self._note(member, action)
             match action:
-                case download_events.Ask(name, number, chunks, _, count, starving, sources, pace):
+                case download_events.Ask(name, number, chunks, _, count, starving, sources, pace, streams):
                     member.receiving[number] = name
-                    request = messages.Request(SCHEME, DIGEST, number, chunks, count, starving, sources, pace)
+                    request = messages.Request(SCHEME, DIGEST, number, chunks, count, starving, sources, pace, streams)
                     self._say(request, member, self._members[name])
                 case download_events.Cancel(name, number):
                     member.receiving.pop(number, None)

@@ -51,6 +51,7 @@ from swarm.transfer.download_events import (
     PeerLeft,
     PeerPlaced,
     Refused,
+    SessionGrew,
     Tick,
     TransferBroke,
     TransferEnded,
@@ -64,6 +65,7 @@ GRANT_PATIENCE_S = 10.0
 REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # rest after a failure, doubling with each in a row
 NOTHING_TO_GIVE_REST_S = 0.1  # the least rest of a seed, however short a time it names
 DISTANCE_MAX = 2  # 0 same host, 1 same rack, 2 else
+SIDE_BY_SIDE_MEASURE_S = 0.005
 RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
 
 
@@ -91,6 +93,8 @@ class _Peer:
     heard_at: float = 0.0  # the last tick at which `received_bytes` had changed
     resting_until: float = 0.0
     last_end: float = 0.0
+    ended_bytes: int = 0  # of the transfers that have ended since
+    streams: int = 1  # transfers that its session carries side by side
     nothing_wanted: bool = False  # `plan` found no chunk to request from it; reset when that may have changed
 
 
@@ -185,6 +189,9 @@ class Download:
                 self._granted(number, chunks)
             case Refused():
                 return self._refused(event)
+            case SessionGrew(name, streams):
+                if grown := self._peers.get(name):
+                    grown.streams = streams
             case ChunksVerified():
                 return self._verified(event)
             case ChunkCorrupt():
@@ -195,16 +202,19 @@ class Download:
             case TransferBroke(peer, number, why):
                 return self._fail(peer, number, why)
             case Tick(received_bytes):
-                patience_s = scheduler.starved_after_s(self.manifest.chunk_bytes, self.rate_bytes_per_s)
-                if not self._starved and self._now - self._progress_at > patience_s:
-                    self._starved = True
-                    self._look_again()
-                if math.isfinite(self._abandon_s) and self._rarity[~self.held.mask].any():
-                    self._sourced_at = self._now
-                return self._cut_silent(received_bytes)
+                return self._tick(received_bytes)
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")
         return []
+
+    def _tick(self, received_bytes: Mapping[NodeId, int]) -> list[Action]:
+        patience_s = scheduler.starved_after_s(self.manifest.chunk_bytes, self.rate_bytes_per_s)
+        if not self._starved and self._now - self._progress_at > patience_s:
+            self._starved = True
+            self._look_again()
+        if math.isfinite(self._abandon_s) and self._rarity[~self.held.mask].any():
+            self._sourced_at = self._now
+        return self._cut_silent(received_bytes)
 
     def _join(self, event: PeerJoined) -> list[Action]:
         if event.peer in self._banned:
@@ -332,9 +342,15 @@ class Download:
         return actions
 
     def _ask(self) -> list[Action]:
-        peers = self._askable()
-        if not peers:
-            return []
+        actions: list[Action] = []
+        for _ in range(max((peer.streams for peer in self._peers.values()), default=0)):
+            if not (peers := self._askable()):
+                break
+            actions += self._ask_each(peers)
+        return actions
+
+    def _ask_each(self, peers: dict[NodeId, _Peer]) -> list[Action]:
+        """One request to each of these peers, unless it holds nothing that is wanted."""
         requests = scheduler.plan(self._view(peers), self._rng)
         due = 0 if self._is_alone else len(self._peers), self._pace_bytes_per_s
         actions: list[Action] = []
@@ -342,10 +358,10 @@ class Download:
             number = next(self._transfer_ids)
             size = self._size(request.chunks)
             self._transfers[number] = _Transfer(request.peer, set(request.chunks), size, self._now)
-            self._peers[request.peer].transfers.add(number)
-            actions.append(
-                Ask(request.peer, number, request.chunks, request.why, request.count, request.starving, *due)
-            )
+            peer = self._peers[request.peer]
+            peer.transfers.add(number)
+            what = request.chunks, request.why, request.count, request.starving
+            actions.append(Ask(request.peer, number, *what, *due, peer.streams))
         for name in peers.keys() - {request.peer for request in requests}:
             self._peers[name].nothing_wanted = True
         for request in requests:
@@ -360,7 +376,7 @@ class Download:
             for name, peer in self._peers.items()
             if not peer.nothing_wanted
             and peer.resting_until <= self._now
-            and len(peer.transfers) < (most_of_seeds if peer.superseeds else most)
+            and len(peer.transfers) < peer.streams * (most_of_seeds if peer.superseeds else most)
         }
 
     def _request(self, chunks: Iterable[int]) -> None:
@@ -406,13 +422,13 @@ class Download:
                     name,
                     peer.holds.mask,
                     len(peer.transfers),
-                    peer.rate_bytes_per_s or peer.usual_bytes_per_s,
+                    (peer.rate_bytes_per_s or peer.usual_bytes_per_s) / peer.streams,
                     peer.superseeds,
                     within[peer.distance],
                 )
                 for name, peer in askable.items()
             ],
-            peers_total=len(self._peers),
+            peers_total=sum(peer.streams for peer in self._peers.values()),
             starving=scheduler.starving(sum(1 for peer in others if peer.transfers), len(others)),
         )
 
@@ -431,11 +447,15 @@ class Download:
         peer, transfer = self._peers.get(name), self._transfers.get(number)
         if peer is None or transfer is None or transfer.granted_at is None:
             return
-        # Transfers of one peer share a session: this transfer began when the previous one ended.
+        # Transfers of one peer share a session: this transfer began when the previous one ended. Side by side, several
+        # end at almost the same time.
         seconds = self._now - max(transfer.granted_at, peer.last_end)
-        peer.last_end = self._now
+        peer.ended_bytes += transfer.size
+        if peer.streams > 1 and self._now - peer.last_end < SIDE_BY_SIDE_MEASURE_S:
+            return
+        peer.last_end, size, peer.ended_bytes = self._now, peer.ended_bytes, 0
         if seconds > 0:
-            rate = transfer.size / seconds
+            rate = size / seconds
             old = peer.rate_bytes_per_s or rate
             peer.rate_bytes_per_s = old + RATE_SMOOTHING * (rate - old)
 

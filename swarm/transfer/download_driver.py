@@ -245,7 +245,7 @@ class DownloadDriver:
             session = await peer.session()
             if session.on_device:
                 await self._prepared()
-            due = ask.starving, ask.sources, ask.pace_bytes_per_s
+            due = ask.starving, ask.sources, ask.pace_bytes_per_s, ask.streams
             peer.post(messages.Request(peer.scheme, self.digest, number, ask.chunks, ask.count, *due))
             chunks = await receiving.chunks
             size = sum(self._manifest.chunks[index].size for index in chunks)
@@ -256,6 +256,8 @@ class DownloadDriver:
                 else self._verifier.views(number, chunks, report)
             )
             await session.receive(Transfer(number, size, self._idle_timeout_s), views)
+            if session.streams > ask.streams:
+                self.handle(events.SessionGrew(peer.node, session.streams))
         except (TransportError, PeerError) as error:
             event = events.TransferBroke(peer.node, number, str(error))
         except StoreError as error:

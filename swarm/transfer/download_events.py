@@ -86,6 +86,14 @@ class Refused:
 
 
 @dataclass(frozen=True)
+class SessionGrew:
+    """The session with a peer carries so many transfers side by side now."""
+
+    peer: NodeId
+    streams: int
+
+
+@dataclass(frozen=True)
 class ChunksVerified:
     """Chunks of a transfer arrived, their digests are right, and they lie in their places."""
 
@@ -151,6 +159,7 @@ class Ask:
     starving: bool = False
     sources: int = 0
     pace_bytes_per_s: int = 0
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -208,6 +217,7 @@ Event: TypeAlias = (
     | PeerLeft
     | Granted
     | Refused
+    | SessionGrew
     | ChunksVerified
     | ChunkCorrupt
     | TransferEnded

@@ -10,7 +10,10 @@ square of the peer's pace (verified bytes per second since its download began) o
 that fell behind catches up. Newcomers that fetch with others of their machine or rack share a bottleneck: they are
 accounted by bytes, once for each of their n sources, as each source has to give them 1/n of their rate.
 
-Transfers to one peer keep the order of its requests.
+A peer whose session has several streams gets as many transfers at once, and they take two slots at most: the further
+ones start only while no peer waits for a slot, so that upload slots are shared by peers and not by streams.
+
+Transfers to one peer are granted in the order of its requests.
 
 Must not know: sockets, clocks, the content of chunks.
 """
@@ -22,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from swarm.errors import LocalProtocolError
-from swarm.protocol.messages import NodeId, RefusalReason
+from swarm.protocol.messages import STREAMS_MAX, NodeId, RefusalReason
 
 QUEUED_PER_PEER_MAX = 16  # a node requests at most two batches ahead
 ACTIVE_PER_PEER_MAX = 2  # the second keeps the wire busy while the end of the first is reported
@@ -39,6 +42,7 @@ class Requested:
     size: int
     sources: int = 0
     pace_bytes_per_s: float = 0.0
+    streams: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,13 @@ class _Peer:
     active: dict[int, Requested] = field(default_factory=dict)  # by the transfer
     used: float = 0.0  # bytes: granted, or usually sent in the time that its transfers held a slot
     pace_bytes_per_s: float = 0.0
+    streams: int = 1  # of its session
     grants: int = 0
+
+    @property
+    def slots(self) -> int:
+        """Slots that its transfers take."""
+        return min(len(self.active), ACTIVE_PER_PEER_MAX)
 
 
 class Upload:
@@ -144,7 +154,7 @@ class Upload:
             peer.used = max(peer.used, self._level)
         if len(peer.waiting) >= QUEUED_PER_PEER_MAX:
             return [Refuse(event.peer, event.transfer, "busy", BUSY_RETRY_S)]
-        peer.pace_bytes_per_s = event.pace_bytes_per_s
+        peer.pace_bytes_per_s, peer.streams = event.pace_bytes_per_s, event.streams
         peer.waiting.append((event, event.size * event.sources * self._behind(peer) ** 2))
         return list(self._grants())
 
@@ -165,14 +175,7 @@ class Upload:
 
     def _grants(self) -> list[Grant]:
         grants = []
-        while self.active < self._slots:
-            able = [
-                (len(peer.active), peer.used, name)
-                for name, peer in self._peers.items()
-                if peer.waiting and len(peer.active) < ACTIVE_PER_PEER_MAX
-            ]
-            if not able:
-                break
+        while able := self._able():
             *_, name = min(able)
             peer = self._peers[name]
             asked, use = peer.waiting.popleft()
@@ -183,17 +186,25 @@ class Upload:
             peer.grants += 1
         return grants
 
+    def _able(self) -> list[tuple[int, float, NodeId]]:
+        """The peers that may be granted a transfer now, with what orders them."""
+        waiting = [(len(peer.active), peer.used, name) for name, peer in self._peers.items() if peer.waiting]
+        wanting_slots = [entry for entry in waiting if entry[0] < ACTIVE_PER_PEER_MAX]
+        if wanting_slots:
+            return wanting_slots if self.active < self._slots else []
+        return [entry for entry in waiting if entry[0] < self._peers[entry[2]].streams]
+
     @property
     def active(self) -> int:
         """Number of slots in use."""
-        return sum(len(peer.active) for peer in self._peers.values())
+        return sum(peer.slots for peer in self._peers.values())
 
     def check(self) -> None:
         """Raises LocalProtocolError when an invariant does not hold."""
         if self.active > self._slots:
             raise LocalProtocolError(f"{self!r}: more transfers than slots")
-        if any(len(peer.active) > ACTIVE_PER_PEER_MAX for peer in self._peers.values()):
-            raise LocalProtocolError(f"{self!r}: one peer has too many slots")
+        if any(len(peer.active) > max(ACTIVE_PER_PEER_MAX, STREAMS_MAX) for peer in self._peers.values()):
+            raise LocalProtocolError(f"{self!r}: one peer has too many transfers at once")
 
     def __repr__(self) -> str:
         waiting = sum(len(peer.waiting) for peer in self._peers.values())

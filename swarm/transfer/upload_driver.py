@@ -100,8 +100,8 @@ class UploadDriver:
             self._requests[key] = request
             expected = sum(share.manifest.chunks[index].size for index in request.chunks)
             size = expected or request.count * share.manifest.chunk_bytes
-            pace = request.pace_bytes_per_s
-            self._handle(upload.Requested(peer.node, request.transfer, size, request.sources, pace))
+            terms = request.sources, request.pace_bytes_per_s, request.streams
+            self._handle(upload.Requested(peer.node, request.transfer, size, *terms))
 
     def cancelled(self, peer: Peer, number: int) -> None:
         """A peer cancels a transfer."""

@@ -42,6 +42,10 @@ class Inbound(Protocol):
         """
 
     @property
+    def streams(self) -> int:
+        """Transfers that it carries side by side; more than 1 only where each has a connection of its own."""
+
+    @property
     def received_bytes(self) -> int:
         """Bytes of all transfers so far: it grows while the peer is slow, but not silent."""
 

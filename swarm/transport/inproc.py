@@ -127,6 +127,7 @@ class InprocSession:
     """Both ends of a session: receives by transfer id, sends in order."""
 
     on_device = False
+    streams = 1
 
     def __init__(self, *, source: str, target: str, line: Line | None, pace: Pace | None) -> None:
         self.received_bytes = 0

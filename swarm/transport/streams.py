@@ -20,11 +20,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 
 from swarm.errors import TransportError
+from swarm.protocol.messages import STREAMS_MAX
 from swarm.store import AnySpan, View
 from swarm.transport import Transfer
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
-STREAMS_MAX = 16  # of a session: on 32 cores raw sockets gain nothing beyond
 CORES_PER_STREAM = 4  # on fewer cores, more threads wait for each other and for the GIL
 WINDOW_S = 0.02  # of a rate measurement: 80 MB at the rate of a stream
 GROWTH_MIN = 1.2  # least gain of the rate for twice the streams; below, the number stays

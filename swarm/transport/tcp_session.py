@@ -144,6 +144,7 @@ class TcpInbound(_Session):
     """
 
     on_device = False
+    streams = 1
 
     def __init__(
         self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor, beside: TcpInbound | None = None

@@ -70,7 +70,7 @@ def _messages() -> list[bytes]:
         messages.Interest(DIGEST, b"\xf0"),
         messages.Holdings(DIGEST, b"\xf0\x80"),
         messages.Have(DIGEST, ((0, 2), (5, 1))),
-        messages.Request("tcp", DIGEST, 7, (1, 2, 3), 0, False, 1, 0),
+        messages.Request("tcp", DIGEST, 7, (1, 2, 3), 0, False, 1, 0, 1),
         messages.Grant(7, 1, (1, 2, 3)),
         messages.Refuse(7, "busy", 0.5),
         messages.Cancel(7),

@@ -312,7 +312,7 @@ def test_member_that_floods(target: Target, what: str) -> None:
                 for number in range(20_000):
                     match what:
                         case "requests":
-                            await link.send(messages.Request("tls", Digest(digest), number, (0,), 0, False, 1, 0))
+                            await link.send(messages.Request("tls", Digest(digest), number, (0,), 0, False, 1, 0, 1))
                         case "manifests":
                             await link.send(messages.ManifestRequest(Digest(digest)))
                         case "nonsense":

@@ -389,7 +389,7 @@ def test_does_a_fetch_complete_beside_peers_that_grant_what_was_not_asked_for(
 
 
 def request(number: int, *, chunks: tuple[int, ...] = (), count: int = 0) -> Question:
-    return lambda announced: messages.Request("tcp", announced.digest, number, chunks, count, True, 1, 0)
+    return lambda announced: messages.Request("tcp", announced.digest, number, chunks, count, True, 1, 0, 1)
 
 
 def interest(announced: messages.Announcement) -> messages.Message:

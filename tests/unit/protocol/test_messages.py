@@ -42,9 +42,9 @@ GOLDEN: dict[Message, str] = {
     messages.Interest(DIGEST, b"\xc0"): f'{{"type":"Interest","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Holdings(DIGEST, b"\xc0"): f'{{"type":"Holdings","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Have(DIGEST, ((0, 2), (5, 1))): f'{{"type":"Have","digest":"{DIGEST}","runs":[[0,2],[5,1]]}}',
-    messages.Request("tcp", DIGEST, 7, (3, 1), 0, False, 5, 9): (
+    messages.Request("tcp", DIGEST, 7, (3, 1), 0, False, 5, 9, 2): (
         f'{{"type":"Request","scheme":"tcp","digest":"{DIGEST}","transfer":7,"chunks":[3,1],"count":0,"starving":false,'
-        '"sources":5,"pace_bytes_per_s":9}'
+        '"sources":5,"pace_bytes_per_s":9,"streams":2}'
     ),
     messages.Grant(7, 0, (3, 1)): '{"type":"Grant","transfer":7,"sequence":0,"chunks":[3,1]}',
     messages.Refuse(7, "busy", 1.5): '{"type":"Refuse","transfer":7,"reason":"busy","retry_s":1.5}',
@@ -152,6 +152,7 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("Request", "count"): ([0, messages.REQUEST_CHUNKS_MAX], [-1, messages.REQUEST_CHUNKS_MAX + 1]),
     ("Request", "starving"): ([True, False], [1, None]),
     ("Request", "sources"): ([0, messages.SOURCES_MAX], [-1, messages.SOURCES_MAX + 1, 1.5, None]),
+    ("Request", "streams"): ([1, messages.STREAMS_MAX], [0, messages.STREAMS_MAX + 1, 1.5, None]),
     ("Request", "pace_bytes_per_s"): (
         [0, messages.PACE_BYTES_PER_S_MAX],
         [-1, messages.PACE_BYTES_PER_S_MAX + 1, 1.5, None],

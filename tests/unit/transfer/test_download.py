@@ -32,6 +32,7 @@ from swarm.transfer.download_events import (
     PeerJoined,
     PeerLeft,
     Refused,
+    SessionGrew,
     Tick,
     TransferBroke,
     TransferEnded,
@@ -502,3 +503,33 @@ def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int
         completed += actions.count(Complete())
     assert completed == 1
     assert fetch.machine.held.complete
+
+
+def test_a_session_of_several_streams_is_asked_for_a_batch_and_one_ahead_for_each() -> None:
+    fetch = Fetch(64)
+    (first,) = fetch.joined("a")
+    assert first.streams == 1
+    actions = [*asks(fetch.tell(SessionGrew(A, 4))), *fetch.later(0.0)]
+    asked = [first, *actions]
+    assert len(asked) == 4 * scheduler.BATCHES_OUTSTANDING
+    assert {ask.streams for ask in actions} == {4}
+    chunks = [chunk for ask in asked for chunk in ask.chunks]
+    assert len(set(chunks)) == len(chunks)
+
+
+def test_the_rate_of_transfers_side_by_side_is_that_of_all_of_them() -> None:
+    fetch = Fetch(4096)
+    (first,) = fetch.joined("a")
+    for ask in [first, *asks(fetch.tell(SessionGrew(A, 4)))]:
+        fetch.tell(Granted(A, ask.transfer, ask.chunks))
+    total = 0
+    for step in range(1, 40):  # four transfers end at almost the same time, every 10 ms
+        ending = sorted(fetch.machine._transfers)[:4]
+        for place, number in enumerate(ending):
+            transfer = fetch.machine._transfers[number]
+            total += transfer.size
+            chunks = tuple(sorted(transfer.chunks))
+            fetch.tell(ChunksVerified(A, number, chunks), at=step * 0.01 + place * 1e-6)
+            for ask in asks(fetch.tell(TransferEnded(A, number))):
+                fetch.tell(Granted(A, ask.transfer, ask.chunks))
+    assert 0.3 < fetch.machine._peers[A].rate_bytes_per_s / (total / fetch.now) < 3

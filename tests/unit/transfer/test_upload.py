@@ -214,3 +214,26 @@ def test_everything_asked_for_is_granted_once_and_in_order(seed: int, slots: int
 def test_an_upload_refuses_what_is_no_event() -> None:
     with pytest.raises(LocalProtocolError, match="cannot handle"):
         Upload(slots=1).handle("hello")  # type: ignore[arg-type]
+
+
+def grants_of(actions: list[upload.Action]) -> Counter[str]:
+    return Counter(action.peer for action in actions if isinstance(action, Grant))
+
+
+def test_a_session_of_several_streams_gets_a_transfer_for_each() -> None:
+    machine = Upload(slots=8)
+    actions = told(machine, *(Requested(A, number, 1, streams=4) for number in range(8)))
+    assert grants_of(actions) == {"a": 4}
+    assert machine.active == upload.ACTIVE_PER_PEER_MAX
+    assert grants_of(told(machine, Ended(A, 0, 1.0))) == {"a": 1}
+
+
+def test_slots_are_shared_by_peers_and_not_by_streams() -> None:
+    machine = Upload(slots=4)
+    actions = told(machine, *(Requested(GREEDY, number, 1, streams=8) for number in range(16)))
+    assert grants_of(actions) == {"greedy": 8}
+    actions = told(machine, *(Requested(A, number, 1) for number in range(3)))
+    assert grants_of(actions) == {"a": 2}  # at once: the further streams of another take no slots
+    waiting = told(machine, Requested(B, 0, 1), Ended(GREEDY, 0, 1.0))
+    assert grants_of(waiting) == {}  # while a peer waits for a slot, no further stream starts
+    assert grants_of(told(machine, Ended(A, 0, 1.0))) == {"b": 1}

@@ -100,7 +100,9 @@ class Node:
         return self.tasks[-1]
 
     def request(self, number: int, *chunks: int, count: int = 0, digest: str = DIGEST, scheme: str = "tcp") -> None:
-        self.driver.requested(self.peer, messages.Request(scheme, Digest(digest), number, chunks, count, False, 0, 0))
+        self.driver.requested(
+            self.peer, messages.Request(scheme, Digest(digest), number, chunks, count, False, 0, 0, 1)
+        )
 
     def heard(self, kind: type[messages.Message]) -> list[Any]:
         return [message for message in self.newcomer.heard if isinstance(message, kind)]

@@ -12,8 +12,9 @@ import pytest
 
 from swarm.errors import TransportError
 from swarm.net.listener import Listener
+from swarm.protocol.messages import STREAMS_MAX
 from swarm.transport import Transfer
-from swarm.transport.streams import GROWTH_MIN, STREAMS_MAX, WINDOW_S, Growth, InboundStreams, OutboundStreams
+from swarm.transport.streams import GROWTH_MIN, WINDOW_S, Growth, InboundStreams, OutboundStreams
 from swarm.transport.tcp import TcpTransport
 
 TOKEN = "0123456789abcdef" * 2
