@@ -18,7 +18,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.resources
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, TypeVar
 
 import msgspec
 
@@ -50,6 +50,8 @@ ASKED_AT_ONCE = 16
 ASK_TIMEOUT_S = 2.0
 EDGE_BYTES_MAX = 4096
 TIMELINE_BYTES_MAX = 1 << 20
+
+T = TypeVar("T")
 
 DIGEST = "{digest:[0-9a-f]{64}}"
 INDEX = "{index:[0-9]{1,8}}"
@@ -127,7 +129,7 @@ class Dashboard:
     def __init__(self, report: NodeReport) -> None:
         self._report = report
         self._viewer = SwarmView()
-        self._events = EventStream(self.view, self._collect)
+        self._events = EventStream(self.view, lambda: self._collector.run())
 
     def attach(self, node: Watched, read: Read) -> None:
         """Shows this node; `read` reads pages of other nodes."""
@@ -189,11 +191,8 @@ class Dashboard:
         async def ask(member: Record) -> _Edge | None:
             async with limit:
                 data = await self._page_of(member, f"/chunk/{digest}/{int(index)}", EDGE_BYTES_MAX)
-            try:
-                edge = _edge_decoder.decode(data or b"")
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-                return None
-            return edge if edge.node == member.node else None
+            edge = _decoded(_edge_decoder, data)
+            return edge if edge and edge.node == member.node else None
 
         answers = await asyncio.gather(*map(ask, holders))
         own = self._edge(digest, int(index))
@@ -214,20 +213,14 @@ class Dashboard:
         member that the page still shows may have died."""
         if node == self._node.id:
             return self.timeline(digest)
-        silent: Json = {"node": node, "digest": digest, "silent": True}
         member = next((member for member in self._node.members() if member.node == node), None)
-        data = member and await self._page_of(member, f"/timeline/{digest}", TIMELINE_BYTES_MAX)
-        try:
-            return dict(msgspec.to_builtins(_timeline_decoder.decode(data or b"")))
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return silent
+        data = await self._page_of(member, f"/timeline/{digest}", TIMELINE_BYTES_MAX) if member else None
+        timeline = _decoded(_timeline_decoder, data)
+        return msgspec.to_builtins(timeline) if timeline else {"node": node, "digest": digest, "silent": True}
 
     def _own(self, status: Json) -> MemberReport:
         held, now = self._node.holdings(), self._node.now()
         return member_report(status, self._report.fetches, held, now, place=self._node.place)
-
-    async def _collect(self) -> None:
-        await self._collector.run()
 
     def _edge(self, digest: Digest, index: int) -> _Edge | None:
         held = self._node.holdings().get(digest)
@@ -242,6 +235,13 @@ class Dashboard:
             return await self._read(member.address, path, ASK_TIMEOUT_S, bytes_max)
         except (PeerError, SettingsError):
             return None
+
+
+def _decoded(decoder: msgspec.json.Decoder[T], data: bytes | None) -> T | None:
+    try:
+        return decoder.decode(data or b"")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def asset(name: str) -> Asset:

@@ -21,7 +21,7 @@ LANES_MAX = 512  # sources in a timeline
 
 
 @dataclass
-class _Member:
+class _KnownMember:
     """`transport` is None without a link; `record` comes from gossip."""
 
     name: str
@@ -97,7 +97,7 @@ class NodeReport:
         self.fetches = FetchRecords()
         self._condition = condition
         self._node = {"id": "", "name": "", "address": ""}
-        self._members: dict[NodeId, _Member] = {}
+        self._members: dict[NodeId, _KnownMember] = {}
         self._traffic: dict[tuple[Digest, str, NodeId], _Traffic] = {}  # by digest, direction and node
 
     def follow(self, journal: Journal) -> None:
@@ -118,10 +118,10 @@ class NodeReport:
                 self._move(digest, "up", node, size, entry.at_s)
             case Opened(node, name, address):
                 self._node = {"id": node, "name": name, "address": address}
-                self._members[node] = _Member(name, address, "self")
+                self._members[node] = _KnownMember(name, address, "self")
             case Joined(node, name, address, scheme):
                 known = self._members.get(node)
-                self._members[node] = _Member(
+                self._members[node] = _KnownMember(
                     name, address, scheme, record=known.record if known else None, linked_at_s=entry.at_s
                 )
             case MemberChanged(record):
@@ -190,7 +190,7 @@ class NodeReport:
         traffic.rate.add(at_s, size)
 
     def _change(self, record: Record) -> None:
-        member = self._members.setdefault(record.node, _Member(record.name, record.address))
+        member = self._members.setdefault(record.node, _KnownMember(record.name, record.address))
         member.record = record
         if member.transport is None:
             member.name, member.address = record.name, record.address
