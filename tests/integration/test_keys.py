@@ -138,8 +138,8 @@ def test_who_may_see_the_status(machine: Machine, model: Path, key: Path, other:
 
 READ = """
 import pathlib, sys, urllib.error, urllib.request
-from swarm.identity import visitor
-from swarm import keys
+from swarm.security import cluster_key
+from swarm.security.certificates import visitor
 address, path, key = sys.argv[1:]
 context = visitor(cluster_key.load(pathlib.Path(key))) if key else None
 scheme = "https" if key else "http"

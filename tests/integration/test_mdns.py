@@ -21,7 +21,7 @@ DEADLINE_S = 20
 
 PROGRAM = """
 import asyncio, sys
-from swarm.discovery import Mdns
+from swarm.net.discovery import Mdns
 
 async def main():
     mdns = Mdns()
