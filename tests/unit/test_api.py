@@ -149,7 +149,8 @@ def test_does_a_running_loop_go_on_meanwhile(there: Settings, state: dict[str, t
 def test_does_cancelling_give_the_node_back(here: Settings) -> None:
     async def scenario() -> None:
         fetching = asyncio.create_task(swarm.fetch_async("org/missing", settings=here))
-        await asyncio.sleep(0.05)
+        while not nodes():  # noqa: ASYNC110 - another loop opens the node; `wait_for` ends this
+            await asyncio.sleep(0.005)
         fetching.cancel()
         await asyncio.gather(fetching, return_exceptions=True)
         while nodes():  # noqa: ASYNC110 - another loop's doing; `wait_for` ends this

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from sim import clock
 
 from swarm.dashboard import sse
 from swarm.dashboard.sse import EventStream
@@ -38,11 +39,10 @@ def run(scenario: Callable[[EventStream, Source], Awaitable[None]], monkeypatch:
     monkeypatch.setattr(sse, "UPDATE_EVERY_S", 0.001)
     source = Source()
 
-    async def within_deadline() -> None:
-        async with asyncio.timeout(10):
-            await scenario(EventStream(source.view, source.background), source)
+    async def in_virtual_time() -> None:
+        await scenario(EventStream(source.view, source.background), source)
 
-    asyncio.run(within_deadline())
+    clock.run(in_virtual_time(), limit_s=10)
 
 
 def parsed(events: bytes) -> list[tuple[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -99,9 +100,11 @@ def test_does_a_split_first_word_still_find_its_route() -> None:
         async with listening() as listener:
             sock = await dial(listener)
             loop = asyncio.get_running_loop()
+            await until(lambda: "1 strangers" in repr(listener))
             for byte in (b"S", b"W", b"R", b"M"):
                 await loop.sock_sendall(sock, byte)
-                await asyncio.sleep(0.01)
+                for _ in range(5):  # turns in which the listener looks at the bytes so far
+                    await asyncio.sleep(0)
             assert await read_all(sock) == b"bulk:SWRM"
 
     run(scenario)
@@ -176,7 +179,18 @@ def test_does_a_flood_of_those_who_began_to_speak_leave_room_too(monkeypatch: py
     run(scenario)
 
 
-def test_does_it_survive_running_out_of_descriptors() -> None:
+def test_does_it_survive_running_out_of_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept, failures = socket.socket.accept, set[int | None]()
+
+    def noted(sock: socket.socket) -> tuple[socket.socket, object]:
+        try:
+            return accept(sock)
+        except OSError as error:
+            failures.add(error.errno)
+            raise
+
+    monkeypatch.setattr(socket.socket, "accept", noted)
+
     async def scenario() -> None:
         async with listening() as listener:
             client = socket.socket()
@@ -190,8 +204,7 @@ def test_does_it_survive_running_out_of_descriptors() -> None:
                     os.open("/dev/null", os.O_RDONLY)
                 await asyncio.get_running_loop().sock_connect(client, listener.address)
                 await asyncio.get_running_loop().sock_sendall(client, b"SWRM")
-                for _ in range(5):  # the accept loop has met EMFILE by now
-                    await asyncio.sleep(0.01)
+                await until(lambda: errno.EMFILE in failures)
                 assert "0 strangers" in repr(listener)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

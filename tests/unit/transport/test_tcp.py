@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import secrets
 import socket
+import sys
 import tempfile
+import termios
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
@@ -19,7 +22,7 @@ from swarm.security.certificates import LEAF_LIFE_S, Identity
 from swarm.security.cluster_key import ClusterKey, Keyring
 from swarm.store import FileSpan, Span
 from swarm.transport import Inbound, Transfer, tcp, tcp_session
-from swarm.transport.streams import OutboundStreams
+from swarm.transport.streams import InboundStreams, OutboundStreams
 from swarm.transport.tcp import ACCEPTED, MAGIC, UNKNOWN_TOKEN, WRONG_VERSION, TcpTransport, preamble_of
 from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER
 
@@ -149,14 +152,22 @@ def test_does_an_unwanted_transfer_end_the_session(monkeypatch: pytest.MonkeyPat
     run(scenario)
 
 
+def unread_bytes(inbound: Inbound) -> int:
+    assert isinstance(inbound, InboundStreams)
+    (session,) = inbound._streams
+    assert isinstance(session, tcp_session.TcpInbound)
+    return int.from_bytes(fcntl.ioctl(session._sock.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 @pytest.mark.parametrize("split", range(1, HEADER.size * 2 + 10, 5))
 def test_does_it_matter_where_the_stream_is_cut(split: int) -> None:
     stream = HEADER.pack(1, 10, DATA) + b"0123456789" + HEADER.pack(1, 0, END)
 
     async def scenario() -> None:
-        async with asking() as (holder, _, receiving, buffer):
+        async with asking() as (holder, inbound, receiving, buffer):
             await holder.say(stream[:split])
-            await asyncio.sleep(0.01)
+            while unread_bytes(inbound):  # noqa: ASYNC110 - the scenario has a deadline
+                await asyncio.sleep(0.001)
             await holder.say(stream[split:])
             await receiving
             assert buffer == b"0123456789"
@@ -350,10 +361,13 @@ def test_are_old_sessions_of_a_token_replaced() -> None:
 
 
 def test_does_a_sender_wait_only_for_its_turn_when_closed() -> None:
+    taken: list[int] = []
+
     class Never:
         slice_bytes = 1000
 
         def take(self, size: int) -> float:
+            taken.append(size)
             return 3600.0
 
     def spans() -> Iterator[Span]:
@@ -368,7 +382,8 @@ def test_does_a_sender_wait_only_for_its_turn_when_closed() -> None:
             await asker.connect(holder.address, TOKEN, timeout_s=5)
             outbound = await holder.accept(TOKEN, timeout_s=5)
             sending = asyncio.create_task(outbound.send(Transfer(1, 2000, 10), spans()))
-            await asyncio.sleep(0.05)
+            while not taken:  # noqa: ASYNC110 - the scenario has a deadline
+                await asyncio.sleep(0.005)
             await holder.close()
             with pytest.raises(TransportError):
                 await sending
