@@ -22,7 +22,8 @@ from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.hashing.cpu import demand
-from swarm.node.node import Fetched, Node
+from swarm.node.fetch import Fetched
+from swarm.node.node import Node
 from swarm.node.resolve import resolve
 from swarm.protocol.messages import Address, Origin
 from swarm.runtime import runtime

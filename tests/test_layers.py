@@ -42,9 +42,9 @@ ROWS: dict[str, set[str]] = {
     },
     "drivers": {
         "checkpoint", "checkpoint.manifest_builder", "membership", "membership.swim_driver", "net.environment", "node",
-        "node.node", "node.resolve", "peers", "peers.connections_driver", "peers.host", "peers.manifest_requests",
-        "peers.peer", "transfer", "transfer.download_driver", "transfer.shares", "transfer.upload_driver",
-        "transfer.verify",
+        "node.fetch", "node.holders", "node.node", "node.resolve", "peers", "peers.connections_driver", "peers.host",
+        "peers.manifest_requests", "peers.peer", "transfer", "transfer.download_driver", "transfer.shares",
+        "transfer.upload_driver", "transfer.verify",
     },
     "faces": {
         "", "__main__", "api", "cli", "cli.commands", "cli.demo", "cli.main", "cli.progress", "cli.replay",

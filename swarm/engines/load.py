@@ -31,7 +31,9 @@ from swarm.engines.serve_loaded import TENSORS, TensorServer
 from swarm.engines.start_log import REASON_MAX, EngineStart, TierAttempt, record
 from swarm.engines.tiers import Availability, OtherLayout, TierChoice, TierName, choose
 from swarm.errors import SettingsError, StoreConflict, SwarmError
-from swarm.node.node import Fetched, Holder, Node
+from swarm.node.fetch import Fetched
+from swarm.node.holders import Holder
+from swarm.node.node import Node
 from swarm.node.resolve import resolve
 from swarm.runtime import runtime
 from swarm.store.tensors import VIRTUAL_PATH, IntoStore, TensorSource

@@ -18,7 +18,8 @@ from typing import Any
 from swarm.content.manifest import Digest, ModelId
 from swarm.errors import SettingsError
 from swarm.node import local_nodes
-from swarm.node.node import Fetched, Node
+from swarm.node.fetch import Fetched
+from swarm.node.node import Node
 from swarm.observe.units import count, size_text
 from swarm.runtime import runtime
 from swarm.settings import Settings, join_address, split_address

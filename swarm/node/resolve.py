@@ -17,7 +17,8 @@ from typing import TypeAlias
 from swarm.content.manifest import Digest, Manifest, ModelId, decode
 from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError, SettingsError
 from swarm.journal import Resolved
-from swarm.node.node import Holder, Node
+from swarm.node.holders import Holder
+from swarm.node.node import Node
 from swarm.peers.peer import Peer
 from swarm.protocol.messages import NodeId, Origin
 from swarm.settings import split_address

@@ -14,6 +14,7 @@ class Host(Protocol):
     """Clock, journal, tasks and peers of the node."""
 
     id: NodeId
+    name: str
 
     @property
     def peers(self) -> Mapping[NodeId, Peer]:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from swarm.content.bitfield import Bitfield, runs
 from swarm.content.manifest import Digest, Manifest, ModelId
@@ -67,16 +68,27 @@ class Share:
 
 
 class Shares:
-    """All shares of a node. `changed` is called after each announcement; `distance` is that of `PeerJoined`."""
+    """All shares of a node. `changed` is called after each announcement, `stop_uploads` before a share is closed.
+
+    `distance`: see `download_events.PeerJoined`.
+    """
 
     def __init__(
-        self, *, host: Host, rng: random.Random, changed: Callable[[], None], distance: Callable[[NodeId], int]
+        self,
+        *,
+        host: Host,
+        rng: random.Random,
+        changed: Callable[[], None],
+        distance: Callable[[NodeId], int],
+        stop_uploads: Callable[[Share], Awaitable[None]],
     ) -> None:
         self.shares: dict[Digest, Share] = {}
         self._host = host
         self._distance = distance
         self._rng = rng
         self._changed = changed
+        self._stop_uploads = stop_uploads
+        self._withdrawn: list[Share] = []  # until they are closed
         self._announced_at = 0.0
 
     def serve(self, model_id: ModelId, source: Source, origin: Origin | None) -> None:
@@ -109,13 +121,33 @@ class Shares:
             peer.own_interests.discard(digest)
             self.show_interest(peer)
 
-    def remove(self, digest: Digest, why: str) -> Share | None:
-        """Removes a share and ends its fetch. Its sources stay open: uploads may still read them."""
-        if share := self.shares.pop(digest, None):
-            if share.download:
-                share.download.fail(SwarmError(f"{share.model_id} was withdrawn: {why}"))
-            self.announce()
-        return share
+    def release(self, digest: Digest) -> None:
+        """Removes a user of a share. A share without users is withdrawn."""
+        if share := self.shares.get(digest):
+            share.users -= 1
+            if share.users == 0:
+                self.withdraw(digest, "not served any more")
+
+    def withdraw(self, digest: Digest, why: str) -> asyncio.Task[Any] | None:
+        """Removes a share, and ends its fetch and its uploads. The task ends when its sources are closed."""
+        share = self.shares.pop(digest, None)
+        if share is None:
+            return None
+        if share.download:
+            share.download.fail(SwarmError(f"{share.model_id} was withdrawn: {why}"))
+        self.announce()
+        self._withdrawn.append(share)
+        return self._host.spawn(self._close_share(share), f"close {share.model_id}")
+
+    async def _close_share(self, share: Share) -> None:
+        await self._stop_uploads(share)
+        await asyncio.to_thread(share.close)
+        self._withdrawn.remove(share)
+
+    def close(self) -> None:
+        """Closes all sources."""
+        for share in (*self.shares.values(), *self._withdrawn):
+            share.close()
 
     async def complete(self, digest: Digest) -> Share | None:
         """The complete share of a digest, after any fetch of it has ended; None if there is no share then."""

@@ -30,7 +30,8 @@ from swarm.content.manifest import ModelId
 from swarm.errors import LocalProtocolError, SwarmError
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Left
 from swarm.membership.swim import MemberChanged, Swim
-from swarm.node.node import Fetched, Node
+from swarm.node.fetch import Fetched
+from swarm.node.node import Node
 from swarm.peers.connections import Connections
 from swarm.store import Source
 from swarm.transfer import download_events, upload

@@ -25,7 +25,7 @@ from swarm.errors import (
     StoreConflict,
     StoreError,
 )
-from swarm.node.node import Fetched
+from swarm.node.fetch import Fetched
 from swarm.runtime import runtime
 
 MODEL = ModelId("org/model")
@@ -96,7 +96,8 @@ def test_is_nothing_logged_while_all_is_well(
         swarm.fetch(MODEL, settings=beside(here, served)).close()
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
     opening = "no cluster key: listening on this machine only (--key-file opens the node to members)"
-    assert said == [("INFO", opening)] * 2
+    choice = "transport=inproc to seed because both nodes are in this process; tcp also possible"
+    assert said == [("INFO", line) for line in (opening, opening, choice)]
 
 
 def test_are_tensors_fetched_into_those_of_the_caller(there: Settings, state: dict[str, torch.Tensor]) -> None:

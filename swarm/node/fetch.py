@@ -1,0 +1,168 @@
+"""Fetches of a node: resume, copy or download, seal.
+
+Owns the running downloads by transfer id. Each fetch is a `DownloadDriver`; a complete copy in this node is copied
+instead. Must not know: links, gossip, how a store keeps its bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+from swarm.content.bitfield import Bitfield, runs
+from swarm.content.manifest import Chunk, Digest, ModelId
+from swarm.errors import FetchTimeout
+from swarm.hashing.cpu import chunk_digest
+from swarm.journal import FetchEnded, FetchStarted
+from swarm.peers.host import Host
+from swarm.peers.peer import Peer
+from swarm.protocol import messages
+from swarm.protocol.messages import Origin
+from swarm.store import Store
+from swarm.transfer.download_driver import DownloadDriver
+from swarm.transfer.shares import Share, Shares
+from swarm.transfer.verify import copy
+
+RESUME_JOBS = 4
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A finished fetch. `sources`: bytes by the peer's name; `transports`: the schemes that brought them."""
+
+    model_id: ModelId
+    digest: Digest
+    bytes: int
+    seconds: float
+    sources: dict[str, int]
+    rejected_chunks: int
+    resumed_bytes: int
+    transports: tuple[str, ...] = ()
+
+    @property
+    def rate_bytes_per_s(self) -> float:
+        """Transferred bytes per second."""
+        return (self.bytes - self.resumed_bytes) / self.seconds if self.seconds > 0 else 0.0
+
+
+class Fetches:
+    """All fetches of a node. `seeking(digest)`: links to holders of the artifact are wanted in its block."""
+
+    def __init__(
+        self,
+        *,
+        host: Host,
+        shares: Shares,
+        seeking: Callable[[Digest], AbstractContextManager[None]],
+        idle_timeout_s: float,
+        stall_timeout_s: float,
+        rng: random.Random,
+    ) -> None:
+        self._host = host
+        self._shares = shares
+        self._seeking = seeking
+        self._idle_timeout_s = idle_timeout_s
+        self._stall_timeout_s = stall_timeout_s
+        self._rng = rng
+        self._transfer_ids = itertools.count()
+        self._transfers: dict[int, DownloadDriver] = {}
+
+    async def fetch(
+        self, model_id: ModelId, store: Store, *, origin: Origin | None, timeout_s: float | None, abandon_s: float
+    ) -> Fetched:
+        """See `Node.fetch`."""
+        began, manifest = self._host.now(), store.manifest
+        held = Bitfield(len(manifest.chunks))
+        share = Share(model_id, store, held, origin)
+        sources: dict[str, int] = {}
+        transports: tuple[str, ...] = ()
+        rejected_chunks = 0
+        try:
+            async with asyncio.timeout(timeout_s):
+                resumed = await _resume(store, held)
+                # No await between `complete` and `_download`: another fetch of the digest may wait here too.
+                own = await self._shares.complete(manifest.digest)
+                kept = tuple(runs(list(held)))
+                started = FetchStarted(model_id, manifest.digest, manifest.size, resumed, held.length, kept)
+                self._host.record("node", started)
+                if own:
+                    sources[self._host.name] = await self._copy(own, store, held)
+                else:
+                    download = await self._download(share, store, abandon_s)
+                    sources, transports = download.sources(), tuple(sorted(download.transports))
+                    rejected_chunks = download.machine.rejected_chunks
+            await asyncio.to_thread(store.seal)
+        except BaseException as error:
+            self._host.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
+            if self._shares.shares.get(manifest.digest) is share:
+                self._shares.withdraw(manifest.digest, "the fetch failed")
+            await asyncio.to_thread(store.close)
+            if isinstance(error, TimeoutError) and timeout_s is not None:
+                done = len(held) / max(1, held.length)
+                raise FetchTimeout(model_id, timeout_s=timeout_s, fraction=done) from None
+            raise
+        finally:
+            share.settled.set()
+        self._host.record("node", FetchEnded(manifest.digest, None))
+        self._shares.add(share)
+        seconds = self._host.now() - began
+        return Fetched(model_id, manifest.digest, manifest.size, seconds, sources, rejected_chunks, resumed, transports)
+
+    def on_grant(self, peer: Peer, grant: messages.Grant) -> None:
+        """Passes a grant to the download of its transfer."""
+        if download := self._transfers.get(grant.transfer):
+            download.granted(peer, grant.transfer, grant.chunks)
+
+    def on_refuse(self, peer: Peer, refusal: messages.Refuse) -> None:
+        """Passes a refusal to the download of its transfer."""
+        if download := self._transfers.get(refusal.transfer):
+            download.refused(peer, refusal.transfer, reason=refusal.reason, retry_s=refusal.retry_s)
+
+    async def _copy(self, own: Share, store: Store, held: Bitfield) -> int:
+        own.users += 1  # the share stays open until the copy is complete
+        try:
+            return await asyncio.to_thread(copy, own.source, store, held)
+        finally:
+            self._shares.release(own.manifest.digest)
+
+    async def _download(self, share: Share, store: Store, abandon_s: float) -> DownloadDriver:
+        download = share.download = DownloadDriver(
+            share.model_id,
+            store,
+            share.held,
+            host=self._host,
+            idle_timeout_s=self._idle_timeout_s,
+            stall_timeout_s=self._stall_timeout_s,
+            abandon_s=abandon_s,
+            transfer_ids=self._transfer_ids,
+            transfers=self._transfers,
+            rng=self._rng,
+            announce=partial(self._shares.send_have, share.manifest.digest),
+        )
+        self._shares.add(share)
+        try:
+            with self._seeking(share.manifest.digest):
+                await download.run()
+        finally:
+            share.download = None
+        return download
+
+
+async def _resume(store: Store, held: Bitfield) -> int:
+    """Adds the chunks that an earlier attempt left in the store, hashed again; returns their bytes."""
+    manifest = store.manifest
+    present = await asyncio.to_thread(lambda: list(store.present()))
+
+    def verified(chunks: list[Chunk]) -> list[Chunk]:
+        return [chunk for chunk in chunks if chunk_digest(manifest.scheme, store.read(chunk)) == chunk.digest]
+
+    jobs = [job for start in range(RESUME_JOBS) if (job := present[start::RESUME_JOBS])]
+    found = await asyncio.gather(*(asyncio.to_thread(verified, job) for job in jobs))
+    for chunk in itertools.chain.from_iterable(found):
+        held.add(chunk.index)
+    return sum(manifest.chunks[index].size for index in held)

@@ -1,0 +1,62 @@
+"""The holders of artifacts that a node knows, by its links and by gossip.
+
+A link announces artifacts earlier than gossip does, so the record of a linked member is not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from swarm.content.manifest import Digest, ModelId
+from swarm.peers.peer import Peer
+from swarm.protocol.messages import Address, Announcement, NodeId
+from swarm.protocol.packets import Holding, Record
+
+ARTIFACTS_SHOWN = 3
+MEMBERS_SHOWN = 16  # members without a link, in error messages
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A node that announces an artifact. `peer` is None without a link to it."""
+
+    node: NodeId
+    name: str
+    address: Address
+    peer: Peer | None
+
+
+def announced(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> Iterator[tuple[Holder, Digest, ModelId]]:
+    """All artifacts that other nodes announce, complete or not."""
+    for peer in peers.values():
+        holder = Holder(peer.node, peer.name, peer.hello.address, peer)
+        for announcement in peer.artifacts.values():
+            yield holder, announcement.digest, announcement.model_id
+    for member in members:
+        if member.node not in peers:
+            holder = Holder(member.node, member.name, member.address, None)
+            for holding in member.profile.artifacts:
+                yield holder, holding.digest, holding.model_id
+
+
+def fetches(member: Record, digest: Digest, peers: Mapping[NodeId, Peer]) -> bool:
+    """Whether a member has announced an artifact that is not complete."""
+    if (peer := peers.get(member.node)) and (announcement := peer.artifacts.get(digest)):
+        return announcement.chunks < announcement.chunks_total
+    return any(held.digest == digest and held.chunks < held.chunks_total for held in member.profile.artifacts)
+
+
+def described(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> list[str]:
+    """A line for each other node and its artifacts, for error messages."""
+    linked = [_line(peer.name, peer.hello.address, peer.artifacts.values()) for peer in peers.values()]
+    others = [member for member in members if member.node not in peers]
+    gossiped = [_line(m.name, m.address, m.profile.artifacts) for m in others[:MEMBERS_SHOWN]]
+    more = [f"{len(others) - MEMBERS_SHOWN} more members"] if len(others) > MEMBERS_SHOWN else []
+    return [*linked, *gossiped, *more]
+
+
+def _line(name: str, address: Address, artifacts: Collection[Announcement | Holding]) -> str:
+    shown = [f"{artifact.model_id} ({artifact.digest[:16]})" for artifact in artifacts]
+    more = f" and {len(shown) - ARTIFACTS_SHOWN} more" if len(shown) > ARTIFACTS_SHOWN else ""
+    return f"{name} at {address} serves {', '.join(shown[:ARTIFACTS_SHOWN]) + more if shown else 'nothing'}"
