@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -45,6 +44,7 @@ LOOK_EVERY_S = 0.1
 STOP_TIMEOUT_S = 10.0
 # Without any exchange the seed needs three times size / limit; twice that, and the time to start, is too late.
 TIMEOUT_S, TIMEOUT_COPIES = 60.0, 6.0
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 COLUMNS = 100  # of a table, without a terminal
 BLOCK_BYTES = 16 << 20
 
@@ -55,15 +55,16 @@ def demo(path: Path | None) -> int:
     Raises ManifestInvalid for a directory that cannot be served, StoreFull, and FetchError when a process fails.
     """
     console = Console() if sys.stdout.isatty() else Console(width=COLUMNS)
-    with _Interrupts() as interrupts:
-        place = Path(tempfile.mkdtemp(prefix="swarm-demo-"))
-        nodes = _Nodes(place, interrupts)
-        try:
-            return _demo(path, nodes, console)
-        finally:
-            with interrupts.held():
-                nodes.end()
-                shutil.rmtree(place, ignore_errors=True)
+    before = {number: signal.signal(number, _interrupt) for number in SIGNALS}
+    nodes = _Nodes(Path(tempfile.mkdtemp(prefix="swarm-demo-")))
+    try:
+        return _demo(path, nodes, console)
+    finally:
+        _ignore_interrupts()
+        nodes.end()
+        shutil.rmtree(nodes.place, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def write_made_up(path: Path, tensors: Sequence[tuple[str, Sequence[int]]], *, rng: np.random.Generator) -> None:
@@ -180,49 +181,36 @@ def _moved(report: dict[str, Any], direction: str) -> int:
     return sum(transfer["bytes"] for transfer in report["transfers"] if transfer["direction"] == direction)
 
 
-class _Interrupts:
-    """Raises KeyboardInterrupt for the first SIGINT, SIGTERM or SIGHUP; `held` delays it.
+def _ignore_interrupts() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
-    Only the main thread may set handlers, and only it is interrupted.
-    """
 
-    def __init__(self) -> None:
-        self._handlers: dict[int, Any] = {}
-        self._held = self._pending = False
+def _interrupt(*_: object) -> None:
+    """The handler of the first signal; a second must not interrupt the end of the processes."""
+    _ignore_interrupts()
+    raise KeyboardInterrupt
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """An interruption of the block is raised at its end."""
-        self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
-        if self._pending:
-            raise KeyboardInterrupt
 
-    def __enter__(self) -> _Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                self._handlers[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._handlers.items():
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Delays an interruption to the end of the block."""
+    pending: list[object] = []
+    before = {number: signal.signal(number, lambda *_: pending.append(_)) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-
-    def _handle(self, _number: int, _frame: object) -> None:
-        first, self._pending = not self._pending, True
-        if first and not self._held:
-            raise KeyboardInterrupt
+    if pending:
+        _interrupt()
 
 
 class _Nodes:
     """The processes of the demo; each prints to `NAME.out` and logs to `NAME.log` in `place`."""
 
-    def __init__(self, place: Path, interrupts: _Interrupts) -> None:
+    def __init__(self, place: Path) -> None:
         self.place = place
-        self._interrupts = interrupts
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, arguments: Sequence[str]) -> None:
@@ -231,7 +219,7 @@ class _Nodes:
         package = str(Path(swarm.__file__).parent.parent)
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         with (
-            self._interrupts.held(),
+            _interrupts_held(),
             (self.place / f"{name}.out").open("wb") as out,
             (self.place / f"{name}.log").open("wb") as log,
         ):

@@ -50,7 +50,11 @@ def simulate(burst: Burst, *, runs: int, as_json: bool, trace: Path | None, plot
         raise SettingsError("trace" if trace else "plot", "is of one run; leave out --runs")
     console = Console() if sys.stdout.isatty() else Console(width=COLUMNS)
     with Console(stderr=True).status(f"{runs} x {burst.newcomers} newcomers, {burst.chunks} chunks"):
-        outcomes = play_all(burst, runs) if runs > 1 else [_play_and_write(burst, trace, plot)]
+        if runs > 1:
+            bursts = [dataclasses.replace(burst, rng_seed=burst.rng_seed + number) for number in range(runs)]
+            outcomes = list(play_each(bursts))
+        else:
+            outcomes = [_play_and_write(burst, trace, plot)]
     reports = [outcome for outcome in outcomes if isinstance(outcome, BurstReport)]
     if as_json:
         bounds = {"copy_s": burst.copy_s, "bound_s": burst.bound_s}
@@ -73,12 +77,6 @@ def play(burst: Burst, observe: Observer | None = None) -> Outcome:
         return Crowd(burst, observe).run()
     except LocalProtocolError as error:
         return error
-
-
-def play_all(burst: Burst, runs: int) -> list[Outcome]:
-    """`runs` runs, each with the next random seed, in a process for each core."""
-    bursts = [dataclasses.replace(burst, rng_seed=burst.rng_seed + number) for number in range(runs)]
-    return list(play_each(bursts))
 
 
 def play_each(bursts: Sequence[Burst]) -> Iterator[Outcome]:
