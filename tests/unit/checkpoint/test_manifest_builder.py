@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swarm.checkpoint import digest_cache, manifest_builder
+from swarm.checkpoint import manifest_builder
 from swarm.content import safetensors_header
 from swarm.content.manifest import Manifest
 from swarm.errors import ManifestInvalid, SettingsError, SourceChanged, StoreError
@@ -111,87 +111,12 @@ def test_is_a_file_of_many_jobs_hashed_in_order(tmp_path: Path, threads: int, mo
         ]
 
 
-def test_can_one_safetensors_file_be_served_alone(model: Path, tmp_path: Path) -> None:
+def test_are_skipped_paths_returned_and_not_described(model: Path, tmp_path: Path) -> None:
+    fill(model, {".git/HEAD": b"x", "bad\\name": b"x"})
+    served, skipped = paths(model, tmp_path / "cache")
+    assert served == ["config.json", "empty", "model.safetensors", "onnx/model.onnx"]
+    assert skipped.keys() == {".git", "bad\\name"}
     assert paths(model / "model.safetensors", tmp_path / "cache") == (["model.safetensors"], {})
-
-
-def test_is_what_belongs_to_others_left_out(model: Path, tmp_path: Path) -> None:
-    fill(model, {".git/HEAD": b"x", ".swarm/x/y": b"x", ".cache/huggingface/x": b"x", "onnx/.git/y": b"x"})
-    fill(model, {".gitattributes": b"x", "bad\\name": b"x", "control\x01": b"x"})
-    os.mkfifo(model / "pipe")
-    (model / os.fsdecode(b"latin\xe9")).write_bytes(b"x")
-    served, skipped = paths(model, tmp_path / "cache")
-    assert served == [".gitattributes", "config.json", "empty", "model.safetensors", "onnx/model.onnx"]
-    assert skipped.keys() == {
-        ".git", ".swarm", ".cache", "onnx/.git", "bad\\name", "control\x01", "pipe", "latin\\xe9",
-    }  # fmt: skip
-    assert "UTF-8" in skipped["latin\\xe9"]
-
-
-def test_are_links_within_followed_and_others_not(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "elsewhere").mkdir()
-    (model / "alias.json").symlink_to("config.json")
-    (model / "also").symlink_to("onnx")
-    (model / "loop").symlink_to(".")
-    (model / "onnx" / "up").symlink_to("..")
-    (model / "outside").symlink_to(tmp_path / "elsewhere")
-    served, skipped = paths(model, tmp_path / "cache")
-    assert served == [
-        "alias.json", "also/model.onnx", "config.json", "empty", "model.safetensors", "onnx/model.onnx",
-    ]  # fmt: skip
-    assert skipped.keys() == {"also/up", "loop", "onnx/up", "outside"}
-
-
-def test_do_directories_that_link_to_each_other_end(tmp_path: Path) -> None:
-    root = fill(tmp_path / "model", {f"{name}/file": b"x" for name in "abcd"})
-    for name in "abcd":
-        for other in "abcd":
-            (root / name / f"to-{other}").symlink_to(f"../{other}")
-    served, _ = paths(root, tmp_path / "cache")
-    assert len(served) == 4 + 4 * 3
-
-
-@pytest.mark.parametrize("target", ["../secret", "/etc/hostname", "nowhere", "bad.bin"])
-def test_is_a_file_link_that_leads_out_an_error(model: Path, tmp_path: Path, target: str) -> None:
-    (tmp_path / "secret").write_bytes(b"x")
-    (model / "bad.bin").symlink_to(target)
-    with pytest.raises(ManifestInvalid, match=r"^bad\.bin: is a link"):
-        paths(model, tmp_path / "cache")
-
-
-def hub_snapshot(tmp_path: Path) -> Path:
-    repository = tmp_path / "hub" / "models--org--name"
-    fill(repository, {"blobs/aaa": safetensors(), "blobs/bbb": b"{}"})
-    snapshot = repository / "snapshots" / ("0" * 40)
-    (snapshot / "sub").mkdir(parents=True)
-    (snapshot / "model.safetensors").symlink_to("../../blobs/aaa")
-    (snapshot / "sub" / "config.json").symlink_to("../../../blobs/bbb")
-    return snapshot
-
-
-def test_is_a_hub_snapshot_taken_as_it_stands(tmp_path: Path) -> None:
-    snapshot = hub_snapshot(tmp_path)
-    assert paths(snapshot, tmp_path / "cache") == (["model.safetensors", "sub/config.json"], {})
-    assert paths(snapshot / "model.safetensors", tmp_path / "cache") == (["model.safetensors"], {})
-    (tmp_path / "link").symlink_to(snapshot)
-    assert paths(tmp_path / "link", tmp_path / "cache")[0] == ["model.safetensors", "sub/config.json"]
-
-
-def test_is_another_repositorys_blob_out_of_bounds(tmp_path: Path) -> None:
-    snapshot = hub_snapshot(tmp_path)
-    fill(tmp_path / "hub" / "models--org--other", {"blobs/ccc": b"x"})
-    (snapshot / "bad").symlink_to("../../../models--org--other/blobs/ccc")
-    with pytest.raises(ManifestInvalid, match="bad: is a link out"):
-        paths(snapshot, tmp_path / "cache")
-
-
-def test_is_nothing_to_serve_an_error(tmp_path: Path) -> None:
-    fill(tmp_path / "only-git", {".git/HEAD": b"x"})
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "text.txt").write_text("x")
-    for path in ("only-git", "empty", "text.txt", "missing"):
-        with pytest.raises(ManifestInvalid, match=path):
-            paths(tmp_path / path, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -358,22 +283,3 @@ def test_does_verify_name_every_problem(model: Path, tmp_path: Path) -> None:
         "onnx/model.onnx: 2 of 3 chunks differ, the first is the one at byte 8192; "
         "remove the file and fetch again, the others are kept",
     ]
-
-
-def test_is_what_was_fetched_remembered(model: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    manifest, _ = hashed(model, tmp_path / "other-cache")
-    assert digest_cache.recall(cache, model) is None
-    digest_cache.remember(cache, model, manifest)
-    (tmp_path / "link").symlink_to(model)
-    assert digest_cache.recall(cache, tmp_path / "link") == manifest
-    (kept,) = (cache / "fetched").iterdir()
-    kept.write_bytes(b"damaged")
-    assert digest_cache.recall(cache, model) is None
-
-
-def test_does_remembering_say_when_it_cannot(model: Path, tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file")
-    manifest, _ = hashed(model, tmp_path / "other-cache")
-    with pytest.raises(StoreError):
-        digest_cache.remember(tmp_path / "cache", model, manifest)

@@ -1,17 +1,12 @@
-"""What of CUDA can be asked without one."""
+"""CUDA streams and driver calls, without a GPU."""
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Callable
+import ctypes
 
 import pytest
 
-from swarm.errors import TransportError
 from swarm.store import DeviceView, cuda
-from swarm.transport import nccl, paired
-from swarm.transport.byte_stream import PlainStream
 
 
 def test_do_streams_of_a_mover_have_its_priority(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,152 +26,43 @@ def test_do_streams_of_a_mover_have_its_priority(monkeypatch: pytest.MonkeyPatch
     assert cuda.FIRST < 0
 
 
-def test_is_a_frame_that_an_abort_cut_short_never_done(lane: nccl.NcclLane) -> None:
-    lane.begin()
-    lane.send(DeviceView(0, 4096, 8, None), timeout_s=1)
-    frames = [lane.end(timeout_s=1) for _ in range(2)]
-    assert frames[0]()
-    with pytest.raises(TransportError, match="said no"):
-        lane._fail("said no")
-    for _ in range(2):
-        with pytest.raises(TransportError, match="aborted"):
-            frames[1]()
-
-
-def test_is_a_frame_marked_once_its_kernels_are_enqueued(lane: nccl.NcclLane, gpu: Gpu, library: Nccl) -> None:
-    lane.begin()
-    lane.send(DeviceView(0, 4096, 8, None), timeout_s=1)
-    assert lane.puts_off()
-    library.in_progress = 3  # a thread of NCCL's is at it
-    done = lane.end(timeout_s=1)
-    assert not lane.puts_off()
-    assert gpu.recorded == 0
-    lane.begin()
-    lane.send(DeviceView(0, 4096, 8, None), timeout_s=1)
-    assert (library.in_progress, gpu.recorded) == (0, 1)
-    assert done()
-
-
-def test_does_a_frame_fail_whose_kernels_are_never_enqueued(lane: nccl.NcclLane, gpu: Gpu, library: Nccl) -> None:
-    lane.begin()
-    lane.send(DeviceView(0, 4096, 8, None), timeout_s=0.01)
-    library.in_progress = 1 << 30
-    done = lane.end(timeout_s=0.01)
-    with pytest.raises(TransportError, match="did not call within"):
-        paired.wait_for(done)
-    assert gpu.recorded == 0
-    assert library.called.count("ncclCommAbort") == 1
-
-
-def test_is_a_frame_done_whatever_the_next_one_waits_for(lane: nccl.NcclLane, library: Nccl) -> None:
-    frames = []
-    for in_progress in (0, 1 << 30):
-        lane.begin()
-        lane.send(DeviceView(0, 4096, 8, None), timeout_s=1)
-        library.in_progress = in_progress
-        frames.append(lane.end(timeout_s=1))
-        assert frames[0]()
-    assert not frames[1]()
-
-
-def test_is_the_group_of_a_thread_closed_before_its_communicator_is_aborted(lane: nccl.NcclLane, library: Nccl) -> None:
-    view = DeviceView(0, 4096, 8, None)
-    lane.begin()
-    lane.receive(view, timeout_s=1)
-    library.fails = "ncclRecv"
-    with pytest.raises(TransportError, match="ncclRecv: an error"):
-        lane.receive(view, timeout_s=1)
-    lane.abandon()
-    calls = [name for name in library.called if name != "ncclCommGetAsyncError"]
-    assert calls == ["ncclGroupStart", "ncclRecv", "ncclRecv", "ncclGroupEnd", "ncclCommAbort"]
-    with pytest.raises(TransportError, match="aborted"):
-        lane.receive(view, timeout_s=1)
-
-
-@pytest.mark.parametrize(
-    ("asked", "ends"), [(0, "ncclCommDestroy"), (3, "ncclCommDestroy"), (1 << 30, "ncclCommAbort")]
-)
-def test_is_an_idle_communicator_destroyed_but_aborted_after_a_deadline(
-    lane: nccl.NcclLane, library: Nccl, monkeypatch: pytest.MonkeyPatch, asked: int, ends: str
-) -> None:
-    monkeypatch.setattr(nccl, "END_LOOK_EVERY_S", 0.001)
-    if asked > 3:
-        monkeypatch.setattr(nccl, "END_TIMEOUT_S", 0.01)
-    library.in_progress = asked
-    lane.close()
-    for thread in threading.enumerate():
-        if thread.name == "swarm-nccl-end":
-            thread.join(10)
-    assert [name for name in library.called if name != "ncclCommGetAsyncError"] == ["ncclCommFinalize", ends]
-    lane.close()
-    assert library.called.count(ends) == 1
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    gpu = Gpu()
-    monkeypatch.setattr(cuda, "gpu", lambda index: gpu)
-    return gpu
-
-
-@pytest.fixture
-def library() -> Nccl:
-    return Nccl()
-
-
-@pytest.fixture
-def lane(gpu: Gpu, library: Nccl, monkeypatch: pytest.MonkeyPatch) -> nccl.NcclLane:
-    """One whose communicator has come about."""
-    monkeypatch.setattr(nccl, "_library", lambda: library)
-    ours, theirs = socket.socketpair()
-    with theirs, PlainStream(ours) as stream:
-        lane = nccl.NcclLane(stream, paired.HOLDER, device=0)
-    library.called.clear()
-    return lane
-
-
-class Gpu:
-    """Its events are done at once, as they are when a communicator is aborted."""
-
-    cuda_stream = 1
-    recorded = 0
-
-    def enter(self) -> None: ...
-
-    def current(self) -> Gpu:
-        return self
-
-    def event(self) -> Gpu:
-        return self
-
-    def record(self, stream: Gpu) -> None:
-        self.recorded += 1
-
-    def query(self) -> bool:
-        return True
-
-
-class Nccl:
-    """The library, whose every call succeeds, but so many times it says first that something is in progress."""
+class Driver:
+    """Records the functions that are called; `fails` by name."""
 
     def __init__(self) -> None:
-        self.in_progress = 0
         self.called: list[str] = []
-        self.fails = ""
-        self.ncclGetErrorString = lambda status: b"an error"
+        self.fails: dict[str, int] = {}
 
-    def __getattr__(self, name: str) -> Callable[..., int]:
-        def call(*arguments: object) -> int:
+    def __getattr__(self, name: str) -> object:
+        def call(*_: object) -> int:
             self.called.append(name)
-            if name == self.fails:
-                return 3
-            if name == "ncclCommInitRankConfig":
-                arguments[0]._obj.value = 1  # type: ignore[attr-defined]
-            status = 7 if self.in_progress else 0
-            if name == "ncclCommGetAsyncError":
-                self.in_progress = max(0, self.in_progress - 1)
-                arguments[1]._obj.value = status  # type: ignore[attr-defined]
-                return 0
-            return status if name == "ncclCommFinalize" else 0
+            return self.fails.get(name, 0)
 
         return call
+
+
+def test_is_the_context_current_during_a_call_and_restored_after_a_failure() -> None:
+    gpu = cuda.Gpu.__new__(cuda.Gpu)
+    driver = gpu._driver = gpu._prompt = Driver()  # type: ignore[assignment]
+    gpu.index, gpu._context = 3, ctypes.c_void_p()
+    gpu.close(4096)
+    assert driver.called == ["cuCtxPushCurrent_v2", "cuIpcCloseMemHandle", "cuCtxPopCurrent_v2"]
+    driver.fails["cuMemcpyAsync"] = 700
+    with pytest.raises(cuda.CudaError, match=r"GPU 3: cuMemcpyAsync says error \(700\)"):
+        gpu.copy(0, 0, 8, stream=0)
+    assert driver.called[-1] == "cuCtxPopCurrent_v2"
+
+
+def test_is_a_device_view_cut_like_a_memoryview() -> None:
+    view, owner = DeviceView(1, 4096, 100, object()), memoryview(bytes(100))
+    for part in (slice(0, 10), slice(90, 200), slice(50, 20), slice(-5, None), slice(None)):
+        cut = view[part]
+        assert (len(cut), cut.nbytes) == (len(owner[part]), len(owner[part]))
+        assert cut.address == 4096 + part.indices(100)[0]
+        assert (cut.device, cut.owner) == (1, view.owner)
+
+
+def test_is_host_memory_copied_without_a_gpu() -> None:
+    target = bytearray(3)
+    cuda.copy_view(memoryview(target), memoryview(b"abc"))
+    assert target == b"abc"

@@ -1,0 +1,79 @@
+"""Records of hashed files and of fetched directories. Hashing with a cache: test_manifest_builder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from swarm.checkpoint import digest_cache
+from swarm.checkpoint.digest_cache import DigestCache
+from swarm.checkpoint.files import walk
+from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
+from swarm.errors import StoreError
+
+SCHEME = HashScheme(leaf_bytes=1024)
+CHUNK = 8192
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    for name in ("a", "b"):
+        (tmp_path / "model").mkdir(exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(name.encode())
+        os.utime(tmp_path / "model" / name, (1_000_000_000, 1_000_000_000))
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def manifest() -> Manifest:
+    files = [FileEntry(name, 1, "", (ChunkEntry(1, number * 16),)) for name, number in (("a", "00"), ("b", "ff"))]
+    return Manifest(1, "checkpoint", "", SCHEME, CHUNK, tuple(files))
+
+
+def opened(cache: Path, model: Path, *, chunk_bytes: int = CHUNK) -> DigestCache:
+    return DigestCache(cache, model, walk(model)[0], chunk_bytes=chunk_bytes, scheme=SCHEME)
+
+
+def test_are_entries_of_unchanged_files_known(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert opened(cache, model).known == {}
+    opened(cache, model).save(manifest)
+    assert opened(cache, model).known == {file.path: file for file in manifest.files}
+    assert opened(cache, model, chunk_bytes=2 * CHUNK).known == {}
+    os.utime(model / "b", (1, 1))
+    assert opened(cache, model).known.keys() == {"a"}
+
+
+def test_is_a_stamp_of_a_young_file_not_trusted(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    (model / "b").touch()
+    opened(tmp_path / "cache", model).save(manifest)
+    assert opened(tmp_path / "cache", model).known.keys() == {"a"}
+
+
+def test_is_nothing_written_when_all_is_known(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    opened(cache, model).save(manifest)
+    (record,) = (cache / "manifests").iterdir()
+    before = record.stat()
+    opened(cache, model).save(manifest)
+    assert record.stat() == before
+    assert before.st_mode & 0o777 == 0o600
+
+
+def test_is_what_was_fetched_remembered(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert digest_cache.recall(cache, model) is None
+    digest_cache.remember(cache, model, manifest)
+    (tmp_path / "link").symlink_to(model)
+    assert digest_cache.recall(cache, tmp_path / "link") == manifest
+    (kept,) = (cache / "fetched").iterdir()
+    kept.write_bytes(b"damaged")
+    assert digest_cache.recall(cache, model) is None
+
+
+def test_does_remembering_say_when_it_cannot(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StoreError):
+        digest_cache.remember(tmp_path / "cache", model, manifest)
