@@ -33,7 +33,7 @@ SYSTEMS = ("swarm", "star", "http", "libtorrent", "aria2")
 WATCHED = "swarm-watched"  # every node traced, the first seed scraped and its dashboard open
 DISTURB_AT = 0.5  # of the bound: when newcomers are killed
 CHUNKS_MIN = 512
-LEAF_BYTES = 128 << 10  # swarm's default
+LEAF_BYTES = 512 << 10  # swarm's default
 READY_TIMEOUT_S = 120.0
 TRACKER_PORT = 6969
 

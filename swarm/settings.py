@@ -85,7 +85,7 @@ class Settings:
         flag=False,
     )
     leaf_bytes: int | None = _setting(
-        None, "bytes hashed per leaf when serving; unset: 128 KiB, 16 KiB for GPU tensors", flag=False
+        None, "bytes hashed per leaf when serving; unset: 512 KiB, 16 KiB for GPU tensors", flag=False
     )
     compile_caches: bool = _setting(
         False,

@@ -44,8 +44,8 @@ LEAF_BYTES_MIN, LEAF_BYTES_MAX = 1024, CHUNK_BYTES_MAX
 # Measured by bench/chunk_sweep.py: a chunk has a fixed cost of 0.15 ms, and a burst of newcomers needs many chunks.
 CHUNK_BYTES_SMALLEST, CHUNK_BYTES_LARGEST, CHUNKS_WANTED = 256 << 10, 16 << 20, 1024
 GPU_CHUNKS_WANTED = 128
-# xxhash releases the GIL above 65,536 bytes; 128 KiB fit into the core's L2 cache.
-LEAF_BYTES_DEFAULT = 128 << 10
+# With many streams, threads queue for the GIL once a leaf, so leaves are large; 512 KiB fit into a core's L2 cache.
+LEAF_BYTES_DEFAULT = 512 << 10
 
 ChunkHash = Literal["xxh3-128", "blake3"]
 DIGEST_BYTES: dict[ChunkHash, int] = {"xxh3-128": 16, "blake3": 32}

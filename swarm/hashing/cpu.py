@@ -2,13 +2,13 @@
 
     stream | leaf 0 | leaf 1 | ... | last leaf, maybe shorter |       chunk digest = hash(d0 d1 ... dn)
 
-The chunk digest is always the hash of leaf digests, for a chunk of one leaf too: a GPU hashes leaves and a CPU combines
-them, and both must agree without a special case.
+The chunk digest is always the hash of leaf digests, also for a chunk of a single leaf: a GPU hashes leaves and a CPU
+combines them, and both agree without a special case.
 
-A leaf that lies in one view is hashed by one call straight from that view, which neither copies it nor, above 65,536
-bytes, holds the GIL. Only a leaf that straddles two views goes through a streaming hasher.
+A leaf within a view takes one call, which reads it in place and, above 65,536 bytes, releases the GIL. A leaf that
+straddles two views goes through a streaming hasher.
 
-Must not know: what the bytes are, where they came from, or what their digest should be.
+Must not know: the content of the bytes, their origin, their expected digest.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class LeafHasher:
         self._open_bytes = 0
 
     def update(self, view: memoryview | bytes) -> None:
-        """Takes the chunk's next bytes. A view must be contiguous; it is not needed any more after the call."""
+        """Takes the chunk's next bytes, out of a contiguous view that the call does not keep."""
         data = memoryview(view)
         if not data.nbytes:
             return  # an empty view of wider elements cannot be cast

@@ -1,14 +1,14 @@
-"""Chunk digests on a GPU, where the bytes lie: leaves are hashed by a kernel, all of a batch at once.
+"""Chunk digests of GPU memory: one kernel hashes all leaves of a batch in place.
 
     mover's stream   | fill chunk 0 | fill chunk 1 | ... | fill next batch ...
     hash stream                                      | hash leaves | digests to the host |      collect()
 
-`start` returns at once and `collect` waits, so that one batch is hashed while the next one is filled. What of a chunk
-is the host's (a header among small tensors) is copied to the GPU. A leaf that lies in several views, as where small
-tensors share a chunk, is gathered first; one of at most 240 bytes, for which XXH3 has other rules, is hashed by the
-library, as are the leaf digests. Where the kernels cannot be loaded everything is copied to the host.
+`start` returns at once and `collect` waits, so a batch is hashed while the next batch is filled. Host memory of a chunk
+(a header among small tensors) is copied to the GPU. A leaf that straddles views, as where small tensors share a chunk,
+is gathered first. The xxhash library hashes leaves of at most 240 bytes, for which XXH3 has other rules, and the leaf
+digests. Where the kernels cannot be loaded, and for BLAKE3, all memory is copied to the host.
 
-Must not know: where the bytes came from, or what their digest should be.
+Must not know: the origin of the bytes, their expected digest.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from swarm.hashing.kernels import RUN_WORDS, Kernels, kernels
 from swarm.store import DeviceView, View, cuda
 from swarm.store.staging import outgoing
 
-LONG_BYTES_MIN = 241  # from here on XXH3 has one form, which is the kernel's
+LONG_BYTES_MIN = 241  # XXH3's long form, which the kernel computes, begins here
 DIGEST_BYTES = 16
-GPU_LEAF_BYTES = 16 << 10  # enough leaves in a batch to keep every multiprocessor busy, see ARCHITECTURE.md
+GPU_LEAF_BYTES = 16 << 10  # enough leaves in a batch to keep every multiprocessor busy (docs/decisions/0020)
 
-# Hashed by one launch: enough leaves for all of a GPU, the host's part of a launch (0.3 ms) is a tenth of the time
-# that they take to arrive over NVLink, and little is left to be hashed when the last ones have.
+# Bytes that a launch hashes: enough leaves for a whole GPU. The host's part of a launch (0.3 ms) is a tenth of the time
+# that they take to arrive over NVLink, and few bytes are left to hash after the last arrival.
 BATCH_BYTES = 1 << 30
 
-SCRATCH_BYTES = 1 << 20  # allocated at once for leaves that straddle
-PIECE_BYTES_MAX = 64 << 10  # of one, copied by a thread block of the GPU
+SCRATCH_BYTES = 1 << 20  # of an allocation for leaves that straddle views
+PIECE_BYTES_MAX = 64 << 10  # that a thread block copies
 
 log = logging.getLogger("swarm")
 
@@ -54,9 +54,11 @@ class Batch(Protocol):
 
 
 def start(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> Batch:
-    """Hashes chunks, each the views that it is in order, once everything enqueued so far is done. All views that are a
-    GPU's are of one, and there is one. Raises CudaError."""
-    if loaded := _kernels(next(_devices(chunks))):
+    """Starts to hash chunks, each given as its views in order, behind all work enqueued so far on the current stream.
+
+    At least one view is GPU memory, and all GPU views are of the same GPU. Raises CudaError.
+    """
+    if scheme.name == "xxh3-128" and (loaded := _kernels(next(_devices(chunks)))):
         return _KernelBatch(scheme, chunks, loaded)
     return _HostBatch(scheme, chunks)
 
@@ -77,8 +79,8 @@ def chunk_digests(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> list[
 def prepare(device: int) -> None:
     """Loads the kernels and runs each once. Blocks; raises CudaError.
 
-    Loading may wait until the GPU is idle. A batch behind which a peer may have fallen silent must not wait for that:
-    the thread that starts it is the one that keeps the deadlines.
+    Loading may wait until the GPU is idle. The first batch must not wait for that, because the thread that starts it
+    also keeps the deadlines of its peer.
     """
     if not _kernels(device):
         return
@@ -102,7 +104,7 @@ def _kernels(device: int) -> Kernels | None:
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """`count` leaves of `size` bytes each, one after another."""
+    """`count` adjacent leaves of `size` bytes each."""
 
     address: int
     size: int
@@ -116,7 +118,7 @@ class _HostBatch:
         self._streams = {device: cuda.gpu(device).current() for device in _devices(chunks)}
 
     def ready(self) -> bool:
-        return True  # what takes long is to be done yet, by whoever collects
+        return True  # `collect` does all the work
 
     def collect(self) -> list[bytes]:
         for stream in self._streams.values():
@@ -129,9 +131,9 @@ class _KernelBatch:
         import torch
 
         self._counts = [-(-sum(view.nbytes for view in views) // scheme.leaf_bytes) for views in chunks]
-        self._keep: list[object] = [chunks]  # what the GPU reads, until it has
+        self._keep: list[object] = [chunks]  # memory that the GPU may still read
         self._pieces: list[tuple[int, int, int]] = []  # to be gathered: target, source, size
-        self._room = self._room_at = 0  # what is left of the memory for leaves that are gathered, and where
+        self._room = self._room_at = 0  # of the memory for gathered leaves: bytes left, and their address
         self._gpu = cuda.gpu(next(_devices(chunks)))
         self._kernels = loaded
         self._stream = stream = _hash_stream(self._gpu.index)

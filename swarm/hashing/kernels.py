@@ -1,8 +1,8 @@
 """The hash kernels of NVIDIA GPUs: xxh3.cu, compiled ahead of time, loaded and launched by the driver.
 
 xxh3.fatbin holds machine code for compute capabilities 8.x, 9.0, 10.0 and 12.x, and PTX that the driver compiles for
-any other one from 7.5 on. So a process compiles nothing, and a first launch takes milliseconds. To compile xxh3.cu
-after a change (the unit tests compare the result with the shipped file where nvcc is of the same release):
+every other from 7.5 on. So a process compiles nothing, and a first launch takes milliseconds. To compile xxh3.cu after
+a change (the unit tests compare the result with the shipped file where nvcc is of the same release):
 
     python -m swarm.hashing.kernels
 

@@ -128,3 +128,10 @@ def test_where_the_kernels_cannot_be_loaded_the_host_hashes(monkeypatch: pytest.
 def test_an_image_for_no_gpu_is_refused_with_the_drivers_word(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(cuda.CudaError, match="cuModuleLoadData"):
         cuda.gpu(0).load(b"no image at all")
+
+
+def test_chunks_of_another_hash_are_hashed_by_the_host() -> None:
+    pytest.importorskip("blake3")
+    scheme = HashScheme("blake3", leaf_bytes=LEAF)
+    data = random_bytes(3 << 20)
+    assert on_gpu.chunk_digests(scheme, [[view_of(data)]]) == [expected(scheme, [data])]

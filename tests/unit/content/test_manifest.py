@@ -33,10 +33,10 @@ from swarm.errors import ManifestInvalid
 
 HASH = "01" * 16
 GOLDEN = (
-    b'{"version":1,"tier":"checkpoint","fingerprint":"","scheme":{"name":"xxh3-128","leaf_bytes":131072},'
+    b'{"version":1,"tier":"checkpoint","fingerprint":"","scheme":{"name":"xxh3-128","leaf_bytes":524288},'
     b'"chunk_bytes":4,"files":[{"path":"config.json","size":2,"header":"","chunks":[[2,"' + HASH.encode() + b'"]]}]}'
 )
-GOLDEN_DIGEST = Digest("8c48bedd200ca0bc53326fc34ca38043cd62114776342e1b81cfb9010a48d3fd")
+GOLDEN_DIGEST = Digest("7b6a4c3aae16539e58bf9a1160e291b8173143637cf75ee73b2c41237c4da25f")
 
 
 def file(path: str = "config.json", *sizes: int, header: str = "") -> FileEntry:
