@@ -71,3 +71,8 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     raise AttributeError(f"module 'swarm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """All names, those that load on first use included."""
+    return sorted({*globals(), *__all__})

@@ -46,6 +46,14 @@ def test_which_names_are_public() -> None:
         assert getattr(swarm, name) is not None
 
 
+def test_does_dir_list_the_names_that_load_on_first_use() -> None:
+    script = "import swarm; print(*dir(swarm))"
+    package = str(Path(swarm.__file__).parent.parent)
+    listed = subprocess.run([sys.executable, "-c", script], cwd=package, capture_output=True, text=True, check=True)
+    assert set(listed.stdout.split()) >= {*NAMES, "__doc__", "__file__"}
+    assert set(dir(swarm)) >= NAMES
+
+
 def test_is_an_unknown_name_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'ftech'"):
         swarm.ftech  # noqa: B018

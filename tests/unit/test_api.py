@@ -323,7 +323,7 @@ def test_does_the_callers_deadline_hold_while_nobody_is_found(here: Settings) ->
 
 
 def test_does_the_callers_deadline_hold_while_nothing_arrives(there: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarm.transfer.upload_driver.UploadDriver.requested", lambda *_: None)
+    monkeypatch.setattr("swarm.transfer.upload_driver.UploadDriver._handle", lambda *_: None)
     with pytest.raises(FetchTimeout, match=r"0% complete after the 0\.2 s allowed") as caught:
         swarm.fetch(MODEL, timeout_s=0.2, settings=there)
     assert (caught.value.timeout_s, caught.value.fraction) == (0.2, 0.0)
@@ -333,7 +333,7 @@ def test_does_the_callers_deadline_hold_while_nothing_arrives(there: Settings, m
 def test_does_a_fetch_that_gets_nothing_stall(
     here: Settings, served: swarm.Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("swarm.transfer.upload_driver.UploadDriver.requested", lambda *_: None)
+    monkeypatch.setattr("swarm.transfer.upload_driver.UploadDriver._handle", lambda *_: None)
     there = Settings(mdns=False, cache=here.cache, peers=(served.address,), stall_timeout_s=0.2)
     with pytest.raises(Stalled, match="run the same fetch again"):
         swarm.fetch(MODEL, settings=there)
