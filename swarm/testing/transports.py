@@ -1,7 +1,7 @@
 """The contract of `swarm.transport.Transport` as a program.
 
-Each function of `CHECKS` is one promise; its docstring says it. `check_transport` runs them all, `run_check` one of
-them, so that a test runner can name it:
+Each function of `CHECKS` is a promise; its docstring states it. `check_transport` runs them all, `run_check` a single
+check, so that a test runner can name it:
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
     def test_does_it_keep_the_contract(check):
@@ -35,14 +35,14 @@ from swarm.transport import AdoptingTransport, Inbound, Outbound, Transfer, Tran
 from swarm.transport.pace import Unlimited
 from swarm.transport.registry import Factory, TransportConfig
 
-DEADLINE_S = 30.0  # for one check; most take milliseconds
+DEADLINE_S = 30.0  # of a check; most take milliseconds
 MIB = 1 << 20
 BIG = 24 * MIB
 
 
 @dataclass
 class Pair:
-    """Two open transports of one scheme. `asker` can reach `holder`."""
+    """Two open transports of the same scheme. `asker` can reach `holder`."""
 
     holder: Transport
     asker: Transport
@@ -61,7 +61,7 @@ def check_transport(make_pair: MakePair) -> None:
 
 
 def run_check(check: Check, make_pair: MakePair) -> None:
-    """Runs one check on an event loop of its own. Raises TimeoutError after DEADLINE_S."""
+    """Runs a check on an event loop of its own. Raises TimeoutError after DEADLINE_S."""
 
     async def within_deadline() -> None:
         async with asyncio.timeout(DEADLINE_S):
@@ -112,7 +112,7 @@ async def session(make_pair: MakePair) -> AsyncIterator[tuple[Outbound, Inbound,
 
 
 async def connect(pair: Pair, token: str | None = None) -> tuple[Outbound, Inbound]:
-    """Opens a session of a pair with a token, or a new one."""
+    """Opens a session of a pair with a token, by default a new token."""
     token = token or secrets.token_hex(16)
     pair.holder.admit(token)
     require(pair.asker.reach(pair.holder.address), "`reach` says False for an address that `connect` can reach")
@@ -151,7 +151,7 @@ async def check_sizes_arrive(make_pair: MakePair) -> None:
 
 
 async def check_file_spans_arrive_in_odd_views(make_pair: MakePair) -> None:
-    """Spans of files and of memory, empty ones too, fill views that are cut at other places."""
+    """Spans of files and of memory, also empty spans, fill views that are cut at other places."""
     data = _bytes(5 * MIB + 12345)
     with tempfile.TemporaryFile() as file:
         file.write(data)
@@ -465,7 +465,7 @@ CHECKS: tuple[Check, ...] = tuple(
 
 
 class _Views(Iterator[memoryview]):
-    """Lends `sizes` bytes of one buffer, one view after another, and records its use."""
+    """Lends `sizes` bytes of a buffer, view by view, and records its use."""
 
     def __init__(self, sizes: Sequence[int]) -> None:
         self.buffer = bytearray(sum(sizes))

@@ -1,8 +1,8 @@
 """The connection of a bulk session: `ByteStream`, and `PlainStream` over a socket. `tls_stream` has the TLS one.
 
-A stream has two phases. On the loop, `hear` and `say` carry the few bytes of the preamble. After `block`, threads use
-it, one at a time: their calls wait for at most `poll_s` and then raise BlockingIOError, so that a thread can check for
-a stop. Must not know: frames, tokens.
+A stream has two phases. On the loop, `async_recv` and `async_sendall` carry the few bytes of the preamble. After
+`block`, threads use it, one at a time: their calls wait for at most `poll_s` and then raise BlockingIOError, so that a
+thread can check for a stop. Must not know: frames, tokens.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-SAID_BYTES_MAX = 4096
+NOW_BYTES_MAX = 4096
 LEAST_BYTES_MAX = 64 << 10  # hashing it takes as long as waking a thread
 
 
 class ByteStream(Protocol):
     """A connection. All methods but `fileno` raise OSError when it is gone."""
 
-    async def hear(self, most: int) -> bytes:
+    async def async_recv(self, most: int) -> bytes:
         """Receives up to `most` bytes; b"" at the end."""
 
-    async def say(self, data: bytes) -> None:
+    async def async_sendall(self, data: bytes) -> None:
         """Sends a few bytes."""
 
     def block(self, poll_s: float) -> None:
@@ -52,7 +52,7 @@ class ByteStream(Protocol):
     def send_file(self, fd: int, offset: int, size: int) -> int:
         """Sends a part of this range of a file; 0 when the file ends before it."""
 
-    def said(self) -> bytes | None:
+    def recv_now(self) -> bytes | None:
         """Received bytes, b"" at the end, None for neither; does not wait. On the loop."""
 
     def fileno(self) -> int:
@@ -81,11 +81,11 @@ class PlainStream(socket.socket):
         self._arriving = select.poll()
         self._arriving.register(self, select.POLLIN)
 
-    async def hear(self, most: int) -> bytes:
+    async def async_recv(self, most: int) -> bytes:
         """On the loop."""
         return await asyncio.get_running_loop().sock_recv(self, most)
 
-    async def say(self, data: bytes) -> None:
+    async def async_sendall(self, data: bytes) -> None:
         """On the loop."""
         await asyncio.get_running_loop().sock_sendall(self, data)
 
@@ -134,10 +134,10 @@ class PlainStream(socket.socket):
         """From the page cache, without a copy."""
         return os.sendfile(self.fileno(), fd, offset, size)
 
-    def said(self) -> bytes | None:
-        """Up to SAID_BYTES_MAX."""
+    def recv_now(self) -> bytes | None:
+        """Up to NOW_BYTES_MAX."""
         try:
-            return self.recv(SAID_BYTES_MAX, socket.MSG_DONTWAIT)
+            return self.recv(NOW_BYTES_MAX, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
 

@@ -189,10 +189,10 @@ class CudaIpcInbound(TcpInbound):
         return got
 
     def _over(self, transfer_id: int) -> None:
-        said, sent = memoryview(READ.pack(transfer_id)), 0
-        while sent < len(said) and self.alive:
+        frame, sent = memoryview(READ.pack(transfer_id)), 0
+        while sent < len(frame) and self.alive:
             try:
-                sent += self._sock.send(said[sent:])
+                sent += self._sock.send(frame[sent:])
             except BlockingIOError:
                 continue  # the holder is slow to read; the loop ends with the session
 
@@ -236,7 +236,7 @@ class CudaIpcOutbound(TcpOutbound):
     def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor, pace: Pace | None) -> None:
         self._leases: dict[int, _Lease] = {}
         self._handles: dict[int, bytes | None] = {}  # by the allocation's number; None: the driver cannot share it
-        self._said = b""
+        self._partial = b""
         super().__init__(sock, peer=peer, pool=pool, pace=pace)
 
     def _send_piece(self, sending: Sending, piece: AnySpan) -> None:
@@ -285,18 +285,18 @@ class CudaIpcOutbound(TcpOutbound):
 
     def _readable(self) -> None:
         try:
-            said = self._sock.said()
+            data = self._sock.recv_now()
         except OSError as error:
             self._lose(f"connection lost ({error})")
             return
-        if said is None:
+        if data is None:
             return
-        if not said:
+        if not data:
             self._lose("it closed the connection")
-        whole = len(self._said + said) // READ.size * READ.size
-        for (number,) in READ.iter_unpack((self._said + said)[:whole]):
+        whole = len(self._partial + data) // READ.size * READ.size
+        for (number,) in READ.iter_unpack((self._partial + data)[:whole]):
             self._released(number)
-        self._said = (self._said + said)[whole:]
+        self._partial = (self._partial + data)[whole:]
 
     def _released(self, number: int) -> None:
         with self._lock:

@@ -154,7 +154,7 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
                 stream = await self._receive(sock)
                 preamble = await _read_preamble(stream, magic=self.magic)
                 token, verdict = self._judge(preamble)
-                await stream.say(verdict)
+                await stream.async_sendall(verdict)
                 if not self.is_admitted(token):
                     stream.close()
                     return
@@ -212,8 +212,8 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
             else:
                 await loop.sock_sendall(sock, TLS_MAGIC)
                 stream = await TlsStream.open(sock, self._identity.client, server_side=False)
-            await stream.say(preamble)
-            _check_verdict(await stream.hear(1), peer=f"{host}:{port}")
+            await stream.async_sendall(preamble)
+            _check_verdict(await stream.async_recv(1), peer=f"{host}:{port}")
         except BaseException:
             (stream or sock).close()
             raise
@@ -260,7 +260,7 @@ async def _read_preamble(stream: ByteStream, *, magic: bytes) -> bytes:
     data = b""
     wanted = len(MAGIC) + 1
     while len(data) < wanted:
-        part = await stream.hear(wanted - len(data))
+        part = await stream.async_recv(wanted - len(data))
         if not part:
             raise EOFError("it left early")
         data += part
@@ -271,8 +271,8 @@ async def _read_preamble(stream: ByteStream, *, magic: bytes) -> bytes:
 
 def preamble_of(token: bytes, count: int, *, beside: int = 0, magic: bytes = MAGIC) -> bytes:
     """The preamble of an asker's connection number `count`, in a session of its own or in that of number `beside`."""
-    said = magic + bytes([VERSION]) + COUNTS.pack(count, beside)
-    return said + hmac.digest(token, said, "sha256")[:PROOF_BYTES]
+    head = magic + bytes([VERSION]) + COUNTS.pack(count, beside)
+    return head + hmac.digest(token, head, "sha256")[:PROOF_BYTES]
 
 
 def counts_of(preamble: bytes) -> tuple[int, int]:

@@ -399,12 +399,12 @@ class TcpOutbound(_Session):
 
     def _readable(self) -> None:
         try:
-            said = self._sock.said()
+            data = self._sock.recv_now()
         except OSError as error:
             self._lose(f"connection lost ({error})")
             return
-        if said is not None:
-            self._lose("it broke the protocol" if said else "it closed the connection")
+        if data is not None:
+            self._lose("it broke the protocol" if data else "it closed the connection")
 
     def _finished(self, job: asyncio.Future[None]) -> None:
         super()._finished(job)

@@ -50,20 +50,20 @@ class TlsStream:
             raise
         return stream
 
-    async def hear(self, most: int) -> bytes:
+    async def async_recv(self, most: int) -> bytes:
         """On the loop."""
         while True:
             try:
                 return self.connection.read(most)
             except ssl.SSLWantReadError:
-                await self._hear_more()
+                await self._recv_more()
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 return b""
 
-    async def say(self, data: bytes) -> None:
+    async def async_sendall(self, data: bytes) -> None:
         """On the loop."""
         self.connection.write(data)
-        await self._sock.say(self._outgoing.read())
+        await self._sock.async_sendall(self._outgoing.read())
 
     def block(self, poll_s: float) -> None:
         """As PlainStream."""
@@ -77,7 +77,7 @@ class TlsStream:
         """As PlainStream."""
         return self._sock.fileno()
 
-    def said(self) -> bytes | None:
+    def recv_now(self) -> bytes | None:
         """Below TLS: after the handshake an asker sends nothing but an alert."""
         try:
             first = self._sock.recv(1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
@@ -139,14 +139,14 @@ class TlsStream:
             try:
                 self.connection.do_handshake()
             except ssl.SSLWantReadError:
-                await self._sock.say(self._outgoing.read())
-                await self._hear_more()
+                await self._sock.async_sendall(self._outgoing.read())
+                await self._recv_more()
             else:
-                await self._sock.say(self._outgoing.read())
+                await self._sock.async_sendall(self._outgoing.read())
                 return
 
-    async def _hear_more(self) -> None:
-        self._take(await self._sock.hear(RECORD_BYTES))
+    async def _recv_more(self) -> None:
+        self._take(await self._sock.async_recv(RECORD_BYTES))
 
     def _receive(self, wanted: int) -> None:
         if self._cipher is None:

@@ -1,4 +1,4 @@
-"""A stand-in for a GPU: copies within host memory, but only when somebody waits for it."""
+"""A stand-in for a GPU: copies within host memory, done when a caller waits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _numbers = itertools.count(1)
 
 
 class Lazy:
-    """A stream whose work is done when it is waited for, and one piece of it whenever somebody asks about an event."""
+    """A stream whose work is done when a caller waits for it; each query of an event does a piece."""
 
     def __init__(self) -> None:
         self.cuda_stream = next(_numbers)

@@ -35,7 +35,7 @@ def gpu() -> Iterator[FakeGpu]:
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Handles of this process pass for another one's."""
+    """Handles of this process pass for those of another process."""
     monkeypatch.setattr(cuda_ipc, "_exported", Forgetful())
 
 
@@ -72,7 +72,7 @@ def random_bytes(size: int) -> torch.Tensor:
 
 
 def lent(views: list[View], gpu: FakeGpu) -> Iterator[View]:
-    """Lends views, and waits for the copies as whoever hashes them does."""
+    """Lends views, and waits for the copies as a hasher does."""
     yield from views
     gpu.current().synchronize()
 

@@ -62,7 +62,7 @@ def test_do_two_nodes_fetch_over_the_example(
     monkeypatch.setattr(registry, "entry_points", lambda *, group: [POINT] if group == GROUP else [])
 
     def settings(name: str, *peers: str) -> Settings:
-        # A limit rules out `inproc`, which is preferred within one process.
+        # A limit rules out `inproc`, which is preferred within a process.
         return Settings(
             name=name, mdns=False, cache=tmp_path / name, peers=peers, transports=("unix",), upload_limit=1e12
         )

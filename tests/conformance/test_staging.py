@@ -127,7 +127,7 @@ def test_is_a_chunk_that_is_never_filled_given_up(gpu: FakeGpu, monkeypatch: pyt
     monkeypatch.setattr("swarm.transfer.verify.FILLED_TIMEOUT_S", 0.01)
     monkeypatch.setattr(gpu.side, "query", lambda: False)
     verifier = Verifier(manifest, make(manifest), Bitfield(len(manifest.chunks)))
-    chunks = [2, 0]  # the second is the host's, read by the CPU once whatever was asked for is there
+    chunks = [2, 0]  # the second is on the host, read by the CPU once all requested bytes are there
     data = b"".join(content(manifest, contents, manifest.chunks[index]) for index in chunks)
     with pytest.raises(TransportError, match=r"not filled within 0\.01 s"):
         land(verifier.device_views(1, chunks, lambda landed: None), data, gpu)

@@ -108,7 +108,7 @@ class PutOff:
 
 
 class DoneLater(PutOff):
-    """As a GPU: what it is told is only enqueued, and frames are done later, in order. A call that fails is the end."""
+    """As a GPU: calls are only enqueued, and frames are done later, in order. A call that fails is the end."""
 
     goes_on = threading.Event()  # while it is not set, a GPU that sends does nothing
 
@@ -254,13 +254,13 @@ def test_are_chunks_hashed_behind_the_calls_that_fill_them(
 
 
 def lent(view: View) -> Iterator[View]:
-    """Lends a view, and waits for what fills it as whoever hashes it does."""
+    """Lends a view, and waits for its bytes as a hasher does."""
     yield view
     cuda.gpu(0).current().synchronize()
 
 
 class Queue:
-    """Transfers of GPU memory, all sent over one session whose GPU does nothing until `DoneLater.goes_on` is set."""
+    """Transfers of GPU memory, all sent over a session whose GPU is idle until `DoneLater.goes_on` is set."""
 
     def __init__(self, outbound: Outbound, inbound: Inbound, count: int) -> None:
         DoneLater.goes_on.clear()
@@ -275,7 +275,7 @@ class Queue:
             self.sends[-1].add_done_callback(lambda _, number=number: self.told.append(number))  # type: ignore[misc]
 
     async def enqueued(self, frames: int) -> None:
-        """Returns when the holder has enqueued so many frames, and none can follow before one is done."""
+        """Returns when the holder has enqueued so many frames, and no other can follow before a frame is done."""
         while sum(len(lane.groups) for lane in PutOffTransport.lanes if lane.sends) < frames:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -342,7 +342,7 @@ def test_is_everything_under_way_told_of_once_its_session_is_gone(fails: bool) -
                 lane.failed = TransportError("the other end did not call")
             DoneLater.goes_on.set()
             ends = await asyncio.gather(*queue.sends, return_exceptions=True)
-            # The last one's end was never written.
+            # The END of the last transfer was never written.
             assert [isinstance(end, TransportError) for end in ends] == [fails] * (paired.FRAMES_MAX - 1) + [True]
             await asyncio.gather(*queue.receives, return_exceptions=True)
             while not lane.closed:  # noqa: ASYNC110

@@ -14,7 +14,7 @@ from .mutation import inputs
 from .targets import TARGETS, Target
 
 BATCH = 10_000
-SLOW_S = 1.0  # one input of at most 4 KiB that keeps a node busy for so long is a finding
+SLOW_S = 1.0  # an input of at most 4 KiB that keeps a node busy for so long is a finding
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100_000, help="how many, over all targets")
     parser.add_argument("--seed", default="0")
     parser.add_argument("--target", action="append", choices=[target.name for target in TARGETS])
-    parser.add_argument("--replay", type=Path, help="one input, for the one target")
+    parser.add_argument("--replay", type=Path, help="a kept input, for a single target")
     parser.add_argument("--keep", type=Path, default=Path("fuzz-found"), help="where inputs that break a target go")
     options = parser.parse_args()
     targets = [target for target in TARGETS if target.name in (options.target or [target.name])]

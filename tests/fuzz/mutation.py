@@ -1,11 +1,11 @@
-"""Inputs that are nearly right: known good ones with bytes changed, cut, doubled, spliced and words put in."""
+"""Inputs that are nearly right: valid inputs with bytes changed, cut, doubled, spliced and words put in."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
 
-MUTATIONS_MAX = 4  # in one input; more, and what is left is noise that the first check refuses
+MUTATIONS_MAX = 4  # of an input; beyond that, the first check refuses the noise
 BYTES_MAX = 4096  # an input grows no longer: speed finds more than size does
 
 NUMBERS = [0, 1, 7, 8, 0x7F, 0x80, 0xFF, 0x100, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 1 << 62, 2**64 - 1]

@@ -117,7 +117,7 @@ def _packets() -> list[bytes]:
 
 
 def feed_gossip(data: bytes) -> bool:
-    """A datagram, and what it does to the machine that is handed it."""
+    """A datagram, and its effect on a machine."""
     try:
         packet = packets.decode(data)
     except ValueError:
@@ -188,7 +188,7 @@ def _manifests() -> list[bytes]:
 
 
 def feed_manifest(data: bytes) -> bool:
-    """A manifest whose digest a peer announced, so that it need not be one that anybody made in good faith."""
+    """A manifest whose digest a peer announced, so that the manifest may be malicious."""
     try:
         found = manifest.decode(data, digest=Digest(hashlib.sha256(data).hexdigest()))
     except ManifestInvalid:
@@ -224,7 +224,7 @@ def feed_address(data: bytes) -> bool:
         assert not _anywhere().reach(text)
         return False
     assert 0 < port < 1 << 16
-    assert host.encode("idna")  # as whoever looks it up does
+    assert host.encode("idna")  # as getaddrinfo does
     assert _anywhere().reach(text)
     assert split_address("peer", join_address(host, port)) == (host, port)
     return True
@@ -249,7 +249,7 @@ _pool = ThreadPoolExecutor(1, thread_name_prefix="fuzz")
 
 
 def feed_frames(data: bytes) -> bool:
-    """What a holder sends over a session, which then ends: a transfer of 40 bytes and one of 8 were asked for."""
+    """The bytes of a holder in a session, which then ends: transfers of 40 and of 8 bytes are posted."""
     return _runner.run(_receive(data, TcpInbound, *map(_room, WANTED)))
 
 
@@ -259,7 +259,7 @@ def _room(size: int) -> Iterator[View]:
 
 async def _receive(data: bytes, ask: Callable[..., TcpInbound], *rooms: Iterator[View]) -> bool:
     ours, theirs = socket.socketpair()
-    bugs: list[BaseException] = []  # a session ends with what it has no name for, and tells the loop
+    bugs: list[BaseException] = []  # an unexpected error ends a session and is reported to the loop
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: bugs.append(context["exception"]))
     with theirs, mock.patch.object(tcp_session, "UNPOSTED_WAIT_S", 0.0):
         async with asyncio.timeout(DEADLINE_S):
@@ -279,7 +279,7 @@ async def _receive(data: bytes, ask: Callable[..., TcpInbound], *rooms: Iterator
     return None in outcomes
 
 
-HANDLE = bytes(range(cuda.HANDLE_BYTES))  # of the one allocation that the holder lends
+HANDLE = bytes(range(cuda.HANDLE_BYTES))  # of the holder's allocation
 LENT = bytes(range(64))
 
 
@@ -308,7 +308,7 @@ def feed_regions(data: bytes) -> bool:
 class _Reading(cuda_ipc.CudaIpcInbound):
     def __init__(self, sock: ByteStream, *, peer: str, pool: ThreadPoolExecutor) -> None:
         super().__init__(sock, peer=peer, pool=pool)
-        self.refused = lambda why: None  # nobody reads the log
+        self.refused = lambda why: None  # not logged
 
 
 class _LendingGpu(FakeGpu):
@@ -350,7 +350,7 @@ def feed_pieces(data: bytes) -> bool:
 
 
 class _Lane:
-    """Brings what is announced, within reason."""
+    """Receives the announced pieces, up to a limit."""
 
     on_device = False
     most = 2 * paired.HOST_PIECE_BYTES_MAX
@@ -424,7 +424,7 @@ async def _adopt(data: bytes) -> bool:
             await transport.adopt(ours)
         try:
             said = theirs.recv(2)
-        except ConnectionResetError:  # what it did not read makes the kernel forget what it said
+        except ConnectionResetError:  # unread bytes make the kernel reset the connection
             said = None
         await transport.close()
     if said is None:

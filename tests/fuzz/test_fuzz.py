@@ -1,4 +1,4 @@
-"""Does any decoder of peer bytes do anything but refuse what is wrong? Seconds of what `python -m fuzz` does."""
+"""Does each decoder of peer bytes refuse invalid input? Seconds of `python -m fuzz`."""
 
 from __future__ import annotations
 

@@ -80,12 +80,12 @@ def test_what_is_said_first_is_heard_and_both_know_each_other() -> None:
     async def scenario() -> None:
         async with session() as (holder, asker):
             assert (node_of(holder.connection), node_of(asker.connection)) == ("1" * 16, "0" * 16)
-            await asker.say(b"token")
-            assert await holder.hear(100) == b"token"
-            await holder.say(b"\0")
-            assert await asker.hear(1) == b"\0"
+            await asker.async_sendall(b"token")
+            assert await holder.async_recv(100) == b"token"
+            await holder.async_sendall(b"\0")
+            assert await asker.async_recv(1) == b"\0"
             asker.close()
-            assert await holder.hear(1) == b""
+            assert await holder.async_recv(1) == b""
 
     run(scenario)
 
@@ -171,12 +171,12 @@ def test_does_a_holder_notice_an_asker_that_leaves_or_talks(how: str) -> None:
     async def scenario() -> None:
         async with session() as (holder, asker):
             holder.block(POLL_S)
-            assert holder.said() is None
+            assert holder.recv_now() is None
             if how == "leaves":
                 asker.close()
             else:
-                await asker.say(b"?")
-            assert (holder.said() == b"") == (how == "leaves")
+                await asker.async_sendall(b"?")
+            assert (holder.recv_now() == b"") == (how == "leaves")
 
     run(scenario)
 
@@ -240,7 +240,7 @@ def test_does_a_refused_asker_hear_so_when_it_listens() -> None:
         assert isinstance(asker, TlsStream)
         assert refusal(holder) is Refusal.CLOCK
         with pytest.raises(ssl.SSLError) as caught:
-            await asker.hear(1)
+            await asker.async_recv(1)
         assert refusal(caught.value) is Refusal.REFUSES_CLOCK
         asker.close()
 
