@@ -358,7 +358,7 @@ class Node:
 
     def _update_wanted(self) -> None:
         digests = frozenset(digest for digest in self._wanted if digest is not None)
-        self._connections.handle(connections.Wanted(digests, more=None in self._wanted))
+        self._connections.handle(connections.Wanted(digests, unresolved=None in self._wanted))
 
     def _profile(self) -> Profile:
         holdings = tuple(share.holding() for share in self._shares.shares.values())

@@ -1,20 +1,18 @@
-"""Whom this node is linked with, as a state machine.
+"""The connection manager of a node, as a state machine: which addresses to dial, which links to keep.
 
-Addresses come from discovery (given by hand, found by multicast), from members over their links, and from gossip, which
-also says who holds what. The machine decides whom to dial: everybody in a small swarm; in a larger one a few that hold
-what this node wants, a seed among them and half of them on its own host, and nobody once it wants nothing. Who was
-given by hand is always dialled, and whoever dials in is welcome up to `LINKS_MAX`. So the swarm is a random graph of a
-bounded degree, and gossip, not the links, is what everybody hears.
+Addresses come from discovery and from peers; gossip adds those of members, and their holdings. While at most
+LINKS_WANTED nodes are known, every node is dialled. In a larger swarm a node dials holders of each wanted artifact,
+a seed among them and half of them on its own host (`peers.selection`), and none while it wants nothing. Addresses that
+the user configured (`lasting`) are always dialled. Incoming links are accepted up to LINKS_MAX. The links form a random
+graph of bounded degree; gossip, not links, reaches all members. A link that is up for GOSSIP_LATE_S while gossip knows
+no member shows that datagrams are blocked: then every address is dialled.
 
-Where datagrams do not get through, links show it: they stand, and gossip knows nobody. Then all addresses are dialled.
+Dropped are: the second of two links between two nodes, links to dead members, useless links that keep a holder of a
+wanted artifact out, and idle links. Dials back off exponentially (0.5 to 15 s) after a failure or a link shorter than
+BRIEF_S. After FAILURES_MAX failures an address is forgotten, unless it is lasting or gossip lists it as alive.
 
-It drops one of two links that both ends opened to each other at the same time, links to the dead, and links of no use
-that stand in the way of others. Everything heard expires: an address that cannot be reached, or that hangs up at once,
-is tried less and less often, and forgotten if it stays out of reach and nobody vouches for it.
-
-What a peer says of its own address is a claim. It is enough to dial the address, and to spare this node a second link
-to where others say the same; it never stands in the way of an address given by hand, and never tells this node which
-addresses are its own: only dialling does.
+The address that a node claims in its Hello is not proven. It is dialled, and prevents a second link to that address. It
+does not prevent dialling a lasting address, and only dialling shows that an address is this node's own.
 
 Must not know: sockets, clocks, datagrams.
 """
@@ -33,19 +31,19 @@ from swarm.peers.selection import LINKS_FIRST, LINKS_FULL, LINKS_MOST, LINKS_WAN
 from swarm.protocol.messages import ADDRESSES_MAX, Address, NodeId
 from swarm.protocol.packets import Record, State
 
-LINKS_MAX = 64  # control links one node keeps; each costs a socket and about 50 KB
-KNOWN_MAX = 1024  # addresses remembered; beyond that strangers cannot make this node remember more
-FAILURES_MAX = 5  # then an address nobody gave by hand is forgotten
-OWN_MAX = 64  # of this node's own addresses; all of 127.0.0.0/8 may be it, so the oldest are found out again
+LINKS_MAX = 64  # links of a node; each costs a socket and about 50 KB
+KNOWN_MAX = 1024  # addresses; lasting ones may exceed it, strangers cannot
+FAILURES_MAX = 5
+OWN_MAX = 64  # own addresses; all of 127.0.0.0/8 may be own, and the oldest are found again by dialling
 RETRY_FIRST_S, RETRY_LONGEST_S = 0.5, 15.0
-BRIEF_S = 5.0  # a link this short was turned away ("too many links"), not lost: a hello takes far less, use far more
-GOSSIP_LATE_S = 3.0  # a link stands for so long and gossip knows nobody: datagrams do not get through
+BRIEF_S = 5.0  # a shorter link was refused ("too many links"); a link in use lasts far longer
+GOSSIP_LATE_S = 3.0
 IDLE_S = 30.0  # a link that neither end can use is kept so long: the next fetch may be near
 
 
 @dataclass(frozen=True)
 class AddressDiscovered:
-    """Discovery names an address. `lasting`: given by hand, never forgotten."""
+    """Discovery found an address. `lasting`: the user configured it; it is never forgotten."""
 
     address: Address
     lasting: bool
@@ -53,23 +51,23 @@ class AddressDiscovered:
 
 @dataclass(frozen=True)
 class AddressesShared:
-    """A member names addresses that it is connected to."""
+    """A peer shared the addresses of its peers."""
 
     addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True)
 class DialFailed:
-    """Nobody could be talked to at this address."""
+    """No link came about at this address."""
 
     address: Address
 
 
 @dataclass(frozen=True)
 class LinkUp:
-    """Hello was exchanged. `link` numbers the link; `dialled` is the address this node dialled, if it did.
+    """Hello was exchanged over link number `link`. `dialled`: the address, if this node dialled.
 
-    `holds`: what the node announces, see `HoldingsAnnounced`.
+    `address` and `holds` are those of the other node: see `HoldingsAnnounced`.
     """
 
     link: int
@@ -81,14 +79,14 @@ class LinkUp:
 
 @dataclass(frozen=True)
 class LinkDown:
-    """A link is gone."""
+    """A link ended."""
 
     link: int
 
 
 @dataclass(frozen=True)
 class HoldingsAnnounced:
-    """A linked node says what it holds: by digest, whether all of it."""
+    """The artifacts of the node at the other end: whether it holds all chunks, by digest."""
 
     link: int
     holds: Mapping[Digest, bool]
@@ -96,17 +94,17 @@ class HoldingsAnnounced:
 
 @dataclass(frozen=True)
 class MemberUpdated:
-    """Gossip says something new of a member."""
+    """Gossip has a new record of a member."""
 
     record: Record
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What this node is looking for from now on. `more`: also something of which it does not know the digest."""
+    """The artifacts that this node wants from now on. `unresolved`: also a model id without known digest."""
 
     digests: frozenset[Digest]
-    more: bool = False
+    unresolved: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +121,7 @@ class Dial:
 
 @dataclass(frozen=True)
 class Welcome:
-    """From now on this link is the way to its node; tell it of these addresses."""
+    """This link is the way to its node from now on. Share `addresses` over it."""
 
     link: int
     addresses: tuple[Address, ...]
@@ -131,7 +129,7 @@ class Welcome:
 
 @dataclass(frozen=True)
 class Drop:
-    """Close this link, and why."""
+    """Close this link."""
 
     link: int
     why: str
@@ -152,13 +150,23 @@ Action: TypeAlias = Dial | Welcome | Drop
 
 
 @dataclass
-class _Address:
+class _Known:
+    """An address. `node` is the latest node that answered there: a node may have several addresses."""
+
     lasting: bool
-    failures: int = 0  # in a row, of reaching it
-    brief: int = 0  # in a row, of its links that ended within `BRIEF_S`
-    due_at: float = 0.0
+    failures: int = 0  # dials in a row
+    brief: int = 0  # links in a row that ended within BRIEF_S
+    dial_at: float = 0.0
     dialling: bool = False
-    node: NodeId | None = None  # who answered there last: one node may have several addresses
+    node: NodeId | None = None
+
+    def delay_until(self, time: float) -> None:
+        self.dial_at = max(self.dial_at, time)
+
+    def __str__(self) -> str:
+        if self.failures:
+            return f"no answer, tried {self.failures} times"
+        return f"hung up at once, {self.brief} times" if self.brief else "not connected just now"
 
 
 @dataclass
@@ -173,7 +181,7 @@ class _Link:
 
 @dataclass(frozen=True)
 class _Member:
-    """What gossip says. `more`: it holds more than there was room to say. `load`: transfers a slot."""
+    """A member that is alive or suspect. `more`: it holds more artifacts than `holds`. `load`: uploads per slot."""
 
     address: Address
     distance: int
@@ -183,23 +191,23 @@ class _Member:
 
 
 class Connections:
-    """The members one node knows. `node` is its own id; `host` and `rack` are labels of where it runs."""
+    """The links and known addresses of `node`. `host` and `rack` are its location labels."""
 
     def __init__(self, node: NodeId, *, rng: random.Random, host: str = "", rack: str = "") -> None:
         self._node = node
         self._host, self._rack = host, rack
         self._rng = rng
-        self._known: dict[Address, _Address] = {}
+        self._known: dict[Address, _Known] = {}
         self._links: dict[int, _Link] = {}
-        self._own: dict[Address, None] = {}  # in the order of dialling
-        self._members: dict[NodeId, _Member] = {}  # the living, by node
-        self._living_at: dict[Address, NodeId] = {}  # who of them, by address
-        self._wants = Wanted(frozenset())
+        self._own: dict[Address, None] = {}  # own addresses, the oldest first
+        self._members: dict[NodeId, _Member] = {}
+        self._member_at: dict[Address, NodeId] = {}
+        self._wanted = Wanted(frozenset())
         self._wanted_since: dict[Digest, float] = {}
-        self._most_dialled = LINKS_MOST  # more once gossip was found to be blocked
+        self._most_dialled = LINKS_MOST  # for `check`
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """What to do about one event."""
+        """Applies an event and returns the actions that follow from it."""
         actions: list[Action] = []
         match event:
             case AddressDiscovered(address, lasting):
@@ -208,34 +216,34 @@ class Connections:
                 for address in addresses:
                     self._learn(address, False)
             case DialFailed(address):
-                self._failed(address, now)
+                self._dial_failed(address, now)
             case LinkUp():
-                actions = self._up(event, now)
+                actions = self._link_up(event, now)
             case LinkDown(number):
-                self._down(number, now)
+                self._link_down(number, now)
             case HoldingsAnnounced(number, holds):
                 if link := self._links.get(number):
                     link.holds = holds
                 return []
             case MemberUpdated(record):
-                return self._hear(record, now)  # whom to dial waits for the next Tick: gossip comes in bursts
+                return self._update_member(record, now)  # gossip comes in bursts: the next Tick dials
             case Wanted(digests):
-                self._wants = event
+                self._wanted = event
                 self._wanted_since = {digest: self._wanted_since.get(digest, now) for digest in sorted(digests)}
             case Tick():
                 actions = self._drop_idle(now)
             case _:
-                raise LocalProtocolError(f"membership cannot handle {event!r}")
-        return [*actions, *self._due(now)]
+                raise LocalProtocolError(f"connections cannot handle {event!r}")
+        return [*actions, *self._dial(now)]
 
     def unanswered(self) -> list[Address]:
-        """Addresses that were dialled, and have neither answered nor failed yet."""
+        """Addresses whose first dial has neither failed nor led to a link yet."""
         return sorted(a for a, k in self._known.items() if k.dialling and not k.failures and not k.brief)
 
     def tried(self) -> list[str]:
-        """What became of every address, for error messages."""
+        """A line for each address without a link, for error messages."""
         linked = self._linked()
-        return [f"{a}: {_fate(k)}" for a, k in sorted(self._known.items()) if a not in linked]
+        return [f"{address}: {known}" for address, known in sorted(self._known.items()) if address not in linked]
 
     def _learn(self, address: Address, lasting: bool) -> None:
         if address in self._own:
@@ -243,68 +251,66 @@ class Connections:
         if known := self._known.get(address):
             known.lasting = known.lasting or lasting
         elif len(self._known) < KNOWN_MAX or lasting:
-            self._known[address] = _Address(lasting)
+            self._known[address] = _Known(lasting)
 
-    def _failed(self, address: Address, now: float) -> None:
+    def _dial_failed(self, address: Address, now: float) -> None:
         if known := self._known.get(address):
             known.dialling = False
             known.failures += 1
-            known.due_at = now + _pause_s(known.failures)
-            if known.failures >= FAILURES_MAX and not known.lasting and address not in self._living_at:
+            known.dial_at = now + _backoff_s(known.failures)
+            if known.failures >= FAILURES_MAX and not known.lasting and address not in self._member_at:
                 del self._known[address]
 
-    def _up(self, event: LinkUp, now: float) -> list[Action]:
+    def _link_up(self, event: LinkUp, now: float) -> list[Action]:
         if event.dialled and (known := self._known.get(event.dialled)):
             known.dialling, known.failures, known.node = False, 0, event.node
         if event.node == self._node:
             if event.dialled:
-                self._met_itself(event.dialled)
+                self._add_own(event.dialled)
             return [Drop(event.link, "this is myself")]
         link = _Link(event.link, event.node, event.address, event.dialled, now, event.holds)
         twin = next((other for other in self._links.values() if other.node == event.node), None)
         if twin is None and len(self._links) >= LINKS_MAX:
             return [Drop(event.link, "too many links")]
         if twin is None and not event.dialled and self._full() and event.node in self._members:
-            return [Drop(event.link, "full while it fetches")]  # whom gossip reaches finds others
+            return [Drop(event.link, "full while it fetches")]  # a member learns of other holders by gossip
         actions: list[Action] = []
         if twin is not None:
-            if not self._better(link, twin):
+            if not self._supersedes(link, twin):
                 return [Drop(link.number, "another link is open")]
-            del self._links[twin.number]  # its node stays linked: no failure of its address
+            del self._links[twin.number]  # without backoff: its node stays linked
             actions.append(Drop(twin.number, "another link is open"))
         self._learn(event.address, False)
         others = sorted({other.address for other in self._links.values()} - {event.address})
         self._links[link.number] = link
         return [*actions, Welcome(link.number, tuple(others[:ADDRESSES_MAX]))]
 
-    def _met_itself(self, address: Address) -> None:
+    def _add_own(self, address: Address) -> None:
         self._known.pop(address, None)
         self._own[address] = None
         if len(self._own) > OWN_MAX:
             del self._own[next(iter(self._own))]
 
-    def _better(self, link: _Link, twin: _Link) -> bool:
-        """Both ends keep the link that the smaller id dialled; of two such, the newer: the older one must be dead."""
+    def _supersedes(self, link: _Link, twin: _Link) -> bool:
+        """Both ends keep the link that the smaller id dialled. If one end dialled both, the older link is dead."""
         if (link.dialled is None) == (twin.dialled is None):
             return True
         return (link.dialled is not None) == (self._node < link.node)
 
-    def _down(self, number: int, now: float) -> None:
+    def _link_down(self, number: int, now: float) -> None:
         if link := self._links.pop(number, None):
-            for address, known in self._known.items():
-                if not _leads_to(address, known, link):
-                    continue
+            for address, known in self._known_of(link):
                 if now - link.since >= BRIEF_S:
                     known.brief = 0
-                elif address == link.dialled:  # who dialled in may claim any address, and has not turned this node away
+                elif address == link.dialled:  # an incoming link may claim any address, and was not refused there
                     known.brief += 1
-                known.due_at = max(known.due_at, now + _pause_s(max(known.brief, 1)))
+                known.delay_until(now + _backoff_s(max(known.brief, 1)))
 
-    def _hear(self, record: Record, now: float) -> list[Action]:
+    def _update_member(self, record: Record, now: float) -> list[Action]:
         if record.node == self._node:
             return []
-        if (known := self._members.pop(record.node, None)) and self._living_at.get(known.address) == record.node:
-            del self._living_at[known.address]
+        if (member := self._members.pop(record.node, None)) and self._member_at.get(member.address) == record.node:
+            del self._member_at[member.address]
         if record.state < State.DEAD:
             profile = record.profile
             self._members[record.node] = _Member(
@@ -314,81 +320,78 @@ class Connections:
                 holds={held.digest: held.chunks == held.chunks_total for held in profile.artifacts},
                 more=profile.omitted > 0,
             )
-            self._living_at[record.address] = record.node
+            self._member_at[record.address] = record.node
             return []
         why = "gossip says that it left" if record.state is State.LEFT else "gossip says that it is dead"
-        dead = [link for link in self._links.values() if link.node == record.node]
-        for link in dead:
-            self._give_up(link, now)
-        forgotten = self._known.get(record.address)
-        if forgotten and not forgotten.lasting and not forgotten.dialling and record.address not in self._living_at:
+        drops = self._drop([link for link in self._links.values() if link.node == record.node], why, now)
+        known = self._known.get(record.address)
+        if known and not known.lasting and not known.dialling and record.address not in self._member_at:
             del self._known[record.address]
-        return [Drop(link.number, why) for link in dead]
+        return drops
 
-    def _give_up(self, link: _Link, now: float) -> None:
-        del self._links[link.number]
-        for address, known in self._known.items():
-            if _leads_to(address, known, link):
-                known.due_at = max(known.due_at, now + RETRY_FIRST_S)
+    def _drop(self, links: list[_Link], why: str, now: float) -> list[Action]:
+        for link in links:
+            del self._links[link.number]
+            for _, known in self._known_of(link):
+                known.delay_until(now + RETRY_FIRST_S)
+        return [Drop(link.number, why) for link in links]
 
     def _drop_idle(self, now: float) -> list[Action]:
-        """Ends links that this node dialled by itself and neither end can use: both hold all that they want."""
-        if self._wants.digests or self._wants.more or self._small() or self._blocked(now):
+        """Drops dialled links of which neither end has a use: this node wants nothing, the other holds all it wants."""
+        if self._wants_any() or self._small() or self._blocked(now):
             return []
         idle = [
             link
-            for link in self._by_itself()
+            for link in self._dialled_links()
             if now - link.since >= IDLE_S and link.node in self._members and link.holds and all(link.holds.values())
         ]
-        for link in idle:
-            self._give_up(link, now)
-        return [Drop(link.number, "there is nothing to do for each other") for link in idle]
+        return self._drop(idle, "there is nothing to do for each other", now)
 
-    def _due(self, now: float) -> list[Action]:
-        """Whom to dial, and which link gives way to that."""
+    def _dial(self, now: float) -> list[Action]:
+        """Dials lasting addresses, then holders of wanted artifacts, then others; drops useless links for holders."""
         blocked, small = self._blocked(now), self._small()
         limit = LINKS_MAX if blocked else self._for_all_wanted(LINKS_MOST)
         self._most_dialled = max(self._most_dialled, limit)
         linked = self._linked()
-        dialling = [address for address, known in self._known.items() if known.dialling]
-        due = sorted(a for a, k in self._known.items() if a not in linked and not k.dialling and k.due_at <= now)
+        dialling = [known for known in self._known.values() if known.dialling]
+        due = sorted(a for a, k in self._known.items() if a not in linked and not k.dialling and k.dial_at <= now)
         room = LINKS_MAX - len(self._links) - len(dialling)
-        by_hand = [address for address in due if self._known[address].lasting][: max(0, room)]
-        for address in by_hand:
+        lasting = [address for address in due if self._known[address].lasting][: max(0, room)]
+        for address in lasting:
             self._known[address].dialling = True
-        taken = len(self._by_itself()) + sum(not self._known[address].lasting for address in dialling)
-        members = self._to_dial(now) if self._wants.digests or self._wants.more or small else {}
-        holders = {node: m for node, m in members.items() if not self._wants.digests.isdisjoint(m.holds)}
-        drops = self._make_way(min(len(holders), taken + len(holders) - limit), now)
-        free = min(room - len(by_hand), limit - taken) + len(drops)
+        taken = len(self._dialled_links()) + sum(not known.lasting for known in dialling)
+        members = self._to_dial(now) if self._wants_any() or small else {}
+        holders = {node: m for node, m in members.items() if not self._wanted.digests.isdisjoint(m.holds)}
+        drops = self._drop_useless(min(len(holders), taken + len(holders) - limit), now)
+        free = min(room - len(lasting), limit - taken) + len(drops)
         chosen = self._choose_holders(holders, free, now)
         others = {a for a in due if not self._known[a].lasting and (blocked or small or not self._is_member(a))}
-        others |= {m.address for m in members.values() if small or (self._wants.more and m.more)}
-        others -= {*chosen, *by_hand}
+        others |= {m.address for m in members.values() if small or (self._wanted.unresolved and m.more)}
+        others -= {*chosen, *lasting}
         free = max(0, free - len(chosen))
         picked = sorted(others) if len(others) <= free else sorted(self._rng.sample(sorted(others), free))
         for address in picked:
-            self._known.setdefault(address, _Address(False)).dialling = True
-        return [*drops, *(Dial(address) for address in (*by_hand, *chosen, *picked))]
+            self._known.setdefault(address, _Known(False)).dialling = True
+        return [*drops, *(Dial(address) for address in (*lasting, *chosen, *picked))]
 
     def _choose_holders(self, holders: dict[NodeId, _Member], free: int, now: float) -> list[Address]:
-        """Marks up to `free` of these as being dialled, and returns their addresses."""
+        """Marks up to `free` of the holders as dialled, for the artifact with the fewest sources first."""
         chosen: list[Address] = []
         if free <= 0:
             return chosen
         sources = {digest: self._sources(digest) for digest in self._wanted_since}
         for digest, linked in sorted(sources.items(), key=lambda item: len(item[1])):
-            few = now - self._wanted_since[digest] < selection.SETTLE_S and not self._small()
+            settling = now - self._wanted_since[digest] < selection.SETTLE_S and not self._small()
             others = [
                 self._candidate(node, member.holds[digest])
                 for node, member in holders.items()
                 if digest in member.holds and member.address not in chosen
             ]
-            ones = [self._candidate(node, whole) for node, whole in linked.items()]
-            good = selection.choose(ones, others, wanted=LINKS_FIRST if few else LINKS_WANTED, rng=self._rng)
-            for candidate in good[: max(0, free - len(chosen))]:
+            candidates = [self._candidate(node, whole) for node, whole in linked.items()]
+            wanted = LINKS_FIRST if settling else LINKS_WANTED
+            for candidate in selection.choose(candidates, others, wanted=wanted, rng=self._rng)[: free - len(chosen)]:
                 address = self._members[candidate.node].address
-                known = self._known.setdefault(address, _Address(False))
+                known = self._known.setdefault(address, _Known(False))
                 known.dialling, known.node = True, candidate.node
                 chosen.append(address)
         return sorted(chosen)
@@ -397,35 +400,34 @@ class Connections:
         member = self._members.get(node)
         return Candidate(node, whole, member.distance, member.load) if member else Candidate(node, whole, 1, 0.0)
 
-    def _make_way(self, count: int, now: float) -> list[Action]:
-        """Gives up to `count` links up that are of no use for what is wanted."""
-        useless = [link for link in self._by_itself() if self._wants.digests.isdisjoint(link.holds)]
-        useless = useless[: max(0, count)]
-        for link in useless:
-            self._give_up(link, now)
-        return [Drop(link.number, "makes way for somebody who holds what is wanted here") for link in useless]
+    def _drop_useless(self, count: int, now: float) -> list[Action]:
+        useless = [link for link in self._dialled_links() if self._wanted.digests.isdisjoint(link.holds)]
+        return self._drop(useless[: max(0, count)], "makes way for a holder of a wanted artifact", now)
 
     def _sources(self, digest: Digest) -> dict[NodeId, bool]:
-        """Nodes that are linked or dialled and hold it: whether all of it."""
+        """Linked and dialled holders: whether each holds all chunks."""
         found = {link.node: link.holds[digest] for link in self._links.values() if digest in link.holds}
         for address, known in self._known.items():
-            node = known.node or self._living_at.get(address)
+            node = known.node or self._member_at.get(address)
             if known.dialling and node and (member := self._members.get(node)) and digest in member.holds:
                 found[node] = member.holds[digest]
         return found
 
+    def _wants_any(self) -> bool:
+        return bool(self._wanted.digests) or self._wanted.unresolved
+
     def _for_all_wanted(self, links: int) -> int:
-        """So many links for each artifact that is wanted, and at least so many; at most all there are."""
-        return min(links * max(1, len(self._wants.digests)), LINKS_MAX)
+        """`links` for each wanted artifact, and for none as for one; at most LINKS_MAX."""
+        return min(links * max(1, len(self._wanted.digests)), LINKS_MAX)
 
     def _full(self) -> bool:
-        """Whether who is fetching has as many links as are good for a burst: see `mesh`."""
-        wanted = self._wants.digests
+        """Whether this node fetches and has LINKS_FULL links to newcomers: see `selection`."""
+        wanted = self._wanted.digests
         newcomers = sum(not any(link.holds.get(digest) for digest in wanted) for link in self._links.values())
         return bool(wanted) and newcomers >= self._for_all_wanted(LINKS_FULL)
 
-    def _by_itself(self) -> list[_Link]:
-        """Links that this node dialled without being told to by hand."""
+    def _dialled_links(self) -> list[_Link]:
+        """Links that this node dialled, without those to lasting addresses."""
         return [
             link
             for link in self._links.values()
@@ -433,26 +435,26 @@ class Connections:
         ]
 
     def _to_dial(self, now: float) -> dict[NodeId, _Member]:
-        """Members that are neither linked nor dialled, nor out of reach just now, by id."""
+        """Members by id that are neither linked, dialled nor backing off."""
         linked = {link.node for link in self._links.values()}
         known = {node: self._known.get(member.address) for node, member in self._members.items()}
         return {
             node: self._members[node]
             for node in sorted(known.keys() - linked)
             if self._members[node].address not in self._own
-            and ((k := known[node]) is None or (not k.dialling and k.due_at <= now))
+            and ((k := known[node]) is None or (not k.dialling and k.dial_at <= now))
         }
 
     def _is_member(self, address: Address) -> bool:
-        return address in self._living_at or self._known[address].node in self._members
+        return address in self._member_at or self._known[address].node in self._members
 
     def _small(self) -> bool:
-        """Whether everybody can be linked with everybody. Without gossip every address may be somebody."""
+        """Whether the swarm is small enough to link all nodes. Without gossip, every address counts as a node."""
         linked = {link.node for link in self._links.values()}
         return len(linked | self._members.keys() if self._members else self._known) <= LINKS_WANTED
 
     def _blocked(self, now: float) -> bool:
-        """Whether links stand where gossip found nobody."""
+        """Whether datagrams do not get through."""
         return not self._members and any(now - link.since >= GOSSIP_LATE_S for link in self._links.values())
 
     def _linked(self) -> set[Address]:
@@ -465,18 +467,26 @@ class Connections:
             if known.node in nodes or address in dialled or (address in claimed and not known.lasting)
         }
 
+    def _known_of(self, link: _Link) -> list[tuple[Address, _Known]]:
+        """The addresses that lead to the node of a link."""
+        return [
+            (address, known)
+            for address, known in self._known.items()
+            if known.node == link.node or address == link.dialled or (address == link.address and not known.lasting)
+        ]
+
     def check(self) -> None:
         """Raises LocalProtocolError when an invariant does not hold."""
         nodes = [link.node for link in self._links.values()]
         if len(nodes) != len(set(nodes)) or self._node in nodes:
-            raise LocalProtocolError(f"{self!r}: two links to one node, or one to itself")
+            raise LocalProtocolError(f"{self!r}: two links to a node, or a link to itself")
         if self._own.keys() & self._known.keys():
-            raise LocalProtocolError(f"{self!r}: knows its own address as somebody else's")
+            raise LocalProtocolError(f"{self!r}: knows its own address as that of another node")
         dialling = [known for known in self._known.values() if known.dialling and not known.lasting]
-        if len(self._links) > LINKS_MAX or len(self._by_itself()) + len(dialling) > self._most_dialled:
+        if len(self._links) > LINKS_MAX or len(self._dialled_links()) + len(dialling) > self._most_dialled:
             raise LocalProtocolError(f"{self!r}: too many links")
-        if any(self._members[node].address != address for address, node in self._living_at.items()):
-            raise LocalProtocolError(f"{self!r}: expects a member where it is not")
+        if any(self._members[node].address != address for address, node in self._member_at.items()):
+            raise LocalProtocolError(f"{self!r}: expects a member at another address than its own")
 
     def __repr__(self) -> str:
         return (
@@ -485,17 +495,6 @@ class Connections:
         )
 
 
-def _leads_to(address: Address, known: _Address, link: _Link) -> bool:
-    claimed = address == link.address and not known.lasting
-    return known.node == link.node or address == link.dialled or claimed
-
-
-def _pause_s(failures: int) -> float:
-    """How long to leave an address alone after so many failures in a row, at least one."""
+def _backoff_s(failures: int) -> float:
+    """Seconds before the next dial after this many failures in a row, at least 1."""
     return min(RETRY_FIRST_S * 2.0 ** min(failures - 1, 16), RETRY_LONGEST_S)  # 2.0 ** 1024 is an OverflowError
-
-
-def _fate(known: _Address) -> str:
-    if known.failures:
-        return f"no answer, tried {known.failures} times"
-    return f"hung up at once, {known.brief} times" if known.brief else "not connected just now"

@@ -389,7 +389,7 @@ def test_somebody_who_holds_more_than_it_could_say_is_asked_for_what_nobody_is_k
     full = record(5)
     profile = Profile(omitted=3)
     knows.tell(MemberUpdated(Record(full.node, 0, State.ALIVE, 1, full.name, full.address, profile)))
-    assert dialled(knows.tell(Wanted(frozenset(), more=True))) == [5]
+    assert dialled(knows.tell(Wanted(frozenset(), unresolved=True))) == [5]
 
 
 @given(seed=st.integers(0, 2**32))
