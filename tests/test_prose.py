@@ -1,4 +1,4 @@
-"""Measures the prose of docstrings, comments, help texts and documents.
+"""The prose of docstrings, comments, help texts and documents says the field's nouns.
 
     python tests/test_prose.py [PATH...]      # vague words by file, worst first; swarm/ by default
 
@@ -18,6 +18,8 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 VAGUE = re.compile(
@@ -104,6 +106,23 @@ def main() -> int:
         if said := FORBIDDEN.findall(text):
             print(f"{name}: {' '.join(said)}")
     return 0
+
+
+def test_are_few_words_of_the_package_vague() -> None:
+    found = counts([ROOT / "swarm"])
+    part = sum(count.vague for count in found) / sum(count.words for count in found)
+    assert part < VAGUE_PART_MAX, "\n".join(
+        f"{count.part:.1%} {count.path.relative_to(ROOT)}" for count in found[:SHOWN]
+    )
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_has_no_document_a_forbidden_word(path: Path) -> None:
+    assert FORBIDDEN.findall(path.read_text(encoding="utf-8")) == []
+
+
+def test_has_no_help_text_a_forbidden_word() -> None:
+    assert {name: text for name, text in help_texts() if FORBIDDEN.search(text)} == {}
 
 
 if __name__ == "__main__":
