@@ -31,7 +31,8 @@ ROWS: dict[str, set[str]] = {
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
     "world": {
-        "checkpoint.digest_cache", "checkpoint.files", "checkpoint.hf_cache", "hashing", "hashing.cpu", "hashing.cuda",
+        "checkpoint.digest_cache", "checkpoint.files", "checkpoint.hf_cache", "checkpoint.weight_index",
+        "hashing", "hashing.cpu", "hashing.cuda",
         "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.udp", "net.websocket",
         "security",
         "security.certificates", "security.cluster_key", "security.tls_handshake", "store", "store.cuda",

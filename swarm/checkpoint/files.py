@@ -18,6 +18,7 @@ from swarm.content.manifest import FILES_MAX, PATH_BYTES_MAX, unsafe_path
 from swarm.errors import ManifestInvalid
 from swarm.store.disk import Stamp
 
+SINGLE = (".safetensors", ".gguf")  # a file that is a model by itself
 NOT_SERVED = {
     ".git": "belongs to git",
     ".swarm": "belongs to swarm",
@@ -43,7 +44,7 @@ class CheckpointFile:
 
 
 def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:
-    """The files of a directory, sorted by path, or a single safetensors file.
+    """The files of a directory, sorted by path, or a single file of weights.
 
     Raises ManifestInvalid if there is no file to serve or a link leads out of the directory, and OSError.
     """
@@ -55,8 +56,8 @@ def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:
         return sorted(walker.found, key=lambda found: found.path), walker.skipped
     if not path.exists():
         raise ManifestInvalid(str(path), "no such directory or file")
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise ManifestInvalid(str(path), "is neither a directory nor a .safetensors file")
+    if path.suffix not in SINGLE or not path.is_file():
+        raise ManifestInvalid(str(path), "is neither a directory nor a .safetensors or .gguf file")
     if why := _unservable(path.name):
         raise ManifestInvalid(str(path), why)
     real = Path(os.path.realpath(path))

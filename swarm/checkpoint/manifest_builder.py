@@ -10,15 +10,15 @@ Must not know: peers, transports.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from swarm.checkpoint import weight_index
 from swarm.checkpoint.digest_cache import DigestCache
 from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
 from swarm.content import safetensors_header
@@ -39,7 +39,7 @@ from swarm.content.manifest import (
     default_chunk_bytes,
     units,
 )
-from swarm.errors import ManifestInvalid, SettingsError, SourceChanged
+from swarm.errors import SettingsError, SourceChanged
 from swarm.hashing.cpu import LeafHasher, chunk_digest, demand
 from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
@@ -52,8 +52,6 @@ if TYPE_CHECKING:
 
 JOB_BYTES = 16 << 20  # hashed by a thread at a time: hides the cost of a job, and a single file uses all threads
 SCRATCH_BYTES = 1 << 20
-INDEX_BYTES_MAX = 100 << 20  # an index of 100,000 tensors is about 10 MB
-NAMES_SHOWN = 3
 
 Progress = Callable[[int, int], None]
 J = TypeVar("J")
@@ -73,14 +71,15 @@ def checkpoint(
     """The manifest of a model directory or a safetensors file, a source that serves it, and the skipped paths.
 
     `progress(done_bytes, total_bytes)` is called on this thread. `threads` defaults to the number of cores. Raises
-    ManifestInvalid if the files cannot be an artifact or lack a shard of an index, SettingsError for sizes out of
-    bounds, SourceChanged if a file changes meanwhile, StoreError if a file cannot be read.
+    ManifestInvalid if the files cannot be an artifact or are incomplete (`weight_index`), SettingsError for sizes out
+    of bounds, SourceChanged if a file changes meanwhile, StoreError if a file cannot be read.
     """
     with store_errors(path):
         found, skipped = walk(path)
         grid = _grid(_size(found), chunk_bytes, leaf_bytes, chunk_hash)
-        _check_indexes(found)
-        source = _hashed(path, found, grid, cache_dir=cache_dir, progress=progress, threads=threads)
+        source = _hashed(
+            path, found, grid, weight_index.indexes(found), cache_dir=cache_dir, progress=progress, threads=threads
+        )
     return source.manifest, source, skipped
 
 
@@ -88,7 +87,7 @@ def files(path: Path, *, cache_dir: Path) -> DirectorySource:
     """A source of any directory; shards of an index may be missing. Raises as `checkpoint` does."""
     with store_errors(path):
         found, _ = walk(path)
-        return _hashed(path, found, _grid(_size(found)), cache_dir=cache_dir)
+        return _hashed(path, found, _grid(_size(found)), {}, cache_dir=cache_dir)
 
 
 def known(
@@ -106,10 +105,12 @@ def known(
     with store_errors(path):
         found, _ = walk(path)
         grid = _grid(_size(found), chunk_bytes, leaf_bytes, chunk_hash)
-        entries = DigestCache(cache_dir, path, found, chunk_bytes=grid.chunk_bytes, scheme=grid.scheme).known
-    if len(entries) < len(found):
+        cache = DigestCache(cache_dir, path, found, chunk_bytes=grid.chunk_bytes, scheme=grid.scheme)
+        maps = weight_index.indexes(found)
+        _forget_other_tensors(cache.known, weight_index.no_tensors(found, maps))
+    if len(cache.known) < len(found):
         return None
-    return grid.manifest(entries[file.path] for file in found)
+    return grid.manifest(_with_unused([cache.known[file.path] for file in found], maps))
 
 
 def tensors(
@@ -232,54 +233,34 @@ def _hashed(
     path: Path,
     found: Sequence[CheckpointFile],
     grid: _Grid,
+    maps: Mapping[str, Mapping[str, str]],
     *,
     cache_dir: Path,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> DirectorySource:
-    """A source of the files; hashes files that are not cached."""
+    """A source of the files, with tensors by the indexes `maps`; hashes files that are not cached."""
     cache = DigestCache(cache_dir, path, found, chunk_bytes=grid.chunk_bytes, scheme=grid.scheme)
-    manifest = grid.manifest(_describe(found, cache.known, grid, progress=progress, threads=threads))
+    plain = weight_index.no_tensors(found, maps)
+    _forget_other_tensors(cache.known, plain)
+    described = _describe(found, cache.known, grid, plain, progress=progress, threads=threads)
+    manifest = grid.manifest(_with_unused(described, maps))
     decode(manifest.encoded, digest=manifest.digest)  # a manifest that peers refuse must not be announced
     cache.save(manifest)
     return DirectorySource(path, manifest, paths=[f.real for f in found], stamps=[f.stamp for f in found])
-
-
-def _check_indexes(found: Sequence[CheckpointFile]) -> None:
-    """Raises ManifestInvalid if a shard of a safetensors index is missing."""
-    here = {file.path for file in found}
-    for file in found:
-        if file.path.endswith(".safetensors.index.json"):
-            folder = PurePosixPath(file.path).parent
-            missing = sorted(name for name in _shards(file) if str(folder / name) not in here)
-            if missing:
-                shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
-                raise ManifestInvalid(file.path, f"{len(missing)} of the files it names are missing: {shown}")
-
-
-def _shards(index: CheckpointFile) -> set[str]:
-    if index.stamp.size > INDEX_BYTES_MAX:
-        raise ManifestInvalid(index.path, f"{index.stamp.size} bytes; an index has at most {INDEX_BYTES_MAX}")
-    try:
-        table = json.loads(index.real.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ManifestInvalid(index.path, f"is not JSON ({error})") from error
-    shards = table.get("weight_map") if isinstance(table, dict) else None
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise ManifestInvalid(index.path, "holds no weight_map from tensor names to file names")
-    return set(shards.values())
 
 
 def _describe(
     found: Sequence[CheckpointFile],
     known: Mapping[str, FileEntry],
     grid: _Grid,
+    plain: set[str],
     *,
     progress: Progress | None,
     threads: int | None,
 ) -> list[FileEntry]:
     """Entries of all files in order; hashes files that are not known."""
-    plans = [(file, *_plan(file, grid)) for file in found if file.path not in known]
+    plans = [(file, *_plan(file, grid, plain)) for file in found if file.path not in known]
     chunks = sum(len(sizes) for *_, sizes in plans) + sum(len(entry.chunks) for entry in known.values())
     if chunks > CHUNKS_MAX:
         raise SettingsError(
@@ -304,9 +285,23 @@ def _describe(
     return [entries[file.path] for file in found]
 
 
-def _plan(file: CheckpointFile, grid: _Grid) -> tuple[str, list[int]]:
-    """The safetensors header of a file, '' for other files, and its chunk sizes."""
-    if not file.path.endswith(".safetensors"):
+def _forget_other_tensors(known: dict[str, FileEntry], plain: set[str]) -> None:
+    """Drops entries that were made when the indexes said otherwise of their files."""
+    for path, entry in list(known.items()):
+        if bool(entry.header) != (path.endswith(".safetensors") and path not in plain):
+            del known[path]
+
+
+def _with_unused(entries: Sequence[FileEntry], maps: Mapping[str, Mapping[str, str]]) -> list[FileEntry]:
+    headers = {e.path: {tensor.name for tensor in e.tensors()} for e in entries if e.header} if maps else {}
+    unused = weight_index.unused(headers, maps)
+    return [FileEntry(e.path, e.size, e.header, e.chunks, unused.get(e.path, ())) for e in entries]
+
+
+def _plan(file: CheckpointFile, grid: _Grid, plain: set[str]) -> tuple[str, list[int]]:
+    """The safetensors header of a file, '' for other files, and its chunk sizes. `plain`: files without tensors."""
+    weight_index.refuse_pointer(file)
+    if not file.path.endswith(".safetensors") or file.path in plain:
         return "", cut([file.stamp.size], grid.chunk_bytes)
     with file.real.open("rb") as stream:
         header, tensors = safetensors_header.read(stream, subject=file.path, file_bytes=file.stamp.size)

@@ -76,16 +76,21 @@ class ChunkEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     digest: ChunkDigest
 
 
-class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of the artifact. `header` is the JSON header of a safetensors file, empty for other files."""
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A file of the artifact.
+
+    `header` is the JSON header of a safetensors file that holds tensors of the model, empty for other files. `unused`
+    names tensors of it that the model takes from another file, as its index says.
+    """
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=PATH_BYTES_MAX)]
     size: Annotated[int, msgspec.Meta(ge=0, le=FILE_BYTES_MAX)]
     header: str
     chunks: tuple[ChunkEntry, ...]
+    unused: tuple[str, ...] = ()
 
     def tensors(self) -> list[Tensor]:
-        """Tensors of a safetensors file by offset; empty for other files. Raises ManifestInvalid."""
+        """Tensors of a safetensors file by offset, unused ones too; empty for other files. Raises ManifestInvalid."""
         return self._parsed()[0]
 
     def aliases(self) -> dict[str, str]:
@@ -172,7 +177,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
             if any(len(chunk.digest) != 2 * self.scheme.digest_bytes for chunk in file.chunks):
                 self._invalid(f"a chunk of {file.path!r} has a digest of the wrong length for {self.scheme.name}")
             total += len(file.chunks)
-            file.tensors()
+            names = {tensor.name for tensor in file.tensors()}
+            if list(file.unused) != sorted(names.intersection(file.unused)):
+                self._invalid(f"unused tensors of {file.path!r} are not in order, or not in the file")
         if total > CHUNKS_MAX:
             self._invalid(f"{total} chunks; at most {CHUNKS_MAX} are allowed")
 

@@ -131,8 +131,8 @@ class MemoryLanding(MemorySource):
 class TensorIndex:
     """The tensors of a manifest: `by_file` in order of offset, `owners` and `aliases` by name.
 
-    `heads`: bytes of each file before its first tensor, or its size without tensors. Raises ManifestInvalid for two
-    tensors of one name, which a directory can hold and a state dict cannot.
+    `heads`: bytes of each file before its first tensor, or its size without tensors. Unused tensors have a place in
+    `by_file` and no owner. Raises ManifestInvalid for two used tensors of a name, which no state dict can hold.
     """
 
     def __init__(self, manifest: Manifest) -> None:
@@ -143,8 +143,9 @@ class TensorIndex:
         ]
         self.owners: dict[str, Tensor] = {}
         for file, entries in zip(manifest.files, self.by_file, strict=True):
+            unused = set(file.unused)
             for entry in entries:
-                if self.owners.setdefault(entry.name, entry) is not entry:
+                if entry.name not in unused and self.owners.setdefault(entry.name, entry) is not entry:
                     _twice(file, entry.name)
         self.aliases: dict[str, str] = {}
         for file in manifest.files:

@@ -105,6 +105,9 @@ class MemoryStore(MemoryLanding):
             places = [Place(memory[:head])]
             for entry in entries:
                 view = memory[entry.offset : entry.offset + entry.size]
+                if self._index.owners.get(entry.name) is not entry:
+                    places.append(Place(view))
+                    continue
                 tensor = made[entry.name] = _sharing(view, entry)
                 # Watch an alias: `tensor.data = other` leaves the bytes here unchanged.
                 places.append(Place(view, _Watch(entry.name, tensor.detach()).check))
@@ -145,8 +148,13 @@ class IntoStore(MemoryLanding):
         for alias, name in index.aliases.items():
             if alias in given:
                 self._settle(alias, given[alias], landed[name][0])
+
+        def place(entry: Tensor) -> Place:
+            owned = index.owners.get(entry.name) is entry
+            return landed[entry.name][1] if owned else Place(buffer(entry.size))
+
         self._files = [
-            PlacedFile([Place(buffer(head)), *(landed[entry.name][1] for entry in entries)])
+            PlacedFile([Place(buffer(head)), *(place(entry) for entry in entries)])
             for head, entries in zip(index.heads, index.by_file, strict=True)
         ]
 

@@ -262,3 +262,12 @@ for thread in threads: thread.start()
 for thread in threads: thread.join()
 """
     assert [subprocess.run([sys.executable, "-c", first], timeout=60).returncode for _ in range(3)] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("unused", [("absent",), ("b", "a"), ("a", "a")])
+def test_unused_tensors_are_those_of_the_file_in_order(unused: tuple[str, ...]) -> None:
+    header = safetensors_header.compose([("a", "U8", (1,), 1), ("b", "U8", (1,), 1)])
+    size = 8 + len(header) + 2
+    file = FileEntry("m.safetensors", size, header.decode(), (ChunkEntry(size, "0" * 32),), unused)
+    with pytest.raises(ManifestInvalid, match="unused"):
+        Manifest(1, "checkpoint", "", HashScheme(), 64 << 20, (file,)).check()

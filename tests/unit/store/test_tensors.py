@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import mmap
 import sys
 import weakref
@@ -17,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from swarm.checkpoint import manifest_builder
 from swarm.content import manifest as manifests
 from swarm.content import safetensors_header
 from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
@@ -615,3 +617,27 @@ def test_a_closed_source_serves_nothing() -> None:
     source.close()
     with pytest.raises(SourceChanged, match="closed"):
         contents(source)
+
+
+def test_do_bytes_of_an_unused_tensor_stay_in_their_file(tmp_path: Path) -> None:
+    first = {"a": torch.arange(4, dtype=torch.uint8), "x": torch.full((4,), 2, dtype=torch.uint8)}
+    second = {"x": torch.full((4,), 3, dtype=torch.uint8)}
+    (tmp_path / "m").mkdir()
+    safetensors.torch.save_file(first, tmp_path / "m" / "1.safetensors")
+    safetensors.torch.save_file(second, tmp_path / "m" / "2.safetensors")
+    weight_map = {"a": "1.safetensors", "x": "2.safetensors"}
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    manifest, source, _ = manifest_builder.checkpoint(tmp_path / "m", cache_dir=tmp_path / "cache")
+    into = {"a": torch.zeros(4, dtype=torch.uint8), "x": torch.zeros(4, dtype=torch.uint8)}
+    memory = MemoryStore(manifest)
+    for store in (memory, IntoStore(manifest, into)):
+        for chunk in manifest.chunks:
+            data = b"".join(bytes(view) for view in source.read(chunk))
+            for view in store.landing(chunk):
+                view[:], data = data[: len(view)], data[len(view) :]
+        store.seal()
+        tensors = store.tensors() if isinstance(store, MemoryStore) else into
+        assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"a": [0, 1, 2, 3], "x": [3, 3, 3, 3]}
+        for chunk in manifest.chunks:  # served on, with the tensor that the model does not use
+            assert b"".join(map(bytes, store.read(chunk))) == b"".join(map(bytes, source.read(chunk)))
+    source.close()

@@ -1,0 +1,137 @@
+"""Which files of a checkpoint hold its tensors, and whether all of them are there.
+
+`NAME.index.json` maps tensor names to files (transformers, 'Sharded checkpoints'); numbered files
+(`NAME-00001-of-00003.EXT`) say their own count. A loader reads the files of the index and no others, so a safetensors
+file beside them is a plain file of the artifact, and a tensor in two of them belongs to the file of the index.
+
+Must not know: hashes, sources.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from swarm.checkpoint.files import CheckpointFile
+from swarm.errors import ManifestInvalid
+
+INDEX_BYTES_MAX = 100 << 20  # an index of 100,000 tensors is about 10 MB
+POINTER_BYTES_MAX = 1024  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+NAMES_SHOWN = 3
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
+_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.safetensors|\.bin|\.gguf)")
+# Loaders read these indexes; others are of a variant (`.fp16`) or of another library (`consolidated`).
+_PREFERRED = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
+
+
+def indexes(found: Sequence[CheckpointFile]) -> dict[str, dict[str, str]]:
+    """Tensor name -> path of its file, by path of the index that loaders read; safetensors only.
+
+    Raises ManifestInvalid, with what to do, if a file of an index, a numbered file, or an index itself is broken or
+    missing. An index that loaders do not read first may lack all its files if other weights lie beside it:
+    `pytorch_model*.bin` is often left out of a download.
+    """
+    here = {file.path for file in found}
+    weights = {_folder(path) for path in here if path.endswith(_WEIGHTS)}
+    maps: dict[str, dict[str, str]] = {}
+    for file in found:
+        if file.path.endswith((".safetensors.index.json", ".bin.index.json")):
+            table = _read(file)
+            shards = set(table.values())
+            missing = sorted(shards - here)
+            others = _folder(file.path) in weights and PurePosixPath(file.path).name not in _PREFERRED
+            if missing and (len(missing) < len(shards) or not others):
+                raise _incomplete(file.path, "of the files that it names", missing)
+            if not missing:
+                maps[file.path] = table
+    _check_numbers(here, named={(_folder(path), path.removesuffix(".index.json").rpartition(".")[2]) for path in maps})
+    return _preferred({path: table for path, table in maps.items() if path.endswith(".safetensors.index.json")})
+
+
+def no_tensors(found: Sequence[CheckpointFile], maps: Mapping[str, Mapping[str, str]]) -> set[str]:
+    """Paths of the safetensors files beside an index that does not name them."""
+    folders = {_folder(path) for path in maps}
+    named = {shard for table in maps.values() for shard in table.values()}
+    return {f.path for f in found if f.path.endswith(".safetensors") and _folder(f.path) in folders} - named
+
+
+def unused(headers: Mapping[str, set[str]], maps: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
+    """For each file with tensor names, those whose index names another file that has them too."""
+    owner = {(_folder(index), name): shard for index, table in maps.items() for name, shard in table.items()}
+    found = {}
+    for path, names in headers.items():
+        folder = _folder(path)
+        others = {name: owner.get((folder, name), path) for name in names}
+        found[path] = tuple(sorted(n for n, other in others.items() if other != path and n in headers.get(other, ())))
+    return found
+
+
+def refuse_pointer(file: CheckpointFile) -> None:
+    """Raises ManifestInvalid for a git-lfs pointer, which stands in a clone without git-lfs in place of a file."""
+    if not len(_POINTER) <= file.stamp.size < POINTER_BYTES_MAX:
+        return
+    with file.real.open("rb") as stream:
+        text = stream.read(POINTER_BYTES_MAX)
+    if text.startswith(_POINTER):
+        size = re.search(rb"^size (\d+)$", text, re.MULTILINE)
+        what = f"the file of {int(size[1])} bytes" if size else "the file"
+        raise ManifestInvalid(
+            file.path, f"is a git-lfs pointer in place of {what}; run `git lfs pull` in {file.real.parent}, serve again"
+        )
+
+
+def _preferred(maps: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    by_folder: dict[str, list[str]] = defaultdict(list)
+    for path in maps:
+        by_folder[_folder(path)].append(path)
+    kept = {}
+    for paths in by_folder.values():
+        first = [path for name in _PREFERRED for path in paths if PurePosixPath(path).name == name]
+        kept.update({path: maps[path] for path in first[:1] or paths})
+    return kept
+
+
+def _check_numbers(here: set[str], *, named: set[tuple[str, str]]) -> None:
+    """Raises ManifestInvalid if numbers are missing, except where an index names files of the same ending."""
+    numbers: dict[tuple[str, str, str], set[int]] = defaultdict(set)
+    for path in here:
+        match = _NUMBERED.fullmatch(PurePosixPath(path).name)
+        if match and (_folder(path), match["ending"][1:]) not in named:
+            stem = str(PurePosixPath(path).with_name(match["stem"]))
+            numbers[stem, match["count"], match["ending"]].add(int(match["number"]))
+    for (stem, count, ending), have in sorted(numbers.items()):
+        first = 0 if 0 in have else 1  # some writers count from 0
+        missing = [n for n in range(first, first + int(count)) if n not in have]
+        if missing:
+            names = [f"{stem}-{number:05}-of-{count}{ending}" for number in missing]
+            raise _incomplete(f"{stem}-*-of-{count}{ending}", "of the numbered files", names)
+
+
+def _incomplete(subject: str, of: str, missing: Sequence[str]) -> ManifestInvalid:
+    shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
+    why = f"{len(missing)} {of} are missing: {shown}; finish the download, then serve its directory again"
+    return ManifestInvalid(subject, why)
+
+
+def _read(index: CheckpointFile) -> dict[str, str]:
+    if index.stamp.size > INDEX_BYTES_MAX:
+        raise ManifestInvalid(index.path, f"{index.stamp.size} bytes; an index has at most {INDEX_BYTES_MAX}")
+    refuse_pointer(index)
+    try:
+        table = json.loads(index.real.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ManifestInvalid(index.path, f"is not JSON ({error})") from error
+    shards = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise ManifestInvalid(index.path, "holds no weight_map from tensor names to file names")
+    folder = PurePosixPath(index.path).parent
+    return {tensor: str(folder / name) for tensor, name in shards.items()}
+
+
+def _folder(path: str) -> str:
+    return str(PurePosixPath(path).parent)
