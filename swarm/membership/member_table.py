@@ -1,13 +1,13 @@
-"""What one node knows of every member, how two accounts of one become one, and which rumours are fresh.
+"""The records of all members but the own, the merge of rumours, and the rumours still to be passed on.
 
-An account has two halves. The claim is (incarnation, state): the greater incarnation holds, and within one the worse
-state; only the member itself raises its incarnation. The facts (name, address, profile) are numbered by `version`: the
-greater holds. So merging is a maximum: rumours may be late, doubled and in any order, and all end with one view.
+A record has two halves. In (incarnation, state) the greater incarnation is valid, and within it the worse state; only
+the member itself raises its incarnation. Of (name, address, profile) the greater `version` is valid. So a merge is a
+maximum: rumours may be late, doubled and in any order, and all members end with the same view.
 
-A member that is dead or has left stays here for a while as a tombstone: a late rumour that it was alive is then
-known to be old. Tombstones are never taken from others, or they would circulate for ever.
+The record of a dead member stays for `dead_memory_s` as a tombstone, so that a late rumour that the member is alive is
+known to be old. Tombstones are never taken from other members: they would circulate for ever.
 
-Must not know: messages' ways, sockets, clocks.
+Must not know: packets and their order, sockets, clocks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from swarm.protocol.messages import NodeId
 from swarm.protocol.packets import ID_LAST, STATUSES_MAX, VERSION_MAX, Record, Rumour, State, Status, Sync
 
 MEMBERS_MAX = 4096  # beyond that strangers cannot make this node remember more
-MISSES_MAX = 8  # rumours too long for what is left of a datagram, after which it is sent as it is
-SMALLEST_BYTES = 20  # no rumour is shorter
+MISSES_MAX = 8  # rumours that do not fit into the rest of a datagram, before it is sent
+SMALLEST_BYTES = 20  # of a rumour
 
 
 class MemberTable:
-    """All members but oneself, the living in a random order for probing."""
+    """All members but the own. Members that are alive or suspect ("living") have a random order of probing."""
 
     def __init__(self, *, rng: random.Random) -> None:
         self._rng = rng
@@ -37,7 +37,7 @@ class MemberTable:
         self._next = 0
 
     def __len__(self) -> int:
-        """How many are alive or suspect."""
+        """The number of living members."""
         return len(self._living)
 
     def get(self, node: NodeId) -> Record | None:
@@ -49,7 +49,7 @@ class MemberTable:
         return [self._records[node] for node in self._ids]
 
     def lost(self) -> list[Record]:
-        """Members that died without goodbye and are not forgotten yet."""
+        """Members that are dead without goodbye, and not forgotten yet."""
         return [record for record in self._records.values() if record.state is State.DEAD]
 
     def between(self, first: NodeId, last: NodeId) -> list[Record]:
@@ -58,7 +58,7 @@ class MemberTable:
         return [self._records[node] for node in self._ids[low:high]]
 
     def merge(self, heard: Rumour) -> Record | None:
-        """Takes in one rumour about somebody else. Returns the record that it led to, or None if it is no news."""
+        """Merges a rumour about another member. Returns its new record, or None if the rumour is no news."""
         known = self._records.get(heard.node)
         if known is None:
             if not isinstance(heard, Record) or heard.state >= State.DEAD or len(self._records) >= MEMBERS_MAX:
@@ -81,7 +81,7 @@ class MemberTable:
         return merged
 
     def softened(self, heard: Rumour) -> Rumour:
-        """What a comparison says, which may be old: that a living member is dead makes it a suspect, who can refute."""
+        """A rumour of a Sync, which may be old, with SUSPECT in place of DEAD for a living member: it can refute."""
         known = self._records.get(heard.node)
         if heard.state is not State.DEAD or (known and known.state >= State.DEAD):
             return heard
@@ -90,7 +90,7 @@ class MemberTable:
         return Status(heard.node, heard.incarnation, State.SUSPECT, heard.version)
 
     def window(self, first: NodeId, *, room_bytes: int) -> tuple[NodeId, tuple[Status, ...]]:
-        """Claims on the ids from `first` on, as many as fit, and the last id that they cover."""
+        """The last id and the statuses of the largest window from id `first` that fits into `room_bytes`."""
         statuses: list[Status] = []
         for node in self._ids[bisect.bisect_left(self._ids, first) :]:
             status = self._records[node].status
@@ -101,7 +101,7 @@ class MemberTable:
         return ID_LAST, tuple(statuses)
 
     def compare(self, sync: Sync, *, own: Record) -> tuple[list[Record], tuple[NodeId, ...]]:
-        """What the sender of a Sync lacks within its window, by id, and of whom it knows more than this node."""
+        """The records in the window that the sender of a Sync lacks, and the ids of those that this node lacks."""
         theirs = {status.node: status for status in sync.statuses}
         ours = [record for record in (*self.between(sync.first, sync.last), own) if record.node != sync.sender]
         lacking = [
@@ -119,7 +119,7 @@ class MemberTable:
             del self._ids[bisect.bisect_left(self._ids, node)]
 
     def next_to_probe(self) -> Record | None:
-        """The living in turn; a new order once all had theirs, so that nobody waits for more than two rounds."""
+        """The living members in turn, shuffled after each round: a member waits for two rounds at most."""
         if not self._living:
             return None
         if self._next >= len(self._living):
@@ -128,8 +128,8 @@ class MemberTable:
         self._next += 1
         return self._records[self._living[self._next - 1]]
 
-    def some(self, count: int, *, but: NodeId | None = None) -> list[Record]:
-        """Up to `count` different living members, by lot."""
+    def sample(self, count: int, *, but: NodeId | None = None) -> list[Record]:
+        """Up to `count` random living members."""
         chosen = self._rng.sample(self._living, min(count + 1, len(self._living)))
         return [self._records[node] for node in chosen if node != but][:count]
 
@@ -137,7 +137,7 @@ class MemberTable:
         """Raises LocalProtocolError when an invariant does not hold."""
         living = {node for node, record in self._records.items() if record.state < State.DEAD}
         if len(self._living) != len(living) or set(self._living) != living:
-            raise LocalProtocolError(f"{self!r}: the order of probing is not the living")
+            raise LocalProtocolError(f"{self!r}: the order of probing does not hold the living members")
         if self._ids != sorted(self._records):
             raise LocalProtocolError(f"{self!r}: the ids are not those of the records")
 
@@ -151,7 +151,7 @@ class MemberTable:
         self._enlist(record.node)
 
     def _enlist(self, node: NodeId) -> None:
-        # SWIM: at a random place, so that newcomers are not all probed at once.
+        # SWIM 4.3: at a random place, so that newcomers are not probed in a row.
         self._living.insert(self._rng.randrange(len(self._living) + 1), node)
 
     def _strike(self, node: NodeId) -> None:
@@ -165,32 +165,32 @@ class MemberTable:
 
 
 class SyncWalk:
-    """How far the comparison with others has come on its way along the ring of ids, again and again.
+    """The position of anti-entropy on the ring of node ids, which it walks again and again.
 
-    Of Syncs under way only the latest counts, so that an answer that is lost, late or invented does no harm.
+    Only the answer to the latest Sync counts: a lost, late or forged answer does no harm.
     """
 
     def __init__(self) -> None:
-        self.cursor = packets.ID_FIRST  # from where on to compare next
-        self.whole = False  # it has been round once
-        self._laps = 0  # still to go in a hurry
+        self.cursor = packets.ID_FIRST  # of the next window
+        self.whole = False  # the whole ring was compared once
+        self._laps = 0  # rounds left at the shorter interval
         self._asked: tuple[int, NodeId] | None = None
 
     @property
     def hurried(self) -> bool:
-        """Whether to compare often: at first, and for a round after there was a reason."""
+        """Whether to use the shorter interval: in the first round, and after `hurry`."""
         return self._laps > 0 or not self.whole
 
     def hurry(self) -> None:
-        """There is more to find than usual, anywhere on the ring."""
-        self._laps = 2  # what is left of this one, and another one
+        """Shortens the interval: members changed, anywhere on the ring."""
+        self._laps = 2  # the rest of this round, and a whole round
 
     def asked(self, sequence: int, last: NodeId) -> None:
-        """A Sync was sent of the ids from the cursor to `last`."""
+        """A Sync of the ids from the cursor to `last` was sent."""
         self._asked = sequence, last
 
     def settled(self, sequence: int, until: NodeId) -> bool:
-        """An answer came. Returns whether to go on at once: there is more of this window, or of the first round."""
+        """An answer arrived. Returns whether the next Sync is due at once: the window or the first round has a rest."""
         if self._asked is None or self._asked[0] != sequence or not self.cursor <= until <= self._asked[1]:
             return False
         last = self._asked[1]
@@ -203,15 +203,15 @@ class SyncWalk:
 
 
 def agree(one: Record, other: Record) -> bool:
-    """Whether two records say the same of a member, or one is older and may differ."""
-    told = one.name, one.address, one.profile
-    return one.version != other.version or told == (other.name, other.address, other.profile)
+    """Whether two records of a member have equal contents, or different versions."""
+    contents = one.name, one.address, one.profile
+    return one.version != other.version or contents == (other.name, other.address, other.profile)
 
 
 def refute(own: Record, heard: Rumour) -> Record | None:
-    """The own record with so great an incarnation that it overrules what was heard, or None if that is true or old.
+    """The own record with an incarnation that overrules the rumour, or None if the rumour is right or old.
 
-    A process that had this id before may have told of greater numbers, or of other things under the same.
+    An earlier process with this id may have announced greater numbers, or other contents under the same version.
     """
     differs = isinstance(heard, Record) and not agree(own, heard)
     accused = heard.state is not State.ALIVE and heard.incarnation >= own.incarnation
@@ -223,7 +223,7 @@ def refute(own: Record, heard: Rumour) -> Record | None:
 
 
 def _is_news(record: Record, status: Status | None) -> bool:
-    """Whether somebody who knows no more than the claim lacks this record. Nobody needs tombs of strangers."""
+    """Whether a node that knows this status lacks the record. A node without status needs no tombstone."""
     if status is None:
         return record.state < State.DEAD
     newer = (record.incarnation, record.state) > (status.incarnation, status.state)
@@ -237,13 +237,13 @@ class _Fresh:
 
 
 class RumourQueue:
-    """Rumours still to be passed on: those sent least first, and of those the newest.
+    """The rumours still to be passed on: the least sent first, of those the newest (memberlist's broadcast queue).
 
-    One claim and one record a member wait at most; news about it replaces them, and counts as unsent.
+    A member has a status and a record in the queue at most; news about it replaces them, and counts as unsent.
     """
 
     def __init__(self) -> None:
-        self._rounds: list[dict[tuple[NodeId, type], _Fresh]] = [{}]  # by how often they were sent
+        self._rounds: list[dict[tuple[NodeId, type], _Fresh]] = [{}]  # by the number of times that they were sent
 
     def __bool__(self) -> bool:
         return any(self._rounds)
@@ -252,7 +252,7 @@ class RumourQueue:
         return sum(map(len, self._rounds))
 
     def put(self, rumour: Rumour) -> None:
-        """Something is news. A record says what a claim says, so it replaces that as well."""
+        """Queues news. A record contains a status, so it replaces both."""
         replaced: tuple[type, ...] = (Status, Record) if isinstance(rumour, Record) else (Status,)
         for waiting in self._rounds:
             for kind in replaced:
@@ -260,7 +260,7 @@ class RumourQueue:
         self._rounds[0][rumour.node, type(rumour)] = _Fresh(rumour, packets.size(rumour))
 
     def take(self, room_bytes: int, *, times: int) -> list[Rumour]:
-        """Rumours that fit; each is given `times` times in all."""
+        """Rumours that fit; each is taken `times` times in all."""
         taken: list[tuple[int, tuple[NodeId, type]]] = []
         misses = 0
         for sent, waiting in enumerate(self._rounds):

@@ -1,9 +1,9 @@
-"""Probes under way: whose Ack is awaited, on whose behalf, and how much this node doubts itself.
+"""Probes under way, direct and for other members, and Lifeguard's local health of this node.
 
-Doubt is what Lifeguard calls local health: a node that gets no Acks, or is itself suspected, is likely the one that is
-slow; it waits up to 1 + DOUBT_MAX times as long before it doubts others.
+`doubt` (Lifeguard: local health multiplier) counts failed probes and suspicions of this node, minus Acks: a node that
+gets no Acks is probably slow itself. It waits up to 1 + DOUBT_MAX times as long before it suspects a member.
 
-Must not know: packets' contents, sockets, clocks. Times are the machine's own, see `gossip`.
+Must not know: rumours, sockets, clocks. Times are those of `swim`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Ack, PingRequest, Record
 
 DOUBT_MAX = 7
-RELAYS_MAX = 256  # probes for others under way at once; requests beyond are not served
+RELAYS_MAX = 256  # probes for other members at once; further requests are ignored
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Relay:
-    """A probe for somebody else, who numbered it `sequence`."""
+    """A probe of `target` for the member at `address`, with the sequence of its request."""
 
     target: NodeId
     address: Address
@@ -39,48 +39,48 @@ class Relay:
 
 
 class Prober:
-    """One probe of one's own at a time, and those for others."""
+    """The own probe of this period, and the relayed probes."""
 
     def __init__(self, *, config: SwimConfig, clock: float, rng: random.Random) -> None:
         self._config = config
         self._rng = rng
         self._probe: Probe | None = None
         self._indirect_at = math.inf
-        # A burst that starts together does not probe together.
+        # Jitter: nodes that start together do not probe together.
         self._ends_at = clock + rng.random() * config.probe_interval_s
         self._relays: dict[int, Relay] = {}
-        self.doubt = 0  # of itself
+        self.doubt = 0
 
     def due_at(self) -> float:
-        """When `late` or `ended` will say something."""
+        """Time of the next `overdue` or `ended`."""
         return min(self._ends_at, self._indirect_at)
 
-    def void(self, clock: float) -> None:
-        """What is under way says nothing about anybody."""
+    def reset(self, clock: float) -> None:
+        """Drops the probe under way, whose Ack may be lost."""
         self._probe, self._indirect_at = None, math.inf
         self._ends_at = clock + self._config.probe_interval_s
 
-    def late(self, clock: float) -> Probe | None:
-        """The probe for which others are to be asked now; once."""
+    def overdue(self, clock: float) -> Probe | None:
+        """The probe that needs indirect probes now; each once."""
         if clock < self._indirect_at:
             return None
         self._indirect_at = math.inf
         return self._probe
 
     def ended(self, clock: float) -> bool:
-        """Whether the period is over."""
+        """Whether the period has ended."""
         return clock >= self._ends_at
 
     def failed(self) -> Record | None:
-        """Ends the period: who was probed in it and has not answered."""
+        """Ends the period; returns the probed member if there was no Ack."""
         probe, self._probe = self._probe, None
         if probe is None:
             return None
-        self.weaken(1)
+        self.add_doubt(1)
         return probe.target
 
     def begin(self, target: Record | None, clock: float) -> Probe | None:
-        """Begins a period, with a probe if there is a target."""
+        """Starts a period, with a probe if there is a target."""
         scale = 1 + self.doubt
         self._ends_at = clock + self._config.probe_interval_s * scale
         self._indirect_at = clock + self._config.probe_timeout_s * scale if target else math.inf
@@ -89,7 +89,7 @@ class Prober:
         return self._probe
 
     def relay(self, source: Address, request: PingRequest, clock: float) -> int | None:
-        """The sequence under which to ping for another member; None when there are too many such probes."""
+        """The sequence of the Ping for another member's request; None above RELAYS_MAX."""
         if len(self._relays) >= RELAYS_MAX:
             return None
         sequence = self._rng.getrandbits(32)
@@ -98,14 +98,14 @@ class Prober:
         return sequence
 
     def acknowledged(self, ack: Ack) -> Relay | None:
-        """Takes in an Ack. Returns on whose behalf it was awaited, if on another one's."""
+        """Ends the probe of an Ack. Returns the relay if the probe was for another member."""
         if self._probe and (self._probe.sequence, self._probe.target.node) == (ack.sequence, ack.sender):
             self._probe, self._indirect_at = None, math.inf
-            self.weaken(-1)
+            self.add_doubt(-1)
         elif (relay := self._relays.get(ack.sequence)) and relay.target == ack.sender:
             return self._relays.pop(ack.sequence)
         return None
 
-    def weaken(self, step: int) -> None:
-        """Doubts itself more, or less with a negative step."""
+    def add_doubt(self, step: int) -> None:
+        """Raises the doubt, or lowers it with a negative step."""
         self.doubt = max(0, min(DOUBT_MAX, self.doubt + step))

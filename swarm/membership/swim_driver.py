@@ -1,10 +1,7 @@
-"""Gossip, driven: a node's view of all members, kept by datagrams.
+"""The asyncio half of `Swim`: passes it datagrams, time and the profile of this node, and sends its packets.
 
-Feeds the gossip machine with what arrives, with the time and with what this node tells, and carries out what it says:
-sends datagrams, and hands every change of a member on. Nobody waits here: a datagram that is lost, late or no gossip at
-all costs nothing but time.
-
-Must not know: links, artifacts, sockets. What a `Profile` says is the node's to decide.
+No caller waits here: a lost or late datagram costs time only. Must not know: links, artifacts, sockets, the contents of
+a `Profile`.
 """
 
 from __future__ import annotations
@@ -33,17 +30,17 @@ from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import Profile, Record
 from swarm.security.rate_limit import MUTE_S, RateLimiter
 
-JOIN_TIMEOUT_S = 1.0  # a member answers in a round trip; where none has by then, datagrams may not get through
-CONTACTS_WAITING_MAX = 64  # found before the node has an address; the machine remembers no more either
-# Of one address: a member answers probes and passes rumours on, a few a second, and all it knows to who joins.
+JOIN_TIMEOUT_S = 1.0  # a contact answers in a round trip; without an answer by then datagrams may be blocked
+CONTACTS_WAITING_MAX = 64  # found before `open`; the machine remembers no more either
+# Of an address: a member sends probes and rumours, a few packets a second, and all records to a newcomer.
 DATAGRAMS_PER_S, DATAGRAMS_BURST = 500.0, 5000.0
-TIMER_LATE_S = 0.001  # timers may be a little early, and a machine that is asked too soon is asked in vain
+TIMER_LATE_S = 0.001  # timers may be early, and an early Tick has no effect
 
 log = logging.getLogger("swarm")
 
 
 class SwimDriver:
-    """The gossip of one node. `changed` is called with the record of every member that changed."""
+    """The gossip of a node. `changed` is called with every new record of a member."""
 
     def __init__(
         self,
@@ -55,7 +52,7 @@ class SwimDriver:
         changed: Callable[[Record], None],
     ) -> None:
         self.machine: Swim | None = None  # until `open`
-        self.unreadable = 0  # datagrams that were no gossip
+        self.unreadable = 0  # datagrams that are no gossip
         self._environment = environment
         self._config = config
         self._rng = rng
@@ -63,13 +60,13 @@ class SwimDriver:
         self._changed = changed
         self._rate_limiter = RateLimiter(rate_per_s=DATAGRAMS_PER_S, burst=DATAGRAMS_BURST)
         self._waiting: dict[Address, None] = {}
-        self._asked_at: float | None = None  # the first contact
-        self._told = Profile()
+        self._contacted_at: float | None = None  # time of the first contact
+        self._announced = Profile()
         self._timer: asyncio.TimerHandle | None = None
 
     def open(self, node: NodeId, address: Address, name: str, profile: Profile) -> None:
-        """Begins to gossip under this id and name; others send to `address`."""
-        self._told = profile
+        """Joins under this id and name; others send to `address`."""
+        self._announced = profile
         self.machine = Swim(
             node, address, name=name, config=self._config, now=self._clock(), rng=self._rng, profile=profile
         )
@@ -79,15 +76,15 @@ class SwimDriver:
         self._plan()
 
     def found(self, address: Address) -> None:
-        """Somebody may be there to ask for members. The address is a literal."""
-        self._asked_at = self._clock() if self._asked_at is None else self._asked_at
+        """Adds a contact: a node may be at this address, which is a literal."""
+        self._contacted_at = self._clock() if self._contacted_at is None else self._contacted_at
         if self.machine is not None:
             self._handle(ContactFound(address))
         elif len(self._waiting) < CONTACTS_WAITING_MAX:
             self._waiting[address] = None
 
-    def hear(self, source: Address, datagram: bytes) -> None:
-        """A datagram arrived."""
+    def receive(self, source: Address, datagram: bytes) -> None:
+        """Handles a datagram."""
         now = self._clock()
         if self._rate_limiter.charge(source, now):
             log.warning("%s floods this node with datagrams: it is muted for %g s", source, MUTE_S)
@@ -101,32 +98,32 @@ class SwimDriver:
             return
         self._handle(PacketReceived(source, packet))
 
-    def tell(self, profile: Profile) -> None:
-        """What this node is and holds now; cheap when nothing has changed."""
-        if profile != self._told:
-            self._told = profile
+    def announce(self, profile: Profile) -> None:
+        """Announces the profile of this node; cheap when it is the same."""
+        if profile != self._announced:
+            self._announced = profile
             self._handle(ProfileChanged(profile))
 
     def close(self) -> None:
-        """Says goodbye, and nothing more."""
+        """Leaves; no packet is sent afterwards."""
         self._handle(Leave())
         if self._timer:
             self._timer.cancel()
 
     def members(self) -> list[Record]:
-        """All others that are alive or suspect, by id."""
+        """All other members that are alive or suspect, by id."""
         return self.machine.members() if self.machine is not None else []
 
     def member(self, node: NodeId) -> Record | None:
-        """One other, be it dead; None where it is unknown."""
+        """The record of another member, alive or dead; None if it is unknown."""
         return self.machine.member(node) if self.machine is not None else None
 
     @property
     def joining(self) -> bool:
-        """Whether somebody was just asked who there is and has not told yet."""
-        if self.machine is None or self.machine.joined or self._asked_at is None:
+        """Whether a contact was found within JOIN_TIMEOUT_S and none has answered yet."""
+        if self.machine is None or self.machine.joined or self._contacted_at is None:
             return False
-        return self._clock() - self._asked_at < JOIN_TIMEOUT_S
+        return self._clock() - self._contacted_at < JOIN_TIMEOUT_S
 
     def _handle(self, event: Event) -> None:
         if self.machine is None:
@@ -145,7 +142,7 @@ class SwimDriver:
             self._plan()
 
     def _plan(self) -> None:
-        """Sets the one timer there is to when the machine wants it."""
+        """Sets the timer to the next Tick of the machine."""
         if self.machine is None:
             return
         loop = asyncio.get_running_loop()
@@ -158,7 +155,7 @@ class SwimDriver:
 
     def _tick(self) -> None:
         self._timer = None
-        self._environment.drain()  # or a loop that stalled would blame others for answers that lie here
+        self._environment.drain()  # or, after a stall of the loop, Acks that wait in the socket would be late
         self._handle(Tick())
 
     def __repr__(self) -> str:

@@ -115,7 +115,7 @@ class Node:
         """Joins the swarm. Raises SettingsError when the listening address cannot be used."""
         self._loop = asyncio.get_running_loop()
         self.address = await self._environment.open(
-            self.id, self._connections.run_link, self._discovered, self._swim.hear
+            self.id, self._connections.run_link, self._discovered, self._swim.receive
         )
         self._upload_driver = UploadDriver(
             host=self,
@@ -370,7 +370,7 @@ class Node:
         return Profile(announced, omitted, schemes, self._host, self._rack, uploads, self._upload_slots, software)
 
     def _update_profile(self) -> None:
-        self._swim.tell(self._profile())
+        self._swim.announce(self._profile())
 
     def _distance(self, node: NodeId) -> int:
         """The distance of a node; 1 for a node that gossip does not know, which may be in this rack."""

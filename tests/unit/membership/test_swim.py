@@ -454,7 +454,7 @@ def test_a_newcomer_learns_of_everyone_from_one_member() -> None:
         bursts.append(len(back))
     assert {member.node for member in me.machine.members()} == {ANN, *many}
     assert ann.state_of(ME) is State.ALIVE
-    assert max(bursts) <= swim.NEWS_MAX + 1
+    assert max(bursts) <= swim.REPLIES_MAX + 1
 
 
 def test_a_comparison_brings_both_to_the_later_view() -> None:

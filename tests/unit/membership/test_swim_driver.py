@@ -57,7 +57,7 @@ class Members:
         )
         for contact in contacts:
             one.found(Address(contact))
-        await environment.open(NodeId("0" * 16), self._accept, lambda address, lasting: None, one.hear)
+        await environment.open(NodeId("0" * 16), self._accept, lambda address, lasting: None, one.receive)
         one.open(NodeId(node or f"{dice.getrandbits(64):016x}"), Address(name), name, profile or Profile())
         return one
 
@@ -79,8 +79,8 @@ def test_does_a_profile_reach_everybody_through_one_contact() -> None:
         assert {m.name: m.profile for m in three.members()}["one"] == PROFILE
         assert [two.joining, three.joining] == [False, False]
         changed = Profile(PROFILE.artifacts, 0, ("tcp",), "h", "r", 8, 8)
-        one.tell(changed)
-        one.tell(changed)
+        one.announce(changed)
+        one.announce(changed)
         await members.until(lambda: {m.name: m.profile for m in three.members()}["one"] == changed)
 
     play(main())
@@ -121,7 +121,7 @@ def test_is_what_is_no_gossip_counted_and_dropped() -> None:
         members = Members()
         one = await members.add("one")
         for garbage in (b"", b"SWG\x01", b"\x00" * 2000, b"SWG\x02\x93"):
-            one.hear(TWO, garbage)
+            one.receive(TWO, garbage)
         assert one.unreadable == 4
         assert one.members() == []
 
@@ -135,7 +135,7 @@ def test_does_a_twin_warn(caplog: pytest.LogCaptureFixture) -> None:
         twin = Record(NodeId("a" * 16), 0, State.ALIVE, 0, "twin", TWO, PROFILE)
         for incarnation in range(1, 10):
             record = packets.replace(twin, incarnation=10 * incarnation)
-            one.hear(THREE, packets.encode(Gossip(NodeId("b" * 16), (record,))))
+            one.receive(THREE, packets.encode(Gossip(NodeId("b" * 16), (record,))))
 
     with caplog.at_level(logging.WARNING):
         play(main())
