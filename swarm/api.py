@@ -1,8 +1,7 @@
-"""`swarm.fetch` and `swarm.serve`: the library as its users meet it.
+"""`swarm.fetch` and `swarm.serve`: the public calls.
 
-Synchronous calls that work anywhere: in plain scripts, in several threads, inside a running event loop (where
-`fetch_async` does not block it). The work happens on the runtime's own loop. Sources and stores are chosen here;
-nothing else in the package knows both what a user passed and how it is stored.
+They work in plain scripts, in threads and inside a running event loop, which `fetch_async` does not block: the work is
+done on the loop of `runtime`. This module alone chooses sources and stores for the arguments of users.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest, ModelId
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
 _DIGEST = re.compile("[0-9a-f]{64}")
 _DEVICE = re.compile("cpu|cuda(:[0-9]{1,3})?")
 
-RESOLVE_GRACE_S = 1.0  # resolving knows better than a timeout what it waited for, so it goes first
+RESOLVE_GRACE_S = 1.0  # resolution ends before the timeout: its error names the addresses that were tried
 
 log = logging.getLogger("swarm")
 
@@ -49,15 +48,36 @@ class _HubCache:
         return "swarm.HUB_CACHE"
 
 
-HUB_CACHE: Final = _HubCache()  # `fetch(..., out=HUB_CACHE)`: where every library that loads by model id looks
+HUB_CACHE: Final = _HubCache()  # `fetch(..., out=HUB_CACHE)`: libraries that load by model id look there
 
 
-class Weights(Mapping[str, "torch.Tensor"]):
-    """What `fetch` returns: tensors by name if they are in memory, else the directory at `path`.
+class _Lease:
+    """An artifact that a node of this process serves until `close()`."""
 
-    With tensors come `files`: what else was fetched (config.json, tokenizer), read-only, by path.
+    def __init__(self, digest: Digest, settings: Settings) -> None:
+        self.digest = digest
+        self._settings: Settings | None = settings
+        self._process = os.getpid()
 
-    The node goes on to serve it until `close()`, the end of a `with` block, or the end of the process.
+    def close(self) -> None:
+        """Stops serving. Tensors and files stay valid."""
+        settings, self._settings = self._settings, None
+        if settings is not None and self._process == os.getpid():  # a forked child has no part in its parent's node
+            runtime().run(_withdraw(settings, self.digest))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Weights(_Lease, Mapping[str, "torch.Tensor"]):
+    """The result of `fetch`: tensors by name if they are in memory, else the directory at `path`.
+
+    With tensors come `files`: the other fetched files (config.json, tokenizer), read-only, by path. `digest` identifies
+    the content, to pin it in later fetches. The node serves it until `close()`, the end of a `with` block, or the end
+    of the process.
     """
 
     def __init__(
@@ -68,23 +88,11 @@ class Weights(Mapping[str, "torch.Tensor"]):
         path: Path | None,
         settings: Settings,
     ) -> None:
+        super().__init__(fetched.digest, settings)
         self.fetched = fetched
         self.files = files
         self.path = path
         self._tensors = tensors
-        self._settings: Settings | None = settings
-        self._process = os.getpid()
-
-    @property
-    def digest(self) -> Digest:
-        """The artifact's identity, to pin it with `digest=`."""
-        return self.fetched.digest
-
-    def close(self) -> None:
-        """Stops serving. Tensors and files stay valid."""
-        settings, self._settings = self._settings, None
-        if settings is not None and self._process == os.getpid():  # a forked child did not start what it inherited
-            runtime().run(_withdraw(settings, self.digest))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if self.path is not None:
@@ -97,38 +105,18 @@ class Weights(Mapping[str, "torch.Tensor"]):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def __repr__(self) -> str:
         where = self.path or f"{len(self._tensors)} tensors"
         return f"<Weights {self.fetched.model_id} {self.digest[:12]} {where}>"
 
 
-class Served:
-    """What `serve` returns: an artifact that others can fetch until `close()` or the end of a `with` block."""
+class Served(_Lease):
+    """The result of `serve`: an artifact that other nodes can fetch until `close()` or the end of a `with` block."""
 
     def __init__(self, model_id: ModelId, digest: Digest, address: Address, settings: Settings) -> None:
+        super().__init__(digest, settings)
         self.model_id = model_id
-        self.digest = digest
         self.address = address
-        self._settings: Settings | None = settings
-        self._process = os.getpid()
-
-    def close(self) -> None:
-        """Stops serving."""
-        settings, self._settings = self._settings, None
-        if settings is not None and self._process == os.getpid():  # a forked child did not start what it inherited
-            runtime().run(_withdraw(settings, self.digest))
-
-    def __enter__(self) -> Served:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Served {self.model_id} {self.digest[:12]} at {self.address}>"
@@ -144,12 +132,12 @@ def fetch(
     timeout_s: float | None = None,
     settings: Settings | None = None,
 ) -> Weights:
-    """Gets a model from whoever serves it, verified, and serves it on.
+    """Fetches a model from the nodes that serve it, verified, and serves it.
 
-    By default into new tensors, of the CPU or of the GPU that `device` names ("cuda", "cuda:1"); with `into` into these
-    very tensors (names, shapes and dtypes must match; on an error their contents are undefined); with `out` into a
-    directory, or into the local Hugging Face cache (`out=swarm.HUB_CACHE`). `digest` pins the exact content. `settings`
-    default to `Settings.load()`.
+    The default target are new tensors on the CPU, or on the GPU that `device` names ("cuda", "cuda:1"). `into`:
+    existing tensors, whose names, shapes and dtypes must match; after an error their contents are undefined. `out`: a
+    directory, or the local Hugging Face cache (`out=swarm.HUB_CACHE`). `digest` pins the content. `settings` default to
+    `Settings.load()`.
 
     Raises SettingsError, ManifestNotFound, ManifestConflict, Stalled, FetchTimeout, and StoreError with its kinds.
     """
@@ -167,7 +155,7 @@ async def fetch_async(
     timeout_s: float | None = None,
     settings: Settings | None = None,
 ) -> Weights:
-    """`fetch` for coroutines: the caller's event loop goes on meanwhile."""
+    """`fetch` for coroutines: it does not block the caller's event loop."""
     want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load())
     return await asyncio.wrap_future(runtime().submit(_fetch(want)))
 
@@ -180,7 +168,7 @@ def serve(
 ) -> Served:
     """Serves a model directory, a model id out of the local Hugging Face cache, or tensors, until closed.
 
-    Tensors need a `model_id`; they must not change while they are served. Returns once others can fetch.
+    Tensors need a `model_id`; they must not change while they are served. Returns when other nodes can fetch.
     Raises SettingsError, ManifestInvalid and StoreError.
     """
     settings = settings or Settings.load()
@@ -189,7 +177,7 @@ def serve(
 
 
 def serve_source(name: ModelId, source: Source, origin: Origin | None, *, settings: Settings) -> Served:
-    """Serves what a source holds until closed; a failure closes it. Raises SettingsError."""
+    """Serves a source until closed, and closes it on failure. Raises SettingsError."""
 
     async def start() -> Served:
         try:
@@ -210,7 +198,7 @@ def serve_source(name: ModelId, source: Source, origin: Origin | None, *, settin
 def open_source(
     what: str | Path | Mapping[str, torch.Tensor], *, model_id: str | None, settings: Settings
 ) -> tuple[ModelId, Source, Origin | None]:
-    """Model id, source and origin of something to serve, hashed. Raises as `serve` does."""
+    """Model id, source and origin of the argument of `serve`, hashed. Raises as `serve` does."""
     grid: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_bytes", "leaf_bytes", "chunk_hash")}
     if isinstance(what, Mapping):
         if model_id is None:
@@ -265,8 +253,10 @@ class _Want:
 
 
 def _gpu(device: str) -> str:
-    """A GPU with its number, which torch can use, and does from now on: `cuda` is the current one of this thread, which
-    is the caller's. Raises SettingsError."""
+    """The device with its number, initialised: `cuda` is the current GPU of this thread, the caller's.
+
+    Raises SettingsError.
+    """
     import torch
 
     if not torch.cuda.is_available():
@@ -312,7 +302,7 @@ async def fetch_on(
     device: str = "cpu",
     abandon_s: float = math.inf,
 ) -> tuple[Fetched, Store, Path | None]:
-    """Fetches on an open node: what came of it, the store, and the directory if there is one."""
+    """Fetches on an open node. Returns the result, the store, and the directory if there is one."""
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise SettingsError("digest", f"{digest!r} is not a whole digest: 64 digits from 0 to 9 and a to f")
     began = node.now()
@@ -380,6 +370,6 @@ async def _withdraw(settings: Settings, digest: Digest) -> None:
     node = await runtime().acquire(settings)
     try:
         node.release(digest)
-        await runtime().release(settings)  # what `serve` or `fetch` acquired
+        await runtime().release(settings)  # the acquisition of `serve` or `fetch`
     finally:
         await runtime().release(settings)

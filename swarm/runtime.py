@@ -1,9 +1,8 @@
-"""The background loop that nodes of this process live on, so that synchronous code, coroutines and threads can all
-use them.
+"""The event loop of a process, in a thread, and the nodes on it, for synchronous callers, coroutines and threads.
 
-One daemon thread runs one event loop. Calls that want the same settings share a node, which closes when the last of
-them lets go, or as the process ends. A forked child inherits no threads, so it starts a runtime of its own and leaves
-its parent's nodes alone. Nothing here knows what a node does.
+Calls with equal settings share a node. It closes when its last user releases it, or when the process ends. A forked
+child inherits no threads: it starts its own runtime and leaves its parent's nodes alone. `new_node` composes a node
+with its environment, status page, metrics and dashboard.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ EXIT_TIMEOUT_S = 2.0
 
 
 def new_node(settings: Settings) -> tuple[Node, NodeReport]:
-    """A node of this machine, not open yet, and the report that its status page shows."""
+    """A node of this machine, not open yet, and its status report."""
     report = NodeReport(lambda: {"version": __version__, "open": environment.open_to_all, "mdns": environment.mdns})
     dashboard = Dashboard(report)
     metrics = Metrics(lambda: report.report(node.now()), dashboard.view)
@@ -72,7 +71,7 @@ class _Shared:
 
 
 class Runtime:
-    """A loop in a thread, and the nodes on it."""
+    """An event loop in a thread, and the nodes on it."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -86,7 +85,7 @@ class Runtime:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Does work on the loop and waits for it; Ctrl-C cancels the work and waits until it has cleaned up."""
+        """Does work on the loop and waits for it. Ctrl-C cancels the work, and waits for its cleanup."""
         over = threading.Event()
 
         async def watched() -> T:
@@ -104,7 +103,7 @@ class Runtime:
             raise
 
     def abandon(self) -> None:
-        """In a forked child, where the loop's thread does not exist: nobody waits for it as the process ends."""
+        """For a forked child, where the thread does not exist: the process ends without waiting for it."""
         atexit.unregister(self._close_all)
 
     async def acquire(self, settings: Settings) -> Node:
@@ -127,7 +126,7 @@ class Runtime:
         shared.users -= 1
         if shared.users == 0:
             del self._nodes[settings]
-            shared.opening.cancel()  # if nobody wants it any more before it is open
+            shared.opening.cancel()  # if it is not open yet
             await asyncio.gather(shared.opening, return_exceptions=True)
             await shared.node.close()
 
@@ -159,7 +158,7 @@ def runtime() -> Runtime:
 
 
 def _start_afresh() -> None:
-    """In a forked child: whatever thread held the lock is not here to let go of it."""
+    """In a forked child the thread that held the lock does not exist, so the lock is a new one."""
     global _lock, _runtime
     _lock = threading.Lock()
     if _runtime is not None:

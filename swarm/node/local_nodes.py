@@ -1,7 +1,6 @@
-"""Notes that running nodes of this user leave, so that `swarm status` finds them without asking the network.
+"""Notes that the running nodes of this user leave, so that `swarm status` finds them without the network.
 
-One file per node under the cache directory, named by process id and port. Whoever reads a note of a dead process
-removes it.
+A note is a file under the cache directory, named by process id and port. A reader removes the notes of dead processes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def note(cache: Path, address: str) -> Iterator[None]:
-    """Leaves a note while the block runs. A cache that cannot be written to means no note, not a failure."""
+    """Leaves a note while the block runs, unless the cache is not writable."""
     path = _folder(cache) / f"{os.getpid()}-{address.rpartition(':')[2]}"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +25,7 @@ def note(cache: Path, address: str) -> Iterator[None]:
 
 
 def addresses(cache: Path) -> list[str]:
-    """Addresses of running nodes, the youngest last."""
+    """Addresses of running nodes, the latest last."""
     found = []
     for path in _folder(cache).glob("*-*"):
         pid = path.name.partition("-")[0]
@@ -50,7 +49,7 @@ def _remove(path: Path) -> None:
 
 
 def alive(pid: int) -> bool:
-    """Whether there is such a process, be it somebody else's."""
+    """Whether there is a process with this id, of any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

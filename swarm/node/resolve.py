@@ -1,7 +1,7 @@
-"""From a model id to its manifest: who has it, do they agree, and what exactly is it.
+"""Resolution of a model id: its holders, their agreement on a digest, and the manifest of that digest.
 
-Xxhash digests in a manifest find accidents; that the manifest is the right one rests on its sha256, which the caller
-pins, or on all reachable peers naming the same one.
+The chunk hashes of a manifest find accidents only. That it is the right manifest rests on its sha256, the digest, which
+the caller pins or all reachable holders announce.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from swarm.settings import split_address
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Time for others to object, counted from the first peer that has the model: while some address has not answered yet,
-# and in any case until that peer has told of the members it knows.
+# Time for conflicting digests, from the first holder on: while an address has not answered yet, and at least. By then
+# the first holder has shared its members.
 SETTLE_S, SETTLE_LEAST_S = 0.3, 0.05
 POLL_S = 0.1
 MANIFEST_TIMEOUT_S = 15.0
@@ -36,15 +36,15 @@ ORIGIN_TIMEOUT_S = 2.0
 async def resolve(
     node: Node, model_id: ModelId, *, digest: Digest | None, find_timeout_s: float, trusted: Sequence[str] = ()
 ) -> tuple[Manifest, Origin | None]:
-    """The manifest that a model id stands for in this swarm, and where the model came from if its peers know.
+    """Manifest and origin of a model id.
 
-    With `trusted`, addresses and networks, and no digest, it is what a node there announces over a link: where a link
-    comes from is proven by its packets, and what gossip says of others is not.
+    `trusted`: addresses and networks. Without a pinned digest, only nodes there may introduce a model, over a link: the
+    address of a link is proven by its packets, that of gossip is not.
 
-    Raises ManifestNotFound when nobody serves it in time, ManifestConflict when peers disagree and no digest is pinned.
+    Raises ManifestNotFound without a holder in time, ManifestConflict if holders disagree and no digest is pinned.
     """
     began_at_s = node.now()
-    agreed: dict[Digest, float] = {}  # digest -> when, on the node's clock
+    agreed: dict[Digest, float] = {}  # digest -> seconds on the node's clock
 
     def over(error: str | None) -> None:
         found, agreed_at_s = next(iter(agreed.items()), (digest, None))
@@ -71,7 +71,7 @@ async def _resolve(
     deadline = node.now() + find_timeout_s
     failures: dict[str, None] = {}  # each once, in order
     introducers = networks(trusted)
-    unusable: set[NodeId] = set()  # nodes whose manifest is not what its digest says; asking again changes nothing
+    unusable: set[NodeId] = set()  # nodes that sent a manifest of another digest, and would again
     with _Answers(node) as answers:
         while True:
             with node.seeking(digest):
@@ -88,7 +88,7 @@ async def _resolve(
                 )
                 told = [f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted]
                 raise ManifestNotFound(model_id, tried=[*told, *failures, *node.tried()], waited_s=find_timeout_s)
-            with node.seeking(found_digest):  # gossip may know holders where no link leads to
+            with node.seeking(found_digest):  # gossip may know holders without a link
                 for peer in [holder.peer for holder in holders if holder.peer and holder.node not in unusable]:
                     if failures and node.now() > deadline:
                         break
@@ -104,22 +104,21 @@ async def _resolve(
 
 
 class _Answers:
-    """What peers say that a digest stands for. It may be asked for ahead, while it is not agreed yet that it is wanted:
-    on a busy link that takes longer than to agree."""
+    """Manifests and origins from peers, requested ahead: on a busy link a request takes longer than the agreement."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._asked: dict[tuple[NodeId, Digest], asyncio.Task[tuple[Manifest, Origin | None]]] = {}
 
     def ask(self, peer: Peer, digest: Digest) -> asyncio.Task[tuple[Manifest, Origin | None]]:
-        """Asks, if that has not been done."""
+        """Requests them, once."""
         key = peer.node, digest
         if key not in self._asked:
             self._asked[key] = asyncio.create_task(self._ask(peer, digest))
         return self._asked[key]
 
     async def of(self, peer: Peer, digest: Digest) -> tuple[Manifest, Origin | None]:
-        """The answer. Raises PeerError or ManifestInvalid; who is asked again after that may say something else."""
+        """The answer of a peer. Raises PeerError or ManifestInvalid; the next call requests them again."""
         try:
             return await self.ask(peer, digest)
         finally:
@@ -141,7 +140,7 @@ class _Answers:
     def __exit__(self, *_: object) -> None:
         for task in self._asked.values():
             if not task.cancel() and not task.cancelled():
-                task.exception()  # asked ahead and not wanted: nobody else will look at it
+                task.exception()  # requested ahead in vain; this marks the exception as retrieved
 
 
 async def _agreed(
@@ -153,7 +152,7 @@ async def _agreed(
     deadline: float,
     trusted: Sequence[Network],
 ) -> tuple[Digest | None, list[Holder]]:
-    """The digest to fetch and who announces it; (None, []) when nobody did before the deadline."""
+    """The agreed digest and its holders; (None, []) without a holder before the deadline."""
     first_seen: float | None = None
     while True:
         if digest is not None:
@@ -161,7 +160,7 @@ async def _agreed(
         else:
             holders = node.holders(model_id)
             if trusted:
-                own = {d: who for d, who in holders.items() if node.described(d)}
+                own = {d: nodes for d, nodes in holders.items() if node.described(d)}
                 holders = own | introduced(holders, trusted)
         now = node.now()
         if holders:
@@ -169,7 +168,7 @@ async def _agreed(
             settle_s = SETTLE_S if node.searching else SETTLE_LEAST_S
             if digest is not None or now - first_seen >= settle_s:
                 if len(holders) > 1:
-                    raise ManifestConflict(model_id, {d: _names(who) for d, who in holders.items()})
+                    raise ManifestConflict(model_id, {d: _names(nodes) for d, nodes in holders.items()})
                 return next(iter(holders.items()))
             if len(holders) == 1:
                 [(candidate, claimants)] = holders.items()
@@ -181,22 +180,22 @@ async def _agreed(
 
 
 def networks(trusted: Sequence[str]) -> list[Network]:
-    """The networks that `trusted` names, which Settings has checked."""
-    return [ipaddress.ip_network(one, strict=False) for one in trusted]
+    """The networks of `trusted`, which Settings has checked."""
+    return [ipaddress.ip_network(network, strict=False) for network in trusted]
 
 
 def introduced(holders: Mapping[Digest, list[Holder]], trusted: Sequence[Network]) -> dict[Digest, list[Holder]]:
-    """Those digests that somebody announces who is linked from a machine that may introduce models."""
+    """The digests that a peer on a trusted machine announces."""
     return {
-        digest: who
-        for digest, who in holders.items()
-        if any(holder.peer and may_introduce(holder.peer, trusted) for holder in who)
+        digest: nodes
+        for digest, nodes in holders.items()
+        if any(holder.peer and may_introduce(holder.peer, trusted) for holder in nodes)
     }
 
 
 def may_introduce(peer: Peer, trusted: Sequence[Network]) -> bool:
-    """Whether a peer is linked from a machine that may introduce models."""
-    with contextlib.suppress(SettingsError, ValueError):  # of a peer in this process, or behind a name
+    """Whether a peer is on a trusted machine."""
+    with contextlib.suppress(SettingsError, ValueError):  # a peer in this process, or at a host name
         address = ipaddress.ip_address(split_address("peer", peer.link.remote)[0])
         return any(address in network for network in trusted)
     return False

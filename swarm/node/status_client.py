@@ -1,7 +1,7 @@
-"""Asks a running node what it sees.
+"""Reads the status and the view of a running node over HTTP, for the command line.
 
-Needs no event loop and none of the node's libraries, so that it starts at once. A node of this user leaves a note
-with its address while it runs (`running.py`); another one is named with --peer.
+Needs no event loop and none of the node's libraries, so that it starts at once. `local_nodes` finds the nodes of this
+user; `--peer` names others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VIEW_PATH = "/view"
 
 
 def ask_any(addresses: Sequence[str], context: ssl.SSLContext | None = None) -> tuple[str, dict[str, Any]]:
-    """The last of these nodes that answers, and its report. Raises PeerUnreachable."""
+    """Address and report of the last of these nodes that answers. Raises PeerUnreachable."""
     failure = PeerUnreachable("status", "no node of this user runs on this machine; name one with --peer HOST:PORT")
     for address in reversed(addresses):
         try:
@@ -37,7 +37,7 @@ def ask_any(addresses: Sequence[str], context: ssl.SSLContext | None = None) -> 
 def ask(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
     """The report of the node at HOST:PORT. Raises PeerUnreachable.
 
-    `context` proves that this is a member; without one a node tells programs of its own machine only.
+    `context` proves membership; without it a node answers programs of its own machine only.
     """
     answer, data = _get(address, context)
     if answer.status == http.HTTPStatus.FORBIDDEN:
@@ -54,7 +54,7 @@ def ask(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any]:
 
 
 def view(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any] | None:
-    """The view of the node at HOST:PORT (docs/dashboard.md); None where it has none, or is gone by now."""
+    """The view of the node at HOST:PORT (docs/dashboard.md); None if there is none."""
     try:
         answer, data = _get(address, context, VIEW_PATH)
         told = json.loads(data) if answer.status == http.HTTPStatus.OK else None
@@ -64,7 +64,7 @@ def view(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any] 
 
 
 def clock_ahead_s(address: str, context: ssl.SSLContext | None = None) -> float | None:
-    """How far the clock of the node at HOST:PORT is ahead of this one, to a second; None when it does not tell.
+    """Seconds that the clock of the node at HOST:PORT is ahead of this clock, to a second; None without a Date header.
 
     Raises PeerUnreachable.
     """
@@ -73,9 +73,9 @@ def clock_ahead_s(address: str, context: ssl.SSLContext | None = None) -> float 
     after = datetime.now(UTC)
     try:
         told = parsedate_to_datetime(answer.headers["Date"])
-    except (TypeError, ValueError):  # none, or none that can be read
+    except (TypeError, ValueError):  # missing, or no date
         return None
-    ahead_s = (told - before - (after - before) / 2).total_seconds() + 0.5  # it counts whole seconds
+    ahead_s = (told - before - (after - before) / 2).total_seconds() + 0.5  # Date has whole seconds
     return ahead_s if abs(ahead_s) > 1 else 0.0
 
 

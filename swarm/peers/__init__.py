@@ -1,5 +1,6 @@
-"""Links to other nodes: which ones to open, keep and close.
+"""Links to other nodes: which links to open, keep and close.
 
-`connections` is the pure connection manager and `selection` its choice among candidates. `connections_driver` dials and
-greets; `peer` is one open link; `manifest_requests` asks peers for manifests.
+`connections` is the pure connection manager, `selection` its choice among candidates. `connections_driver` dials and
+owns the peers; `peer` is an open link; `manifest_requests` gets manifests; `host` has the interfaces of the node to
+its parts.
 """

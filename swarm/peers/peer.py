@@ -1,6 +1,6 @@
-"""One connected peer: its link with an outbox, what it said of itself, and the session its chunks are read through.
+"""A linked node: its link with an outbox, the artifacts that it announced, and the session that reads its chunks.
 
-Owns what lives exactly as long as one link does. It does not interpret messages and takes no decisions: `node` does.
+Owns all that ends with the link. Must not know: the meaning of messages.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from swarm.net.websocket import Link
 from swarm.protocol.messages import FRAME_MESSAGES_MAX, Announcement, Hello, Holdings, Interest, ManifestPart, Message
 from swarm.transport import Inbound, Transport
 
-OUTBOX_MAX = 4096  # messages a peer may leave unread before it counts as gone
-OUTBOX_BYTES_MAX = MANIFEST_BYTES_MAX + (16 << 20)  # the largest manifest whole, and room for all else meanwhile
+OUTBOX_MAX = 4096  # unread messages, then the peer is cut off
+OUTBOX_BYTES_MAX = MANIFEST_BYTES_MAX + (16 << 20)  # the largest manifest, and all messages that follow meanwhile
 CONNECT_TIMEOUT_S = 5.0
 
 log = logging.getLogger("swarm")
 
 
 class Peer:
-    """A node at the other end of an open link. `token` is what it must show to open a session to this node."""
+    """The node at the other end of an open link. It presents `token` when it opens a session to this node."""
 
     def __init__(self, number: int, link: Link, hello: Hello, *, token: str, transports: Sequence[Transport]) -> None:
         self.number = number
@@ -37,7 +37,7 @@ class Peer:
         self.interests: set[Digest] = set()  # digests of which it wants `Have` messages
         self.own_interests: set[Digest] = set()  # digests of which this node wants `Have` messages
         self.why_gone: str | None = None  # why the link ends, known before it has ended
-        self._outbox: deque[Message] = deque()  # until the link has taken them
+        self._outbox: deque[Message] = deque()  # until they are written to the link
         self._posted = asyncio.Event()
         self._unsent_bytes = 0
         self._overflowed = asyncio.Event()
@@ -51,7 +51,7 @@ class Peer:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name in logs and reports."""
         return self.hello.name
 
     @property
@@ -61,13 +61,13 @@ class Peer:
 
     @property
     def usual_bytes_per_s(self) -> float:
-        """What to expect of that transport; 0: anything."""
+        """The rate to expect of that transport; 0 if there is no expectation."""
         return self._route[0].usual_bytes_per_s if self._route else 0.0
 
     def post(self, message: Message) -> None:
-        """Queues a message; those of one turn of the loop travel together.
+        """Queues a message. Messages of a turn of the event loop share a frame.
 
-        A peer that leaves too many unread is cut off; to one that is gone nothing is sent.
+        A peer that leaves too many unread is cut off. For a peer that has left this does nothing.
         """
         if len(self._outbox) >= OUTBOX_MAX:
             self._cut_off(f"left {OUTBOX_MAX} messages unread")
@@ -79,7 +79,7 @@ class Peer:
             self._posted.set()
 
     async def write(self) -> None:
-        """Sends what is posted until the link breaks or the peer is cut off, and then closes the link."""
+        """Sends posted messages until the link breaks or the peer is cut off, and then closes the link."""
         overflow = asyncio.create_task(self._overflowed.wait())
         sending = asyncio.create_task(self._send_all())
         try:
@@ -113,15 +113,17 @@ class Peer:
                 if self._session is not None:
                     await self._session.close()
                 session = await self._connect()
-                if self._closed:  # meanwhile: nobody else would ever close it
+                if self._closed:  # `close` came first, and did not see this session
                     await session.close()
                 self._check_open()
                 self._session = session
             return self._session
 
     async def _connect(self) -> Inbound:
-        """A session over the preferred usable transport. A transport that fails is not tried with this peer again while
-        another one is usable. Raises TransportError."""
+        """A session over the preferred usable transport. Raises TransportError.
+
+        A transport that fails is not tried with this peer again while another transport is usable.
+        """
         while routes := self._routes():
             self._route = transport, address = routes[0]
             try:
@@ -129,7 +131,7 @@ class Peer:
             except TransportError as error:
                 self._given_up.add(transport.scheme)
                 if not (rest := self._routes()):
-                    self._given_up.clear()  # it may be back later
+                    self._given_up.clear()  # it may work later
                     raise
                 log.warning("%s is read over %s from now on: %s", self.name, rest[0][0].scheme, error)
             else:
@@ -149,7 +151,7 @@ class Peer:
         ]
 
     def _log_choice(self, transport: Transport, others: list[str]) -> None:
-        """Once for each transport: a session that broke is opened again."""
+        """Logs each transport once: a broken session is opened again."""
         if transport.scheme not in self._logged:
             self._logged.add(transport.scheme)
             possible = f"{', '.join(others)} also possible" if others else "no other transport is possible"
@@ -171,7 +173,7 @@ class Peer:
 
 
 def _payload_bytes(message: Message) -> int:
-    """What a message alone keeps in memory, roughly; the other kinds are small, or one object in every outbox."""
+    """Approximate memory of a message in a single outbox. Other types are small, or shared by all outboxes."""
     match message:
         case ManifestPart(data=data):
             return len(data)
