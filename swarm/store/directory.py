@@ -275,15 +275,15 @@ class DirectoryStore:
         need_bytes = self._check_room(existing)
         files = []
         for entry in self.manifest.files:
+            stamp = None
             if entry.path in existing:
                 fd = self._final.open_file(entry.path, os.O_RDONLY)
                 held.callback(os.close, fd)
                 stamp = Stamp.of(os.fstat(fd))
-                files.append(_File(entry, fd, self.out / entry.path, stamp))
             else:
                 with store_errors(self.out, need_bytes=need_bytes):
                     fd = self._allocate(entry, held, undo)
-                files.append(_File(entry, fd, self.out / entry.path))
+            files.append(_File(entry, fd, self.out / entry.path, stamp))
         return files
 
     def _check_room(self, existing: set[str]) -> int:
@@ -376,10 +376,7 @@ class DirectoryStore:
 
 
 def _lock(fd: int, directory: Path) -> None:
-    """Locks a partial directory by its open lock file, and writes this process's id into that file.
-
-    Raises StoreConflict when another process holds it, FileNotFoundError when its last holder removed it.
-    """
+    """Locks a partial directory by its lock file and writes this process's id there. Raises StoreConflict."""
     try:
         lock_file(fd, directory / PARTIAL, timeout_s=0)
     except BlockingIOError as error:

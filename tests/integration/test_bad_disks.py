@@ -1,4 +1,4 @@
-"""Where a fetch should land, something is in the way, or there is no room."""
+"""Fetches into directories with other content, without room, or under attack by another user."""
 
 import contextlib
 import subprocess
@@ -107,7 +107,7 @@ def test_is_a_symlink_in_place_of_a_directory_named_and_not_followed(
 def test_does_nothing_land_outside_while_directories_are_exchanged_for_symlinks(
     machine: Machine, model: Path, out: Path, tmp_path: Path, where: str
 ) -> None:
-    """Somebody who may write to the directory races the fetch, again and again."""
+    """Another user with write access to the directory races the fetch repeatedly."""
     seed = machine.serve(model, "--upload-limit", "2MB/s")
     outside = tmp_path / "outside"
     outside.mkdir()

@@ -1,4 +1,4 @@
-"""What `swarm serve` is given, or what happens to it later, is wrong."""
+"""`swarm serve` of invalid checkpoints, and of files that change later."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Models of the hub go from one Hugging Face cache into another; `huggingface_hub` judges the result."""
+"""Models go from a Hugging Face cache into another; `huggingface_hub` checks the result."""
 
 import hashlib
 import json

@@ -31,7 +31,7 @@ def begun(out: Path, newcomer: Process) -> Callable[[], bool]:
 
 def kill_at_random(victim: Process, *, out: Path, newcomer: Process, rng: random.Random) -> None:
     wait_until(begun(out, newcomer), "the fetch to begin")
-    newcomer.wait_to_end(rng.uniform(0, FETCH_S))  # the moment after a fetch's end is one as well
+    newcomer.wait_to_end(rng.uniform(0, FETCH_S))  # at times after the end of the fetch
     victim.kill()
 
 

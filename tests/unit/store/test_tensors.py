@@ -75,7 +75,7 @@ def manifest_of(files: Mapping[str, bytes], chunk_bytes: int = CHUNK_BYTES) -> M
 
 
 def fill(store: MemoryStore | IntoStore, files: Mapping[str, bytes]) -> None:
-    """Lands every chunk, last one first, and seals."""
+    """Lands every chunk, last first, and seals."""
     for chunk in reversed(store.manifest.chunks):
         data = memoryview(files[store.manifest.files[chunk.file].path])[chunk.offset : chunk.offset + chunk.size]
         for view in store.landing(chunk):
@@ -446,7 +446,7 @@ def test_a_filled_tensor_is_withdrawn_when_it_is_trained_on() -> None:
     store.close()
 
 
-# what both ends refuse
+# refused by both ends
 
 
 class Wrapper(torch.Tensor):
