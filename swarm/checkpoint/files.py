@@ -1,6 +1,7 @@
 """Lists the files of a model directory that are served, and the skipped paths with reasons.
 
-All regular files below the directory are served, links inside it included. Files of a Hugging Face snapshot link to
+All regular files below the directory are served, links inside it included, except bystanders: what people, git,
+editors and Python leave beside a model (`bystander`). Files of a Hugging Face snapshot link to
 `../../blobs` of the same repository folder, and are served. A link to a file anywhere else is an error: the artifact
 would depend on a file outside the named directory.
 
@@ -10,6 +11,7 @@ Must not know: contents of files.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,35 @@ from swarm.store.disk import Stamp
 SINGLE = (".safetensors", ".gguf")  # a file that is a model by itself
 NOT_SERVED = {
     ".git": "belongs to git",
+    ".github": "belongs to git",
+    ".hg": "belongs to Mercurial",
+    ".svn": "belongs to Subversion",
     ".swarm": "belongs to swarm",
     ".cache": "belongs to the hub's download cache",
+    ".locks": "belongs to the hub's download cache",
+    "__pycache__": "holds Python's byte code",
+    ".ipynb_checkpoints": "belongs to Jupyter",
+    ".idea": "belongs to an editor",
+    ".vscode": "belongs to an editor",
+    "__MACOSX": "belongs to the desktop",
 }
+# Patterns of file names, in any case; loaders open none of these files.
+_BYSTANDERS = [
+    (re.compile(pattern, re.IGNORECASE), why)
+    for pattern, why in (
+        (r"\.git(attributes|ignore|modules|keep)", "belongs to git"),
+        (r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", "belongs to the desktop"),
+        (r".*\.py[co]", "holds Python's byte code"),
+        (r".*~|\.#.*|#.*#|\..*\.sw[a-p]", "belongs to an editor"),
+        (r".*\.(lock|incomplete)", "belongs to a program that runs or was interrupted"),
+        (r".*\.(png|jpe?g|gif|svg|webp|bmp|ico|tiff?)", "is a picture"),
+        (
+            r"((READ_?ME|LICEN[SC]E|NOTICE|COPYING|COPYRIGHT|CITATION|CHANGELOG|CONTRIBUTING|MODEL_?CARD)"
+            r"|(ACCEPTABLE_)?USE_POLICY)([._-].*)?(?<!\.py)(?<!\.json)(?<!\.safetensors)(?<!\.bin)(?<!\.gguf)",
+            "is documentation",
+        ),
+    )
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +69,16 @@ class CheckpointFile:
     path: str
     real: Path
     stamp: Stamp
+
+
+def bystander(path: str) -> str | None:
+    """Why a path of a directory is never part of an artifact, or None.
+
+    Two directories with the same model differ in such files, and must have the same identity.
+    """
+    parts = path.split("/")
+    why = next((NOT_SERVED[part] for part in parts if part in NOT_SERVED), None)
+    return why or next((why for pattern, why in _BYSTANDERS if pattern.fullmatch(parts[-1])), None)
 
 
 def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:
@@ -76,7 +114,8 @@ class _Walk:
         with os.scandir(directory) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 path = prefix + entry.name
-                if why := NOT_SERVED.get(entry.name) or _unservable(path):
+                why = NOT_SERVED.get(entry.name) if os.path.isdir(entry.path) else bystander(path)
+                if why := why or _unservable(path):
                     self._skip(path, why)
                 elif entry.is_symlink():
                     self._follow(entry.path, path, linked=linked)

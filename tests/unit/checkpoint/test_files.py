@@ -52,9 +52,9 @@ def test_is_what_belongs_to_others_left_out(model: Path) -> None:
     os.mkfifo(model / "pipe")
     (model / os.fsdecode(b"latin\xe9")).write_bytes(b"x")
     served, skipped = paths(model)
-    assert served == [".gitattributes", "config.json", "empty", "model.safetensors", "onnx/model.onnx"]
+    assert served == ["config.json", "empty", "model.safetensors", "onnx/model.onnx"]
     assert skipped.keys() == {
-        ".git", ".swarm", ".cache", "onnx/.git", "bad\\name", "control\x01", "pipe", "latin\\xe9",
+        ".git", ".gitattributes", ".swarm", ".cache", "onnx/.git", "bad\\name", "control\x01", "pipe", "latin\\xe9",
     }  # fmt: skip
     assert "UTF-8" in skipped["latin\\xe9"]
 
@@ -123,3 +123,33 @@ def test_is_nothing_to_serve_an_error(tmp_path: Path) -> None:
     for path in ("only-git", "empty", "text.txt", "missing"):
         with pytest.raises(ManifestInvalid, match=path):
             paths(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("config.json", True), ("model-00001-of-00002.safetensors", True), ("modeling_x.py", True),
+        ("original/params.json", True), ("license.json", True), ("notice.py", True), ("readme.safetensors", True),
+        ("security/check.py", True), ("readmes.txt", True), ("x.txt", True),
+        ("lock.json", True), ("model.png.safetensors", True), ("chat_template.jinja", True),
+        ("README.md", False), ("readme", False), ("sub/README_zh.md", False), ("LICENSE", False), ("LICENCE.txt", False),
+        ("LICENSE-MODEL", False), ("USE_POLICY.md", False), ("NOTICE", False), ("fig/plot.PNG", False),
+        (".gitattributes", False), (".gitignore", False), (".git/HEAD", False), ("x/.git", False), (".hg/store", False),
+        ("__pycache__/m.cpython-311.pyc", False), ("m.pyc", False), (".config.json.swp", False), ("config.json~", False),
+        (".#config.json", False), ("#config.json#", False), (".idea/x.xml", False), (".DS_Store", False),
+        ("model.safetensors.lock", False), ("blob.incomplete", False), (".cache/huggingface/x.metadata", False),
+    ],
+)  # fmt: skip
+def test_are_bystanders_told_from_parts_of_a_model(path: str, part: bool) -> None:
+    assert (files.bystander(path) is None) == part
+
+
+def test_are_bystanders_left_out_in_folders_and_behind_links(model: Path, tmp_path: Path) -> None:
+    before = paths(model)[0]
+    fill(model, {"README.md": b"x", "onnx/fig.png": b"x", "__pycache__/m.pyc": b"x"})
+    (model / "LICENSE").symlink_to(tmp_path / "gone")
+    (model / "notice").mkdir()
+    (model / "notice" / "code.py").write_bytes(b"x")
+    served, skipped = paths(model)
+    assert served == sorted([*before, "notice/code.py"])
+    assert skipped.keys() == {"README.md", "onnx/fig.png", "__pycache__", "LICENSE"}

@@ -110,7 +110,7 @@ def test_does_a_new_index_count_for_files_that_are_hashed_already(tmp_path: Path
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ({"model.safetensors.index.json": index(a="s.safetensors")}, "1 of the files are missing: s.safe"),
+        ({"model.safetensors.index.json": index(a="s.safetensors")}, "are missing: s.safe"),
         (TWO | {"model.safetensors.index.json": index(a="s-1.safetensors", b="t.safetensors")}, "t.safetensors; "),
         ({"pytorch_model.bin.index.json": index(a="a.bin", b="b.bin"), "a.bin": b"x"}, r"missing: b\.bin"),
         ({"model-00002-of-00003.safetensors": weights("a")}, "missing: model-00001-of-00003"),
