@@ -46,7 +46,7 @@ def indexes(found: Sequence[CheckpointFile]) -> dict[str, dict[str, str]]:
             missing = sorted(shards - here)
             others = _folder(file.path) in weights and PurePosixPath(file.path).name not in _PREFERRED
             if missing and (len(missing) < len(shards) or not others):
-                raise _incomplete(file.path, "of the files that it names", missing)
+                raise _incomplete(file.path, "of the files it names", missing)
             if not missing:
                 maps[file.path] = table
     _check_numbers(here, named={(_folder(path), path.removesuffix(".index.json").rpartition(".")[2]) for path in maps})
