@@ -137,7 +137,8 @@ def test_is_nothing_to_serve_an_error(tmp_path: Path) -> None:
         ("USE_POLICY.md", False), ("NOTICE", False), ("fig/plot.PNG", False),
         (".gitattributes", False), (".gitignore", False), (".git/HEAD", False), ("x/.git", False), (".hg/store", False),
         ("__pycache__/m.cpython-311.pyc", False), ("m.pyc", False), (".config.json.swp", False),
-        ("config.json~", False), (".#config.json", False), ("#config.json#", False), (".idea/x.xml", False), (".DS_Store", False),
+        ("config.json~", False), (".#config.json", False), ("#config.json#", False), (".DS_Store", False),
+        (".idea/x.xml", False),
         ("model.safetensors.lock", False), ("blob.incomplete", False), (".cache/huggingface/x.metadata", False),
     ],
 )  # fmt: skip
