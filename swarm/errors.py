@@ -11,7 +11,8 @@
       TransportError           node: a transfer failed; its chunks are requested from another peer
       LocalProtocolError       developer: a bug in swarm
 
-Each exception has typed fields. Its text is a single line: the event, its place, and the next step.
+Each exception has typed fields. Its text is a single line: the event, its place, and the next step. Text of peers and
+files in it is bounded and printable (`swarm.text`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from swarm.text import LINE_CHARS_MAX, clean
+
 
 class SwarmError(Exception):
     """Base class. `exit_code` is the exit status of the command line."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return clean(super().__str__(), chars_max=LINE_CHARS_MAX)
 
 
 class SettingsError(SwarmError):

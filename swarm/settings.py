@@ -37,8 +37,15 @@ _SCALE = {"": 1, "k": 10**3, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _SCALE |= {"Ki": 2**10, "ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
+# Where there is no home directory: nothing can be written there, as in a home that is read-only, and errors show why.
+NO_CACHE = Path("/dev/null/no-home-directory-set-SWARM_CACHE")
+
+
 def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swarm"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "swarm"
+    except RuntimeError:  # neither HOME nor a line in /etc/passwd
+        return NO_CACHE
 
 
 def _setting(default: Any, help_text: str, *, flag: bool = True) -> Any:
@@ -288,7 +295,7 @@ def _parse(name: str, value: Any, kind: str) -> Any:
     if isinstance(value, str):
         try:
             return _READERS[kind](value)
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, RuntimeError):  # RuntimeError: `~` without a home directory
             raise SettingsError(name, f"{value!r} is not a valid {kind}") from None
     accepted: dict[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "Path": Path}
     if not isinstance(value, accepted.get(kind, str)) or (isinstance(value, bool) and kind != "bool"):

@@ -19,7 +19,7 @@ ROOT = Path(swarm.__file__).parent
 
 # Each row imports from itself and from rows above it.
 ROWS: dict[str, set[str]] = {
-    "words": {"errors", "settings"},
+    "words": {"errors", "settings", "text"},
     "nouns": {
         "content", "content.bitfield", "content.manifest", "content.safetensors_header", "journal", "membership.config",
         "protocol", "protocol.messages", "protocol.packets",
@@ -49,9 +49,10 @@ ROWS: dict[str, set[str]] = {
     },
     "faces": {
         "", "__main__", "api", "cli", "cli.commands", "cli.demo", "cli.main", "cli.progress", "cli.replay",
-        "cli.simulate", "cli.status_json", "cli.status_table", "cli.status_watch", "dashboard", "dashboard.collector",
-        "dashboard.member_report", "dashboard.recording", "dashboard.replay_server", "dashboard.server",
-        "dashboard.sse", "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",
+        "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table", "cli.status_watch",
+        "dashboard", "dashboard.collector", "dashboard.member_report",
+        "dashboard.recording", "dashboard.replay_server", "dashboard.server", "dashboard.sse",
+        "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",
         "doctor.facts", "doctor.show", "engines", "engines.cache_gc", "engines.checkpoint_files",
         "engines.compile_caches", "engines.hooks", "engines.launch", "engines.layout", "engines.load",
         "engines.metadata", "engines.rank", "engines.serve_loaded", "engines.sglang",
@@ -65,7 +66,7 @@ ROWS: dict[str, set[str]] = {
 }  # fmt: skip
 PURE = ["words", "nouns", "policy", "machines"]
 
-# Imports of each folder and flat module, beside its own modules. All may import `errors` and `settings`.
+# Imports of each folder and flat module, beside its own modules. All may import those in COMMON.
 FOLDERS: dict[str, set[str]] = {
     "content": set(),
     "protocol": {"content"},
@@ -99,7 +100,8 @@ FOLDERS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "testing": {"content", "hashing", "net", "store", "transport"},
 }  # fmt: skip
-FLAT = {"", "__main__", "api", "errors", "journal", "runtime", "settings"}
+COMMON = {"errors", "settings", "text"}
+FLAT = {"", "__main__", "api", "errors", "journal", "runtime", "settings", "text"}
 VERSION_ONLY = {
     "doctor.examine",
     "node.node",
@@ -228,9 +230,9 @@ def test_does_a_module_import_from_rows_above_only(module: str) -> None:
 def test_which_folders_does_a_folder_import() -> None:
     found: dict[str, set[str]] = {folder: set() for folder in FOLDERS}
     for module in MODULES:
-        if FOLDER_OF[module] not in ("errors", "settings"):
+        if FOLDER_OF[module] not in COMMON:
             others = {FOLDER_OF[other] for other in own_imports(module)}
-            found[FOLDER_OF[module]] |= others - {FOLDER_OF[module], "errors", "settings"}
+            found[FOLDER_OF[module]] |= others - {FOLDER_OF[module]} - COMMON
     assert found == FOLDERS
 
 

@@ -52,10 +52,13 @@ _HASH_THREADS_MAX = 8  # sha256 runs at 1.6 GB/s a thread; more threads would ou
 
 
 def cache_root() -> Path:
-    """The cache directory of the hub's tools in this process's environment."""
+    """The cache directory of the hub's tools in this process's environment. Raises SettingsError without a home."""
     home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
     legacy = os.environ.get("HUGGINGFACE_HUB_CACHE", os.path.join(home, "hub"))
-    return Path(os.path.expandvars(os.path.expanduser(os.environ.get("HF_HUB_CACHE", legacy))))
+    path = os.path.expandvars(os.path.expanduser(os.environ.get("HF_HUB_CACHE", legacy)))
+    if path.startswith("~"):
+        raise SettingsError("HF_HOME", "this user has no home directory; set HF_HOME, or fetch with --out DIR")
+    return Path(path)
 
 
 def is_model_id(text: str) -> bool:
@@ -68,7 +71,10 @@ def snapshot(model_id: str, *, root: Path | None = None, revision: str = "main")
     """The cached snapshot of a branch, tag or commit, or None. It may lack files."""
     if not is_model_id(model_id) or unsafe_path(revision):
         return None
-    folder = _folder(model_id, root)
+    try:
+        folder = _folder(model_id, root)
+    except SettingsError:  # no home directory, no cache
+        return None
     commit = revision
     if not _COMMIT.fullmatch(revision):
         try:

@@ -13,16 +13,18 @@ import json
 import logging
 import os
 import shlex
-import signal
 import sys
+import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+from swarm.cli import signals, stdio
 from swarm.errors import SettingsError, StoreError
 from swarm.settings import Settings
 from swarm.simulation.setup import Burst
+from swarm.text import clean
 
 PROBLEMS_FOUND = 1
 MDNS_S = 2.0  # to find a node
@@ -36,13 +38,23 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings.load({name: getattr(options, name, None) for name in names})
 
 
-def _run(work: Coroutine[Any, Any, int]) -> int:
-    """Runs a coroutine. Ctrl-C and SIGTERM cancel it; it may catch the cancellation and return an exit code."""
+def _run(work: Coroutine[Any, Any, int], *, stopped: Callable[[], int] = lambda: signals.INTERRUPTED) -> int:
+    """Runs a coroutine. A signal cancels it; it may catch the cancellation and return an exit code.
+
+    `stopped()`: exit code when it does not end in time after a signal.
+    """
 
     async def run() -> int:
         task = asyncio.current_task()
-        if task is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+        def stop() -> None:
+            signals.exit_soon(stopped)
+            if task is not None:
+                task.cancel()
+
+        if threading.current_thread() is threading.main_thread():
+            for number in signals.heeded():
+                asyncio.get_running_loop().add_signal_handler(number, stop)
         return await work
 
     try:
@@ -75,10 +87,15 @@ def serve(options: argparse.Namespace) -> int:
                 what = f"{name}, {len(manifest.files)} files, {size_text(manifest.size)}, digest {manifest.digest}"
                 print(f"{node.address} ready: {what}", flush=True)
                 log.info("fetch it with: swarm fetch %s --peer %s", name, node.address)
-                await _until_stopped()
+                await asyncio.Event().wait()
         return 0
 
-    return _run(serve())
+    async def until_stopped() -> int:
+        with contextlib.suppress(asyncio.CancelledError):  # also while files are hashed
+            await serve()
+        return 0
+
+    return _run(until_stopped(), stopped=lambda: 0)
 
 
 def fetch(options: argparse.Namespace) -> int:
@@ -91,8 +108,10 @@ def fetch(options: argparse.Namespace) -> int:
     from swarm.runtime import new_node
 
     settings = settings_of(options)
+    stopped = signals.INTERRUPTED
 
     async def fetch() -> int:
+        nonlocal stopped
         node, status = new_node(settings)
         async with contextlib.AsyncExitStack() as open_:
             open_.enter_context(tracing(node.journal, options.trace))
@@ -108,6 +127,7 @@ def fetch(options: argparse.Namespace) -> int:
                         timeout_s=settings.timeout_s,
                         settings=settings,
                     )
+                stopped = 0
                 if options.json:
                     report = {
                         **dataclasses.asdict(fetched),
@@ -116,21 +136,21 @@ def fetch(options: argparse.Namespace) -> int:
                     }
                     print(json.dumps(report), flush=True)
                 else:
-                    sources = ", ".join(f"{name} {size_text(size)}" for name, size in fetched.sources.items())
+                    sources = ", ".join(f"{clean(name)} {size_text(size)}" for name, size in fetched.sources.items())
                     rate = f"{size_text(fetched.bytes)} in {fetched.seconds:.2f} s, verified"
                     kept = f", {size_text(fetched.resumed_bytes)} kept from before" if fetched.resumed_bytes else ""
                     came = f", from {sources}" if sources else ""
-                    print(f"{fetched.model_id}: {rate}{kept}{came} -> {path}", flush=True)
+                    print(f"{clean(fetched.model_id)}: {rate}{kept}{came} -> {path}", flush=True)
                 if not options.no_seed:
                     log.info("serving it on at %s; Ctrl-C to stop", node.address)
                     await _until_stopped()
         return 0
 
-    return _run(fetch())
+    return _run(fetch(), stopped=lambda: stopped)
 
 
 async def _until_stopped() -> None:
-    """Returns at Ctrl-C or SIGTERM: to stop a seed is no failure."""
+    """Returns at a signal: to stop a seed is no failure."""
     with contextlib.suppress(asyncio.CancelledError):
         await asyncio.Event().wait()
 
@@ -175,7 +195,7 @@ def status(options: argparse.Namespace) -> int:
             print(json.dumps(swarm), flush=True)
         else:
             status_table.show(swarm)
-        if not options.watch:
+        if not options.watch or stdio.ended():
             return 0 if healthy(swarm) else PROBLEMS_FOUND
         time.sleep(status_watch.EVERY_S)
 
@@ -248,7 +268,7 @@ def verify(options: argparse.Namespace) -> int:
         raise StoreError(f"{options.directory}: fetched as {manifest.digest}, which is not the digest asked for")
     problems = manifest_builder.verify(options.directory, manifest)
     for problem in problems:
-        print(problem)
+        print(clean(problem))
     if not problems:
         size = f"{len(manifest.files)} files, {manifest.size} bytes"
         print(f"{options.directory}: {size}, as fetched ({manifest.digest[:16]})")

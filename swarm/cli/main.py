@@ -13,14 +13,16 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from swarm import __version__
-from swarm.cli import commands
+from swarm.cli import commands, signals, stdio
 from swarm.errors import SwarmError
 from swarm.settings import Settings
 from swarm.simulation.setup import Burst, flag_of
+from swarm.text import LINE_CHARS_MAX, clean
 
-INTERRUPTED = 130
+OUTPUT_LOST = 1
 METAVARS = {
     "advertise": "ADDRESS[:PORT]",
     "key_file": "PATH",
@@ -31,22 +33,51 @@ METAVARS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit code."""
-    options, unknown = _parser().parse_known_args(argv)
-    if unknown:  # argparse would show the usage of `swarm` instead of the command's
-        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    if options.log_json:
-        logging.getLogger().handlers[0].setFormatter(_JsonLines())
-    logging.getLogger("swarm").setLevel(logging.DEBUG if options.verbose else logging.INFO)
+    """Runs a command; returns its exit code. Without `argv` the command owns the process."""
+    if argv is None:
+        stdio.ensure_utf8_names()
+    with stdio.guarded() as output:
+        options, unknown = _parser().parse_known_args(argv)
+        if unknown:  # argparse would show the usage of `swarm` instead of the command's
+            options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(_JsonLines() if options.log_json else _Lines())
+        logging.basicConfig(level=logging.WARNING, handlers=[handler])
+        logging.getLogger("swarm").setLevel(logging.DEBUG if options.verbose else logging.INFO)
+        code = _run(options)
+        output.flush()
+        if lost := stdio.complaint(output):
+            print(f"swarm: {lost}", file=sys.stderr)
+            if options.run not in (commands.fetch, commands.serve):  # their work is not the text
+                code = code or OUTPUT_LOST
+    if argv is not None:
+        signals.disarm()
+    return code
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
-        return int(options.run(options) or 0)
+        with signals.interrupting():
+            return int(options.run(options) or 0)
     except SwarmError as error:
         print(f"swarm: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("swarm: interrupted; verified chunks are kept, run the same command again to resume", file=sys.stderr)
-        return INTERRUPTED
+        print(signals.INTERRUPTED_LINE, file=sys.stderr)
+        return signals.INTERRUPTED
+
+
+class _Lines(logging.Formatter):
+    """The message on one line, and a traceback on its own."""
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name of logging
+        return clean(record.message, chars_max=LINE_CHARS_MAX)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802 - the name of logging
+        return "\n".join(clean(line, chars_max=LINE_CHARS_MAX) for line in super().formatException(ei).splitlines())
 
 
 class _JsonLines(logging.Formatter):
@@ -57,7 +88,7 @@ class _JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": clean(record.getMessage(), chars_max=LINE_CHARS_MAX),
         }
         if record.exc_info:
             fields["error"] = self.formatException(record.exc_info)

@@ -14,6 +14,7 @@ from swarm.journal import FetchStarted
 from swarm.observe import trace
 from swarm.observe.fetch_record import FetchRecord, FetchRecords
 from swarm.observe.units import size_text
+from swarm.text import clean
 
 
 def replay(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -39,9 +40,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         return replay(trace.lines(path))
     except OSError as error:
-        raise StoreError(str(path), f"cannot be read: {error.strerror}") from error
+        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StoreError(str(path), f"is no trace of swarm ({error!r}); `--trace FILE` writes one") from error
+        raise StoreError(f"{path}: is no trace of swarm ({clean(error)}); `--trace FILE` writes one") from error
 
 
 def show(replayed: Mapping[str, Any]) -> None:
@@ -50,7 +51,8 @@ def show(replayed: Mapping[str, Any]) -> None:
     for fetch in replayed["fetches"]:
         end = "complete" if fetch["complete"] else fetch["error"] or "not ended"
         size, seconds = size_text(fetch["received_bytes"]), fetch["seconds"]
-        console.print(f"{fetch['model_id']}: {size} in {seconds:.2f} s, {end}; digest {fetch['digest']}")
+        head = f"{size} in {seconds:.2f} s, {clean(end)}; digest {clean(fetch['digest'])}"
+        console.print(f"{clean(fetch['model_id'])}: {head}")
         phases = Table("phase", "s", "of all")
         for name, spent_s in fetch["phases"].items():
             phases.add_row(name, f"{spent_s:.3f}", f"{spent_s / max(seconds, 1e-9):.0%}")
@@ -58,9 +60,10 @@ def show(replayed: Mapping[str, Any]) -> None:
         sources = Table("source", "chunks", "received", "rejected", "failed", "wait s", "transfer s", "banned")
         for source in fetch["sources"]:
             sources.add_row(
-                source["name"], str(source["chunks"]), size_text(source["bytes"]), str(source["rejected_chunks"]),
+                clean(source["name"]), str(source["chunks"]),
+                size_text(source["bytes"]), str(source["rejected_chunks"]),
                 str(source["failed_transfers"]), f"{source['waited_s']:.3f}", f"{source['transfer_s']:.3f}",
-                source["banned"] or "",
+                clean(source["banned"] or ""),
             )  # fmt: skip
         console.print(sources)
     if not replayed["fetches"]:

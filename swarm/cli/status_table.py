@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from swarm.observe.units import count, size_text
+from swarm.text import clean
 
 HERE = ("alive", "suspect", "silent")
 SHOWN = (*HERE, "dead")  # members that left on purpose need no attention
@@ -260,5 +261,5 @@ def _words(text: str, style: str = "") -> Text:
 
 
 def _printable(text: str) -> str:
-    """Replaces characters that move the cursor or reorder text."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Each line without characters that move the cursor or reorder text."""
+    return "\n".join(map(clean, text.split("\n")))

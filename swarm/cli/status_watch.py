@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from swarm.cli import status_table
+from swarm.cli import status_table, stdio
 from swarm.cli.status_json import healthy, swarm_status
 from swarm.errors import PeerUnreachable
 from swarm.node import status_client
@@ -90,8 +90,6 @@ def _lines(ask: Ask, swarm: Mapping[str, Any]) -> int:
             sys.stdout.flush()
     except KeyboardInterrupt:
         pass
-    except BrokenPipeError:  # the reader has closed the pipe
-        sys.stdout = None  # Python would flush it at exit, and complain
     return 0 if healthy(swarm) else 1
 
 
@@ -99,7 +97,7 @@ def _again(ask: Ask, swarm: Mapping[str, Any]) -> Any:
     """`swarm`, then an answer of `ask` every second; a text if no node answers."""
     yield swarm
     answered_at_s = time.monotonic()
-    while True:
+    while not stdio.ended():
         time.sleep(EVERY_S)
         try:
             swarm = ask()

@@ -25,6 +25,7 @@ from swarm.net.http_pages import EventPage, Page
 from swarm.net.listener import Listener
 from swarm.net.websocket import HttpLinks, Link
 from swarm.observe.trace import lines
+from swarm.text import clean
 
 HOST = "127.0.0.1"
 FROM = "{from_ms:[0-9]{1,9}}"
@@ -40,9 +41,9 @@ class ReplayServer:
             self._whole = Recording(lines(path))
             self._whole.to(math.inf)
         except OSError as error:
-            raise StoreError(str(path), f"cannot be read: {error.strerror}") from error
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise StoreError(str(path), f"is no trace that can be shown ({error})") from error
+            raise StoreError(f"{path}: is no trace that can be shown ({clean(error)})") from error
         self._seconds = self._whole.at_s - self._whole.begin_s
 
     def pages(self) -> dict[str, Page]:

@@ -16,6 +16,7 @@ from typing import IO, Any
 import msgspec
 
 from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import CHUNKS_MAX
 from swarm.errors import StoreError
 from swarm.journal import (
     ArtifactsAnnounced,
@@ -61,7 +62,18 @@ def entry(line: Mapping[str, Any]) -> Entry | None:
     kind = _REPLAYED.get(line["event"])
     if kind is None:
         return None
-    return Entry(float(line["at_s"]), str(line["subject"]), msgspec.convert(line, kind, dec_hook=_decoded))
+    event: Any = msgspec.convert(line, kind, dec_hook=_decoded)
+    if isinstance(event, FetchStarted):
+        _check(event)
+    return Entry(float(line["at_s"]), str(line["subject"]), event)
+
+
+def _check(started: FetchStarted) -> None:
+    """A reader makes room for every chunk, and a trace may come from anywhere. Raises ValueError."""
+    if not 0 <= started.chunks_total <= CHUNKS_MAX:
+        raise ValueError(f"a fetch of {started.chunks_total} chunks; a manifest has at most {CHUNKS_MAX}")
+    if any(first < 0 or count < 0 or first + count > started.chunks_total for first, count in started.held):
+        raise ValueError(f"a fetch that holds chunks beyond its {started.chunks_total}")
 
 
 def _encoded(value: object) -> Any:
@@ -89,7 +101,7 @@ def tracing(journal: Journal, path: Path | None) -> Iterator[None]:
     try:
         file = path.open("wb")
     except OSError as error:
-        raise StoreError(str(path), f"no trace can be written there: {error.strerror}") from error
+        raise StoreError(f"{path}: no trace can be written there: {error.strerror}") from error
     with file:
         writer = _Writer(file)
         journal.subscribe(writer.queue)

@@ -350,3 +350,19 @@ def test_does_the_cache_follow_the_environment(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert load().cache == Path("~/.cache/swarm").expanduser()
     assert load(SWARM_CACHE="~/mine").cache == Path("~/mine").expanduser()
+
+
+def test_without_a_home_directory_the_cache_is_a_place_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    cache = Settings.load(environment={}).cache
+    assert "SWARM_CACHE" in str(cache)
+    with pytest.raises(OSError, match="Not a directory"):
+        cache.mkdir(parents=True)
+    assert Settings.load(environment={"SWARM_CACHE": "/somewhere"}).cache == Path("/somewhere")
+    with pytest.raises(SettingsError, match="cache"):
+        Settings.load({"cache": "~/cache"}, environment={})

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from swarm.cli.main import main
-from swarm.cli.replay import replay
+from swarm.cli.replay import read, replay, show
 from swarm.content.manifest import Digest, ModelId
+from swarm.errors import StoreError
 from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Received
 from swarm.observe import trace
 from swarm.observe.fetch_record import PHASES
@@ -89,3 +90,25 @@ def test_is_another_file_refused(text: str | None, tmp_path: Path, capsys: pytes
         (tmp_path / "x").write_text(text)
     assert main(["replay", str(tmp_path / "x")]) == 5
     assert capsys.readouterr().err.startswith("swarm: ")
+
+
+def test_text_of_a_trace_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = {"event": "FetchStarted", "subject": "node", "at_s": 1, "model_id": "\u202ex", "digest": "d" * 64}
+    (tmp_path / "trace").write_text(json.dumps(line | {"size": 1, "resumed_bytes": 0}) + "\n")
+    show(read(tmp_path / "trace"))
+    assert "\u202e" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fields", [{"chunks_total": 1 << 60}, {"chunks_total": 4, "held": [[0, 1 << 60]]}])
+def test_a_trace_with_more_chunks_than_a_manifest_has_is_refused(tmp_path: Path, fields: dict[str, object]) -> None:
+    line = {"event": "FetchStarted", "subject": "node", "at_s": 1, "model_id": "x", "digest": "d" * 64, "size": 1}
+    (tmp_path / "trace").write_text(json.dumps(line | {"resumed_bytes": 0, **fields}) + "\n")
+    with pytest.raises(StoreError, match=r"is no trace of swarm .*chunks"):
+        read(tmp_path / "trace")
+
+
+def test_the_error_of_another_file_is_a_line(tmp_path: Path) -> None:
+    (tmp_path / "true").write_text("true\n")
+    with pytest.raises(StoreError, match=r"true: is no trace of swarm \(Expected") as raised:
+        read(tmp_path / "true")
+    assert str(raised.value).startswith(str(tmp_path))
