@@ -202,7 +202,7 @@ def test_what_the_wire_cannot_say_does_not_get_through() -> None:
         async with Net("a", "b") as net:
             near, far = await net.link("a", "b")
             await near.send(Cancel(-1))
-            with pytest.raises(Exception, match="is no message"):
+            with pytest.raises(Exception, match="invalid message"):
                 await far.receive()
 
     play(main())
