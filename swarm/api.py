@@ -12,10 +12,10 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest, ModelId
@@ -28,7 +28,7 @@ from swarm.protocol.messages import Address, Origin
 from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.store import Source, Store
-from swarm.store.directory import DirectoryStore
+from swarm.store.directory import Claimed, DirectoryStore
 from swarm.store.tensors import GpuStore, IntoStore, MemoryStore
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 _DIGEST = re.compile("[0-9a-f]{64}")
 _DEVICE = re.compile("cpu|cuda(:[0-9]{1,3})?")
 
+T = TypeVar("T")
+TURN_S = 0.1  # between two looks at a place that another fetch fills
 RESOLVE_GRACE_S = 1.0  # resolution ends before the timeout: its error names the addresses that were tried
 
 log = logging.getLogger("swarm")
@@ -318,22 +320,87 @@ async def fetch_on(
             )
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
-    loop = asyncio.get_running_loop()
-    store, path = await loop.run_in_executor(None, lambda: _store(model_id, manifest, out, into, device, settings))
-    left_s = None if timeout_s is None else max(0.1, timeout_s - (node.now() - began))
+    left = _Deadline(node, model_id, timeout_s, began)
+    if not isinstance(out, _HubCache):
+        store, path = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
+        fetched = await _filled(node, left, store, origin, abandon_s)
+        if path is not None:
+            await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest))
+        return fetched, store, path
+    entry = hf_cache.CacheEntry(model_id)
+    lock = await _claimed(left, entry, manifest, origin)
     try:
-        fetched = await node.fetch(ModelId(model_id), store, origin=origin, timeout_s=left_s, abandon_s=abandon_s)
+        store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
+        fetched = await _filled(node, left, store, origin, abandon_s)
+        snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin))
+    finally:
+        entry.unclaim(manifest, lock)
+    return fetched, store, snapshot
+
+
+@dataclass(frozen=True)
+class _Deadline:
+    """The time that a fetch has left, from its call on."""
+
+    node: Node
+    model_id: str
+    timeout_s: float | None
+    began: float
+
+    def left_s(self) -> float | None:
+        """Seconds; None without a deadline."""
+        return None if self.timeout_s is None else max(0.1, self.timeout_s - (self.node.now() - self.began))
+
+    async def turn(self) -> None:
+        """Sleeps until the next attempt. Raises FetchTimeout after the deadline."""
+        if self.timeout_s is not None and self.node.now() - self.began > self.timeout_s:
+            raise FetchTimeout(self.model_id, timeout_s=self.timeout_s, fraction=0.0)
+        await asyncio.sleep(TURN_S)
+
+
+async def _opened(left: _Deadline, make: Callable[[], tuple[Store, Path | None]]) -> tuple[Store, Path | None]:
+    """The store. Waits while another fetch writes the same artifact there; its files then count as fetched."""
+    waiting = False
+    while True:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(None, make)
+        except Claimed as error:
+            if not waiting:
+                log.info("%s: %s is being filled by another fetch; waiting for it", left.model_id, error.where)
+                waiting = True
+            await left.turn()
+
+
+async def _claimed(left: _Deadline, entry: hf_cache.CacheEntry, manifest: Manifest, origin: Origin | None) -> int:
+    """The lock of the artifact in the hub cache. After a wait, the files that the other fetch published are reused."""
+    waiting = False
+    while (lock := entry.claim(manifest)) is None:
+        if not waiting:
+            log.info("%s: another fetch puts it into the Hugging Face cache; waiting for it", left.model_id)
+            waiting = True
+        await left.turn()
+    if waiting:
+        await asyncio.get_running_loop().run_in_executor(None, entry.restage, manifest, origin)
+    return lock
+
+
+async def _filled(node: Node, left: _Deadline, store: Store, origin: Origin | None, abandon_s: float) -> Fetched:
+    try:
+        return await node.fetch(
+            ModelId(left.model_id), store, origin=origin, timeout_s=left.left_s(), abandon_s=abandon_s
+        )
     except FetchTimeout as error:
-        raise FetchTimeout(model_id, timeout_s=timeout_s or error.timeout_s, fraction=error.fraction) from error
+        timeout_s = left.timeout_s or error.timeout_s
+        raise FetchTimeout(left.model_id, timeout_s=timeout_s, fraction=error.fraction) from error
+
+
+async def _finished(node: Node, fetched: Fetched, work: Callable[[], T]) -> T:
+    """The last step of a fetch, on a thread; if it fails, the artifact is not served."""
     try:
-        if isinstance(out, _HubCache):
-            path = await loop.run_in_executor(None, hf_cache.CacheEntry(model_id).publish, manifest, origin)
-        elif path is not None:
-            await loop.run_in_executor(None, _remember, settings.cache, path, manifest)
+        return await asyncio.get_running_loop().run_in_executor(None, work)
     except BaseException:
         node.release(fetched.digest)
         raise
-    return fetched, store, path
 
 
 def _store(

@@ -5,7 +5,8 @@
         blobs/swarm-<hash>             contents without a known hub name (see `_own_name`)
         snapshots/<commit>/<path>      relative links to blobs
         refs/main                      the commit of the plain model id
-        .swarm-incoming/<digest>       incomplete fetches; a later fetch of this digest resumes them
+        .swarm-incoming/<digest>       incomplete fetches; a later fetch of this digest resumes them; locked by
+                                       `.swarm/lock` in it from the fetch to the end of `publish`
 
 Other programs share this layout, so:
 
@@ -36,7 +37,8 @@ from pathlib import Path
 from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
-from swarm.store.disk import replacing, store_errors
+from swarm.store.directory import PARTIAL
+from swarm.store.disk import open_locked, replacing, store_errors
 
 MODEL_ID_CHARS_MAX = 96  # of organisation and of name; the hub's limit
 
@@ -47,6 +49,7 @@ _GIT_SHA1 = _COMMIT
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _INCOMING = ".swarm-incoming"
+_LOCK = "lock"
 _READ_BYTES = 1 << 20
 _HASH_THREADS_MAX = 8  # sha256 runs at 1.6 GB/s a thread; more threads would outrun the disk
 
@@ -130,6 +133,38 @@ class CacheEntry:
             # Without it the hub's tools report the model's directory as corrupt.
             (self.folder / "snapshots").mkdir(exist_ok=True)
         return staged
+
+    def claim(self, manifest: Manifest) -> int | None:
+        """Locks `staging` until `unclaim`; None while another fetch has it. Raises StoreError."""
+        lock = self.staging(manifest) / PARTIAL / _LOCK
+        # FileNotFoundError: another fetch is removing the directory.
+        with store_errors(lock), contextlib.suppress(BlockingIOError, FileNotFoundError):
+            lock.parent.mkdir(exist_ok=True)
+            return open_locked(lock, timeout_s=0)
+        return None
+
+    def unclaim(self, manifest: Manifest, lock: int) -> None:
+        """Ends a claim, published or not."""
+        place = self._staged(manifest) / PARTIAL
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(lock), os.stat(place / _LOCK)):
+                (place / _LOCK).unlink()
+                place.rmdir()
+        os.close(lock)
+
+    def restage(self, manifest: Manifest, origin: Origin | None) -> None:
+        """Puts the files of the snapshot back into `staging`, for a fetch that waited for the one that published them.
+
+        They are links to the blobs, not verified. A file that the snapshot lacks is left out, to be fetched.
+        """
+        for commit in {origin.commit if origin else "", manifest.digest[:40]} - {""}:
+            for file in manifest.files:
+                place = self._staged(manifest) / file.path
+                blob = os.path.realpath(self.folder / "snapshots" / commit / file.path)
+                with contextlib.suppress(OSError):
+                    if os.stat(blob).st_size == file.size:
+                        place.parent.mkdir(parents=True, exist_ok=True)
+                        os.link(blob, place)
 
     def publish(self, manifest: Manifest, origin: Origin | None) -> Path:
         """Moves the verified files out of `staging`, removes it, and returns the snapshot.

@@ -50,6 +50,10 @@ CLAIM_ATTEMPTS = 10  # an attempt fails only if another fetch ends in the same m
 CLOSE_TIMEOUT_S = 60.0
 
 
+class Claimed(StoreConflict):
+    """Another fetch writes this artifact there: it can be waited for."""
+
+
 class DirectorySource:
     """Complete files; `paths[i]` holds the bytes of `manifest.files[i]`.
 
@@ -126,8 +130,8 @@ class _File:
 class DirectoryStore:
     """A fetch into the directory `out`, which is made if missing. Several threads may write chunks at once.
 
-    Raises StoreConflict for a final file of another size, another entry in its place, or another process that fetches
-    the same artifact here; StoreFull; StoreError. After each of them `out` is as it was.
+    Raises StoreConflict for a final file of another size or another entry in its place, Claimed while another fetch of
+    the same artifact writes here; StoreFull; StoreError. After each of them `out` is as it was.
     """
 
     def __init__(self, out: Path, manifest: Manifest, *, fsync: bool = True) -> None:
@@ -381,9 +385,7 @@ def _lock(fd: int, directory: Path) -> None:
         lock_file(fd, directory / PARTIAL, timeout_s=0)
     except BlockingIOError as error:
         pid = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
-        raise StoreConflict(
-            directory, f"another fetch (process {pid}) is writing there; wait for it or stop it"
-        ) from error
+        raise Claimed(directory, f"another fetch (process {pid}) is writing there; wait for it or stop it") from error
     with contextlib.suppress(OSError):  # for messages only: a full disk must not prevent a resume
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)

@@ -15,7 +15,8 @@ import torch
 import swarm
 from swarm import Settings
 from swarm.api import HUB_CACHE
-from swarm.content.manifest import Digest, ModelId
+from swarm.checkpoint import digest_cache
+from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import (
     FetchTimeout,
     ManifestConflict,
@@ -27,6 +28,7 @@ from swarm.errors import (
 )
 from swarm.node.fetch import Fetched
 from swarm.runtime import runtime
+from swarm.store.directory import DirectoryStore
 
 MODEL = ModelId("org/model")
 
@@ -369,3 +371,41 @@ def test_is_the_source_closed_when_the_node_cannot_open(
 def test_is_a_rate_of_nothing_a_number() -> None:
     assert Fetched(MODEL, Digest(""), 10, 0.0, {}, 0, 0).rate_bytes_per_s == 0
     assert Fetched(MODEL, Digest(""), 10, 2.0, {}, 0, 4).rate_bytes_per_s == 3
+
+
+@pytest.mark.parametrize("out", ["out", HUB_CACHE])
+@pytest.mark.parametrize("processes", [False, True], ids=["one node", "a node each"])
+def test_two_fetches_into_one_place_both_end_well(
+    here: Settings, served: swarm.Served, out: Any, processes: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    settings = beside(here, served)
+    other = beside(here, served, name="other") if processes else settings
+    with ThreadPoolExecutor(4) as pool:
+        every = (settings, other, settings, other)
+        fetched = list(pool.map(lambda chosen: swarm.fetch(MODEL, out=out, settings=chosen), every))
+    assert len({weights.path for weights in fetched}) == 1
+    path = fetched[0].path
+    assert path is not None
+    assert [file.name for file in path.iterdir()] == ["model.safetensors"]
+    assert sum(weights.fetched.sources.get("seed", 0) for weights in fetched) == fetched[0].fetched.bytes
+    said = [record.getMessage() for record in caplog.records if "waiting for it" in record.getMessage()]
+    assert len(said) <= 3
+    for weights in fetched:
+        weights.close()
+
+
+def test_a_fetch_waits_for_a_place_until_its_deadline(there: Settings, served: swarm.Served, tmp_path: Path) -> None:
+    with swarm.fetch(MODEL, out=tmp_path / "first", settings=there) as first:
+        store = DirectoryStore(tmp_path / "out", manifest_of(tmp_path / "first", there.cache))
+        assert store.manifest.digest == first.digest
+        with pytest.raises(FetchTimeout, match=r"after the 0\.5 s allowed"):
+            swarm.fetch(MODEL, out=tmp_path / "out", settings=there, timeout_s=0.5)
+        store.close()
+        swarm.fetch(MODEL, out=tmp_path / "out", settings=there, timeout_s=30).close()
+
+
+def manifest_of(directory: Path, cache: Path) -> Manifest:
+    manifest = digest_cache.recall(cache, directory)
+    assert manifest is not None
+    return manifest
