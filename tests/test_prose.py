@@ -116,6 +116,10 @@ def test_are_few_words_of_the_package_vague() -> None:
     )
 
 
+def test_has_no_docstring_or_comment_a_forbidden_word() -> None:
+    assert [count.path for count in counts([ROOT / "swarm"]) if count.forbidden] == []
+
+
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_has_no_document_a_forbidden_word(path: Path) -> None:
     assert FORBIDDEN.findall(path.read_text(encoding="utf-8")) == []
