@@ -20,6 +20,7 @@ from swarm.cli.main import _parser, main
 from swarm.protocol import messages
 from swarm.settings import Settings
 from swarm.simulation.setup import Burst, flag_of
+from swarm.transport import tcp
 
 ROOT = Path(swarm.__file__).parent.parent
 DOCUMENTS = sorted(
@@ -91,6 +92,13 @@ def test_does_the_first_command_of_the_simulation_document_print_what_it_shows(
 @pytest.mark.parametrize("message", typing.get_args(messages.AnyMessage), ids=lambda message: message.__name__)
 def test_is_every_message_described(message: type[messages.Message]) -> None:
     assert message.__name__ in quoted("docs/protocol.md")
+
+
+def test_are_the_versions_of_the_protocol_the_present_ones() -> None:
+    described = {row[0]: row[1] for row in table("docs/protocol.md", "where")}
+    assert described["`protocol` of `Hello`"] == str(messages.PROTOCOL)
+    assert described["preamble of a session"] == str(tcp.VERSION)
+    assert f"version: u8 = {tcp.VERSION}" in text("docs/protocol.md")
 
 
 @pytest.mark.parametrize("name", sorted(ERRORS - INTERNAL))
