@@ -134,7 +134,7 @@ def offer(fields: Mapping[str, str], settings: Settings, *, places: Mapping[str,
     wanted = key(fields)
     own = settings.cache / OWN
     _remove_abandoned(own)
-    copy = own / f"{os.getpid()}-{secrets.token_hex(4)}"
+    copy = own / f"{local_nodes.process()}-{secrets.token_hex(4)}"
     try:
         with store_errors(copy):
             found = _copy(copy / "files", directories() if places is None else places)
@@ -264,8 +264,7 @@ class _CopySource(DirectorySource):
 def _remove_abandoned(own: Path) -> None:
     """Removes the copies of processes that were killed."""
     for left in own.glob("*-*"):
-        pid = left.name.partition("-")[0]
-        if pid.isdigit() and not local_nodes.alive(int(pid)):
+        if local_nodes.dead(left.name.partition("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
 
 
