@@ -87,7 +87,7 @@ FOLDERS: dict[str, set[str]] = {
     "dashboard": {"content", "journal", "net", "observe", "protocol", "transfer"},
     "runtime": {"dashboard", "membership", "net", "node", "observe"},
     "api": {"checkpoint", "content", "hashing", "node", "protocol", "runtime", "store"},
-    "engines": {"api", "checkpoint", "content", "node", "observe", "runtime", "store"},
+    "engines": {"api", "checkpoint", "content", "hashing", "node", "observe", "runtime", "store"},
     "doctor": {
         "checkpoint", "content", "engines", "journal", "net", "node", "observe", "protocol", "runtime", "security",
     },

@@ -32,10 +32,10 @@ from swarm.engines.rank import LoadOptions, Rank
 from swarm.engines.snapshot import (
     LoadedModel,
     LoadedModels,
+    keep_loaded,
     load_weights,
     model_fields,
     named_tensors,
-    servable,
 )
 
 KEY = "swarm"  # in the loader's extra config, beside SGLang's own keys
@@ -110,7 +110,7 @@ class SglangLoader(DefaultModelLoader):
         fields = layout_fields(config)
         loader = RankLoader(engine, config.model_path, config.revision, rank, fields=fields, options=options)
         nameless = _nameless(model)
-        copies = load_weights(
+        snapshot = load_weights(
             loader,
             model,
             own=lambda: self.load_weights_only(model, weights, target_device),
@@ -121,9 +121,7 @@ class SglangLoader(DefaultModelLoader):
             unsafe_after=lambda: _made_nameless(model, nameless),
         )
         self.postprocess_weights(model, target_device)
-        if copies:
-            served = servable(copies, named_tensors(model))
-            loader.server.keep(lambda: served)
+        keep_loaded(loader, snapshot, model)
         models.entries.append(LoadedModel(loader, model, lost="SGLang names no weight version"))
 
     def _own_from(self, place: Path | str, model: nn.Module, target_device: Any) -> None:

@@ -36,10 +36,11 @@ from swarm.engines.rank import LoadOptions, Rank
 from swarm.engines.snapshot import (
     LoadedModel,
     LoadedModels,
+    Snapshot,
+    keep_loaded,
     load_weights,
     model_fields,
     named_tensors,
-    servable,
 )
 
 HEADER_QUANTISATIONS = ("awq", "gptq")  # vLLM may detect these by the files' headers
@@ -54,7 +55,7 @@ class VllmLoader(BaseModelLoader):
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
         self._options = dict(load_config.model_loader_extra_config or {})
-        self._copies: dict[str, torch.Tensor] = {}
+        self._snapshot: Snapshot | None = None
         self._loader: RankLoader | None = None
         self._compiles: dict[str, str] = {}  # fields of the compile cache's key, on the first rank of a host
 
@@ -88,7 +89,7 @@ class VllmLoader(BaseModelLoader):
         if self._loader.node.rank.first_of_host:
             self._compiles = {**fields, "compilation": config.compute_hash()}
             compile_caches.before_compiling(self._compiles, self._loader.settings)
-        self._copies = load_weights(
+        self._snapshot = load_weights(
             self._loader,
             model,
             own=lambda: self._own().load_weights(model, model_config),
@@ -102,15 +103,10 @@ class VllmLoader(BaseModelLoader):
         """Loads and processes as every loader does, and keeps the tensors to serve."""
         model = super().load_model(vllm_config=vllm_config, model_config=model_config, prefix=prefix)
         if (loader := self._loader) is not None and model_config is vllm_config.model_config:
-            lost = "they are not to be served"
-            if self._copies:
-                served = servable(self._copies, named_tensors(model))
-                packed = sum(served[name] is kept for name, kept in self._copies.items())
-                lost = f"processing changed {packed} of them, so that the updated ones are not known" if packed else ""
-                if model_config.quantization is not None:
-                    lost = "they are quantised, and processing an update may change other tensors"
-                loader.server.keep(lambda: served)
-                self._copies = {}
+            lost = keep_loaded(loader, self._snapshot, model)
+            self._snapshot = None
+            if model_config.quantization is not None:
+                lost = "they are quantised, and processing an update may change other tensors"
             then = functools.partial(compile_caches.after_warm_up, self._compiles, loader.settings)
             models.entries.append(LoadedModel(loader, model, lost, then if self._compiles else None))
         return model
