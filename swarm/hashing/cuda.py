@@ -58,9 +58,15 @@ def start(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> Batch:
 
     At least one view is GPU memory, and all GPU views are of the same GPU. Raises CudaError.
     """
-    if scheme.name == "xxh3-128" and (loaded := _kernels(next(_devices(chunks)))):
+    device = next(_devices(chunks))
+    if hashes_on(device, scheme) and (loaded := _kernels(device)):
         return _KernelBatch(scheme, chunks, loaded)
     return _HostBatch(scheme, chunks)
+
+
+def hashes_on(device: int, scheme: HashScheme) -> bool:
+    """Whether this GPU hashes chunks of the scheme itself, instead of copying them to the host."""
+    return scheme.name == "xxh3-128" and _kernels(device) is not None
 
 
 def chunk_digests(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> list[bytes]:

@@ -24,7 +24,7 @@ from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import LocalProtocolError, SourceChanged, StoreError, TransportError
 from swarm.hashing.cpu import LeafHasher, chunk_digest
-from swarm.hashing.cuda import BATCH_BYTES, Batch, prepare, start
+from swarm.hashing.cuda import BATCH_BYTES, Batch, chunk_digests, hashes_on, prepare, start
 from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, View, cuda
 
 
@@ -59,6 +59,7 @@ class Verifier:
         self._lock = threading.Lock()
         # By chunk, the transfer that may write to its place; a verified chunk keeps its claim.
         self._claimed: dict[int, int] = dict.fromkeys(held, HELD)
+        self._streams: dict[int, cuda.CudaStream] = {}  # by GPU
 
     def views(self, transfer: int, chunks: Sequence[int], report: ReportChunks) -> Generator[memoryview, None, None]:
         """The views that a transfer of these chunks fills, in order. Reports each chunk after its last byte."""
@@ -112,16 +113,31 @@ class Verifier:
     def _chunk_views(self, transfer: int, chunk: Chunk, report: ReportChunks) -> Generator[memoryview, None, None]:
         hasher = LeafHasher(self._manifest.scheme)
         spare = None if self._claim(chunk, transfer) else bytearray(chunk.size)
+        on_gpu = self._gpu_views(chunk) if spare is None else []
         correct = False
         try:
             for view in self._store.landing(chunk) if spare is None else [memoryview(spare)]:
                 yield view
-                hasher.update(view)
-            correct = hasher.digest() == chunk.digest
+                if not on_gpu:
+                    hasher.update(view)
+            correct = (self._gpu_digest(on_gpu) if on_gpu else hasher.digest()) == chunk.digest
         finally:
             if spare is None and not correct:
                 self._release(chunk)
         report([LandedChunk(chunk, correct, spare)])
+
+    def _gpu_views(self, chunk: Chunk) -> list[View]:
+        """The views of a chunk's place, if it is on one GPU that can hash it; else []."""
+        if not isinstance(self._store, DeviceStore) or not self._store.devices:
+            return []
+        views = list(self._store.device_landing(chunk))
+        devices = {view.device for view in views if isinstance(view, DeviceView)}
+        return views if len(devices) == 1 and hashes_on(devices.pop(), self._manifest.scheme) else []
+
+    def _gpu_digest(self, views: list[View]) -> bytes:
+        """The digest of a chunk that host memory was copied to: the GPU hashes small leaves far faster than a CPU."""
+        with cuda.moving(self._streams):  # waits for no kernel of the tensors' owner
+            return chunk_digests(self._manifest.scheme, [views])[0]
 
     def _claim(self, chunk: Chunk, transfer: int) -> bool:
         with self._lock:
