@@ -65,6 +65,7 @@ GRANT_PATIENCE_S = 10.0
 REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # rest after a failure, doubling with each in a row
 NOTHING_TO_GIVE_REST_S = 0.1  # the least rest of a seed, however short a time it names
 DISTANCE_MAX = 2  # 0 same host, 1 same rack, 2 else
+DUE_EARLY_S = 1e-6  # a timer may fire so early, by the rounding of its clock: not to be set again for the rest
 SIDE_BY_SIDE_MEASURE_S = 0.005
 RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
 
@@ -315,7 +316,7 @@ class Download:
         ]
 
     def _announce(self, *, at_once: bool = False) -> list[Action]:
-        if not self._fresh or not (at_once or self.due_at <= self._now):
+        if not self._fresh or not (at_once or self.due_at - self._now <= DUE_EARLY_S):
             return []
         fresh, self._fresh = tuple(self._fresh), []
         self._announced_at, self.due_at = self._now, math.inf

@@ -533,3 +533,18 @@ def test_the_rate_of_transfers_side_by_side_is_that_of_all_of_them() -> None:
             for ask in asks(fetch.tell(TransferEnded(A, number))):
                 fetch.tell(Granted(A, ask.transfer, ask.chunks))
     assert 0.3 < fetch.machine._peers[A].rate_bytes_per_s / (total / fetch.now) < 3
+
+
+def test_a_timer_that_fires_early_by_rounding_is_not_set_again() -> None:
+    fetch = Fetch(64)
+    (first,) = fetch.joined("a")
+    fetch.tell(Granted(A, first.transfer, first.chunks))
+    announced = fetch.tell(ChunksVerified(A, first.transfer, first.chunks))
+    assert Announce(first.chunks) in announced
+    (second, *_) = asks(fetch.tell(TransferEnded(A, first.transfer)))
+    fetch.tell(Granted(A, second.transfer, second.chunks))
+    assert not [a for a in fetch.tell(ChunksVerified(A, second.transfer, second.chunks)) if isinstance(a, Announce)]
+    assert math.isfinite(fetch.machine.due_at)
+    early = math.nextafter(fetch.machine.due_at, 0.0)
+    assert Announce(second.chunks) in fetch.tell(Tick(), at=early)
+    assert fetch.machine.due_at == math.inf
