@@ -10,10 +10,8 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
-from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import Chunk, Digest, Manifest
+from swarm.content.manifest import Chunk, Digest
 from swarm.errors import RemoteProtocolError, StoreError, TransportError
 from swarm.journal import Sent
 from swarm.peers.host import Host
@@ -22,7 +20,7 @@ from swarm.protocol import messages
 from swarm.protocol.messages import NodeId, RefusalReason
 from swarm.store import AnySpan, DeviceSource, Source
 from swarm.transfer import upload
-from swarm.transfer.superseed import Superseed
+from swarm.transfer.shares import Share
 from swarm.transfer.upload import Upload
 from swarm.transport import Transfer, Transport
 
@@ -33,24 +31,12 @@ NOTHING_RETRY_S = 0.1  # by then the newcomer may be starving
 log = logging.getLogger("swarm")
 
 
-class Servable(Protocol):
-    """A shared artifact; `held` are its verified chunks."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """Its manifest."""
-
-    source: Source
-    held: Bitfield
-    superseed: Superseed | None  # for seeds, which choose the chunks that they send
-
-
 @dataclass(frozen=True)
 class _Sending:
     """A transfer that holds a slot. `task` returns whether all bytes were sent."""
 
     task: asyncio.Task[bool]
-    share: Servable | None
+    share: Share | None
     began_at: float
 
 
@@ -66,7 +52,7 @@ class UploadDriver:
         *,
         host: Host,
         transports: Sequence[Transport],
-        shares: Mapping[Digest, Servable],
+        shares: Mapping[Digest, Share],
         rank: Callable[[Digest], tuple[int, int]],
         withdraw: Callable[[Digest, str], object],
         slots: int,
@@ -113,7 +99,7 @@ class UploadDriver:
         self._requests = {key: request for key, request in self._requests.items() if key[0] != node}
         self._handle(upload.PeerLeft(node))
 
-    async def stop(self, share: Servable) -> None:
+    async def stop(self, share: Share) -> None:
         """Ends every transfer of an artifact that is on the wire; its source is not read afterwards."""
         tasks = [sending.task for sending in self._sending.values() if sending.share is share]
         for task in tasks:
@@ -143,7 +129,7 @@ class UploadDriver:
                     if peer:
                         self._refuse(peer, number, reason, retry_s)
 
-    async def _send(self, peer: Peer, request: messages.Request, share: Servable | None, sequence: int) -> bool:
+    async def _send(self, peer: Peer, request: messages.Request, share: Share | None, sequence: int) -> bool:
         """Sends a granted transfer; returns whether all of it was sent. Its chunks may be gone since the request."""
         number = request.transfer
         if share is None:
@@ -176,7 +162,7 @@ class UploadDriver:
                 share.superseed.failed(peer.node, indices)
         return sent
 
-    def _choose(self, peer: Peer, share: Servable, request: messages.Request) -> tuple[int, ...]:
+    def _choose(self, peer: Peer, share: Share, request: messages.Request) -> tuple[int, ...]:
         if share.superseed is None:
             return ()
         rank, seeds = self._rank(request.digest)
@@ -191,7 +177,7 @@ class UploadDriver:
         peer.post(messages.Refuse(number, reason, retry_s))
 
 
-def _answerable(share: Servable, request: messages.Request) -> bool:
+def _answerable(share: Share, request: messages.Request) -> bool:
     """Whether all requested chunks are here. A peer may ask for a choice before it learns that this is no seed."""
     if request.count:
         return share.superseed is not None
