@@ -20,6 +20,7 @@ Must not know: sockets, clocks, datagrams.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -27,7 +28,7 @@ from typing import TypeAlias
 from swarm.content.manifest import Digest
 from swarm.errors import LocalProtocolError
 from swarm.peers import selection
-from swarm.peers.selection import LINKS_FIRST, LINKS_FULL, LINKS_MOST, LINKS_WANTED, Candidate
+from swarm.peers.selection import LINKS_FIRST, LINKS_FULL, LINKS_MOST, LINKS_WANTED, SEEDS_WANTED, Candidate
 from swarm.protocol.messages import ADDRESSES_MAX, Address, NodeId
 from swarm.protocol.packets import Record, State
 
@@ -186,7 +187,7 @@ class _Member:
     address: Address
     distance: int
     load: float
-    holds: Mapping[Digest, bool]
+    holds: Mapping[Digest, Candidate]
     more: bool
 
 
@@ -202,6 +203,7 @@ class Connections:
         self._own: dict[Address, None] = {}  # own addresses, the oldest first
         self._members: dict[NodeId, _Member] = {}
         self._member_at: dict[Address, NodeId] = {}
+        self._seeds: Counter[Digest] = Counter()  # members that hold all chunks
         self._wanted = Wanted(frozenset())
         self._wanted_since: dict[Digest, float] = {}
         self._most_dialled = LINKS_MOST  # for `check`
@@ -309,17 +311,20 @@ class Connections:
     def _update_member(self, record: Record, now: float) -> list[Action]:
         if record.node == self._node:
             return []
-        if (member := self._members.pop(record.node, None)) and self._member_at.get(member.address) == record.node:
-            del self._member_at[member.address]
+        if member := self._members.pop(record.node, None):
+            self._seeds.subtract(digest for digest, candidate in member.holds.items() if candidate.whole)
+            if self._member_at.get(member.address) == record.node:
+                del self._member_at[member.address]
         if record.state < State.DEAD:
             profile = record.profile
-            self._members[record.node] = _Member(
-                address=record.address,
-                distance=profile.distance(self._host, self._rack),
-                load=profile.uploads / max(1, profile.slots),
-                holds={held.digest: held.chunks == held.chunks_total for held in profile.artifacts},
-                more=profile.omitted > 0,
-            )
+            distance = profile.distance(self._host, self._rack)
+            load = profile.uploads / max(1, profile.slots)
+            holds = {
+                held.digest: Candidate(record.node, held.chunks == held.chunks_total, distance, load)
+                for held in profile.artifacts
+            }
+            self._seeds.update(digest for digest, candidate in holds.items() if candidate.whole)
+            self._members[record.node] = _Member(record.address, distance, load, holds, more=profile.omitted > 0)
             self._member_at[record.address] = record.node
             return []
         why = "gossip says that it left" if record.state is State.LEFT else "gossip says that it is dead"
@@ -360,13 +365,15 @@ class Connections:
         for address in lasting:
             self._known[address].dialling = True
         taken = len(self._dialled_links()) + sum(not known.lasting for known in dialling)
-        members = self._to_dial(now) if self._wants_any() or small else {}
-        holders = {node: m for node, m in members.items() if not self._wanted.digests.isdisjoint(m.holds)}
+        lacking = self._lacking(now, small=small)
+        members = self._to_dial(now) if lacking or self._wanted.unresolved or small else []
+        holders = [m for m in members if not self._wanted.digests.isdisjoint(m.holds)] if lacking else []
         drops = self._drop_useless(min(len(holders), taken + len(holders) - limit), now)
         free = min(room - len(lasting), limit - taken) + len(drops)
-        chosen = self._choose_holders(holders, free, now)
+        chosen = self._choose_holders(holders, lacking, free)
         others = {a for a in due if not self._known[a].lasting and (blocked or small or not self._is_member(a))}
-        others |= {m.address for m in members.values() if small or (self._wanted.unresolved and m.more)}
+        if small or self._wanted.unresolved:
+            others |= {m.address for m in members if small or m.more}
         others -= {*chosen, *lasting}
         free = max(0, free - len(chosen))
         picked = sorted(others) if len(others) <= free else sorted(self._rng.sample(sorted(others), free))
@@ -374,22 +381,28 @@ class Connections:
             self._known.setdefault(address, _Known(False)).dialling = True
         return [*drops, *(Dial(address) for address in (*lasting, *chosen, *picked))]
 
-    def _choose_holders(self, holders: dict[NodeId, _Member], free: int, now: float) -> list[Address]:
+    def _lacking(self, now: float, *, small: bool) -> dict[Digest, tuple[dict[NodeId, bool], int]]:
+        """Wanted artifacts with fewer sources than wanted: the sources, and the links that are wanted besides seeds."""
+        lacking = {}
+        for digest, since in self._wanted_since.items():
+            settling = now - since < selection.SETTLE_S and not small
+            wanted = LINKS_FIRST if settling else LINKS_WANTED
+            sources = self._sources(digest)
+            if len(sources) < wanted + min(SEEDS_WANTED, self._seeds[digest] + sum(sources.values())):
+                lacking[digest] = sources, wanted
+        return lacking
+
+    def _choose_holders(
+        self, holders: list[_Member], lacking: dict[Digest, tuple[dict[NodeId, bool], int]], free: int
+    ) -> list[Address]:
         """Marks up to `free` of the holders as dialled, for the artifact with the fewest sources first."""
         chosen: list[Address] = []
-        if free <= 0:
-            return chosen
-        sources = {digest: self._sources(digest) for digest in self._wanted_since}
-        for digest, linked in sorted(sources.items(), key=lambda item: len(item[1])):
-            settling = now - self._wanted_since[digest] < selection.SETTLE_S and not self._small()
-            others = [
-                self._candidate(node, member.holds[digest])
-                for node, member in holders.items()
-                if digest in member.holds and member.address not in chosen
-            ]
-            candidates = [self._candidate(node, whole) for node, whole in linked.items()]
-            wanted = LINKS_FIRST if settling else LINKS_WANTED
-            for candidate in selection.choose(candidates, others, wanted=wanted, rng=self._rng)[: free - len(chosen)]:
+        for digest, (sources, wanted) in sorted(lacking.items(), key=lambda item: len(item[1][0])):
+            if len(chosen) >= free:
+                break
+            others = [m.holds[digest] for m in holders if digest in m.holds and m.address not in chosen]
+            linked = [self._candidate(node, whole) for node, whole in sources.items()]
+            for candidate in selection.choose(linked, others, wanted=wanted, rng=self._rng)[: free - len(chosen)]:
                 address = self._members[candidate.node].address
                 known = self._known.setdefault(address, _Known(False))
                 known.dialling, known.node = True, candidate.node
@@ -410,7 +423,7 @@ class Connections:
         for address, known in self._known.items():
             node = known.node or self._member_at.get(address)
             if known.dialling and node and (member := self._members.get(node)) and digest in member.holds:
-                found[node] = member.holds[digest]
+                found[node] = member.holds[digest].whole
         return found
 
     def _wants_any(self) -> bool:
@@ -434,24 +447,26 @@ class Connections:
             if link.dialled and not ((known := self._known.get(link.dialled)) and known.lasting)
         ]
 
-    def _to_dial(self, now: float) -> dict[NodeId, _Member]:
-        """Members by id that are neither linked, dialled nor backing off."""
+    def _to_dial(self, now: float) -> list[_Member]:
+        """Members that are neither linked, dialled nor backing off."""
         linked = {link.node for link in self._links.values()}
-        known = {node: self._known.get(member.address) for node, member in self._members.items()}
-        return {
-            node: self._members[node]
-            for node in sorted(known.keys() - linked)
-            if self._members[node].address not in self._own
-            and ((k := known[node]) is None or (not k.dialling and k.dial_at <= now))
-        }
+        return [
+            member
+            for node, member in self._members.items()
+            if node not in linked
+            and member.address not in self._own
+            and ((known := self._known.get(member.address)) is None or (not known.dialling and known.dial_at <= now))
+        ]
 
     def _is_member(self, address: Address) -> bool:
         return address in self._member_at or self._known[address].node in self._members
 
     def _small(self) -> bool:
         """Whether the swarm is small enough to link all nodes. Without gossip, every address counts as a node."""
-        linked = {link.node for link in self._links.values()}
-        return len(linked | self._members.keys() if self._members else self._known) <= LINKS_WANTED
+        if not self._members:
+            return len(self._known) <= LINKS_WANTED
+        strangers = {link.node for link in self._links.values()} - self._members.keys()
+        return len(strangers) + len(self._members) <= LINKS_WANTED
 
     def _blocked(self, now: float) -> bool:
         """Whether datagrams do not get through."""
