@@ -328,8 +328,9 @@ async def fetch_on(
             await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest))
         return fetched, store, path
     entry = hf_cache.CacheEntry(model_id)
-    lock = await _claimed(left, entry, manifest, origin)
+    lock = await _claimed(left, entry, manifest)
     try:
+        await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin)
         store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
         fetched = await _filled(node, left, store, origin, abandon_s)
         snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin))
@@ -371,16 +372,14 @@ async def _opened(left: _Deadline, make: Callable[[], tuple[Store, Path | None]]
             await left.turn()
 
 
-async def _claimed(left: _Deadline, entry: hf_cache.CacheEntry, manifest: Manifest, origin: Origin | None) -> int:
-    """The lock of the artifact in the hub cache. After a wait, the files that the other fetch published are reused."""
+async def _claimed(left: _Deadline, entry: hf_cache.CacheEntry, manifest: Manifest) -> int:
+    """The lock of the artifact in the hub cache."""
     waiting = False
     while (lock := entry.claim(manifest)) is None:
         if not waiting:
             log.info("%s: another fetch puts it into the Hugging Face cache; waiting for it", left.model_id)
             waiting = True
         await left.turn()
-    if waiting:
-        await asyncio.get_running_loop().run_in_executor(None, entry.restage, manifest, origin)
     return lock
 
 

@@ -1,9 +1,9 @@
 """Lists the files of a model directory that are served, and the skipped paths with reasons.
 
 All regular files below the directory are served, links inside it included, except bystanders: what people, git,
-editors and Python leave beside a model (`bystander`). Files of a Hugging Face snapshot link to
-`../../blobs` of the same repository folder, and are served. A link to a file anywhere else is an error: the artifact
-would depend on a file outside the named directory.
+editors and Python leave beside a model (`bystander`). Files of a Hugging Face snapshot link to `../../blobs` of the
+same repository folder, which may link into `blobs` of the cache, and are served. A link to a file anywhere else is an
+error: the artifact would depend on a file outside the named directory.
 
 Must not know: contents of files.
 """
@@ -131,7 +131,7 @@ class _Walk:
             raise ManifestInvalid(path, f"is a link to nowhere ({os.readlink(link)}); remove or repair it") from error
         inside = Path(target).is_relative_to(self.root)
         if not os.path.isdir(target):
-            if not inside and not (self._blobs and Path(target).is_relative_to(self._blobs)):
+            if not inside and not any(Path(target).is_relative_to(blobs) for blobs in self._blobs):
                 raise ManifestInvalid(path, f"is a link out of the directory, to {target}; put the file itself here")
             self._add(path, target)
         elif not inside:
@@ -168,10 +168,10 @@ def _unservable(path: str) -> str | None:
     return unsafe_path(path)
 
 
-def _blobs(root: Path) -> Path | None:
-    """`models--org--name/blobs` for a snapshot of the Hugging Face cache; None for other directories."""
+def _blobs(root: Path) -> tuple[Path, ...]:
+    """`models--org--name/blobs` for a snapshot of the Hugging Face cache, and the cache's own `blobs`."""
     for commit in (root, *root.parents):
         repository = commit.parent.parent
         if commit.parent.name == "snapshots" and repository.name.startswith("models--"):
-            return Path(os.path.realpath(repository / "blobs"))
-    return None
+            return tuple(Path(os.path.realpath(place / "blobs")) for place in (repository, repository.parent))
+    return ()

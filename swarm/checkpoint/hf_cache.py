@@ -3,10 +3,11 @@
     <root>/models--org--name/
         blobs/<etag>                   contents, named by the hub: sha256, or git's sha1 for small files
         blobs/swarm-<hash>             contents without a known hub name (see `_own_name`)
-        snapshots/<commit>/<path>      relative links to blobs
+        snapshots/<commit>/<path>      relative links to blobs, or plain files where links are not possible
         refs/main                      the commit of the plain model id
         .swarm-incoming/<digest>       incomplete fetches; a later fetch of this digest resumes them; locked by
                                        `.swarm/lock` in it from the fetch to the end of `publish`
+    <root>/blobs/<2 digits>/<hash>     contents that several models share; their blobs link to it (huggingface_hub 2)
 
 Other programs share this layout, so:
 
@@ -14,6 +15,8 @@ Other programs share this layout, so:
   malicious peer must not plant content under such a name.
 - A commit that a peer claims cannot be verified offline. It may add files to a snapshot and never changes a file that
   the cache has for this commit.
+- A fetch starts with what lies here: files of the right name or path get a second name (hard link) in the fetch's
+  directory, if their chunks have the digests of the manifest. A damaged blob is fetched again and replaced.
 - All checks precede the first move, and `refs/main` moves last. After an interruption blobs and links are right, and
   loading by id gives the old snapshot.
 - A fetch by id moves `refs/main` even from another commit, so that loading the id gives the fetched files. The hub's
@@ -25,6 +28,7 @@ Must not know: peers, unverified chunks, `huggingface_hub` (a heavy import; the 
 from __future__ import annotations
 
 import contextlib
+import errno
 import filecmp
 import hashlib
 import os
@@ -34,6 +38,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
+
+from swarm.checkpoint.manifest_builder import verify
 from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
@@ -48,6 +55,8 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 _GIT_SHA1 = _COMMIT
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
+# Of file systems without symbolic links (exFAT, some SMB and FUSE mounts).
+_NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _INCOMING = ".swarm-incoming"
 _LOCK = "lock"
 _READ_BYTES = 1 << 20
@@ -152,19 +161,14 @@ class CacheEntry:
                 place.rmdir()
         os.close(lock)
 
-    def restage(self, manifest: Manifest, origin: Origin | None) -> None:
-        """Puts the files of the snapshot back into `staging`, for a fetch that waited for the one that published them.
+    def reuse(self, manifest: Manifest, origin: Origin | None) -> None:
+        """Puts right files of the cache into `staging`, compared with the manifest, during a claim. Raises StoreError.
 
-        They are links to the blobs, not verified. A file that the snapshot lacks is left out, to be fetched.
+        A file that the cache lacks, or has damaged, is left out, to be fetched.
         """
-        for commit in {origin.commit if origin else "", manifest.digest[:40]} - {""}:
+        with store_errors(self.folder):
             for file in manifest.files:
-                place = self._staged(manifest) / file.path
-                blob = os.path.realpath(self.folder / "snapshots" / commit / file.path)
-                with contextlib.suppress(OSError):
-                    if os.stat(blob).st_size == file.size:
-                        place.parent.mkdir(parents=True, exist_ok=True)
-                        os.link(blob, place)
+                self._reuse(manifest, file, origin, self._staged(manifest))
 
     def publish(self, manifest: Manifest, origin: Origin | None) -> Path:
         """Moves the verified files out of `staging`, removes it, and returns the snapshot.
@@ -195,6 +199,44 @@ class CacheEntry:
     def _blob(self, name: str) -> Path:
         return self.folder / "blobs" / name
 
+    def _reuse(self, manifest: Manifest, file: FileEntry, origin: Origin | None, staged: Path) -> None:
+        """Gives a right file of the cache a second name in `staged`."""
+        place, alone = staged / file.path, msgspec.structs.replace(manifest, files=(file,))
+        if place.exists():
+            # A file with a second name may have been changed under that name since.
+            if place.stat().st_nlink == 1 or not verify(staged, alone):
+                return
+            place.unlink()
+        for found in self._candidates(manifest, file, origin):
+            with contextlib.suppress(OSError):  # else the file is fetched
+                place.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(found, place)
+                except FileExistsError:  # another fetch
+                    return
+                except OSError:  # no hard links here
+                    with replacing(place, draft_dir=self._incoming) as draft:
+                        shutil.copyfile(found, draft)
+                if not verify(staged, alone):
+                    return
+                place.unlink()
+
+    def _candidates(self, manifest: Manifest, file: FileEntry, origin: Origin | None) -> Iterator[Path]:
+        """Files of the cache, by blob name or by path in a snapshot, that have the size of `file`; links resolved."""
+        etag = origin.etags.get(file.path) if origin else None
+        blobs = [self._blob(name) for name in (etag, _own_name(manifest, file)) if name]
+        snapshots = (snapshot / file.path for snapshot in sorted((self.folder / "snapshots").iterdir()))
+        inside = (Path(os.path.realpath(self.folder)), Path(os.path.realpath(self.folder.parent / "blobs")))
+        seen = set()
+        for path in (*blobs, *snapshots):
+            real = Path(os.path.realpath(path))
+            if real in seen or not any(real.is_relative_to(place) for place in inside):
+                continue
+            seen.add(real)
+            with contextlib.suppress(OSError):
+                if real.is_file() and real.stat().st_size == file.size:
+                    yield real
+
     def _blob_names(self, manifest: Manifest, origin: Origin | None, staged: Path) -> dict[str, str]:
         etags = origin.etags if origin else {}
 
@@ -224,7 +266,11 @@ class CacheEntry:
             raise StoreConflict(blob, "a file belongs here; remove what is in its place")
         link = target / file.path
         if link.exists() and not link.is_symlink():
-            raise StoreConflict(link, "is not a link into the cache's blobs; remove it, or fetch with --out DIR")
+            if link.is_file() and filecmp.cmp(link, staged / file.path, shallow=False):
+                return
+            raise StoreConflict(
+                link, "is not a link into the cache's blobs and differs; remove it, or fetch with --out DIR"
+            )
         # A commit that is derived from the manifest is swarm's own: a different file there is damaged.
         if origin is None or not link.exists() or os.path.basename(os.readlink(link)) == blob.name:
             return
@@ -236,15 +282,35 @@ class CacheEntry:
             )
 
     def _place(self, staged: Path, link: Path, blob: Path) -> None:
+        if link.is_file() and not link.is_symlink():  # the same content, as a plain file
+            staged.unlink()
+            return
         blob.parent.mkdir(parents=True, exist_ok=True)
-        # The staged file matches the blob's name. So does a blob of this size; another size is a broken copy.
-        if blob.exists() and blob.stat().st_size == staged.stat().st_size:
+        # The staged file matches the blob's name. A blob of another content is a broken copy.
+        if blob.exists() and (blob.samefile(staged) or filecmp.cmp(blob, staged, shallow=False)):
             staged.unlink()
         else:
             staged.replace(blob)
+        if link.exists() and os.path.basename(os.readlink(link)) == blob.name:
+            return
         link.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(link, draft_dir=self._incoming) as draft:
-            draft.symlink_to(os.path.relpath(blob, link.parent))
+        try:
+            if _is_true("HF_HUB_DISABLE_SYMLINKS"):
+                raise OSError(errno.EPERM, "symbolic links are turned off")
+            with replacing(link, draft_dir=self._incoming) as draft:
+                draft.symlink_to(os.path.relpath(blob, link.parent))
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            self._place_plain(blob, link)
+
+    def _place_plain(self, blob: Path, link: Path) -> None:
+        """Makes `link` a plain file, as the hub's tools do without links: the blob itself, a copy of a shared one."""
+        if blob.is_symlink() or len([*self.folder.glob("snapshots/*")]) > 1:
+            with replacing(link, draft_dir=self._incoming) as draft:
+                shutil.copyfile(blob, draft)
+        else:
+            blob.replace(link)
 
     def _point_main(self, commit: str) -> None:
         main = self.folder / "refs" / "main"
@@ -253,6 +319,10 @@ class CacheEntry:
             file.write(commit)  # no newline: the hub's tools compare the whole file
             file.flush()
             os.fsync(file.fileno())
+
+
+def _is_true(variable: str) -> bool:
+    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _folder(model_id: str, root: Path | None) -> Path:

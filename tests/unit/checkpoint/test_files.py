@@ -116,6 +116,20 @@ def test_is_another_repositorys_blob_out_of_bounds(tmp_path: Path) -> None:
         paths(snapshot)
 
 
+def test_is_a_blob_that_the_caches_models_share_served(tmp_path: Path) -> None:
+    snapshot = hub_snapshot(tmp_path)
+    fill(tmp_path / "hub" / "blobs", {"dd/ddd": b"shared"})
+    (tmp_path / "hub" / "models--org--name" / "blobs" / "eee").symlink_to("../../blobs/dd/ddd")
+    (snapshot / "more.safetensors").symlink_to("../../blobs/eee")
+    served, _ = files.walk(snapshot)
+    assert [f.real for f in served if f.path == "more.safetensors"] == [tmp_path / "hub" / "blobs" / "dd" / "ddd"]
+    fill(tmp_path, {"elsewhere/fff": b"x"})
+    (tmp_path / "hub" / "models--org--name" / "blobs" / "ggg").symlink_to("../../../elsewhere/fff")
+    (snapshot / "out.safetensors").symlink_to("../../blobs/ggg")
+    with pytest.raises(ManifestInvalid, match=r"out\.safetensors: is a link out"):
+        paths(snapshot)
+
+
 def test_is_nothing_to_serve_an_error(tmp_path: Path) -> None:
     fill(tmp_path / "only-git", {".git/HEAD": b"x"})
     (tmp_path / "empty").mkdir()

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from swarm.checkpoint import hf_cache
+from swarm.checkpoint import hf_cache, manifest_builder
 from swarm.checkpoint.hf_cache import CacheEntry
 from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import SettingsError, StoreConflict, StoreError
@@ -299,3 +300,128 @@ def test_cache_is_where_the_hub_tools_have_it(environ: dict[str, str], monkeypat
     program = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
     said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert str(hf_cache.cache_root()) == said.stdout.strip()
+
+
+def built(tmp_path: Path, files: dict[str, bytes]) -> Manifest:
+    """A manifest with the digests of its chunks."""
+    plain = tmp_path / "plain"
+    shutil.rmtree(plain, ignore_errors=True)
+    for path, data in files.items():
+        (plain / path).parent.mkdir(parents=True, exist_ok=True)
+        (plain / path).write_bytes(data)
+    manifest, source, _ = manifest_builder.checkpoint(plain, cache_dir=tmp_path / "digests")
+    source.close()
+    return manifest
+
+
+def reused(entry: CacheEntry, manifest: Manifest, origin: Origin) -> Path:
+    """The staging directory of a fetch as it starts."""
+    staged = entry.staging(manifest)
+    entry.reuse(manifest, origin)
+    return staged
+
+
+WEIGHTS = {"config.json": b"{}", "pytorch_model.bin": bytes(range(256)) * 8192}
+LAYOUTS = ["links", "shared", "copies", "swarm"]
+
+
+def lay_out(root: Path, files: dict[str, bytes], layout: str, *, ref: str = "main") -> Path:
+    """A cache as huggingface_hub writes it ('links', 2.x 'shared', 'copies' without links), or as swarm does."""
+    if layout == "swarm":
+        return publish(root, files, None)
+    folder = root / "models--org--model"
+    snapshot = folder / "snapshots" / COMMIT
+    for path, data in files.items():
+        place, blob = snapshot / path, folder / "blobs" / origin_of(files).etags[path]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        blob.parent.mkdir(parents=True, exist_ok=True)
+        if layout == "copies":
+            place.write_bytes(data)
+            continue
+        if layout == "shared" and "model" in path:
+            shared = root / "blobs" / blob.name[:2] / blob.name
+            shared.parent.mkdir(parents=True)
+            shared.write_bytes(data)
+            shared.chmod(0o400)
+            (root / "blobs" / ".huggingface-shared-blobs").write_text("1\n")
+            blob.symlink_to(os.path.relpath(shared, blob.parent))
+        else:
+            blob.write_bytes(data)
+        place.symlink_to(os.path.relpath(blob, place.parent))
+    (folder / "refs" / ref).parent.mkdir(parents=True)
+    (folder / "refs" / ref).write_text(COMMIT)
+    return snapshot
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fetch_starts_with_what_the_cache_has_in_every_layout(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "hub"
+    lay_out(root, WEIGHTS, layout)
+    before, manifest = tree(root), built(tmp_path, WEIGHTS)
+    entry = CacheEntry(MODEL, root=root)
+    staged = reused(entry, manifest, origin_of(WEIGHTS))
+    assert manifest_builder.verify(staged, manifest) == []
+    entry.publish(manifest, origin_of(WEIGHTS))
+    judge(root, WEIGHTS, COMMIT)
+    if layout != "swarm":
+        assert tree(root) == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_revision_that_differs_in_one_file_lacks_that_file_only(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "hub"
+    lay_out(root, WEIGHTS, layout)
+    newer = WEIGHTS | {"config.json": b"[]"}
+    manifest = built(tmp_path, newer)
+    entry, origin = CacheEntry(MODEL, root=root), origin_of(newer, commit="d" * 40)
+    staged = reused(entry, manifest, origin)
+    assert set(tree(staged)) == {"pytorch_model.bin"}
+    (staged / "config.json").write_bytes(b"[]")
+    entry.publish(manifest, origin)
+    judge(root, newer, "d" * 40)
+
+
+@pytest.mark.parametrize("layout", ["links", "shared"])
+def test_a_damaged_blob_of_the_right_size_is_fetched_again_and_mended(tmp_path: Path, layout: str) -> None:
+    root = tmp_path / "hub"
+    snapshot = lay_out(root, WEIGHTS, layout)
+    real = (snapshot / "pytorch_model.bin").resolve()
+    real.chmod(0o600)
+    damaged = b"?" + WEIGHTS["pytorch_model.bin"][1:]
+    real.write_bytes(damaged)
+    manifest, entry = built(tmp_path, WEIGHTS), CacheEntry(MODEL, root=root)
+    staged = reused(entry, manifest, origin_of(WEIGHTS))
+    assert set(tree(staged)) == {"config.json"}
+    (staged / "pytorch_model.bin").write_bytes(WEIGHTS["pytorch_model.bin"])
+    entry.publish(manifest, origin_of(WEIGHTS))
+    judge(root, WEIGHTS, COMMIT)
+    if layout == "shared":
+        assert real.read_bytes() == damaged  # other models' tools own it
+
+
+def test_a_staged_name_of_a_blob_that_was_damaged_since_is_dropped(tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    snapshot = lay_out(root, WEIGHTS, "links")
+    manifest, entry = built(tmp_path, WEIGHTS), CacheEntry(MODEL, root=root)
+    reused(entry, manifest, origin_of(WEIGHTS))
+    (snapshot / "config.json").write_bytes(b"()")
+    assert set(tree(entry.staging(manifest, origin_of(WEIGHTS)))) == {"pytorch_model.bin"}
+
+
+@pytest.mark.parametrize("how", ["refused", "disabled"])
+def test_a_cache_without_symbolic_links_gets_plain_files(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if how == "refused":
+        monkeypatch.setattr(os, "symlink", refuse)
+    else:
+        monkeypatch.setenv("HF_HUB_DISABLE_SYMLINKS", "1")
+    for commit in (COMMIT, "d" * 40):
+        target = publish(tmp_path, FILES, origin_of(FILES, commit=commit))
+        assert {p: bytes.fromhex(data) for p, data in tree(target).items()} == FILES
+        found = huggingface_hub.snapshot_download(MODEL, cache_dir=tmp_path, local_files_only=True)
+        assert Path(found) == target
+        assert publish(tmp_path, FILES, origin_of(FILES, commit=commit)) == target
