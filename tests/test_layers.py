@@ -31,7 +31,7 @@ ROWS: dict[str, set[str]] = {
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
     "world": {
-        "checkpoint.digest_cache", "checkpoint.files", "checkpoint.hf_cache", "checkpoint.weight_index",
+        "checkpoint.digest_cache", "checkpoint.files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
         "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.udp", "net.websocket",
         "security",
@@ -42,7 +42,7 @@ ROWS: dict[str, set[str]] = {
         "transport.tcp", "transport.tcp_session", "transport.tls_stream", "transport.torch_distributed",
     },
     "drivers": {
-        "checkpoint", "checkpoint.manifest_builder", "membership", "membership.swim_driver", "net.environment", "node",
+        "checkpoint", "checkpoint.hf_cache", "checkpoint.manifest_builder", "membership", "membership.swim_driver", "net.environment", "node",
         "node.fetch", "node.holders", "node.node", "node.resolve", "peers", "peers.connections_driver", "peers.host",
         "peers.manifest_requests", "peers.peer", "transfer", "transfer.download_driver", "transfer.shares",
         "transfer.upload_driver", "transfer.verify",

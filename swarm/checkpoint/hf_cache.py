@@ -38,8 +38,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgspec
-
 from swarm.checkpoint.manifest_builder import verify
 from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.errors import SettingsError, StoreConflict, StoreError
@@ -201,7 +199,7 @@ class CacheEntry:
 
     def _reuse(self, manifest: Manifest, file: FileEntry, origin: Origin | None, staged: Path) -> None:
         """Gives a right file of the cache a second name in `staged`."""
-        place, alone = staged / file.path, msgspec.structs.replace(manifest, files=(file,))
+        place, alone = staged / file.path, _only(manifest, file)
         if place.exists():
             # A file with a second name may have been changed under that name since.
             if place.stat().st_nlink == 1 or not verify(staged, alone):
@@ -319,6 +317,10 @@ class CacheEntry:
             file.write(commit)  # no newline: the hub's tools compare the whole file
             file.flush()
             os.fsync(file.fileno())
+
+
+def _only(manifest: Manifest, file: FileEntry) -> Manifest:
+    return Manifest(1, manifest.tier, manifest.fingerprint, manifest.scheme, manifest.chunk_bytes, (file,))
 
 
 def _is_true(variable: str) -> bool:
