@@ -42,7 +42,8 @@ ROWS: dict[str, set[str]] = {
         "transport.tcp", "transport.tcp_session", "transport.tls_stream", "transport.torch_distributed",
     },
     "drivers": {
-        "checkpoint", "checkpoint.hf_cache", "checkpoint.manifest_builder", "membership", "membership.swim_driver", "net.environment", "node",
+        "checkpoint", "checkpoint.hf_cache", "checkpoint.manifest_builder", "membership",
+        "membership.swim_driver", "net.environment", "node",
         "node.fetch", "node.holders", "node.node", "node.resolve", "peers", "peers.connections_driver", "peers.host",
         "peers.manifest_requests", "peers.peer", "transfer", "transfer.download_driver", "transfer.shares",
         "transfer.upload_driver", "transfer.verify",
