@@ -334,6 +334,8 @@ async def fetch_on(
         store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
         fetched = await _filled(node, left, store, origin, abandon_s)
         snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin))
+        if isinstance(store, DirectoryStore):
+            store.moved(snapshot)
     finally:
         entry.unclaim(manifest, lock)
     return fetched, store, snapshot

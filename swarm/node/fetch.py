@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -158,11 +159,17 @@ async def _resume(store: Store, held: Bitfield) -> int:
     manifest = store.manifest
     present = await asyncio.to_thread(lambda: list(store.present()))
 
+    cancelled = threading.Event()  # a thread cannot be stopped, and the process waits for it at exit
+
     def verified(chunks: list[Chunk]) -> list[Chunk]:
-        return [chunk for chunk in chunks if chunk_digest(manifest.scheme, store.read(chunk)) == chunk.digest]
+        todo = itertools.takewhile(lambda _: not cancelled.is_set(), chunks)
+        return [chunk for chunk in todo if chunk_digest(manifest.scheme, store.read(chunk)) == chunk.digest]
 
     jobs = [job for start in range(RESUME_JOBS) if (job := present[start::RESUME_JOBS])]
-    found = await asyncio.gather(*(asyncio.to_thread(verified, job) for job in jobs))
+    try:
+        found = await asyncio.gather(*(asyncio.to_thread(verified, job) for job in jobs))
+    finally:
+        cancelled.set()
     for chunk in itertools.chain.from_iterable(found):
         held.add(chunk.index)
     return sum(manifest.chunks[index].size for index in held)

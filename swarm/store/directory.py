@@ -9,8 +9,9 @@
 - **Space is allocated first.** A fetch that does not fit fails at once and leaves nothing behind.
 - **A resume needs no record** of verified chunks. Allocated space that was never written is a hole; all other data is
   hashed again. A record could disagree with the disk after a crash.
-- **Files stay open until `close`.** Senders use lent descriptors, and a descriptor closed too early may already name
-  another file. The soft limit of open files is raised if needed.
+- **Files stay open as long as the process may have them open** (`disk.OpenFiles`). A lent descriptor stays open: closed
+  too early, its number may already name another file. The soft limit of open files is raised if needed; a file above
+  the hard limit is opened again when it is needed, and must be the same file.
 - **Power loss.** With `fsync` (the default) the data of each file is on the disk before it gets its final name, and the
   names are on the disk when `seal` returns. Writeback starts every 64 MiB of a file: one flush at the end would about
   double the time of a fetch to a slow disk. Without `fsync`, a killed process loses nothing, but a power loss may leave
@@ -22,6 +23,7 @@ Must not know: hash functions, peers, transports; verification is the caller's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import threading
@@ -35,6 +37,7 @@ from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
 from swarm.store import FileSpan
 from swarm.store.disk import (
     ConfinedDirectory,
+    OpenFiles,
     Stamp,
     Writeback,
     lock_file,
@@ -71,18 +74,19 @@ class DirectorySource:
         for path, stamp, entry in zip(self._paths, self._stamps, manifest.files, strict=True):
             if stamp.size != entry.size:
                 raise SourceChanged(path, f"{entry.size} bytes became {stamp.size}")
-        self._fds: dict[int, int] = {}
-        self._opening = threading.Lock()
+        self._files = OpenFiles(self._open)
         self._closed = False
         reserve_descriptors(len(self._paths))
 
     def spans(self, chunk: Chunk) -> Iterator[FileSpan]:
         """The chunk's bytes. Raises SourceChanged, before or after the span is used, if the file changed."""
         path, stamp = self._paths[chunk.file], self._stamps[chunk.file]
-        fd = self._open(chunk.file)
-        stamp.check(path, fd)
-        yield FileSpan(fd, chunk.offset, chunk.size)
-        stamp.check(path, fd)
+        if self._closed:
+            raise StoreError(f"{self.root} is not served any more")
+        with self._files.lend(chunk.file) as fd:
+            stamp.check(path, fd)
+            yield FileSpan(fd, chunk.offset, chunk.size)
+            stamp.check(path, fd)
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
         """The chunk's bytes; a view is valid until the next. Raises StoreError, and as `spans` does."""
@@ -90,24 +94,19 @@ class DirectorySource:
 
     def close(self) -> None:
         """Closes the files and so ends all spans."""
-        with self._opening:
-            self._closed = True
-            while self._fds:
-                os.close(self._fds.popitem()[1])
+        self._closed = True
+        self._files.close()
 
     def _open(self, number: int) -> int:
         path = self._paths[number]
-        with self._opening:
-            if self._closed:
-                raise StoreError(f"{self.root} is not served any more")
-            if number not in self._fds:
-                try:
-                    self._fds[number] = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-                except FileNotFoundError as error:
-                    raise SourceChanged(path, "it is gone") from error
-                except OSError as error:
-                    raise StoreError(f"{path}: {error.strerror}") from error
-            return self._fds[number]
+        try:
+            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise SourceChanged(path, "it is gone") from error
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                raise
+            raise StoreError(f"{path}: {error.strerror}") from error
 
     def __repr__(self) -> str:
         return f"<DirectorySource {self.root} {len(self._paths)} files, {self.manifest.size} bytes>"
@@ -118,7 +117,7 @@ class _File:
     """A file of the store; `stamp` is taken when it has its final name."""
 
     entry: FileEntry
-    fd: int
+    inode: int
     path: Path
     stamp: Stamp | None = None
 
@@ -145,13 +144,16 @@ class DirectoryStore:
         self._state = threading.Condition()
         self._sealing = threading.Lock()
         self._made: list[Path] = []  # `out` and parents that this fetch made
-        self._writeback = Writeback()
+        self._moved_to: Path | None = None
+        self._files: list[_File] = []
+        self._open_files = OpenFiles(self._open)
+        self._writeback = Writeback(self._sync)
         reserve_descriptors(len(manifest.files))
         with store_errors(self.out), ExitStack() as held, ExitStack() as undo:
             self._final = self._open_out(held, undo)
             self._partials, self._partial, fresh = self._claim(held, undo)
             existing = self._existing()  # after the lock: its last holder may have added files
-            self._files = self._open_files(existing, held, undo)
+            self._files = self._prepare(existing, undo)
             self._held, self._undo = held.pop_all(), undo.pop_all()
             if not fresh:
                 self._undo.pop_all()  # data of an earlier fetch stays even if this fetch fails
@@ -163,7 +165,8 @@ class DirectoryStore:
             file = self._files[chunk.file]
             self._check(file)
             if not file.final and data_at.get(chunk.file, -1) < chunk.offset:
-                data_at[chunk.file] = next_data(file.fd, chunk.offset)
+                with self._open_files.lend(chunk.file) as fd:
+                    data_at[chunk.file] = next_data(fd, chunk.offset)
             if file.final or data_at[chunk.file] < chunk.offset + chunk.size:
                 yield chunk
 
@@ -171,8 +174,10 @@ class DirectoryStore:
         """The chunk's bytes, under the partial or final name. Raises SourceChanged if a final file changed."""
         file = self._files[chunk.file]
         self._check(file)
-        yield FileSpan(file.fd, chunk.offset, chunk.size)
-        self._check(file)
+        with self._open_files.lend(chunk.file) as fd:
+            self._check(file, fd)
+            yield FileSpan(fd, chunk.offset, chunk.size)
+            self._check(file, fd)
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
         """The chunk's bytes; a view is valid until the next. Raises StoreError, and as `spans` does."""
@@ -189,7 +194,11 @@ class DirectoryStore:
         for position in range(0, chunk.size, len(scratch)):
             view = scratch[: chunk.size - position]
             yield view
-            self._write(file, view, chunk.offset + position)
+            self._write(chunk.file, view, chunk.offset + position)
+
+    def moved(self, to: Path) -> None:
+        """The caller has moved the sealed files: they are at the same paths in `to`, maybe as links."""
+        self._moved_to = to
 
     def seal(self) -> None:
         """Gives every file its final name and removes the partial directory. Idempotent.
@@ -198,14 +207,14 @@ class DirectoryStore:
         disk fails. Files that already have final names keep them; the next fetch uses them.
         """
         with self._in_use(), self._sealing, store_errors(self.out):
-            waiting = [file for file in self._files if not file.final]
-            for file in waiting:
+            waiting = {number: file for number, file in enumerate(self._files) if not file.final}
+            for file in waiting.values():
                 if self._final.lstat(file.entry.path) is not None:
                     raise _appeared(file)
             if self._fsync:
-                self._writeback.flush([file.fd for file in waiting])
-            for file in waiting:
-                self._place(file)
+                self._writeback.flush(list(waiting))
+            for number, file in waiting.items():
+                self._place(number, file)
             if self._fsync:
                 self._flush_names()
             self._undo.pop_all()
@@ -224,6 +233,7 @@ class DirectoryStore:
             if not self._state.wait_for(lambda: self._users == 0, timeout=CLOSE_TIMEOUT_S):
                 raise StoreError(f"{self.out}: a write still hangs after {CLOSE_TIMEOUT_S:g} s; its files stay open")
         self._writeback.close()
+        self._open_files.close()
         if self._wrote:
             self._undo.pop_all()
         self._undo.close()
@@ -275,20 +285,44 @@ class DirectoryStore:
                 return partials, partial, fresh
         raise StoreConflict(self.out / PARTIAL / self._name, "other fetches keep removing it")
 
-    def _open_files(self, existing: set[str], held: ExitStack, undo: ExitStack) -> list[_File]:
+    def _prepare(self, existing: set[str], undo: ExitStack) -> list[_File]:
         need_bytes = self._check_room(existing)
         files = []
         for entry in self.manifest.files:
-            stamp = None
             if entry.path in existing:
                 fd = self._final.open_file(entry.path, os.O_RDONLY)
-                held.callback(os.close, fd)
                 stamp = Stamp.of(os.fstat(fd))
+                os.close(fd)
+                files.append(_File(entry, stamp.inode, self.out / entry.path, stamp))
             else:
                 with store_errors(self.out, need_bytes=need_bytes):
-                    fd = self._allocate(entry, held, undo)
-            files.append(_File(entry, fd, self.out / entry.path, stamp))
+                    inode = self._allocate(entry, undo)
+                files.append(_File(entry, inode, self.out / entry.path))
         return files
+
+    def _open(self, number: int) -> int:
+        """Opens a file again, wherever it is now. Raises SourceChanged if it is another file."""
+        file = self._files[number]
+        try:
+            fd = self._find(file)
+        except FileNotFoundError as error:
+            raise SourceChanged(file.path, "it is gone") from error
+        if os.fstat(fd).st_ino != file.inode:
+            os.close(fd)
+            raise SourceChanged(file.path, "another file took its place")
+        return fd
+
+    def _find(self, file: _File) -> int:
+        if self._moved_to is not None:
+            return os.open(self._moved_to / file.entry.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if not file.final:
+            with contextlib.suppress(FileNotFoundError):  # just got its final name
+                return self._partial.open_file(file.entry.path, os.O_RDWR)
+        return self._final.open_file(file.entry.path, os.O_RDONLY)
+
+    def _sync(self, number: int) -> None:
+        with self._open_files.lend(number) as fd:
+            os.fdatasync(fd)
 
     def _check_room(self, existing: set[str]) -> int:
         """Bytes that remain to be allocated. Raises StoreFull if fewer are free."""
@@ -303,30 +337,43 @@ class DirectoryStore:
             raise StoreFull(self.out, need_bytes=need_bytes, free_bytes=free_bytes)
         return need_bytes
 
-    def _allocate(self, entry: FileEntry, held: ExitStack, undo: ExitStack) -> int:
+    def _allocate(self, entry: FileEntry, undo: ExitStack) -> int:
+        """Gives a partial file its size; returns its inode."""
         known = self._partial.lstat(entry.path)
         fd = self._partial.open_file(entry.path, os.O_RDWR | os.O_CREAT, make_parents=True)
-        held.callback(os.close, fd)
+        try:
+            return self._allocate_open(entry, fd, undo, new=known is None)
+        finally:
+            os.close(fd)
+
+    def _allocate_open(self, entry: FileEntry, fd: int, undo: ExitStack, *, new: bool) -> int:
         status = os.fstat(fd)
         if status.st_nlink != 1:
             raise StoreConflict(
                 self._partial.path / entry.path, "has a second name, which a write would reach; remove it"
             )
-        if known is None:
+        if new:
             undo.callback(self._partial.unlink, entry.path)
         elif status.st_size < entry.size:
-            undo.callback(os.ftruncate, fd, status.st_size)
+            undo.callback(self._truncate, entry.path, status.st_size)
         elif status.st_size > entry.size:
             os.ftruncate(fd, entry.size)
         if entry.size:
             os.posix_fallocate(fd, 0, entry.size)
-        return fd
+        return status.st_ino
 
-    def _check(self, file: _File) -> None:
+    def _truncate(self, path: str, size: int) -> None:
+        fd = self._partial.open_file(path, os.O_RDWR)
+        try:
+            os.ftruncate(fd, size)
+        finally:
+            os.close(fd)
+
+    def _check(self, file: _File, fd: int | None = None) -> None:
         if self._closed:
             raise StoreError(f"{self.out} is not served any more")
-        if file.stamp is not None:
-            file.stamp.check_open(file.path, file.fd)  # not by name: the user may move a sealed file
+        if file.stamp is not None and fd is not None:
+            file.stamp.check_open(file.path, fd)  # not by name: the user may move a sealed file
 
     def _refuse_final(self, file: _File) -> None:
         if file.final:
@@ -334,23 +381,29 @@ class DirectoryStore:
                 file.path, "exists with other content; move it away and run the same fetch again, the rest is kept"
             )
 
-    def _write(self, file: _File, view: memoryview, offset: int) -> None:
-        with self._in_use(), store_errors(file.path, need_bytes=len(view)):
+    def _write(self, number: int, view: memoryview, offset: int) -> None:
+        file = self._files[number]
+        with (
+            self._in_use(),
+            store_errors(file.path, need_bytes=len(view)),
+            self._open_files.lend(number) as fd,
+        ):
             self._refuse_final(file)
             self._wrote = True
             rest = view
             while rest:
-                written = os.pwrite(file.fd, rest, offset)
+                written = os.pwrite(fd, rest, offset)
                 rest, offset = rest[written:], offset + written
             if self._fsync:
-                self._writeback.wrote(file.fd, len(view))
+                self._writeback.wrote(number, len(view))
 
-    def _place(self, file: _File) -> None:
-        try:
-            self._partial.move(file.entry.path, self._final)
-        except FileExistsError as error:
-            raise _appeared(file) from error
-        file.stamp = Stamp.of(os.fstat(file.fd))
+    def _place(self, number: int, file: _File) -> None:
+        with self._open_files.lend(number) as fd:
+            try:
+                self._partial.move(file.entry.path, self._final)
+            except FileExistsError as error:
+                raise _appeared(file) from error
+            file.stamp = Stamp.of(os.fstat(fd))
 
     def _flush_names(self) -> None:
         parents = {str(parent) for entry in self.manifest.files for parent in PurePosixPath(entry.path).parents}

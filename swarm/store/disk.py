@@ -20,12 +20,12 @@ import shutil
 import stat
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
 
@@ -194,30 +194,119 @@ class ConfinedDirectory:
             raise
 
 
-class Writeback:
-    """Starts `fdatasync` while more data arrives, every WRITEBACK_BYTES of a file. Thread-safe; `close` comes last."""
+class OpenFiles:
+    """Files of a store by number: opened when they are needed, and kept open as far as the process may.
 
-    def __init__(self) -> None:
+    A lent descriptor stays open. Beyond the budget of the process (the soft limit without `DESCRIPTORS_SPARE`, at least
+    half of it) the file that was not in use for longest is closed, of any store. Thread-safe.
+    """
+
+    # Of all stores:
+
+    _lock: ClassVar = threading.RLock()  # reentrant: the garbage collector may end a `lend` at any moment
+    _unused: ClassVar[OrderedDict[tuple[OpenFiles, int], None]] = OrderedDict()  # the longest unused first
+    _open: ClassVar = 0
+
+    def __init__(self, opener: Callable[[int], int]) -> None:
+        self._opener = opener
+        self._files: dict[int, list[int]] = {}  # by number: descriptor, count of users
+
+    @contextlib.contextmanager
+    def lend(self, number: int) -> Iterator[int]:
+        """The descriptor of a file while the block runs. Raises as the opener does."""
+        file = self._taken(number) or self._opened(number)
+        try:
+            yield file[0]
+        finally:
+            with OpenFiles._lock:
+                file[1] -= 1
+                if not file[1] and self._files.get(number) is file:
+                    OpenFiles._unused[self, number] = None
+                    self._shrink()
+
+    def close(self) -> None:
+        """Closes all files, lent ones too."""
+        with OpenFiles._lock:
+            for number in list(self._files):
+                self._close(number)
+
+    def _taken(self, number: int) -> list[int] | None:
+        with OpenFiles._lock:
+            if file := self._files.get(number):
+                file[1] += 1
+                OpenFiles._unused.pop((self, number), None)
+            return file
+
+    def _opened(self, number: int) -> list[int]:
+        try:
+            fd = self._opener(number)
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            with OpenFiles._lock:
+                self._shrink(0)
+            fd = self._opener(number)
+        if file := self._taken(number):  # another thread has opened it meanwhile
+            os.close(fd)
+            return file
+        with OpenFiles._lock:
+            file = self._files[number] = [fd, 1]
+            OpenFiles._open += 1
+            self._shrink()
+        return file
+
+    @staticmethod
+    def _shrink(most: int | None = None) -> None:
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if most is None:
+            most = OpenFiles._open if soft == resource.RLIM_INFINITY else max(soft // 2, soft - DESCRIPTORS_SPARE)
+        while OpenFiles._open > most and OpenFiles._unused:
+            (owner, number), _ = OpenFiles._unused.popitem(last=False)
+            owner._close(number)
+
+    def _close(self, number: int) -> None:
+        OpenFiles._unused.pop((self, number), None)
+        if file := self._files.pop(number, None):
+            OpenFiles._open -= 1
+            os.close(file[0])
+
+
+def _new_lock() -> None:
+    """In a forked child: the thread that held the lock does not exist there."""
+    OpenFiles._lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_new_lock)
+
+
+class Writeback:
+    """Starts `sync(file)` while more data arrives, every WRITEBACK_BYTES of a file. Thread-safe; `close` comes last.
+
+    `sync` blocks until the data of the file with this number is on the disk, and raises OSError.
+    """
+
+    def __init__(self, sync: Callable[[int], None]) -> None:
+        self._sync = sync
         self._flusher = ThreadPoolExecutor(WRITEBACK_THREADS, thread_name_prefix="swarm-writeback")
         self._flushes: list[Future[None]] = []
-        self._waiting_bytes: Counter[int] = Counter()  # by descriptor
+        self._waiting_bytes: Counter[int] = Counter()  # by file
         self._lock = threading.Lock()
 
-    def wrote(self, fd: int, size: int) -> None:
+    def wrote(self, file: int, size: int) -> None:
         """Counts `size` written bytes; does not block."""
         with self._lock:
-            self._waiting_bytes[fd] += size
-            if self._waiting_bytes[fd] >= WRITEBACK_BYTES:
-                self._waiting_bytes[fd] = 0
-                self._flushes.append(self._flusher.submit(os.fdatasync, fd))
+            self._waiting_bytes[file] += size
+            if self._waiting_bytes[file] >= WRITEBACK_BYTES:
+                self._waiting_bytes[file] = 0
+                self._flushes.append(self._flusher.submit(self._sync, file))
 
-    def flush(self, fds: Sequence[int]) -> None:
+    def flush(self, files: Sequence[int]) -> None:
         """Blocks until all data of these files is on the disk. Raises OSError if this flush or an earlier one failed.
 
         Each later call raises it again: the kernel reports a lost write only once.
         """
         with self._lock:
-            self._flushes += [self._flusher.submit(os.fdatasync, fd) for fd in fds]
+            self._flushes += [self._flusher.submit(self._sync, file) for file in files]
             flushes = tuple(self._flushes)
         for flush in flushes:
             flush.result()

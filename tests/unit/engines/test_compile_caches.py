@@ -20,6 +20,7 @@ from swarm.content.manifest import Manifest
 from swarm.engines import compile_caches
 from swarm.engines.layout import Fingerprint
 from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, StoreConflict
+from swarm.node import local_nodes
 from swarm.runtime import runtime
 
 FIELDS = {"model": "org/model", "dtype": "bfloat16"}
@@ -213,11 +214,12 @@ def test_goes_the_copy_when_it_is_not_served(tmp_path: Path, node: Start, source
     room = tmp_path / "source" / compile_caches.OWN
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    (room / f"{killed.pid}-aa").mkdir()
+    dead = f"{local_nodes.process().partition('.')[0]}.{killed.pid}-aa"
+    (room / dead).mkdir()
     assert len(list(room.iterdir())) == 2
     again = compile_caches.offer({**FIELDS, "again": "1"}, node("source"), places=places(tmp_path / "there"))
     assert again is not None
-    assert f"{killed.pid}-aa" not in {path.name for path in room.iterdir()}
+    assert dead not in {path.name for path in room.iterdir()}
     again.close()
     source.close()
     runtime()._close_all()

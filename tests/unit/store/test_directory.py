@@ -542,3 +542,24 @@ def test_is_the_limit_of_open_files_raised_when_needed() -> None:
         assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= 1256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_store_works_with_fewer_open_files_than_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarm.store.disk.resource.getrlimit", lambda _: (4, 4))
+    with closing(DirectoryStore(tmp_path / "out", MANIFEST)) as store:
+        land(store, *MANIFEST.chunks)
+        assert list(store.present()) == list(MANIFEST.chunks)
+        store.seal()
+        for _ in range(2):
+            assert all(read(store, chunk) == content(chunk) for chunk in MANIFEST.chunks)
+        (tmp_path / "out").rename(tmp_path / "moved")
+        store.moved(tmp_path / "moved")
+        assert all(read(store, chunk) == content(chunk) for chunk in MANIFEST.chunks)
+        replace(tmp_path / "moved" / "weights.bin")
+        read(store, MANIFEST.chunks[0])
+        assert read(store, MANIFEST.chunks[1]) == content(MANIFEST.chunks[1])
+        with pytest.raises(SourceChanged, match=r"weights\.bin"):
+            _ = [read(store, chunk) for chunk in (*MANIFEST.chunks, *MANIFEST.chunks)]
+    with served(tmp_path / "source") as source:
+        for _ in range(2):
+            assert all(read(source, chunk) == content(chunk) for chunk in MANIFEST.chunks)
