@@ -34,8 +34,8 @@ def wrong(outcome: Outcome) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=1000, help="dice of each question")
-    parser.add_argument("--first", type=int, default=0, help="the first dice")
+    parser.add_argument("--runs", type=int, default=1000, help="rng seeds of each question")
+    parser.add_argument("--first", type=int, default=0, help="the first rng seed")
     parser.add_argument("--newcomers", type=int, default=8)
     parser.add_argument("--chunks", type=int, default=20)
     given = parser.parse_args()

@@ -249,7 +249,7 @@ class Crowd:
         self._note(member, Asked())
         self._connect(member, connections.Wanted(frozenset({DIGEST})))
         self._clock.after(ANNOUNCE_EVERY_S, self._announce_progress, member)
-        self._tell_mates_soon()
+        self._schedule_mates()
 
     def _kill(self, name: NodeId) -> None:
         member = self._members[name]
@@ -261,7 +261,7 @@ class Crowd:
         for number, other in member.open.items():
             self._clock.after(noticed_s, self._close, other, number, "the connection was reset")
         self._clock.after(noticed_s, self._gossip, member, State.DEAD)
-        self._tell_mates_soon()
+        self._schedule_mates()
 
     def _profile(self, member: _Member) -> Profile:
         chunks, total = len(member.held), member.held.length
@@ -270,10 +270,10 @@ class Crowd:
         return Profile((holding,), 0, (), *labels, member.upload.active, UPLOAD_SLOTS)
 
     def _gossip(self, member: _Member, state: State = State.ALIVE) -> None:
-        heard = connections.MemberUpdated(member.record(state))
+        updated = connections.MemberUpdated(member.record(state))
         for other in self._members.values():
             if other is not member:
-                self._connect(other, heard)
+                self._connect(other, updated)
 
     def _gossip_loads(self) -> None:
         for member in self._members.values():
@@ -283,12 +283,12 @@ class Crowd:
                 self._gossip(member)
         self._clock.after(GOSSIP_EVERY_S, self._gossip_loads)
 
-    def _tell_mates_soon(self) -> None:
+    def _schedule_mates(self) -> None:
         if (self.burst.per_machine > 1 or self._racks) and not self._mates_due:
             self._mates_due = True
-            self._clock.after(selection.SETTLE_S, self._tell_mates)
+            self._clock.after(selection.SETTLE_S, self._update_mates)
 
-    def _tell_mates(self) -> None:
+    def _update_mates(self) -> None:
         self._mates_due = False
         fetching = [member for member in self._members.values() if member.fetches]
         for member in fetching:
@@ -336,9 +336,9 @@ class Crowd:
             self._forget(member, other.name, twin, "another link is open")
         member.links[other.name] = number
         if addresses:
-            self._say(messages.Members(addresses), member, other)
+            self._send(messages.Members(addresses), member, other)
         if member.fetches:
-            self._say(messages.Interest(DIGEST, member.held.pack()), member, other)
+            self._send(messages.Interest(DIGEST, member.held.pack()), member, other)
 
     def _close(self, member: _Member, number: int, why: str) -> None:
         """The other end of a link has closed it, or is dead."""
@@ -359,7 +359,7 @@ class Crowd:
 
     # Messages
 
-    def _say(self, message: Message, member: _Member, *others: _Member) -> None:
+    def _send(self, message: Message, member: _Member, *others: _Member) -> None:
         member.control_bytes += (len(messages.encode(message)) + FRAME_BYTES) * len(others)
         for other in others:
             self._clock.after(self.burst.delay_s, self._receive, other, member, message)
@@ -377,15 +377,15 @@ class Crowd:
                 holds = {held.digest: held.chunks == held.chunks_total for held in artifacts}
                 self._connect(member, connections.HoldingsAnnounced(member.links[peer.name], holds))
             case messages.Interest(_, bits):
-                self._say(messages.Holdings(DIGEST, member.held.pack()), member, peer)
+                self._send(messages.Holdings(DIGEST, member.held.pack()), member, peer)
                 if member.superseed:
                     member.superseed.joined(peer.name, Bitfield.unpack(bits, member.held.length))
             case messages.Holdings(_, bits):
                 holds_chunks = Bitfield.unpack(bits, member.held.length)
                 superseeds, distance = peer.superseed is not None, member.distance(peer)
                 self._download(member, download_events.PeerJoined(peer.name, holds_chunks, superseeds, distance))
-            case messages.Have(_, told):
-                chunks = tuple(index for first, count in told for index in range(first, first + count))
+            case messages.Have(_, spans):
+                chunks = tuple(index for first, count in spans for index in range(first, first + count))
                 if member.superseed:
                     member.superseed.has(peer.name, chunks)
                 self._download(member, download_events.PeerHas(peer.name, chunks))
@@ -405,7 +405,7 @@ class Crowd:
         superseeds = member.superseed is not None
         total = member.held.length
         held = Announcement(MODEL, DIGEST, "checkpoint", self.burst.copy_bytes, len(member.held), total, superseeds)
-        self._say(messages.Announce((held,)), member, *self._linked(member))
+        self._send(messages.Announce((held,)), member, *self._linked(member))
         if member.fetches:
             self._clock.after(ANNOUNCE_EVERY_S, self._announce_progress, member)
 
@@ -418,7 +418,7 @@ class Crowd:
             asked = upload.Requested(peer.name, request.transfer, size, request.sources, request.pace_bytes_per_s)
             self._upload(member, asked)
         else:
-            self._say(messages.Refuse(request.transfer, "not_held", REFUSED_RETRY_S), member, peer)
+            self._send(messages.Refuse(request.transfer, "not_held", REFUSED_RETRY_S), member, peer)
 
     def _upload(self, member: _Member, event: upload.Event) -> None:
         if not member.nic.alive:
@@ -437,16 +437,16 @@ class Crowd:
                     self._upload(member, upload.Ended(name, number, self._clock.now - began_at, whole=False))
                 case upload.Refuse(name, number, reason, retry_s):
                     member.requests.pop((name, number), None)
-                    self._say(messages.Refuse(number, reason, retry_s), member, self._members[name])
+                    self._send(messages.Refuse(number, reason, retry_s), member, self._members[name])
 
     def _grant(self, member: _Member, peer: _Member, request: messages.Request, sequence: int) -> None:
         number = request.transfer
         chunks = request.chunks or self._choose(member, peer, request)
         if not chunks:
-            self._say(messages.Refuse(number, "nothing_to_give", NOTHING_RETRY_S), member, peer)
+            self._send(messages.Refuse(number, "nothing_to_give", NOTHING_RETRY_S), member, peer)
             self._upload(member, upload.Ended(peer.name, number, 0.0, whole=False))
             return
-        self._say(messages.Grant(number, sequence, chunks), member, peer)
+        self._send(messages.Grant(number, sequence, chunks), member, peer)
         flow = ChunkFlow(
             member.nic,
             peer.nic,
@@ -496,12 +496,12 @@ class Crowd:
                 case download_events.Ask(name, number, chunks, _, count, starving, sources, pace, streams):
                     member.receiving[number] = name
                     request = messages.Request(SCHEME, DIGEST, number, chunks, count, starving, sources, pace, streams)
-                    self._say(request, member, self._members[name])
+                    self._send(request, member, self._members[name])
                 case download_events.Cancel(name, number):
                     member.receiving.pop(number, None)
-                    self._say(messages.Cancel(number), member, self._members[name])
+                    self._send(messages.Cancel(number), member, self._members[name])
                 case download_events.Announce(chunks):
-                    self._say(messages.Have(DIGEST, tuple(runs(sorted(chunks)))), member, *self._linked(member))
+                    self._send(messages.Have(DIGEST, tuple(runs(sorted(chunks)))), member, *self._linked(member))
                 case download_events.Ban(name):
                     self._banned.setdefault(member.name, []).append(name)
                 case download_events.Complete():
@@ -509,7 +509,7 @@ class Crowd:
                     self._awaited.discard(member.name)
                     self._connect(member, connections.Wanted(frozenset()))
                     self._announce_progress(member)
-                    self._tell_mates_soon()
+                    self._schedule_mates()
         if machine.due_at < member.due_at:
             member.due_at = machine.due_at
             self._clock.at(machine.due_at, self._come_due, member)
