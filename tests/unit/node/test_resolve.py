@@ -204,13 +204,13 @@ def test_does_a_model_that_nobody_serves_say_who_was_asked(knows: list[str]) -> 
         street = Street()
         async with street.node("seed") as seed, street.node("newcomer", knows=knows) as newcomer:
             seed.serve(ORG_OTHER, other := Zeros())
-            await until(lambda: not newcomer.searching)
-            with pytest.raises(ManifestNotFound) as caught:
-                await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.01)
             words = {
                 "seed": f"seed at seed serves org/other ({other.manifest.digest[:16]})",
                 "nowhere": "nowhere: no answer, tried 1 times",
             }
+            await until(lambda: newcomer.tried() == [words[name] for name in knows])
+            with pytest.raises(ManifestNotFound) as caught:
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.01)
             assert caught.value.tried == tuple(words[name] for name in knows)
 
     run(scenario)
