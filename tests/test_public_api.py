@@ -115,6 +115,17 @@ def test_does_import_swarm_load_no_third_party_package() -> None:
     assert loaded - {"swarm"} <= sys.stdlib_module_names
 
 
+# Messages, and events of machines, that have the same word in the field. Code names their module: `upload.Grant`.
+TWINS = {
+    "Tick": "the time event of each machine",
+    "PeerLeft": "the event of the download and of the upload machine",
+    "Announce": "the message, and the action of the download machine that sends Have",
+    "Cancel": "the message, and the action of the download machine that sends it",
+    "Grant": "the message, and the action of the upload machine that sends it",
+    "Refuse": "the message, and the action of the upload machine that sends it",
+}
+
+
 def is_public_class(node: ast.AST) -> TypeGuard[ast.ClassDef]:
     return isinstance(node, ast.ClassDef) and not node.name.startswith("_")
 
@@ -125,6 +136,29 @@ def test_has_everything_public_a_docstring() -> None:
         classes = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if is_public_class(node))
         missing += [f"{path.name}: {node.name}" for node in classes if not ast.get_docstring(node)]
     assert missing == []
+
+
+def test_do_no_two_public_classes_share_a_name() -> None:
+    homes: dict[str, list[str]] = {}
+    for path in sorted(Path(swarm.__file__).parent.rglob("*.py")):
+        for node in filter(is_public_class, ast.parse(path.read_text(encoding="utf-8")).body):
+            homes.setdefault(node.name, []).append(path.stem)
+    assert {name for name, modules in homes.items() if len(modules) > 1} == set(TWINS)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_is_a_class_with_a_twin_named_with_its_module(name: str) -> None:
+    """No module imports the bare name from two modules."""
+    homes = [
+        path.relative_to(Path(swarm.__file__).parent.parent).with_suffix("").as_posix().replace("/", ".")
+        for path in Path(swarm.__file__).parent.rglob("*.py")
+        if any(is_public_class(n) and n.name == name for n in ast.parse(path.read_text(encoding="utf-8")).body)
+    ]
+    assert len(homes) > 1
+    for path in Path(swarm.__file__).parent.rglob("*.py"):
+        imports = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+        bare = {n.module for n in imports if n.module in homes and any(alias.name == name for alias in n.names)}
+        assert len(bare) <= 1, path
 
 
 def test_is_the_package_marked_as_typed() -> None:

@@ -1,0 +1,332 @@
+"""The shares of a node: what do peers get to know of them, and are their messages passed on to the right fetch?"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
+from typing import Any, cast
+
+import msgspec
+import pytest
+from sim.content import BytesStore, Content
+
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Digest, ModelId
+from swarm.errors import RemoteProtocolError, SettingsError
+from swarm.peers.peer import Peer
+from swarm.protocol import messages
+from swarm.protocol.messages import Announcement, NodeId
+from swarm.transfer import download_events as events
+from swarm.transfer.download_driver import DownloadDriver
+from swarm.transfer.shares import Share, Shares
+
+CHUNKS = 8
+MODEL, OTHER = ModelId("org/model"), ModelId("org/other")
+CONTENT = Content.random(0, chunks=CHUNKS, chunk_bytes=64)
+DIGEST = CONTENT.manifest.digest
+ME, THEM = NodeId("5" * 16), NodeId("6" * 16)
+
+
+class Source(BytesStore):
+    """The whole artifact; `closed` once it is."""
+
+    def __init__(self) -> None:
+        super().__init__(CONTENT.manifest, CONTENT.files)
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class FakePeer:
+    """A peer that keeps the messages sent to it."""
+
+    usual_bytes_per_s = 7.0
+
+    def __init__(self, node: NodeId, *announced: Announcement) -> None:
+        self.node, self.name = node, f"peer-{node[:2]}"
+        self.said: list[messages.Message] = []
+        self.artifacts = {announcement.digest: announcement for announcement in announced}
+        self.interests: set[Digest] = set()
+        self.own_interests: set[Digest] = set()
+
+    def post(self, message: messages.Message) -> None:
+        self.said.append(message)
+
+
+class FakeDownload:
+    """A download that keeps its events."""
+
+    def __init__(self) -> None:
+        self.handled: list[events.Event] = []
+        self.met: list[str] = []
+        self.failed: list[str] = []
+        self.ticks = 0
+
+    def handle(self, event: events.Event) -> None:
+        self.handled.append(event)
+
+    def meet(self, peer: Peer) -> None:
+        self.met.append(peer.name)
+
+    def fail(self, error: Exception) -> None:
+        self.failed.append(str(error))
+
+    def tick(self) -> None:
+        self.ticks += 1
+
+
+class Node:
+    """A node of shares alone, with one peer that announces the artifact as a seed."""
+
+    def __init__(self) -> None:
+        self.them = FakePeer(THEM, Announcement(MODEL, DIGEST, "checkpoint", 512, CHUNKS, CHUNKS, True))
+        self.peer = cast(Peer, self.them)
+        self.peers: dict[NodeId, Peer] = {THEM: self.peer}
+        self.now = 0.0
+        self.tasks: list[asyncio.Task[Any]] = []
+        self.changes = 0
+        self.stopped: list[Share] = []
+        self.may_stop = asyncio.Event()
+        self.may_stop.set()
+        host = SimpleNamespace(
+            id=ME, name="me", peers=self.peers, now=lambda: self.now, record=lambda *_: None, spawn=self.spawn
+        )
+        self.shares = Shares(
+            host=host,
+            rng=random.Random(0),
+            changed=self.change,
+            distance=lambda node: 1,
+            stop_uploads=self.stop_uploads,
+        )
+
+    def change(self) -> None:
+        self.changes += 1
+
+    async def stop_uploads(self, share: Share) -> None:
+        await self.may_stop.wait()
+        self.stopped.append(share)
+
+    def spawn(self, work: Coroutine[Any, Any, Any], name: str) -> asyncio.Task[Any]:
+        self.tasks.append(asyncio.create_task(work, name=name))
+        return self.tasks[-1]
+
+    def fetch(self, *held: int) -> tuple[Share, FakeDownload]:
+        download = FakeDownload()
+        share = Share(MODEL, Source(), Bitfield(CHUNKS, list(held)), None, download=cast(DownloadDriver, download))
+        self.shares.add(share)
+        return share, download
+
+
+def run(scenario: Callable[[Node], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        await scenario(Node())
+
+    asyncio.run(main())
+
+
+def test_is_a_served_artifact_announced_to_peers_and_to_gossip() -> None:
+    async def scenario(node: Node) -> None:
+        node.shares.serve(MODEL, Source(), None)
+        announced = Announcement(MODEL, DIGEST, "checkpoint", CONTENT.manifest.size, CHUNKS, CHUNKS, True)
+        assert node.them.said == [messages.Announce((announced,))]
+        assert node.shares.announcements() == (announced,)
+        assert node.changes == 1
+        holding = node.shares.shares[DIGEST].holding()
+        assert (holding.digest, holding.chunks, holding.superseeds) == (DIGEST, CHUNKS, True)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("model_id", "fetching", "why"),
+    [("", False, "model_id"), (OTHER, False, "is offered as 'org/model'"), (MODEL, True, "this node is fetching")],
+    ids=["unsayable", "two names", "while it fetches"],
+)
+def test_is_what_cannot_be_served_an_error_of_the_user(model_id: str, fetching: bool, why: str) -> None:
+    async def scenario(node: Node) -> None:
+        if fetching:
+            node.fetch()
+        else:
+            node.shares.serve(MODEL, Source(), None)
+        with pytest.raises(SettingsError, match=why):
+            node.shares.serve(ModelId(model_id), Source(), None)
+
+    run(scenario)
+
+
+def test_is_interest_shown_once_in_what_is_fetched_and_there() -> None:
+    async def scenario(node: Node) -> None:
+        elsewhere = FakePeer(NodeId("7" * 16))
+        node.peers[elsewhere.node] = cast(Peer, elsewhere)
+        _, download = node.fetch(1)
+        node.shares.show_interest(node.peer)
+        interest = messages.Interest(DIGEST, Bitfield(CHUNKS, [1]).pack())
+        assert [message for message in node.them.said if isinstance(message, messages.Interest)] == [interest]
+        assert not any(isinstance(message, messages.Interest) for message in elsewhere.said)
+        assert download.met == ["peer-66"]
+
+    run(scenario)
+
+
+def test_does_an_answer_to_interest_make_a_source() -> None:
+    async def scenario(node: Node) -> None:
+        _, download = node.fetch()
+        holds = Bitfield(CHUNKS, [0, 3])
+        node.shares.on_holdings(node.peer, messages.Holdings(DIGEST, holds.pack()))
+        (joined,) = download.handled
+        assert isinstance(joined, events.PeerJoined)
+        assert (joined.peer, joined.superseeds, joined.distance, joined.usual_bytes_per_s) == (THEM, True, 1, 7.0)
+        assert list(joined.holds) == [0, 3]
+        node.shares.on_holdings(node.peer, messages.Holdings(Digest("cd" * 32), b""))
+        assert len(download.handled) == 1
+
+    run(scenario)
+
+
+def test_is_interest_answered_and_followed_by_news() -> None:
+    async def scenario(node: Node) -> None:
+        node.them.artifacts.clear()
+        share, _ = node.fetch(2)
+        node.them.said.clear()
+        node.shares.send_have(DIGEST, [2])
+        assert node.them.said == [], "it has shown no interest"
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack()))
+        share.held.add(4)
+        node.shares.send_have(DIGEST, [5, 4])
+        assert node.them.said == [
+            messages.Holdings(DIGEST, Bitfield(CHUNKS, [2]).pack()),
+            messages.Have(DIGEST, ((4, 2),)),
+        ]
+
+    run(scenario)
+
+
+def test_do_chunks_of_a_peer_reach_the_fetch_or_the_super_seeding() -> None:
+    async def scenario(node: Node) -> None:
+        _, download = node.fetch()
+        node.shares.on_have(node.peer, messages.Have(DIGEST, ((1, 2),)))
+        node.shares.on_have(node.peer, messages.Have(Digest("cd" * 32), ((1, 2),)))
+        assert download.handled == [events.PeerHas(THEM, (1, 2))]
+        seed = Node()
+        seed.shares.serve(MODEL, Source(), None)
+        superseed = seed.shares.shares[DIGEST].superseed
+        assert superseed is not None
+        seed.shares.on_interest(seed.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack()))
+        seed.shares.on_have(seed.peer, messages.Have(DIGEST, ((0, CHUNKS - 1),)))
+        assert superseed.choose(THEM, 2, starving=True, rank=0, seeds=1) == (CHUNKS - 1,)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    "tell",
+    [
+        lambda shares, peer: shares.on_have(peer, messages.Have(DIGEST, ((7, 2),))),
+        lambda shares, peer: shares.on_holdings(peer, messages.Holdings(DIGEST, bytes(9))),
+        lambda shares, peer: shares.on_interest(peer, messages.Interest(DIGEST, bytes(9))),
+    ],
+    ids=["chunks beyond the end", "long holdings", "long interest"],
+)
+def test_is_nonsense_about_chunks_an_error_of_the_peer(tell: Callable[[Shares, Peer], None]) -> None:
+    async def scenario(node: Node) -> None:
+        share, download = node.fetch()
+        share.superseed = cast(Any, SimpleNamespace(joined=lambda *_: None))
+        with pytest.raises(RemoteProtocolError):
+            tell(node.shares, node.peer)
+        assert download.handled == []
+
+    run(scenario)
+
+
+def test_does_a_peer_that_serves_it_no_more_leave_the_fetch_and_may_come_back() -> None:
+    async def scenario(node: Node) -> None:
+        _, download = node.fetch()
+        whole = tuple(node.them.artifacts.values())
+        node.shares.on_announce(node.peer, messages.Announce(()))
+        assert download.handled == [events.PeerLeft(THEM, "does not serve it any more")]
+        node.them.said.clear()
+        node.shares.on_announce(node.peer, messages.Announce(whole))
+        assert [type(message) for message in node.them.said] == [messages.Interest]
+        node.shares.peer_left(node.peer, "closed the link")
+        assert download.handled[1:] == [events.PeerLeft(THEM, "closed the link")]
+
+    run(scenario)
+
+
+def test_is_an_artifact_served_until_its_last_user_releases_it() -> None:
+    async def scenario(node: Node) -> None:
+        first, second = Source(), Source()
+        node.shares.serve(MODEL, first, None)
+        node.shares.serve(MODEL, second, None)
+        node.shares.release(DIGEST)
+        assert DIGEST in node.shares.shares
+        node.may_stop.clear()
+        node.shares.release(DIGEST)
+        await asyncio.sleep(0)
+        assert node.them.said[-1] == messages.Announce(())
+        assert not first.closed, "an upload reads it"
+        node.may_stop.set()
+        await asyncio.gather(*node.tasks)
+        assert first.closed
+        assert second.closed
+        assert node.shares.withdraw(DIGEST, "again") is None
+
+    run(scenario)
+
+
+def test_does_closing_not_leave_a_withdrawn_source_open() -> None:
+    async def scenario(node: Node) -> None:
+        node.may_stop.clear()
+        node.shares.serve(MODEL, withdrawn := Source(), None)
+        node.shares.withdraw(DIGEST, "its file changed")
+        node.shares.serve(MODEL, served := Source(), None)
+        node.shares.close()
+        assert withdrawn.closed
+        assert served.closed
+        for task in node.tasks:
+            task.cancel()
+
+    run(scenario)
+
+
+def test_does_withdrawing_end_the_fetch_and_waiting_for_it() -> None:
+    async def scenario(node: Node) -> None:
+        share, download = node.fetch()
+        waiting = asyncio.create_task(node.shares.complete(DIGEST))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        node.shares.withdraw(DIGEST, "the fetch failed")
+        assert download.failed == ["org/model was withdrawn: the fetch failed"]
+        share.settled.set()
+        assert await waiting is None
+
+    run(scenario)
+
+
+def test_is_progress_announced_about_once_a_second() -> None:
+    async def scenario(node: Node) -> None:
+        _, download = node.fetch()
+        node.them.said.clear()
+        for step in range(1, 13):
+            node.now = step * 0.25
+            node.shares.tick()
+        assert download.ticks == 12
+        assert [type(message) for message in node.them.said] == [messages.Announce] * 2
+
+    run(scenario)
+
+
+def test_is_the_rank_that_among_linked_seeds() -> None:
+    async def scenario(node: Node) -> None:
+        assert node.shares.rank(DIGEST) == (0, 2)
+        seed = Announcement(MODEL, DIGEST, "checkpoint", 512, CHUNKS, CHUNKS, True)
+        for number, superseeds in ((1, True), (2, False)):
+            peer = FakePeer(NodeId(f"{number:016x}"), msgspec.structs.replace(seed, superseeds=superseeds))
+            node.peers[peer.node] = cast(Peer, peer)
+        assert node.shares.rank(DIGEST) == (1, 3)
+        assert repr(node.shares) == "<Shares 0 artifacts, 0 arriving>"
+
+    run(scenario)
