@@ -7,7 +7,7 @@ without a bound fills a log. `clean` replaces the first two and cuts the third.
 from __future__ import annotations
 
 CHARS_MAX = 300  # of a value in a line
-LINE_CHARS_MAX = 2000  # of an error or a line of the log
+LINE_CHARS_MAX = 1000  # of an error or a line of the log
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CUT = " … "
 

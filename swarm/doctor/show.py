@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from swarm.doctor.checks import Finding
+from swarm.text import LINE_CHARS_MAX, clean
 
 MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "bad": ("bad", "bold red")}
 
@@ -21,9 +22,11 @@ def show(findings: Sequence[Finding]) -> None:
     table = Table("check", "", "found, and what to do", box=None, pad_edge=False)
     for check, group in groupby(findings, key=lambda finding: finding.check):
         for number, finding in enumerate(group):
-            text = Text(finding.what)  # names come from peers, and may look like markup
+            text = Text(
+                clean(finding.what, chars_max=LINE_CHARS_MAX)
+            )  # names come from peers, and may look like markup
             if finding.todo:
-                text.append(f"\n→ {finding.todo}", style="italic")
+                text.append(f"\n→ {clean(finding.todo, chars_max=LINE_CHARS_MAX)}", style="italic")
             table.add_row("" if number else check, Text(*MARKS[finding.level]), text)
     console = Console()
     console.print(table)

@@ -6,12 +6,14 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import swarm
 from swarm.cli import stdio
+from swarm.settings import Settings
 
 SOURCE = str(Path(swarm.__file__).parent.parent)
 TIMEOUT_S = 60.0
@@ -70,6 +72,64 @@ def test_a_table_in_ascii(tmp_path: Path) -> None:
     ended = run("$SWARM simulate --newcomers 2", PYTHONIOENCODING="ascii")
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert ended.stdout.isascii()
+
+
+@pytest.fixture
+def seed(tmp_path: Path) -> Iterator[str]:
+    """The address of a running node with `org/model`."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "naïve.json").write_text("{}")
+    settings = Settings(mdns=False, cache=tmp_path / "cache")
+    with swarm.serve(tmp_path / "model", model_id="org/model", settings=settings) as served:
+        yield served.address
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("| true", b""),
+        ("> /dev/full", b"No space left"),
+        (">&-", b""),
+        ("--json | true", b""),
+        ("2>&-", b""),
+        (">&- 2>&-", b""),
+        ("2>/dev/full", b""),
+    ],
+)
+def test_a_complete_fetch_is_a_success_whatever_becomes_of_its_output(
+    tmp_path: Path, seed: str, end: str, said: bytes
+) -> None:
+    ended = run(f"cd {tmp_path}; $SWARM fetch org/model --peer {seed} --no-mdns --no-seed --out out {end}")
+    assert ended.returncode == 0
+    assert said in ended.stderr
+    assert b"Traceback" not in ended.stderr
+    assert (tmp_path / "out" / "naïve.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        {"SWARM_CACHE": "/dev/null/cache"},
+        {"SWARM_CACHE": "/proc/cache"},
+    ],
+)
+def test_neither_locale_nor_cache_directory_costs_a_fetch(
+    tmp_path: Path, seed: str, environment: dict[str, str]
+) -> None:
+    out = tmp_path / "dö文"
+    script = f"cd {tmp_path}; $SWARM fetch org/model --peer {seed} --no-mdns --no-seed --out 'dö文'"
+    ended = run(script, **environment)
+    assert (ended.returncode, b"Traceback" in ended.stderr) == (0, False)
+    assert (out / "naïve.json").read_text() == "{}"
+
+
+def test_a_status_whose_reader_has_enough_ends(tmp_path: Path, seed: str) -> None:
+    for options in ("", "--json", "--watch", "--watch --json"):
+        ended = run(f"$SWARM status {options} --peer {seed} | head -c 1")
+        assert (ended.returncode, ended.stderr) == (0, b"")
 
 
 class _Full(io.StringIO):

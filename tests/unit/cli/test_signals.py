@@ -1,0 +1,120 @@
+"""Signals: a command ends within two seconds, whatever its threads do, and with the right exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import swarm
+from swarm.checkpoint.digest_cache import remember
+from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
+
+END_S = 2.0
+START_S = 60.0
+LARGE = 200 << 30  # bytes, sparse: minutes of hashing
+CHUNK = 16 << 20
+ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    (tmp_path / "large").mkdir()
+    with (tmp_path / "large" / "model.gguf").open("wb") as file:
+        file.truncate(LARGE)
+    return tmp_path / "large"
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "config.json").write_text("{}")
+    return tmp_path / "small"
+
+
+def start(tmp_path: Path, *arguments: str, before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(swarm.__file__).parent.parent),
+        "SWARM_CACHE": str(tmp_path / "cache"),
+        "SWARM_MDNS": "false",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-u", "-m", "swarm", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        preexec_fn=before,
+    )
+
+
+def stopped(process: subprocess.Popen[str], number: signal.Signals) -> int:
+    began = time.monotonic()
+    process.send_signal(number)
+    try:
+        return process.wait(timeout=START_S)
+    finally:
+        process.kill()
+        assert time.monotonic() - began < END_S + 1  # of a busy machine
+
+
+def until_line(process: subprocess.Popen[str], part: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if part in line:
+            return
+    pytest.fail(f"it ended without {part!r}")
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_serving_stops_while_files_are_hashed(tmp_path: Path, large: Path, number: signal.Signals) -> None:
+    with start(tmp_path, "serve", str(large)) as process:
+        until_line(process, "no cluster key")  # the node is open, and hashing begins
+        time.sleep(0.3)
+        assert stopped(process, number) == 0
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_serving_stops_without_a_traceback(tmp_path: Path, small: Path, number: signal.Signals) -> None:
+    with start(tmp_path, "serve", str(small)) as process:
+        until_line(process, "fetch it with")
+        assert stopped(process, number) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+
+
+def test_a_hangup_that_is_ignored_at_the_start_stays_ignored(tmp_path: Path, small: Path) -> None:
+    with start(tmp_path, "serve", str(small), before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+        until_line(process, "fetch it with")
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        assert stopped(process, signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_fetch_that_is_interrupted_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    with start(tmp_path, "fetch", "org/missing") as process:
+        until_line(process, "no cluster key")
+        assert stopped(process, number) == 130
+        assert process.stdout is not None
+        assert process.stdout.read().endswith("run the same command again to resume\n")
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_verification_stops(tmp_path: Path, large: Path, number: signal.Signals) -> None:
+    chunks = (ChunkEntry(CHUNK, "0" * 32),) * (LARGE // CHUNK)
+    manifest = Manifest(1, "checkpoint", "", HashScheme(), CHUNK, (FileEntry("model.gguf", LARGE, "", chunks),))
+    remember(tmp_path / "cache", large, manifest)
+    with start(tmp_path, "verify", str(large)) as process:
+        deadline = time.monotonic() + START_S
+        while len(os.listdir(f"/proc/{process.pid}/task")) == 1 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert stopped(process, number) == 130
