@@ -133,6 +133,7 @@ def fetch(
     digest: str | None = None,
     timeout_s: float | None = None,
     settings: Settings | None = None,
+    revision: str | None = None,
 ) -> Weights:
     """Fetches a model from the nodes that serve it, verified, and serves it.
 
@@ -143,7 +144,7 @@ def fetch(
 
     Raises SettingsError, ManifestNotFound, ManifestConflict, Stalled, FetchTimeout, and StoreError with its kinds.
     """
-    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load())
+    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision)
     return runtime().run(_fetch(want))
 
 
@@ -156,9 +157,10 @@ async def fetch_async(
     digest: str | None = None,
     timeout_s: float | None = None,
     settings: Settings | None = None,
+    revision: str | None = None,
 ) -> Weights:
     """`fetch` for coroutines: it does not block the caller's event loop."""
-    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load())
+    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision)
     return await asyncio.wrap_future(runtime().submit(_fetch(want)))
 
 
@@ -167,14 +169,17 @@ def serve(
     *,
     model_id: str | None = None,
     settings: Settings | None = None,
+    revision: str | None = None,
 ) -> Served:
     """Serves a model directory, a model id out of the local Hugging Face cache, or tensors, until closed.
+
+    `revision` (also `ID@REVISION`): of the cache (branch, tag, commit), or the label of a directory or of tensors.
 
     Tensors need a `model_id`; they must not change while they are served. Returns when other nodes can fetch.
     Raises SettingsError, ManifestInvalid and StoreError.
     """
     settings = settings or Settings.load()
-    name, source, origin = open_source(what, model_id=model_id, settings=settings)
+    name, source, origin = open_source(what, model_id=model_id, settings=settings, revision=revision)
     return serve_source(name, source, origin, settings=settings)
 
 
@@ -198,7 +203,11 @@ def serve_source(name: ModelId, source: Source, origin: Origin | None, *, settin
 
 
 def open_source(
-    what: str | Path | Mapping[str, torch.Tensor], *, model_id: str | None, settings: Settings
+    what: str | Path | Mapping[str, torch.Tensor],
+    *,
+    model_id: str | None,
+    settings: Settings,
+    revision: str | None = None,
 ) -> tuple[ModelId, Source, Origin | None]:
     """Model id, source and origin of the argument of `serve`, hashed. Raises as `serve` does."""
     grid: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_bytes", "leaf_bytes", "chunk_hash")}
@@ -207,22 +216,54 @@ def open_source(
             raise SettingsError("model_id", "tensors have no name of their own; say model_id='org/model'")
         if not what:
             raise SettingsError("tensors", "there are none")
-        return ModelId(model_id), manifest_builder.tensors(what, **grid), None
-    path = _locate(what)
+        return ModelId(model_id), manifest_builder.tensors(what, **grid), _labelled(None, revision)
+    if isinstance(what, str) and not Path(what).exists():
+        what, revision = with_revision(what, revision)
+    path = _locate(what, revision)
     _, source, skipped = manifest_builder.checkpoint(path, cache_dir=settings.cache, **grid)
     for entry in skipped:
         log.info("not served: %s (%s)", entry.path, entry.why)
     found = model_id or hf_cache.model_id_of(path) or path.resolve().name
-    return ModelId(found), source, hf_cache.origin(path)
+    return ModelId(found), source, _labelled(hf_cache.named_origin(path), revision)
 
 
-def _locate(what: str | Path) -> Path:
+def with_revision(model_id: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Id and revision of `ID` or `ID@REVISION`. Raises SettingsError for two different revisions."""
+    name, _, tail = model_id.partition("@")
+    if not name or not tail:
+        return model_id, revision
+    if revision not in (None, tail):
+        raise SettingsError("revision", f"{revision!r} is not the one of {model_id!r}; say one of them")
+    return name, tail
+
+
+def _labelled(origin: Origin | None, revision: str | None) -> Origin | None:
+    """The origin with a revision that the user gives it."""
+    if revision is None or (origin and origin.is_revision(revision)):
+        return origin
+    if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f@]{1,256}", revision):
+        raise SettingsError("revision", f"{revision!r} is not 1 to 256 printable characters without '@'")
+    return Origin(origin.commit if origin else "", origin.etags if origin else {}, (revision,))
+
+
+def _locate(what: str | Path, revision: str | None) -> Path:
     path = Path(what)
     if path.exists():
         return path
     if isinstance(what, str) and hf_cache.is_model_id(what):
-        if found := hf_cache.snapshot(what):
+        known = hf_cache.revisions(what)
+        if revision is None and len(known) == 1 and not hf_cache.snapshot(what):
+            revision = next(iter(known))  # the cache has the model under another revision than `main` only
+        if found := hf_cache.snapshot(what, revision=revision or "main"):
             return found
+        if known:
+            shown = "; ".join(" = ".join([*names, commit]) for commit, names in known.items())
+            commit, names = next(iter(known.items()))
+            raise SettingsError(
+                "revision",
+                f"the Hugging Face cache has {what!r}, but not revision {revision or 'main'!r}; there is {shown}; "
+                f"choose one: swarm serve {what}@{names[0] if names else commit}",
+            )
         raise SettingsError("path", f"{what!r} is neither a path here nor a model in the local Hugging Face cache")
     raise SettingsError("path", f"{path} does not exist")
 
@@ -236,6 +277,7 @@ class _Want:
     digest: str | None
     timeout_s: float | None
     settings: Settings
+    revision: str | None = None
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):
@@ -250,7 +292,7 @@ class _Want:
             raise SettingsError("out", "tensors in memory need torch: pip install torch, or say out=DIR")
         if self.device != "cpu":
             object.__setattr__(self, "device", _gpu(self.device))
-        if self.out is HUB_CACHE and not hf_cache.is_model_id(self.model_id):
+        if self.out is HUB_CACHE and not hf_cache.is_model_id(with_revision(self.model_id, self.revision)[0]):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
 
 
@@ -277,6 +319,7 @@ async def _fetch(want: _Want) -> Weights:
         fetched, store, path = await fetch_on(
             node,
             want.model_id,
+            revision=want.revision,
             out=want.out,
             into=want.into,
             device=want.device,
@@ -303,10 +346,12 @@ async def fetch_on(
     settings: Settings,
     device: str = "cpu",
     abandon_s: float = math.inf,
+    revision: str | None = None,
 ) -> tuple[Fetched, Store, Path | None]:
-    """Fetches on an open node. Returns the result, the store, and the directory if there is one."""
+    """Fetches `ID` or `ID@REVISION` on an open node. Returns result and store, and the directory if there is one."""
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise SettingsError("digest", f"{digest!r} is not a whole digest: 64 digits from 0 to 9 and a to f")
+    model_id, revision = with_revision(model_id, revision)
     began = node.now()
     find_timeout_s = settings.find_timeout_s if timeout_s is None else min(settings.find_timeout_s, timeout_s)
     try:
@@ -317,6 +362,7 @@ async def fetch_on(
                 digest=None if digest is None else Digest(digest),
                 find_timeout_s=find_timeout_s,
                 trusted=settings.trusted,
+                revision=revision,
             )
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
@@ -333,7 +379,7 @@ async def fetch_on(
         await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin)
         store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
         fetched = await _filled(node, left, store, origin, abandon_s)
-        snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin))
+        snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin, revision))
         if isinstance(store, DirectoryStore):
             store.moved(snapshot)
     finally:

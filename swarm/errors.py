@@ -62,6 +62,21 @@ class ManifestNotFound(ManifestError):
         self.tried = tuple(tried)
 
 
+class RevisionNotFound(ManifestNotFound):
+    """Peers serve the model id, and none the revision. `revisions`: those that exist, one tuple for each content."""
+
+    def __init__(self, model_id: str, revision: str, *, revisions: Sequence[Sequence[str]]) -> None:
+        known = [" = ".join(names) if names else "a content without a revision" for names in revisions]
+        first = next((names[0] for names in revisions if names), None)
+        command = f"choose one: swarm fetch {model_id}@{first}" if first else "serve it with --revision LABEL"
+        SwarmError.__init__(
+            self, f"{model_id!r} is served, but not its revision {revision!r}; there is {'; '.join(known)}; {command}"
+        )
+        self.model_id = model_id
+        self.revision = revision
+        self.tried = tuple(known)
+
+
 class ManifestInvalid(ManifestError):
     """A manifest, or a file to be described by a manifest, breaks the format."""
 
@@ -72,13 +87,24 @@ class ManifestInvalid(ManifestError):
 
 
 class ManifestConflict(ManifestError):
-    """Peers announce different digests under the same model id. `holders`: digest -> names of peers."""
+    """Peers announce different digests under the same model id.
 
-    def __init__(self, model_id: str, holders: Mapping[str, Sequence[str]]) -> None:
+    `holders`: digest -> names of peers; `revisions`: digest -> revisions, as far as known.
+    """
+
+    def __init__(
+        self,
+        model_id: str,
+        holders: Mapping[str, Sequence[str]],
+        revisions: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        named = {digest: names[0] for digest, names in (revisions or {}).items() if names}
+        commands = [f"swarm fetch {model_id}@{named[digest]}" for digest in sorted(holders) if digest in named]
+        chosen = f"choose a revision ({', '.join(commands)}), or " if commands else "choose "
         sides = "; ".join(f"{digest} at {', '.join(peers)}" for digest, peers in sorted(holders.items()))
         super().__init__(
             f"{model_id!r} is served with {len(holders)} different contents ({sides}); "
-            "choose the digest with --digest, or stop the wrong source"
+            f"{chosen}the digest with --digest, or stop the wrong source"
         )
         self.model_id = model_id
         self.holders = {digest: tuple(peers) for digest, peers in holders.items()}

@@ -18,8 +18,9 @@ from swarm import errors
 
 NAMES = {
     "HUB_CACHE", "FetchError", "FetchTimeout", "ManifestConflict", "ManifestError", "ManifestInvalid",
-    "ManifestNotFound", "Served", "Settings", "SettingsError", "SourceChanged", "Stalled", "StoreConflict",
-    "StoreError", "StoreFull", "SwarmError", "Weights", "__version__", "fetch", "fetch_async", "serve", "transformers",
+    "ManifestNotFound", "RevisionNotFound", "Served", "Settings", "SettingsError", "SourceChanged", "Stalled",
+    "StoreConflict", "StoreError", "StoreFull", "SwarmError", "Weights", "__version__",
+    "fetch", "fetch_async", "serve", "transformers",
 }  # fmt: skip
 
 FETCH = {
@@ -30,10 +31,12 @@ FETCH = {
     "digest": None,
     "timeout_s": None,
     "settings": None,
+    "revision": None,
 }
 
 EXIT_CODES = {
-    "SwarmError": 1, "SettingsError": 2, "ManifestError": 3, "ManifestNotFound": 3, "ManifestInvalid": 3,
+    "SwarmError": 1, "SettingsError": 2, "ManifestError": 3, "ManifestNotFound": 3,
+    "RevisionNotFound": 3, "ManifestInvalid": 3,
     "ManifestConflict": 3, "FetchError": 4, "Stalled": 4, "FetchTimeout": 4, "StoreError": 5, "StoreFull": 5,
     "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6, "NotAdmitted": 6,
     "RemoteProtocolError": 6, "VersionSkew": 6, "TransportError": 1, "LocalProtocolError": 70,
@@ -64,14 +67,14 @@ def test_how_is_fetch_called(function: object) -> None:
     assert callable(function)
     parameters = inspect.signature(function).parameters
     assert {name: parameter.default for name, parameter in parameters.items()} == FETCH
-    assert [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values()] == [False] + [True] * 6
+    assert [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values()] == [False] + [True] * 7
     assert inspect.iscoroutinefunction(function) == (function is swarm.fetch_async)
 
 
 def test_how_is_serve_called() -> None:
     parameters = inspect.signature(swarm.serve).parameters
-    assert list(parameters) == ["what", "model_id", "settings"]
-    assert [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values()] == [False, True, True]
+    assert list(parameters) == ["what", "model_id", "settings", "revision"]
+    assert [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values()] == [False, True, True, True]
 
 
 def test_what_do_errors_exit_with() -> None:

@@ -41,7 +41,7 @@ from pathlib import Path
 from swarm.checkpoint.manifest_builder import verify
 from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.errors import SettingsError, StoreConflict, StoreError
-from swarm.protocol.messages import Origin
+from swarm.protocol.messages import REVISIONS_MAX, SHORT_COMMIT_MIN, Origin
 from swarm.store.directory import PARTIAL
 from swarm.store.disk import open_locked, replacing, store_errors
 
@@ -90,9 +90,40 @@ def snapshot(model_id: str, *, root: Path | None = None, revision: str = "main")
         try:
             commit = (folder / "refs" / revision).read_text()
         except (OSError, UnicodeDecodeError):
-            return None
+            commits = [known for known in revisions(model_id, root=root) if known.startswith(revision)]
+            if len(revision) < SHORT_COMMIT_MIN or len(commits) != 1:
+                return None
+            commit = commits[0]
     found = folder / "snapshots" / commit
     return found if _COMMIT.fullmatch(commit) and found.is_dir() else None
+
+
+def revisions(model_id: str, *, root: Path | None = None) -> dict[str, list[str]]:
+    """Commits of the cached snapshots of a model, each with the branches and tags that name it here."""
+    if not is_model_id(model_id):
+        return {}
+    folder = _folder(model_id, root)
+    found: dict[str, list[str]] = {
+        entry.name: [] for entry in sorted(folder.glob("snapshots/*")) if _COMMIT.fullmatch(entry.name)
+    }
+    for ref in sorted((folder / "refs").rglob("*")):
+        name = ref.relative_to(folder / "refs").as_posix()
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if ref.is_file() and not _COMMIT.fullmatch(name):
+                found.get(ref.read_text(), []).append(name)
+    return found
+
+
+def named_origin(snapshot_dir: Path) -> Origin | None:
+    """`origin` with the branches and tags that name the commit here; of a snapshot of plain files too."""
+    path = Path(os.path.abspath(snapshot_dir))
+    model_id, found = model_id_of(path), origin(path)
+    if model_id is None or not _COMMIT.fullmatch(path.name):
+        return None
+    if found is None and any(True for _ in _links(path)):
+        return None  # a fetch of swarm, named by its digest
+    names = revisions(model_id, root=path.parent.parent.parent).get(path.name, [])[:REVISIONS_MAX]
+    return Origin(path.name, found.etags if found else {}, tuple(names))
 
 
 def model_id_of(snapshot_dir: Path) -> str | None:
@@ -168,14 +199,17 @@ class CacheEntry:
             for file in manifest.files:
                 self._reuse(manifest, file, origin, self._staged(manifest))
 
-    def publish(self, manifest: Manifest, origin: Origin | None) -> Path:
+    def publish(self, manifest: Manifest, origin: Origin | None, revision: str | None = None) -> Path:
         """Moves the verified files out of `staging`, removes it, and returns the snapshot.
+
+        The ref of `revision` names it afterwards, `main` without one.
 
         Blocks while files with etags are hashed. Files stay on their file system, so open files are served on. Raises
         StoreError, and StoreConflict if a file does not match its etag or the cache has other content in its place.
         Then no file has moved, except after a disk failure, which the next fetch repairs.
         """
         staged = self._staged(manifest)
+        origin = origin if origin and origin.commit else None
         commit = origin.commit if origin else manifest.digest[:40]
         target = self.folder / "snapshots" / commit
         names = self._blob_names(manifest, origin, staged)
@@ -185,7 +219,7 @@ class CacheEntry:
             for file in manifest.files:
                 self._place(staged / file.path, target / file.path, self._blob(names[file.path]))
             target.mkdir(parents=True, exist_ok=True)  # for an artifact without files
-            self._point_main(commit)
+            self._point("main" if revision is None else revision, commit)
             shutil.rmtree(staged)
             with contextlib.suppress(OSError):  # not empty during another fetch
                 staged.parent.rmdir()
@@ -310,8 +344,10 @@ class CacheEntry:
         else:
             blob.replace(link)
 
-    def _point_main(self, commit: str) -> None:
-        main = self.folder / "refs" / "main"
+    def _point(self, revision: str, commit: str) -> None:
+        if revision == commit or unsafe_path(revision):
+            return
+        main = self.folder / "refs" / revision
         main.parent.mkdir(parents=True, exist_ok=True)
         with replacing(main, draft_dir=self._incoming) as draft, draft.open("w") as file:
             file.write(commit)  # no newline: the hub's tools compare the whole file

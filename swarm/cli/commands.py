@@ -79,7 +79,11 @@ def serve(options: argparse.Namespace) -> int:
             open_.enter_context(tracing(node.journal, options.trace))
             await open_.enter_async_context(node)
             name, source, origin = await asyncio.to_thread(
-                open_source, options.model, model_id=options.model_id, settings=settings
+                open_source,
+                options.model,
+                model_id=options.model_id,
+                settings=settings,
+                revision=options.revision,
             )
             node.serve(name, source, origin=origin)
             manifest = source.manifest
@@ -121,6 +125,7 @@ def fetch(options: argparse.Namespace) -> int:
                     fetched, _, path = await fetch_on(
                         node,
                         options.model_id,
+                        revision=options.revision,
                         out=options.out or HUB_CACHE,
                         into=None,
                         digest=options.digest,

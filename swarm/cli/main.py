@@ -117,12 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--model-id", metavar="ID", help="id in the swarm; by default the hub's id or the directory name"
     )
+    serve.add_argument("--revision", metavar="R", help="revision of the cached model, or a label for a directory")
     _add_settings(serve, without={"timeout_s"})
 
     fetch = command(commands.fetch, "fetch a model from peers", traced)
     fetch.add_argument("model_id", metavar="MODEL_ID")
     fetch.add_argument("--out", type=Path, metavar="DIR", help="directory to fill; by default the Hugging Face cache")
     fetch.add_argument("--digest", metavar="D", help="accept only the artifact with this digest")
+    fetch.add_argument("--revision", metavar="R", help="branch, tag, label or commit; also MODEL_ID@R")
     fetch.add_argument("--json", action="store_true", help="print one JSON object at completion")
     fetch.add_argument("--no-seed", action="store_true", help="exit at completion instead of serving the model")
     _add_settings(fetch)

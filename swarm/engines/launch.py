@@ -47,14 +47,15 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     on this machine, ManifestConflict when peers serve different contents, and the errors of `swarm.fetch`.
     """
     place, word = _model(command, model_id)
-    here = Path(word) if Path(word).is_dir() else hf_cache.snapshot(word)
+    revision = _value(command, "--revision")
+    here = Path(word) if Path(word).is_dir() else hf_cache.snapshot(word, revision=revision or "main")
     name = model_id or _name(word, here)
     environment = _environment(settings, name)
     if here is not None and (metadata.is_whole(here) or (here / metadata.DESCRIPTION).is_file()):
         log.info("%s: is on this machine, at %s", name, here)
         return LaunchCommand(_with_format(command), environment)
     try:
-        directory = _fetch_metadata(name, settings)
+        directory = _fetch_metadata(name, settings, revision)
     except ManifestNotFound as error:
         from_hub = here is None and hf_cache.is_model_id(word) and not Path(word).exists()
         if not from_hub and not (here is not None and (here / "config.json").is_file()):
@@ -69,12 +70,13 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     return LaunchCommand(_with_format(changed), environment)
 
 
-def _fetch_metadata(model_id: str, settings: Settings) -> Path:
+def _fetch_metadata(model_id: str, settings: Settings, revision: str | None) -> Path:
     """The laid-out model directory."""
     settings.cache.mkdir(parents=True, exist_ok=True)
     incoming = Path(tempfile.mkdtemp(dir=settings.cache, prefix=".metadata-"))
     try:
-        with fetch(metadata_id(model_id), out=incoming, settings=dataclasses.replace(settings, fsync=False)):
+        unsynced = dataclasses.replace(settings, fsync=False)
+        with fetch(metadata_id(model_id), out=incoming, settings=unsynced, revision=revision):
             adopted = metadata.adopt(settings.cache, incoming)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
@@ -121,6 +123,14 @@ def _with_format(command: Sequence[str]) -> tuple[str, ...]:
 
 def _has(command: Sequence[str], flag: str) -> bool:
     return any(word == flag or word.startswith(f"{flag}=") for word in command)
+
+
+def _value(command: Sequence[str], flag: str) -> str | None:
+    for word, after in zip(command, [*command[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == flag and (value if equals else after):
+            return value if equals else after
+    return None
 
 
 def _environment(settings: Settings, model_id: str) -> dict[str, str]:

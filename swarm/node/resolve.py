@@ -15,7 +15,7 @@ from itertools import chain
 from typing import TypeAlias
 
 from swarm.content.manifest import Digest, Manifest, ModelId, decode
-from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError, SettingsError
+from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError, RevisionNotFound, SettingsError
 from swarm.journal import Resolved
 from swarm.node.holders import Holder
 from swarm.node.node import Node
@@ -31,17 +31,28 @@ SETTLE_S, SETTLE_LEAST_S = 0.3, 0.05
 POLL_S = 0.1
 MANIFEST_TIMEOUT_S = 15.0
 ORIGIN_TIMEOUT_S = 2.0
+OTHER_REVISION_S = 2.0  # time for a holder of the revision to be found, once holders of others are known
+LINK_S = 0.5
 
 
 async def resolve(
-    node: Node, model_id: ModelId, *, digest: Digest | None, find_timeout_s: float, trusted: Sequence[str] = ()
+    node: Node,
+    model_id: ModelId,
+    *,
+    digest: Digest | None,
+    find_timeout_s: float,
+    trusted: Sequence[str] = (),
+    revision: str | None = None,
 ) -> tuple[Manifest, Origin | None]:
     """Manifest and origin of a model id.
 
     `trusted`: addresses and networks. Without a pinned digest, only nodes there may introduce a model, over a link: the
     address of a link is proven by its packets, that of gossip is not.
 
-    Raises ManifestNotFound without a holder in time, ManifestConflict if holders disagree and no digest is pinned.
+    `revision`: a branch, tag, label, commit or its first 7 or more digits; the origin of the result has it.
+
+    Raises ManifestNotFound without a holder in time, its kind RevisionNotFound if holders have other revisions only,
+    ManifestConflict if holders disagree and no digest is pinned.
     """
     began_at_s = node.now()
     agreed: dict[Digest, float] = {}  # digest -> seconds on the node's clock
@@ -51,7 +62,9 @@ async def resolve(
         node.record("node", Resolved(model_id, found, began_at_s, agreed_at_s, error))
 
     try:
-        found = await _resolve(node, model_id, agreed, digest=digest, find_timeout_s=find_timeout_s, trusted=trusted)
+        found = await _resolve(
+            node, model_id, agreed, digest=digest, find_timeout_s=find_timeout_s, trusted=trusted, revision=revision
+        )
     except BaseException as error:
         over(str(error) or type(error).__name__)
         raise
@@ -67,6 +80,7 @@ async def _resolve(
     digest: Digest | None,
     find_timeout_s: float,
     trusted: Sequence[str],
+    revision: str | None,
 ) -> tuple[Manifest, Origin | None]:
     deadline = node.now() + find_timeout_s
     failures: dict[str, None] = {}  # each once, in order
@@ -76,7 +90,7 @@ async def _resolve(
         while True:
             with node.seeking(digest):
                 found_digest, holders = await _agreed(
-                    node, model_id, answers, digest=digest, deadline=deadline, trusted=introducers
+                    node, model_id, answers, digest=digest, deadline=deadline, trusted=introducers, revision=revision
                 )
             if found_digest:
                 agreed.setdefault(found_digest, node.now())
@@ -151,9 +165,14 @@ async def _agreed(
     digest: Digest | None,
     deadline: float,
     trusted: Sequence[Network],
+    revision: str | None,
 ) -> tuple[Digest | None, list[Holder]]:
-    """The agreed digest and its holders; (None, []) without a holder before the deadline."""
+    """The agreed digest and its holders; (None, []) without a holder before the deadline.
+
+    Raises ManifestConflict, RevisionNotFound.
+    """
     first_seen: float | None = None
+    origins: dict[Digest, Origin | None] = {}
     while True:
         if digest is not None:
             holders = {digest: found} if (found := node.holders_of(digest)) or node.described(digest) else {}
@@ -167,9 +186,21 @@ async def _agreed(
             first_seen = now if first_seen is None else first_seen
             settle_s = SETTLE_S if node.searching else SETTLE_LEAST_S
             if digest is not None or now - first_seen >= settle_s:
+                if revision is not None or len(holders) > 1:
+                    origins |= await _origins(node, {d: n for d, n in holders.items() if d not in origins})
+                served = holders
+                if revision is not None:
+                    holders = {d: n for d, n in holders.items() if (o := origins.get(d)) and o.is_revision(revision)}
                 if len(holders) > 1:
-                    raise ManifestConflict(model_id, {d: _names(nodes) for d, nodes in holders.items()})
-                return next(iter(holders.items()))
+                    names = {str(d): o.shown() for d, o in origins.items() if o}
+                    raise ManifestConflict(model_id, {d: _names(nodes) for d, nodes in holders.items()}, names)
+                if holders:
+                    return next(iter(holders.items()))
+                if now >= deadline or (origins.keys() >= served.keys() and now - first_seen >= OTHER_REVISION_S):
+                    shown = [o.shown() if (o := origins.get(d)) else [] for d in served]
+                    raise RevisionNotFound(model_id, revision or "", revisions=shown)
+                await node.changed(POLL_S)
+                continue
             if len(holders) == 1:
                 [(candidate, claimants)] = holders.items()
                 if linked := next((holder.peer for holder in claimants if holder.peer), None):
@@ -177,6 +208,23 @@ async def _agreed(
         elif now >= deadline:
             return None, []
         await node.changed(SETTLE_LEAST_S if holders else POLL_S)
+
+
+async def _origins(node: Node, holders: Mapping[Digest, list[Holder]]) -> dict[Digest, Origin | None]:
+    """Origins of digests from a linked holder each. Digests without a link are left out, and links to them opened."""
+
+    async def ask(digest: Digest, nodes: list[Holder]) -> tuple[Digest, Origin | None] | None:
+        if own := node.described(digest):
+            return digest, own[1]
+        with node.seeking(digest):
+            peer = next((holder.peer for holder in nodes if holder.peer), None)
+            if peer is None:
+                await node.changed(LINK_S)
+                return None
+            return digest, await node.manifest_requests.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S)
+
+    answers = await asyncio.gather(*(ask(digest, nodes) for digest, nodes in holders.items()))
+    return dict(answer for answer in answers if answer)
 
 
 def networks(trusted: Sequence[str]) -> list[Network]:

@@ -114,11 +114,29 @@ class ManifestRequest(Message, frozen=True):
     digest: Digest
 
 
-class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The Hugging Face commit of a checkpoint, and the etag of each file: path -> etag."""
+SHORT_COMMIT_MIN = 7  # git's least
+REVISIONS_MAX = 256
+Revision = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
 
-    commit: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{40}\Z")]
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The Hugging Face commit of a checkpoint, and the etag of each file: path -> etag.
+
+    `revisions`: branches, tags and labels that name it at its source. `commit` is empty for a labelled directory.
+    """
+
+    commit: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40})?\Z")]
     etags: dict[str, Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})\Z")]]
+    revisions: Annotated[tuple[Revision, ...], msgspec.Meta(max_length=REVISIONS_MAX)] = ()
+
+    def is_revision(self, revision: str) -> bool:
+        """Whether the text is one of its names, or the first 7 or more digits of its commit."""
+        short = len(revision) >= SHORT_COMMIT_MIN and self.commit.startswith(revision)
+        return short or revision in self.revisions
+
+    def shown(self) -> list[str]:
+        """Its revisions, names first."""
+        return [*self.revisions, *([self.commit] if self.commit else [])]
 
 
 class ManifestPart(Message, frozen=True):

@@ -302,6 +302,22 @@ def test_cache_is_where_the_hub_tools_have_it(environ: dict[str, str], monkeypat
     assert str(hf_cache.cache_root()) == said.stdout.strip()
 
 
+def test_revisions_are_branches_tags_and_short_commits(tmp_path: Path) -> None:
+    target = publish(tmp_path, FILES, origin_of(FILES))
+    entry = CacheEntry(MODEL, root=tmp_path)
+    other = entry.publish(stage(entry, FILES), origin_of(FILES, commit="c0ffee1" + "0" * 33), "feature/x")
+    assert hf_cache.revisions(MODEL, root=tmp_path) == {COMMIT: ["main"], other.name: ["feature/x"]}
+    for revision, place in (("main", target), ("feature/x", other), ("c0ffee0", target), ("c0ffee10", other)):
+        assert hf_cache.snapshot(MODEL, root=tmp_path, revision=revision) == place
+    for revision in ("c0ffee", "x", "feature"):
+        assert hf_cache.snapshot(MODEL, root=tmp_path, revision=revision) is None
+    named = hf_cache.named_origin(other)
+    assert named == Origin(other.name, origin_of(FILES).etags, ("feature/x",))
+    hub = huggingface_hub.snapshot_download(MODEL, revision="feature/x", cache_dir=tmp_path, local_files_only=True)
+    assert Path(hub) == other
+    assert hf_cache.snapshot(MODEL, root=tmp_path) == target
+
+
 def built(tmp_path: Path, files: dict[str, bytes]) -> Manifest:
     """A manifest with the digests of its chunks."""
     plain = tmp_path / "plain"

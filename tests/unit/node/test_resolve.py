@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 import pytest
 
 from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
-from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable
+from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable, RevisionNotFound
 from swarm.hashing.cpu import chunk_digest
 from swarm.journal import Resolved
 from swarm.net.udp import Hear
@@ -370,5 +370,53 @@ def test_may_trusted_machines_alone_introduce_a_model() -> None:
                 await resolve(me, MODEL, digest=None, find_timeout_s=DEADLINE_S, trusted=["10.0.0.0/8"])
             with pytest.raises(ManifestNotFound, match=r"10\.2\.0\.5:7000\) may not introduce it"):
                 await resolve(me, MODEL, digest=None, find_timeout_s=0.01, trusted=["10.3.0.0/16"])
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("revision", ["main", "feature/x", "ef" * 20, "efefefe"])
+def test_is_a_revision_found_by_name_and_by_commit_among_two(revision: str) -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with (
+            street.node("one") as one,
+            street.node("two") as two,
+            street.node("newcomer", knows=["one", "two"]) as newcomer,
+        ):
+            first = Origin("ef" * 20, {}, ("main", "feature/x"))
+            one.serve(MODEL, wanted := Zeros(4), origin=first)
+            two.serve(MODEL, Zeros(8), origin=Origin("", {}, ("v2",)))
+            await until(lambda: len(newcomer.holders(MODEL)) == 2)
+            found = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision=revision)
+            assert found == (wanted.manifest, first)
+            with pytest.raises(ManifestConflict, match=r"swarm fetch org/model@(main|v2), swarm fetch org/model@"):
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("revision", ["v3", "efefef", "efefefe0", "e", "MAIN"])
+def test_does_a_revision_that_is_not_served_name_the_others(revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.1)
+
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+            seed.serve(MODEL, Zeros(), origin=Origin("ef" * 20, {}, ("main",)))
+            with pytest.raises(RevisionNotFound, match=r"not its revision '\w+'; there is main = efef.*@main$"):
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision=revision)
+            assert (await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S))[1] is not None
+
+    run(scenario)
+
+
+def test_is_a_content_without_a_revision_never_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.1)
+
+    async def scenario() -> None:
+        async with Street().node("alone") as node:
+            node.serve(MODEL, Zeros())
+            with pytest.raises(RevisionNotFound, match="serve it with --revision LABEL"):
+                await resolve(node, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision="main")
 
     run(scenario)
