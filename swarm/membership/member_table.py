@@ -57,37 +57,37 @@ class MemberTable:
         low, high = bisect.bisect_left(self._ids, first), bisect.bisect_right(self._ids, last)
         return [self._records[node] for node in self._ids[low:high]]
 
-    def merge(self, heard: Rumour) -> Record | None:
+    def merge(self, rumour: Rumour) -> Record | None:
         """Merges a rumour about another member. Returns its new record, or None if the rumour is no news."""
-        known = self._records.get(heard.node)
+        known = self._records.get(rumour.node)
         if known is None:
-            if not isinstance(heard, Record) or heard.state >= State.DEAD or len(self._records) >= MEMBERS_MAX:
+            if not isinstance(rumour, Record) or rumour.state >= State.DEAD or len(self._records) >= MEMBERS_MAX:
                 return None
-            self._add(heard)
-            return heard
+            self._add(rumour)
+            return rumour
         merged = known
-        if isinstance(heard, Record) and heard.version > known.version:
-            merged = packets.replace(heard, incarnation=known.incarnation, state=known.state)
-        if (heard.incarnation, heard.state) > (known.incarnation, known.state):
-            merged = packets.replace(merged, incarnation=heard.incarnation, state=heard.state)
+        if isinstance(rumour, Record) and rumour.version > known.version:
+            merged = packets.replace(rumour, incarnation=known.incarnation, state=known.state)
+        if (rumour.incarnation, rumour.state) > (known.incarnation, known.state):
+            merged = packets.replace(merged, incarnation=rumour.incarnation, state=rumour.state)
         if merged is known:
             return None
-        self._records[heard.node] = merged
+        self._records[rumour.node] = merged
         was, lives = known.state < State.DEAD, merged.state < State.DEAD
         if lives and not was:
-            self._enlist(heard.node)
+            self._add_living(rumour.node)
         elif was and not lives:
-            self._strike(heard.node)
+            self._remove_living(rumour.node)
         return merged
 
-    def softened(self, heard: Rumour) -> Rumour:
+    def softened(self, rumour: Rumour) -> Rumour:
         """A rumour of a Sync, which may be old, with SUSPECT in place of DEAD for a living member: it can refute."""
-        known = self._records.get(heard.node)
-        if heard.state is not State.DEAD or (known and known.state >= State.DEAD):
-            return heard
-        if isinstance(heard, Record):
-            return packets.replace(heard, state=State.SUSPECT) if known else heard
-        return Status(heard.node, heard.incarnation, State.SUSPECT, heard.version)
+        known = self._records.get(rumour.node)
+        if rumour.state is not State.DEAD or (known and known.state >= State.DEAD):
+            return rumour
+        if isinstance(rumour, Record):
+            return packets.replace(rumour, state=State.SUSPECT) if known else rumour
+        return Status(rumour.node, rumour.incarnation, State.SUSPECT, rumour.version)
 
     def window(self, first: NodeId, *, room_bytes: int) -> tuple[NodeId, tuple[Status, ...]]:
         """The last id and the statuses of the largest window from id `first` that fits into `room_bytes`."""
@@ -148,13 +148,13 @@ class MemberTable:
     def _add(self, record: Record) -> None:
         self._records[record.node] = record
         bisect.insort(self._ids, record.node)
-        self._enlist(record.node)
+        self._add_living(record.node)
 
-    def _enlist(self, node: NodeId) -> None:
+    def _add_living(self, node: NodeId) -> None:
         # SWIM 4.3: at a random place, so that newcomers are not probed in a row.
         self._living.insert(self._rng.randrange(len(self._living) + 1), node)
 
-    def _strike(self, node: NodeId) -> None:
+    def _remove_living(self, node: NodeId) -> None:
         place = self._living.index(node)
         del self._living[place]
         if place < self._next:
@@ -202,23 +202,23 @@ class SyncWalk:
         return until < last or not self.whole
 
 
-def agree(one: Record, other: Record) -> bool:
+def agree(record: Record, other: Record) -> bool:
     """Whether two records of a member have equal contents, or different versions."""
-    contents = one.name, one.address, one.profile
-    return one.version != other.version or contents == (other.name, other.address, other.profile)
+    contents = record.name, record.address, record.profile
+    return record.version != other.version or contents == (other.name, other.address, other.profile)
 
 
-def refute(own: Record, heard: Rumour) -> Record | None:
+def refute(own: Record, rumour: Rumour) -> Record | None:
     """The own record with an incarnation that overrules the rumour, or None if the rumour is right or old.
 
     An earlier process with this id may have announced greater numbers, or other contents under the same version.
     """
-    differs = isinstance(heard, Record) and not agree(own, heard)
-    accused = heard.state is not State.ALIVE and heard.incarnation >= own.incarnation
-    if not accused and not differs and heard.version <= own.version and heard.incarnation <= own.incarnation:
+    differs = isinstance(rumour, Record) and not agree(own, rumour)
+    accused = rumour.state is not State.ALIVE and rumour.incarnation >= own.incarnation
+    if not accused and not differs and rumour.version <= own.version and rumour.incarnation <= own.incarnation:
         return None
-    version = max(own.version, heard.version) + 1 if differs or heard.version > own.version else own.version
-    incarnation = max(own.incarnation, heard.incarnation) + 1
+    version = max(own.version, rumour.version) + 1 if differs or rumour.version > own.version else own.version
+    incarnation = max(own.incarnation, rumour.incarnation) + 1
     return packets.replace(own, incarnation=min(incarnation, VERSION_MAX), version=min(version, VERSION_MAX))
 
 

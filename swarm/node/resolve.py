@@ -100,8 +100,10 @@ async def _resolve(
                 distrusted = sorted(
                     set(chain.from_iterable(map(_names, node.holders(model_id).values()))) if introducers else ()
                 )
-                told = [f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted]
-                raise ManifestNotFound(model_id, tried=[*told, *failures, *node.tried()], waited_s=find_timeout_s)
+                refused = [
+                    f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted
+                ]
+                raise ManifestNotFound(model_id, tried=[*refused, *failures, *node.tried()], waited_s=find_timeout_s)
             with node.seeking(found_digest):  # gossip may know holders without a link
                 for peer in [holder.peer for holder in holders if holder.peer and holder.node not in unusable]:
                     if failures and node.now() > deadline:

@@ -57,10 +57,10 @@ def view(address: str, context: ssl.SSLContext | None = None) -> dict[str, Any] 
     """The view of the node at HOST:PORT (docs/dashboard.md); None if there is none."""
     try:
         answer, data = _get(address, context, VIEW_PATH)
-        told = json.loads(data) if answer.status == http.HTTPStatus.OK else None
+        found = json.loads(data) if answer.status == http.HTTPStatus.OK else None
     except (PeerUnreachable, ValueError, RecursionError):
         return None
-    return told if isinstance(told, dict) and {"members", "links", "warnings", "asked"} <= told.keys() else None
+    return found if isinstance(found, dict) and {"members", "links", "warnings", "asked"} <= found.keys() else None
 
 
 def clock_ahead_s(address: str, context: ssl.SSLContext | None = None) -> float | None:
@@ -72,10 +72,10 @@ def clock_ahead_s(address: str, context: ssl.SSLContext | None = None) -> float 
     answer, _ = _get(address, context)
     after = datetime.now(UTC)
     try:
-        told = parsedate_to_datetime(answer.headers["Date"])
+        theirs = parsedate_to_datetime(answer.headers["Date"])
     except (TypeError, ValueError):  # missing, or no date
         return None
-    ahead_s = (told - before - (after - before) / 2).total_seconds() + 0.5  # Date has whole seconds
+    ahead_s = (theirs - before - (after - before) / 2).total_seconds() + 0.5  # Date has whole seconds
     return ahead_s if abs(ahead_s) > 1 else 0.0
 
 
