@@ -121,7 +121,7 @@ class Runtime:
         return shared.node
 
     async def release(self, settings: Settings) -> None:
-        """Undoes one `acquire`; on the loop only."""
+        """Undoes an `acquire`; on the loop only."""
         shared = self._nodes[settings]
         shared.users -= 1
         if shared.users == 0:
@@ -158,7 +158,7 @@ def runtime() -> Runtime:
 
 
 def _start_afresh() -> None:
-    """In a forked child the thread that held the lock does not exist, so the lock is a new one."""
+    """In a forked child the thread that held the lock does not exist, so the lock is replaced."""
     global _lock, _runtime
     _lock = threading.Lock()
     if _runtime is not None:
