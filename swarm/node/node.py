@@ -91,11 +91,7 @@ class Node:
             environment, config=network or config.lan(), rng=rng, clock=self.now, changed=self._member_changed
         )
         self._shares = Shares(
-            host=self,
-            rng=rng,
-            changed=self._update_profile,
-            distance=self._distance,
-            stop_uploads=self._stop_uploads,
+            host=self, rng=rng, changed=self._update_profile, distance=self._distance, stop_uploads=self._stop_uploads
         )
         self._fetches = Fetches(
             host=self,
