@@ -12,7 +12,7 @@
       LocalProtocolError       developer: a bug in swarm
 
 Each exception has typed fields. Its text is a single line: the event, its place, and the next step. Text of peers and
-files in it is bounded and printable (`swarm.text`).
+files in it is bounded and printable (`clean`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from swarm.text import LINE_CHARS_MAX, clean
+CHARS_MAX = 300  # of a value in a line
+LINE_CHARS_MAX = 1000  # of an error or a line of the log
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_CUT = " … "
+
+
+def clean(text: object, *, chars_max: int = CHARS_MAX) -> str:
+    """Text of peers, files and traces fit for a terminal: one line of at most `chars_max` characters.
+
+    A longer text loses its middle: without a bound it fills a log. Control characters move the cursor, bidirectional
+    ones reorder the line.
+
+    A character that Unicode does not call printable (control, format, surrogate, private use) is replaced.
+    """
+    line = str(text)
+    if len(line) > chars_max:
+        tail = (chars_max - len(_CUT)) // 3
+        line = line[: chars_max - len(_CUT) - tail] + _CUT + line[len(line) - tail :]
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else _REPLACEMENT for c in line)
 
 
 class SwarmError(Exception):

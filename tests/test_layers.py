@@ -19,7 +19,7 @@ ROOT = Path(swarm.__file__).parent
 
 # Each row imports from itself and from rows above it.
 ROWS: dict[str, set[str]] = {
-    "words": {"errors", "settings", "text"},
+    "words": {"errors", "settings"},
     "nouns": {
         "content", "content.bitfield", "content.manifest", "content.safetensors_header", "journal", "membership.config",
         "protocol", "protocol.messages", "protocol.packets",
@@ -101,8 +101,8 @@ FOLDERS: dict[str, set[str]] = {
     "__main__": {"cli"},
     "testing": {"content", "hashing", "net", "store", "transport"},
 }  # fmt: skip
-COMMON = {"errors", "settings", "text"}
-FLAT = {"", "__main__", "api", "errors", "journal", "runtime", "settings", "text"}
+COMMON = {"errors", "settings"}
+FLAT = {"", "__main__", "api", "errors", "journal", "runtime", "settings"}
 VERSION_ONLY = {
     "doctor.examine",
     "node.node",

@@ -21,10 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from swarm.cli import signals, stdio
-from swarm.errors import SettingsError, StoreError
+from swarm.errors import SettingsError, StoreError, clean
 from swarm.settings import Settings
 from swarm.simulation.setup import Burst
-from swarm.text import clean
 
 PROBLEMS_FOUND = 1
 MDNS_S = 2.0  # to find a node

@@ -17,10 +17,9 @@ from typing import Any
 
 from swarm import __version__
 from swarm.cli import commands, signals, stdio
-from swarm.errors import SwarmError
+from swarm.errors import LINE_CHARS_MAX, SwarmError, clean
 from swarm.settings import Settings
 from swarm.simulation.setup import Burst, flag_of
-from swarm.text import LINE_CHARS_MAX, clean
 
 OUTPUT_LOST = 1
 METAVARS = {

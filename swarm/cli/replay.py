@@ -9,12 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from swarm.errors import StoreError
+from swarm.errors import StoreError, clean
 from swarm.journal import FetchStarted
 from swarm.observe import trace
 from swarm.observe.fetch_record import FetchRecord, FetchRecords
 from swarm.observe.units import size_text
-from swarm.text import clean
 
 
 def replay(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from swarm.errors import clean
 from swarm.observe.units import count, size_text
-from swarm.text import clean
 
 HERE = ("alive", "suspect", "silent")
 SHOWN = (*HERE, "dead")  # members that left on purpose need no attention

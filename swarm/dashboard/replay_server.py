@@ -20,12 +20,11 @@ from swarm.dashboard.recording import Recording
 from swarm.dashboard.server import ASSETS, DIGEST, INDEX, NODE, asset
 from swarm.dashboard.sse import ALIVE_EVERY_S, UPDATE_EVERY_S, event
 from swarm.dashboard.swarm_view import Json, patch
-from swarm.errors import StoreError
+from swarm.errors import StoreError, clean
 from swarm.net.http_pages import EventPage, Page
 from swarm.net.listener import Listener
 from swarm.net.websocket import HttpLinks, Link
 from swarm.observe.trace import lines
-from swarm.text import clean
 
 HOST = "127.0.0.1"
 FROM = "{from_ms:[0-9]{1,9}}"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from swarm.doctor.checks import Finding
-from swarm.text import LINE_CHARS_MAX, clean
+from swarm.errors import LINE_CHARS_MAX, clean
 
 MARKS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "bad": ("bad", "bold red")}
 

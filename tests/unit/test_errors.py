@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from swarm.errors import ManifestInvalid, PeerUnreachable
-from swarm.text import CHARS_MAX, LINE_CHARS_MAX, clean
+from swarm.errors import CHARS_MAX, LINE_CHARS_MAX, ManifestInvalid, PeerUnreachable, clean
 
 
 def test_plain_text_is_unchanged() -> None:
