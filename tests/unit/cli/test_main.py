@@ -228,8 +228,14 @@ def test_what_does_an_error_exit_with(
     ],
 )
 def test_what_does_a_failed_command_say(
-    arguments: list[str], code: int, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    code: int,
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("SWARM_MDNS", "0")  # `status` would find the nodes of others on this network
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished" / PARTIAL).mkdir(parents=True)
     assert main([*arguments, *(LOCAL if arguments[0] in ("serve", "fetch") else [])]) == code
