@@ -76,5 +76,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """All names, those that load on first use included."""
-    return sorted({*globals(), *__all__})
+    """The public names, those that load on first use included."""
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

@@ -89,7 +89,8 @@ def serve(options: argparse.Namespace) -> int:
             with local_nodes.note(settings.cache, node.address):
                 what = f"{name}, {len(manifest.files)} files, {size_text(manifest.size)}, digest {manifest.digest}"
                 print(f"{node.address} ready: {what}", flush=True)
-                log.info("fetch it with: swarm fetch %s --peer %s", name, node.address)
+                key = f" --key-file {settings.key_file}" if settings.key_file else ""
+                log.info("fetch it with: swarm fetch %s --peer %s%s", name, node.address, key)
                 await asyncio.Event().wait()
         return 0
 
