@@ -112,9 +112,8 @@ def test_does_a_swarm_that_is_well_log_only_what_a_person_acts_on(
     assert logged(second) == [("info", opening), ("info", chosen), ("info", serving)]
     assert choice.fullmatch(chosen)
     assert serving.startswith("serving it on at ")
-    assert logged(seed) == [
-        ("info", opening), ("info", f"fetch it with: swarm fetch {MODEL} --peer {seed.address}"),
-    ]  # fmt: skip
+    next_step = f"fetch it with: swarm fetch {MODEL} --peer {seed.address}" + (" --key-file swarm.key" if keyed else "")
+    assert logged(seed) == [("info", opening), ("info", next_step)]
 
 
 def test_does_a_second_fetch_transfer_nothing(machine: Machine, model: Path, out: Path) -> None:
