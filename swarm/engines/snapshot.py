@@ -106,7 +106,7 @@ def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def take(
     loader: RankLoader, live: Mapping[str, torch.Tensor], *, spared: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Fills these tensors from twins; returns copies of them, tied alike, or {} if they are yet to be cloned.
+    """Fills these tensors from twins; returns copies of them, tied alike, or {} if a snapshot is yet to be taken.
 
     After an error `spared` are unchanged. Raises as `RankLoader.fetch_loaded` does.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -73,11 +74,22 @@ def until_line(process: subprocess.Popen[str], part: str) -> None:
     pytest.fail(f"it ended without {part!r}")
 
 
+def until_open(process: subprocess.Popen[str], path: Path) -> None:
+    """Returns when the process has opened the file."""
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        for descriptor in os.listdir(f"/proc/{process.pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if os.readlink(f"/proc/{process.pid}/fd/{descriptor}") == str(path):
+                    return
+        time.sleep(0.01)
+    pytest.fail(f"{path} was not opened within {START_S:g} s")
+
+
 @pytest.mark.parametrize("number", ALL)
 def test_serving_stops_while_files_are_hashed(tmp_path: Path, large: Path, number: signal.Signals) -> None:
     with start(tmp_path, "serve", str(large)) as process:
-        until_line(process, "no cluster key")  # the node is open, and hashing begins
-        time.sleep(0.3)
+        until_open(process, large / "model.gguf")  # hashing has begun
         assert stopped(process, number) == 0
 
 
