@@ -3,8 +3,9 @@
     <cache>/manifests/<sha256 of path and chunk grid>.json    digests of hashed files, with their stamps
     <cache>/fetched/<sha256 of path>.json                     the manifest that a directory was fetched as
 
-A stamp (size, mtime, inode) is trusted only if the file was older than `RACY_NS` when it was hashed. A younger file can
-be written again without a change of its mtime (git calls this racily clean).
+A stamp (size, mtime, ctime, inode) is trusted only if the file was older than `RACY_NS` when it was hashed. A younger
+file can be written again without a change of its times (git calls this racily clean). The age is that of the ctime, the
+only time that a program cannot set.
 
 Must not know: how files are hashed.
 """
@@ -24,20 +25,20 @@ import msgspec
 from swarm.checkpoint.files import CheckpointFile
 from swarm.content.manifest import Digest, FileEntry, HashScheme, Manifest, decode
 from swarm.errors import ManifestError
-from swarm.store.disk import replacing, store_errors
+from swarm.store.disk import Stamp, replacing, store_errors
 
-RACY_NS = 2_000_000_000  # mtime resolution of FAT, the coarsest in use
+RACY_NS = 2_000_000_000  # resolution of FAT, the coarsest in use
 
 log = logging.getLogger("swarm")
 
 
 class _Record(msgspec.Struct, forbid_unknown_fields=True):
-    """A manifest, and the trusted stamps of its files: (size, mtime_ns, inode) by path."""
+    """A manifest, and the trusted stamps of its files by path."""
 
     digest: Digest
     manifest: str
-    stamps: dict[str, tuple[int, int, int]]
-    version: Literal[1] = 1
+    stamps: dict[str, Stamp]
+    version: Literal[2] = 2
 
 
 _decoder = msgspec.json.Decoder(_Record)
@@ -51,13 +52,13 @@ class DigestCache:
     ) -> None:
         self._began_ns = time.time_ns()
         self._record = _place(cache_dir / "manifests", path, f"\0{chunk_bytes}\0{scheme.name}\0{scheme.leaf_bytes}")
-        self._stamps = {file.path: (file.stamp.size, file.stamp.mtime_ns, file.stamp.inode) for file in files}
+        self._stamps = {file.path: file.stamp for file in files}
         self.known: dict[str, FileEntry] = {}
         manifest, stamps = _read(self._record) or (None, {})
         if manifest is not None and (manifest.chunk_bytes, manifest.scheme) == (chunk_bytes, scheme):
             for entry in manifest.files:
                 stamp = stamps.get(entry.path)
-                if stamp and stamp == self._stamps.get(entry.path) and stamp[0] == entry.size:
+                if stamp and stamp == self._stamps.get(entry.path) and stamp.size == entry.size:
                     self.known[entry.path] = entry
 
     def save(self, manifest: Manifest) -> None:
@@ -65,7 +66,9 @@ class DigestCache:
         if len(self.known) == len(self._stamps):
             return
         racy_ns = self._began_ns - RACY_NS
-        trusted = {path: stamp for path, stamp in self._stamps.items() if path in self.known or stamp[1] < racy_ns}
+        trusted = {
+            path: stamp for path, stamp in self._stamps.items() if path in self.known or stamp.ctime_ns < racy_ns
+        }
         try:
             _write(self._record, manifest, trusted)
         except OSError as error:
@@ -88,7 +91,7 @@ def _place(folder: Path, path: Path, suffix: str = "") -> Path:
     return folder / f"{hashlib.sha256(os.fsencode(os.path.realpath(path) + suffix)).hexdigest()}.json"
 
 
-def _read(file: Path) -> tuple[Manifest, dict[str, tuple[int, int, int]]] | None:
+def _read(file: Path) -> tuple[Manifest, dict[str, Stamp]] | None:
     try:
         record = _decoder.decode(file.read_bytes())
         return decode(record.manifest.encode(), digest=record.digest), record.stamps
@@ -99,7 +102,7 @@ def _read(file: Path) -> tuple[Manifest, dict[str, tuple[int, int, int]]] | None
         return None
 
 
-def _write(file: Path, manifest: Manifest, stamps: dict[str, tuple[int, int, int]]) -> None:
+def _write(file: Path, manifest: Manifest, stamps: dict[str, Stamp]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as draft:
         draft.touch(0o600)

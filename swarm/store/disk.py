@@ -40,16 +40,21 @@ _IN_THE_WAY = {errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST}
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """Identity and version of a file: size in bytes, modification time in nanoseconds, inode."""
+    """Identity and version of a file: size in bytes, inode, times of modification and of change in nanoseconds.
+
+    A program sets the modification time as it likes; the time of change is the kernel's own. A new name of the file (a
+    hard link) moves the time of change too, so a check while a file is served leaves it out.
+    """
 
     size: int
     mtime_ns: int
+    ctime_ns: int
     inode: int
 
     @classmethod
     def of(cls, status: os.stat_result) -> Self:
         """The stamp in a stat result."""
-        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
 
     @classmethod
     def at(cls, path: Path) -> Self:
@@ -78,7 +83,7 @@ class Stamp:
             raise SourceChanged(path, "another file took its place")
         if found.size != self.size:
             raise SourceChanged(path, f"{self.size} bytes became {found.size}")
-        if found != self:
+        if found.mtime_ns != self.mtime_ns:
             raise SourceChanged(path, "it was written to")
 
 

@@ -22,8 +22,13 @@ def model(tmp_path: Path) -> Path:
     for name in ("a", "b"):
         (tmp_path / "model").mkdir(exist_ok=True)
         (tmp_path / "model" / name).write_bytes(name.encode())
-        os.utime(tmp_path / "model" / name, (1_000_000_000, 1_000_000_000))
     return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def aged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a test are as old as they are, and trusted."""
+    monkeypatch.setattr(digest_cache, "RACY_NS", 0)
 
 
 @pytest.fixture
@@ -46,10 +51,30 @@ def test_are_entries_of_unchanged_files_known(model: Path, manifest: Manifest, t
     assert opened(cache, model).known.keys() == {"a"}
 
 
-def test_is_a_stamp_of_a_young_file_not_trusted(model: Path, manifest: Manifest, tmp_path: Path) -> None:
-    (model / "b").touch()
+@pytest.mark.parametrize("write", ["in place", "renamed"])
+def test_is_other_content_under_the_old_time_and_size_not_taken_for_the_old(
+    model: Path, manifest: Manifest, tmp_path: Path, write: str
+) -> None:
+    """rsync, cp -p and tar set the time of modification; a block device restores it."""
     opened(tmp_path / "cache", model).save(manifest)
+    before = (model / "b").stat()
+    (model / "new").write_bytes(b"x")
+    if write == "in place":
+        (model / "b").write_bytes((model / "new").read_bytes())
+    else:
+        (model / "new").replace(model / "b")
+    (model / "new").unlink(missing_ok=True)
+    os.utime(model / "b", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert opened(tmp_path / "cache", model).known.keys() == {"a"}
+
+
+def test_is_a_stamp_of_a_young_file_not_trusted(
+    model: Path, manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digest_cache, "RACY_NS", 2_000_000_000)
+    os.utime(model / "a", (1, 1))  # a time of modification that the user set makes no file older
+    opened(tmp_path / "cache", model).save(manifest)
+    assert opened(tmp_path / "cache", model).known.keys() == set()
 
 
 def test_is_nothing_written_when_all_is_known(model: Path, manifest: Manifest, tmp_path: Path) -> None:
