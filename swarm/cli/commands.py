@@ -262,12 +262,16 @@ def verify(options: argparse.Namespace) -> int:
     from swarm.checkpoint import digest_cache, manifest_builder
     from swarm.store.directory import PARTIAL
 
+    if not options.directory.is_dir():
+        what = "is no directory" if options.directory.exists() else "does not exist"
+        raise StoreError(f"{options.directory}: {what}; name a directory that `swarm fetch --out DIR` filled")
     manifest = digest_cache.recall(Settings.load().cache, options.directory)
     if (options.directory / PARTIAL).exists():
         raise StoreError(f"{options.directory}: a fetch into it is unfinished; run that fetch again")
     if manifest is None:
         raise StoreError(
-            f"{options.directory}: not fetched by swarm on this machine, so there is nothing to compare with"
+            f"{options.directory}: not fetched by swarm on this machine, so there is nothing to compare with; "
+            "fetch it again into this directory: files that are right are kept"
         )
     if options.digest not in (None, manifest.digest):
         raise StoreError(f"{options.directory}: fetched as {manifest.digest}, which is not the digest asked for")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import logging
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 from swarm import __version__
 from swarm.cli import commands, signals, stdio
 from swarm.errors import LINE_CHARS_MAX, SwarmError, clean
-from swarm.settings import Settings
+from swarm.settings import NEAR, Settings
 from swarm.simulation.setup import Burst, flag_of
 
 OUTPUT_LOST = 1
@@ -36,7 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         stdio.ensure_utf8_names()
     with stdio.guarded() as output:
-        options, unknown = _parser().parse_known_args(argv)
+        arguments = sys.argv[1:] if argv is None else list(argv)
+        parser = _parser()
+        _refuse_unknown_flag(parser, arguments)
+        options, unknown = parser.parse_known_args(arguments)
         if unknown:  # argparse would show the usage of `swarm` instead of the command's
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         handler = logging.StreamHandler(sys.stderr)
@@ -64,6 +68,27 @@ def _run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(signals.INTERRUPTED_LINE, file=sys.stderr)
         return signals.INTERRUPTED
+
+
+def _refuse_unknown_flag(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Exits with a line that names the first unknown flag of a command: argparse names missing arguments first."""
+    command = _commands(parser).get(arguments[0]) if arguments else None
+    if command is None or arguments[0] == "run":  # the rest of `run` belongs to the engine
+        return
+    flags = [flag for action in command._actions for flag in action.option_strings]
+    for argument in arguments[1:]:
+        flag = argument.partition("=")[0]
+        if flag == "--":
+            return
+        if flag.startswith("--") and not any(known.startswith(flag) for known in flags):
+            near = difflib.get_close_matches(flag, flags, 1, NEAR)
+            command.error(f"unrecognized arguments: {flag}{f'; did you mean {near[0]}?' if near else ''}")
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The parser of each command, by name."""
+    found = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    return dict(found.choices)
 
 
 class _Lines(logging.Formatter):
@@ -183,7 +208,11 @@ def _parser() -> argparse.ArgumentParser:
         "--plot", type=Path, metavar="FILE", help="draw the progress of every newcomer; needs matplotlib"
     )
 
-    command(lambda _: parser.print_help(), "show this help", name="help")
+    def show_help(options: argparse.Namespace) -> None:
+        (_commands(parser)[options.topic] if options.topic else parser).print_help()
+
+    topics = command(show_help, "show the help of a command, or this help", name="help")
+    topics.add_argument("topic", nargs="?", choices=[*_commands(parser)], metavar="COMMAND")
     return parser
 
 

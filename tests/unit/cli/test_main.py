@@ -120,6 +120,34 @@ def test_usage_of_the_command_is_shown_for_an_unknown_flag(command: str, capsys:
     assert err.endswith("error: unrecognized arguments: --no-such-flag\n")
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("fetch --bogus", "unrecognized arguments: --bogus"),
+        ("fetch --bogus=3 x", "unrecognized arguments: --bogus"),
+        ("serve --lisen 0.0.0.0", "unrecognized arguments: --lisen; did you mean --listen?"),
+        ("fetch --key-fil k", "the following arguments are required: MODEL_ID"),
+        ("help bogus", "invalid choice: 'bogus'"),
+    ],
+)
+def test_is_the_unknown_flag_named_and_not_what_else_is_missing(
+    line: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_of_a_command_is_that_of_its_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help", "fetch"]) == 0
+    told = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["fetch", "--help"])
+    assert told == capsys.readouterr().out
+    assert "--key-file" in told
+
+
 def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["help"]) == 0
     assert printed(capsys)[0].startswith("usage: swarm ")
@@ -223,7 +251,7 @@ def test_what_does_an_error_exit_with(
         (["status"], 6, "no node of this user runs on this machine"),
         (["status", "--peer", "nowhere"], 2, "needs a port"),
         (["verify", "empty"], 5, "not fetched by swarm"),
-        (["verify", "missing"], 5, "not fetched by swarm"),
+        (["verify", "missing"], 5, "missing: does not exist; name a directory that `swarm fetch --out DIR` filled"),
         (["verify", "unfinished"], 5, "unfinished: a fetch into it is unfinished; run that fetch again"),
     ],
 )
