@@ -31,7 +31,7 @@ ROWS: dict[str, set[str]] = {
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
     "world": {
-        "checkpoint.digest_cache", "checkpoint.files", "checkpoint.weight_index",
+        "checkpoint.digest_cache", "checkpoint.files", "checkpoint.weight_files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
         "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.udp", "net.websocket",
         "security",

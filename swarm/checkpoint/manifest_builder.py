@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from swarm.checkpoint import weight_index
+from swarm.checkpoint import weight_files, weight_index
 from swarm.checkpoint.digest_cache import DigestCache
 from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
 from swarm.content import safetensors_header
@@ -300,7 +300,7 @@ def _with_unused(entries: Sequence[FileEntry], maps: Mapping[str, Mapping[str, s
 
 def _plan(file: CheckpointFile, grid: _Grid, plain: set[str]) -> tuple[str, list[int]]:
     """The safetensors header of a file, '' for other files, and its chunk sizes. `plain`: files without tensors."""
-    weight_index.refuse_pointer(file)
+    weight_files.refuse_broken(file)
     if not file.path.endswith(".safetensors") or file.path in plain:
         return "", cut([file.stamp.size], grid.chunk_bytes)
     with file.real.open("rb") as stream:

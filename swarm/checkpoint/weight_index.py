@@ -4,6 +4,8 @@
 (`NAME-00001-of-00003.EXT`) say their own count. A loader reads the files of the index and no others, so a safetensors
 file beside them is a plain file of the artifact, and a tensor in two of them belongs to the file of the index.
 
+A config of a model without any weights is what a tokenizer's download leaves behind.
+
 Must not know: hashes, sources.
 """
 
@@ -16,15 +18,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from swarm.checkpoint.files import CheckpointFile
+from swarm.checkpoint.weight_files import WEIGHTS, is_weights, refuse_pointer
 from swarm.errors import ManifestInvalid
 
 INDEX_BYTES_MAX = 100 << 20  # an index of 100,000 tensors is about 10 MB
-POINTER_BYTES_MAX = 1024  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+CONFIG_BYTES_MAX = 10 << 20
 NAMES_SHOWN = 3
 
-_POINTER = b"version https://git-lfs.github.com/spec/v1\n"
-_WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<ending>\.safetensors|\.bin|\.gguf)")
+_INDEX = re.compile(r".+\.(?P<kind>safetensors|bin|h5|msgpack)\.index(?P<variant>\.[\w-]+)?\.json")
+_NUMBERED = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})"
+    r"(?P<ending>(\.[\w-]+)?\.(?P<kind>safetensors|bin|gguf|h5|msgpack|pt|pth))"
+)
+# Configs of models and adapters, and the field of each that only a model with weights has.
+_CONFIGS = {"config.json": "architectures", "adapter_config.json": "peft_type"}
+_CONTROL = (".aria2", ".part", ".partial", ".crdownload", ".download")  # beside or in place of an unfinished download
 # Loaders read these indexes; others are of a variant (`.fp16`) or of another library (`consolidated`).
 _PREFERRED = ("model.safetensors.index.json", "diffusion_pytorch_model.safetensors.index.json")
 
@@ -37,10 +45,11 @@ def indexes(found: Sequence[CheckpointFile]) -> dict[str, dict[str, str]]:
     `pytorch_model*.bin` is often left out of a download.
     """
     here = {file.path for file in found}
-    weights = {_folder(path) for path in here if path.endswith(_WEIGHTS)}
+    weights = {_folder(path) for path in here if path.endswith(WEIGHTS)}
     maps: dict[str, dict[str, str]] = {}
+    named: set[tuple[str, str]] = set()  # folders with a whole index, and the kind of its files
     for file in found:
-        if file.path.endswith((".safetensors.index.json", ".bin.index.json")):
+        if match := _INDEX.fullmatch(file.path):
             table = _read(file)
             shards = set(table.values())
             missing = sorted(shards - here)
@@ -49,8 +58,11 @@ def indexes(found: Sequence[CheckpointFile]) -> dict[str, dict[str, str]]:
                 raise _incomplete(file.path, "of the files it names", missing)
             if not missing:
                 maps[file.path] = table
-    _check_numbers(here, named={(_folder(path), path.removesuffix(".index.json").rpartition(".")[2]) for path in maps})
-    return _preferred({path: table for path, table in maps.items() if path.endswith(".safetensors.index.json")})
+                named.add((_folder(file.path), match["kind"]))
+    _check_numbers(here, named=named)
+    _check_unfinished(here)
+    _check_configs(found)
+    return _preferred({path: table for path, table in maps.items() if ".safetensors.index." in path})
 
 
 def no_tensors(found: Sequence[CheckpointFile], maps: Mapping[str, Mapping[str, str]]) -> set[str]:
@@ -71,20 +83,6 @@ def unused(headers: Mapping[str, set[str]], maps: Mapping[str, Mapping[str, str]
     return found
 
 
-def refuse_pointer(file: CheckpointFile) -> None:
-    """Raises ManifestInvalid for a git-lfs pointer, which stands in a clone without git-lfs in place of a file."""
-    if not len(_POINTER) <= file.stamp.size < POINTER_BYTES_MAX:
-        return
-    with file.real.open("rb") as stream:
-        text = stream.read(POINTER_BYTES_MAX)
-    if text.startswith(_POINTER):
-        size = re.search(rb"^size (\d+)$", text, re.MULTILINE)
-        what = f"the file of {int(size[1])} bytes" if size else "the file"
-        raise ManifestInvalid(
-            file.path, f"is a git-lfs pointer in place of {what}; run `git lfs pull` in {file.real.parent}, serve again"
-        )
-
-
 def _preferred(maps: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     by_folder: dict[str, list[str]] = defaultdict(list)
     for path in maps:
@@ -101,7 +99,7 @@ def _check_numbers(here: set[str], *, named: set[tuple[str, str]]) -> None:
     numbers: dict[tuple[str, str, str], set[int]] = defaultdict(set)
     for path in here:
         match = _NUMBERED.fullmatch(PurePosixPath(path).name)
-        if match and (_folder(path), match["ending"][1:]) not in named:
+        if match and (_folder(path), match["kind"]) not in named:
             stem = str(PurePosixPath(path).with_name(match["stem"]))
             numbers[stem, match["count"], match["ending"]].add(int(match["number"]))
     for (stem, count, ending), have in sorted(numbers.items()):
@@ -110,6 +108,40 @@ def _check_numbers(here: set[str], *, named: set[tuple[str, str]]) -> None:
         if missing:
             names = [f"{stem}-{number:05}-of-{count}{ending}" for number in missing]
             raise _incomplete(f"{stem}-*-of-{count}{ending}", "of the numbered files", names)
+
+
+def _check_unfinished(here: set[str]) -> None:
+    """Raises ManifestInvalid for weights that a downloader has not finished, as its own file beside them says."""
+    for path in sorted(here):
+        name, dot, ending = path.rpartition(".")
+        if dot + ending in _CONTROL and is_weights(name):
+            raise ManifestInvalid(
+                path, f"belongs to an unfinished download of {name}; finish or remove it, serve again"
+            )
+
+
+def _check_configs(found: Sequence[CheckpointFile]) -> None:
+    """Raises ManifestInvalid for the config of a model or an adapter without any weights in or below its folder."""
+    weights = [PurePosixPath(file.path) for file in found if is_weights(file.path)]
+    for file in found:
+        path = PurePosixPath(file.path)
+        field = _CONFIGS.get(path.name)
+        if field and (kind := _kind(file, field)) and not any(path.parent in other.parents for other in weights):
+            raise ManifestInvalid(
+                file.path, f"is of {kind}, and no weights lie beside it; finish the download, then serve it again"
+            )
+
+
+def _kind(config: CheckpointFile, field: str) -> str:
+    """The field of a config as text, empty without one."""
+    if config.stamp.size > CONFIG_BYTES_MAX:
+        return ""
+    try:
+        table = json.loads(config.real.read_bytes())
+    except (ValueError, RecursionError):
+        return ""  # not the JSON of a loader
+    value = table.get(field) if isinstance(table, dict) else None
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 
 def _incomplete(subject: str, of: str, missing: Sequence[str]) -> ManifestInvalid:

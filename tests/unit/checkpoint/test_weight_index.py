@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import struct
+import zipfile
 from contextlib import closing
 from pathlib import Path
 
@@ -45,6 +48,26 @@ def owners(manifest: Manifest) -> dict[str, str]:
     tensors = TensorIndex(manifest)
     by_file = zip(manifest.files, tensors.by_file, strict=True)
     return {t.name: file.path for file, entries in by_file for t in entries if tensors.owners.get(t.name) is t}
+
+
+def gguf() -> bytes:
+    """A vocabulary of two tokens, alignment 64, and a tensor of 2 x 32 in blocks of 4 bits."""
+    vocabulary = string(b"tokens") + struct.pack("<IIQ", 9, 8, 2) + string(b"a") + string(b"b")
+    alignment = string(b"general.alignment") + struct.pack("<II", 4, 64)
+    tensor = string(b"w") + struct.pack("<IQQIQ", 2, 32, 2, 2, 64)
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, 2) + vocabulary + alignment + tensor
+    return header.ljust(-(-len(header) // 64) * 64) + b"x" * (64 + 2 * 18)
+
+
+def string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def archive() -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        file.writestr("archive/data.pkl", b"x")
+    return data.getvalue()
 
 
 TWO = {"s-1.safetensors": weights("a"), "s-2.safetensors": weights("b")}
@@ -120,13 +143,29 @@ def test_does_a_new_index_count_for_files_that_are_hashed_already(tmp_path: Path
         ({"pytorch_model.bin": POINTER}, "git-lfs pointer"),
         ({"model.gguf": POINTER}, "git-lfs pointer"),
         ({"model.safetensors.index.json": POINTER}, "git-lfs pointer"),
+        ({"model.safetensors": POINTER.replace(b"\n", b"\r\n")}, "git-lfs pointer in place of the file of 49766"),
+        ({"tokenizer.json": POINTER, "model.safetensors": weights("a")}, "tokenizer.json: is a git-lfs pointer"),
+        ({"u/d.safetensors.index.fp16.json": index(a="d-00001-of-00002.fp16.safetensors")}, "are missing: u/d-00001"),
+        ({"model.fp16-00001-of-00002.safetensors": weights("a")}, r"model\.fp16-00002-of-00002\.safetensors"),
+        ({"d-00001-of-00002.fp16.safetensors": weights("a")}, r"d-00002-of-00002\.fp16\.safetensors"),
+        ({"tf_model.h5.index.json": index(a="tf_model-00001-of-00001.h5")}, r"tf_model-00001-of-00001\.h5"),
+        ({"model.safetensors": b""}, "too short|empty"),
+        ({"pytorch_model.bin": b""}, "is empty"),
+        ({"pytorch_model.bin": b"PK\3\4" + b"x" * 99}, "truncated: 103 bytes without an end of its archive"),
+        ({"m.gguf": gguf()[:-1]}, r"m\.gguf: is truncated: \d+ bytes of at least \d+"),
+        ({"m.gguf": gguf()[:40]}, r"m\.gguf: is truncated: 40 bytes"),
+        ({"model.safetensors": weights("a"), "model.safetensors.aria2": b"x"}, "unfinished download of model.safet"),
+        ({"m.gguf.part": b"x"}, r"unfinished download of m\.gguf"),
+        ({"config.json": b'{"architectures": ["LlamaForCausalLM"]}'}, "is of LlamaForCausalLM, and no weights"),
+        ({"vae/config.json": b'{"architectures": ["Vae"]}', "model.safetensors": weights("a")}, "vae/config.json: "),
+        ({"adapter_config.json": b'{"peft_type": "LORA"}', "README.md": b"x"}, "is of LORA, and no weights"),
     ],
 )  # fmt: skip
 def test_is_an_incomplete_checkpoint_refused_with_what_is_missing(
     files: dict[str, bytes], says: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ManifestInvalid, match=says):
-        built(tmp_path, files | {"config.json": b"{}"})
+        built(tmp_path, {"config.json": b"{}"} | files)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +176,12 @@ def test_is_an_incomplete_checkpoint_refused_with_what_is_missing(
         {"p-00000-of-00002.bin": b"x", "p-00001-of-00002.bin": b"x"},
         {"m.safetensors": weights("a"), "model.safetensors.index.json": index(a="m.safetensors")}
         | {"old-00001-of-00002.safetensors": weights("a")},
+        {"m.gguf": gguf(), "other.gguf": b"GGUF of a later version", "pytorch_model.bin": archive()},
+        {"config.json": b'{"architectures": ["LlamaForCausalLM"]}', "onnx/model.onnx": b"x"},
+        {"config.json": b'{"architectures": ["X"]}', "adapter_config.json": b"no JSON", "w.ckpt": b"x"},
+        {"config.json": b"{}", "tokenizer.json": b"{}"},
+        {"u/d.safetensors.index.fp16.json": index(a="d-00001-of-00001.fp16.safetensors")}
+        | {"u/d-00001-of-00001.fp16.safetensors": weights("a")},
     ],
 )
 def test_is_a_complete_checkpoint_served(files: dict[str, bytes], tmp_path: Path) -> None:
