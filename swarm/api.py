@@ -24,7 +24,7 @@ from swarm.hashing.cpu import demand
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
-from swarm.protocol.messages import Address, Origin
+from swarm.protocol.messages import Address, Origin, unsayable
 from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.store import Source, Store
@@ -216,15 +216,23 @@ def open_source(
             raise SettingsError("model_id", "tensors have no name of their own; say model_id='org/model'")
         if not what:
             raise SettingsError("tensors", "there are none")
-        return ModelId(model_id), manifest_builder.tensors(what, **grid), _labelled(None, revision)
+        return _sayable(model_id), manifest_builder.tensors(what, **grid), _labelled(None, revision)
     if isinstance(what, str) and not Path(what).exists():
         what, revision = with_revision(what, revision)
     path = _locate(what, revision)
+    found = _sayable(model_id or hf_cache.model_id_of(path) or path.resolve().name)
+    origin = _labelled(hf_cache.named_origin(path), revision)
     _, source, skipped = manifest_builder.checkpoint(path, cache_dir=settings.cache, **grid)
     for entry in skipped:
         log.info("not served: %s (%s)", entry.path, entry.why)
-    found = model_id or hf_cache.model_id_of(path) or path.resolve().name
-    return ModelId(found), source, _labelled(hf_cache.named_origin(path), revision)
+    return found, source, origin
+
+
+def _sayable(model_id: str) -> ModelId:
+    """Raises SettingsError before hours of hashing, not after, for an id that no message can carry."""
+    if why := unsayable(model_id):
+        raise SettingsError("model_id", why)
+    return ModelId(model_id)
 
 
 def with_revision(model_id: str, revision: str | None = None) -> tuple[str, str | None]:

@@ -14,18 +14,26 @@ import ipaddress
 import math
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from swarm.errors import SettingsError
+from swarm.errors import SettingsError, clean
 
 ENVIRONMENT_PREFIX = "SWARM_"
 FILE_NAME = "swarm.toml"
 CHOICES = {"data_encryption": ("tls", "none"), "network": ("local", "lan", "wan"), "chunk_hash": ("xxh3-128", "blake3")}
+# Bounds of the protocol, which this module must not import; a test compares them. Messages with greater values are
+# refused by every peer, so a node with such a setting would be ready and unreachable.
+NAME_MAX = 256  # characters, in a Hello
+ADDRESS_MAX = 256  # characters of HOST:PORT, in a Hello
 LABEL_MAX = 32  # characters: gossip sends it to every member
+CHUNK_BYTES_MAX, LEAF_BYTES_MIN = 64 << 20, 1024
+SLOTS_MAX = 1024
+NUMBER_MAX = 1e15  # of seconds and bytes per second: beyond, sums with a clock lose their precision
 NEAR = 0.8  # difflib ratio from which an unknown variable counts as a misspelling
 
 _HOST = r"(?!-)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?"
@@ -147,10 +155,15 @@ class Settings:
         for name, choices in CHOICES.items():
             if (value := getattr(self, name)) is not None and value not in choices:
                 raise SettingsError(name, f"{value!r} is not one of {', '.join(choices)}")
-        for name in ("host", "rack"):
-            label = getattr(self, name)
-            if label is not None and not (len(label) <= LABEL_MAX and label.isprintable()):
-                raise SettingsError(name, f"{label!r} is not a label of at most {LABEL_MAX} printable characters")
+        for name, chars_max in (("name", NAME_MAX), ("host", LABEL_MAX), ("rack", LABEL_MAX)):
+            text = getattr(self, name)
+            if text is not None and not (len(text) <= chars_max and text.isprintable()):
+                raise SettingsError(
+                    name, f"{clean(repr(text))} is not a text of at most {chars_max} printable characters"
+                )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
         for name in ("find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(name, f"{getattr(self, name)} is not a number above zero")
@@ -162,8 +175,18 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:  # also rejects NaN
                 raise SettingsError(name, f"{value} is not a number above zero; leave it out for no limit")
+        for name, least, most in (
+            ("find_timeout_s", 0, NUMBER_MAX), ("stall_timeout_s", 0, NUMBER_MAX), ("idle_timeout_s", 0, NUMBER_MAX),
+            ("timeout_s", 0, NUMBER_MAX), ("upload_limit", 0, NUMBER_MAX), ("upload_slots", 1, SLOTS_MAX),
+            ("chunk_bytes", 1, CHUNK_BYTES_MAX), ("leaf_bytes", LEAF_BYTES_MIN, CHUNK_BYTES_MAX),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise SettingsError(name, f"{value} is not from {least} to {most:.15g}")
 
     def _check_addresses(self) -> None:
+        for peer in self.peers:
+            split_address("peer", peer)
         if self.advertise is not None:
             host, _ = split_address("advertise", self.advertise, default_port=0)
             if not is_literal(host):
@@ -214,7 +237,7 @@ class Settings:
 
 def split_address(setting: str, text: str, *, default_port: int | None = None) -> tuple[str, int]:
     """Parses HOST:PORT or [IPV6]:PORT. With `default_port`, HOST alone and port 0 are valid. Raises SettingsError."""
-    match = _ADDRESS.fullmatch(text.strip())
+    match = _ADDRESS.fullmatch(text.strip()) if len(text) <= ADDRESS_MAX else None
     if match and (match[1] or match[2]).isdigit():
         raise SettingsError(setting, f"{text!r} needs a host, as in 127.0.0.1:{match[1] or match[2]}")
     if match is None or (match[1] and not (":" in match[1] and is_literal(match[1]))):
@@ -296,10 +319,12 @@ def _parse(name: str, value: Any, kind: str) -> Any:
         try:
             return _READERS[kind](value)
         except (ValueError, KeyError, RuntimeError):  # RuntimeError: `~` without a home directory
-            raise SettingsError(name, f"{value!r} is not a valid {kind}") from None
+            raise SettingsError(name, f"{clean(repr(value))} is not a valid {kind}") from None
     accepted: dict[str, type | tuple[type, ...]] = {"bool": bool, "int": int, "float": (int, float), "Path": Path}
     if not isinstance(value, accepted.get(kind, str)) or (isinstance(value, bool) and kind != "bool"):
-        raise SettingsError(name, f"{value!r} is not a valid {kind}")
+        raise SettingsError(name, f"{clean(repr(value))} is not a valid {kind}")
+    if kind == "float" and isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise SettingsError(name, f"a number of {value.bit_length()} bits is not a valid {kind}")
     return value
 
 

@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("--json", action="store_true", help="print one JSON object")
     replay.add_argument("--web", action="store_true", help="serve the trace as a dashboard on this machine")
     replay.add_argument(
-        "--port", type=int, default=0, metavar="PORT", help="port of the dashboard; by default a free one"
+        "--port", type=_port, default=0, metavar="PORT", help="port of the dashboard; by default a free one"
     )
 
     doctor = command(commands.doctor, "diagnose why an engine did not load from peers")
@@ -235,3 +235,10 @@ def _add_settings(parser: argparse.ArgumentParser, *, without: Collection[str] =
             group.add_argument(
                 f"--{flag}", dest=setting.name, metavar=METAVARS.get(setting.name, flag.upper()), help=text
             )
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is no port from 0 to 65535")
+    return port

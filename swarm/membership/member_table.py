@@ -1,8 +1,9 @@
 """The records of all members but the own, the merge of rumours, and the rumours still to be passed on.
 
-A record has two halves. In (incarnation, state) the greater incarnation is valid, and within it the worse state; only
-the member itself raises its incarnation. Of (name, address, profile) the greater `version` is valid. So a merge is a
-maximum: rumours may be late, doubled and in any order, and all members end with the same view.
+A record has two halves. In (incarnation, state) the newer incarnation is valid, and within it the worse state; only
+the member itself raises its incarnation. Of (name, address, profile) the newer `version` is valid. So a merge is a
+maximum: rumours may be late, doubled and in any order, and all members end with the same view. Both numbers are on a
+ring (`packets.is_newer`): a false rumour cannot claim a number that the member itself cannot follow.
 
 The record of a dead member stays for `dead_memory_s` as a tombstone, so that a late rumour that the member is alive is
 known to be old. Tombstones are never taken from other members: they would circulate for ever.
@@ -19,7 +20,18 @@ from dataclasses import dataclass
 from swarm.errors import LocalProtocolError
 from swarm.protocol import packets
 from swarm.protocol.messages import NodeId
-from swarm.protocol.packets import ID_LAST, STATUSES_MAX, VERSION_MAX, Record, Rumour, State, Status, Sync
+from swarm.protocol.packets import (
+    ID_LAST,
+    STATUSES_MAX,
+    Record,
+    Rumour,
+    State,
+    Status,
+    Sync,
+    is_newer,
+    next_after,
+    overrules,
+)
 
 MEMBERS_MAX = 4096  # beyond that strangers cannot make this node remember more
 MISSES_MAX = 8  # rumours that do not fit into the rest of a datagram, before it is sent
@@ -66,9 +78,9 @@ class MemberTable:
             self._add(rumour)
             return rumour
         merged = known
-        if isinstance(rumour, Record) and rumour.version > known.version:
+        if isinstance(rumour, Record) and is_newer(rumour.version, known.version):
             merged = packets.replace(rumour, incarnation=known.incarnation, state=known.state)
-        if (rumour.incarnation, rumour.state) > (known.incarnation, known.state):
+        if overrules(rumour, known):
             merged = packets.replace(merged, incarnation=rumour.incarnation, state=rumour.state)
         if merged is known:
             return None
@@ -143,7 +155,7 @@ class MemberTable:
 
     def _wants(self, status: Status) -> bool:
         known = self._records.get(status.node)
-        return status.version > known.version if known else status.state < State.DEAD
+        return is_newer(status.version, known.version) if known else status.state < State.DEAD
 
     def _add(self, record: Record) -> None:
         self._records[record.node] = record
@@ -214,20 +226,19 @@ def refute(own: Record, rumour: Rumour) -> Record | None:
     An earlier process with this id may have announced greater numbers, or other contents under the same version.
     """
     differs = isinstance(rumour, Record) and not agree(own, rumour)
-    accused = rumour.state is not State.ALIVE and rumour.incarnation >= own.incarnation
-    if not accused and not differs and rumour.version <= own.version and rumour.incarnation <= own.incarnation:
+    changed = is_newer(rumour.version, own.version)
+    if not overrules(rumour, own) and not differs and not changed:
         return None
-    version = max(own.version, rumour.version) + 1 if differs or rumour.version > own.version else own.version
-    incarnation = max(own.incarnation, rumour.incarnation) + 1
-    return packets.replace(own, incarnation=min(incarnation, VERSION_MAX), version=min(version, VERSION_MAX))
+    version = next_after(own.version, rumour.version) if differs or changed else own.version
+    return packets.replace(own, incarnation=next_after(own.incarnation, rumour.incarnation), version=version)
 
 
 def _is_news(record: Record, status: Status | None) -> bool:
     """Whether a node that knows this status lacks the record. A node without status needs no tombstone."""
     if status is None:
         return record.state < State.DEAD
-    newer = (record.incarnation, record.state) > (status.incarnation, status.state)
-    return newer or record.version > status.version
+    newer = overrules(record, status)
+    return newer or is_newer(record.version, status.version)
 
 
 @dataclass(frozen=True)

@@ -407,7 +407,7 @@ class Swim:
         # Jitter: members that start together would announce together for ever.
         quiet_s = self._config.between_profiles_s(len(self._members) + 1) * self._rng.uniform(0.75, 1.25)
         self._publish_at, self._quiet_until = math.inf, self._clock + quiet_s
-        self._own = packets.replace(self._own, version=self._own.version + 1, profile=self._pending)
+        self._own = packets.replace(self._own, version=packets.next_after(self._own.version), profile=self._pending)
         self._rumours.put(self._own)
 
     def _leave(self) -> None:

@@ -255,6 +255,14 @@ class Connections:
         elif len(self._known) < KNOWN_MAX or lasting:
             self._known[address] = _Known(lasting)
 
+    def _remembered(self, address: Address) -> _Known:
+        """The entry of a member's address. Beyond KNOWN_MAX the oldest address that is not in use makes room."""
+        if address not in self._known and len(self._known) >= KNOWN_MAX:
+            spare = (a for a, known in self._known.items() if not known.lasting and not known.dialling)
+            if oldest := next(spare, None):
+                del self._known[oldest]
+        return self._known.setdefault(address, _Known(False))
+
     def _dial_failed(self, address: Address, now: float) -> None:
         if known := self._known.get(address):
             known.dialling = False
@@ -313,6 +321,9 @@ class Connections:
             return []
         if member := self._members.pop(record.node, None):
             self._seeds.subtract(digest for digest, candidate in member.holds.items() if candidate.whole)
+            for digest in member.holds:
+                if not self._seeds[digest]:
+                    del self._seeds[digest]  # or members with ever new artifacts would fill the memory
             if self._member_at.get(member.address) == record.node:
                 del self._member_at[member.address]
         if record.state < State.DEAD:
@@ -378,7 +389,7 @@ class Connections:
         free = max(0, free - len(chosen))
         picked = sorted(others) if len(others) <= free else sorted(self._rng.sample(sorted(others), free))
         for address in picked:
-            self._known.setdefault(address, _Known(False)).dialling = True
+            self._remembered(address).dialling = True
         return [*drops, *(Dial(address) for address in (*lasting, *chosen, *picked))]
 
     def _lacking(self, now: float, *, small: bool) -> dict[Digest, tuple[dict[NodeId, bool], int]]:
@@ -404,7 +415,7 @@ class Connections:
             linked = [self._candidate(node, whole) for node, whole in sources.items()]
             for candidate in selection.choose(linked, others, wanted=wanted, rng=self._rng)[: free - len(chosen)]:
                 address = self._members[candidate.node].address
-                known = self._known.setdefault(address, _Known(False))
+                known = self._remembered(address)
                 known.dialling, known.node = True, candidate.node
                 chosen.append(address)
         return sorted(chosen)

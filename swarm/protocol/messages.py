@@ -28,6 +28,7 @@ from typing import Annotated, Literal, NewType, TypeAlias
 import msgspec
 
 from swarm.content.manifest import CHUNKS_MAX, MANIFEST_BYTES_MAX, PRINTABLE, Digest, ModelId, Tier
+from swarm.errors import clean
 
 PROTOCOL = 3
 
@@ -41,6 +42,8 @@ SOURCES_MAX = 1024
 STREAMS_MAX = 16  # connections of one bulk session: on 32 cores raw sockets gain nothing beyond
 PACE_BYTES_PER_S_MAX = 1 << 50
 ANNOUNCED_MAX = 256  # artifacts of a node
+SIZE_BYTES_MAX = 1 << 62  # of an artifact
+PROTOCOL_MAX = 1 << 31  # an integer of a million digits is no version, and cannot be printed
 ADDRESSES_MAX = 64  # addresses in a Members message
 RUNS_MAX = 4096  # runs in a Have message
 
@@ -51,6 +54,7 @@ AddressText = Annotated[Address, msgspec.Meta(max_length=256, pattern=PRINTABLE)
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 ChunkIndex = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
 Bits = Annotated[bytes, msgspec.Meta(max_length=CHUNKS_MAX // 8)]
+ProtocolVersion = Annotated[int, msgspec.Meta(ge=0, lt=PROTOCOL_MAX)]
 TransferId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Scheme = Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{1,16}\Z")]
 Chunks = Annotated[tuple[ChunkIndex, ...], msgspec.Meta(max_length=REQUEST_CHUNKS_MAX)]
@@ -77,7 +81,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     model_id: ModelId
     digest: Digest
     tier: Tier
-    size: Annotated[int, msgspec.Meta(ge=0)]
+    size: Annotated[int, msgspec.Meta(ge=0, le=SIZE_BYTES_MAX)]
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     superseeds: bool
@@ -86,7 +90,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Hello(Message, frozen=True):
     """First message of both sides. `address`: where to dial the sender; `token`: key for sessions to the sender."""
 
-    protocol: int
+    protocol: ProtocolVersion
     software: Text
     node: NodeId
     name: Text
@@ -219,7 +223,7 @@ class Grant(Message, frozen=True):
     """The transfer of `chunks` starts now. `sequence` counts the grants of the sender on this link."""
 
     transfer: TransferId
-    sequence: Annotated[int, msgspec.Meta(ge=0)]
+    sequence: TransferId
     chunks: Chunks
 
 
@@ -257,7 +261,16 @@ def unsayable(model_id: str) -> str | None:
     try:
         msgspec.convert(model_id, ModelId)
     except msgspec.ValidationError as error:
-        return f"{model_id!r} cannot be announced: {error}"
+        return f"{clean(repr(model_id))} cannot be announced: {error}"
+    return None
+
+
+def unsayable_endpoint(scheme: str, address: str) -> str | None:
+    """The reason why a transport cannot be announced, or None if it can."""
+    try:
+        msgspec.convert({"scheme": scheme, "address": address}, Endpoint)
+    except msgspec.ValidationError as error:
+        return str(error)
     return None
 
 
@@ -293,7 +306,7 @@ class OtherProtocol(ValueError):
 class _HelloVersion(msgspec.Struct, tag="Hello"):
     """The fields of Hello that every protocol version has."""
 
-    protocol: int
+    protocol: ProtocolVersion
     software: Text = "unknown"
 
 

@@ -46,8 +46,8 @@ Label = Annotated[str, msgspec.Meta(max_length=LABEL_MAX, pattern=PRINTABLE)]
 AddressLabel = Annotated[Address, msgspec.Meta(min_length=1, max_length=260, pattern=PRINTABLE)]
 Software = Annotated[str, msgspec.Meta(max_length=SOFTWARE_MAX, pattern=r"^[!-~]*\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-VERSION_MAX = 1 << 53
-Version = Annotated[int, msgspec.Meta(ge=0, le=VERSION_MAX)]
+VERSIONS = 1 << 53  # incarnations and versions; after the last comes 0 (`is_newer`)
+Version = Annotated[int, msgspec.Meta(ge=0, lt=VERSIONS)]
 ID_FIRST, ID_LAST = NodeId("0" * 16), NodeId("f" * 16)
 
 
@@ -211,6 +211,30 @@ def decode(datagram: bytes) -> Packet:
         return _decoder.decode(memoryview(datagram)[len(_MAGIC) :])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from error
+
+
+def is_newer(number: int, other: int) -> bool:
+    """Whether an incarnation or version comes after another one, on a ring (serial numbers, RFC 1982).
+
+    On a line a false rumour could take the last number, and no later number would be left to refute it. On a ring each
+    number has a successor. Honest numbers are small, so their order is that of integers.
+    """
+    return 0 < (number - other) % VERSIONS <= VERSIONS // 2
+
+
+def next_after(*numbers: int) -> int:
+    """The successor of the newest of these, compared from left to right."""
+    newest = numbers[0]
+    for number in numbers[1:]:
+        newest = number if is_newer(number, newest) else newest
+    return (newest + 1) % VERSIONS
+
+
+def overrules(rumour: Rumour, known: Rumour) -> bool:
+    """Whether the state in a rumour replaces the known one: a newer incarnation, or the same and a worse state."""
+    if rumour.incarnation == known.incarnation:
+        return rumour.state > known.state
+    return is_newer(rumour.incarnation, known.incarnation)
 
 
 def size(part: Rumour | Packet) -> int:

@@ -135,6 +135,8 @@ class Shares:
             return None
         if share.download:
             share.download.fail(SwarmError(f"{share.model_id} was withdrawn: {why}"))
+        for peer in self._host.peers.values():
+            peer.interests.discard(digest)
         self.announce()
         self._withdrawn.append(share)
         return self._host.spawn(self._close_share(share), f"close {share.model_id}")
@@ -220,9 +222,12 @@ class Shares:
         self.show_interest(peer)
 
     def on_interest(self, peer: Peer, message: messages.Interest) -> None:
-        """Answers with the own chunks; the peer gets `Have` for later chunks."""
-        peer.interests.add(message.digest)
+        """Answers with the own chunks; the peer gets `Have` for later chunks.
+
+        An interest in an artifact that is not shared is forgotten: a peer asks again when it is announced.
+        """
         if share := self.shares.get(message.digest):
+            peer.interests.add(message.digest)
             peer.post(messages.Holdings(message.digest, share.held.pack()))
             if share.superseed:
                 share.superseed.joined(peer.node, _unpacked(peer, message.bits, share))

@@ -22,6 +22,7 @@ from importlib.metadata import entry_points
 from typing import TypeAlias
 
 from swarm.errors import SettingsError
+from swarm.protocol.messages import unsayable_endpoint
 from swarm.security.certificates import Identity
 from swarm.store import cuda
 from swarm.transport import Pace, Transport, nccl
@@ -111,4 +112,6 @@ def _make_named(name: str, config: TransportConfig) -> Transport | None:
     except Exception as error:
         log.warning("transport %s is left out: %s failed with %r", name, plugins[name].value, error)
         return None
+    if transport is not None and (why := unsayable_endpoint(transport.scheme, transport.address)):
+        raise SettingsError("transports", f"{name!r} of {plugins[name].value} cannot be announced: {why}")
     return transport

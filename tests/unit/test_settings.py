@@ -11,7 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm.content import manifest
 from swarm.errors import SettingsError
+from swarm.protocol import messages, packets
+from swarm.protocol.messages import Address, NodeId
+from swarm.protocol.packets import Profile, Record, State
 from swarm.settings import Settings, is_loopback, join_address, parse_rate, split_address
 
 # A text for every field, as an environment variable would hold it, and what it becomes.
@@ -366,3 +370,57 @@ def test_without_a_home_directory_the_cache_is_a_place_that_says_so(monkeypatch:
     assert Settings.load(environment={"SWARM_CACHE": "/somewhere"}).cache == Path("/somewhere")
     with pytest.raises(SettingsError, match="cache"):
         Settings.load({"cache": "~/cache"}, environment={})
+
+
+@pytest.mark.parametrize(
+    ("setting", "longest"),
+    [("name", "n" * 256), ("host", "h" * 32), ("rack", "r" * 32), ("upload_slots", 1024), ("chunk_bytes", 64 << 20)],
+)
+def test_is_the_greatest_value_one_that_peers_accept_and_the_next_one_refused(setting: str, longest: Any) -> None:
+    """A node with a value that peers refuse would say that it is ready, and be reachable by no peer."""
+    accepted = getattr(dataclasses.replace(Settings(), **{setting: longest}), setting)
+    hello = messages.Hello(
+        messages.PROTOCOL,
+        "1",
+        NodeId("a" * 16),
+        accepted if setting == "name" else "n",
+        Address("h:1"),
+        "0" * 32,
+        (),
+        (),
+    )
+    assert messages.decode(messages.encode(hello)) == hello
+    label = accepted if setting in ("host", "rack") else ""
+    slots = accepted if setting == "upload_slots" else 1
+    record = Record(
+        NodeId("a" * 16), 0, State.ALIVE, 0, "n", Address("h:1"), Profile((), 0, (), label, label, 0, slots)
+    )
+    assert packets.decode(packets.encode(packets.Gossip(record.node, (record,)))).sender == record.node
+    if setting == "chunk_bytes":
+        assert accepted == manifest.CHUNK_BYTES_MAX
+    longer: Any = longest + "x" if isinstance(longest, str) else longest + 1
+    with pytest.raises(SettingsError, match=setting):
+        dataclasses.replace(Settings(), **{setting: longer})
+
+
+@pytest.mark.parametrize("setting", ["name", "host", "rack"])
+@pytest.mark.parametrize("text", ["a\tb", "a\x1b[2Jb", "a\u202eb", "a\x7f"])
+def test_has_a_name_no_control_characters(setting: str, text: str) -> None:
+    wrong: dict[str, Any] = {setting: text}
+    with pytest.raises(SettingsError, match="printable") as refused:
+        dataclasses.replace(Settings(), **wrong)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("peers", ("host",)), ("peers", ("ok:1", "host:65536")), ("peers", (".".join(["h" * 60] * 5) + ":1",)),
+        ("listen", ".".join(["h" * 60] * 5)), ("leaf_bytes", 1023), ("leaf_bytes", (64 << 20) + 1),
+        ("upload_slots", 10**400), ("find_timeout_s", 10**400), ("timeout_s", 1e16), ("upload_limit", 1e16),
+    ],
+)  # fmt: skip
+def test_is_a_value_beyond_the_protocol_refused_at_the_start(setting: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=setting.removesuffix("s") if setting == "peers" else setting) as refused:
+        dataclasses.replace(Settings(), **{setting: value}, insecure=True)
+    assert len(str(refused.value)) <= 1000

@@ -258,6 +258,49 @@ def test_this_node_refutes_at_once_and_tells_so_in_the_ack(state: State) -> None
     assert Status(ME, 4, State.ALIVE, 0) in ack.rumours
 
 
+LAST = packets.VERSIONS - 1
+
+
+@pytest.mark.parametrize("state", [State.SUSPECT, State.DEAD, State.LEFT])
+@pytest.mark.parametrize("claimed", [LAST, LAST // 2, LAST // 2 + 1, 1 << 40])
+def test_no_incarnation_is_too_late_to_be_refuted(claimed: int, state: State) -> None:
+    """A rumour with the last incarnation that there is would be the last word about a member."""
+    me, other = Member(ANN), Member(ME, ANN, node=BEN)
+    for accused in (claimed, (claimed + 5) % packets.VERSIONS):
+        rumour = Status(ME, accused, state, 0)
+        other.hear(rumour)
+        me.hear(rumour)
+        other.hear(me.machine.own.status)
+        assert other.state_of(ME) is State.ALIVE
+
+
+def test_no_version_is_too_late_for_new_contents() -> None:
+    me, other = Member(ANN), Member(ME, node=BEN)
+    for claimed in (LAST // 2, LAST - 1):
+        false = record(ME, incarnation=claimed, version=claimed, address="elsewhere")
+        other.hear(false)
+        me.hear(false)
+        other.hear(me.machine.own)
+        assert other.machine.member(ME) == me.machine.own
+    assert (me.machine.own.address, me.machine.own.version) == ("at-1", LAST)
+    me.do(ProfileChanged(Profile(host="h")))
+    news = [rumour for rumour in told(me.wait(20.0), ME) if isinstance(rumour, Record)]
+    other.hear(*news)
+    assert news
+    assert other.machine.member(ME) == me.machine.own
+    assert me.machine.own.profile.host == "h"
+
+
+@given(st.integers(0, LAST), st.lists(st.integers(0, LAST), max_size=4))
+def test_the_next_number_comes_after_all_that_were_claimed_one_after_the_other(own: int, claims: list[int]) -> None:
+    for claim in claims:
+        following = packets.next_after(own, claim)
+        assert packets.is_newer(following, own)
+        if packets.is_newer(claim, own):
+            assert packets.is_newer(following, claim)
+        own = following
+
+
 def test_an_old_accusation_is_not_worth_an_answer() -> None:
     me = Member(ANN, incarnation=3)
     me.hear(Status(ME, 2, State.DEAD, 0))

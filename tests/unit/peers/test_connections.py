@@ -427,3 +427,15 @@ def test_whatever_happens_the_links_are_few(seed: int) -> None:
 def test_a_membership_refuses_what_is_no_event() -> None:
     with pytest.raises(LocalProtocolError, match="cannot handle"):
         Knows().machine.handle("hello", 0.0)  # type: ignore[arg-type]
+
+
+def test_members_with_ever_new_artifacts_leave_nothing_behind() -> None:
+    knows = Knows()
+    for number in range(2000):
+        held = Holding(ModelId("m"), Digest(f"{number:064x}"), "checkpoint", 4, 4, True)
+        profile = Profile((held,), 0, ("tcp",))
+        record = Record(NodeId("4" * 16), 0, State.ALIVE, number, "m", Address(f"h:{number + 1}"), profile)
+        knows.tell(MemberUpdated(record))
+        knows.tell(connections.Tick(), at=knows.now + 1.0)
+    assert len(knows.machine._seeds) == 1
+    assert len(knows.machine._known) <= connections.KNOWN_MAX

@@ -330,3 +330,20 @@ def test_is_the_rank_that_among_linked_seeds() -> None:
         assert repr(node.shares) == "<Shares 0 artifacts, 0 arriving>"
 
     run(scenario)
+
+
+def test_is_interest_in_unknown_artifacts_forgotten_and_that_in_withdrawn_ones() -> None:
+    """Each digest that a peer names would be one more to remember, for as long as its link lasts."""
+
+    async def scenario(node: Node) -> None:
+        share, _ = node.fetch(2)
+        for number in range(1000):
+            node.shares.on_interest(node.peer, messages.Interest(Digest(f"{number:064x}"), b""))
+        assert node.them.interests == set()
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack()))
+        assert node.them.interests == {DIGEST}
+        share.download = None
+        node.shares.withdraw(DIGEST, "not served any more")
+        assert node.them.interests == set()
+
+    run(scenario)
