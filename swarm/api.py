@@ -387,7 +387,8 @@ async def fetch_on(
         await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin)
         store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
         fetched = await _filled(node, left, store, origin, abandon_s)
-        snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin, revision))
+        stamps = store.stamps() if isinstance(store, DirectoryStore) else {}
+        snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps))
         if isinstance(store, DirectoryStore):
             store.moved(snapshot)
     finally:

@@ -17,6 +17,7 @@ Other programs share this layout, so:
   the cache has for this commit.
 - A fetch starts with what lies here: files of the right name or path get a second name (hard link) in the fetch's
   directory, if their chunks have the digests of the manifest. A damaged blob is fetched again and replaced.
+- What was verified is what is published: a file is moved only with the stamp that it had when it was verified.
 - All checks precede the first move, and `refs/main` moves last. After an interruption blobs and links are right, and
   loading by id gives the old snapshot.
 - A fetch by id moves `refs/main` even from another commit, so that loading the id gives the fetched files. The hub's
@@ -28,22 +29,24 @@ Must not know: peers, unverified chunks, `huggingface_hub` (a heavy import; the 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import filecmp
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 from swarm.checkpoint.manifest_builder import verify
 from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import REVISIONS_MAX, SHORT_COMMIT_MIN, Origin
 from swarm.store.directory import PARTIAL
-from swarm.store.disk import open_locked, replacing, store_errors
+from swarm.store.disk import Stamp, open_locked, replacing, store_errors
 
 MODEL_ID_CHARS_MAX = 96  # of organisation and of name; the hub's limit
 
@@ -199,13 +202,21 @@ class CacheEntry:
             for file in manifest.files:
                 self._reuse(manifest, file, origin, self._staged(manifest))
 
-    def publish(self, manifest: Manifest, origin: Origin | None, revision: str | None = None) -> Path:
+    def publish(
+        self,
+        manifest: Manifest,
+        origin: Origin | None,
+        revision: str | None = None,
+        *,
+        stamps: Mapping[str, Stamp] = MappingProxyType({}),
+    ) -> Path:
         """Moves the verified files out of `staging`, removes it, and returns the snapshot.
 
-        The ref of `revision` names it afterwards, `main` without one.
+        The ref of `revision` names it afterwards, `main` without one. `stamps`: of the files when they were verified.
 
         Blocks while files with etags are hashed. Files stay on their file system, so open files are served on. Raises
-        StoreError, and StoreConflict if a file does not match its etag or the cache has other content in its place.
+        StoreError, also if a file no longer has its stamp, and StoreConflict if a file does not match its etag or the
+        cache has other content in its place.
         Then no file has moved, except after a disk failure, which the next fetch repairs.
         """
         staged = self._staged(manifest)
@@ -217,7 +228,10 @@ class CacheEntry:
             for file in manifest.files:
                 self._check_place(file, staged=staged, target=target, blob=self._blob(names[file.path]), origin=origin)
             for file in manifest.files:
-                self._place(staged / file.path, target / file.path, self._blob(names[file.path]))
+                _demand(staged / file.path, stamps.get(file.path))
+            for file in manifest.files:
+                stamp = stamps.get(file.path)
+                self._place(staged / file.path, target / file.path, self._blob(names[file.path]), stamp)
             target.mkdir(parents=True, exist_ok=True)  # for an artifact without files
             self._point("main" if revision is None else revision, commit)
             shutil.rmtree(staged)
@@ -313,7 +327,7 @@ class CacheEntry:
                 "remove the snapshot if the source is right, or fetch with --out DIR",
             )
 
-    def _place(self, staged: Path, link: Path, blob: Path) -> None:
+    def _place(self, staged: Path, link: Path, blob: Path, stamp: Stamp | None) -> None:
         if link.is_file() and not link.is_symlink():  # the same content, as a plain file
             staged.unlink()
             return
@@ -322,6 +336,7 @@ class CacheEntry:
         if blob.exists() and (blob.samefile(staged) or filecmp.cmp(blob, staged, shallow=False)):
             staged.unlink()
         else:
+            _demand(staged, stamp)
             staged.replace(blob)
         if link.exists() and os.path.basename(os.readlink(link)) == blob.name:
             return
@@ -357,6 +372,17 @@ class CacheEntry:
 
 def _only(manifest: Manifest, file: FileEntry) -> Manifest:
     return Manifest(1, manifest.tier, manifest.fingerprint, manifest.scheme, manifest.chunk_bytes, (file,))
+
+
+def _demand(path: Path, stamp: Stamp | None) -> None:
+    """Raises StoreError if a file was changed since it had the stamp."""
+    if stamp is None:
+        return
+    status = path.stat(follow_symlinks=False)
+    found = Stamp.of(status)
+    # The change time of a file with several names moves with each name that `publish` moves or removes.
+    if found != (stamp if status.st_nlink == 1 else dataclasses.replace(stamp, ctime_ns=found.ctime_ns)):
+        raise StoreError(f"{path}: another program changed it after it was verified; run the same fetch again")
 
 
 def _is_true(variable: str) -> bool:

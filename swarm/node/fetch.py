@@ -97,7 +97,7 @@ class Fetches:
                     download = await self._download(share, store, abandon_s)
                     sources, transports = download.sources(), tuple(sorted(download.transports))
                     rejected_chunks = download.machine.rejected_chunks
-            await asyncio.to_thread(store.seal)
+            await asyncio.to_thread(store.seal, partial(_is_right, store))
         except BaseException as error:
             self._host.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
             if self._shares.shares.get(manifest.digest) is share:
@@ -163,7 +163,7 @@ async def _resume(store: Store, held: Bitfield) -> int:
 
     def verified(chunks: list[Chunk]) -> list[Chunk]:
         todo = itertools.takewhile(lambda _: not cancelled.is_set(), chunks)
-        return [chunk for chunk in todo if chunk_digest(manifest.scheme, store.read(chunk)) == chunk.digest]
+        return [chunk for chunk in todo if _is_right(store, chunk)]
 
     jobs = [job for start in range(RESUME_JOBS) if (job := present[start::RESUME_JOBS])]
     try:
@@ -173,3 +173,7 @@ async def _resume(store: Store, held: Bitfield) -> int:
     for chunk in itertools.chain.from_iterable(found):
         held.add(chunk.index)
     return sum(manifest.chunks[index].size for index in held)
+
+
+def _is_right(store: Store, chunk: Chunk) -> bool:
+    return chunk_digest(store.manifest.scheme, store.read(chunk)) == chunk.digest

@@ -15,7 +15,7 @@ Must not know: peers, transports, hash functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
@@ -66,6 +66,7 @@ class DeviceView:
 View: TypeAlias = memoryview | DeviceView
 Span: TypeAlias = FileSpan | memoryview
 AnySpan: TypeAlias = Span | DeviceView
+IsRight: TypeAlias = Callable[[Chunk], bool]  # reads a chunk from the store and hashes it, on any thread
 
 
 class Source(Protocol):
@@ -92,8 +93,11 @@ class Store(Source, Protocol):
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
         """Writable views that together are the chunk. Raises StoreError if a write fails."""
 
-    def seal(self) -> None:
-        """Completes the artifact after the last verified chunk. Blocks; raises StoreError."""
+    def seal(self, is_right: IsRight, /) -> None:
+        """Completes the artifact after the last verified chunk. Blocks; raises StoreError.
+
+        A store whose bytes other programs can have changed since they were verified asks `is_right` again.
+        """
 
 
 @runtime_checkable

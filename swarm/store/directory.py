@@ -9,6 +9,8 @@
 - **Space is allocated first.** A fetch that does not fit fails at once and leaves nothing behind.
 - **A resume needs no record** of verified chunks. Allocated space that was never written is a hole; all other data is
   hashed again. A record could disagree with the disk after a crash.
+- **Verified bytes stay verified.** A staged file is leased (`lease`): as long as no other program opens it, it holds
+  the hashed bytes. `seal` hashes every other file again, just before it gets its final name.
 - **Files stay open as long as the process may have them open** (`disk.OpenFiles`). A lent descriptor stays open: closed
   too early, its number may already name another file. The soft limit of open files is raised if needed; a file above
   the hard limit is opened again when it is needed, and must be the same file.
@@ -28,13 +30,14 @@ import os
 import stat
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
-from swarm.store import FileSpan
+from swarm.store import FileSpan, IsRight
 from swarm.store.disk import (
     ConfinedDirectory,
     OpenFiles,
@@ -46,11 +49,13 @@ from swarm.store.disk import (
     reserve_descriptors,
     store_errors,
 )
+from swarm.store.lease import SoleUse
 
 PARTIAL = ".swarm"
 SCRATCH_BYTES = 1 << 20  # buffer of a chunk that is read or written: fits a core's cache
 CLAIM_ATTEMPTS = 10  # an attempt fails only if another fetch ends in the same moment
 CLOSE_TIMEOUT_S = 60.0
+PROVING_THREADS = 4
 
 
 class Claimed(StoreConflict):
@@ -147,6 +152,7 @@ class DirectoryStore:
         self._moved_to: Path | None = None
         self._files: list[_File] = []
         self._open_files = OpenFiles(self._open)
+        self._sole_use = SoleUse(self._open_files)
         self._writeback = Writeback(self._sync)
         reserve_descriptors(len(manifest.files))
         with store_errors(self.out), ExitStack() as held, ExitStack() as undo:
@@ -199,12 +205,24 @@ class DirectoryStore:
     def moved(self, to: Path) -> None:
         """The caller has moved the sealed files: they are at the same paths in `to`, maybe as links."""
         self._moved_to = to
+        for number, file in enumerate(self._files):  # a move changes the change time
+            if file.stamp is not None:
+                with self._open_files.lend(number) as fd:
+                    file.stamp.check_open(file.path, fd)
+                    file.stamp = Stamp.of(os.fstat(fd))
 
-    def seal(self) -> None:
+    def stamps(self) -> dict[str, Stamp]:
+        """The stamps of the files with final names, by path: as long as they have them, their content is verified."""
+        return {file.entry.path: file.stamp for file in self._files if file.stamp is not None}
+
+    def seal(self, is_right: IsRight) -> None:
         """Gives every file its final name and removes the partial directory. Idempotent.
 
+        `is_right` hashes a chunk again, on any thread: of each file that other programs can have changed since its
+        chunks were verified.
+
         Raises StoreConflict if an entry appeared under a final name during the fetch, StoreFull and StoreError if the
-        disk fails. Files that already have final names keep them; the next fetch uses them.
+        disk fails or a file was changed. Files that already have final names keep them; the next fetch uses them.
         """
         with self._in_use(), self._sealing, store_errors(self.out):
             waiting = {number: file for number, file in enumerate(self._files) if not file.final}
@@ -213,8 +231,11 @@ class DirectoryStore:
                     raise _appeared(file)
             if self._fsync:
                 self._writeback.flush(list(waiting))
-            for number, file in waiting.items():
-                self._place(number, file)
+            for number, file in enumerate(self._files):
+                if number in waiting:
+                    self._place(number, file, is_right)
+                else:
+                    self._check_final(number, file, is_right)
             if self._fsync:
                 self._flush_names()
             self._undo.pop_all()
@@ -233,6 +254,7 @@ class DirectoryStore:
             if not self._state.wait_for(lambda: self._users == 0, timeout=CLOSE_TIMEOUT_S):
                 raise StoreError(f"{self.out}: a write still hangs after {CLOSE_TIMEOUT_S:g} s; its files stay open")
         self._writeback.close()
+        self._sole_use.close()
         self._open_files.close()
         if self._wrote:
             self._undo.pop_all()
@@ -310,6 +332,8 @@ class DirectoryStore:
         if os.fstat(fd).st_ino != file.inode:
             os.close(fd)
             raise SourceChanged(file.path, "another file took its place")
+        if not file.final:
+            self._sole_use.opened(number, fd)
         return fd
 
     def _find(self, file: _File) -> int:
@@ -397,13 +421,38 @@ class DirectoryStore:
             if self._fsync:
                 self._writeback.wrote(number, len(view))
 
-    def _place(self, number: int, file: _File) -> None:
+    def _place(self, number: int, file: _File, is_right: IsRight) -> None:
         with self._open_files.lend(number) as fd:
+            if self._sole_use.exposed(number, fd):
+                self._prove(number, fd, is_right)
             try:
                 self._partial.move(file.entry.path, self._final)
             except FileExistsError as error:
                 raise _appeared(file) from error
             file.stamp = Stamp.of(os.fstat(fd))
+            self._sole_use.give_up(number, fd)
+
+    def _check_final(self, number: int, file: _File, is_right: IsRight) -> None:
+        """Hashes a file again that had its final name before the fetch, if it may have changed since."""
+        with self._open_files.lend(number) as fd:
+            if (found := Stamp.of(os.fstat(fd))) != file.stamp:
+                file.stamp = found
+                self._prove(number, fd, is_right)
+
+    def _prove(self, number: int, fd: int, is_right: IsRight) -> None:
+        """Hashes a file again. Raises StoreError."""
+        file, before = self._files[number], Stamp.of(os.fstat(fd))
+        chunks = [chunk for chunk in self.manifest.chunks if chunk.file == number]
+        with ThreadPoolExecutor(PROVING_THREADS, thread_name_prefix="swarm-prove") as pool:
+            try:
+                wrong = sum(not right for right in pool.map(is_right, chunks))
+            except SourceChanged:
+                wrong = len(chunks)
+        if wrong or Stamp.of(os.fstat(fd)) != before:
+            raise StoreError(
+                f"{file.path}: another program changed {wrong} of its {len(chunks)} chunks after they were verified; "
+                "run the same fetch again, the rest is kept"
+            )
 
     def _flush_names(self) -> None:
         parents = {str(parent) for entry in self.manifest.files for parent in PurePosixPath(entry.path).parents}

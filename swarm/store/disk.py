@@ -214,6 +214,7 @@ class OpenFiles:
 
     def __init__(self, opener: Callable[[int], int]) -> None:
         self._opener = opener
+        self._opening = threading.Lock()
         self._files: dict[int, list[int]] = {}  # by number: descriptor, count of users
 
     @contextlib.contextmanager
@@ -229,6 +230,12 @@ class OpenFiles:
                     OpenFiles._unused[self, number] = None
                     self._shrink()
 
+    def visit(self, look: Callable[[int, int], object]) -> None:
+        """Calls `look(number, descriptor)` for each open file; none is closed meanwhile."""
+        with OpenFiles._lock:
+            for number, (fd, _) in list(self._files.items()):
+                look(number, fd)
+
     def close(self) -> None:
         """Closes all files, lent ones too."""
         with OpenFiles._lock:
@@ -243,21 +250,21 @@ class OpenFiles:
             return file
 
     def _opened(self, number: int) -> list[int]:
-        try:
-            fd = self._opener(number)
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
+        with self._opening:  # a file is open once: a second description would break its lease
+            if file := self._taken(number):  # another thread has opened it meanwhile
+                return file
+            try:
+                fd = self._opener(number)
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                with OpenFiles._lock:
+                    self._shrink(0)
+                fd = self._opener(number)
             with OpenFiles._lock:
-                self._shrink(0)
-            fd = self._opener(number)
-        if file := self._taken(number):  # another thread has opened it meanwhile
-            os.close(fd)
-            return file
-        with OpenFiles._lock:
-            file = self._files[number] = [fd, 1]
-            OpenFiles._open += 1
-            self._shrink()
+                file = self._files[number] = [fd, 1]
+                OpenFiles._open += 1
+                self._shrink()
         return file
 
     @staticmethod

@@ -27,7 +27,7 @@ from swarm.content import safetensors_header
 from swarm.content.manifest import Manifest
 from swarm.content.safetensors_header import LENGTH_BYTES, Tensor
 from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict, StoreFull
-from swarm.store import DeviceView, View, cuda
+from swarm.store import DeviceView, IsRight, View, cuda
 from swarm.store.memory import MemoryLanding, MemorySource, Place, PlacedFile, TensorIndex, buffer, demand_room
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class MemoryStore(MemoryLanding):
         self._sealed = False
         self._tensors: dict[str, torch.Tensor] | None = None
 
-    def seal(self) -> None:
+    def seal(self, _: IsRight) -> None:
         """Makes `tensors` and `files` available."""
         self._sealed = True
 
@@ -158,7 +158,7 @@ class IntoStore(MemoryLanding):
             for head, entries in zip(index.heads, index.by_file, strict=True)
         ]
 
-    def seal(self) -> None:
+    def seal(self, _: IsRight) -> None:
         """Copies and compares tensors that were not filled in place.
 
         Raises SourceChanged if a tensor was written to or moved during the fetch, StoreConflict if tied tensors differ.

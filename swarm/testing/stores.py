@@ -173,7 +173,7 @@ def _right(store: Store) -> list[Chunk]:
 def _require_sealed(store: Store) -> None:
     """Seals a store, whose chunks must be right before and after."""
     _require_all_right(store)
-    store.seal()
+    store.seal(lambda chunk: is_right(store, chunk))
     _require_all_right(store)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import StoreError
+from swarm.store import IsRight
 from swarm.store.tensors import IntoStore, MemoryStore
 from swarm.testing import check_store
 
@@ -38,8 +39,8 @@ def test_do_given_tensors_keep_the_contract(make: Callable[[torch.dtype, tuple[i
 
 def test_is_memory_still_served_while_its_tensors_are_in_use() -> None:
     class InUse(MemoryStore):
-        def seal(self) -> None:
-            super().seal()
+        def seal(self, is_right: IsRight) -> None:
+            super().seal(is_right)
             self.in_use = self.tensors()
 
     check_store(InUse)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from .processes import Machine, Process, contents
+from .processes import Machine, Process, contents, wait_until, write_model
 
 pytestmark = pytest.mark.integration
 
@@ -132,6 +132,37 @@ def test_does_nothing_land_outside_while_directories_are_exchanged_for_symlinks(
     assert all(data == expected[name] for name, data in contents(out).items() if not (out / name).is_symlink())
     assert machine.fetch(tmp_path / "good", peers=[seed.address]).end().code == 0
     assert contents(tmp_path / "good") == expected
+
+
+@pytest.mark.parametrize("to_hub_cache", [False, True])
+def test_bytes_changed_while_they_are_staged_get_no_final_name(
+    machine: Machine, tmp_path: Path, out: Path, to_hub_cache: bool
+) -> None:
+    model = write_model(tmp_path / "model", size=20_000_000)
+    seed = machine.serve(model, "--upload-limit", "10MB/s")
+    hub = machine.root / "home" / "huggingface"
+    command = ("fetch", "org/model", "--no-seed", "--no-mdns", "--peer", seed.address)
+    place = () if to_hub_cache else ("--out", str(out))
+
+    def staged() -> list[Path]:
+        found = (hub if to_hub_cache else out).rglob("a.safetensors")
+        return [path for path in found if ".swarm" in path.parts and any(path.read_bytes())]
+
+    newcomer = machine.start(*command, *place)
+    (path,) = wait_until(staged, "bytes under the staging directory")
+    written = next(number for number, byte in enumerate(path.read_bytes()) if byte)
+    with path.open("r+b") as file:
+        file.seek(written)
+        file.write(bytes(64))
+    line = newcomer.end().error(5)
+    assert "another program changed" in line
+    assert "run the same fetch again" in line
+    assert "a.safetensors" not in contents(out)
+    assert not list(hub.glob("hub/*/snapshots/*/*"))
+    again = machine.start(*command, *place).end()
+    assert again.code == 0, again.err
+    got = contents(out) if not to_hub_cache else contents(next(hub.glob("hub/*/snapshots/*")))
+    assert got == contents(model)
 
 
 def test_is_an_output_path_that_is_a_file_refused(machine: Machine, seed: Process, out: Path) -> None:

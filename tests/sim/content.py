@@ -12,7 +12,7 @@ import numpy as np
 
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.hashing.cpu import chunk_digest
-from swarm.store import FileSpan, Source, Span
+from swarm.store import FileSpan, IsRight, Source, Span
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class BytesStore:
         """See Store."""
         return self.spans(chunk)
 
-    def seal(self) -> None:
+    def seal(self, _: IsRight) -> None:
         """See Store."""
         self.sealed = True
 

@@ -19,6 +19,7 @@ from swarm.checkpoint.hf_cache import CacheEntry
 from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
+from swarm.store.disk import Stamp
 
 MODEL = "org/model"
 COMMIT = "c0ffee" + "0" * 34
@@ -441,3 +442,34 @@ def test_a_cache_without_symbolic_links_gets_plain_files(
         found = huggingface_hub.snapshot_download(MODEL, cache_dir=tmp_path, local_files_only=True)
         assert Path(found) == target
         assert publish(tmp_path, FILES, origin_of(FILES, commit=commit)) == target
+
+
+@pytest.mark.parametrize("origin", [None, origin_of(FILES)])
+def test_is_a_file_that_was_changed_after_it_was_verified_not_published(tmp_path: Path, origin: Origin | None) -> None:
+    entry = CacheEntry(MODEL, root=tmp_path)
+    manifest = stage(entry, FILES)
+    staged = entry.staging(manifest)
+    stamps = {path: Stamp.at(staged / path) for path in FILES}
+    changed = staged / "model.safetensors"
+    before = changed.stat()
+    changed.write_bytes(bytes(before.st_size))
+    os.utime(changed, ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(StoreError):
+        entry.publish(manifest, origin, stamps=stamps)
+    assert not (entry.folder / "blobs").exists()
+    changed.write_bytes(FILES["model.safetensors"])
+    judge_of = entry.publish(manifest, origin, stamps={path: Stamp.at(staged / path) for path in FILES})
+    assert {path: (judge_of / path).read_bytes() for path in FILES} == FILES
+
+
+def test_are_files_of_one_content_published_with_their_stamps(tmp_path: Path) -> None:
+    twins = {"a.bin": b"same", "b.bin": b"same"}
+    publish(tmp_path, {"a.bin": b"same"}, None)
+    entry = CacheEntry(MODEL, root=tmp_path)
+    manifest = manifest_of(twins)
+    blob = next((entry.folder / "blobs").iterdir())
+    staged = entry.staging(manifest)
+    for path in twins:
+        os.link(blob, staged / path)
+    target = entry.publish(manifest, None, stamps={path: Stamp.at(staged / path) for path in twins})
+    assert {path: (target / path).read_bytes() for path in twins} == twins

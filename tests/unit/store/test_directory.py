@@ -13,8 +13,10 @@ import pytest
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
 from swarm.hashing.cpu import chunk_digest
+from swarm.store import IsRight
 from swarm.store.directory import DirectorySource, DirectoryStore
 from swarm.store.disk import ConfinedDirectory, reserve_descriptors
+from swarm.testing.stores import is_right
 
 CHUNK = 8192
 CONTENTS = {
@@ -56,6 +58,10 @@ def read(store: DirectoryStore | DirectorySource, chunk: Chunk) -> bytes:
     return b"".join(bytes(view) for view in store.read(chunk))
 
 
+def right(store: DirectoryStore) -> IsRight:
+    return lambda chunk: is_right(store, chunk)
+
+
 def tree(directory: Path) -> dict[str, bytes | None]:
     return {
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
@@ -89,8 +95,8 @@ def test_are_files_whole_and_traces_gone_once_sealed(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("untouched")
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         land(store, *MANIFEST.chunks)
-        store.seal()
-        store.seal()
+        store.seal(right(store))
+        store.seal(right(store))
         assert tree(tmp_path) == {**CONTENTS, "mine.txt": b"untouched"}
         assert not (tmp_path / ".swarm").exists()
     assert tree(tmp_path) == {**CONTENTS, "mine.txt": b"untouched"}
@@ -102,7 +108,7 @@ def test_does_a_span_lent_before_the_seal_stay_good(tmp_path: Path) -> None:
         chunk = MANIFEST.chunks[0]
         spans = store.spans(chunk)
         span = next(spans)
-        store.seal()
+        store.seal(right(store))
         assert os.pread(span.fd, span.size, span.offset) == content(chunk)
         assert list(spans) == []
 
@@ -149,7 +155,7 @@ def test_are_partial_files_of_the_wrong_size_put_right(tmp_path: Path) -> None:
         file.write(b"too much")
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         land(store, *(chunk for chunk in MANIFEST.chunks if read(store, chunk) != content(chunk)))
-        store.seal()
+        store.seal(right(store))
     assert tree(tmp_path) == CONTENTS
 
 
@@ -238,7 +244,7 @@ def test_are_final_files_that_are_right_used(tmp_path: Path) -> None:
         present = list(store.present())
         assert present == [chunk for chunk in MANIFEST.chunks if chunk.file == 3]
         land(store, *(chunk for chunk in MANIFEST.chunks if chunk not in present))
-        store.seal()
+        store.seal(right(store))
     assert tree(tmp_path) == CONTENTS
     assert (tmp_path / "weights.bin").stat().st_ino == inode
 
@@ -336,7 +342,7 @@ def test_may_out_itself_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("real")
     with closing(DirectoryStore(tmp_path / "link", MANIFEST)) as store:
         land(store, *MANIFEST.chunks)
-        store.seal()
+        store.seal(right(store))
     assert tree(tmp_path / "real") == CONTENTS
 
 
@@ -345,10 +351,10 @@ def test_is_what_appeared_meanwhile_never_overwritten(tmp_path: Path) -> None:
         land(store, *MANIFEST.chunks)
         (tmp_path / "weights.bin").write_text("appeared")
         with pytest.raises(StoreConflict, match=r"weights\.bin: appeared"):
-            store.seal()
+            store.seal(right(store))
         assert not (tmp_path / "config.json").exists()  # nothing has changed
         (tmp_path / "weights.bin").unlink()
-        store.seal()
+        store.seal(right(store))
     assert tree(tmp_path) == CONTENTS
 
 
@@ -365,14 +371,14 @@ def test_is_what_appears_in_the_last_moment_never_overwritten(tmp_path: Path, mo
         with monkeypatch.context() as patch:
             patch.setattr(os, "link", late)
             with pytest.raises(StoreConflict, match=r"weights\.bin: appeared"):
-                store.seal()
+                store.seal(right(store))
         assert all(read(store, chunk) == content(chunk) for chunk in MANIFEST.chunks)
     assert (tmp_path / "weights.bin").read_text() == "appeared"
     assert (tmp_path / "config.json").read_bytes() == CONTENTS["config.json"]
     (tmp_path / "weights.bin").unlink()
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         assert list(store.present()) == list(MANIFEST.chunks)
-        store.seal()
+        store.seal(right(store))
     assert tree(tmp_path) == CONTENTS
 
 
@@ -380,7 +386,7 @@ def test_is_sealing_possible_without_hard_links(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "link", failing(errno.EPERM))
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         land(store, *MANIFEST.chunks)
-        store.seal()
+        store.seal(right(store))
     assert tree(tmp_path) == CONTENTS
 
 
@@ -390,9 +396,9 @@ def test_is_a_flush_that_failed_once_never_forgotten(tmp_path: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(os, "fdatasync", failing(errno.EIO))
             with pytest.raises(StoreError, match="Input/output error"):
-                store.seal()
+                store.seal(right(store))
         with pytest.raises(StoreError, match="Input/output error"):
-            store.seal()
+            store.seal(right(store))
         assert not (tmp_path / "weights.bin").exists()
 
 
@@ -412,12 +418,12 @@ def test_is_data_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "fsync", note("directory", fsync))
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         land(store, *MANIFEST.chunks)
-        store.seal()
+        store.seal(right(store))
     assert order == ["data"] * 4 + ["name"] * 4 + ["directory"] * 3  # a/b, a and the top
     order.clear()
     with closing(DirectoryStore(tmp_path / "fast", MANIFEST, fsync=False)) as store:
         land(store, *MANIFEST.chunks)
-        store.seal()
+        store.seal(right(store))
     assert order == ["name"] * 4
 
 
@@ -441,7 +447,7 @@ def test_does_a_closed_store_refuse_work(tmp_path: Path) -> None:
     with pytest.raises(StoreError):
         next(store.spans(MANIFEST.chunks[0]))
     with pytest.raises(StoreError):
-        store.seal()
+        store.seal(right(store))
     with pytest.raises(StoreError):
         list(store.present())
 
@@ -449,7 +455,7 @@ def test_does_a_closed_store_refuse_work(tmp_path: Path) -> None:
 def test_is_a_sealed_file_that_changes_withdrawn(tmp_path: Path) -> None:
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         land(store, *MANIFEST.chunks)
-        store.seal()
+        store.seal(right(store))
         rewrite(tmp_path / "weights.bin")
         with pytest.raises(SourceChanged, match=r"weights\.bin"):
             read(store, MANIFEST.chunks[-1])
@@ -459,7 +465,7 @@ def test_is_a_sealed_file_that_changes_withdrawn(tmp_path: Path) -> None:
 def test_does_a_sealed_file_that_is_moved_on_stay_good(tmp_path: Path) -> None:
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         land(store, *MANIFEST.chunks)
-        store.seal()
+        store.seal(right(store))
         (tmp_path / "weights.bin").rename(tmp_path / "elsewhere")
         assert read(store, MANIFEST.chunks[-1]) == content(MANIFEST.chunks[-1])
 
@@ -549,7 +555,7 @@ def test_a_store_works_with_fewer_open_files_than_it_has(tmp_path: Path, monkeyp
     with closing(DirectoryStore(tmp_path / "out", MANIFEST)) as store:
         land(store, *MANIFEST.chunks)
         assert list(store.present()) == list(MANIFEST.chunks)
-        store.seal()
+        store.seal(right(store))
         for _ in range(2):
             assert all(read(store, chunk) == content(chunk) for chunk in MANIFEST.chunks)
         (tmp_path / "out").rename(tmp_path / "moved")
