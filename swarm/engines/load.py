@@ -1,6 +1,7 @@
 """Loads the weights of a rank: surveys peers, tries tiers in order, and serves the result after warm-up.
 
     loader = RankLoader(...)         looks at the files on this machine
+    loader.begin()                   opens the node and looks for twins, while the engine builds the model
     loader.load(ways)                tries the tiers in the order of `tiers.choose`; each decision is a log line
     loader.server                    the loaded tensors, as peers fetch them
     loader.ready()                   after warm-up: hashes and serves in the background
@@ -26,7 +27,7 @@ from swarm.content.manifest import Digest, FileEntry, Manifest, ModelId
 from swarm.engines import metadata
 from swarm.engines.checkpoint_files import CheckpointFiles, model_id_of
 from swarm.engines.layout import CONTENT, WEIGHT_VERSION, Fingerprint, TensorLayout, is_loaded
-from swarm.engines.rank import TIERS, LoadOptions, Rank, RankNode
+from swarm.engines.rank import LOOK_BESIDE_FILES_S, LOOK_S, TIERS, LoadOptions, Rank, RankNode
 from swarm.engines.serve_loaded import TENSORS, TensorServer
 from swarm.engines.start_log import REASON_MAX, EngineStart, TierAttempt, record
 from swarm.engines.tiers import Availability, OtherLayout, TierChoice, TierName, choose
@@ -45,6 +46,7 @@ SETTLE_S = 0.4  # wait for further announcements after the first
 POLL_S = 0.05
 OTHERS_ASKED_MAX = 3  # layouts that are compared with ours, for the log
 OTHER_TIMEOUT_S = 2.0
+OTHERS_S = 0.3  # for all of these comparisons
 ABANDON_S = 1.0  # without a peer that holds a missing chunk, before a tier gives way to the next
 
 Unread: TypeAlias = "Callable[[metadata.CheckpointDescription], str]"
@@ -84,11 +86,35 @@ class RankLoader:
             serve=self.node.serve,
             withdraw=self.node.withdraw,
         )
+        self.fields = dict(fields)
         self._engine = engine
-        self._fields = dict(fields)
         self._attempts: list[TierAttempt] = []
         self._abandon_s = math.inf  # of the tier that is tried
         self._peers: int | None = None  # that serve the model
+        self._first_s: float | None = None  # when a peer with the model was first known, on the node's clock
+        self._ahead: dict[ModelId, Manifest] = {}  # of twins, requested before the model was built
+
+    def begin(self) -> None:
+        """Opens the node, looks for twins and requests their manifest, in the background. `load` reports errors."""
+        if self._wants_peers or self.options.serve:
+            runtime().submit(self._begin())
+
+    async def _begin(self) -> None:
+        with contextlib.suppress(SwarmError, OSError):
+            node = await self.node.open()
+            if not self._wants_peers:
+                return
+            await self._settle(node)
+            ours = self._fingerprint(self.server.version)
+            if ours is not None and self._twins(node) and "loaded" in self.options.tiers:
+                artifact = ours.model_id(self.model_id)
+                self._ahead[artifact] = await self._resolve(node, artifact)
+
+    @property
+    def _wants_peers(self) -> bool:
+        """Whether a peer could help."""
+        unhashed = self.files.local == "whole" and self.files.content is None
+        return bool(set(TIERS).intersection(self.options.tiers)) and not unhashed
 
     def load(self, ways: Ways, *, unsafe: str = "", unread: Unread | None = None) -> TierName:
         """Loads weights by the first of `ways` that works; returns its tier.
@@ -104,7 +130,7 @@ class RankLoader:
         try:
             tier = self._try(choices, ways)
         finally:
-            fields = dict(self.fingerprint.fields) if self.fingerprint else self._fields
+            fields = dict(self.fingerprint.fields) if self.fingerprint else self.fields
             start = EngineStart(
                 self._engine, self.model_id, self.node.rank.label, fields, tuple(self._attempts), self._peers
             )
@@ -145,8 +171,8 @@ class RankLoader:
         known = Availability(
             files.content, files.local, unsafe=unsafe, barred=barred, version=self.server.version or ""
         )
-        if barred == frozenset(TIERS) or (files.local == "whole" and files.content is None):
-            return known  # no peer could help
+        if not self._wants_peers:
+            return known
         return runtime().run(self._survey(known, unread))
 
     async def _survey(self, known: Availability, unread: Unread | None) -> Availability:
@@ -155,9 +181,7 @@ class RankLoader:
         await self._settle(node)
         files, holders, unseen = self.files, node.holders(self.model_id), ""
         if files.content is None and files.local == "config" and unread is not None and holders:
-            manifest, _ = await resolve(
-                node, self.model_id, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self.settings.trusted
-            )
+            manifest = await self._resolve(node, self.model_id)
             files.description, files.content = metadata.describe(manifest), manifest.digest
             unseen = unread(files.description)
             await self._settle(node)
@@ -182,15 +206,22 @@ class RankLoader:
         )
 
     async def _settle(self, node: Node) -> None:
-        """Returns once twins are known, SETTLE_S after a peer with this model is, or after `look_s`."""
-        deadline = node.now() + self.options.look_s
-        first_s: float | None = None
+        """Returns once twins are known, SETTLE_S after a peer with this model is, or `look_s` after the node opened."""
+        look_s = LOOK_BESIDE_FILES_S if self.files.local == "whole" else LOOK_S
+        deadline = self.node.opened_at_s + (look_s if self.options.look_s is None else self.options.look_s)
         while node.now() < deadline and not self._twins(node):
-            if first_s is None and (any(node.holders(self.model_id).values()) or self._loaded_ids(node)):
-                first_s = node.now()
-            if first_s is not None and node.now() - first_s > SETTLE_S:
+            if self._first_s is None and (any(node.holders(self.model_id).values()) or self._loaded_ids(node)):
+                self._first_s = node.now()
+            if self._first_s is not None and node.now() - self._first_s > SETTLE_S:
                 return
             await node.changed(POLL_S)
+
+    async def _resolve(self, node: Node, artifact: ModelId) -> Manifest:
+        """The manifest that peers agree on. Raises as `resolve` does."""
+        manifest, _ = await resolve(
+            node, artifact, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self.settings.trusted
+        )
+        return manifest
 
     def _twins(self, node: Node) -> list[Holder]:
         fingerprint = self._fingerprint(self.server.version)
@@ -205,17 +236,24 @@ class RankLoader:
         return [artifact for artifact in linked + known if is_loaded(artifact, self.model_id)]
 
     async def _others(self, node: Node, ours: Fingerprint) -> list[OtherLayout]:
-        found = []
-        for artifact in sorted(set(self._loaded_ids(node)))[:OTHERS_ASKED_MAX]:
+        """Other layouts of this model, for the log; an engine does not wait longer than OTHERS_S for them."""
+
+        async def compare(artifact: ModelId) -> OtherLayout:
             names = [peer.name for peers in node.holders(artifact).values() for peer in peers]
-            with contextlib.suppress(SwarmError):  # only the log needs it
-                manifest, _ = await resolve(node, artifact, digest=None, find_timeout_s=OTHER_TIMEOUT_S)
-                found.append(OtherLayout(names[0], ours.differences(Fingerprint.read(manifest.fingerprint))))
-        return found
+            manifest = await self._resolve(node, artifact)
+            return OtherLayout(names[0], ours.differences(Fingerprint.read(manifest.fingerprint)))
+
+        asked = [asyncio.create_task(compare(one)) for one in sorted(set(self._loaded_ids(node)))[:OTHERS_ASKED_MAX]]
+        if not asked:
+            return []
+        done, late = await asyncio.wait(asked, timeout=OTHERS_S)
+        for task in late:
+            task.cancel()
+        return [task.result() for task in asked if task in done and task.exception() is None]
 
     def _fingerprint(self, version: str | None) -> Fingerprint | None:
         content, named = self.files.content, {WEIGHT_VERSION: version} if version else {}
-        return None if content is None else Fingerprint({**self._fields, CONTENT: content, **named})
+        return None if content is None else Fingerprint({**self.fields, CONTENT: content, **named})
 
     # The tiers
 
@@ -231,9 +269,9 @@ class RankLoader:
 
     async def _fetch_loaded(self, targets: Mapping[str, torch.Tensor], ours: Fingerprint) -> Fetched:
         node, artifact = await self.node.open(), ours.model_id(self.model_id)
-        manifest, _ = await resolve(
-            node, artifact, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self.settings.trusted
-        )
+        manifest = self._ahead.get(artifact)
+        if manifest is None or set(node.holders(artifact)) != {manifest.digest}:
+            manifest = await self._resolve(node, artifact)
         await asyncio.to_thread(_demand_twin, artifact, manifest, ours, targets)
         store = await asyncio.to_thread(IntoStore, manifest, targets)
         log.info("%s: fetches loaded tensors, %d bytes as %s", self, manifest.size, ours.digest)

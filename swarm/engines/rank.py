@@ -25,7 +25,8 @@ from swarm.runtime import runtime
 from swarm.settings import Settings, join_address, split_address
 from swarm.store import Source
 
-LOOK_S = 3.0
+LOOK_S = 3.0  # for peers, from the opening of the node on
+LOOK_BESIDE_FILES_S = 0.5  # where the files are on this machine: to read them takes a second or two
 TIERS = ("loaded", "checkpoint")
 WITHDRAW_TIMEOUT_S = 30.0  # for transfers that are under way
 
@@ -61,13 +62,13 @@ class LoadOptions:
     """Options of engines, beside the node's `settings`; docs/engines.md describes each.
 
     Read from the mapping that the engine gives its loader, else from SWARM_MODEL_ID, SWARM_LOOK_S, SWARM_TIERS,
-    SWARM_SERVE and SWARM_WEIGHT_VERSION. `look_s`: seconds to look for peers. A `weight_version` is loaded from a peer
-    that serves exactly this version, or loading fails.
+    SWARM_SERVE and SWARM_WEIGHT_VERSION. `look_s`: seconds to look for peers, None for LOOK_S or LOOK_BESIDE_FILES_S. A
+    `weight_version` is loaded from a peer that serves exactly this version, or loading fails.
     """
 
     settings: Settings
     model_id: str | None = None
-    look_s: float = LOOK_S
+    look_s: float | None = None
     tiers: tuple[str, ...] = TIERS
     serve: bool = True
     weight_version: str | None = None
@@ -87,7 +88,7 @@ class LoadOptions:
         if unknown := set(tiers) - {*TIERS, ""}:
             raise SettingsError("tiers", f"{sorted(unknown)} are none of {', '.join(TIERS)}")
         try:
-            look_s = float(values.get("look_s", LOOK_S))
+            look_s = None if (given_s := values.get("look_s")) is None else float(given_s)
         except (TypeError, ValueError):
             raise SettingsError("look_s", f"{values['look_s']!r} is not a number of seconds") from None
         serve = str(values.get("serve", True)).lower() not in ("0", "false", "no", "off")
@@ -105,15 +106,27 @@ class RankNode:
         self.rank = rank
         self.settings = rank.settings(settings)
         self.opened: Node | None = None
+        self.opened_at_s = 0.0  # on the node's clock
+        self._opening: asyncio.Task[Node] | None = None
         self._noted = contextlib.ExitStack()  # for `swarm status` on this machine
 
     async def open(self) -> Node:
         """The node. Raises SettingsError."""
-        if self.opened is None:
-            self.opened = await runtime().acquire(self.settings)
-            self._noted.enter_context(local_nodes.note(self.settings.cache, self.opened.address))
-            log.info("%s: node %s at %s", self, self.opened.name, self.opened.address)
-        return self.opened
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._open())
+        try:
+            return await asyncio.shield(self._opening)
+        except BaseException:
+            if self._opening is not None and self._opening.done() and self.opened is None:
+                self._opening = None  # the next call tries again
+            raise
+
+    async def _open(self) -> Node:
+        node = await runtime().acquire(self.settings)
+        self._noted.enter_context(local_nodes.note(self.settings.cache, node.address))
+        log.info("%s: node %s at %s", self, node.name, node.address)
+        self.opened, self.opened_at_s = node, node.now()
+        return node
 
     def serve(self, artifact: ModelId, source: Source) -> None:
         """Serves a source from now on; closes it on an error."""

@@ -36,6 +36,7 @@ from swarm.engines.snapshot import (
     load_weights,
     model_fields,
     named_tensors,
+    prepare_gpu,
 )
 
 KEY = "swarm"  # in the loader's extra config, beside SGLang's own keys
@@ -85,10 +86,16 @@ class SglangLoader(DefaultModelLoader):
         super().__init__(load_config)
         self._options = options
         self._model_config: Any = None
+        self._begun: RankLoader | None = None
 
     def load_model(self, *, model_config: Any, device_config: Any) -> nn.Module:
-        """Initialises the model as SGLang does, which then calls `load_weights_and_postprocess`."""
-        self._model_config = model_config
+        """Initialises the model as SGLang does, which then calls `load_weights_and_postprocess`.
+
+        The rank's node opens meanwhile. Raises SettingsError.
+        """
+        self._model_config, self._begun = model_config, self._rank_loader(model_config)
+        self._begun.begin()
+        prepare_gpu()
         return super().load_model(model_config=model_config, device_config=device_config)
 
     def load_weights_and_postprocess(self, model: nn.Module, weights: Iterable[Any], target_device: Any) -> None:
@@ -100,15 +107,7 @@ class SglangLoader(DefaultModelLoader):
         if config is None:  # SGLang loads weights by other means while it starts
             DefaultModelLoader.load_weights_and_postprocess(model, weights, target_device)
             return
-        rank = Rank.of(
-            torch.cuda.current_device() if torch.cuda.is_available() else _read("tp_rank", 0),
-            tp=(_read("tp_rank", 0), _read("tp_size", 1)),
-            pp=(_read("pp_rank", 0), _read("pp_size", 1)),
-            ep=(_read("moe_ep_rank", 0), _read("moe_ep_size", 1)),
-        )
-        engine, options = f"sglang {sglang.__version__}", LoadOptions.read(self._options)
-        fields = layout_fields(config)
-        loader = RankLoader(engine, config.model_path, config.revision, rank, fields=fields, options=options)
+        loader, self._begun = self._begun or self._rank_loader(config), None
         nameless = _nameless(model)
         snapshot = load_weights(
             loader,
@@ -123,6 +122,18 @@ class SglangLoader(DefaultModelLoader):
         self.postprocess_weights(model, target_device)
         keep_loaded(loader, snapshot, model)
         models.entries.append(LoadedModel(loader, model, lost="SGLang names no weight version"))
+
+    def _rank_loader(self, config: Any) -> RankLoader:
+        rank = Rank.of(
+            torch.cuda.current_device() if torch.cuda.is_available() else _read("tp_rank", 0),
+            tp=(_read("tp_rank", 0), _read("tp_size", 1)),
+            pp=(_read("pp_rank", 0), _read("pp_size", 1)),
+            ep=(_read("moe_ep_rank", 0), _read("moe_ep_size", 1)),
+        )
+        engine, options = f"sglang {sglang.__version__}", LoadOptions.read(self._options)
+        return RankLoader(
+            engine, config.model_path, config.revision, rank, fields=layout_fields(config), options=options
+        )
 
     def _own_from(self, place: Path | str, model: nn.Module, target_device: Any) -> None:
         """By SGLang's own loader, from another directory or the hub; it writes every tensor."""

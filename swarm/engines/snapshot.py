@@ -9,8 +9,10 @@ The code that vLLM and SGLang share. Must not know: the engines' own modules, no
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,7 @@ from swarm.engines.layout import short_digest
 from swarm.engines.load import RankLoader, Unread
 from swarm.engines.serve_loaded import RESTART
 from swarm.errors import SettingsError, SourceChanged, SwarmError
-from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
+from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests, prepare
 from swarm.store import DeviceView
 
 # Quantisation methods that leave the weights of CUDA modules as they were loaded, by the prefix of their class names.
@@ -93,6 +95,18 @@ def keep_loaded(loader: RankLoader, snapshot: Snapshot | None, model: nn.Module)
     if snapshot.changed:
         return f"processing changed {snapshot.changed} of them, so that the updated ones are not known"
     return ""
+
+
+def prepare_gpu() -> None:
+    """Loads the hash kernels of this thread's GPU in the background; loading tensors or a snapshot needs them soon."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        device = torch.cuda.current_device()
+
+        def load() -> None:
+            with contextlib.suppress(SwarmError):  # the first batch of hashes reports it
+                prepare(device)
+
+        threading.Thread(target=load, name="swarm-kernels", daemon=True).start()
 
 
 def named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

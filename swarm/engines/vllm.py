@@ -3,15 +3,16 @@
 vLLM calls `register` in each of its processes: API server, engine core, workers. So it is light, and may be called
 again. It imports `engines.vllm_loader`, which needs vLLM.
 
-vLLM has no hooks for these events, so the plugin patches methods of its worker wrapper: the last step of start-up,
-after which the worker serves; methods that change or release weights, before which it withdraws them; `wake_up`, after
-which it serves unchanged weights again; and the end of an update, after which it serves the weights as the version that
-the engine core names. Must not know: nodes.
+vLLM has no hooks for these events, so the plugin patches methods of its worker wrapper: `init_device`, after which the
+node opens; the last step of start-up, after which the worker serves; methods that change or release weights, before
+which it withdraws them; `wake_up`, after which it serves unchanged weights again; and the end of an update, after which
+it serves the weights as the version that the engine core names. Must not know: nodes.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -32,6 +33,7 @@ CHANGED = ("reload_weights", "finish_weight_update")
 SET_VERSION = "swarm_weight_version"  # the worker method by which the engine core passes the version on
 WEIGHTS = "weights"  # vLLM's tag for the memory of weights
 
+log = logging.getLogger("swarm")
 _hooks = EngineHooks("vLLM", "vllm")
 
 
@@ -43,6 +45,8 @@ def register() -> None:
 
     if not _hooks.install("serving what it loaded", _wrapper):
         return
+
+    _hooks.install("an early start of its node", _start_early)
 
     def hook(feature: str, method: str, **calls: Callable[..., None]) -> bool:
         return _hooks.install(f"{feature} ({method})", lambda: _patch(_wrapper(), method, **calls))
@@ -106,6 +110,25 @@ def _patch(
         return result
 
     setattr(wrapper, method, hooked)
+
+
+def _start_early() -> None:
+    """Begins once the worker's device and ranks are known: the node opens while the model is built."""
+    wrapper = _wrapper()
+    known = wrapper.init_device
+
+    @functools.wraps(known)
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = known(self, *args, **kwargs)
+        from swarm.engines import vllm_loader
+
+        try:
+            vllm_loader.begin(self.vllm_config)
+        except Exception as error:  # loading comes to the same error, and decides
+            log.info("the node is not started early: %s", error)
+        return result
+
+    wrapper.init_device = init_device
 
 
 def _add_versions() -> None:

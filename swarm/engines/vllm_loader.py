@@ -41,12 +41,15 @@ from swarm.engines.snapshot import (
     load_weights,
     model_fields,
     named_tensors,
+    prepare_gpu,
 )
 
+FORMAT = "swarm"
 HEADER_QUANTISATIONS = ("awq", "gptq")  # vLLM may detect these by the files' headers
 
 log = logging.getLogger("swarm")
 models = LoadedModels("vLLM")
+_begun: list[RankLoader] = []  # by `begin`, until its engine loads
 
 
 class VllmLoader(BaseModelLoader):
@@ -54,7 +57,6 @@ class VllmLoader(BaseModelLoader):
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
-        self._options = dict(load_config.model_loader_extra_config or {})
         self._snapshot: Snapshot | None = None
         self._loader: RankLoader | None = None
         self._compiles: dict[str, str] = {}  # fields of the compile cache's key, on the first rank of a host
@@ -74,20 +76,9 @@ class VllmLoader(BaseModelLoader):
             log.info("%s: vLLM's own loader loads draft models", model_config.model)
             self._own().load_weights(model, model_config)
             return
-        _share_log_handlers()
-        fields, parallel = layout_fields(model_config, config), config.parallel_config
-        rank = Rank.of(
-            get_world_group().local_rank,
-            tp=(get_tensor_model_parallel_rank(), parallel.tensor_parallel_size),
-            pp=(get_pp_group().rank_in_group, parallel.pipeline_parallel_size),
-            dp=(parallel.data_parallel_rank, parallel.data_parallel_size),
-        )
-        engine, options = f"vllm {vllm.__version__}", LoadOptions.read(self._options)
-        self._loader = RankLoader(
-            engine, model_config.model, model_config.revision, rank, fields=fields, options=options
-        )
+        self._loader = _rank_loader(config)
         if self._loader.node.rank.first_of_host:
-            self._compiles = {**fields, "compilation": config.compute_hash()}
+            self._compiles = {**self._loader.fields, "compilation": config.compute_hash()}
             compile_caches.before_compiling(self._compiles, self._loader.settings)
         self._snapshot = load_weights(
             self._loader,
@@ -121,6 +112,35 @@ class VllmLoader(BaseModelLoader):
         moved = copy.copy(model_config)
         moved.model, moved.revision, moved.model_weights = str(place), None, ""
         self._own().load_weights(model, moved)
+
+
+def begin(config: VllmConfig) -> None:
+    """Opens the rank's node, looks for peers and loads the hash kernels, while vLLM builds the model.
+
+    The engine's ranks are known by now. Does nothing for other load formats; raises SettingsError.
+    """
+    if config.load_config.load_format == FORMAT and not _begun:
+        _begun.append(_rank_loader(config))
+        _begun[0].begin()
+        prepare_gpu()
+
+
+def _rank_loader(config: VllmConfig) -> RankLoader:
+    """The rank's loader; the one that `begin` made, unless the engine's configuration has changed since."""
+    _share_log_handlers()
+    model_config, parallel = config.model_config, config.parallel_config
+    fields = layout_fields(model_config, config)
+    options = LoadOptions.read(dict(config.load_config.model_loader_extra_config or {}))
+    if _begun and ((ready := _begun.pop()).fields, ready.options) == (fields, options):
+        return ready
+    rank = Rank.of(
+        get_world_group().local_rank,
+        tp=(get_tensor_model_parallel_rank(), parallel.tensor_parallel_size),
+        pp=(get_pp_group().rank_in_group, parallel.pipeline_parallel_size),
+        dp=(parallel.data_parallel_rank, parallel.data_parallel_size),
+    )
+    engine = f"vllm {vllm.__version__}"
+    return RankLoader(engine, model_config.model, model_config.revision, rank, fields=fields, options=options)
 
 
 def layout_fields(model_config: ModelConfig, config: VllmConfig) -> dict[str, str]:

@@ -71,6 +71,10 @@ class VLLM:
 
             def __init__(self, worker: Any) -> None:
                 self.worker = worker
+                self.vllm_config = "the config"
+
+            def init_device(self) -> str:
+                return "initialised"
 
         class EngineCore:
             def set_weight_version(self, weight_version: str) -> None:
@@ -90,9 +94,10 @@ class VLLM:
         def hook(name: str) -> Callable[..., None]:
             return lambda *words: self.told.append((name, words))
 
+        begin = hook("begin")
         names = ("ready", "begin_change", "end_change", "pause", "resume", "set_version")
         models = types.SimpleNamespace(**{name: hook(name) for name in names})
-        loader = module("swarm.engines.vllm_loader", VllmLoader=object, models=models)
+        loader = module("swarm.engines.vllm_loader", VllmLoader=object, models=models, begin=begin)
         monkeypatch.setitem(sys.modules, "swarm.engines.vllm_loader", loader)
         monkeypatch.setattr(importlib.import_module("swarm.engines"), "vllm_loader", loader, raising=False)
         plugin = importing(monkeypatch, "vllm", self.modules, "swarm.engines.vllm")
@@ -120,6 +125,19 @@ def test_does_an_engine_that_has_everything_say_nothing(
     assert set(engine.formats) == {"swarm"}
     assert engine.warmed_up() == []
     assert lines(caplog) == []
+
+
+def test_does_the_node_open_as_soon_as_a_worker_has_its_device(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = VLLM()
+    engine.register(monkeypatch)
+    assert engine.wrapper(None).init_device() == "initialised"
+    assert engine.told == [("begin", ("the config",))]
+    monkeypatch.delattr(sys.modules["swarm.engines.vllm_loader"], "begin")
+    with caplog.at_level("INFO", "swarm"):
+        assert engine.wrapper(None).init_device() == "initialised"
+    assert "the node is not started early" in caplog.text
 
 
 def test_does_vllm_without_weight_versions_go_without_these_alone(

@@ -7,18 +7,20 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from swarm.engines import metadata, start_log
+from swarm.engines import load, metadata, start_log
 from swarm.engines.layout import is_loaded, metadata_id
 from swarm.engines.load import RankLoader
-from swarm.engines.rank import LoadOptions, Rank
+from swarm.engines.rank import LOOK_BESIDE_FILES_S, LoadOptions, Rank
 from swarm.engines.tiers import TierName
 from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError, SwarmError
+from swarm.node.node import Node
 from swarm.runtime import runtime
 from swarm.settings import Settings
 
@@ -127,6 +129,65 @@ def test_does_a_newcomer_get_all_of_a_model_of_several_files(
     found: list[Path] = []
     assert c.load({"checkpoint": lambda: found.append(c.fetch_checkpoint()), "disk": nowhere}) == "checkpoint"
     assert metadata.is_whole(found[0])
+
+
+def until(happened: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_are_twins_found_while_the_engine_builds_the_model(
+    start: Callable[..., RankLoader], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = seed(start, model)
+    b = start("b", bare(tmp_path, a), a)
+    b.begin()
+    until(lambda: b._ahead)
+    monkeypatch.setattr(load, "resolve", nowhere)  # whose answer is here already
+    got = tensors(0.0)
+    assert b.load({"loaded": lambda: b.fetch_loaded(got), "checkpoint": nowhere, "disk": nowhere}) == "loaded"
+    assert torch.equal(got["head"], tensors(1.0)["head"])
+
+
+def test_is_the_manifest_of_a_twin_that_left_asked_for_again(
+    start: Callable[..., RankLoader], model: Path, tmp_path: Path
+) -> None:
+    a = seed(start, model, tensors(1.0))
+    b = start("b", bare(tmp_path, a), a)
+    b.begin()
+    until(lambda: b._ahead)
+    a.node.withdraw({one.digest for one in b._ahead.values()}, "a test")
+    assert b.node.opened is not None
+    node, (artifact,) = b.node.opened, b._ahead
+    until(lambda: not node.holders(artifact))
+    got = tensors(0.0)
+    assert b.load({"loaded": lambda: b.fetch_loaded(got), "checkpoint": nowhere, "disk": lambda: None}) == "disk"
+
+
+@pytest.mark.parametrize("look_s", [None, 3.0])
+def test_does_an_engine_with_files_wait_no_longer_than_it_was_told_for_peers(
+    look_s: float | None,
+    start: Callable[..., RankLoader],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed(model, tmp_path / "a")
+    a = start("a", model, look_s=look_s)
+    a.begin()
+    until(lambda: a.node.opened)
+    a.node.opened_at_s -= LOOK_BESIDE_FILES_S
+    waits: list[float] = []
+
+    async def changed(self: Node, timeout_s: float) -> None:
+        waits.append(timeout_s)
+        a.node.opened_at_s -= timeout_s
+
+    monkeypatch.setattr(Node, "changed", changed)
+    assert a.load({"disk": lambda: None}) == "disk"
+    assert bool(waits) == (look_s is not None)
 
 
 FAILING: dict[str, Callable[[RankLoader], tuple[object, str] | None]] = {

