@@ -21,7 +21,8 @@ ROOT = Path(swarm.__file__).parent
 ROWS: dict[str, set[str]] = {
     "words": {"errors", "settings"},
     "nouns": {
-        "content", "content.bitfield", "content.manifest", "content.safetensors_header", "journal", "membership.config",
+        "content", "content.bitfield", "content.manifest", "content.safetensors_header", "content.selection",
+        "journal", "membership.config",
         "protocol", "protocol.messages", "protocol.packets",
     },
     "policy": {"transfer.scheduler", "peers.selection"},
@@ -36,7 +37,9 @@ ROWS: dict[str, set[str]] = {
         "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.udp", "net.websocket",
         "security",
         "security.certificates", "security.cluster_key", "security.tls_handshake", "store", "store.cuda",
-        "store.directory", "store.disk", "store.lease", "store.memory", "store.staging", "store.tensors", "transport",
+        "store.directory", "store.disk", "store.joined", "store.lease", "store.memory", "store.staging",
+        "store.tensors",
+        "transport",
         "transport.admission", "transport.byte_stream", "transport.cuda_ipc", "transport.inproc", "transport.nccl",
         "transport.pace", "transport.paired", "transport.registry", "transport.sink", "transport.streams",
         "transport.tcp", "transport.tcp_session", "transport.tls_stream", "transport.torch_distributed",

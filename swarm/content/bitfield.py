@@ -36,10 +36,7 @@ class Bitfield:
         bits = np.unpackbits(np.frombuffer(data, dtype=np.uint8))
         if bits[length:].any():
             raise ValueError("bitfield has bits after its end")
-        field = cls(length)
-        field.mask[:] = bits[:length]
-        field._count = int(field.mask.sum())
-        return field
+        return cls._masked(bits[:length].astype(np.bool_))
 
     def pack(self) -> bytes:
         """The wire format: eight chunks per byte, chunk 0 in the highest bit of the first byte."""
@@ -56,6 +53,29 @@ class Bitfield:
         if self.mask[index]:
             self.mask[index] = False
             self._count -= 1
+
+    def covers(self, other: Bitfield) -> bool:
+        """Whether every chunk of the other set is in this one."""
+        return not bool((other.mask & ~self.mask).any())
+
+    def union(self, other: Bitfield) -> Bitfield:
+        """A new set of the chunks of both."""
+        return self._masked(self.mask | other.mask)
+
+    def minus(self, other: Bitfield) -> Bitfield:
+        """A new set of the chunks that the other set lacks."""
+        return self._masked(self.mask & ~other.mask)
+
+    def common(self, other: Bitfield) -> int:
+        """The number of chunks in both sets."""
+        return int((self.mask & other.mask).sum())
+
+    @classmethod
+    def _masked(cls, mask: npt.NDArray[np.bool_]) -> Bitfield:
+        field = cls(len(mask))
+        field.mask[:] = mask
+        field._count = int(mask.sum())
+        return field
 
     def __contains__(self, index: int) -> bool:
         return bool(self.mask[index])

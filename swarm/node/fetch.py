@@ -34,7 +34,10 @@ RESUME_JOBS = 4
 
 @dataclass(frozen=True)
 class Fetched:
-    """A finished fetch. `sources`: bytes by the peer's name; `transports`: the schemes that brought them."""
+    """A finished fetch of `bytes`, those of the wanted part.
+
+    `sources`: bytes by the peer's name; `transports`: the schemes that brought them.
+    """
 
     model_id: ModelId
     digest: Digest
@@ -74,45 +77,68 @@ class Fetches:
         self._transfers: dict[int, DownloadDriver] = {}
 
     async def fetch(
-        self, model_id: ModelId, store: Store, *, origin: Origin | None, timeout_s: float | None, abandon_s: float
+        self,
+        model_id: ModelId,
+        store: Store,
+        *,
+        origin: Origin | None,
+        timeout_s: float | None,
+        abandon_s: float,
+        wanted: Bitfield | None,
     ) -> Fetched:
         """See `Node.fetch`."""
         began, manifest = self._host.now(), store.manifest
         held = Bitfield(len(manifest.chunks))
-        share = Share(model_id, store, held, origin)
+        needed = Bitfield.full(held.length) if wanted is None else wanted
+        size = sum(manifest.chunks[index].size for index in needed)
+        share = Share(model_id, store, held, origin, wanted=wanted)
+        undo: Callable[[], None] | None = None
+        joined: Bitfield | None = None  # the part that the node has already, with the wanted one
         sources: dict[str, int] = {}
         transports: tuple[str, ...] = ()
         rejected_chunks = 0
         try:
             async with asyncio.timeout(timeout_s):
-                resumed = await _resume(store, held)
-                # No await between `complete` and `_download`: another fetch of the digest may wait here too.
-                own = await self._shares.complete(manifest.digest)
+                resumed = await _resume(store, held, needed)
                 kept = tuple(runs(list(held)))
-                started = FetchStarted(model_id, manifest.digest, manifest.size, resumed, held.length, kept)
+                started = FetchStarted(model_id, manifest.digest, size, resumed, held.length, kept)
                 self._host.record("node", started)
-                if own:
-                    sources[self._host.name] = await self._copy(own, store, held)
-                else:
-                    download = await self._download(share, store, abandon_s)
-                    sources, transports = download.sources(), tuple(sorted(download.transports))
+                # No await between the last `settled` and `_download`: another fetch of the digest may wait here too.
+                while own := await self._shares.settled(manifest.digest):
+                    if not own.held.common(needed.minus(held)):
+                        break
+                    sources[self._host.name] = await self._copy(own, store, held, needed)
+                if not held.covers(needed):
+                    if own:
+                        joined = needed.union(own.held if own.wanted is None else own.wanted)
+                        undo, share = own.extend(store, held, wanted), own
+                    download = await self._download(share, store, abandon_s, needed)
+                    sources |= download.sources()
+                    transports = tuple(sorted(download.transports))
                     rejected_chunks = download.machine.rejected_chunks
             await asyncio.to_thread(store.seal, partial(_is_right, store))
         except BaseException as error:
             self._host.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
-            if self._shares.shares.get(manifest.digest) is share:
+            done = held.common(needed) / max(1, len(needed))
+            if undo:
+                undo()
+                self._shares.announce()
+            elif self._shares.shares.get(manifest.digest) is share:
                 self._shares.withdraw(manifest.digest, "the fetch failed")
             await asyncio.to_thread(store.close)
             if isinstance(error, TimeoutError) and timeout_s is not None:
-                done = len(held) / max(1, held.length)
                 raise FetchTimeout(model_id, timeout_s=timeout_s, fraction=done) from None
             raise
         finally:
             share.settled.set()
         self._host.record("node", FetchEnded(manifest.digest, None))
-        self._shares.add(share)
+        if undo:
+            share.wanted = joined
+            self._shares.announce()
+        else:
+            self._shares.add(share)
         seconds = self._host.now() - began
-        return Fetched(model_id, manifest.digest, manifest.size, seconds, sources, rejected_chunks, resumed, transports)
+        return Fetched(model_id, manifest.digest, size, seconds, sources, rejected_chunks, resumed, transports)
 
     def on_grant(self, peer: Peer, grant: messages.Grant) -> None:
         """Passes a grant to the download of its transfer."""
@@ -124,14 +150,16 @@ class Fetches:
         if download := self._transfers.get(refusal.transfer):
             download.refused(peer, refusal.transfer, reason=refusal.reason, retry_s=refusal.retry_s)
 
-    async def _copy(self, own: Share, store: Store, held: Bitfield) -> int:
+    async def _copy(self, own: Share, store: Store, held: Bitfield, needed: Bitfield) -> int:
         own.users += 1  # the share stays open until the copy is complete
+        lacking = needed.minus(held)
         try:
-            return await asyncio.to_thread(copy, own.source, store, held)
+            chunks = lacking.minus(lacking.minus(own.held))
+            return await asyncio.to_thread(partial(copy, own.source, store, held, chunks=chunks))
         finally:
             self._shares.release(own.manifest.digest)
 
-    async def _download(self, share: Share, store: Store, abandon_s: float) -> DownloadDriver:
+    async def _download(self, share: Share, store: Store, abandon_s: float, wanted: Bitfield) -> DownloadDriver:
         download = share.download = DownloadDriver(
             share.model_id,
             store,
@@ -140,12 +168,13 @@ class Fetches:
             idle_timeout_s=self._idle_timeout_s,
             stall_timeout_s=self._stall_timeout_s,
             abandon_s=abandon_s,
+            wanted=wanted,
             transfer_ids=self._transfer_ids,
             transfers=self._transfers,
             rng=self._rng,
             announce=partial(self._shares.send_have, share.manifest.digest),
         )
-        self._shares.add(share)
+        self._shares.show(share)
         try:
             with self._seeking(share.manifest.digest):
                 await download.run()
@@ -154,10 +183,10 @@ class Fetches:
         return download
 
 
-async def _resume(store: Store, held: Bitfield) -> int:
-    """Adds the chunks that an earlier attempt left in the store, hashed again; returns their bytes."""
+async def _resume(store: Store, held: Bitfield, wanted: Bitfield) -> int:
+    """Adds the wanted chunks that an earlier attempt left in the store, hashed again; returns their bytes."""
     manifest = store.manifest
-    present = await asyncio.to_thread(lambda: list(store.present()))
+    present = await asyncio.to_thread(lambda: [chunk for chunk in store.present() if chunk.index in wanted])
 
     cancelled = threading.Event()  # a thread cannot be stopped, and the process waits for it at exit
 

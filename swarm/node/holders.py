@@ -40,11 +40,15 @@ def announced(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> Iterat
                 yield holder, holding.digest, holding.model_id
 
 
-def fetches(member: Record, digest: Digest, peers: Mapping[NodeId, Peer]) -> bool:
-    """Whether a member has announced an artifact that is not complete."""
+def fetches(member: Record, digest: Digest, peers: Mapping[NodeId, Peer], *, part: str = "") -> bool:
+    """Whether a member has announced that it fetches this part of an artifact; '' is all of it."""
     if (peer := peers.get(member.node)) and (announcement := peer.artifacts.get(digest)):
-        return announcement.chunks < announcement.chunks_total
-    return any(held.digest == digest and held.chunks < held.chunks_total for held in member.profile.artifacts)
+        return _fetches(announcement, part)
+    return any(held.digest == digest and _fetches(held, part) for held in member.profile.artifacts)
+
+
+def _fetches(artifact: Announcement | Holding, part: str) -> bool:
+    return not artifact.fetched and (artifact.wanted.part if artifact.wanted else "") == part
 
 
 def described(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> list[str]:

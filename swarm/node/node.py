@@ -173,16 +173,20 @@ class Node:
         origin: Origin | None = None,
         timeout_s: float | None = None,
         abandon_s: float = math.inf,
+        wanted: Bitfield | None = None,
     ) -> Fetched:
         """Fills a store from all peers that hold chunks of its artifact, seals it, and serves it.
 
+        `wanted`: the chunks to fetch, None for all; the store has a place for each of them.
         `abandon_s`: seconds without a linked peer that holds a missing chunk, after which a fetch with an alternative
         gives up sooner than a stalled fetch.
 
         Raises FetchError when it gives up and StoreError when the store fails. The store is closed then; a directory
         keeps the verified chunks for the next attempt.
         """
-        return await self._fetches.fetch(model_id, store, origin=origin, timeout_s=timeout_s, abandon_s=abandon_s)
+        return await self._fetches.fetch(
+            model_id, store, origin=origin, timeout_s=timeout_s, abandon_s=abandon_s, wanted=wanted
+        )
 
     @contextlib.contextmanager
     def seeking(self, digest: Digest | None) -> Iterator[None]:
@@ -380,7 +384,7 @@ class Node:
             near: tuple[set[NodeId], set[NodeId]] = (set(), set())
             for member in members:
                 distance = member.profile.distance(self._host, self._rack)
-                if distance < DISTANCE_MAX and holders.fetches(member, download.digest, self.peers):
+                if distance < DISTANCE_MAX and holders.fetches(member, download.digest, self.peers, part=download.part):
                     for names in near[distance:]:
                         names.add(member.node)
             # Without labels all nodes have the same rack, "", which says nothing of their distance.

@@ -72,10 +72,22 @@ class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     address: Text
 
 
-class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class HeldPart(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The part of an artifact that a node wants: `chunks` of `chunks_total` are verified.
+
+    `part`: equal for equal sets of chunks (`selection.part_id`).
+    """
+
+    part: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")]
+    chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
+    chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
+
+
+class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """An artifact of the sender: `chunks` of `chunks_total` are verified, `size` is its total size in bytes.
 
-    `superseeds`: the sender is a seed and chooses the chunks that it sends (super-seeding, BEP 16).
+    `superseeds`: the sender is a seed and chooses the chunks that it sends (super-seeding, BEP 16). `wanted`: the part
+    that the sender wants, None if that is everything.
     """
 
     model_id: ModelId
@@ -85,6 +97,13 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     superseeds: bool
+    wanted: HeldPart | None = None
+
+    @property
+    def fetched(self) -> bool:
+        """Whether every chunk that the sender wants is verified."""
+        progress = self.wanted or self
+        return progress.chunks >= progress.chunks_total
 
 
 class Hello(Message, frozen=True):
@@ -166,10 +185,14 @@ class OriginReply(Message, frozen=True):
 
 
 class Interest(Message, frozen=True):
-    """The sender holds the chunks in `bits` and wants the others. The receiver answers Holdings, then sends Have."""
+    """The sender holds the chunks in `bits` and wants the others, or the others of `wanted` if that is not empty.
+
+    The receiver answers Holdings, then sends Have.
+    """
 
     digest: Digest
     bits: Bits
+    wanted: Bits
 
 
 class Holdings(Message, frozen=True):

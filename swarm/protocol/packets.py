@@ -25,7 +25,7 @@ from msgspec.structs import replace as replace  # for modules that must not impo
 
 from swarm.content.manifest import CHUNKS_MAX, PRINTABLE, Digest, ModelId, Tier
 from swarm.errors import LocalProtocolError
-from swarm.protocol.messages import Address, NodeId, Scheme
+from swarm.protocol.messages import Address, HeldPart, NodeId, Scheme
 
 VERSION = 1
 
@@ -65,7 +65,10 @@ class _Array(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
 
 
 class Holding(_Array, frozen=True):
-    """An artifact of a member: `chunks` of `chunks_total` are verified. `superseeds`: see messages.Announcement."""
+    """An artifact of a member: `chunks` of `chunks_total` are verified.
+
+    `superseeds`, `wanted`: see messages.Announcement.
+    """
 
     model_id: ModelId
     digest: Digest
@@ -73,6 +76,13 @@ class Holding(_Array, frozen=True):
     chunks: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     superseeds: bool
+    wanted: HeldPart | None = None
+
+    @property
+    def fetched(self) -> bool:
+        """Whether every chunk that the member wants is verified."""
+        progress = self.wanted or self
+        return progress.chunks >= progress.chunks_total
 
 
 class Profile(_Array, frozen=True):
@@ -247,7 +257,14 @@ def quantised(profile: Profile) -> Profile:
 
     A count above 0 stays above 0, so that a started fetch differs from none; a count below the total stays below it.
     """
-    holdings = (replace(held, chunks=_step(held.chunks, held.chunks_total)) for held in profile.artifacts)
+    holdings = (
+        replace(
+            held,
+            chunks=_step(held.chunks, held.chunks_total),
+            wanted=held.wanted and replace(held.wanted, chunks=_step(held.wanted.chunks, held.wanted.chunks_total)),
+        )
+        for held in profile.artifacts
+    )
     return replace(
         profile,
         artifacts=tuple(holdings),

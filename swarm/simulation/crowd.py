@@ -338,7 +338,7 @@ class Crowd:
         if addresses:
             self._send(messages.Members(addresses), member, other)
         if member.fetches:
-            self._send(messages.Interest(DIGEST, member.held.pack()), member, other)
+            self._send(messages.Interest(DIGEST, member.held.pack(), b""), member, other)
 
     def _close(self, member: _Member, number: int, why: str) -> None:
         """The other end of a link has closed it, or is dead."""
@@ -376,7 +376,7 @@ class Crowd:
             case messages.Announce(artifacts):
                 holds = {held.digest: held.chunks == held.chunks_total for held in artifacts}
                 self._connect(member, connections.HoldingsAnnounced(member.links[peer.name], holds))
-            case messages.Interest(_, bits):
+            case messages.Interest(bits=bits):
                 self._send(messages.Holdings(DIGEST, member.held.pack()), member, peer)
                 if member.superseed:
                     member.superseed.joined(peer.name, Bitfield.unpack(bits, member.held.length))

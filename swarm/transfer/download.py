@@ -12,6 +12,8 @@
 - A seed with nothing to give rests for the time that it names; every other failure doubles the rest of its peer.
 - The first verified chunk is announced at once, further chunks every `scheduler.announce_every_s`. The driver sends a
   `Tick` at `due_at`.
+- The download is complete when the chunks of `wanted` are verified: all chunks, or those of a part. No other chunk is
+  requested, or counts as missing.
 - The download gives up when no chunk is verified for `stall_timeout_s`, or, if its caller has another source, when no
   joined peer holds a missing chunk for `abandon_s`.
 
@@ -118,9 +120,11 @@ class Download:
         transfer_ids: Iterator[int],
         rng: random.Random,
         abandon_s: float = math.inf,
+        wanted: Bitfield | None = None,
     ) -> None:
         self.manifest = manifest
         self.held = held
+        self.wanted = Bitfield.full(held.length) if wanted is None else wanted
         self.sources: dict[NodeId, int] = {}  # bytes of verified chunks by peer
         self.rejected_chunks = 0
         self.done = False
@@ -141,8 +145,8 @@ class Download:
         self._banned: set[NodeId] = set()
         self._transfers: dict[int, _Transfer] = {}
         self._requested = np.zeros(held.length, dtype=np.uint8)
-        self._free = ~held.mask  # missing and not requested
-        self._free_count = held.length - len(held)
+        self._free = self.wanted.mask & ~held.mask  # missing and not requested
+        self._free_count = self._missing_count = int(self._free.sum())
         self._rarity = np.zeros(held.length, dtype=np.int32)
         # By distance: the chunks that this node imports over it, and the number of nearer peers that hold each chunk.
         self._imports = [np.ones(held.length, dtype=np.bool_) for _ in range(DISTANCE_MAX + 1)]
@@ -157,12 +161,11 @@ class Download:
         if self.done:
             return []
         actions = self._react(event)
-        if self.held.complete:
+        if not self._missing_count:
             return [*self._announce(at_once=True), *actions, *self._finish("complete"), Complete()]
         waited_s = now - self._progress_at
         if waited_s > self._stall_timeout_s or now - self._sourced_at > self._abandon_s:
-            missing = self.held.length - len(self.held)
-            give_up = GiveUp(missing, waited_s, self._tried())
+            give_up = GiveUp(self._missing_count, waited_s, self._tried())
             return [*self._announce(at_once=True), *actions, *self._finish("stalled"), give_up]
         return [*self._announce(), *actions, *self._ask()]
 
@@ -213,7 +216,7 @@ class Download:
         if not self._starved and self._now - self._progress_at > patience_s:
             self._starved = True
             self._look_again()
-        if math.isfinite(self._abandon_s) and self._rarity[~self.held.mask].any():
+        if math.isfinite(self._abandon_s) and self._rarity[self._missing].any():
             self._sourced_at = self._now
         return self._cut_silent(received_bytes)
 
@@ -250,7 +253,7 @@ class Download:
                     peer.holds.add(chunk)
                     for count in counts:
                         count[chunk] += 1
-                    if self._free[chunk] or (not self._free_count and chunk not in self.held):
+                    if self._free[chunk] or (not self._free_count and self._is_missing(chunk)):
                         peer.nothing_wanted = False
 
     def _granted(self, number: int, chunks: tuple[int, ...]) -> None:
@@ -277,6 +280,7 @@ class Download:
             return []
         self._progress_at, self._starved = self._now, False
         for chunk in fresh:
+            self._missing_count -= self._is_missing(chunk)
             self.held.add(chunk)
             if self._free[chunk]:  # its transfer was cancelled meanwhile
                 self._free[chunk] = False
@@ -391,7 +395,7 @@ class Download:
 
     def _unrequest(self, chunk: int) -> None:
         self._requested[chunk] -= 1
-        if chunk not in self.held:
+        if self._is_missing(chunk):
             if not self._requested[chunk]:
                 self._free[chunk] = True
                 self._free_count += 1
@@ -401,11 +405,21 @@ class Download:
         for peer in self._peers.values():
             peer.nothing_wanted = False
 
+    @property
+    def _missing(self) -> scheduler.Mask:
+        return self.wanted.mask & ~self.held.mask
+
+    def _is_missing(self, chunk: int) -> bool:
+        return chunk in self.wanted and chunk not in self.held
+
     def _size(self, chunks: Iterable[int]) -> int:
         return sum(self.manifest.chunks[chunk].size for chunk in chunks)
 
     def _view(self, askable: dict[NodeId, _Peer]) -> scheduler.DownloadView:
+        missing = self._missing
         others = [peer for peer in self._peers.values() if not peer.superseeds]
+        if not self.wanted.complete:  # peers that fetch another part cannot keep the link busy
+            others = [peer for peer in others if peer.transfers or (peer.holds.mask & missing).any()]
         within: list[scheduler.Mask | None] = [None] * (DISTANCE_MAX + 1)
         if not self._starved:
             for distance in {peer.distance for peer in askable.values()} - {0}:
@@ -413,7 +427,7 @@ class Download:
         return scheduler.DownloadView(
             free=self._free,
             free_count=self._free_count,
-            missing=~self.held.mask,
+            missing=missing,
             requested=self._requested,
             rarity=self._rarity,
             chunk_bytes=self.manifest.chunk_bytes,
@@ -523,7 +537,8 @@ class Download:
         counts = np.bincount(np.fromiter(asked, dtype=np.int64), minlength=self.held.length)
         holds = {
             "requested counts add up": bool((counts == self._requested).all()),
-            "free is missing and not requested": bool((self._free == (~self.held.mask & (counts == 0))).all()),
+            "free is missing and not requested": bool((self._free == (self._missing & (counts == 0))).all()),
+            "missing chunks are counted": int(self._missing.sum()) == self._missing_count,
             "free chunks are counted": int(self._free.sum()) == self._free_count,
             "transfers belong to joined peers": all(t.peer in self._peers for t in self._transfers.values()),
             "peers know their transfers": all(
@@ -545,6 +560,6 @@ class Download:
 
     def __repr__(self) -> str:
         return (
-            f"<Download {self.manifest.digest[:8]} {len(self.held)}/{self.held.length} chunks"
+            f"<Download {self.manifest.digest[:8]} {len(self.wanted) - self._missing_count}/{len(self.wanted)} chunks"
             f" | {len(self._peers)} peers | {len(self._transfers)} in flight | {self.rate_bytes_per_s / 1e6:.1f} MB/s>"
         )

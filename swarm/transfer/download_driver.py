@@ -19,6 +19,7 @@ from typing import Any
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Chunk, Digest, ModelId
+from swarm.content.selection import part_id
 from swarm.errors import (
     LocalProtocolError,
     PeerError,
@@ -69,6 +70,7 @@ class DownloadDriver:
         idle_timeout_s: float,
         stall_timeout_s: float,
         abandon_s: float = math.inf,
+        wanted: Bitfield | None = None,
         transfer_ids: Iterator[int],
         transfers: MutableMapping[int, DownloadDriver],
         rng: random.Random,
@@ -84,7 +86,9 @@ class DownloadDriver:
             abandon_s=abandon_s,
             transfer_ids=transfer_ids,
             rng=rng,
+            wanted=wanted,
         )
+        self.part = part_id(self.machine.wanted)
         self.transports: set[str] = set()  # schemes that brought verified chunks
         self.names: dict[NodeId, str] = {}  # by node id, of every peer that was asked: some have left by the end
         self._announce = announce
@@ -104,7 +108,7 @@ class DownloadDriver:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Returns when every chunk is verified and no thread writes any more. Raises FetchError or StoreError."""
+        """Returns when every wanted chunk is verified and no thread writes any more. Raises FetchError, StoreError."""
         self.handle(events.Tick())
         try:
             await self._ended
@@ -169,7 +173,7 @@ class DownloadDriver:
         if receiving := self._of(peer, number):
             if receiving.granted:
                 raise RemoteProtocolError(peer.name, f"grants transfer {number} twice")
-            if not _fits(receiving.ask, chunks, total=len(self._manifest.chunks)):
+            if not _fits(receiving.ask, chunks, wanted=self.machine.wanted):
                 raise RemoteProtocolError(peer.name, f"grants {len(chunks)} chunks that it was not asked for")
             receiving.granted = True
             if not receiving.chunks.done():
@@ -206,7 +210,7 @@ class DownloadDriver:
                     if not self._ended.done():
                         self._ended.set_result(None)
                 case events.GiveUp(missing, waited_s, tried):
-                    total = self.machine.held.length
+                    total = len(self.machine.wanted)
                     words = [self._with_name(text) for text in tried]
                     self.fail(Stalled(self._model_id, missing=missing, total=total, waited_s=waited_s, tried=words))
 
@@ -339,8 +343,9 @@ class DownloadDriver:
         return f"{peer.name if peer else self.names.get(node, node)}:{rest}"
 
 
-def _fits(ask: events.Ask, chunks: tuple[int, ...], *, total: int) -> bool:
-    """Whether a grant answers its request: the same chunks, or up to `count` distinct chunks out of `total`."""
+def _fits(ask: events.Ask, chunks: tuple[int, ...], *, wanted: Bitfield) -> bool:
+    """Whether a grant answers its request: the same chunks, or up to `count` distinct chunks of `wanted`."""
     if ask.chunks:
         return chunks == ask.chunks
-    return 0 < len(chunks) <= ask.count and len(set(chunks)) == len(chunks) and max(chunks) < total
+    distinct = 0 < len(chunks) <= ask.count and len(set(chunks)) == len(chunks)
+    return distinct and all(chunk < wanted.length and chunk in wanted for chunk in chunks)

@@ -197,7 +197,7 @@ class Ban:
 
 @dataclass(frozen=True)
 class Complete:
-    """Every chunk is verified."""
+    """Every wanted chunk is verified."""
 
 
 @dataclass(frozen=True)

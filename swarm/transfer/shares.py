@@ -16,14 +16,16 @@ from typing import Any
 
 from swarm.content.bitfield import Bitfield, runs
 from swarm.content.manifest import Digest, Manifest, ModelId
+from swarm.content.selection import part_id
 from swarm.errors import RemoteProtocolError, SettingsError, SwarmError
 from swarm.journal import ArtifactsAnnounced
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
-from swarm.protocol.messages import Announcement, NodeId, Origin
+from swarm.protocol.messages import Announcement, HeldPart, NodeId, Origin
 from swarm.protocol.packets import Holding
 from swarm.store import Source
+from swarm.store.joined import JoinedSource
 from swarm.transfer import download_events as events
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.superseed import Superseed
@@ -33,7 +35,10 @@ ANNOUNCE_EVERY_S = 1.0  # progress of a fetch, for status pages
 
 @dataclass(eq=False)
 class Share:
-    """An artifact whose `source` has the chunks in `held`. `download` is set while a fetch adds chunks."""
+    """An artifact whose `source` has the chunks in `held`. `download` is set while a fetch adds chunks.
+
+    `wanted`: the part that was fetched, or is; None for everything.
+    """
 
     model_id: ModelId
     source: Source
@@ -44,6 +49,7 @@ class Share:
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # the artifact is complete, or its fetch failed
     users: int = 1
     spares: list[Source] = field(default_factory=list)  # further sources of the same content
+    wanted: Bitfield | None = None
 
     def close(self) -> None:
         """Closes its sources."""
@@ -58,13 +64,45 @@ class Share:
     def announcement(self) -> Announcement:
         """The artifact as links announce it."""
         m = self.manifest
-        superseeds = self.superseed is not None
-        return Announcement(self.model_id, m.digest, m.tier, m.size, len(self.held), self.held.length, superseeds)
+        chunks = len(self.held), self.held.length
+        return Announcement(self.model_id, m.digest, m.tier, m.size, *chunks, self.superseed is not None, self._part())
 
     def holding(self) -> Holding:
         """The artifact as gossip announces it."""
         m = self.manifest
-        return Holding(self.model_id, m.digest, m.tier, len(self.held), self.held.length, self.superseed is not None)
+        chunks = len(self.held), self.held.length
+        return Holding(self.model_id, m.digest, m.tier, *chunks, self.superseed is not None, self._part())
+
+    @property
+    def part(self) -> str:
+        """The id of the wanted part; '' for everything."""
+        return "" if self.wanted is None else part_id(self.wanted)
+
+    def _part(self) -> HeldPart | None:
+        part = self.part
+        if self.wanted is None or not part:
+            return None
+        return HeldPart(part, self.held.common(self.wanted), len(self.wanted))
+
+    def extend(self, source: Source, held: Bitfield, wanted: Bitfield | None) -> Callable[[], None]:
+        """Adds a source that a fetch fills with the chunks of `wanted`; returns the call that undoes it.
+
+        `held`, its chunks so far, gets those that the share has beside it, which are served on.
+        """
+        before = self.source, self.held, self.wanted
+        of_first = self.held.minus(held)
+        for chunk in of_first:
+            held.add(chunk)
+        self.source = JoinedSource(self.source, source, of_first=of_first)
+        self.held, self.wanted = held, wanted
+        self.settled.clear()
+        self.users += 1
+
+        def undo() -> None:
+            self.source, self.held, self.wanted = before
+            self.users -= 1
+
+        return undo
 
 
 class Shares:
@@ -113,9 +151,20 @@ class Shares:
         """Adds a share. If its digest is shared already, that share gets another source and another user."""
         digest = share.manifest.digest
         known = self.shares.setdefault(digest, share)
-        if known is not share:
+        if known is not share and share.held.complete and not known.held.complete:
+            known.spares.append(known.source)  # a part, which transfers may still read
+            known.source, known.held, known.wanted = share.source, share.held, None
+            known.superseed, known.origin = share.superseed, share.origin or known.origin
+            known.users += 1
+        elif known is not share:
             known.spares.append(share.source)
             known.users += 1
+        self.show(known)
+
+    def show(self, share: Share) -> None:
+        """Announces a share, and shows interest in what it still wants."""
+        digest = share.manifest.digest
+        self.shares.setdefault(digest, share)
         self.announce()
         for peer in list(self._host.peers.values()):
             peer.own_interests.discard(digest)
@@ -151,8 +200,8 @@ class Shares:
         for share in (*self.shares.values(), *self._withdrawn):
             share.close()
 
-    async def complete(self, digest: Digest) -> Share | None:
-        """The complete share of a digest, after any fetch of it has ended; None if there is no share then."""
+    async def settled(self, digest: Digest) -> Share | None:
+        """The share of a digest, after any fetch of it has ended; None if there is no share then."""
         while (share := self.shares.get(digest)) and not share.settled.is_set():
             await share.settled.wait()
         return share
@@ -187,7 +236,8 @@ class Shares:
             if (share := self.shares.get(digest)) and share.download:
                 peer.own_interests.add(digest)
                 share.download.meet(peer)
-                peer.post(messages.Interest(digest, share.held.pack()))
+                wanted = share.wanted.pack() if share.wanted is not None and share.part else b""
+                peer.post(messages.Interest(digest, share.held.pack(), wanted))
 
     def send_have(self, digest: Digest, chunks: list[int]) -> None:
         """Sends `Have` for verified chunks to every peer with an interest in the artifact, either way.
@@ -230,7 +280,8 @@ class Shares:
             peer.interests.add(message.digest)
             peer.post(messages.Holdings(message.digest, share.held.pack()))
             if share.superseed:
-                share.superseed.joined(peer.node, _unpacked(peer, message.bits, share))
+                wants = _unpacked(peer, message.wanted, share) if message.wanted else None
+                share.superseed.joined(peer.node, _unpacked(peer, message.bits, share), wants)
 
     def on_holdings(self, peer: Peer, message: messages.Holdings) -> None:
         """The answer to `Interest`: the download may request chunks from this peer."""

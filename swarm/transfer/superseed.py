@@ -26,6 +26,7 @@ from swarm.transfer import scheduler
 class _Newcomer:
     holds: Bitfield
     sent: Bitfield
+    wants: Bitfield
     starved: bool = False  # its last request was refused while it was starving
 
 
@@ -39,10 +40,11 @@ class Superseed:
         self._own = 0, 1, np.ones(length, dtype=np.bool_)  # the territory of rank 0 of 1 seed
         self._rng = rng
 
-    def joined(self, peer: NodeId, holds: Bitfield) -> None:
-        """A newcomer joins that holds these chunks."""
+    def joined(self, peer: NodeId, holds: Bitfield, wants: Bitfield | None = None) -> None:
+        """A newcomer joins that holds these chunks, and is sent chunks of `wants` only; None for all chunks."""
         self.left(peer)
-        self._newcomers[peer] = _Newcomer(holds, Bitfield(holds.length))
+        everything = Bitfield.full(holds.length)
+        self._newcomers[peer] = _Newcomer(holds, Bitfield(holds.length), everything if wants is None else wants)
         self._held += holds.mask
 
     def has(self, peer: NodeId, chunks: Iterable[int]) -> None:
@@ -61,10 +63,10 @@ class Superseed:
         newcomer = self._newcomers.get(peer)
         if newcomer is None:
             return ()
-        wanted = ~(newcomer.holds.mask | newcomer.sent.mask)
+        wanted = newcomer.wants.mask & ~(newcomer.holds.mask | newcomer.sent.mask)
         if starving and newcomer.starved and not wanted.any():  # at the first, chunks or announcements may be in flight
             self.failed(peer, newcomer.sent)
-            wanted = ~newcomer.holds.mask
+            wanted = newcomer.wants.mask & ~newcomer.holds.mask
         chunks = scheduler.superseed_chunks(
             wanted,
             given=self._given,

@@ -255,17 +255,16 @@ class _DeviceBatches:
             stream.synchronize()
 
 
-def copy(source: Source, store: Store, held: Bitfield) -> int:
-    """Fills a store from a source in this process with the same manifest; returns the bytes copied.
+def copy(source: Source, store: Store, held: Bitfield, *, chunks: Bitfield) -> int:
+    """Fills a store with `chunks` from a source in this process with the same manifest; returns the bytes copied.
 
     Blocks. Skips the chunks in `held` and adds the others to it. Raises StoreError, and SourceChanged for a chunk of
     the source with the wrong digest.
     """
     verifier, copied = Verifier(store.manifest, store, held), 0
     landed: list[LandedChunk] = []
-    for chunk in store.manifest.chunks:
-        if chunk.index in held:
-            continue
+    for index in chunks.minus(held):
+        chunk = store.manifest.chunks[index]
         views = verifier.views(0, [chunk.index], landed.extend)
         _pour(source.spans(chunk), views)
         if not landed[-1].correct:

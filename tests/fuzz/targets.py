@@ -58,7 +58,8 @@ class Target:
 
 def _messages() -> list[bytes]:
     offers = (Endpoint("tcp", "10.0.0.1:7000"), Endpoint("inproc", "inproc://ab/0"))
-    artifacts = (Announcement(ORG_MODEL, DIGEST, "checkpoint", 1 << 40, 3, 80, False),)
+    part = messages.HeldPart("ab" * 8, 1, 2)
+    artifacts = (Announcement(ORG_MODEL, DIGEST, "checkpoint", 1 << 40, 3, 80, False, part),)
     said = (
         messages.Hello(messages.PROTOCOL, "0.1.0", ANN, "node", Address("10.0.0.1:7000"), TOKEN, offers, artifacts),
         messages.Announce(artifacts),
@@ -67,7 +68,7 @@ def _messages() -> list[bytes]:
         messages.ManifestPart(DIGEST, 100, 10, b"some of it"),
         messages.OriginRequest(DIGEST),
         messages.OriginReply(DIGEST, Origin("a" * 40, {"config.json": "b" * 40})),
-        messages.Interest(DIGEST, b"\xf0"),
+        messages.Interest(DIGEST, b"\xf0", b"\x30"),
         messages.Holdings(DIGEST, b"\xf0\x80"),
         messages.Have(DIGEST, ((0, 2), (5, 1))),
         messages.Request("tcp", DIGEST, 7, (1, 2, 3), 0, False, 1, 0, 1),
@@ -92,7 +93,7 @@ def feed_message(data: bytes) -> bool:
 
 
 def _packets() -> list[bytes]:
-    held = Holding(ORG_MODEL, DIGEST, "checkpoint", 40, 80, False)
+    held = Holding(ORG_MODEL, DIGEST, "checkpoint", 40, 80, False, messages.HeldPart("ab" * 8, 1, 2))
     ann = Record(
         ANN,
         1,

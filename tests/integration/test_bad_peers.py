@@ -393,7 +393,7 @@ def request(number: int, *, chunks: tuple[int, ...] = (), count: int = 0) -> Que
 
 
 def interest(announced: messages.Announcement) -> messages.Message:
-    return messages.Interest(announced.digest, Bitfield(announced.chunks_total).pack())
+    return messages.Interest(announced.digest, Bitfield(announced.chunks_total).pack(), b"")
 
 
 def beyond_the_end(announced: messages.Announcement) -> messages.Message:

@@ -20,12 +20,13 @@ import math
 import random
 import shlex
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import ModelId
 from swarm.errors import LocalProtocolError, SwarmError
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Left
@@ -96,6 +97,7 @@ class Member:
     outcome: Fetched | SwarmError | None = None
     fetch: asyncio.Task[None] | None = None
     killed: bool = False
+    wanted: Bitfield | None = None  # the part that it fetches
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,10 @@ class Cluster:
         member.node.serve(MODEL_ID, Liar(source, every=3) if lies else source)
         return member
 
-    async def newcomer(self, name: str) -> Member:
-        """Adds a node that fetches the artifact from now on."""
+    async def newcomer(self, name: str, *, wanted: Iterable[int] | None = None) -> Member:
+        """Adds a node that fetches the artifact, or these chunks of it, from now on."""
         member = await self.open(name, BytesStore(self.content.manifest))
+        member.wanted = None if wanted is None else Bitfield(self.setup.chunks, wanted)
         member.asked_at = member.node.now()
         member.fetch = asyncio.create_task(self._fetch(member), name=f"fetch of {name}")
         return member
@@ -265,7 +268,7 @@ class Cluster:
 
     async def _fetch(self, member: Member) -> None:
         try:
-            member.outcome = await member.node.fetch(MODEL_ID, member.store)
+            member.outcome = await member.node.fetch(MODEL_ID, member.store, wanted=member.wanted)
         except SwarmError as error:
             if not member.killed:
                 member.outcome = error
@@ -293,13 +296,12 @@ class Cluster:
         hosts = self.fabric.hosts
         sent = {name: host.sent_bytes for name, host in hosts.items()}
         by_seeds = sum(size for name, size in sent.items() if not self.members[name].fetch)
-        files = [bytearray(data) for data in self.content.files]
         return Report(
             command=self.setup.command,
             bound_s=self._bound_s(),
             finished_s={name: self.members[name].ended_at - self.members[name].asked_at for name in finished},
             failed={m.name: m.outcome for m in members if isinstance(m.outcome, SwarmError)},
-            wrong=tuple(name for name in finished if self.members[name].store.files != files),
+            wrong=tuple(name for name in finished if self._differs(self.members[name])),
             banned=self._trace.banned_by({m.node.id: m.name for m in members}),
             sources={name: fetched.sources for name, fetched in finished.items()},
             sent_bytes=sent,
@@ -311,6 +313,13 @@ class Cluster:
             entries=sum(self._trace.entries.values()),
             virtual_s=now,
         )
+
+    def _differs(self, member: Member) -> bool:
+        """Whether a chunk that a newcomer wanted has other bytes than the seeds have."""
+        truth = BytesStore(self.content.manifest, self.content.files)
+        chunks = self.content.manifest.chunks
+        wanted = chunks if member.wanted is None else [chunks[index] for index in member.wanted]
+        return any([*member.store.spans(chunk)] != [*truth.spans(chunk)] for chunk in wanted)
 
     def _bound_s(self) -> float:
         """No schedule is faster, if all hosts are alike and all newcomers ask at once: fluid, and in whole chunks."""

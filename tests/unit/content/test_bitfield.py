@@ -53,3 +53,11 @@ def test_do_runs_say_the_same(indices: set[int]) -> None:
     found = runs(sorted(indices))
     assert [index for first, count in found for index in range(first, first + count)] == sorted(indices)
     assert all(first + count < following for (first, count), (following, _) in itertools.pairwise(found))
+
+
+def test_what_two_fields_have_in_common_and_what_not() -> None:
+    some, others = Bitfield(5, [0, 1, 4]), Bitfield(5, [1, 3])
+    assert (list(some.union(others)), list(some.minus(others)), some.common(others)) == ([0, 1, 3, 4], [0, 4], 1)
+    assert (len(some.union(others)), len(some.minus(others))) == (4, 2)
+    assert some.covers(Bitfield(5, [4, 0]))
+    assert not some.covers(others)

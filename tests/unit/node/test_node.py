@@ -13,6 +13,7 @@ from sim import clock
 from sim.content import BytesStore, Content
 from sim.network import Fabric
 
+from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import ModelId
 from swarm.errors import FetchTimeout, LocalProtocolError, SettingsError, Stalled, SwarmError
 from swarm.journal import FetchEnded, FetchStarted
@@ -99,6 +100,77 @@ def test_do_two_fetches_of_one_content_transfer_it_once() -> None:
         }
         for store in stores:
             assert [bytes(file) for file in store.files] == list(CONTENT.files)
+
+    play(scenario)
+
+
+def part(*chunks: int) -> Bitfield:
+    return Bitfield(len(CONTENT.manifest.chunks), chunks)
+
+
+def bytes_of(wanted: Bitfield) -> int:
+    return sum(CONTENT.manifest.chunks[index].size for index in wanted)
+
+
+def test_does_a_fetch_of_a_part_transfer_that_part_and_serve_it() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        seed, one, two = [await swarm.node(name) for name in ("seed", "one", "two")]
+        seed.serve(MODEL, whole())
+        fetched = await one.fetch(MODEL, BytesStore(CONTENT.manifest), wanted=part(2, 3, 9))
+        assert fetched.bytes == sum(fetched.sources.values()) == bytes_of(part(2, 3, 9))
+        seed.release(CONTENT.manifest.digest)
+        again = await two.fetch(MODEL, BytesStore(CONTENT.manifest), wanted=part(3, 9))
+        assert again.sources == {"one": bytes_of(part(3, 9))}
+        with pytest.raises(Stalled, match="1 of 3 chunks"):
+            await two.fetch(MODEL, BytesStore(CONTENT.manifest), wanted=part(2, 3, 4))
+        assert list(two.holdings()[CONTENT.manifest.digest]) == [3, 9], "what it had is served on"
+
+    play(scenario)
+
+
+def test_does_a_second_part_fetch_what_is_missing_and_both_are_served() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        seed, node, last = [await swarm.node(name) for name in ("seed", "node", "last")]
+        seed.serve(MODEL, whole())
+        await node.fetch(MODEL, BytesStore(CONTENT.manifest), wanted=part(2, 3))
+        fetched = await node.fetch(MODEL, BytesStore(CONTENT.manifest), wanted=part(3, 4))
+        assert fetched.sources == {"node": bytes_of(part(3)), "seed": bytes_of(part(4))}
+        node.release(CONTENT.manifest.digest)
+        await swarm.until(lambda: (w := next(iter(last.peers[node.id].artifacts.values())).wanted) and w.chunks == 3)
+        seed.release(CONTENT.manifest.digest)
+        assert (await last.fetch(MODEL, BytesStore(CONTENT.manifest), wanted=part(2, 3, 4))).sources == {
+            "node": bytes_of(part(2, 3, 4))
+        }
+
+    play(scenario)
+
+
+def test_does_a_fetch_of_all_go_on_from_a_part_and_serve_all() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        seed, node, last = [await swarm.node(name) for name in ("seed", "node", "last")]
+        seed.serve(MODEL, whole())
+        some, all_ = part(0, 5, 6), part(*range(len(CONTENT.manifest.chunks)))
+        await node.fetch(MODEL, BytesStore(CONTENT.manifest), wanted=some)
+        store = BytesStore(CONTENT.manifest)
+        fetched = await node.fetch(MODEL, store)
+        assert fetched.sources == {"node": bytes_of(some), "seed": bytes_of(all_.minus(some))}
+        assert [bytes(file) for file in store.files] == list(CONTENT.files)
+        seed.release(CONTENT.manifest.digest)
+        assert (await last.fetch(MODEL, BytesStore(CONTENT.manifest))).sources == {"node": CONTENT.manifest.size}
+
+    play(scenario)
+
+
+def test_do_two_parts_of_one_content_at_once_both_arrive() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        seed, node = await swarm.node("seed"), await swarm.node("node")
+        seed.serve(MODEL, whole())
+        parts = part(1, 2, 3), part(3, 4, 5), part(5, 6)
+        found = await asyncio.gather(
+            *(node.fetch(MODEL, BytesStore(CONTENT.manifest), wanted=wanted) for wanted in parts)
+        )
+        assert [fetched.bytes for fetched in found] == [bytes_of(wanted) for wanted in parts]
+        assert sum(fetched.sources.get("seed", 0) for fetched in found) == bytes_of(part(1, 2, 3, 4, 5, 6))
 
     play(scenario)
 

@@ -17,6 +17,9 @@ from swarm.protocol.messages import Address, Announcement, Endpoint, Message, No
 
 DIGEST = Digest("ab" * 32)
 ARTIFACT = Announcement(ModelId("org/model"), DIGEST, "checkpoint", 10, 1, 2, False)
+PART = Announcement(
+    ModelId("org/model"), DIGEST, "checkpoint", 10, 1, 2, False, messages.HeldPart("0123456789abcdef", 1, 1)
+)
 NODE, TOKEN = NodeId("0123456789abcdef"), "cd" * 16
 
 ARTIFACT_JSON = (
@@ -39,7 +42,12 @@ GOLDEN: dict[Message, str] = {
     ),
     messages.OriginRequest(DIGEST): f'{{"type":"OriginRequest","digest":"{DIGEST}"}}',
     messages.OriginReply(DIGEST, None): f'{{"type":"OriginReply","digest":"{DIGEST}","origin":null}}',
-    messages.Interest(DIGEST, b"\xc0"): f'{{"type":"Interest","digest":"{DIGEST}","bits":"wA=="}}',
+    messages.Interest(DIGEST, b"\xc0", b"\xf0"): (
+        f'{{"type":"Interest","digest":"{DIGEST}","bits":"wA==","wanted":"8A=="}}'
+    ),
+    messages.Announce((PART,)): (
+        f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON[:-1]},"wanted":["0123456789abcdef",1,1]}}]}}'
+    ),
     messages.Holdings(DIGEST, b"\xc0"): f'{{"type":"Holdings","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Have(DIGEST, ((0, 2), (5, 1))): f'{{"type":"Have","digest":"{DIGEST}","runs":[[0,2],[5,1]]}}',
     messages.Request("tcp", DIGEST, 7, (3, 1), 0, False, 5, 9, 2): (
@@ -130,6 +138,7 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
         ],
     ),
     ("Interest", "bits"): BITS,
+    ("Interest", "wanted"): BITS,
     ("Holdings", "bits"): BITS,
     ("Have", "runs"): (
         [[], RUNS[:-1], [[0, CHUNKS_MAX]], [[CHUNKS_MAX - 1, 1]], [[0, 1], [1, 2], [4, 1]]],

@@ -46,7 +46,15 @@ A, B, SEED, LIAR, HONEST = (NodeId(name) for name in ("a", "b", "seed", "liar", 
 class Fetch:
     """A download of `chunks` chunks of which `held` are here; every step is checked."""
 
-    def __init__(self, chunks: int, *, held: Sequence[int] = (), seed: int = 0, abandon_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        chunks: int,
+        *,
+        held: Sequence[int] = (),
+        seed: int = 0,
+        abandon_s: float = math.inf,
+        wanted: Sequence[int] | None = None,
+    ) -> None:
         self.machine = Download(
             Content.random(0, chunks=chunks, chunk_bytes=64).manifest,
             Bitfield(chunks, held),
@@ -57,6 +65,7 @@ class Fetch:
             transfer_ids=itertools.count(),
             rng=random.Random(seed),
             abandon_s=abandon_s,
+            wanted=None if wanted is None else Bitfield(chunks, wanted),
         )
         self.now = 0.0
 
@@ -548,3 +557,74 @@ def test_a_timer_that_fires_early_by_rounding_is_not_set_again() -> None:
     early = math.nextafter(fetch.machine.due_at, 0.0)
     assert Announce(second.chunks) in fetch.tell(Tick(), at=early)
     assert fetch.machine.due_at == math.inf
+
+
+# A part of the chunks
+
+
+def test_a_part_is_complete_with_its_chunks_and_no_other_is_asked_for() -> None:
+    fetch = Fetch(6, held=[1], wanted=[1, 2, 4])
+    (ask, *more) = fetch.joined("a")
+    asked = [chunk for request in (ask, *more) for chunk in request.chunks]
+    for request in (ask, *more):
+        actions = fetch.tell(ChunksVerified(A, request.transfer, request.chunks))
+        fetch.tell(TransferEnded(A, request.transfer))
+        for again in asks(actions):
+            asked += again.chunks
+            actions = fetch.tell(ChunksVerified(A, again.transfer, again.chunks))
+    assert sorted(asked) == [2, 4]
+    assert actions[-1] == Complete()
+    assert list(fetch.machine.held) == [1, 2, 4]
+
+
+def test_a_part_that_is_here_is_complete_at_once() -> None:
+    assert Fetch(6, held=[0, 3, 5], wanted=[3, 5]).tell(Tick()) == [Complete()]
+
+
+def test_a_seed_is_asked_for_no_more_than_the_part() -> None:
+    (ask, *_) = Fetch(64, wanted=[7, 8]).joined("seed", superseeds=True)
+    assert ask.count <= 2
+
+
+def test_a_peer_without_a_wanted_chunk_is_not_asked_until_it_has_one() -> None:
+    fetch = Fetch(6, wanted=[2, 3])
+    assert asks(fetch.tell(PeerJoined(A, Bitfield(6, [0, 1, 4])))) == []
+    assert asks(fetch.tell(PeerHas(A, (5,)))) == []
+    (ask,) = asks(fetch.tell(PeerHas(A, (3,))))
+    assert ask.chunks == (3,)
+
+
+def test_the_endgame_of_a_part_copies_its_chunks_only() -> None:
+    fetch = Fetch(8, wanted=[5])
+    (first,) = fetch.joined("a")
+    (second,) = fetch.joined("b")
+    assert (first.chunks, second.chunks, second.why) == ((5,), (5,), "endgame")
+
+
+def test_a_part_that_stalls_counts_what_it_misses() -> None:
+    fetch = Fetch(8, held=[0], wanted=[0, 1, 2])
+    fetch.tell(PeerJoined(A, Bitfield(8, [5, 6])))
+    give_up = fetch.tell(Tick(), at=STALL_S + 1.0)[-1]
+    assert isinstance(give_up, GiveUp)
+    assert give_up.missing == 2
+
+
+def test_a_part_with_an_alternative_gives_up_when_no_peer_holds_a_chunk_of_it() -> None:
+    fetch = Fetch(4, wanted=[0], abandon_s=1.0)
+    fetch.tell(PeerJoined(A, Bitfield(4, [1, 2, 3])))
+    assert isinstance(fetch.tell(Tick(), at=1.5)[-1], GiveUp)
+
+
+@given(seed=st.integers(0, 2**32), wanted=st.sets(st.integers(0, 15), min_size=1))
+@settings(max_examples=60, deadline=None)
+def test_whatever_the_part_it_ends_with_exactly_its_chunks(seed: int, wanted: set[int]) -> None:
+    fetch, dice = Fetch(16, seed=seed, wanted=sorted(wanted)), random.Random(seed)
+    todo = [*fetch.joined("a"), *asks(fetch.tell(PeerJoined(B, Bitfield(16, dice.sample(range(16), 8)))))]
+    for _ in range(100):
+        if not todo:
+            break
+        ask = todo.pop(dice.randrange(len(todo)))
+        for event in (ChunksVerified(ask.peer, ask.transfer, ask.chunks), TransferEnded(ask.peer, ask.transfer)):
+            todo += asks(fetch.tell(event))
+    assert fetch.machine.done
+    assert set(fetch.machine.held) == wanted

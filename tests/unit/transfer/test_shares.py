@@ -14,6 +14,7 @@ from sim.content import BytesStore, Content
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Digest, ModelId
+from swarm.content.selection import part_id
 from swarm.errors import RemoteProtocolError, SettingsError
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
@@ -163,10 +164,84 @@ def test_is_interest_shown_once_in_what_is_fetched_and_there() -> None:
         node.peers[elsewhere.node] = cast(Peer, elsewhere)
         _, download = node.fetch(1)
         node.shares.show_interest(node.peer)
-        interest = messages.Interest(DIGEST, Bitfield(CHUNKS, [1]).pack())
+        interest = messages.Interest(DIGEST, Bitfield(CHUNKS, [1]).pack(), b"")
         assert [message for message in node.them.said if isinstance(message, messages.Interest)] == [interest]
         assert not any(isinstance(message, messages.Interest) for message in elsewhere.said)
         assert download.met == ["peer-66"]
+
+    run(scenario)
+
+
+def test_does_a_part_say_what_it_wants_and_how_much_of_it_is_here() -> None:
+    async def scenario(node: Node) -> None:
+        share, _ = node.fetch(1, 2)
+        share.wanted = Bitfield(CHUNKS, [2, 3, 4])
+        part = part_id(share.wanted)
+        assert share.announcement().wanted == share.holding().wanted == messages.HeldPart(part, 1, 3)
+        assert not share.announcement().fetched
+        node.them.said.clear()
+        node.peer.own_interests.clear()
+        node.shares.show_interest(node.peer)
+        bits, wanted = (Bitfield(CHUNKS, chunks).pack() for chunks in ([1, 2], [2, 3, 4]))
+        assert node.them.said == [messages.Interest(DIGEST, bits, wanted)]
+        for chunk in (3, 4):
+            share.held.add(chunk)
+        assert share.announcement().fetched
+        share.wanted = Bitfield.full(CHUNKS)
+        assert share.announcement().wanted is None, "a part of all is no part"
+
+    run(scenario)
+
+
+def test_is_the_part_of_a_peer_passed_to_the_super_seeding() -> None:
+    async def scenario(node: Node) -> None:
+        node.shares.serve(MODEL, Source(), None)
+        superseed = node.shares.shares[DIGEST].superseed
+        assert superseed is not None
+        bits, wanted = Bitfield(CHUNKS).pack(), Bitfield(CHUNKS, [6, 7]).pack()
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, bits, wanted))
+        assert superseed.choose(THEM, CHUNKS, starving=True, rank=0, seeds=1) == (6, 7)
+        with pytest.raises(RemoteProtocolError):
+            node.shares.on_interest(node.peer, messages.Interest(DIGEST, bits, bytes(9)))
+
+    run(scenario)
+
+
+def test_does_a_share_that_grows_serve_what_it_had_and_can_it_go_back() -> None:
+    async def scenario(node: Node) -> None:
+        old, new = Source(), BytesStore(CONTENT.manifest)
+        share = Share(MODEL, old, Bitfield(CHUNKS, [0, 1]), None, wanted=Bitfield(CHUNKS, [0, 1]))
+        share.settled.set()
+        node.shares.add(share)
+        held = Bitfield(CHUNKS, [1])
+        undo = share.extend(new, held, None)
+        assert (list(share.held), share.users, share.settled.is_set()) == ([0, 1], 2, False)
+        first, second = (
+            b"".join(bytes(s) for s in share.source.spans(CONTENT.manifest.chunks[n]) if isinstance(s, memoryview))
+            for n in (0, 1)
+        )
+        assert (first, second) == (CONTENT.files[0], bytes(64)), (
+            "the first from the old source, the second from the new"
+        )
+        undo()
+        assert (share.source, list(share.held), share.users) == (old, [0, 1], 1)
+
+    run(scenario)
+
+
+def test_does_a_whole_source_take_the_place_of_a_part() -> None:
+    async def scenario(node: Node) -> None:
+        part = Source()
+        share = Share(MODEL, part, Bitfield(CHUNKS, [0]), None, wanted=Bitfield(CHUNKS, [0]))
+        share.settled.set()
+        node.shares.add(share)
+        node.shares.serve(MODEL, Source(), None)
+        assert node.shares.shares[DIGEST] is share
+        assert (share.held.complete, share.announcement().superseeds, share.users) == (True, True, 2)
+        node.shares.release(DIGEST)
+        node.shares.release(DIGEST)
+        await asyncio.gather(*node.tasks)
+        assert part.closed
 
     run(scenario)
 
@@ -193,7 +268,7 @@ def test_is_interest_answered_and_followed_by_news() -> None:
         node.them.said.clear()
         node.shares.send_have(DIGEST, [2])
         assert node.them.said == [], "it has shown no interest"
-        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack()))
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack(), b""))
         share.held.add(4)
         node.shares.send_have(DIGEST, [5, 4])
         assert node.them.said == [
@@ -214,7 +289,7 @@ def test_do_chunks_of_a_peer_reach_the_fetch_or_the_super_seeding() -> None:
         seed.shares.serve(MODEL, Source(), None)
         superseed = seed.shares.shares[DIGEST].superseed
         assert superseed is not None
-        seed.shares.on_interest(seed.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack()))
+        seed.shares.on_interest(seed.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack(), b""))
         seed.shares.on_have(seed.peer, messages.Have(DIGEST, ((0, CHUNKS - 1),)))
         assert superseed.choose(THEM, 2, starving=True, rank=0, seeds=1) == (CHUNKS - 1,)
 
@@ -226,7 +301,7 @@ def test_do_chunks_of_a_peer_reach_the_fetch_or_the_super_seeding() -> None:
     [
         lambda shares, peer: shares.on_have(peer, messages.Have(DIGEST, ((7, 2),))),
         lambda shares, peer: shares.on_holdings(peer, messages.Holdings(DIGEST, bytes(9))),
-        lambda shares, peer: shares.on_interest(peer, messages.Interest(DIGEST, bytes(9))),
+        lambda shares, peer: shares.on_interest(peer, messages.Interest(DIGEST, bytes(9), b"")),
     ],
     ids=["chunks beyond the end", "long holdings", "long interest"],
 )
@@ -295,7 +370,7 @@ def test_does_closing_not_leave_a_withdrawn_source_open() -> None:
 def test_does_withdrawing_end_the_fetch_and_waiting_for_it() -> None:
     async def scenario(node: Node) -> None:
         share, download = node.fetch()
-        waiting = asyncio.create_task(node.shares.complete(DIGEST))
+        waiting = asyncio.create_task(node.shares.settled(DIGEST))
         await asyncio.sleep(0)
         assert not waiting.done()
         node.shares.withdraw(DIGEST, "the fetch failed")

@@ -30,8 +30,9 @@ class Seed:
         for name in newcomers:
             self.joined(name)
 
-    def joined(self, name: str, holds: Sequence[int] = ()) -> None:
-        self.superseed.joined(NodeId(name), Bitfield(self.chunks, holds))
+    def joined(self, name: str, holds: Sequence[int] = (), wants: Sequence[int] | None = None) -> None:
+        wanted = None if wants is None else Bitfield(self.chunks, wants)
+        self.superseed.joined(NodeId(name), Bitfield(self.chunks, holds), wanted)
         self.superseed.check()
 
     def left(self, name: str) -> None:
@@ -252,6 +253,20 @@ def test_is_a_stranger_given_nothing() -> None:
     seed.failed("stranger", 1)
     seed.left("stranger")
     assert sorted(seed.drained("a")) == list(range(CHUNKS))
+
+
+def test_is_a_newcomer_that_wants_a_part_sent_nothing_else() -> None:
+    seed = Seed("all")
+    seed.joined("part", holds=[3], wants=[3, 4, 5])
+    assert sorted(seed.drained("part")) == [4, 5]
+    assert not set(seed.drained("all")) & {4, 5}, "they are out already: the others can be had from the newcomer"
+
+
+def test_what_of_a_part_is_lost_is_sent_again_and_nothing_else() -> None:
+    seed = Seed()
+    seed.joined("part", wants=[4, 5])
+    assert sorted(seed.drained("part", starving=True)) == [4, 5]
+    assert sorted(seed.drained("part", starving=True)) == [4, 5], "at its second request it counts as lost"
 
 
 def test_does_check_see_a_count_that_is_off() -> None:

@@ -176,9 +176,19 @@ def test_does_a_disk_that_is_full_at_settling_free_the_place() -> None:
     assert verifier.settle(landed, 2)
 
 
+ALL = Bitfield.full(3)
+
+
+def test_is_only_what_is_asked_for_copied(store: MemoryStore) -> None:
+    held = Bitfield(3, [2])
+    assert copy(Holder(memoryview(DATA)), store, held, chunks=Bitfield(3, [1, 2])) == 10
+    assert list(held) == [1, 2]
+    assert contents(store) == bytes(10) + DATA[10:20] + bytes(10)
+
+
 def test_is_memory_copied(store: MemoryStore) -> None:
     held = Bitfield(3, [1])
-    assert copy(Holder(memoryview(DATA)), store, held) == 20
+    assert copy(Holder(memoryview(DATA)), store, held, chunks=ALL) == 20
     assert held.complete
     assert contents(store) == DATA[:10] + bytes(10) + DATA[20:]
 
@@ -186,7 +196,7 @@ def test_is_memory_copied(store: MemoryStore) -> None:
 def test_are_files_copied(tmp_path: Path, store: MemoryStore) -> None:
     (tmp_path / "data").write_bytes(b"head" + DATA)
     with (tmp_path / "data").open("rb") as file:
-        assert copy(Holder(FileSpan(file.fileno(), 4, 30)), store, Bitfield(3)) == 30
+        assert copy(Holder(FileSpan(file.fileno(), 4, 30)), store, Bitfield(3), chunks=ALL) == 30
     assert contents(store) == DATA
 
 
@@ -194,21 +204,21 @@ def test_is_a_file_that_became_shorter_refused(tmp_path: Path, store: MemoryStor
     (tmp_path / "data").write_bytes(DATA[:15])
     held = Bitfield(3)
     with (tmp_path / "data").open("rb") as file, pytest.raises(SourceChanged, match="shorter"):
-        copy(Holder(FileSpan(file.fileno(), 0, 30)), store, held)
+        copy(Holder(FileSpan(file.fileno(), 0, 30)), store, held, chunks=ALL)
     assert list(held) == [0]
 
 
 def test_is_a_source_with_other_bytes_refused(store: MemoryStore) -> None:
     held = Bitfield(3)
     with pytest.raises(SourceChanged, match="digest"):
-        copy(Holder(memoryview(DATA[:10] + os.urandom(20))), store, held)
+        copy(Holder(memoryview(DATA[:10] + os.urandom(20))), store, held, chunks=ALL)
     assert list(held) == [0]
 
 
 @pytest.mark.parametrize("spans", [(), (memoryview(DATA), memoryview(DATA))], ids=["nothing", "too much"])
 def test_is_a_source_of_another_size_a_bug(store: MemoryStore, spans: tuple[Span, ...]) -> None:
     with pytest.raises(LocalProtocolError):
-        copy(Holder(*spans), store, Bitfield(3))
+        copy(Holder(*spans), store, Bitfield(3), chunks=ALL)
 
 
 def test_is_what_was_right_before_never_written_over(store: MemoryStore) -> None:
