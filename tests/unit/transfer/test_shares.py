@@ -413,9 +413,9 @@ def test_is_interest_in_unknown_artifacts_forgotten_and_that_in_withdrawn_ones()
     async def scenario(node: Node) -> None:
         share, _ = node.fetch(2)
         for number in range(1000):
-            node.shares.on_interest(node.peer, messages.Interest(Digest(f"{number:064x}"), b""))
+            node.shares.on_interest(node.peer, messages.Interest(Digest(f"{number:064x}"), b"", b""))
         assert node.them.interests == set()
-        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack()))
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS).pack(), b""))
         assert node.them.interests == {DIGEST}
         share.download = None
         node.shares.withdraw(DIGEST, "not served any more")
