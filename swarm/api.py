@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
+from swarm.checkpoint import digest_cache, hf_cache, hf_publish, manifest_builder
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.hashing.cpu import demand
@@ -251,7 +251,8 @@ def _labelled(origin: Origin | None, revision: str | None) -> Origin | None:
         return origin
     if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f@]{1,256}", revision):
         raise SettingsError("revision", f"{revision!r} is not 1 to 256 printable characters without '@'")
-    return Origin(origin.commit if origin else "", origin.etags if origin else {}, (revision,))
+    known = origin or Origin("", {})
+    return Origin(known.commit, known.etags, (revision,), known.beside)
 
 
 def _locate(what: str | Path, revision: str | None) -> Path:
@@ -381,7 +382,7 @@ async def fetch_on(
         if path is not None:
             await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest))
         return fetched, store, path
-    entry = hf_cache.CacheEntry(model_id)
+    entry = hf_publish.CacheEntry(model_id)
     lock = await _claimed(left, entry, manifest)
     try:
         await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin)
@@ -389,6 +390,7 @@ async def fetch_on(
         fetched = await _filled(node, left, store, origin, abandon_s)
         stamps = store.stamps() if isinstance(store, DirectoryStore) else {}
         snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps))
+        await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, manifest))
         if isinstance(store, DirectoryStore):
             store.moved(snapshot)
     finally:
@@ -429,7 +431,7 @@ async def _opened(left: _Deadline, make: Callable[[], tuple[Store, Path | None]]
             await left.turn()
 
 
-async def _claimed(left: _Deadline, entry: hf_cache.CacheEntry, manifest: Manifest) -> int:
+async def _claimed(left: _Deadline, entry: hf_publish.CacheEntry, manifest: Manifest) -> int:
     """The lock of the artifact in the hub cache."""
     waiting = False
     while (lock := entry.claim(manifest)) is None:
@@ -476,7 +478,7 @@ def _store(
         return IntoStore(manifest, into), None
     if out is None:
         return MemoryStore(manifest) if device == "cpu" else GpuStore(manifest, device), None
-    path = hf_cache.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
+    path = hf_publish.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
     if path.exists() and not path.is_dir():
         raise StoreConflict(path, "is not a directory; fetch to another place")
     return DirectoryStore(path, manifest, fsync=settings.fsync), path

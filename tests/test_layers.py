@@ -32,7 +32,8 @@ ROWS: dict[str, set[str]] = {
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
     "world": {
-        "checkpoint.digest_cache", "checkpoint.files", "checkpoint.weight_files", "checkpoint.weight_index",
+        "checkpoint.blob_check", "checkpoint.digest_cache", "checkpoint.files", "checkpoint.hf_cache",
+        "checkpoint.hub_tree", "checkpoint.weight_files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
         "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.udp", "net.websocket",
         "security",
@@ -45,7 +46,7 @@ ROWS: dict[str, set[str]] = {
         "transport.tcp", "transport.tcp_session", "transport.tls_stream", "transport.torch_distributed",
     },
     "drivers": {
-        "checkpoint", "checkpoint.hf_cache", "checkpoint.manifest_builder", "membership",
+        "checkpoint", "checkpoint.hf_publish", "checkpoint.manifest_builder", "membership",
         "membership.swim_driver", "net.environment", "node",
         "node.fetch", "node.holders", "node.node", "node.resolve", "peers", "peers.connections_driver", "peers.host",
         "peers.manifest_requests", "peers.peer", "transfer", "transfer.download_driver", "transfer.shares",
@@ -161,6 +162,7 @@ HOMES: dict[str, set[str]] = {
         "content.manifest",
         "protocol.messages",
         "protocol.packets",
+        "checkpoint.blob_check",
         "checkpoint.digest_cache",
         "engines.compile_caches",
         "engines.metadata",
@@ -187,7 +189,7 @@ INSIDE = {
 }  # imported by an engine, which has imported these packages
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
 TIME_OF_DAY = {
-    "checkpoint.digest_cache", "engines.cache_gc", "net.environment", "observe.opentelemetry",
+    "checkpoint.blob_check", "checkpoint.digest_cache", "engines.cache_gc", "net.environment", "observe.opentelemetry",
     "security.certificates",
 }  # fmt: skip
 ALLOWED_ANYWAY = {("settings", "os")}  # the environment is one of its sources

@@ -36,20 +36,21 @@ NOT_SERVED = {
     "__MACOSX": "belongs to the desktop",
 }
 # Patterns of file names, in any case; loaders open none of these files.
+_OF_COMMITS = 3  # the first are in commits, the others on machines
 _BYSTANDERS = [
     (re.compile(pattern, re.IGNORECASE), why)
     for pattern, why in (
         (r"\.git(attributes|ignore|modules|keep)", "belongs to git"),
-        (r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", "belongs to the desktop"),
-        (r".*\.py[co]", "holds Python's byte code"),
-        (r".*~|\.#.*|#.*#|\..*\.sw[a-p]", "belongs to an editor"),
-        (r".*\.(lock|incomplete)", "belongs to a program that runs or was interrupted"),
         (r".*\.(png|jpe?g|gif|svg|webp|bmp|ico|tiff?)", "is a picture"),
         (
             r"((READ_?ME|LICEN[SC]E|NOTICE|COPYING|COPYRIGHT|CITATION|CHANGELOG|CONTRIBUTING|MODEL_?CARD)"
             r"|(ACCEPTABLE_)?USE_POLICY)([._-].*)?(?<!\.py)(?<!\.json)(?<!\.safetensors)(?<!\.bin)(?<!\.gguf)",
             "is documentation",
         ),
+        (r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", "belongs to the desktop"),
+        (r".*\.py[co]", "holds Python's byte code"),
+        (r".*~|\.#.*|#.*#|\..*\.sw[a-p]", "belongs to an editor"),
+        (r".*\.(lock|incomplete)", "belongs to a program that runs or was interrupted"),
     )
 ]
 
@@ -79,6 +80,14 @@ def bystander(path: str) -> str | None:
     parts = path.split("/")
     why = next((NOT_SERVED[part] for part in parts if part in NOT_SERVED), None)
     return why or next((why for pattern, why in _BYSTANDERS if pattern.fullmatch(parts[-1])), None)
+
+
+def of_commit(path: str) -> bool:
+    """Whether a path is that of a bystander which a commit of the hub may have: documentation, a picture, git's own."""
+    parts = path.split("/")
+    if any(part in NOT_SERVED for part in parts):
+        return False
+    return any(pattern.fullmatch(parts[-1]) for pattern, _ in _BYSTANDERS[:_OF_COMMITS])
 
 
 def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:

@@ -1,67 +1,46 @@
-"""The local Hugging Face cache: finds snapshots, and publishes fetched models where `from_pretrained(id)` looks.
+"""The local Hugging Face cache: its layout, and the snapshots in it.
 
     <root>/models--org--name/
         blobs/<etag>                   contents, named by the hub: sha256, or git's sha1 for small files
-        blobs/swarm-<hash>             contents without a known hub name (see `_own_name`)
+        blobs/swarm-<hash>             contents without a known hub name (see `hf_publish`)
         snapshots/<commit>/<path>      relative links to blobs, or plain files where links are not possible
         refs/main                      the commit of the plain model id
+        trees/<commit>.json            the listing of a commit (huggingface_hub 2, see `hub_tree`)
         .swarm-incoming/<digest>       incomplete fetches; a later fetch of this digest resumes them; locked by
                                        `.swarm/lock` in it from the fetch to the end of `publish`
     <root>/blobs/<2 digits>/<hash>     contents that several models share; their blobs link to it (huggingface_hub 2)
 
-Other programs share this layout, so:
+`hf_publish` fills the cache. Names of contents are the hub's claim: `blob_check` compares them.
 
-- A blob gets a hub name only after its content is compared with that name: the hub's tools trust blob names, and a
-  malicious peer must not plant content under such a name.
-- A commit that a peer claims cannot be verified offline. It may add files to a snapshot and never changes a file that
-  the cache has for this commit.
-- A fetch starts with what lies here: files of the right name or path get a second name (hard link) in the fetch's
-  directory, if their chunks have the digests of the manifest. A damaged blob is fetched again and replaced.
-- What was verified is what is published: a file is moved only with the stamp that it had when it was verified.
-- All checks precede the first move, and `refs/main` moves last. After an interruption blobs and links are right, and
-  loading by id gives the old snapshot.
-- A fetch by id moves `refs/main` even from another commit, so that loading the id gives the fetched files. The hub's
-  tools move it back when they are online.
-
-Must not know: peers, unverified chunks, `huggingface_hub` (a heavy import; the tests compare with it).
+Must not know: peers, manifests, `huggingface_hub` (a heavy import; the tests compare with it).
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
-import filecmp
-import hashlib
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
-from types import MappingProxyType
 
-from swarm.checkpoint.manifest_builder import verify
-from swarm.content.manifest import FileEntry, Manifest, unsafe_path
-from swarm.errors import SettingsError, StoreConflict, StoreError
-from swarm.protocol.messages import REVISIONS_MAX, SHORT_COMMIT_MIN, Origin
-from swarm.store.directory import PARTIAL
-from swarm.store.disk import Stamp, open_locked, replacing, store_errors
+from swarm.checkpoint import hub_tree
+from swarm.checkpoint.blob_check import content_name, is_hub_name
+from swarm.checkpoint.files import of_commit
+from swarm.content.manifest import unsafe_path
+from swarm.errors import SettingsError
+from swarm.protocol.messages import BESIDE_BYTES_MAX, BESIDE_MAX, REVISIONS_MAX, SHORT_COMMIT_MIN, Origin
 
 MODEL_ID_CHARS_MAX = 96  # of organisation and of name; the hub's limit
 
 _PART = rf"\w(?:[\w.\-]{{0,{MODEL_ID_CHARS_MAX - 2}}}\w)?"
 _MODEL_ID = re.compile(rf"(?:{_PART}/)?{_PART}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_GIT_SHA1 = _COMMIT
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # Of file systems without symbolic links (exFAT, some SMB and FUSE mounts).
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _INCOMING = ".swarm-incoming"
 _LOCK = "lock"
-_READ_BYTES = 1 << 20
-_HASH_THREADS_MAX = 8  # sha256 runs at 1.6 GB/s a thread; more threads would outrun the disk
 
 
 def cache_root() -> Path:
@@ -85,7 +64,7 @@ def snapshot(model_id: str, *, root: Path | None = None, revision: str = "main")
     if not is_model_id(model_id) or unsafe_path(revision):
         return None
     try:
-        folder = _folder(model_id, root)
+        folder = model_folder(model_id, root=root)
     except SettingsError:  # no home directory, no cache
         return None
     commit = revision
@@ -105,7 +84,7 @@ def revisions(model_id: str, *, root: Path | None = None) -> dict[str, list[str]
     """Commits of the cached snapshots of a model, each with the branches and tags that name it here."""
     if not is_model_id(model_id):
         return {}
-    folder = _folder(model_id, root)
+    folder = model_folder(model_id, root=root)
     found: dict[str, list[str]] = {
         entry.name: [] for entry in sorted(folder.glob("snapshots/*")) if _COMMIT.fullmatch(entry.name)
     }
@@ -126,7 +105,7 @@ def named_origin(snapshot_dir: Path) -> Origin | None:
     if found is None and any(True for _ in _links(path)):
         return None  # a fetch of swarm, named by its digest
     names = revisions(model_id, root=path.parent.parent.parent).get(path.name, [])[:REVISIONS_MAX]
-    return Origin(path.name, found.etags if found else {}, tuple(names))
+    return Origin(path.name, found.etags if found else {}, tuple(names), _beside(path))
 
 
 def model_id_of(snapshot_dir: Path) -> str | None:
@@ -144,252 +123,51 @@ def origin(snapshot_dir: Path) -> Origin | None:
     path = Path(os.path.abspath(snapshot_dir))
     if model_id_of(path) is None or not _COMMIT.fullmatch(path.name):
         return None
-    etags = {name: blob for name, blob in _links(path) if _GIT_SHA1.fullmatch(blob) or _SHA256.fullmatch(blob)}
+    etags = hub_names(path)
     return Origin(commit=path.name, etags=etags) if etags else None
 
 
-class CacheEntry:
-    """A model in the cache: `staging` is the directory of its fetch, `publish` makes it loadable by id.
+def hub_names(snapshot_dir: Path) -> dict[str, str]:
+    """The hub's names of the files of a snapshot, by path: those of their blobs, else of the commit's listing.
 
-    Raises SettingsError for an invalid model id, which would become a directory name.
+    Empty for a directory that is no snapshot. A file without a hub name is left out.
     """
-
-    def __init__(self, model_id: str, *, root: Path | None = None) -> None:
-        if not is_model_id(model_id):
-            raise SettingsError(
-                "model id", f"{model_id!r} cannot be a model of the hub (NAME or ORG/NAME); fetch it with --out DIR"
-            )
-        self.model_id = model_id
-        self.folder = _folder(model_id, root)
-        self._incoming = self.folder / _INCOMING  # drafts too: a crash would leave them in `refs` or a snapshot
-
-    def __repr__(self) -> str:
-        return f"<CacheEntry {self.model_id} in {self.folder.parent}>"
-
-    def staging(self, manifest: Manifest) -> Path:
-        """The directory to fetch this artifact into, made if missing, the same for each call. Raises StoreError."""
-        staged = self._staged(manifest)
-        with store_errors(staged):
-            staged.mkdir(parents=True, exist_ok=True)
-            # Without it the hub's tools report the model's directory as corrupt.
-            (self.folder / "snapshots").mkdir(exist_ok=True)
-        return staged
-
-    def claim(self, manifest: Manifest) -> int | None:
-        """Locks `staging` until `unclaim`; None while another fetch has it. Raises StoreError."""
-        lock = self.staging(manifest) / PARTIAL / _LOCK
-        # FileNotFoundError: another fetch is removing the directory.
-        with store_errors(lock), contextlib.suppress(BlockingIOError, FileNotFoundError):
-            lock.parent.mkdir(exist_ok=True)
-            return open_locked(lock, timeout_s=0)
-        return None
-
-    def unclaim(self, manifest: Manifest, lock: int) -> None:
-        """Ends a claim, published or not."""
-        place = self._staged(manifest) / PARTIAL
+    path = Path(os.path.abspath(snapshot_dir))
+    if path.is_file() or model_id_of(path) is None:
+        blob = Path(os.readlink(path)) if path.is_symlink() else path
+        in_cache = blob.parent.name == "blobs" and model_id_of(path.parent) is not None
+        return {path.name: blob.name} if in_cache and is_hub_name(blob.name) else {}
+    names = {name: blob for name, blob in _links(path) if is_hub_name(blob)}
+    for name, listed in (hub_tree.read(path.parent.parent, path.name) or {}).items():
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(lock), os.stat(place / _LOCK)):
-                (place / _LOCK).unlink()
-                place.rmdir()
-        os.close(lock)
-
-    def reuse(self, manifest: Manifest, origin: Origin | None) -> None:
-        """Puts right files of the cache into `staging`, compared with the manifest, during a claim. Raises StoreError.
-
-        A file that the cache lacks, or has damaged, is left out, to be fetched.
-        """
-        with store_errors(self.folder):
-            for file in manifest.files:
-                self._reuse(manifest, file, origin, self._staged(manifest))
-
-    def publish(
-        self,
-        manifest: Manifest,
-        origin: Origin | None,
-        revision: str | None = None,
-        *,
-        stamps: Mapping[str, Stamp] = MappingProxyType({}),
-    ) -> Path:
-        """Moves the verified files out of `staging`, removes it, and returns the snapshot.
-
-        The ref of `revision` names it afterwards, `main` without one. `stamps`: of the files when they were verified.
-
-        Blocks while files with etags are hashed. Files stay on their file system, so open files are served on. Raises
-        StoreError, also if a file no longer has its stamp, and StoreConflict if a file does not match its etag or the
-        cache has other content in its place.
-        Then no file has moved, except after a disk failure, which the next fetch repairs.
-        """
-        staged = self._staged(manifest)
-        origin = origin if origin and origin.commit else None
-        commit = origin.commit if origin else manifest.digest[:40]
-        target = self.folder / "snapshots" / commit
-        names = self._blob_names(manifest, origin, staged)
-        with store_errors(self.folder):
-            for file in manifest.files:
-                self._check_place(file, staged=staged, target=target, blob=self._blob(names[file.path]), origin=origin)
-            for file in manifest.files:
-                _demand(staged / file.path, stamps.get(file.path))
-            for file in manifest.files:
-                stamp = stamps.get(file.path)
-                self._place(staged / file.path, target / file.path, self._blob(names[file.path]), stamp)
-            target.mkdir(parents=True, exist_ok=True)  # for an artifact without files
-            self._point("main" if revision is None else revision, commit)
-            shutil.rmtree(staged)
-            with contextlib.suppress(OSError):  # not empty during another fetch
-                staged.parent.rmdir()
-        return target
-
-    def _staged(self, manifest: Manifest) -> Path:
-        return self._incoming / manifest.digest[:16]
-
-    def _blob(self, name: str) -> Path:
-        return self.folder / "blobs" / name
-
-    def _reuse(self, manifest: Manifest, file: FileEntry, origin: Origin | None, staged: Path) -> None:
-        """Gives a right file of the cache a second name in `staged`."""
-        place, alone = staged / file.path, _only(manifest, file)
-        if place.exists():
-            # A file with a second name may have been changed under that name since.
-            if place.stat().st_nlink == 1 or not verify(staged, alone):
-                return
-            place.unlink()
-        for found in self._candidates(manifest, file, origin):
-            with contextlib.suppress(OSError):  # else the file is fetched
-                place.parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    os.link(found, place)
-                except FileExistsError:  # another fetch
-                    return
-                except OSError:  # no hard links here
-                    with replacing(place, draft_dir=self._incoming) as draft:
-                        shutil.copyfile(found, draft)
-                if not verify(staged, alone):
-                    return
-                place.unlink()
-
-    def _candidates(self, manifest: Manifest, file: FileEntry, origin: Origin | None) -> Iterator[Path]:
-        """Files of the cache, by blob name or by path in a snapshot, that have the size of `file`; links resolved."""
-        etag = origin.etags.get(file.path) if origin else None
-        blobs = [self._blob(name) for name in (etag, _own_name(manifest, file)) if name]
-        snapshots = (snapshot / file.path for snapshot in sorted((self.folder / "snapshots").iterdir()))
-        inside = (Path(os.path.realpath(self.folder)), Path(os.path.realpath(self.folder.parent / "blobs")))
-        seen = set()
-        for path in (*blobs, *snapshots):
-            real = Path(os.path.realpath(path))
-            if real in seen or not any(real.is_relative_to(place) for place in inside):
-                continue
-            seen.add(real)
-            with contextlib.suppress(OSError):
-                if real.is_file() and real.stat().st_size == file.size:
-                    yield real
-
-    def _blob_names(self, manifest: Manifest, origin: Origin | None, staged: Path) -> dict[str, str]:
-        etags = origin.etags if origin else {}
-
-        def name(file: FileEntry) -> str:
-            path = staged / file.path
-            with store_errors(path):
-                size = path.stat(follow_symlinks=False).st_size
-                if size != file.size:
-                    raise StoreError(f"{path} has {size} bytes, not {file.size}: fetch it again")
-                etag = etags.get(file.path)
-                if etag is None:
-                    return _own_name(manifest, file)
-                if _content_etag(path, like=etag, size=size) != etag:
-                    raise StoreConflict(
-                        path,
-                        f"its content does not have the name {etag} that its source says the hub gave it; "
-                        "fetch from another source, or with --out DIR",
-                    )
-                return etag
-
-        workers = min(_HASH_THREADS_MAX, len(os.sched_getaffinity(0)))
-        with ThreadPoolExecutor(workers, thread_name_prefix="swarm-etag") as pool:
-            return dict(zip((file.path for file in manifest.files), pool.map(name, manifest.files), strict=True))
-
-    def _check_place(self, file: FileEntry, *, staged: Path, target: Path, blob: Path, origin: Origin | None) -> None:
-        if blob.exists() and not blob.is_file():
-            raise StoreConflict(blob, "a file belongs here; remove what is in its place")
-        link = target / file.path
-        if link.exists() and not link.is_symlink():
-            if link.is_file() and filecmp.cmp(link, staged / file.path, shallow=False):
-                return
-            raise StoreConflict(
-                link, "is not a link into the cache's blobs and differs; remove it, or fetch with --out DIR"
-            )
-        # A commit that is derived from the manifest is swarm's own: a different file there is damaged.
-        if origin is None or not link.exists() or os.path.basename(os.readlink(link)) == blob.name:
-            return
-        if not filecmp.cmp(link, staged / file.path, shallow=False):
-            raise StoreConflict(
-                link,
-                f"the cache has another content for this file of commit {origin.commit[:12]} than the source; "
-                "remove the snapshot if the source is right, or fetch with --out DIR",
-            )
-
-    def _place(self, staged: Path, link: Path, blob: Path, stamp: Stamp | None) -> None:
-        if link.is_file() and not link.is_symlink():  # the same content, as a plain file
-            staged.unlink()
-            return
-        blob.parent.mkdir(parents=True, exist_ok=True)
-        # The staged file matches the blob's name. A blob of another content is a broken copy.
-        if blob.exists() and (blob.samefile(staged) or filecmp.cmp(blob, staged, shallow=False)):
-            staged.unlink()
-        else:
-            _demand(staged, stamp)
-            staged.replace(blob)
-        if link.exists() and os.path.basename(os.readlink(link)) == blob.name:
-            return
-        link.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            if _is_true("HF_HUB_DISABLE_SYMLINKS"):
-                raise OSError(errno.EPERM, "symbolic links are turned off")
-            with replacing(link, draft_dir=self._incoming) as draft:
-                draft.symlink_to(os.path.relpath(blob, link.parent))
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            self._place_plain(blob, link)
-
-    def _place_plain(self, blob: Path, link: Path) -> None:
-        """Makes `link` a plain file, as the hub's tools do without links: the blob itself, a copy of a shared one."""
-        if blob.is_symlink() or len([*self.folder.glob("snapshots/*")]) > 1:
-            with replacing(link, draft_dir=self._incoming) as draft:
-                shutil.copyfile(blob, draft)
-        else:
-            blob.replace(link)
-
-    def _point(self, revision: str, commit: str) -> None:
-        if revision == commit or unsafe_path(revision):
-            return
-        main = self.folder / "refs" / revision
-        main.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(main, draft_dir=self._incoming) as draft, draft.open("w") as file:
-            file.write(commit)  # no newline: the hub's tools compare the whole file
-            file.flush()
-            os.fsync(file.fileno())
+            if name not in names and not unsafe_path(name) and (path / name).stat().st_size == listed.size:
+                names[name] = listed.name
+    return names
 
 
-def _only(manifest: Manifest, file: FileEntry) -> Manifest:
-    return Manifest(1, manifest.tier, manifest.fingerprint, manifest.scheme, manifest.chunk_bytes, (file,))
+def _beside(path: Path) -> dict[str, bytes]:
+    """The small bystanders of a snapshot that belong to its commit, the smallest first."""
+    found: dict[str, bytes] = {}
+    sized = []
+    for file in path.rglob("*"):
+        name = file.relative_to(path).as_posix()
+        with contextlib.suppress(OSError):
+            if of_commit(name) and not unsafe_path(name) and file.is_file():
+                sized.append((file.stat().st_size, name))
+    names = hub_names(path)
+    left_bytes = BESIDE_BYTES_MAX
+    for size, name in sorted(sized)[:BESIDE_MAX]:
+        if size > left_bytes:
+            break
+        with contextlib.suppress(OSError):
+            if name not in names or content_name(path / name, like=names[name], size=size) == names[name]:
+                found[name] = (path / name).read_bytes()
+                left_bytes -= size
+    return found
 
 
-def _demand(path: Path, stamp: Stamp | None) -> None:
-    """Raises StoreError if a file was changed since it had the stamp."""
-    if stamp is None:
-        return
-    status = path.stat(follow_symlinks=False)
-    found = Stamp.of(status)
-    # The change time of a file with several names moves with each name that `publish` moves or removes.
-    if found != (stamp if status.st_nlink == 1 else dataclasses.replace(stamp, ctime_ns=found.ctime_ns)):
-        raise StoreError(f"{path}: another program changed it after it was verified; run the same fetch again")
-
-
-def _is_true(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
-
-
-def _folder(model_id: str, root: Path | None) -> Path:
+def model_folder(model_id: str, *, root: Path | None = None) -> Path:
+    """The folder of a model in the cache. Raises SettingsError without a home directory."""
     return (cache_root() if root is None else root) / f"models--{model_id.replace('/', '--')}"
 
 
@@ -404,25 +182,3 @@ def _links(directory: Path) -> Iterator[tuple[str, str]]:
             target = Path(os.readlink(path))
             if target.parent.name == "blobs":
                 yield path.relative_to(directory).as_posix(), target.name
-
-
-def _own_name(manifest: Manifest, file: FileEntry) -> str:
-    """A blob name made of the verified chunk digests: to hash 100 GB again would take a minute.
-
-    It does not match the syntax of etags, so neither the hub's tools nor `origin` take it for a hub name.
-    """
-    state = hashlib.sha256(f"swarm blob\n{manifest.scheme.name} {manifest.scheme.leaf_bytes} {file.size}\n".encode())
-    for chunk in file.chunks:
-        state.update(f"{chunk.size} {chunk.digest}\n".encode())
-    return f"swarm-{state.hexdigest()[:40]}"
-
-
-def _content_etag(path: Path, *, like: str, size: int) -> str:
-    """The hub's etag of a file: its sha256 if `like` is one (large files), else its git blob sha1."""
-    git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    state = hashlib.sha256() if _SHA256.fullmatch(like) else git
-    buffer = memoryview(bytearray(_READ_BYTES))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            state.update(buffer[:count])
-    return state.hexdigest()

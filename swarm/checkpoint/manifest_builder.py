@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from swarm.checkpoint import weight_files, weight_index
-from swarm.checkpoint.digest_cache import DigestCache
+from swarm.checkpoint import blob_check, hf_cache, weight_files, weight_index
+from swarm.checkpoint.digest_cache import DigestCache, recall
 from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
 from swarm.content import safetensors_header
 from swarm.content.manifest import (
@@ -39,7 +39,7 @@ from swarm.content.manifest import (
     default_chunk_bytes,
     units,
 )
-from swarm.errors import SettingsError, SourceChanged
+from swarm.errors import ManifestInvalid, SettingsError, SourceChanged
 from swarm.hashing.cpu import LeafHasher, chunk_digest, demand
 from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
@@ -71,15 +71,18 @@ def checkpoint(
     """The manifest of a model directory or a safetensors file, a source that serves it, and the skipped paths.
 
     `progress(done_bytes, total_bytes)` is called on this thread. `threads` defaults to the number of cores. Raises
-    ManifestInvalid if the files cannot be an artifact or are incomplete (`weight_index`), SettingsError for sizes out
-    of bounds, SourceChanged if a file changes meanwhile, StoreError if a file cannot be read.
+    ManifestInvalid if the files cannot be an artifact, are incomplete (`weight_index`) or damaged (`blob_check`),
+    SettingsError for sizes out of bounds, SourceChanged if a file changes meanwhile, StoreError if it cannot be read.
     """
     with store_errors(path):
         found, skipped = walk(path)
         grid = _grid(_size(found), chunk_bytes, leaf_bytes, chunk_hash)
-        source = _hashed(
-            path, found, grid, weight_index.indexes(found), cache_dir=cache_dir, progress=progress, threads=threads
-        )
+        maps = weight_index.indexes(found)
+        names = hf_cache.hub_names(path)
+        refuse_damaged(blob_check.damaged(found, names, folder=path.absolute().parent.parent, cache_dir=cache_dir))
+        source = _hashed(path, found, grid, maps, cache_dir=cache_dir, progress=progress, threads=threads)
+        if not names.keys() >= {file.path for file in found}:
+            refuse_damaged(_changed_since_fetched(path, source.manifest, names, cache_dir=cache_dir))
     return source.manifest, source, skipped
 
 
@@ -360,6 +363,30 @@ def _hash_chunk(fd: int, offset: int, size: int, *, scheme: HashScheme, scratch:
         hasher.update(scratch[:filled])
         offset, size = offset + filled, size - filled
     return hasher.digest()
+
+
+def refuse_damaged(paths: Sequence[str]) -> None:
+    """Raises ManifestInvalid for files of the Hugging Face cache that have another content than their names say."""
+    if paths:
+        more = f" and {len(paths) - 1} more files" if len(paths) > 1 else ""
+        raise ManifestInvalid(
+            paths[0],
+            f"is damaged{more}: its content is not the one of its name in the Hugging Face cache; "
+            "a fetch of the model mends it, or remove the file and download it again",
+        )
+
+
+def _changed_since_fetched(path: Path, manifest: Manifest, names: Mapping[str, str], *, cache_dir: Path) -> list[str]:
+    """Files without a hub name of a snapshot that swarm fetched, if they are not what was fetched."""
+    fetched = recall(cache_dir, path) if hf_cache.model_id_of(path) else None
+    if fetched is None or (fetched.scheme, fetched.chunk_bytes) != (manifest.scheme, manifest.chunk_bytes):
+        return []
+    before = {file.path: (file.size, file.chunks) for file in fetched.files}
+    return [
+        file.path
+        for file in manifest.files
+        if file.path in before and file.path not in names and before[file.path] != (file.size, file.chunks)
+    ]
 
 
 def _differs(path: Path, file: FileEntry) -> str | None:

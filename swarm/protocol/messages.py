@@ -139,23 +139,31 @@ class ManifestRequest(Message, frozen=True):
 
 SHORT_COMMIT_MIN = 7  # git's least
 REVISIONS_MAX = 256
+BESIDE_MAX, BESIDE_BYTES_MAX = 64, 256 << 10  # a README takes 5 to 50 KB; some 350 KB in base64, of a frame of 1 MiB
+Beside = Annotated[bytes, msgspec.Meta(max_length=BESIDE_BYTES_MAX)]
 Revision = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
 
 
-class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The Hugging Face commit of a checkpoint, and the etag of each file: path -> etag.
 
     `revisions`: branches, tags and labels that name it at its source. `commit` is empty for a labelled directory.
+    `beside`: small files of the commit that are no part of the artifact (README, licence), by path.
     """
 
     commit: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40})?\Z")]
     etags: dict[str, Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})\Z")]]
     revisions: Annotated[tuple[Revision, ...], msgspec.Meta(max_length=REVISIONS_MAX)] = ()
+    beside: Annotated[dict[str, Beside], msgspec.Meta(max_length=BESIDE_MAX)] = {}
 
     def is_revision(self, revision: str) -> bool:
         """Whether the text is one of its names, or the first 7 or more digits of its commit."""
         short = len(revision) >= SHORT_COMMIT_MIN and self.commit.startswith(revision)
         return short or revision in self.revisions
+
+    def alone(self) -> Origin:
+        """Without the files beside the artifact."""
+        return msgspec.structs.replace(self, beside={})
 
     def shown(self) -> list[str]:
         """Its revisions, names first."""

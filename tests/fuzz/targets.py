@@ -67,7 +67,7 @@ def _messages() -> list[bytes]:
         messages.ManifestRequest(DIGEST),
         messages.ManifestPart(DIGEST, 100, 10, b"some of it"),
         messages.OriginRequest(DIGEST),
-        messages.OriginReply(DIGEST, Origin("a" * 40, {"config.json": "b" * 40})),
+        messages.OriginReply(DIGEST, Origin("a" * 40, {"config.json": "b" * 40}, ("main",), {"README.md": b"# model"})),
         messages.Interest(DIGEST, b"\xf0", b"\x30"),
         messages.Holdings(DIGEST, b"\xf0\x80"),
         messages.Have(DIGEST, ((0, 2), (5, 1))),

@@ -302,10 +302,10 @@ def test_does_a_cache_that_cannot_be_written_to_spoil_nothing(
 
 
 def test_does_a_failure_after_the_fetch_stop_serving(there: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise StoreError("the cache is broken")
 
-    monkeypatch.setattr("swarm.checkpoint.hf_cache.CacheEntry.publish", fail)
+    monkeypatch.setattr("swarm.checkpoint.hf_publish.CacheEntry.publish", fail)
     with swarm.fetch(MODEL, settings=Settings(**{**vars(there), "name": "newcomer"})):  # keeps the node open
         assert nodes() == 2
         with pytest.raises(StoreError, match="the cache is broken"):

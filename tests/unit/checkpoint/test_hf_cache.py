@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from swarm.checkpoint import hf_cache, manifest_builder
-from swarm.checkpoint.hf_cache import CacheEntry
+from swarm.checkpoint.hf_publish import CacheEntry
 from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin

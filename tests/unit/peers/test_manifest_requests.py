@@ -228,3 +228,17 @@ def test_is_an_origin_told(origin: Origin | None) -> None:
         assert peer.posted == [OriginReply(DIGEST, origin), OriginReply(DIGEST, None)]
 
     run(scenario)
+
+
+@pytest.mark.parametrize(("files", "told"), [(10, ("etags", "beside")), (6000, ("etags",)), (12_000, ())])
+def test_do_files_beside_a_model_make_way_for_its_etags_in_a_frame(files: int, told: tuple[str, ...]) -> None:
+    etags = {f"{number:0>80}": "0" * 40 for number in range(files)}
+    full = Origin("ef" * 20, etags, (), {"README.md": b"x" * 250_000})
+
+    async def scenario() -> None:
+        manifest, peer = large_manifest(), FakePeer()
+        ManifestRequests(lambda digest: (manifest, full)).on_origin_request(peer, OriginRequest(DIGEST))
+        expected = {("etags", "beside"): full, ("etags",): Origin("ef" * 20, etags), (): None}
+        assert peer.posted == [OriginReply(DIGEST, expected[told])]
+
+    run(scenario)

@@ -128,8 +128,11 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
         ["!", "AP8", base64.b64encode(bytes(messages.MANIFEST_PART_BYTES + 1)).decode()],
     ),
     ("OriginReply", "origin"): (
-        [None, ORIGIN],
+        [None, ORIGIN, ORIGIN | {"beside": {"README.md": base64.b64encode(b"# model").decode()}}],
         [
+            ORIGIN | {"beside": {"README.md": "!"}},
+            ORIGIN | {"beside": {"README.md": base64.b64encode(bytes(messages.BESIDE_BYTES_MAX + 1)).decode()}},
+            ORIGIN | {"beside": {str(n): "" for n in range(messages.BESIDE_MAX + 1)}},
             ORIGIN | {"commit": "main"},
             ORIGIN | {"commit": "ef" * 20 + "\n"},
             ORIGIN | {"etags": {"a": "../../x"}},
