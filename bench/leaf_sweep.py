@@ -1,4 +1,4 @@
-"""How fast `LeafHasher` is with leaves of 4 KiB to 4 MiB, hot and cold, on a single thread and on two at once.
+"""How fast `ChunkHasher` is with leaves of 4 KiB to 4 MiB, hot and cold, on a single thread and on two at once.
 
     python bench/leaf_sweep.py [--mib 512] [--repeat 5]
 
@@ -19,7 +19,7 @@ import children
 import numpy as np
 
 from swarm.content.manifest import HashScheme
-from swarm.hashing.cpu import LeafHasher
+from swarm.hashing.cpu import ChunkHasher
 
 VIEW_BYTES = 1 << 20
 LEAVES = [4 << 10, 16 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20, 4 << 20]
@@ -67,11 +67,11 @@ def _rate(leaf_bytes: int, work: list[list[memoryview]]) -> float:
 
 def _hasher(leaf_bytes: int, views: list[memoryview], start: threading.Barrier) -> Callable[[], None]:
     def work() -> None:
-        hasher = LeafHasher(HashScheme(leaf_bytes=leaf_bytes))
+        hasher = ChunkHasher(HashScheme(leaf_bytes=leaf_bytes))
         start.wait()
         for view in views:
             hasher.update(view)
-        hasher.digest()
+        hasher.digests()
 
     return work
 

@@ -113,7 +113,6 @@ class Bench:
             encryption: self._serve(held, model, "--no-mdns", **keyed, data_encryption=encryption)
             for encryption in ("tls", "none")
         }
-        self._blake3 = self._serve(held, model, "--no-mdns", chunk_hash="blake3")
         self._traced = self._serve(held, model, "--no-mdns", "--trace", "seed.trace")
         self._fetcher = self._worker(held, "fetcher", str(model))
         self._fetcher.line(self._deadline_s)
@@ -177,9 +176,7 @@ class Bench:
             "  with a key, chunks in the open": lambda: self._fetch("into", encryption="none"),
             "  with a key, inside TLS": lambda: self._fetch("into", encryption="tls"),
             "  traced, scraped and on a dashboard": self._watched,
-            "  chunks hashed with BLAKE3": lambda: self._asked(
-                self._fetcher, "into", self._blake3[0], peer=self._blake3[1]
-            ),
+            "  pinned: BLAKE3 checked too": lambda: self._fetch("into", chunk_hash="blake3"),
             FRESH: lambda: self._fetch("fresh"),
             POPULATE: self._populate,
             OUT: lambda: self._fetch_out(fsync="true"),
@@ -207,9 +204,9 @@ class Bench:
     def _aiohttp(self) -> dict[str, Any]:
         return self._asked(self._client, "read", self._server)
 
-    def _fetch(self, how: str, *, encryption: str | None = None) -> dict[str, Any]:
+    def _fetch(self, how: str, *, encryption: str | None = None, **settings: str) -> dict[str, Any]:
         if encryption is None:
-            return self._asked(self._fetcher, how, self._seed)
+            return self._asked(self._fetcher, how, self._seed, settings=settings)
         seed, address = self._keyed[encryption]
         keyed = {"key_file": str(self._place / "key"), "data_encryption": encryption}
         return self._asked(self._fetcher, how, seed, peer=address, settings=keyed)

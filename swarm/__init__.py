@@ -27,6 +27,7 @@ from swarm.errors import (
     StoreError,
     StoreFull,
     SwarmError,
+    Unpinnable,
 )
 from swarm.settings import Settings
 
@@ -54,6 +55,7 @@ __all__ = [
     "StoreError",
     "StoreFull",
     "SwarmError",
+    "Unpinnable",
     "Weights",
     "__version__",
     "fetch",

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from swarm.checkpoint import digest_cache, hf_cache, hf_publish, manifest_builder
 from swarm.content.manifest import Digest, Manifest, ModelId
-from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
-from swarm.hashing.cpu import demand
+from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError, Unpinnable
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 
 _DIGEST = re.compile("[0-9a-f]{64}")
+_COMMIT = re.compile("[0-9a-f]{40}")
 _DEVICE = re.compile("cpu|cuda(:[0-9]{1,3})?")
 
 T = TypeVar("T")
@@ -210,7 +210,7 @@ def open_source(
     revision: str | None = None,
 ) -> tuple[ModelId, Source, Origin | None]:
     """Model id, source and origin of the argument of `serve`, hashed. Raises as `serve` does."""
-    grid: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_bytes", "leaf_bytes", "chunk_hash")}
+    grid: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_bytes", "leaf_bytes")}
     if isinstance(what, Mapping):
         if model_id is None:
             raise SettingsError("model_id", "tensors have no name of their own; say model_id='org/model'")
@@ -375,10 +375,13 @@ async def fetch_on(
             )
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
+    blake3 = settings.chunk_hash == "blake3" or digest is not None or bool(_COMMIT.fullmatch(revision or ""))
+    if blake3 and not manifest.has_blake3:
+        raise Unpinnable(model_id, manifest.digest)
     left = _Deadline(node, model_id, timeout_s, began)
     if not isinstance(out, _HubCache):
         store, path = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
-        fetched = await _filled(node, left, store, origin, abandon_s)
+        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3)
         if path is not None:
             await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest))
         return fetched, store, path
@@ -387,7 +390,7 @@ async def fetch_on(
     try:
         await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin)
         store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
-        fetched = await _filled(node, left, store, origin, abandon_s)
+        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3)
         stamps = store.stamps() if isinstance(store, DirectoryStore) else {}
         snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps))
         await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, manifest))
@@ -442,10 +445,17 @@ async def _claimed(left: _Deadline, entry: hf_publish.CacheEntry, manifest: Mani
     return lock
 
 
-async def _filled(node: Node, left: _Deadline, store: Store, origin: Origin | None, abandon_s: float) -> Fetched:
+async def _filled(
+    node: Node, left: _Deadline, store: Store, origin: Origin | None, *, abandon_s: float, blake3: bool
+) -> Fetched:
     try:
         return await node.fetch(
-            ModelId(left.model_id), store, origin=origin, timeout_s=left.left_s(), abandon_s=abandon_s
+            ModelId(left.model_id),
+            store,
+            origin=origin,
+            timeout_s=left.left_s(),
+            abandon_s=abandon_s,
+            blake3=blake3,
         )
     except FetchTimeout as error:
         timeout_s = left.timeout_s or error.timeout_s
@@ -469,11 +479,6 @@ def _store(
     device: str,
     settings: Settings,
 ) -> tuple[Store, Path | None]:
-    demand(manifest.scheme)
-    if manifest.scheme.name != "xxh3-128" and (device != "cpu" or any(t.is_cuda for t in (into or {}).values())):
-        raise SettingsError(
-            "device", f"chunks are hashed with {manifest.scheme.name}, which is for the CPU: fetch there"
-        )
     if into is not None:
         return IntoStore(manifest, into), None
     if out is None:

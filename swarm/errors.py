@@ -130,6 +130,18 @@ class ManifestConflict(ManifestError):
         self.holders = {digest: tuple(peers) for digest, peers in holders.items()}
 
 
+class Unpinnable(ManifestError):
+    """A fetch is pinned, and the manifest has no BLAKE3 digests to check it by."""
+
+    def __init__(self, model_id: str, digest: str) -> None:
+        super().__init__(
+            f"{model_id!r} ({digest[:12]}…) cannot be pinned: its manifest has XXH3 digests alone, which a member can "
+            "forge; serve it again with this version of swarm on the node that has the files, and fetch the new digest"
+        )
+        self.model_id = model_id
+        self.digest = digest
+
+
 class FetchError(SwarmError):
     """A fetch gave up. Verified chunks are kept; the next fetch resumes from them."""
 

@@ -109,7 +109,8 @@ class Settings:
     )
     chunk_hash: str = _setting(
         "xxh3-128",
-        "chunk hash when serving: xxh3-128 detects corruption; blake3 (slower, CPU only) also detects forgery",
+        "chunk hash that fetches check: xxh3-128 detects corruption; blake3 (slower) also detects forgery; pinned "
+        "fetches check both",
         flag=False,
     )
     cache: Path = _setting(_cache_dir, "directory for cached manifests and for downloads of engines", flag=False)

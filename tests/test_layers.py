@@ -91,7 +91,7 @@ FOLDERS: dict[str, set[str]] = {
     "observe": {"content", "journal", "membership", "protocol", "transfer"},
     "dashboard": {"content", "journal", "net", "observe", "protocol", "transfer"},
     "runtime": {"dashboard", "membership", "net", "node", "observe"},
-    "api": {"checkpoint", "content", "hashing", "node", "protocol", "runtime", "store"},
+    "api": {"checkpoint", "content", "node", "protocol", "runtime", "store"},
     "engines": {"api", "checkpoint", "content", "hashing", "node", "observe", "runtime", "store"},
     "doctor": {
         "checkpoint", "content", "engines", "journal", "net", "node", "observe", "protocol", "runtime", "security",

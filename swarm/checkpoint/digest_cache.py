@@ -58,7 +58,8 @@ class DigestCache:
         if manifest is not None and (manifest.chunk_bytes, manifest.scheme) == (chunk_bytes, scheme):
             for entry in manifest.files:
                 stamp = stamps.get(entry.path)
-                if stamp and stamp == self._stamps.get(entry.path) and stamp.size == entry.size:
+                fresh = stamp and stamp == self._stamps.get(entry.path) and stamp.size == entry.size
+                if fresh and len(entry.blake3) == len(entry.chunks):
                     self.known[entry.path] = entry
 
     def save(self, manifest: Manifest) -> None:

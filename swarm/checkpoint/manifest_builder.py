@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -28,8 +29,10 @@ from swarm.content.manifest import (
     LEAF_BYTES_DEFAULT,
     LEAF_BYTES_MAX,
     LEAF_BYTES_MIN,
+    LEAF_BYTES_STEP,
+    Chunk,
     ChunkEntry,
-    ChunkHash,
+    Digests,
     FileEntry,
     HashScheme,
     Manifest,
@@ -40,7 +43,8 @@ from swarm.content.manifest import (
     units,
 )
 from swarm.errors import ManifestInvalid, SettingsError, SourceChanged
-from swarm.hashing.cpu import LeafHasher, chunk_digest, demand
+from swarm.hashing.cpu import ChunkHasher
+from swarm.hashing.cpu import chunk_digests as digests_on_cpu
 from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
 from swarm.store.directory import DirectorySource
@@ -64,7 +68,6 @@ def checkpoint(
     cache_dir: Path,
     chunk_bytes: int | None = None,
     leaf_bytes: int | None = None,
-    chunk_hash: ChunkHash = "xxh3-128",
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> tuple[Manifest, DirectorySource, list[SkippedPath]]:
@@ -76,7 +79,7 @@ def checkpoint(
     """
     with store_errors(path):
         found, skipped = walk(path)
-        grid = _grid(_size(found), chunk_bytes, leaf_bytes, chunk_hash)
+        grid = _grid(_size(found), chunk_bytes, leaf_bytes)
         maps = weight_index.indexes(found)
         names = hf_cache.hub_names(path)
         refuse_damaged(blob_check.damaged(found, names, folder=path.absolute().parent.parent, cache_dir=cache_dir))
@@ -99,7 +102,6 @@ def known(
     cache_dir: Path,
     chunk_bytes: int | None = None,
     leaf_bytes: int | None = None,
-    chunk_hash: ChunkHash = "xxh3-128",
 ) -> Manifest | None:
     """The manifest that `checkpoint` would build, from the cache alone; None if a file is not cached.
 
@@ -107,7 +109,7 @@ def known(
     """
     with store_errors(path):
         found, _ = walk(path)
-        grid = _grid(_size(found), chunk_bytes, leaf_bytes, chunk_hash)
+        grid = _grid(_size(found), chunk_bytes, leaf_bytes)
         cache = DigestCache(cache_dir, path, found, chunk_bytes=grid.chunk_bytes, scheme=grid.scheme)
         maps = weight_index.indexes(found)
         _forget_other_tensors(cache.known, weight_index.no_tensors(found, maps))
@@ -121,7 +123,6 @@ def tensors(
     *,
     chunk_bytes: int | None = None,
     leaf_bytes: int | None = None,
-    chunk_hash: ChunkHash = "xxh3-128",
     threads: int | None = None,
     loaded_as: str | None = None,
 ) -> TensorSource:
@@ -131,18 +132,17 @@ def tensors(
     """
     source = TensorSource(given)
     if source.devices:
-        if chunk_hash != "xxh3-128":
-            raise SettingsError("chunk_hash", f"{chunk_hash} is for the CPU; tensors of a GPU are hashed with xxh3-128")
         leaf_bytes = GPU_LEAF_BYTES if leaf_bytes is None else leaf_bytes
         chunk_bytes = default_chunk_bytes(source.size, on_gpu=True) if chunk_bytes is None else chunk_bytes
-    grid = _grid(source.size, chunk_bytes, leaf_bytes, chunk_hash)
+    grid = _grid(source.size, chunk_bytes, leaf_bytes)
     sizes = cut(source.units(), grid.chunk_bytes)
     ranges = list(zip(itertools.accumulate(sizes, initial=0), sizes, strict=False))
     digests = _hash_on_gpus(source, ranges, grid.scheme)
     rest = [part for part in ranges if part not in digests]
-    digests |= _in_parallel(lambda part: chunk_digest(grid.scheme, source.read(*part)), rest, threads=threads)
-    chunks = tuple(ChunkEntry(size, digests[at, size].hex()) for at, size in ranges)
-    file = FileEntry(VIRTUAL_PATH, source.size, source.header, chunks)
+    digests |= _in_parallel(
+        lambda part: digests_on_cpu(grid.scheme, source.read(*part), blake3=True), rest, threads=threads
+    )
+    file = _entry(VIRTUAL_PATH, source.size, source.header, sizes, [digests[part] for part in ranges])
     source.manifest = grid.manifest([file], loaded_as=loaded_as)
     decode(source.manifest.encoded, digest=source.manifest.digest)
     return source
@@ -154,27 +154,29 @@ def verify(directory: Path, manifest: Manifest, *, threads: int | None = None) -
     Other files are ignored. A file that cannot be read is a problem, not an exception.
     """
     problems: dict[str, str] = {}
-    digests: dict[str, list[str]] = {file.path: [] for file in manifest.files}
+    chunks = {file.path: list(parts) for file, parts in _by_file(manifest)}
+    wrong: dict[str, list[int]] = {}  # offsets by path
     jobs: list[_Job] = []
     for file in manifest.files:
         if problem := _differs(directory / file.path, file):
             problems[file.path] = problem
         else:
             jobs += _jobs(directory / file.path, [chunk.size for chunk in file.chunks])
-    for job, hashed in _in_parallel(lambda job: _hash_or_problem(job, manifest.scheme), jobs, threads=threads):
+    hash_job = partial(_hash_or_problem, scheme=manifest.scheme, blake3=manifest.has_blake3)
+    for job, hashed in _in_parallel(hash_job, jobs, threads=threads):
         path = job.path.relative_to(directory).as_posix()
         if isinstance(hashed, str):
             problems[path] = hashed
-        else:
-            digests[path] += [digest.hex() for digest in hashed]
+            continue
+        for found in hashed:
+            chunk = chunks[path].pop(0)
+            if not chunk.has(found):
+                wrong.setdefault(path, []).append(chunk.offset)
     for file in manifest.files:
-        offsets = itertools.accumulate((chunk.size for chunk in file.chunks), initial=0)
-        hashes = zip(offsets, file.chunks, digests[file.path], strict=False)  # fewer digests for a file with a problem
-        wrong = [offset for offset, chunk, digest in hashes if chunk.digest != digest]
-        if wrong and file.path not in problems:
+        if file.path in wrong and file.path not in problems:
             problems[file.path] = (
-                f"{len(wrong)} of {len(file.chunks)} chunks differ, the first is the one at byte {wrong[0]}; "
-                "remove the file and fetch again, the others are kept"
+                f"{len(wrong[file.path])} of {len(file.chunks)} chunks differ, the first is the one at byte "
+                f"{wrong[file.path][0]}; remove the file and fetch again, the others are kept"
             )
     return [f"{path}: {problem}" for path, problem in sorted(problems.items())]
 
@@ -199,9 +201,7 @@ class _Job:
     stamp: Stamp | None = None
 
 
-def _grid(
-    total_bytes: int, chunk_bytes: int | None = None, leaf_bytes: int | None = None, chunk_hash: ChunkHash = "xxh3-128"
-) -> _Grid:
+def _grid(total_bytes: int, chunk_bytes: int | None = None, leaf_bytes: int | None = None) -> _Grid:
     chunk_bytes = default_chunk_bytes(total_bytes) if chunk_bytes is None else chunk_bytes
     leaf_bytes = LEAF_BYTES_DEFAULT if leaf_bytes is None else leaf_bytes
     for name, value, least, most in (
@@ -210,14 +210,14 @@ def _grid(
     ):
         if not least <= value <= most:
             raise SettingsError(name, f"{value} is not between {least} and {most}")
-    scheme = HashScheme(chunk_hash, leaf_bytes)
-    demand(scheme)
-    return _Grid(chunk_bytes, scheme)
+    if leaf_bytes % LEAF_BYTES_STEP:
+        raise SettingsError("leaf_bytes", f"{leaf_bytes} is not a multiple of {LEAF_BYTES_STEP}")
+    return _Grid(chunk_bytes, HashScheme(leaf_bytes=leaf_bytes))
 
 
 def _hash_on_gpus(
     source: TensorSource, ranges: Sequence[tuple[int, int]], scheme: HashScheme
-) -> dict[tuple[int, int], bytes]:
+) -> dict[tuple[int, int], Digests]:
     """Digests of the ranges (offset, size) that lie on a single GPU, by range."""
     on_gpu: dict[int, dict[tuple[int, int], list[DeviceView]]] = {device: {} for device in source.devices}
     for part in ranges if source.devices else ():
@@ -225,10 +225,10 @@ def _hash_on_gpus(
         lent = [view for view in views if isinstance(view, DeviceView)]
         if len(lent) == len(views) and len({view.device for view in lent}) == 1:
             on_gpu[lent[0].device][part] = lent
-    digests: dict[tuple[int, int], bytes] = {}
+    digests: dict[tuple[int, int], Digests] = {}
     for chunks in on_gpu.values():
         if chunks:
-            digests |= zip(chunks, chunk_digests(scheme, list(chunks.values())), strict=True)
+            digests |= zip(chunks, chunk_digests(scheme, list(chunks.values()), blake3=True), strict=True)
     return digests
 
 
@@ -274,18 +274,23 @@ def _describe(
     done_bytes = total_bytes - _size([file for file, *_ in plans])
     if progress is not None:
         progress(done_bytes, total_bytes)
-    hashed: list[ChunkEntry] = []
-    for job, digests in _in_parallel(lambda job: _hash(job, grid.scheme), jobs, threads=threads):
-        hashed += [ChunkEntry(size, digest.hex()) for size, digest in zip(job.sizes, digests, strict=True)]
+    hashed: list[Digests] = []
+    for job, digests in _in_parallel(lambda job: _hash(job, scheme=grid.scheme, blake3=True), jobs, threads=threads):
+        hashed += digests
         done_bytes += sum(job.sizes)
         if progress is not None:
             progress(done_bytes, total_bytes)
     rest = iter(hashed)  # in the order of the plans
     entries = dict(known)
     for file, header, sizes in plans:
-        chunk_entries = tuple(itertools.islice(rest, len(sizes)))
-        entries[file.path] = FileEntry(file.path, file.stamp.size, header, chunk_entries)
+        digests = list(itertools.islice(rest, len(sizes)))
+        entries[file.path] = _entry(file.path, file.stamp.size, header, sizes, digests)
     return [entries[file.path] for file in found]
+
+
+def _entry(path: str, size: int, header: str, sizes: Sequence[int], digests: Sequence[Digests]) -> FileEntry:
+    chunks = tuple(ChunkEntry(*chunk) for chunk in zip(sizes, (found.xxh3.hex() for found in digests), strict=True))
+    return FileEntry(path, size, header, chunks, blake3=tuple(found.blake3.hex() for found in digests))
 
 
 def _forget_other_tensors(known: dict[str, FileEntry], plain: set[str]) -> None:
@@ -298,7 +303,7 @@ def _forget_other_tensors(known: dict[str, FileEntry], plain: set[str]) -> None:
 def _with_unused(entries: Sequence[FileEntry], maps: Mapping[str, Mapping[str, str]]) -> list[FileEntry]:
     headers = {e.path: {tensor.name for tensor in e.tensors()} for e in entries if e.header} if maps else {}
     unused = weight_index.unused(headers, maps)
-    return [FileEntry(e.path, e.size, e.header, e.chunks, unused.get(e.path, ())) for e in entries]
+    return [entry.with_unused(unused.get(entry.path, ())) for entry in entries]
 
 
 def _plan(file: CheckpointFile, grid: _Grid, plain: set[str]) -> tuple[str, list[int]]:
@@ -333,7 +338,7 @@ def _in_parallel(work: Callable[[J], T], jobs: Sequence[J], *, threads: int | No
         pool.shutdown(cancel_futures=True)
 
 
-def _hash(job: _Job, scheme: HashScheme) -> list[bytes]:
+def _hash(job: _Job, *, scheme: HashScheme, blake3: bool) -> list[Digests]:
     """Digests of a job's chunks. Raises SourceChanged if the file does not match its stamp, before or after."""
     try:
         fd = os.open(job.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -345,7 +350,9 @@ def _hash(job: _Job, scheme: HashScheme) -> list[bytes]:
         scratch = memoryview(bytearray(min(SCRATCH_BYTES, max(job.sizes))))
         offset, digests = job.offset, []
         for size in job.sizes:
-            digests.append(_hash_chunk(fd, offset, size, scheme=scheme, scratch=scratch, path=job.path))
+            digests.append(
+                _hash_chunk(fd, offset, size, hasher=ChunkHasher(scheme, blake3=blake3), scratch=scratch, path=job.path)
+            )
             offset += size
         if job.stamp is not None:
             job.stamp.check(job.path, fd)
@@ -354,15 +361,20 @@ def _hash(job: _Job, scheme: HashScheme) -> list[bytes]:
         os.close(fd)
 
 
-def _hash_chunk(fd: int, offset: int, size: int, *, scheme: HashScheme, scratch: memoryview, path: Path) -> bytes:
-    hasher = LeafHasher(scheme)
+def _hash_chunk(fd: int, offset: int, size: int, *, hasher: ChunkHasher, scratch: memoryview, path: Path) -> Digests:
     while size:
         filled = os.preadv(fd, [scratch[:size]], offset)
         if not filled:
             raise SourceChanged(path, f"it ends at byte {offset}")
         hasher.update(scratch[:filled])
         offset, size = offset + filled, size - filled
-    return hasher.digest()
+    return hasher.digests()
+
+
+def _by_file(manifest: Manifest) -> Iterator[tuple[FileEntry, Iterator[Chunk]]]:
+    """The files, each with its chunks. An iterator of chunks is good until the next file."""
+    chunks = iter(manifest.chunks)
+    return ((file, itertools.islice(chunks, len(file.chunks))) for file in manifest.files)
 
 
 def refuse_damaged(paths: Sequence[str]) -> None:
@@ -401,9 +413,9 @@ def _differs(path: Path, file: FileEntry) -> str | None:
     return None if status.st_size == file.size else f"has {status.st_size} bytes instead of {file.size}"
 
 
-def _hash_or_problem(job: _Job, scheme: HashScheme) -> list[bytes] | str:
+def _hash_or_problem(job: _Job, *, scheme: HashScheme, blake3: bool) -> list[Digests] | str:
     try:
-        return _hash(job, scheme)
+        return _hash(job, scheme=scheme, blake3=blake3)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     except SourceChanged as error:

@@ -5,9 +5,12 @@ neither locations nor model ids: two nodes with the same files build the same ma
 
     identity        = sha256(canonical bytes)
     canonical bytes = JSON, fields in the order of the classes below, no white space
-    chunk digest    = hash(leaf digests, big-endian, in order)
-    leaf digest     = hash(leaf bytes)
-    hash            = XXH3-128, 16 bytes, detects corruption; or BLAKE3, 32 bytes, also detects forgery
+    chunk digest    = XXH3-128(leaf digests, big-endian, in order)    detects corruption
+    leaf digest     = XXH3-128(leaf bytes)
+    BLAKE3          = BLAKE3(chunk bytes)                             also detects forgery
+
+A chunk digest costs next to nothing, so every node checks it; XXH3 is no obstacle for a forger. A node that pins the
+content also checks BLAKE3, which has no leaves of ours: it is a tree by itself.
 
 A chunk belongs to exactly one file. The manifest contains the header of every safetensors file, so that a newcomer
 knows all tensors before the first chunk arrives; the chunks of the file contain the header too.
@@ -22,7 +25,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Literal, NewType, NoReturn
+from typing import Annotated, Literal, NamedTuple, NewType, NoReturn
 
 import msgspec
 
@@ -46,27 +49,31 @@ CHUNK_BYTES_SMALLEST, CHUNK_BYTES_LARGEST, CHUNKS_WANTED = 256 << 10, 16 << 20, 
 GPU_CHUNKS_WANTED = 128
 # With many streams, threads queue for the GIL once a leaf, so leaves are large; 512 KiB fit into a core's L2 cache.
 LEAF_BYTES_DEFAULT = 512 << 10
+LEAF_BYTES_STEP = 1024  # a block of BLAKE3, so that the bytes of a leaf are whole blocks
 
-ChunkHash = Literal["xxh3-128", "blake3"]
-DIGEST_BYTES: dict[ChunkHash, int] = {"xxh3-128": 16, "blake3": 32}
 
 PRINTABLE = r"^[^\x00-\x1f\x7f-\x9f]*\Z"  # no control characters, because texts are printed to terminals
 ModelId = NewType("ModelId", Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)])
 Digest = NewType("Digest", Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")])  # of a manifest
-ChunkDigest = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32}|[0-9a-f]{64})\Z")]
+ChunkDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Blake3Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Tier = Literal["checkpoint", "loaded", "cache"]
 
 
 class HashScheme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Hash function of the chunk digests, and the size of a leaf. The last leaf of a chunk may be shorter."""
 
-    name: ChunkHash = "xxh3-128"
-    leaf_bytes: Annotated[int, msgspec.Meta(ge=LEAF_BYTES_MIN, le=LEAF_BYTES_MAX)] = LEAF_BYTES_DEFAULT
+    name: Literal["xxh3-128"] = "xxh3-128"
+    leaf_bytes: Annotated[int, msgspec.Meta(ge=LEAF_BYTES_MIN, le=LEAF_BYTES_MAX, multiple_of=LEAF_BYTES_STEP)] = (
+        LEAF_BYTES_DEFAULT
+    )
 
-    @property
-    def digest_bytes(self) -> int:
-        """Size of a leaf digest and of a chunk digest."""
-        return DIGEST_BYTES[self.name]
+
+class Digests(NamedTuple):
+    """Digests of the bytes of a chunk: 16 bytes, and 32 bytes, which are empty where only the first was computed."""
+
+    xxh3: bytes
+    blake3: bytes = b""
 
 
 class ChunkEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -80,7 +87,8 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     """A file of the artifact.
 
     `header` is the JSON header of a safetensors file that holds tensors of the model, empty for other files. `unused`
-    names tensors of it that the model takes from another file, as its index says.
+    names tensors of it that the model takes from another file, as its index says. `blake3` has a digest for each chunk;
+    it is empty in manifests that cannot be pinned.
     """
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=PATH_BYTES_MAX)]
@@ -88,6 +96,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     header: str
     chunks: tuple[ChunkEntry, ...]
     unused: tuple[str, ...] = ()
+    blake3: tuple[Blake3Digest, ...] = ()
 
     def tensors(self) -> list[Tensor]:
         """Tensors of a safetensors file by offset, unused ones too; empty for other files. Raises ManifestInvalid."""
@@ -98,6 +107,10 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
         tensors, metadata = self._parsed()
         names = {tensor.name for tensor in tensors}
         return {alias: name for alias, name in metadata.items() if name in names and alias not in names}
+
+    def with_unused(self, names: tuple[str, ...]) -> FileEntry:
+        """The entry with these as the tensors that the model takes from other files."""
+        return msgspec.structs.replace(self, unused=names)
 
     def _parsed(self) -> tuple[list[Tensor], dict[str, str]]:
         if not self.header:
@@ -114,6 +127,11 @@ class Chunk:
     offset: int
     size: int
     digest: bytes
+    blake3: bytes = b""
+
+    def has(self, found: Digests) -> bool:
+        """Whether bytes with these digests are the chunk. Where BLAKE3 was computed, both must be right."""
+        return found.xxh3 == self.digest and (not found.blake3 or found.blake3 == self.blake3)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=True):
@@ -142,6 +160,11 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         return tuple(self._cut())
 
     @cached_property
+    def has_blake3(self) -> bool:
+        """Whether a fetch of this artifact can be pinned."""
+        return all(len(file.blake3) == len(file.chunks) for file in self.files)
+
+    @cached_property
     def size(self) -> int:
         """Sum of the file sizes in bytes."""
         return sum(file.size for file in self.files)
@@ -150,8 +173,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         index = itertools.count()
         for number, file in enumerate(self.files):
             offset = 0
-            for entry in file.chunks:
-                yield Chunk(next(index), number, offset, entry.size, bytes.fromhex(entry.digest))
+            for entry, strong in zip(file.chunks, file.blake3 or itertools.repeat(""), strict=False):
+                yield Chunk(next(index), number, offset, entry.size, bytes.fromhex(entry.digest), bytes.fromhex(strong))
                 offset += entry.size
 
     def check(self) -> None:
@@ -174,8 +197,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
                 self._invalid(f"chunks of {file.path!r} do not add up to its {file.size} bytes")
             if any(chunk.size > self.chunk_bytes for chunk in file.chunks):
                 self._invalid(f"a chunk of {file.path!r} is larger than chunk_bytes = {self.chunk_bytes}")
-            if any(len(chunk.digest) != 2 * self.scheme.digest_bytes for chunk in file.chunks):
-                self._invalid(f"a chunk of {file.path!r} has a digest of the wrong length for {self.scheme.name}")
+            if len(file.blake3) not in (0, len(file.chunks)):
+                self._invalid(f"{file.path!r} has {len(file.chunks)} chunks and {len(file.blake3)} BLAKE3 digests")
             total += len(file.chunks)
             names = {tensor.name for tensor in file.tensors()}
             if list(file.unused) != sorted(names.intersection(file.unused)):

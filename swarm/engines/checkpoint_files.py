@@ -47,9 +47,7 @@ class CheckpointFiles:
         self.content: Digest | None = None
         self.description: metadata.CheckpointDescription | None = None
         self.local: Local = "config"
-        self.grid: dict[str, Any] = {
-            name: getattr(node.settings, name) for name in ("chunk_bytes", "leaf_bytes", "chunk_hash")
-        }
+        self.grid: dict[str, Any] = {name: getattr(node.settings, name) for name in ("chunk_bytes", "leaf_bytes")}
         self._node = node
         self._cache = node.settings.cache
         self._directory: Path | None = None  # holds all files

@@ -81,7 +81,6 @@ class RankLoader:
         self.server = TensorServer(
             repr(self),
             version=options.weight_version,
-            chunk_hash=self.files.grid["chunk_hash"],
             describe=self._describe,
             serve=self.node.serve,
             withdraw=self.node.withdraw,

@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from swarm.checkpoint import manifest_builder
-from swarm.content.manifest import ChunkHash, Digest, ModelId
+from swarm.content.manifest import Digest, ModelId
 from swarm.engines.layout import Fingerprint
 from swarm.store import Source
 
@@ -46,7 +46,6 @@ class TensorServer:
         label: str,
         *,
         version: str | None,
-        chunk_hash: ChunkHash,
         describe: Callable[[str | None], tuple[ModelId, Fingerprint] | None],
         serve: Callable[[ModelId, Source], None],
         withdraw: Callable[[set[Digest], str], None],
@@ -54,7 +53,6 @@ class TensorServer:
         self.version = version
         self.serving: Future[None] | None = None  # done when the last `begin` has ended
         self._label = label
-        self._chunk_hash = chunk_hash
         self._describe = describe
         self._serve = serve
         self._withdraw = withdraw
@@ -141,7 +139,7 @@ class TensorServer:
                 log.info("%s: %s are not served: the checkpoint's content is not known", self._label, TENSORS)
                 return
             artifact, ours = described
-            source = manifest_builder.tensors(self._kept(), loaded_as=ours.text, chunk_hash=self._chunk_hash)
+            source = manifest_builder.tensors(self._kept(), loaded_as=ours.text)
             digest = source.manifest.digest
             if self._stopped or self._expected not in (None, digest):
                 source.close()

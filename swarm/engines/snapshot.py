@@ -352,7 +352,9 @@ def _digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
         views = [DeviceView(device, tensors[n].data_ptr(), tensors[n].nbytes, tensors[n]) for n in numbers]
         filled = [(n, view) for n, view in zip(numbers, views, strict=True) if view.nbytes]
         hashes = chunk_digests(HashScheme(leaf_bytes=GPU_LEAF_BYTES), [[view] for _, view in filled])
-        digests |= dict.fromkeys(numbers, b"") | dict(zip((n for n, _ in filled), hashes, strict=True))
+        digests |= dict.fromkeys(numbers, b"") | dict(
+            zip((n for n, _ in filled), (found.xxh3 for found in hashes), strict=True)
+        )
     return [
         f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + digests[number] for number, tensor in enumerate(tensors)
     ]

@@ -1,4 +1,4 @@
-"""Chunk digests of GPU memory: one kernel hashes all leaves of a batch in place.
+"""Chunk digests of GPU memory: kernels hash all chunks of a batch in place.
 
     mover's stream   | fill chunk 0 | fill chunk 1 | ... | fill next batch ...
     hash stream                                      | hash leaves | digests to the host |      collect()
@@ -6,7 +6,8 @@
 `start` returns at once and `collect` waits, so a batch is hashed while the next batch is filled. Host memory of a chunk
 (a header among small tensors) is copied to the GPU. A leaf that straddles views, as where small tensors share a chunk,
 is gathered first. The xxhash library hashes leaves of at most 240 bytes, for which XXH3 has other rules, and the leaf
-digests. Where the kernels cannot be loaded, and for BLAKE3, all memory is copied to the host.
+digests. BLAKE3 has no leaves of ours: its kernels take the same bytes, in blocks of 1 KiB, and give the digest of the
+chunk. Where the kernels cannot be loaded, all memory is copied to the host.
 
 Must not know: the origin of the bytes, their expected digest.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +25,19 @@ from typing import Protocol
 import numpy as np
 import xxhash
 
-from swarm.content.manifest import HashScheme
-from swarm.hashing.cpu import chunk_digest
-from swarm.hashing.kernels import RUN_WORDS, Kernels, kernels
+from swarm.content.manifest import Digests, HashScheme
+from swarm.hashing.cpu import chunk_digests as on_the_cpu
+from swarm.hashing.kernels import (
+    BLAKE3_BLOCK_BYTES,
+    BLAKE3_VALUE_BYTES,
+    GROUP_BLOCKS,
+    GROUPS_WORDS,
+    PIECE_WORDS,
+    ROW_WORDS,
+    RUN_WORDS,
+    Kernels,
+    kernels,
+)
 from swarm.store import DeviceView, View, cuda
 from swarm.store.staging import outgoing
 
@@ -49,36 +61,35 @@ class Batch(Protocol):
     def ready(self) -> bool:
         """Whether `collect` need not wait for the GPU."""
 
-    def collect(self) -> list[bytes]:
-        """The chunk digests, 16 bytes each, in order. Waits for them; raises CudaError."""
+    def collect(self) -> list[Digests]:
+        """The digests of the chunks, in order. Waits for them; raises CudaError."""
 
 
-def start(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> Batch:
+def start(scheme: HashScheme, chunks: Sequence[Sequence[View]], *, blake3: bool = False) -> Batch:
     """Starts to hash chunks, each given as its views in order, behind all work enqueued so far on the current stream.
 
     At least one view is GPU memory, and all GPU views are of the same GPU. Raises CudaError.
     """
-    device = next(_devices(chunks))
-    if hashes_on(device, scheme) and (loaded := _kernels(device)):
-        return _KernelBatch(scheme, chunks, loaded)
-    return _HostBatch(scheme, chunks)
+    if loaded := _kernels(next(_devices(chunks))):
+        return _KernelBatch(scheme, chunks, loaded, blake3=blake3)
+    return _HostBatch(scheme, chunks, blake3=blake3)
 
 
-def hashes_on(device: int, scheme: HashScheme) -> bool:
-    """Whether this GPU hashes chunks of the scheme itself, instead of copying them to the host."""
-    return scheme.name == "xxh3-128" and _kernels(device) is not None
+def hashes_on(device: int) -> bool:
+    """Whether this GPU hashes chunks itself, instead of copying them to the host."""
+    return _kernels(device) is not None
 
 
-def chunk_digests(scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> list[bytes]:
-    """The digests of chunks, 16 bytes each. Blocks."""
-    digests: list[bytes] = []
+def chunk_digests(scheme: HashScheme, chunks: Sequence[Sequence[View]], *, blake3: bool = False) -> list[Digests]:
+    """The digests of chunks. Blocks; raises CudaError."""
+    digests: list[Digests] = []
     some: list[Sequence[View]] = []
     for views in chunks:
         some.append(views)
         if sum(view.nbytes for views in some for view in views) >= BATCH_BYTES:
-            digests += start(scheme, some).collect()
+            digests += start(scheme, some, blake3=blake3).collect()
             some = []
-    return digests + (start(scheme, some).collect() if some else [])
+    return digests + (start(scheme, some, blake3=blake3).collect() if some else [])
 
 
 @functools.cache
@@ -93,10 +104,10 @@ def prepare(device: int) -> None:
     with cuda.torch_errors(f"hashing on GPU {device}"):
         import torch
 
-        memory = torch.zeros(512, dtype=torch.uint8, device=f"cuda:{device}")
+        memory = torch.zeros(1024, dtype=torch.uint8, device=f"cuda:{device}")
     leaf = DeviceView(device, memory.data_ptr(), memory.numel(), memory)
-    for chunk in ([leaf], [leaf[1:]], [leaf[:256], leaf[256:]]):
-        chunk_digests(HashScheme(leaf_bytes=leaf.nbytes), [chunk])
+    for chunk in ([leaf], [leaf[1:]], [leaf[:512], leaf[512:]]):
+        chunk_digests(HashScheme(leaf_bytes=leaf.nbytes), [chunk], blake3=True)
 
 
 @functools.cache
@@ -116,24 +127,29 @@ class _Run:
     size: int
     count: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.count
+
 
 class _HostBatch:
-    def __init__(self, scheme: HashScheme, chunks: Sequence[Sequence[View]]) -> None:
+    def __init__(self, scheme: HashScheme, chunks: Sequence[Sequence[View]], *, blake3: bool) -> None:
         self._scheme = scheme
         self._chunks = chunks
+        self._blake3 = blake3
         self._streams = {device: cuda.gpu(device).current() for device in _devices(chunks)}
 
     def ready(self) -> bool:
         return True  # `collect` does all the work
 
-    def collect(self) -> list[bytes]:
+    def collect(self) -> list[Digests]:
         for stream in self._streams.values():
             stream.synchronize()
-        return [chunk_digest(self._scheme, _host(views)) for views in self._chunks]
+        return [on_the_cpu(self._scheme, _host(views), blake3=self._blake3) for views in self._chunks]
 
 
 class _KernelBatch:
-    def __init__(self, scheme: HashScheme, chunks: Sequence[Sequence[View]], loaded: Kernels) -> None:
+    def __init__(self, scheme: HashScheme, chunks: Sequence[Sequence[View]], loaded: Kernels, *, blake3: bool) -> None:
         import torch
 
         self._counts = [-(-sum(view.nbytes for view in views) // scheme.leaf_bytes) for views in chunks]
@@ -146,10 +162,12 @@ class _KernelBatch:
         before = self._gpu.current()  # asked for here: below, the current stream is the hash stream
         with self._errors(), torch.cuda.device(self._gpu.index), torch.cuda.stream(stream):  # type: ignore[arg-type]
             stream.wait_stream(before)
-            self._runs = [run for views in chunks for run in self._cut(views, scheme.leaf_bytes)]
+            by_chunk = [list(self._cut(views, scheme.leaf_bytes)) for views in chunks]
+            self._runs = [run for runs in by_chunk for run in runs]
             short = [run for run in self._runs if run.size < LONG_BYTES_MIN]
             self._short = [cuda.Pinned(LONG_BYTES_MIN) for _ in short]
-            self._hashed = self._hash([run for run in self._runs if run.size >= LONG_BYTES_MIN])
+            self._hashed = self._xxh3([run for run in self._runs if run.size >= LONG_BYTES_MIN])
+            self._strong = self._blake3(by_chunk) if blake3 else memoryview(bytes(0))
             for run, pinned in zip(short, self._short, strict=True):
                 self._copy(pinned.address, run.address, run.size)
             self._done = stream.record_event()  # type: ignore[attr-defined]
@@ -158,7 +176,7 @@ class _KernelBatch:
         with self._errors():
             return bool(self._done.query())
 
-    def collect(self) -> list[bytes]:
+    def collect(self) -> list[Digests]:
         with self._errors():
             self._done.synchronize()
         hashed: memoryview | bytes = self._hashed
@@ -166,7 +184,11 @@ class _KernelBatch:
             hashed = b"".join(self._in_order(hashed))
         self._keep.clear()
         ends = (np.cumsum(self._counts) * DIGEST_BYTES).tolist()
-        return [xxhash.xxh3_128_digest(hashed[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        xxh3 = [xxhash.xxh3_128_digest(hashed[a:b]) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        return [
+            Digests(digest, bytes(self._strong[at : at + BLAKE3_VALUE_BYTES]))
+            for digest, at in zip(xxh3, itertools.count(0, BLAKE3_VALUE_BYTES), strict=False)
+        ]
 
     def _in_order(self, hashed: memoryview | bytes) -> Iterator[memoryview | bytes]:
         """The digests of all runs: `hashed`, with those of short leaves in between."""
@@ -231,25 +253,52 @@ class _KernelBatch:
     def _copy(self, target: int, source: int, size: int) -> None:
         self._gpu.copy(target, source, size, stream=self._stream.cuda_stream)
 
-    def _hash(self, runs: Sequence[_Run]) -> memoryview:
-        """The digests of these leaves, in pinned memory, once the stream has got there."""
+    def _xxh3(self, runs: Sequence[_Run]) -> memoryview:
+        """The digests of these leaves, in pinned memory, once the stream has got there. Gathers first."""
         table = np.array([(run.address, run.size, run.count, 0) for run in runs], np.int64).reshape(-1, RUN_WORDS)
         table[1:, 3] = np.cumsum(table[:-1, 2])
-        words = np.concatenate((table.ravel(), np.array(self._pieces, np.int64).ravel()))
         count = int(table[:, 2].sum())
         digests = cuda.Pinned(count * DIGEST_BYTES)
-        if words.size:
-            pinned, address = cuda.Pinned(words.nbytes), self._scratch(words.nbytes)
-            pinned.view[:] = words.data.cast("B")
-            self._copy(address, pinned.address, words.nbytes)
-            self._keep += [pinned, digests]
-            stream = self._stream.cuda_stream
-            if self._pieces:
-                self._kernels.gather(address + table.nbytes, len(self._pieces), stream=stream)
-            if runs:
-                aligned = not int(np.bitwise_or.reduce(table[:, :2], axis=None) & 15)
-                self._kernels.digest(address, len(runs), digests.address, count, aligned=aligned, stream=stream)
+        stream = self._stream.cuda_stream
+        if self._pieces:
+            pieces = self._words(np.array(self._pieces, np.int64).reshape(-1, PIECE_WORDS))
+            self._kernels.gather(pieces, len(self._pieces), stream=stream)
+        if runs:
+            aligned = not int(np.bitwise_or.reduce(table[:, :2], axis=None) & 15)
+            address = self._words(table)
+            self._kernels.xxh3(address, len(runs), digests.address, count, aligned=aligned, stream=stream)
+        self._keep.append(digests)
         return digests.view
+
+    def _blake3(self, chunks: Sequence[Sequence[_Run]]) -> memoryview:
+        """The BLAKE3 digests of these chunks, in pinned memory, once the stream has got there."""
+        rows: list[tuple[int, int, int, int, int]] = []
+        spans: list[tuple[int, int]] = []  # of groups: first, count
+        groups = 0
+        for runs in chunks:
+            total, counter = -(-sum(run.nbytes for run in runs) // BLAKE3_BLOCK_BYTES), 0
+            for run in runs:
+                rows.append((run.address, run.nbytes, groups * GROUP_BLOCKS + counter, counter, total))
+                counter += run.nbytes // BLAKE3_BLOCK_BYTES
+            spans.append((groups, -(-total // GROUP_BLOCKS)))
+            groups += spans[-1][1]
+        table = np.array(rows, np.int64).reshape(-1, ROW_WORDS)
+        aligned = not int(np.bitwise_or.reduce(table[:, 0]) & 15)
+        values, stream = self._scratch(groups * BLAKE3_VALUE_BYTES), self._stream.cuda_stream
+        self._kernels.blake3_groups(self._words(table), len(rows), values, groups, aligned=aligned, stream=stream)
+        digests = cuda.Pinned(len(chunks) * BLAKE3_VALUE_BYTES)
+        chunk_rows = self._words(np.array(spans, np.int64).reshape(-1, GROUPS_WORDS))
+        self._kernels.blake3_chunks(chunk_rows, len(spans), values, digests.address, stream=stream)
+        self._keep.append(digests)
+        return digests.view
+
+    def _words(self, table: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> int:
+        """The address of a copy of the table in GPU memory."""
+        pinned, address = cuda.Pinned(table.nbytes), self._scratch(table.nbytes)
+        pinned.view[:] = table.ravel().data.cast("B")
+        self._copy(address, pinned.address, table.nbytes)
+        self._keep.append(pinned)
+        return address
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from functools import partial
 from swarm.content.bitfield import Bitfield, runs
 from swarm.content.manifest import Chunk, Digest, ModelId
 from swarm.errors import FetchTimeout
-from swarm.hashing.cpu import chunk_digest
+from swarm.hashing.cpu import chunk_digests
 from swarm.journal import FetchEnded, FetchStarted
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
@@ -85,6 +85,7 @@ class Fetches:
         timeout_s: float | None,
         abandon_s: float,
         wanted: Bitfield | None,
+        blake3: bool,
     ) -> Fetched:
         """See `Node.fetch`."""
         began, manifest = self._host.now(), store.manifest
@@ -99,7 +100,7 @@ class Fetches:
         rejected_chunks = 0
         try:
             async with asyncio.timeout(timeout_s):
-                resumed = await _resume(store, held, needed)
+                resumed = await _resume(store, held, needed, blake3=blake3)
                 kept = tuple(runs(list(held)))
                 started = FetchStarted(model_id, manifest.digest, size, resumed, held.length, kept)
                 self._host.record("node", started)
@@ -107,16 +108,16 @@ class Fetches:
                 while own := await self._shares.settled(manifest.digest):
                     if not own.held.common(needed.minus(held)):
                         break
-                    sources[self._host.name] = await self._copy(own, store, held, needed)
+                    sources[self._host.name] = await self._copy(own, store, held, needed, blake3=blake3)
                 if not held.covers(needed):
                     if own:
                         joined = needed.union(own.held if own.wanted is None else own.wanted)
                         undo, share = own.extend(store, held, wanted), own
-                    download = await self._download(share, store, abandon_s, needed)
+                    download = await self._download(share, store, abandon_s, needed, blake3=blake3)
                     sources |= download.sources()
                     transports = tuple(sorted(download.transports))
                     rejected_chunks = download.machine.rejected_chunks
-            await asyncio.to_thread(store.seal, partial(_is_right, store))
+            await asyncio.to_thread(store.seal, partial(_is_right, store, blake3=blake3))
         except BaseException as error:
             self._host.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
             done = held.common(needed) / max(1, len(needed))
@@ -150,16 +151,18 @@ class Fetches:
         if download := self._transfers.get(refusal.transfer):
             download.refused(peer, refusal.transfer, reason=refusal.reason, retry_s=refusal.retry_s)
 
-    async def _copy(self, own: Share, store: Store, held: Bitfield, needed: Bitfield) -> int:
+    async def _copy(self, own: Share, store: Store, held: Bitfield, needed: Bitfield, *, blake3: bool) -> int:
         own.users += 1  # the share stays open until the copy is complete
         lacking = needed.minus(held)
         try:
             chunks = lacking.minus(lacking.minus(own.held))
-            return await asyncio.to_thread(partial(copy, own.source, store, held, chunks=chunks))
+            return await asyncio.to_thread(partial(copy, own.source, store, held, chunks=chunks, blake3=blake3))
         finally:
             self._shares.release(own.manifest.digest)
 
-    async def _download(self, share: Share, store: Store, abandon_s: float, wanted: Bitfield) -> DownloadDriver:
+    async def _download(
+        self, share: Share, store: Store, abandon_s: float, wanted: Bitfield, *, blake3: bool
+    ) -> DownloadDriver:
         download = share.download = DownloadDriver(
             share.model_id,
             store,
@@ -169,6 +172,7 @@ class Fetches:
             stall_timeout_s=self._stall_timeout_s,
             abandon_s=abandon_s,
             wanted=wanted,
+            blake3=blake3,
             transfer_ids=self._transfer_ids,
             transfers=self._transfers,
             rng=self._rng,
@@ -183,7 +187,7 @@ class Fetches:
         return download
 
 
-async def _resume(store: Store, held: Bitfield, wanted: Bitfield) -> int:
+async def _resume(store: Store, held: Bitfield, wanted: Bitfield, *, blake3: bool) -> int:
     """Adds the wanted chunks that an earlier attempt left in the store, hashed again; returns their bytes."""
     manifest = store.manifest
     present = await asyncio.to_thread(lambda: [chunk for chunk in store.present() if chunk.index in wanted])
@@ -192,7 +196,7 @@ async def _resume(store: Store, held: Bitfield, wanted: Bitfield) -> int:
 
     def verified(chunks: list[Chunk]) -> list[Chunk]:
         todo = itertools.takewhile(lambda _: not cancelled.is_set(), chunks)
-        return [chunk for chunk in todo if _is_right(store, chunk)]
+        return [chunk for chunk in todo if _is_right(store, chunk, blake3=blake3)]
 
     jobs = [job for start in range(RESUME_JOBS) if (job := present[start::RESUME_JOBS])]
     try:
@@ -204,5 +208,5 @@ async def _resume(store: Store, held: Bitfield, wanted: Bitfield) -> int:
     return sum(manifest.chunks[index].size for index in held)
 
 
-def _is_right(store: Store, chunk: Chunk) -> bool:
-    return chunk_digest(store.manifest.scheme, store.read(chunk)) == chunk.digest
+def _is_right(store: Store, chunk: Chunk, *, blake3: bool) -> bool:
+    return chunk.has(chunk_digests(store.manifest.scheme, store.read(chunk), blake3=blake3))

@@ -174,18 +174,25 @@ class Node:
         timeout_s: float | None = None,
         abandon_s: float = math.inf,
         wanted: Bitfield | None = None,
+        blake3: bool = False,
     ) -> Fetched:
         """Fills a store from all peers that hold chunks of its artifact, seals it, and serves it.
 
         `wanted`: the chunks to fetch, None for all; the store has a place for each of them.
         `abandon_s`: seconds without a linked peer that holds a missing chunk, after which a fetch with an alternative
-        gives up sooner than a stalled fetch.
+        gives up sooner than a stalled fetch. `blake3`: every chunk must also have its BLAKE3 digest.
 
         Raises FetchError when it gives up and StoreError when the store fails. The store is closed then; a directory
         keeps the verified chunks for the next attempt.
         """
         return await self._fetches.fetch(
-            model_id, store, origin=origin, timeout_s=timeout_s, abandon_s=abandon_s, wanted=wanted
+            model_id,
+            store,
+            origin=origin,
+            timeout_s=timeout_s,
+            abandon_s=abandon_s,
+            wanted=wanted,
+            blake3=blake3,
         )
 
     @contextlib.contextmanager

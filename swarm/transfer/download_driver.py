@@ -71,6 +71,7 @@ class DownloadDriver:
         stall_timeout_s: float,
         abandon_s: float = math.inf,
         wanted: Bitfield | None = None,
+        blake3: bool = False,
         transfer_ids: Iterator[int],
         transfers: MutableMapping[int, DownloadDriver],
         rng: random.Random,
@@ -97,7 +98,7 @@ class DownloadDriver:
         self._host = host
         self._idle_timeout_s = idle_timeout_s
         self._mates = events.Mates(frozenset(), frozenset())
-        self._verifier = Verifier(store.manifest, store, held)
+        self._verifier = Verifier(store.manifest, store, held, blake3=blake3)
         self._loop = asyncio.get_running_loop()
         self._mailbox = Mailbox()
         self._ended: asyncio.Future[None] = self._loop.create_future()

@@ -4,8 +4,9 @@ Each chunk has a place in the store. The first transfer that brings a chunk clai
 endgame, lands in a spare buffer, because it must not touch bytes that may be verified already. If the spare is verified
 first, it is put in place as soon as the first transfer has let go.
 
-In host memory a chunk is hashed view by view as it arrives. In GPU memory chunks are hashed in batches while the next
-chunks arrive, so a chunk is reported some time after its last byte.
+A chunk is checked against its XXH3 digest, and where the fetch is pinned against its BLAKE3 digest too. In host memory
+a chunk is hashed view by view as it arrives. In GPU memory chunks are hashed in batches while the next chunks arrive,
+so a chunk is reported some time after its last byte.
 
 Runs on the threads of transports and calls `report` there. Must not know: peers, messages.
 """
@@ -21,9 +22,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import Chunk, Manifest
+from swarm.content.manifest import Chunk, Digests, Manifest
 from swarm.errors import LocalProtocolError, SourceChanged, StoreError, TransportError
-from swarm.hashing.cpu import LeafHasher, chunk_digest
+from swarm.hashing.cpu import ChunkHasher
+from swarm.hashing.cpu import chunk_digests as digests_on_cpu
 from swarm.hashing.cuda import BATCH_BYTES, Batch, chunk_digests, hashes_on, prepare, start
 from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, View, cuda
 
@@ -51,10 +53,14 @@ _NOT_YET: View = memoryview(b"")
 
 
 class Verifier:
-    """Lends places for the chunks of a fetch and hashes them. `held`: chunks that were verified before."""
+    """Lends places for the chunks of a fetch and hashes them. `held`: chunks that were verified before.
 
-    def __init__(self, manifest: Manifest, store: Store, held: Bitfield) -> None:
+    `blake3`: chunks must have their BLAKE3 digests too.
+    """
+
+    def __init__(self, manifest: Manifest, store: Store, held: Bitfield, *, blake3: bool = False) -> None:
         self._manifest = manifest
+        self._blake3 = blake3
         self._store = store
         self._lock = threading.Lock()
         # By chunk, the transfer that may write to its place; a verified chunk keeps its claim.
@@ -74,7 +80,7 @@ class Verifier:
         if not isinstance(self._store, DeviceStore):
             yield from self.views(transfer, chunks, report)
             return
-        batches = _DeviceBatches(self._manifest, self._store, release=self._release, report=report)
+        batches = _DeviceBatches(self._manifest, self._store, blake3=self._blake3, release=self._release, report=report)
         try:
             for index in chunks:
                 chunk = self._manifest.chunks[index]
@@ -111,7 +117,7 @@ class Verifier:
         return self._claimed.get(chunk)
 
     def _chunk_views(self, transfer: int, chunk: Chunk, report: ReportChunks) -> Generator[memoryview, None, None]:
-        hasher = LeafHasher(self._manifest.scheme)
+        hasher = ChunkHasher(self._manifest.scheme, blake3=self._blake3)
         spare = None if self._claim(chunk, transfer) else bytearray(chunk.size)
         on_gpu = self._gpu_views(chunk) if spare is None else []
         correct = False
@@ -120,7 +126,7 @@ class Verifier:
                 yield view
                 if not on_gpu:
                     hasher.update(view)
-            correct = (self._gpu_digest(on_gpu) if on_gpu else hasher.digest()) == chunk.digest
+            correct = chunk.has(self._gpu_digests(on_gpu) if on_gpu else hasher.digests())
         finally:
             if spare is None and not correct:
                 self._release(chunk)
@@ -132,12 +138,12 @@ class Verifier:
             return []
         views = list(self._store.device_landing(chunk))
         devices = {view.device for view in views if isinstance(view, DeviceView)}
-        return views if len(devices) == 1 and hashes_on(devices.pop(), self._manifest.scheme) else []
+        return views if len(devices) == 1 and hashes_on(devices.pop()) else []
 
-    def _gpu_digest(self, views: list[View]) -> bytes:
-        """The digest of a chunk that host memory was copied to: the GPU hashes small leaves far faster than a CPU."""
+    def _gpu_digests(self, views: list[View]) -> Digests:
+        """The digests of a chunk that host memory was copied to: the GPU hashes small leaves far faster than a CPU."""
         with cuda.moving(self._streams):  # waits for no kernel of the tensors' owner
-            return chunk_digests(self._manifest.scheme, [views])[0]
+            return chunk_digests(self._manifest.scheme, [views], blake3=self._blake3)[0]
 
     def _claim(self, chunk: Chunk, transfer: int) -> bool:
         with self._lock:
@@ -160,10 +166,12 @@ class _DeviceBatches:
         manifest: Manifest,
         store: DeviceStore,
         *,
+        blake3: bool,
         release: Callable[[Chunk], None],
         report: ReportChunks,
     ) -> None:
         self._scheme = manifest.scheme
+        self._blake3 = blake3
         self._store = store
         self._release = release
         self._report = report
@@ -189,7 +197,8 @@ class _DeviceBatches:
         if len(devices) != 1:
             cuda.flush()
             self._await_movers()
-            self._report([self._settled(chunk, chunk_digest(self._scheme, self._store.read(chunk)))])
+            found = digests_on_cpu(self._scheme, self._store.read(chunk), blake3=self._blake3)
+            self._report([self._settled(chunk, found)])
             return
         if not devices & {self._filled_on}:
             self._hash()
@@ -222,7 +231,7 @@ class _DeviceBatches:
     def _hash(self) -> None:
         if self._filled:
             cuda.flush()
-            batch = start(self._scheme, [views for _, views in self._filled])
+            batch = start(self._scheme, [views for _, views in self._filled], blake3=self._blake3)
             self._hashing.append(([chunk for chunk, _ in self._filled], batch))
             self._filled, self._filled_bytes = [], 0
 
@@ -230,11 +239,11 @@ class _DeviceBatches:
         chunks, batch = self._hashing.pop(0)
         self._report([self._settled(*hashed) for hashed in zip(chunks, batch.collect(), strict=True)])
 
-    def _settled(self, chunk: Chunk, digest: bytes) -> LandedChunk:
+    def _settled(self, chunk: Chunk, found: Digests) -> LandedChunk:
         del self._unproven[chunk.index]
-        if digest != chunk.digest:
+        if not (correct := chunk.has(found)):
             self._release(chunk)
-        return LandedChunk(chunk, digest == chunk.digest)
+        return LandedChunk(chunk, correct)
 
     def _remember_mover(self, device: int) -> None:
         stream = cuda.gpu(device).current()
@@ -255,13 +264,13 @@ class _DeviceBatches:
             stream.synchronize()
 
 
-def copy(source: Source, store: Store, held: Bitfield, *, chunks: Bitfield) -> int:
+def copy(source: Source, store: Store, held: Bitfield, *, chunks: Bitfield, blake3: bool = False) -> int:
     """Fills a store with `chunks` from a source in this process with the same manifest; returns the bytes copied.
 
     Blocks. Skips the chunks in `held` and adds the others to it. Raises StoreError, and SourceChanged for a chunk of
     the source with the wrong digest.
     """
-    verifier, copied = Verifier(store.manifest, store, held), 0
+    verifier, copied = Verifier(store.manifest, store, held, blake3=blake3), 0
     landed: list[LandedChunk] = []
     for index in chunks.minus(held):
         chunk = store.manifest.chunks[index]

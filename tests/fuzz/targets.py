@@ -183,8 +183,8 @@ def _manifests() -> list[bytes]:
         FileEntry("dir/model.safetensors", size, header.decode(), (ChunkEntry(size, chunk),)),
     )
     made = [Manifest(1, "checkpoint", "", HashScheme(), 1 << 10, files[:count]) for count in (0, 1, 2)]
-    longer = (FileEntry("config.json", 4, "", (ChunkEntry(4, "01" * 32),)),)
-    made.append(Manifest(1, "checkpoint", "", HashScheme("blake3"), 1 << 10, longer))
+    pinnable = (FileEntry("config.json", 4, "", (ChunkEntry(4, "01" * 16),), blake3=("01" * 32,)),)
+    made.append(Manifest(1, "checkpoint", "", HashScheme(), 1 << 10, pinnable))
     return [each.encoded for each in made]
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from swarm.content.manifest import HashScheme
+from swarm.content.manifest import CHUNK_BYTES_MAX, Digests, HashScheme
 from swarm.hashing import cuda as on_gpu
-from swarm.hashing.cpu import chunk_digest
+from swarm.hashing.cpu import chunk_digests
 from swarm.store import DeviceView, cuda
 
 pytestmark = pytest.mark.gpu
@@ -30,19 +30,30 @@ def random_bytes(size: int) -> torch.Tensor:
     return torch.randint(0, 256, (size,), dtype=torch.uint8, device="cuda")
 
 
-def expected(scheme: HashScheme, views: Sequence[torch.Tensor]) -> bytes:
-    return chunk_digest(scheme, [view.cpu().numpy().data for view in views])
+def expected(scheme: HashScheme, views: Sequence[torch.Tensor], *, blake3: bool = False) -> Digests:
+    return chunk_digests(scheme, [view.cpu().numpy().data for view in views], blake3=blake3)
 
 
-@pytest.mark.parametrize("leaf_bytes", [1024, 1500, 4096, 16 << 10, 128 << 10])
+@pytest.mark.parametrize("leaf_bytes", [1024, 3072, 4096, 16 << 10, 128 << 10])
 @pytest.mark.parametrize("start", [0, 1, 2, 5, 8])
 def test_every_length_class_on_any_start(leaf_bytes: int, start: int) -> None:
     scheme = HashScheme(leaf_bytes=leaf_bytes)
     sizes = [*SIZES, leaf_bytes - 1, leaf_bytes, leaf_bytes + 1, 3 * leaf_bytes + 777]
     parts = [random_bytes(start + size)[start:] for size in sizes]
-    digests = on_gpu.chunk_digests(scheme, [[view_of(part)] for part in parts])
-    wrong = [size for size, part, got in zip(sizes, parts, digests, strict=True) if got != expected(scheme, [part])]
-    assert wrong == []
+    digests = on_gpu.chunk_digests(scheme, [[view_of(part)] for part in parts], blake3=True)
+    wanted = [expected(scheme, [part], blake3=True) for part in parts]
+    assert [size for size, got, right in zip(sizes, digests, wanted, strict=True) if got != right] == []
+
+
+@pytest.mark.parametrize("start", [0, 4, 7])
+def test_every_shape_of_the_tree_of_blake3(start: int) -> None:
+    scheme = HashScheme(leaf_bytes=16 << 10)
+    blocks = [1, 2, 3, 5, 31, 127, 128, 129, 255, 256, 257, 383, 384, 1000, 4096, 40_001]
+    parts = [random_bytes(start + n * 1024 + more)[start:] for n in blocks for more in (-1, 0, 1)]
+    parts.append(random_bytes(start + CHUNK_BYTES_MAX)[start:])
+    digests = on_gpu.chunk_digests(scheme, [[view_of(part)] for part in parts], blake3=True)
+    wanted = [expected(scheme, [part], blake3=True) for part in parts]
+    assert [len(part) for part, got, right in zip(parts, digests, wanted, strict=True) if got != right] == []
 
 
 def test_leaves_that_straddle_views() -> None:
@@ -63,7 +74,16 @@ def test_leaves_that_straddle_views() -> None:
         len(data),
     ]
     parts = [data[a:b].clone() for a, b in itertools.pairwise(cuts)]
-    assert on_gpu.chunk_digests(scheme, [[view_of(part) for part in parts]] * 2) == [expected(scheme, [data])] * 2
+    digests = on_gpu.chunk_digests(scheme, [[view_of(part) for part in parts]] * 2, blake3=True)
+    assert digests == [expected(scheme, [data], blake3=True)] * 2
+
+
+def test_host_memory_in_a_chunk_of_gpu_memory() -> None:
+    scheme = HashScheme(leaf_bytes=LEAF)
+    data = random_bytes(200 * LEAF + 77)
+    head = data[:1500].cpu().numpy().data
+    digests = on_gpu.chunk_digests(scheme, [[head, view_of(data[1500:].clone())]], blake3=True)
+    assert digests == [expected(scheme, [data], blake3=True)]
 
 
 def test_what_is_enqueued_is_awaited() -> None:
@@ -122,16 +142,10 @@ def test_where_the_kernels_cannot_be_loaded_the_host_hashes(monkeypatch: pytest.
     monkeypatch.setattr(on_gpu, "_kernels", lambda device: None)
     scheme = HashScheme(leaf_bytes=LEAF)
     data = random_bytes(3 << 20)
-    assert on_gpu.chunk_digests(scheme, [[view_of(data)]]) == [expected(scheme, [data])]
+    digests = on_gpu.chunk_digests(scheme, [[view_of(data)]], blake3=True)
+    assert digests == [expected(scheme, [data], blake3=True)]
 
 
 def test_an_image_for_no_gpu_is_refused_with_the_drivers_word(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(cuda.CudaError, match="cuModuleLoadData"):
         cuda.gpu(0).load(b"no image at all")
-
-
-def test_chunks_of_another_hash_are_hashed_by_the_host() -> None:
-    pytest.importorskip("blake3")
-    scheme = HashScheme("blake3", leaf_bytes=LEAF)
-    data = random_bytes(3 << 20)
-    assert on_gpu.chunk_digests(scheme, [[view_of(data)]]) == [expected(scheme, [data])]

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
-from swarm.hashing.cpu import chunk_digest
+from swarm.hashing.cpu import chunk_digests
 from swarm.protocol import messages
 from swarm.store import Span
 from swarm.transport import Outbound, Transfer
@@ -88,7 +88,7 @@ class Bytes:
 def liar_about(*files: tuple[str, int]) -> LyingPeer:
     """Its manifest has these paths and sizes; what it sends is what the manifest says."""
     data, scheme = b"evil", HashScheme()
-    entry = ChunkEntry(len(data), chunk_digest(scheme, [memoryview(data)]).hex())
+    entry = ChunkEntry(len(data), chunk_digests(scheme, [memoryview(data)]).xxh3.hex())
     entries = tuple(FileEntry(path, size, "", (entry,)) for path, size in files)
     manifest = Manifest(1, "checkpoint", "", scheme, 1 << 20, entries)
     return LyingPeer(manifest, Bytes(manifest, data))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
-from swarm.hashing.cpu import chunk_digest
+from swarm.hashing.cpu import chunk_digests
 from swarm.store import FileSpan, IsRight, Source, Span
 
 
@@ -30,7 +30,7 @@ class Content:
         scheme = HashScheme(leaf_bytes=4096)
 
         def entry(part: bytes) -> ChunkEntry:
-            return ChunkEntry(len(part), chunk_digest(scheme, [part]).hex())
+            return ChunkEntry(len(part), chunk_digests(scheme, [part]).xxh3.hex())
 
         files = []
         for path, whole in named.items():

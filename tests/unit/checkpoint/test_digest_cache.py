@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from swarm.checkpoint import digest_cache
@@ -33,7 +34,10 @@ def aged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def manifest() -> Manifest:
-    files = [FileEntry(name, 1, "", (ChunkEntry(1, number * 16),)) for name, number in (("a", "00"), ("b", "ff"))]
+    files = [
+        FileEntry(name, 1, "", (ChunkEntry(1, number * 16),), blake3=(number * 32,))
+        for name, number in (("a", "00"), ("b", "ff"))
+    ]
     return Manifest(1, "checkpoint", "", SCHEME, CHUNK, tuple(files))
 
 
@@ -49,6 +53,12 @@ def test_are_entries_of_unchanged_files_known(model: Path, manifest: Manifest, t
     assert opened(cache, model, chunk_bytes=2 * CHUNK).known == {}
     os.utime(model / "b", (1, 1))
     assert opened(cache, model).known.keys() == {"a"}
+
+
+def test_are_entries_without_blake3_hashed_again(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    entries = tuple(msgspec.structs.replace(file, blake3=()) for file in manifest.files)
+    opened(tmp_path / "cache", model).save(msgspec.structs.replace(manifest, files=entries))
+    assert opened(tmp_path / "cache", model).known == {}
 
 
 @pytest.mark.parametrize("write", ["in place", "renamed"])

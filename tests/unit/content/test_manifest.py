@@ -21,6 +21,7 @@ from swarm.content.manifest import (
     PATH_BYTES_MAX,
     ChunkEntry,
     Digest,
+    Digests,
     FileEntry,
     HashScheme,
     Manifest,
@@ -189,6 +190,7 @@ def test_is_garbage_with_the_right_digest_refused(data: bytes) -> None:
         ([file("../a", 1)], "leaves its directory"),
         ([FileEntry("a", 2, "", (ChunkEntry(1, HASH),))], "do not add up"),
         ([FileEntry("a", 0, "", (ChunkEntry(1, HASH),))], "do not add up"),
+        ([FileEntry("a", 1, "", (ChunkEntry(1, HASH),), blake3=("0" * 64,) * 2)], "1 chunks and 2 BLAKE3 digests"),
         ([file("a", 5)], "larger than chunk_bytes"),
         ([file("a", 1, header="{")], "broken safetensors header"),
     ],
@@ -233,6 +235,27 @@ def test_is_a_path_of_exactly_the_limit_accepted() -> None:
     assert len(path) == PATH_BYTES_MAX
     assert unsafe_path(path) is None
     assert unsafe_path(path + "x")
+
+
+def pinnable(*digests: int) -> FileEntry:
+    """A file of two chunks with this many BLAKE3 digests."""
+    return FileEntry("a", 2, "", (ChunkEntry(1, HASH),) * 2, blake3=tuple(f"{n:064x}" for n in digests))
+
+
+def test_do_manifests_say_whether_they_can_be_pinned() -> None:
+    made = received(manifest_of(pinnable(1, 2), file("empty")).encoded)
+    assert made.has_blake3
+    assert [chunk.blake3[-1] for chunk in made.chunks] == [1, 2]
+    assert not manifest_of(pinnable(1, 2), file("b", 1)).has_blake3
+    assert manifest_of(pinnable()).chunks[0].blake3 == b""
+
+
+def test_has_a_chunk_both_digests_or_is_it_another() -> None:
+    chunk = manifest_of(pinnable(1, 2)).chunks[0]
+    assert chunk.has(Digests(chunk.digest))
+    assert chunk.has(Digests(chunk.digest, chunk.blake3))
+    assert not chunk.has(Digests(chunk.digest, bytes(32)))
+    assert not chunk.has(Digests(bytes(16), chunk.blake3))
 
 
 def test_which_names_are_tied() -> None:

@@ -25,7 +25,6 @@ class Stand:
         self.server = TensorServer(
             "m rank 0",
             version=version,
-            chunk_hash="xxh3-128",
             describe=lambda named: (ModelId(f"m as {named}"), Fingerprint({"version": str(named)})),
             serve=self.sources.__setitem__,
             withdraw=self._withdraw,

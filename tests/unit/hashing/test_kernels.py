@@ -10,19 +10,24 @@ import importlib.resources
 import random
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import xxhash
+from blake3 import blake3
 
 from swarm.hashing import kernels
 
-SOURCE = Path(str(importlib.resources.files("swarm.hashing"))) / kernels.SOURCE
+FOLDER = Path(str(importlib.resources.files("swarm.hashing")))
 
 # Around 240 bytes, words, stripes of 64, blocks of 1024.
 SIZES = [*range(241, 260), 319, 320, 321, 511, 1023, 1024, 1025, 1088, 1089, 2047, 2048, 2049, 3072, 16 << 10, 20001]
 
-ON_THE_CPU = """
+# Around compressions of 64, blocks of 1024, groups of 128 blocks.
+BLAKE3_SIZES = [1, 3, 63, 64, 65, 127, 129, 1023, 1024, 1025, 1088, 2047, 2048, 2049, 3072, 3073, 5000, 20001, 131073]
+
+XXH3_ON_THE_CPU = """
 #include "xxh3.cu"
 extern "C" void digest(const unsigned char* input, u64 size, u64* out) {
     Pair totals = {0, 0};
@@ -35,21 +40,51 @@ extern "C" void digest(const unsigned char* input, u64 size, u64* out) {
 }
 """
 
+BLAKE3_ON_THE_CPU = """
+#include "blake3.cu"
+#include <vector>
+extern "C" void digest(const unsigned char* input, u64 size, u32* out) {
+    std::vector<Value> values;
+    for (u64 at = 0; at < size; at += BLOCK_BYTES) {
+        u32 rest = size - at < BLOCK_BYTES ? size - at : BLOCK_BYTES;
+        values.push_back(block_value<false>(input + at, rest, at / BLOCK_BYTES, size <= BLOCK_BYTES));
+    }
+    while (values.size() > 1) {
+        std::vector<Value> above;
+        for (u64 n = 0; n + 1 < values.size(); n += 2)
+            above.push_back(parent_value(values[n], values[n + 1], values.size() == 2));
+        if (values.size() % 2) above.push_back(values.back());
+        values = above;
+    }
+    for (int n = 0; n < WORDS; n++) out[n] = values[0].word[n];
+}
+"""
+
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_is_every_length_class_hashed_as_the_library_does(tmp_path: Path) -> None:
-    (tmp_path / "digest.cpp").write_text(ON_THE_CPU)
+@pytest.mark.parametrize(
+    ("program", "sizes", "reference"),
+    [
+        pytest.param(XXH3_ON_THE_CPU, SIZES, xxhash.xxh3_128_digest, id="xxh3"),
+        pytest.param(BLAKE3_ON_THE_CPU, BLAKE3_SIZES, lambda data: blake3(data).digest(), id="blake3"),
+    ],
+)
+def test_is_every_length_class_hashed_as_the_library_does(
+    tmp_path: Path, program: str, sizes: list[int], reference: Callable[[bytes], bytes]
+) -> None:
+    (tmp_path / "digest.cpp").write_text(program)
     library = tmp_path / "digest.so"
-    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{SOURCE.parent}", "-o", str(library)]
+    command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", f"-I{FOLDER}", "-o", str(library)]
     subprocess.run([*command, str(tmp_path / "digest.cpp")], check=True, timeout=100)
-    digest, out = ctypes.CDLL(str(library)).digest, (ctypes.c_ubyte * 16)()
+    digest, out = ctypes.CDLL(str(library)).digest, (ctypes.c_ubyte * 32)()
     wrong = []
-    for size in SIZES:
-        for start in (0, 1, 7, 8):
+    for size in sizes:
+        for start in (0, 1, 3, 7, 8):
             raw = random.Random(size).randbytes(start + size + 8)  # a word beyond, which the arithmetic may read
             memory = (ctypes.c_ubyte * len(raw)).from_buffer_copy(raw)
             digest(ctypes.c_void_p(ctypes.addressof(memory) + start), ctypes.c_ulonglong(size), out)
-            if bytes(out) != xxhash.xxh3_128_digest(raw[start : start + size]):
+            wanted = reference(raw[start : start + size])
+            if bytes(out)[: len(wanted)] != wanted:
                 wrong.append((size, start))
     assert wrong == []
 
@@ -62,6 +97,8 @@ def nvcc_release() -> str:
 
 
 @pytest.mark.skipif(nvcc_release() != kernels.NVCC_RELEASE, reason=f"nvcc is not of release {kernels.NVCC_RELEASE}")
-def test_is_the_shipped_image_compiled_from_the_source(tmp_path: Path) -> None:
-    kernels.build(SOURCE, tmp_path / kernels.IMAGE)
-    assert (tmp_path / kernels.IMAGE).read_bytes() == SOURCE.with_name(kernels.IMAGE).read_bytes()
+@pytest.mark.parametrize("source", kernels.SOURCES)
+def test_is_the_shipped_image_compiled_from_the_source(tmp_path: Path, source: str) -> None:
+    image = kernels.image_of(source)
+    kernels.build(FOLDER / source, tmp_path / image)
+    assert (tmp_path / image).read_bytes() == (FOLDER / image).read_bytes()

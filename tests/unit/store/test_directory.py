@@ -12,7 +12,7 @@ import pytest
 
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
-from swarm.hashing.cpu import chunk_digest
+from swarm.hashing.cpu import chunk_digests
 from swarm.store import IsRight
 from swarm.store.directory import DirectorySource, DirectoryStore
 from swarm.store.disk import ConfinedDirectory, reserve_descriptors
@@ -32,7 +32,7 @@ def describe() -> Manifest:
     files = []
     for path, data in CONTENTS.items():
         parts = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
-        chunks = tuple(ChunkEntry(len(part), chunk_digest(scheme, [part]).hex()) for part in parts)
+        chunks = tuple(ChunkEntry(len(part), chunk_digests(scheme, [part]).xxh3.hex()) for part in parts)
         files.append(FileEntry(path, len(data), "", chunks))
     manifest = Manifest(1, "checkpoint", "", scheme, CHUNK, tuple(files))
     manifest.check()

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forgery import forged
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import LocalProtocolError, SourceChanged, StoreFull
-from swarm.hashing.cpu import chunk_digest
+from swarm.hashing.cpu import chunk_digests
 from swarm.store import FileSpan, Span
 from swarm.store.tensors import MemoryStore
 from swarm.transfer.verify import LandedChunk, Verifier, copy
@@ -22,7 +24,7 @@ SCHEME = HashScheme(leaf_bytes=1024)
 
 def manifest() -> Manifest:
     parts = [DATA[start : start + 10] for start in range(0, 30, 10)]
-    chunks = tuple(ChunkEntry(10, chunk_digest(SCHEME, [part]).hex()) for part in parts)
+    chunks = tuple(ChunkEntry(10, chunk_digests(SCHEME, [part]).xxh3.hex()) for part in parts)
     return Manifest(1, "checkpoint", "", SCHEME, 10, (FileEntry("data", 30, "", chunks),))
 
 
@@ -147,6 +149,19 @@ def test_is_a_spare_put_in_place_after_a_wrong_first(store: MemoryStore, verifie
     first.fill(b"x" * 10)
     assert verifier.settle(landed, 2)
     assert contents(store)[:10] == DATA[:10]
+
+
+@pytest.mark.parametrize("blake3", [False, True])
+def test_are_forged_bytes_wrong_where_blake3_is_checked(blake3: bool) -> None:
+    data, scheme = random.Random(1).randbytes(5000), HashScheme(leaf_bytes=8192)
+    found = chunk_digests(scheme, [data], blake3=True)
+    entry = FileEntry("data", 5000, "", (ChunkEntry(5000, found.xxh3.hex()),), blake3=(found.blake3.hex(),))
+    made = Manifest(1, "checkpoint", "", scheme, 8192, (entry,))
+    landed = []
+    for sent in (forged(data), data):
+        verifier = Verifier(made, MemoryStore(made), Bitfield(1), blake3=blake3)
+        landed += [chunk.correct for chunk in Transfer(verifier, 1, 0).fill(sent).landed]
+    assert landed == [not blake3, True]
 
 
 def test_is_there_nothing_to_settle_about_a_chunk_in_place(verifier: Verifier) -> None:
