@@ -65,6 +65,15 @@ class ArtifactsAnnounced:
 
 
 @dataclass(frozen=True)
+class Withdrawn:
+    """The source of an artifact changed, or cannot be read: this node does not serve it any more."""
+
+    model_id: ModelId
+    digest: Digest
+    why: str
+
+
+@dataclass(frozen=True)
 class Resolved:
     """Resolution of a model id ended, with `digest` or with `error`. `agreed_at_s` is when all holders agreed on a
     digest; the rest of the time was the transfer of the manifest. Times are seconds on the node's clock."""

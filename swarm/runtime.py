@@ -21,7 +21,7 @@ from swarm import __version__
 from swarm.dashboard.server import Dashboard
 from swarm.membership import config
 from swarm.net.environment import HostEnvironment, machine_label
-from swarm.net.http_pages import Asset
+from swarm.net.http_pages import Asset, HealthPage
 from swarm.node.node import Node
 from swarm.node.status_client import PATH as STATUS_PATH
 from swarm.observe import opentelemetry
@@ -32,16 +32,30 @@ from swarm.settings import Settings, is_loopback, split_address
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
+HEALTH_PATH = "/healthz"
 
 
 def new_node(settings: Settings) -> tuple[Node, NodeReport]:
     """A node of this machine, not open yet, and its status report."""
-    report = NodeReport(lambda: {"version": __version__, "open": environment.open_to_all, "mdns": environment.mdns})
+    report = NodeReport(
+        lambda: {
+            "version": __version__,
+            "open": environment.open_to_all,
+            "mdns": environment.mdns,
+            "withdrawn": {lost.model_id: lost.why for lost in node.lost},
+        }
+    )
     dashboard = Dashboard(report)
     metrics = Metrics(lambda: report.report(node.now()), dashboard.view)
     metrics_page = Asset("text/plain", metrics.exposition)
     environment = HostEnvironment(
-        settings, {STATUS_PATH: lambda: report.report(node.now()), METRICS_PATH: metrics_page, **dashboard.pages()}
+        settings,
+        {
+            STATUS_PATH: lambda: report.report(node.now()),
+            METRICS_PATH: metrics_page,
+            HEALTH_PATH: HealthPage(lambda: [lost.why for lost in node.lost]),
+            **dashboard.pages(),
+        },
     )
     host, _ = split_address("listen", settings.listen, default_port=0)
     network = settings.network or ("local" if is_loopback(host) else "lan")

@@ -49,12 +49,14 @@ ROWS: dict[str, set[str]] = {
         "checkpoint", "checkpoint.hf_publish", "checkpoint.manifest_builder", "membership",
         "membership.swim_driver", "net.environment", "node",
         "node.fetch", "node.holders", "node.node", "node.resolve", "peers", "peers.connections_driver", "peers.host",
-        "peers.manifest_requests", "peers.peer", "transfer", "transfer.download_driver", "transfer.shares",
+        "peers.manifest_requests", "peers.peer", "transfer", "transfer.download_driver", "transfer.file_watch",
+        "transfer.shares",
         "transfer.upload_driver", "transfer.verify",
     },
     "faces": {
         "", "__main__", "api", "cli", "cli.commands", "cli.demo", "cli.main", "cli.progress", "cli.replay",
-        "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table", "cli.status_watch",
+        "cli.reopen", "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table",
+        "cli.status_watch",
         "dashboard", "dashboard.collector", "dashboard.member_report",
         "dashboard.recording", "dashboard.replay_server", "dashboard.server", "dashboard.sse",
         "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",
@@ -86,7 +88,7 @@ FOLDERS: dict[str, set[str]] = {
     "peers": {"content", "journal", "net", "protocol", "security", "transport"},
     "transfer": {"content", "hashing", "journal", "peers", "protocol", "store", "transport"},
     "node": {
-        "content", "hashing", "journal", "membership", "net", "peers", "protocol", "security", "store", "transfer",
+        "content", "journal", "membership", "net", "peers", "protocol", "security", "store", "transfer",
     },
     "observe": {"content", "journal", "membership", "protocol", "transfer"},
     "dashboard": {"content", "journal", "net", "observe", "protocol", "transfer"},
@@ -100,7 +102,7 @@ FOLDERS: dict[str, set[str]] = {
     "": {"api", "engines"},  # the package itself, which imports these two on first use of their names
     "cli": {
         "", "api", "checkpoint", "content", "dashboard", "doctor", "engines", "journal", "net", "node", "observe",
-        "runtime", "security", "simulation", "store",
+        "protocol", "runtime", "security", "simulation", "store", "transfer",
     },
     "__main__": {"cli"},
     "testing": {"content", "hashing", "net", "store", "transport"},

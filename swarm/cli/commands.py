@@ -18,12 +18,18 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from swarm.cli import signals, stdio
 from swarm.errors import SettingsError, StoreError, clean
 from swarm.settings import Settings
 from swarm.simulation.setup import Burst
+
+if TYPE_CHECKING:
+    from swarm.content.manifest import Digest, ModelId
+    from swarm.node.node import Node
+    from swarm.protocol.messages import Origin
+    from swarm.store import Source
 
 PROBLEMS_FOUND = 1
 MDNS_S = 2.0  # to find a node
@@ -65,6 +71,7 @@ def _run(work: Coroutine[Any, Any, int], *, stopped: Callable[[], int] = lambda:
 def serve(options: argparse.Namespace) -> int:
     """Serves a model until it is stopped."""
     from swarm.api import open_source
+    from swarm.cli.reopen import reopened
     from swarm.node import local_nodes
     from swarm.observe.trace import tracing
     from swarm.observe.units import size_text
@@ -72,27 +79,26 @@ def serve(options: argparse.Namespace) -> int:
 
     settings = settings_of(options)
 
+    def hashed() -> tuple[ModelId, Source, Origin | None]:
+        return open_source(options.model, model_id=options.model_id, settings=settings, revision=options.revision)
+
     async def serve() -> int:
         node, _ = new_node(settings)
         async with contextlib.AsyncExitStack() as open_:
             open_.enter_context(tracing(node.journal, options.trace))
             await open_.enter_async_context(node)
-            name, source, origin = await asyncio.to_thread(
-                open_source,
-                options.model,
-                model_id=options.model_id,
-                settings=settings,
-                revision=options.revision,
-            )
-            node.serve(name, source, origin=origin)
-            manifest = source.manifest
-            with local_nodes.note(settings.cache, node.address):
+            name, source, origin = await asyncio.to_thread(hashed)
+            open_.enter_context(local_nodes.note(settings.cache, node.address))
+            while True:
+                node.serve(name, source, origin=origin)
+                manifest = source.manifest
                 what = f"{name}, {len(manifest.files)} files, {size_text(manifest.size)}, digest {manifest.digest}"
                 print(f"{node.address} ready: {what}", flush=True)
                 key = f" --key-file {settings.key_file}" if settings.key_file else ""
                 log.info("fetch it with: swarm fetch %s --peer %s%s", name, node.address, key)
-                await asyncio.Event().wait()
-        return 0
+                await node.until_lost(manifest.digest)
+                log.info("%s: hashing its files again once they are complete and quiet", name)
+                name, source, origin = await reopened(hashed)
 
     async def until_stopped() -> int:
         with contextlib.suppress(asyncio.CancelledError):  # also while files are hashed
@@ -148,10 +154,16 @@ def fetch(options: argparse.Namespace) -> int:
                     print(f"{clean(fetched.model_id)}: {rate}{kept}{came} -> {path}", flush=True)
                 if not options.no_seed:
                     log.info("serving it on at %s; Ctrl-C to stop", node.address)
-                    await _until_stopped()
+                    await _until_lost(node, fetched.digest)
         return 0
 
     return _run(fetch(), stopped=lambda: stopped)
+
+
+async def _until_lost(node: Node, digest: Digest) -> None:
+    """Returns at a signal: to stop a seed is no failure. Raises StoreError when the files changed: nothing is left."""
+    with contextlib.suppress(asyncio.CancelledError):
+        raise StoreError((await node.until_lost(digest)).why)
 
 
 async def _until_stopped() -> None:

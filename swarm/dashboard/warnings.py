@@ -20,6 +20,7 @@ URGENCY = {
     "conflict": 1,
     "dead": 2,
     "failed": 2,
+    "withdrawn": 2,
     "stalled": 2,
     "silent": 3,
     "gossip-deaf": 3,
@@ -72,6 +73,9 @@ def _of_node(report: Mapping[str, Any]) -> Iterator[Warn]:
         )
         what = f"{node['name']} {cannot}"
         yield Warn("mdns", "warn", me, me, what, "Name a member with --peer; `swarm doctor` says more.")
+    for model_id, why in node.get("withdrawn", {}).items():
+        do = "Serve it again; `swarm serve` does so by itself once its files are complete and quiet."
+        yield Warn("withdrawn", "bad", me, model_id, f"{model_id} is not served any more: {why}", do)
     linked = [m for m in report["members"] if m["transport"] not in (None, "self") and m["state"] == "alive"]
     if linked and all(m.get("linked_s", 0) > DEAF_AFTER_S and not m.get("gossip") for m in linked):
         what = f"{node['name']} has links, but no gossip arrives over them"

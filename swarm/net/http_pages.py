@@ -50,8 +50,15 @@ class EventPage:
     events: Callable[..., AsyncGenerator[bytes]]
 
 
+@dataclass(frozen=True)
+class HealthPage:
+    """Status 200 as long as there are no `problems`, else 503, for probes that read the status alone."""
+
+    problems: Callable[[], list[str]]
+
+
 # A function gets the named parts of the path as keywords and returns a JSON value or an awaitable of it; None is 404.
-Page: TypeAlias = Asset | EventPage | Callable[..., Any]
+Page: TypeAlias = Asset | EventPage | HealthPage | Callable[..., Any]
 
 
 class Pages:
@@ -85,6 +92,10 @@ class Pages:
                 return web.Response(body=body(), content_type=content_type, charset="utf-8", headers=headers)
             case EventPage(events):
                 return await self._stream(request, events(**request.match_info))
+            case HealthPage(problems):
+                found = problems()
+                headers = {**JSON_SECURITY, "Cache-Control": "no-store"}
+                return web.json_response({"problems": found}, status=503 if found else 200, headers=headers)
             case _:
                 said = page(**request.match_info)
                 if inspect.isawaitable(said):

@@ -18,7 +18,6 @@ from functools import partial
 from swarm.content.bitfield import Bitfield, runs
 from swarm.content.manifest import Chunk, Digest, ModelId
 from swarm.errors import FetchTimeout
-from swarm.hashing.cpu import chunk_digests
 from swarm.journal import FetchEnded, FetchStarted
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
@@ -27,7 +26,7 @@ from swarm.protocol.messages import Origin
 from swarm.store import Store
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.shares import Share, Shares
-from swarm.transfer.verify import copy
+from swarm.transfer.verify import copy, is_right
 
 RESUME_JOBS = 4
 
@@ -117,7 +116,7 @@ class Fetches:
                     sources |= download.sources()
                     transports = tuple(sorted(download.transports))
                     rejected_chunks = download.machine.rejected_chunks
-            await asyncio.to_thread(store.seal, partial(_is_right, store, blake3=blake3))
+            await asyncio.to_thread(store.seal, partial(is_right, store, blake3=blake3))
         except BaseException as error:
             self._host.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
             done = held.common(needed) / max(1, len(needed))
@@ -196,7 +195,7 @@ async def _resume(store: Store, held: Bitfield, wanted: Bitfield, *, blake3: boo
 
     def verified(chunks: list[Chunk]) -> list[Chunk]:
         todo = itertools.takewhile(lambda _: not cancelled.is_set(), chunks)
-        return [chunk for chunk in todo if _is_right(store, chunk, blake3=blake3)]
+        return [chunk for chunk in todo if is_right(store, chunk, blake3=blake3)]
 
     jobs = [job for start in range(RESUME_JOBS) if (job := present[start::RESUME_JOBS])]
     try:
@@ -206,7 +205,3 @@ async def _resume(store: Store, held: Bitfield, wanted: Bitfield, *, blake3: boo
     for chunk in itertools.chain.from_iterable(found):
         held.add(chunk.index)
     return sum(manifest.chunks[index].size for index in held)
-
-
-def _is_right(store: Store, chunk: Chunk, *, blake3: bool) -> bool:
-    return chunk.has(chunk_digests(store.manifest.scheme, store.read(chunk), blake3=blake3))

@@ -27,7 +27,7 @@ from swarm import __version__
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import LocalProtocolError, SwarmError
-from swarm.journal import Journal, Opened
+from swarm.journal import Journal, Opened, Withdrawn
 from swarm.membership import config
 from swarm.membership.config import SwimConfig
 from swarm.membership.swim import MemberChanged, Swim
@@ -47,6 +47,7 @@ from swarm.protocol.packets import Profile, Record
 from swarm.store import Source, Store
 from swarm.transfer.download import DISTANCE_MAX, Download
 from swarm.transfer.download_events import Mates
+from swarm.transfer.file_watch import watch_files
 from swarm.transfer.shares import Share, Shares
 from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import UploadDriver
@@ -118,7 +119,7 @@ class Node:
             transports=self._environment.transports,
             shares=self._shares.shares,
             rank=self._shares.rank,
-            withdraw=self._shares.withdraw,
+            withdraw=self._shares.lose,
             slots=self._upload_slots,
             idle_timeout_s=self._idle_timeout_s,
         )
@@ -126,6 +127,7 @@ class Node:
         self._swim.open(self.id, self.address, self.name, self._profile())
         self._connections.open(self._handlers(self._upload_driver))
         self.spawn(self._tick(), "ticks")
+        self.spawn(watch_files(self._shares), "watch files")
 
     async def close(self, reason: str = "shutting down") -> None:
         """Leaves the swarm, ends all transfers and closes all stores."""
@@ -164,6 +166,15 @@ class Node:
     def withdraw(self, digest: Digest, why: str) -> asyncio.Task[Any] | None:
         """Stops serving an artifact, and ends its fetch. The task ends when its sources are closed."""
         return self._shares.withdraw(digest, why)
+
+    @property
+    def lost(self) -> list[Withdrawn]:
+        """Models that this node served until their files changed, and does not serve again."""
+        return list(self._shares.lost.values())
+
+    async def until_lost(self, digest: Digest) -> Withdrawn:
+        """Waits until an artifact is withdrawn because its source changed or cannot be read."""
+        return await self._shares.until_lost(digest)
 
     async def fetch(
         self,

@@ -101,6 +101,20 @@ class Store(Source, Protocol):
 
 
 @runtime_checkable
+class WatchedSource(Source, Protocol):
+    """A source whose bytes other programs can change while it is served: files."""
+
+    def read(self, chunk: Chunk) -> Iterator[memoryview]:
+        """As in Store."""
+
+    def demand_unchanged(self, is_right: IsRight, /) -> None:
+        """Raises SourceChanged if the bytes changed, StoreError if they cannot be read. Blocks.
+
+        Asks `is_right` where the bytes may have changed, or only a name or the mode of their file.
+        """
+
+
+@runtime_checkable
 class DeviceSource(Source, Protocol):
     """A source that may lie in GPU memory."""
 

@@ -75,7 +75,7 @@ class DirectorySource:
         self.root = root
         self.manifest = manifest
         self._paths = tuple(paths)
-        self._stamps = tuple(stamps) if stamps is not None else tuple(Stamp.at(path) for path in paths)
+        self._stamps = list(stamps) if stamps is not None else [Stamp.at(path) for path in paths]
         for path, stamp, entry in zip(self._paths, self._stamps, manifest.files, strict=True):
             if stamp.size != entry.size:
                 raise SourceChanged(path, f"{entry.size} bytes became {stamp.size}")
@@ -96,6 +96,15 @@ class DirectorySource:
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
         """The chunk's bytes; a view is valid until the next. Raises StoreError, and as `spans` does."""
         return _read(self.spans(chunk), chunk.size, self._paths[chunk.file])
+
+    def demand_unchanged(self, is_right: IsRight) -> None:
+        """As WatchedSource: compares the stamps, and hashes a file if its time of change alone moved."""
+        for number, path in enumerate(self._paths):
+            stamp, found = self._stamps[number], Stamp.at(path)
+            if found != stamp:
+                stamp.demand(path, found)
+                _demand_right(path, [chunk for chunk in self.manifest.chunks if chunk.file == number], is_right)
+                self._stamps[number] = found
 
     def close(self) -> None:
         """Closes the files and so ends all spans."""
@@ -210,6 +219,18 @@ class DirectoryStore:
                 with self._open_files.lend(number) as fd:
                     file.stamp.check_open(file.path, fd)
                     file.stamp = Stamp.of(os.fstat(fd))
+
+    def demand_unchanged(self, is_right: IsRight) -> None:
+        """As WatchedSource, of the sealed files; by their open files, since the user may move them."""
+        for number, file in enumerate(self._files):
+            if file.stamp is None:
+                continue
+            with self._open_files.lend(number) as fd:
+                found = Stamp.of(os.fstat(fd))
+            if found != file.stamp:
+                file.stamp.demand(file.path, found)
+                _demand_right(file.path, [chunk for chunk in self.manifest.chunks if chunk.file == number], is_right)
+                file.stamp = found
 
     def stamps(self) -> dict[str, Stamp]:
         """The stamps of the files with final names, by path: as long as they have them, their content is verified."""
@@ -479,6 +500,11 @@ class DirectoryStore:
     def __repr__(self) -> str:
         final = sum(file.final for file in self._files)
         return f"<DirectoryStore {self.out} {final} of {len(self._files)} files final, {self.manifest.size} bytes>"
+
+
+def _demand_right(path: Path, chunks: Sequence[Chunk], is_right: IsRight) -> None:
+    if not all(map(is_right, chunks)):
+        raise SourceChanged(path, "it was written to, and its modification time set back")
 
 
 def _lock(fd: int, directory: Path) -> None:

@@ -71,14 +71,15 @@ class Stamp:
 
         The name is checked because a directory with a replaced file is another model, `fd` because it is read.
         """
-        self._demand(path, Stamp.at(path))
+        self.demand(path, Stamp.at(path))
         self.check_open(path, fd)
 
     def check_open(self, path: Path, fd: int) -> None:
         """Raises SourceChanged for `path` unless the open file `fd`, which may have been moved, has this stamp."""
-        self._demand(path, Stamp.of(os.fstat(fd)))
+        self.demand(path, Stamp.of(os.fstat(fd)))
 
-    def _demand(self, path: Path, found: Stamp) -> None:
+    def demand(self, path: Path, found: Stamp) -> None:
+        """Raises SourceChanged for `path` unless the found stamp is this one; the time of change may differ."""
         if found.inode != self.inode:
             raise SourceChanged(path, "another file took its place")
         if found.size != self.size:

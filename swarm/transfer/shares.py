@@ -9,6 +9,7 @@ Must not know: links, datagrams, how a fetch or an upload runs.
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from swarm.content.bitfield import Bitfield, runs
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.content.selection import part_id
 from swarm.errors import RemoteProtocolError, SettingsError, SwarmError
-from swarm.journal import ArtifactsAnnounced
+from swarm.journal import ArtifactsAnnounced, Withdrawn
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
@@ -31,6 +32,8 @@ from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.superseed import Superseed
 
 ANNOUNCE_EVERY_S = 1.0  # progress of a fetch, for status pages
+
+log = logging.getLogger("swarm")
 
 
 @dataclass(eq=False)
@@ -126,6 +129,8 @@ class Shares:
         self._rng = rng
         self._changed = changed
         self._stop_uploads = stop_uploads
+        self.lost: dict[Digest, Withdrawn] = {}  # until the model is served again or released
+        self._waiting: dict[Digest, list[asyncio.Future[Withdrawn]]] = {}
         self._withdrawn: list[Share] = []  # until they are closed
         self._announced_at = 0.0
 
@@ -150,6 +155,7 @@ class Shares:
     def add(self, share: Share) -> None:
         """Adds a share. If its digest is shared already, that share gets another source and another user."""
         digest = share.manifest.digest
+        self.lost = {key: lost for key, lost in self.lost.items() if lost.model_id != share.model_id}
         known = self.shares.setdefault(digest, share)
         if known is not share and share.held.complete and not known.held.complete:
             known.spares.append(known.source)  # a part, which transfers may still read
@@ -172,6 +178,7 @@ class Shares:
 
     def release(self, digest: Digest) -> None:
         """Removes a user of a share. A share without users is withdrawn."""
+        self.lost.pop(digest, None)
         if share := self.shares.get(digest):
             share.users -= 1
             if share.users == 0:
@@ -189,6 +196,25 @@ class Shares:
         self.announce()
         self._withdrawn.append(share)
         return self._host.spawn(self._close_share(share), f"close {share.model_id}")
+
+    def lose(self, digest: Digest, why: str) -> None:
+        """Withdraws a share whose source has changed or cannot be read."""
+        if share := self.shares.get(digest):
+            lost = self.lost[digest] = Withdrawn(share.model_id, digest, why)
+            log.error("%s: %s", share.model_id, why)
+            self._host.record("node", lost)
+            self.withdraw(digest, why)
+            for future in self._waiting.pop(digest, ()):
+                if not future.done():
+                    future.set_result(lost)
+
+    async def until_lost(self, digest: Digest) -> Withdrawn:
+        """Waits until `lose` withdraws the share of a digest."""
+        if digest in self.lost:
+            return self.lost[digest]
+        future: asyncio.Future[Withdrawn] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(digest, []).append(future)
+        return await future
 
     async def _close_share(self, share: Share) -> None:
         await self._stop_uploads(share)

@@ -154,7 +154,6 @@ class UploadDriver:
         except TransportError as error:
             log.debug("transfer %d to %s: %s", number, peer.name, error)
         except StoreError as error:
-            log.error("%s", error)
             self._refuse(peer, number, "source_changed", REFUSED_RETRY_S)
             self._withdraw(request.digest, str(error))
         finally:

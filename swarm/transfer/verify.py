@@ -27,7 +27,7 @@ from swarm.errors import LocalProtocolError, SourceChanged, StoreError, Transpor
 from swarm.hashing.cpu import ChunkHasher
 from swarm.hashing.cpu import chunk_digests as digests_on_cpu
 from swarm.hashing.cuda import BATCH_BYTES, Batch, chunk_digests, hashes_on, prepare, start
-from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, View, cuda
+from swarm.store import DeviceStore, DeviceView, FileSpan, Source, Span, Store, View, WatchedSource, cuda
 
 
 @dataclass(frozen=True)
@@ -262,6 +262,11 @@ class _DeviceBatches:
     def _drain(self) -> None:
         for stream in self._movers:
             stream.synchronize()
+
+
+def is_right(source: Store | WatchedSource, chunk: Chunk, *, blake3: bool = False) -> bool:
+    """Reads a chunk that may lie in a store and hashes it. Raises StoreError."""
+    return chunk.has(digests_on_cpu(source.manifest.scheme, source.read(chunk), blake3=blake3))
 
 
 def copy(source: Source, store: Store, held: Bitfield, *, chunks: Bitfield, blake3: bool = False) -> int:

@@ -4,12 +4,15 @@ import json
 import os
 import shutil
 import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from .processes import QUICK, Machine, contents, wait_until, write_model
+from .processes import QUICK, Machine, Process, contents, wait_until, write_model
 
 pytestmark = pytest.mark.integration
 
@@ -82,17 +85,81 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-@pytest.mark.parametrize("change", [change_content, truncate])
-def test_is_a_file_that_changed_while_served_withdrawn_and_never_fetched(
-    machine: Machine, model: Path, out: Path, change: Any
+def replace(path: Path) -> None:
+    new = path.with_name("new")
+    new.write_bytes(path.read_bytes())
+    change_content(new)
+    new.rename(path)
+
+
+def change_and_restore_mtime(path: Path) -> None:
+    before = path.stat()
+    change_content(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def healthy(node: Process) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://{node.address}/healthz", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code != 503:
+            raise
+        return False
+
+
+@pytest.mark.parametrize("change", [change_content, change_and_restore_mtime, replace])
+def test_a_seed_whose_files_changed_serves_the_new_ones(
+    machine: Machine, model: Path, out: Path, change: Callable[[Path], None]
 ) -> None:
     seed = machine.serve(model)
+    assert healthy(seed)
     change(model / "b.safetensors")
-    line = machine.fetch(out, peers=[seed.address]).end().error(4)
-    assert "does not serve it any more" in line
+    wait_until(lambda: not healthy(seed), "the seed to notice")
     assert f"{model / 'b.safetensors'} changed while it was served" in seed.err
+    wait_until(lambda: seed.out.count(" ready: ") == 2, "the seed to serve again")
+    assert healthy(seed)
+    assert machine.run("status", "--peer", seed.address).code == 0
+    assert machine.fetch(out, peers=[seed.address]).end().code == 0
+    assert contents(out) == contents(model)
+
+
+def test_a_seed_whose_files_are_incomplete_is_unhealthy_until_they_are_whole(
+    machine: Machine, model: Path, out: Path
+) -> None:
+    seed = machine.serve(model)
+    whole = (model / "b.safetensors").read_bytes()
+    truncate(model / "b.safetensors")
+    newcomer = machine.fetch(out, peers=[seed.address])
+    wait_until(lambda: not healthy(seed), "the seed to notice")
+    assert newcomer.end().code in (3, 4)
     assert contents(out) == {}
-    assert "no peer serves" in machine.fetch(out, peers=[seed.address]).end().error(3)
+    assert seed.running
+    assert not healthy(seed)
+    assert machine.run("status", "--peer", seed.address).code == 1
+    (model / "b.safetensors").write_bytes(whole)
+    wait_until(lambda: healthy(seed), "the seed to serve again")
+    assert machine.fetch(out, peers=[seed.address]).end().code == 0
+    assert contents(out) == contents(model)
+
+
+@pytest.mark.timeout(120)
+def test_a_seed_whose_directory_is_gone_ends_with_an_error(machine: Machine, model: Path) -> None:
+    seed = machine.serve(model)
+    shutil.rmtree(model)
+    wait_until(lambda: not healthy(seed), "the seed to notice")
+    assert seed.wait_to_end(60)
+    assert str(model) in seed.end().err.splitlines()[-1]
+    assert seed.end().code != 0
+
+
+def test_a_newcomer_that_serves_on_ends_when_its_files_changed(machine: Machine, model: Path, out: Path) -> None:
+    seed = machine.serve(model)
+    newcomer = machine.start("fetch", "org/model", "--out", out, "--no-mdns", "--peer", seed.address)
+    newcomer.wait_for("serving it on at")
+    change_content(out / "b.safetensors")
+    assert "b.safetensors changed while it was served" in newcomer.end().error(5)
 
 
 @pytest.mark.parametrize("change", [change_content, truncate])

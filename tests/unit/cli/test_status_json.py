@@ -103,6 +103,7 @@ def test_are_the_fields_of_the_json_those_that_are_documented() -> None:
         (report(node={"open": True}), "no-key"),
         (report(node={"mdns": "blocked"}), "mdns"),
         (report(node={"mdns": "silent"}), "mdns"),
+        (report(node={"withdrawn": {"org/m": "model.bin changed"}}), "withdrawn"),
         (report(member(A, "ann", gossip=False)), "gossip-deaf"),
         (report(member(A, "ann", "dead")), "dead"),
         (report(member(A, "ann", "suspect")), "silent"),

@@ -37,7 +37,9 @@ class End:
 
     def __init__(self, listener: Listener) -> None:
         self.address = "{}:{}".format(*listener.address)
-        self.links = HttpLinks({"/page": lambda: {"answer": 42}})
+        self.problems: list[str] = []
+        health = http_pages.HealthPage(lambda: self.problems)
+        self.links = HttpLinks({"/page": lambda: {"answer": 42}, "/healthz": health})
         self.accepted: asyncio.Queue[Link] = asyncio.Queue()
         self._over = asyncio.Event()
         self._listener = listener
@@ -271,6 +273,17 @@ def test_are_pages_shown_as_json_that_no_browser_runs() -> None:
             for method, path, status in (("GET", "/other", 404), ("POST", "/page", 405), ("GET", PATH, 400)):
                 async with session.request(method, f"http://{end.address}{path}") as answer:
                     assert answer.status == status
+
+    run(scenario)
+
+
+def test_a_health_page_tells_by_its_status() -> None:
+    async def scenario() -> None:
+        async with opened() as end, aiohttp.ClientSession() as session:
+            for problems, status in (([], 200), (["a file changed"], 503), ([], 200)):
+                end.problems = problems
+                async with session.get(f"http://{end.address}/healthz") as answer:
+                    assert (answer.status, await answer.json()) == (status, {"problems": problems})
 
     run(scenario)
 

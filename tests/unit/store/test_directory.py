@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -504,6 +505,45 @@ def test_does_a_source_serve_files_where_they_lie(tmp_path: Path) -> None:
         assert "4 files" in repr(source)
     with pytest.raises(StoreError):
         read(source, MANIFEST.chunks[0])
+
+
+def rewrite_and_restore_mtime(path: Path) -> None:
+    status = path.stat()
+    path.write_bytes(b"x" * status.st_size)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(("change", "why"), [*CHANGES, (rewrite_and_restore_mtime, "modification time set back")])
+def test_a_source_notices_a_change_that_no_peer_asked_for(
+    tmp_path: Path, change: Callable[[Path], None], why: str
+) -> None:
+    with served(tmp_path) as source:
+        check = partial(is_right, source)
+        source.demand_unchanged(check)
+        change(tmp_path / "weights.bin")
+        with pytest.raises(SourceChanged, match=why):
+            source.demand_unchanged(check)
+
+
+def test_a_source_whose_files_only_got_other_names_or_modes_is_unchanged(tmp_path: Path) -> None:
+    with served(tmp_path) as source:
+        asked: list[Chunk] = []
+        os.link(tmp_path / "weights.bin", tmp_path / "backup")
+        (tmp_path / "config.json").chmod(0o600)
+        source.demand_unchanged(lambda chunk: asked.append(chunk) or is_right(source, chunk))  # type: ignore[func-returns-value]
+        assert {MANIFEST.files[chunk.file].path for chunk in asked} == {"config.json", "weights.bin"}
+        source.demand_unchanged(lambda _: pytest.fail("hashed twice for one change"))
+
+
+@pytest.mark.parametrize("change", [rewrite, truncate, rewrite_and_restore_mtime])
+def test_a_sealed_store_notices_a_change_that_no_peer_asked_for(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
+        land(store, *MANIFEST.chunks)
+        store.seal(right(store))
+        store.demand_unchanged(lambda _: pytest.fail("hashed though unchanged"))
+        change(tmp_path / "weights.bin")
+        with pytest.raises(SourceChanged, match=r"weights\.bin"):
+            store.demand_unchanged(right(store))
 
 
 @pytest.mark.parametrize(("change", "why"), CHANGES)

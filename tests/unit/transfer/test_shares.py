@@ -15,17 +15,21 @@ from sim.content import BytesStore, Content
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Digest, ModelId
 from swarm.content.selection import part_id
-from swarm.errors import RemoteProtocolError, SettingsError
+from swarm.errors import RemoteProtocolError, SettingsError, SourceChanged, StoreError
+from swarm.journal import Withdrawn
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import Announcement, NodeId
+from swarm.store import IsRight
 from swarm.transfer import download_events as events
 from swarm.transfer.download_driver import DownloadDriver
+from swarm.transfer.file_watch import watch_files
 from swarm.transfer.shares import Share, Shares
 
 CHUNKS = 8
 MODEL, OTHER = ModelId("org/model"), ModelId("org/other")
 CONTENT = Content.random(0, chunks=CHUNKS, chunk_bytes=64)
+OTHER_CONTENT = Content.random(1, chunks=CHUNKS, chunk_bytes=64)
 DIGEST = CONTENT.manifest.digest
 ME, THEM = NodeId("5" * 16), NodeId("6" * 16)
 
@@ -348,6 +352,66 @@ def test_is_an_artifact_served_until_its_last_user_releases_it() -> None:
         assert first.closed
         assert second.closed
         assert node.shares.withdraw(DIGEST, "again") is None
+
+    run(scenario)
+
+
+def test_a_lost_share_is_withdrawn_recorded_and_told_until_it_is_served_again() -> None:
+    async def scenario(node: Node) -> None:
+        node.shares.serve(MODEL, lost := Source(), None)
+        waiting = asyncio.create_task(node.shares.until_lost(DIGEST))
+        await asyncio.sleep(0)
+        node.shares.lose(DIGEST, "its file changed")
+        expected = Withdrawn(MODEL, DIGEST, "its file changed")
+        assert await waiting == await node.shares.until_lost(DIGEST) == expected
+        assert node.shares.lost == {DIGEST: expected}
+        assert node.shares.announcements() == ()
+        await asyncio.gather(*node.tasks)
+        assert lost.closed
+        node.shares.lose(DIGEST, "again")  # nothing is served
+        assert node.shares.lost == {DIGEST: expected}
+        node.shares.serve(MODEL, Source(), None)
+        assert not node.shares.lost
+        node.shares.lose(DIGEST, "its file changed")
+        node.shares.release(DIGEST)
+        assert not node.shares.lost
+
+    run(scenario)
+
+
+class Watched(Source):
+    """Files that change when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked = asyncio.Event()
+        self.error: StoreError | None = None
+        self._loop = asyncio.get_running_loop()
+
+    def demand_unchanged(self, is_right: IsRight) -> None:
+        self._loop.call_soon_threadsafe(self.looked.set)
+        if self.error:
+            raise self.error
+        assert all(map(is_right, self.manifest.chunks))
+
+
+@pytest.mark.parametrize(
+    "error", [SourceChanged("model.bin", "it is gone"), StoreError("model.bin: Input/output error")]
+)
+def test_files_are_looked_at_while_no_peer_requests_them(monkeypatch: pytest.MonkeyPatch, error: StoreError) -> None:
+    monkeypatch.setattr("swarm.transfer.file_watch.WATCH_EVERY_S", 0.001)
+
+    async def scenario(node: Node) -> None:
+        node.shares.serve(MODEL, watched := Watched(), None)
+        node.shares.serve(OTHER, BytesStore(OTHER_CONTENT.manifest, OTHER_CONTENT.files), None)
+        watch = asyncio.create_task(watch_files(node.shares))
+        async with asyncio.timeout(10):
+            await watched.looked.wait()
+            assert not node.shares.lost
+            watched.error = error
+            assert (await node.shares.until_lost(DIGEST)).why == str(error)
+        watch.cancel()
+        assert [a.model_id for a in node.shares.announcements()] == [OTHER]
 
     run(scenario)
 

@@ -1,0 +1,34 @@
+"""Looks whether the files that a node serves are still those that were hashed, also while no peer requests them.
+
+A seed whose files changed would look well and serve nothing. So the stamps of all files are compared every
+`WATCH_EVERY_S`; a file is hashed again only if its time of change alone moved (`WatchedSource`).
+
+Must not know: uploads, links, what a user does about it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+
+from swarm.errors import StoreError
+from swarm.store import WatchedSource
+from swarm.transfer.shares import Shares
+from swarm.transfer.verify import is_right
+
+WATCH_EVERY_S = 2.0  # to compare the stamps of 1,000 files takes 2 ms
+
+
+async def watch_files(shares: Shares) -> None:
+    """Loses every share whose files changed. Runs until it is cancelled."""
+    while True:
+        await asyncio.sleep(WATCH_EVERY_S)
+        for digest, share in list(shares.shares.items()):
+            source = share.source
+            if not share.settled.is_set() or not isinstance(source, WatchedSource):
+                continue
+            try:
+                await asyncio.to_thread(source.demand_unchanged, partial(is_right, source))
+            except StoreError as error:
+                if shares.shares.get(digest) is share:  # a source that was closed meanwhile cannot be read
+                    shares.lose(digest, str(error))
