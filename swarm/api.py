@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from swarm.checkpoint import digest_cache, hf_cache, hf_publish, manifest_builder
 from swarm.content.manifest import Digest, Manifest, ModelId
+from swarm.content.selection import Part, Patterns, Selection, TensorChoice
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError, Unpinnable
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
@@ -134,6 +135,9 @@ def fetch(
     timeout_s: float | None = None,
     settings: Settings | None = None,
     revision: str | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    tensors: TensorChoice = None,
 ) -> Weights:
     """Fetches a model from the nodes that serve it, verified, and serves it.
 
@@ -142,9 +146,15 @@ def fetch(
     directory, or the local Hugging Face cache (`out=swarm.HUB_CACHE`). `digest` pins the content. `settings` default to
     `Settings.load()`.
 
-    Raises SettingsError, ManifestNotFound, ManifestConflict, Stalled, FetchTimeout, and StoreError with its kinds.
+    A part of the model: `include` and `exclude` are patterns of paths, as huggingface_hub's `allow_patterns` and
+    `ignore_patterns`; `tensors` are names, patterns of names, or a predicate. Only that part travels. In memory it is
+    the tensors that match, in a directory the files that hold them.
+
+    Raises SettingsError, also for a part that matches nothing, ManifestNotFound, ManifestConflict, Stalled,
+    FetchTimeout, and StoreError with its kinds.
     """
-    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision)
+    selection = Selection.read(include=include, exclude=exclude, tensors=tensors)
+    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision, selection)
     return runtime().run(_fetch(want))
 
 
@@ -158,9 +168,13 @@ async def fetch_async(
     timeout_s: float | None = None,
     settings: Settings | None = None,
     revision: str | None = None,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    tensors: TensorChoice = None,
 ) -> Weights:
     """`fetch` for coroutines: it does not block the caller's event loop."""
-    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision)
+    selection = Selection.read(include=include, exclude=exclude, tensors=tensors)
+    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision, selection)
     return await asyncio.wrap_future(runtime().submit(_fetch(want)))
 
 
@@ -287,6 +301,7 @@ class _Want:
     timeout_s: float | None
     settings: Settings
     revision: str | None = None
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):
@@ -335,6 +350,7 @@ async def _fetch(want: _Want) -> Weights:
             digest=want.digest,
             timeout_s=want.timeout_s if want.timeout_s is not None else want.settings.timeout_s,
             settings=want.settings,
+            selection=want.selection,
         )
         tensors = store.tensors() if isinstance(store, MemoryStore | GpuStore) else dict(want.into or {})
         files = store.files() if isinstance(store, MemoryStore | IntoStore) else {}
@@ -356,8 +372,12 @@ async def fetch_on(
     device: str = "cpu",
     abandon_s: float = math.inf,
     revision: str | None = None,
+    selection: Selection | None = None,
 ) -> tuple[Fetched, Store, Path | None]:
-    """Fetches `ID` or `ID@REVISION` on an open node. Returns result and store, and the directory if there is one."""
+    """Fetches `ID` or `ID@REVISION`, or a part of it, on an open node.
+
+    Returns result and store, and the directory if there is one. In a directory files are whole.
+    """
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise SettingsError("digest", f"{digest!r} is not a whole digest: 64 digits from 0 to 9 and a to f")
     model_id, revision = with_revision(model_id, revision)
@@ -379,21 +399,25 @@ async def fetch_on(
     if blake3 and not manifest.has_blake3:
         raise Unpinnable(model_id, manifest.digest)
     left = _Deadline(node, model_id, timeout_s, began)
+    part = None if selection is None else selection.part(manifest, whole_files=out is not None)
     if not isinstance(out, _HubCache):
-        store, path = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
-        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3)
-        if path is not None:
+        store, path = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings, part))
+        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3, part=part)
+        if path is not None and part is None:
             await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest))
         return fetched, store, path
     entry = hf_publish.CacheEntry(model_id)
     lock = await _claimed(left, entry, manifest)
     try:
-        await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin)
-        store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings))
-        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3)
+        await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin, part)
+        store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings, part))
+        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3, part=part)
         stamps = store.stamps() if isinstance(store, DirectoryStore) else {}
-        snapshot = await _finished(node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps))
-        await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, manifest))
+        snapshot = await _finished(
+            node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps, part=part)
+        )
+        if part is None:
+            await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, manifest))
         if isinstance(store, DirectoryStore):
             store.moved(snapshot)
     finally:
@@ -446,7 +470,14 @@ async def _claimed(left: _Deadline, entry: hf_publish.CacheEntry, manifest: Mani
 
 
 async def _filled(
-    node: Node, left: _Deadline, store: Store, origin: Origin | None, *, abandon_s: float, blake3: bool
+    node: Node,
+    left: _Deadline,
+    store: Store,
+    origin: Origin | None,
+    *,
+    abandon_s: float,
+    blake3: bool,
+    part: Part | None,
 ) -> Fetched:
     try:
         return await node.fetch(
@@ -456,6 +487,7 @@ async def _filled(
             timeout_s=left.left_s(),
             abandon_s=abandon_s,
             blake3=blake3,
+            wanted=None if part is None else part.chunks,
         )
     except FetchTimeout as error:
         timeout_s = left.timeout_s or error.timeout_s
@@ -478,15 +510,16 @@ def _store(
     into: Mapping[str, Any] | None,
     device: str,
     settings: Settings,
+    part: Part | None,
 ) -> tuple[Store, Path | None]:
     if into is not None:
-        return IntoStore(manifest, into), None
+        return IntoStore(manifest, into, part), None
     if out is None:
-        return MemoryStore(manifest) if device == "cpu" else GpuStore(manifest, device), None
+        return MemoryStore(manifest, part) if device == "cpu" else GpuStore(manifest, device, part), None
     path = hf_publish.CacheEntry(model_id).staging(manifest) if isinstance(out, _HubCache) else Path(out)
     if path.exists() and not path.is_dir():
         raise StoreConflict(path, "is not a directory; fetch to another place")
-    return DirectoryStore(path, manifest, fsync=settings.fsync), path
+    return DirectoryStore(path, manifest, fsync=settings.fsync, part=part), path
 
 
 def _remember(cache: Path, path: Path, manifest: Manifest) -> None:

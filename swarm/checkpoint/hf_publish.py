@@ -26,7 +26,7 @@ import filecmp
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
@@ -37,6 +37,7 @@ from swarm.checkpoint.files import bystander, of_commit
 from swarm.checkpoint.hf_cache import is_model_id, model_folder
 from swarm.checkpoint.manifest_builder import verify
 from swarm.content.manifest import FileEntry, Manifest, unsafe_path
+from swarm.content.selection import Part
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
 from swarm.store.directory import PARTIAL
@@ -93,13 +94,13 @@ class CacheEntry:
                 place.rmdir()
         os.close(lock)
 
-    def reuse(self, manifest: Manifest, origin: Origin | None) -> None:
+    def reuse(self, manifest: Manifest, origin: Origin | None, part: Part | None = None) -> None:
         """Puts right files of the cache into `staging`, compared with the manifest, during a claim. Raises StoreError.
 
-        A file that the cache lacks, or has damaged, is left out, to be fetched.
+        With `part` only its files. A file that the cache lacks, or has damaged, is left out, to be fetched.
         """
         with store_errors(self.folder):
-            for file in manifest.files:
+            for file in _files(manifest, part):
                 self._reuse(manifest, file, origin, self._staged(manifest))
 
     def publish(
@@ -109,9 +110,11 @@ class CacheEntry:
         revision: str | None = None,
         *,
         stamps: Mapping[str, Stamp] = MappingProxyType({}),
+        part: Part | None = None,
     ) -> Path:
         """Moves the verified files out of `staging`, removes it, and returns the snapshot.
 
+        With `part` only its files, as the hub's tools do with `allow_patterns`; unfinished files of others stay staged.
         The ref of `revision` names it afterwards, `main` without one. `stamps`: of the files when they were verified.
 
         Blocks while files with etags are hashed. Files stay on their file system, so open files are served on. Raises
@@ -123,20 +126,22 @@ class CacheEntry:
         origin = origin if origin and origin.commit else None
         commit = origin.commit if origin else manifest.digest[:40]
         target = self.folder / "snapshots" / commit
-        names = self._blob_names(manifest, origin, staged)
+        files = _files(manifest, part)
+        names = self._blob_names(manifest, files, origin, staged)
         with store_errors(self.folder):
-            for file in manifest.files:
+            for file in files:
                 self._check_place(file, staged=staged, target=target, blob=self._blob(names[file.path]), origin=origin)
-            for file in manifest.files:
+            for file in files:
                 _demand(staged / file.path, stamps.get(file.path))
-            for file in manifest.files:
+            for file in files:
                 stamp = stamps.get(file.path)
                 self._place(staged / file.path, target / file.path, self._blob(names[file.path]), stamp)
             target.mkdir(parents=True, exist_ok=True)  # for an artifact without files
-            if origin:
+            if origin and part is None:
                 self._place_beside(origin, target)
             self._point("main" if revision is None else revision, commit)
-            shutil.rmtree(staged)
+            if part is None or not _unfinished(staged):
+                shutil.rmtree(staged)
             with contextlib.suppress(OSError):  # not empty during another fetch
                 staged.parent.rmdir()
         return target
@@ -185,7 +190,9 @@ class CacheEntry:
                 if real.is_file() and real.stat().st_size == file.size:
                     yield real
 
-    def _blob_names(self, manifest: Manifest, origin: Origin | None, staged: Path) -> dict[str, str]:
+    def _blob_names(
+        self, manifest: Manifest, files: Sequence[FileEntry], origin: Origin | None, staged: Path
+    ) -> dict[str, str]:
         etags = origin.etags if origin else {}
 
         def name(file: FileEntry) -> str:
@@ -207,7 +214,7 @@ class CacheEntry:
 
         workers = min(HASH_THREADS_MAX, len(os.sched_getaffinity(0)))
         with ThreadPoolExecutor(workers, thread_name_prefix="swarm-etag") as pool:
-            return dict(zip((file.path for file in manifest.files), pool.map(name, manifest.files), strict=True))
+            return dict(zip((file.path for file in files), pool.map(name, files), strict=True))
 
     def _check_place(self, file: FileEntry, *, staged: Path, target: Path, blob: Path, origin: Origin | None) -> None:
         if blob.exists() and not blob.is_file():
@@ -292,6 +299,15 @@ class CacheEntry:
             file.write(commit)  # no newline: the hub's tools compare the whole file
             file.flush()
             os.fsync(file.fileno())
+
+
+def _files(manifest: Manifest, part: Part | None) -> Sequence[FileEntry]:
+    return manifest.files if part is None else [manifest.files[number] for number in part.files]
+
+
+def _unfinished(staged: Path) -> bool:
+    """Whether an interrupted fetch has left a file there, which the next one goes on with."""
+    return any(path.is_file() and path.name not in (_LOCK, PARTIAL) for path in staged.rglob("*"))
 
 
 def _only(manifest: Manifest, file: FileEntry) -> Manifest:

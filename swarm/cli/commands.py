@@ -112,12 +112,14 @@ def fetch(options: argparse.Namespace) -> int:
     """Fetches a model, and serves it until it is stopped, unless `--no-seed`."""
     from swarm.api import HUB_CACHE, fetch_on
     from swarm.cli.progress import progress
+    from swarm.content.selection import Selection
     from swarm.node import local_nodes
     from swarm.observe.trace import tracing
     from swarm.observe.units import size_text
     from swarm.runtime import new_node
 
     settings = settings_of(options)
+    selection = Selection.read(include=options.include, exclude=options.exclude, tensors=options.tensors)
     stopped = signals.INTERRUPTED
 
     async def fetch() -> int:
@@ -137,6 +139,7 @@ def fetch(options: argparse.Namespace) -> int:
                         digest=options.digest,
                         timeout_s=settings.timeout_s,
                         settings=settings,
+                        selection=selection,
                     )
                 stopped = 0
                 if options.json:

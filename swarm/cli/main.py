@@ -149,6 +149,16 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--out", type=Path, metavar="DIR", help="directory to fill; by default the Hugging Face cache")
     fetch.add_argument("--digest", metavar="D", help="accept only the artifact with this digest")
     fetch.add_argument("--revision", metavar="R", help="branch, tag, label or commit; also MODEL_ID@R")
+    fetch.add_argument(
+        "--include", action="append", metavar="PATTERN", help="fetch only files that match, for example '*.json'"
+    )
+    fetch.add_argument("--exclude", action="append", metavar="PATTERN", help="fetch no files that match")
+    fetch.add_argument(
+        "--tensors",
+        action="append",
+        metavar="PATTERN",
+        help="of the files with tensors, fetch only those that hold a tensor that matches",
+    )
     fetch.add_argument("--json", action="store_true", help="print one JSON object at completion")
     fetch.add_argument("--no-seed", action="store_true", help="exit at completion instead of serving the model")
     _add_settings(fetch)

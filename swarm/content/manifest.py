@@ -83,7 +83,7 @@ class ChunkEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     digest: ChunkDigest
 
 
-class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, dict=True):
     """A file of the artifact.
 
     `header` is the JSON header of a safetensors file that holds tensors of the model, empty for other files. `unused`
@@ -100,11 +100,13 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     def tensors(self) -> list[Tensor]:
         """Tensors of a safetensors file by offset, unused ones too; empty for other files. Raises ManifestInvalid."""
-        return self._parsed()[0]
+        return self._parsed[0]
 
     def aliases(self) -> dict[str, str]:
         """Tied tensors, as `safetensors.torch.save_model` stores them: alias -> name of the stored tensor."""
-        tensors, metadata = self._parsed()
+        tensors, metadata = self._parsed
+        if not metadata:
+            return {}
         names = {tensor.name for tensor in tensors}
         return {alias: name for alias, name in metadata.items() if name in names and alias not in names}
 
@@ -112,6 +114,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
         """The entry with these as the tensors that the model takes from other files."""
         return msgspec.structs.replace(self, unused=names)
 
+    @cached_property
     def _parsed(self) -> tuple[list[Tensor], dict[str, str]]:
         if not self.header:
             return [], {}

@@ -66,6 +66,22 @@ class Part:
         """Equal for equal sets of chunks; empty for all chunks."""
         return part_id(self.chunks)
 
+    def covered(self, number: int) -> list[tuple[int, int]]:
+        """The ranges of a file's bytes, start and end, that its chunks cover, in order and apart."""
+        offset, found = 0, list[tuple[int, int]]()
+        for index, entry in enumerate(self.manifest.files[number].chunks, self._firsts[number]):
+            if index in self.chunks:
+                if found and found[-1][1] == offset:
+                    found[-1] = found[-1][0], offset + entry.size
+                else:
+                    found.append((offset, offset + entry.size))
+            offset += entry.size
+        return found
+
+    @cached_property
+    def _firsts(self) -> list[int]:
+        return _firsts(self.manifest)
+
     def wants(self, name: str) -> bool:
         """Whether a tensor of its files is wanted."""
         return self.names is None or name in self.names

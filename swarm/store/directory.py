@@ -36,7 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from swarm.content.manifest import Chunk, FileEntry, Manifest
-from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
+from swarm.content.selection import Part
+from swarm.errors import LocalProtocolError, SourceChanged, StoreConflict, StoreError, StoreFull
 from swarm.store import FileSpan, IsRight
 from swarm.store.disk import (
     ConfinedDirectory,
@@ -143,13 +144,16 @@ class _File:
 class DirectoryStore:
     """A fetch into the directory `out`, which is made if missing. Several threads may write chunks at once.
 
+    With `part` only its files, each of them whole, are looked at and made.
+
     Raises StoreConflict for a final file of another size or another entry in its place, Claimed while another fetch of
     the same artifact writes here; StoreFull; StoreError. After each of them `out` is as it was.
     """
 
-    def __init__(self, out: Path, manifest: Manifest, *, fsync: bool = True) -> None:
+    def __init__(self, out: Path, manifest: Manifest, *, fsync: bool = True, part: Part | None = None) -> None:
         self.out = out.absolute()
         self.manifest = manifest
+        self._entries = {n: f for n, f in enumerate(manifest.files) if part is None or n in part.files}
         self._fsync = fsync
         self._name = manifest.digest[:16]
         self._wrote = False
@@ -159,11 +163,11 @@ class DirectoryStore:
         self._sealing = threading.Lock()
         self._made: list[Path] = []  # `out` and parents that this fetch made
         self._moved_to: Path | None = None
-        self._files: list[_File] = []
+        self._files: dict[int, _File] = {}  # by number
         self._open_files = OpenFiles(self._open)
         self._sole_use = SoleUse(self._open_files)
         self._writeback = Writeback(self._sync)
-        reserve_descriptors(len(manifest.files))
+        reserve_descriptors(len(self._entries))
         with store_errors(self.out), ExitStack() as held, ExitStack() as undo:
             self._final = self._open_out(held, undo)
             self._partials, self._partial, fresh = self._claim(held, undo)
@@ -177,8 +181,9 @@ class DirectoryStore:
         """Chunks of final files, and chunks whose range is not a hole."""
         data_at: dict[int, float] = {}  # by file: next offset with data, so that a new file costs one system call
         for chunk in self.manifest.chunks:
-            file = self._files[chunk.file]
-            self._check(file)
+            if chunk.file not in self._files:
+                continue
+            file = self._file(chunk)
             if not file.final and data_at.get(chunk.file, -1) < chunk.offset:
                 with self._open_files.lend(chunk.file) as fd:
                     data_at[chunk.file] = next_data(fd, chunk.offset)
@@ -187,8 +192,7 @@ class DirectoryStore:
 
     def spans(self, chunk: Chunk) -> Iterator[FileSpan]:
         """The chunk's bytes, under the partial or final name. Raises SourceChanged if a final file changed."""
-        file = self._files[chunk.file]
-        self._check(file)
+        file = self._file(chunk)
         with self._open_files.lend(chunk.file) as fd:
             self._check(file, fd)
             yield FileSpan(fd, chunk.offset, chunk.size)
@@ -196,14 +200,14 @@ class DirectoryStore:
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
         """The chunk's bytes; a view is valid until the next. Raises StoreError, and as `spans` does."""
-        return _read(self.spans(chunk), chunk.size, self._files[chunk.file].path)
+        return _read(self.spans(chunk), chunk.size, self._file(chunk).path)
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
         """Scratch views, each written to the file when the next is requested.
 
         Raises StoreConflict if the file has its final name already, StoreFull and StoreError if a write fails.
         """
-        file = self._files[chunk.file]
+        file = self._file(chunk)
         self._refuse_final(file)
         scratch = memoryview(bytearray(min(chunk.size, SCRATCH_BYTES)))
         for position in range(0, chunk.size, len(scratch)):
@@ -214,7 +218,7 @@ class DirectoryStore:
     def moved(self, to: Path) -> None:
         """The caller has moved the sealed files: they are at the same paths in `to`, maybe as links."""
         self._moved_to = to
-        for number, file in enumerate(self._files):  # a move changes the change time
+        for number, file in self._files.items():  # a move changes the change time
             if file.stamp is not None:
                 with self._open_files.lend(number) as fd:
                     file.stamp.check_open(file.path, fd)
@@ -234,7 +238,7 @@ class DirectoryStore:
 
     def stamps(self) -> dict[str, Stamp]:
         """The stamps of the files with final names, by path: as long as they have them, their content is verified."""
-        return {file.entry.path: file.stamp for file in self._files if file.stamp is not None}
+        return {file.entry.path: file.stamp for file in self._files.values() if file.stamp is not None}
 
     def seal(self, is_right: IsRight) -> None:
         """Gives every file its final name and removes the partial directory. Idempotent.
@@ -246,13 +250,13 @@ class DirectoryStore:
         disk fails or a file was changed. Files that already have final names keep them; the next fetch uses them.
         """
         with self._in_use(), self._sealing, store_errors(self.out):
-            waiting = {number: file for number, file in enumerate(self._files) if not file.final}
+            waiting = {number: file for number, file in self._files.items() if not file.final}
             for file in waiting.values():
                 if self._final.lstat(file.entry.path) is not None:
                     raise _appeared(file)
             if self._fsync:
                 self._writeback.flush(list(waiting))
-            for number, file in enumerate(self._files):
+            for number, file in self._files.items():
                 if number in waiting:
                     self._place(number, file, is_right)
                 else:
@@ -260,8 +264,7 @@ class DirectoryStore:
             if self._fsync:
                 self._flush_names()
             self._undo.pop_all()
-            self._partials.remove_tree(self._name)
-            self._final.remove_if_empty(PARTIAL)
+            self._remove_partial()
 
     def close(self) -> None:
         """Closes the files. Written data stays for the next fetch; without any, the partial directory is removed.
@@ -293,7 +296,7 @@ class DirectoryStore:
     def _existing(self) -> set[str]:
         """Paths of files with final names. Raises StoreConflict for another kind of entry or another size."""
         existing = set()
-        for entry in self.manifest.files:
+        for entry in self._entries.values():
             status = self._final.lstat(entry.path)
             if status is None:
                 continue
@@ -328,19 +331,19 @@ class DirectoryStore:
                 return partials, partial, fresh
         raise StoreConflict(self.out / PARTIAL / self._name, "other fetches keep removing it")
 
-    def _prepare(self, existing: set[str], undo: ExitStack) -> list[_File]:
+    def _prepare(self, existing: set[str], undo: ExitStack) -> dict[int, _File]:
         need_bytes = self._check_room(existing)
-        files = []
-        for entry in self.manifest.files:
+        files = {}
+        for number, entry in self._entries.items():
             if entry.path in existing:
                 fd = self._final.open_file(entry.path, os.O_RDONLY)
                 stamp = Stamp.of(os.fstat(fd))
                 os.close(fd)
-                files.append(_File(entry, stamp.inode, self.out / entry.path, stamp))
+                files[number] = _File(entry, stamp.inode, self.out / entry.path, stamp)
             else:
                 with store_errors(self.out, need_bytes=need_bytes):
                     inode = self._allocate(entry, undo)
-                files.append(_File(entry, inode, self.out / entry.path))
+                files[number] = _File(entry, inode, self.out / entry.path)
         return files
 
     def _open(self, number: int) -> int:
@@ -372,7 +375,7 @@ class DirectoryStore:
     def _check_room(self, existing: set[str]) -> int:
         """Bytes that remain to be allocated. Raises StoreFull if fewer are free."""
         need_bytes = 0
-        for entry in self.manifest.files:
+        for entry in self._entries.values():
             if entry.path not in existing:
                 status = self._partial.lstat(entry.path)
                 taken = status.st_blocks * 512 if status else 0  # unit of st_blocks on every disk
@@ -414,10 +417,24 @@ class DirectoryStore:
         finally:
             os.close(fd)
 
-    def _check(self, file: _File, fd: int | None = None) -> None:
+    def _remove_partial(self) -> None:
+        """Removes the partial directory, unless an earlier fetch left unfinished files of another part there."""
+        others = [file for number, file in enumerate(self.manifest.files) if number not in self._files]
+        if not any(self._partial.lstat(file.path) for file in others):
+            self._partials.remove_tree(self._name)
+            self._final.remove_if_empty(PARTIAL)
+
+    def _file(self, chunk: Chunk) -> _File:
         if self._closed:
             raise StoreError(f"{self.out} is not served any more")
-        if file.stamp is not None and fd is not None:
+        if (file := self._files.get(chunk.file)) is None:
+            raise LocalProtocolError(f"{self.manifest.files[chunk.file].path} is no file of this fetch")
+        return file
+
+    def _check(self, file: _File, fd: int) -> None:
+        if self._closed:
+            raise StoreError(f"{self.out} is not served any more")
+        if file.stamp is not None:
             file.stamp.check_open(file.path, fd)  # not by name: the user may move a sealed file
 
     def _refuse_final(self, file: _File) -> None:
@@ -476,7 +493,7 @@ class DirectoryStore:
             )
 
     def _flush_names(self) -> None:
-        parents = {str(parent) for entry in self.manifest.files for parent in PurePosixPath(entry.path).parents}
+        parents = {str(parent) for entry in self._entries.values() for parent in PurePosixPath(entry.path).parents}
         for parent in sorted(parents, reverse=True):  # deepest first: a name needs its target
             with contextlib.closing(self._final.enter("" if parent == "." else parent)) as directory:
                 os.fsync(directory.fd)
@@ -498,7 +515,7 @@ class DirectoryStore:
                 self._state.notify_all()
 
     def __repr__(self) -> str:
-        final = sum(file.final for file in self._files)
+        final = sum(file.final for file in self._files.values())
         return f"<DirectoryStore {self.out} {final} of {len(self._files)} files final, {self.manifest.size} bytes>"
 
 

@@ -13,19 +13,23 @@ import contextlib
 import itertools
 import mmap
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.content.safetensors_header import Tensor
-from swarm.errors import ManifestInvalid, SourceChanged, StoreFull
+from swarm.content.selection import Part
+from swarm.errors import LocalProtocolError, ManifestInvalid, SourceChanged, StoreFull
 from swarm.store import AnySpan, DeviceView, View
 from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 
 # A smaller mapping gains no huge page, and a process may have about 65,000 mappings.
 _MAPPED_BYTES_MIN = 2 << 20
+ALIGNED_BYTES = 64  # of memory for a range of a file: tensors in it are aligned as in the file
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +41,33 @@ class Place:
 
 
 class PlacedFile:
-    """A file as places without gaps."""
+    """A file as places, or the parts of it that have one: each at its offset, in order."""
 
-    def __init__(self, places: Iterable[Place]) -> None:
-        self._places = [place for place in places if place.view.nbytes]
-        self._starts = list(itertools.accumulate((place.view.nbytes for place in self._places), initial=0))
+    def __init__(self, places: Iterable[tuple[int, Place]]) -> None:
+        found = [(start, place) for start, place in places if place.view.nbytes]
+        self._starts = [start for start, _ in found]
+        self._places = [place for _, place in found]
+
+    @classmethod
+    def whole(cls, places: Iterable[Place]) -> PlacedFile:
+        """A file of places without gaps."""
+        found = list(places)
+        starts = itertools.accumulate((place.view.nbytes for place in found), initial=0)
+        return cls(zip(starts, found, strict=False))
+
+    def place(self, offset: int) -> tuple[int, Place] | None:
+        """The place at or before an offset, with its own."""
+        number = bisect_right(self._starts, offset) - 1
+        return (self._starts[number], self._places[number]) if number >= 0 else None
 
     def cut(self, offset: int, size: int) -> Iterator[Place]:
-        """The bytes `[offset, offset + size)`, split at the places."""
+        """The bytes `[offset, offset + size)`, split at the places. Raises LocalProtocolError at a gap."""
         number = bisect_right(self._starts, offset) - 1
         while size > 0:
-            place, within = self._places[number], offset - self._starts[number]
-            view = place.view[within : within + size]
+            place = self._places[number] if 0 <= number < len(self._places) else None
+            view = None if place is None else place.view[(within := offset - self._starts[number]) : within + size]
+            if place is None or view is None or not view.nbytes:
+                raise LocalProtocolError(f"byte {offset} of the file belongs to no chunk of this fetch")
             yield Place(view, place.check)
             offset, size, number = offset + view.nbytes, size - view.nbytes, number + 1
 
@@ -96,6 +115,7 @@ class MemoryLanding(MemorySource):
     """A `Store` over placed files, except for `seal`."""
 
     devices: frozenset[int] = frozenset()
+    part: Part | None = None  # that has places; None: everything
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
         """Same as `spans`."""
@@ -107,8 +127,9 @@ class MemoryLanding(MemorySource):
 
     def files(self) -> dict[str, memoryview]:
         """Contents of files other than safetensors (configuration, tokenizer), by path, read-only."""
-        numbered = enumerate(self.manifest.files)
-        return {f.path: next(self._read(n, 0, f.size), memoryview(b"")) for n, f in numbered if not f.header}
+        numbers = range(len(self.manifest.files)) if self.part is None else self.part.files
+        plain = ((number, f) for number in numbers if not (f := self.manifest.files[number]).header)
+        return {f.path: next(self._read(number, 0, f.size), memoryview(b"")) for number, f in plain}
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
         """The final host memory, or pinned memory that is copied to the GPU; at most LANDING_BYTES a view."""
@@ -129,18 +150,15 @@ class MemoryLanding(MemorySource):
 
 
 class TensorIndex:
-    """The tensors of a manifest: `by_file` in order of offset, `owners` and `aliases` by name.
+    """The tensors of a manifest, or of a part: `by_file` in order of offset, `owners` and `aliases` by name.
 
-    `heads`: bytes of each file before its first tensor, or its size without tensors. Unused tensors have a place in
-    `by_file` and no owner. Raises ManifestInvalid for two used tensors of a name, which no state dict can hold.
+    Unused tensors, and those that the part does not want, are in `by_file` and have no owner. Raises ManifestInvalid
+    for two used tensors of a name, which no state dict can hold.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, part: Part | None = None) -> None:
         self.by_file = [file.tensors() for file in manifest.files]
-        self.heads = [
-            entries[0].offset if entries else file.size
-            for file, entries in zip(manifest.files, self.by_file, strict=True)
-        ]
+        self._part = part
         self.owners: dict[str, Tensor] = {}
         for file, entries in zip(manifest.files, self.by_file, strict=True):
             unused = set(file.unused)
@@ -153,6 +171,25 @@ class TensorIndex:
                 # A tensor's own name takes precedence over the metadata of another file.
                 if alias not in self.owners and self.aliases.setdefault(alias, name) != name:
                     _twice(file, alias)
+        if part is not None:
+            self._narrow(part)
+
+    def shown(self, tensors: Mapping[str, T]) -> dict[str, T]:
+        """The tensors by each of their names that is wanted."""
+        named = {**tensors, **{alias: tensors[name] for alias, name in self.aliases.items()}}
+        return {name: tensor for name, tensor in named.items() if self._part is None or self._part.wants(name)}
+
+    def _narrow(self, part: Part) -> None:
+        files = set(part.files)
+        there = {id(entry) for number in files for entry in self.by_file[number]}
+        aliases = {a: n for a, n in self.aliases.items() if part.wants(a) and id(self.owners.get(n)) in there}
+        needed = set(aliases.values())
+        self.owners = {
+            name: entry
+            for name, entry in self.owners.items()
+            if id(entry) in there and (part.wants(name) or name in needed)
+        }
+        self.aliases = aliases
 
 
 def _twice(file: FileEntry, name: str) -> NoReturn:
@@ -170,6 +207,18 @@ def buffer(size: int) -> memoryview:
     with contextlib.suppress(OSError):  # a kernel without huge pages
         mapped.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(mapped)
+
+
+def range_buffer(start: int, end: int) -> memoryview:
+    """Zeroed bytes for a range of a file. Raises StoreFull."""
+    shift = start % ALIGNED_BYTES
+    return buffer(end - start + shift)[shift:]
+
+
+def ranges(manifest: Manifest, part: Part | None, number: int) -> list[tuple[int, int]]:
+    """The ranges of a file's bytes, start and end, that have a place: those of the part's chunks."""
+    size = manifest.files[number].size
+    return part.covered(number) if part is not None else [(0, size)] if size else []
 
 
 def demand_room(need_bytes: int) -> None:

@@ -18,7 +18,12 @@ Must not know: hash functions, peers, sockets. torch is optional, so functions i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import importlib.util
+import itertools
+import threading
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -26,9 +31,19 @@ import numpy as np
 from swarm.content import safetensors_header
 from swarm.content.manifest import Manifest
 from swarm.content.safetensors_header import LENGTH_BYTES, Tensor
+from swarm.content.selection import Part
 from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict, StoreFull
 from swarm.store import DeviceView, IsRight, View, cuda
-from swarm.store.memory import MemoryLanding, MemorySource, Place, PlacedFile, TensorIndex, buffer, demand_room
+from swarm.store.memory import (
+    MemoryLanding,
+    MemorySource,
+    Place,
+    PlacedFile,
+    TensorIndex,
+    demand_room,
+    range_buffer,
+    ranges,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -53,21 +68,23 @@ _Identity: TypeAlias = "tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]
 
 
 class MemoryStore(MemoryLanding):
-    """A buffer per file; after `seal`, tensors of all safetensors files that share these buffers.
+    """A buffer for each file, or for each range of it that a part wants; after `seal`, tensors that share them.
 
     Before any byte is fetched, raises StoreFull, ManifestInvalid for two tensors of one name, and StoreConflict for
     tensors that torch cannot hold (6 bits an element). Only `tensors` needs torch.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._index = TensorIndex(manifest)
+    def __init__(self, manifest: Manifest, part: Part | None = None) -> None:
+        self._index = TensorIndex(manifest, part)
         _demand_representable(self._index.owners.values())
-        demand_room(manifest.size)
+        spans = [ranges(manifest, part, number) for number in range(len(manifest.files))]
+        demand_room(sum(end - start for of_file in spans for start, end in of_file))
         self.manifest = manifest
-        self._buffers = [buffer(file.size) for file in manifest.files]
-        self._files = [PlacedFile([Place(memory)]) for memory in self._buffers]
+        self.part = part
+        self._shared = [SharedFile([(start, range_buffer(start, end)) for start, end in of_file]) for of_file in spans]
+        self._files = list(self._shared)
         self._sealed = False
-        self._tensors: dict[str, torch.Tensor] | None = None
+        self._tensors: SharedTensors | None = None
 
     def seal(self, _: IsRight) -> None:
         """Makes `tensors` and `files` available."""
@@ -78,42 +95,98 @@ class MemoryStore(MemoryLanding):
         self._demand_sealed()
         return super().files()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor by name, writable, sharing the store's memory; tied names share a tensor object.
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """Every wanted tensor by name, writable, sharing the store's memory; tied names share a tensor object.
 
-        Each call returns the same objects. A tensor that is not aligned to its element size is copied, as torch
-        requires; the safetensors library writes no such files. A write to a tensor withdraws its chunks from serving.
-        Raises SettingsError without torch, StoreConflict for a dtype that this torch lacks.
+        A tensor is made when it is asked for: a model may have 100,000. Each call returns the same objects. A tensor
+        that is not aligned to its element size is copied, as torch requires; the safetensors library writes no such
+        files. A write to a tensor withdraws its chunks from serving. Raises SettingsError without torch, StoreConflict
+        for a dtype that this torch lacks.
         """
         self._demand_sealed()
-        self._tensors = self._tensors or self._make_tensors()
-        return dict(self._tensors)
+        self._tensors = self._tensors or SharedTensors(self._index, self._shared)
+        return self._tensors
 
     def close(self) -> None:
         """Releases the memory; lent tensors and files keep theirs."""
         super().close()
-        self._buffers, self._tensors = [], None
+        self._shared, self._tensors = [], None
 
     def _demand_sealed(self) -> None:
         if not self._sealed or self._files is None:
             raise LocalProtocolError("a memory store hands out its contents after seal() and before close()")
 
-    def _make_tensors(self) -> dict[str, torch.Tensor]:
-        made: dict[str, torch.Tensor] = {}
-        files = []
-        for memory, head, entries in zip(self._buffers, self._index.heads, self._index.by_file, strict=True):
-            places = [Place(memory[:head])]
-            for entry in entries:
-                view = memory[entry.offset : entry.offset + entry.size]
-                if self._index.owners.get(entry.name) is not entry:
-                    places.append(Place(view))
-                    continue
-                tensor = made[entry.name] = _sharing(view, entry)
-                # Watch an alias: `tensor.data = other` leaves the bytes here unchanged.
-                places.append(Place(view, _Watch(entry.name, tensor.detach()).check))
-            files.append(PlacedFile(places))
-        self._files = files
-        return made | {alias: made[name] for alias, name in self._index.aliases.items()}
+
+class SharedFile(PlacedFile):
+    """Buffers of a file, by the offset of each. The tensors that share them are watched."""
+
+    def __init__(self, buffers: Sequence[tuple[int, memoryview]]) -> None:
+        super().__init__((start, Place(memory)) for start, memory in buffers)
+        self._lent: dict[int, _Watch] = {}  # by the offset of the tensor
+        self._offsets: list[int] = []  # of tensors that may be lent, in order
+
+    def lends(self, offsets: Iterable[int]) -> None:
+        """The offsets of the tensors that `tensor` may be called with, in order."""
+        self._offsets = list(offsets)
+
+    def tensor(self, entry: Tensor) -> torch.Tensor:
+        """A new tensor on the memory of an entry."""
+        place = self.place(entry.offset)
+        memory = place[1].view if entry.size and place else memoryview(b"")
+        if not isinstance(memory, memoryview):
+            raise LocalProtocolError(f"{entry.name} lies in no host memory")
+        raw, tensor = _sharing(memory, entry.offset - (place[0] if place else 0), entry)
+        # `raw` shares the tensor's counter and keeps its memory: `tensor.data = other` leaves the bytes here unchanged.
+        if entry.size:
+            self._lent[entry.offset] = _Watch(entry.name, raw)
+        return tensor
+
+    def cut(self, offset: int, size: int) -> Iterator[Place]:
+        """As PlacedFile, checked by the watches of the tensors in the range."""
+        for place in super().cut(offset, size):
+            begin, end = offset, offset + place.view.nbytes
+            yield Place(place.view, partial(self._check, begin, end))
+            offset = end
+
+    def _check(self, begin: int, end: int) -> None:
+        if self._lent:
+            first = max(0, bisect_right(self._offsets, begin) - 1)
+            for start in itertools.islice(self._offsets, first, bisect_left(self._offsets, end)):
+                if watch := self._lent.get(start):
+                    watch.check()
+
+
+class SharedTensors(Mapping[str, "torch.Tensor"]):
+    """The tensors of a memory store by name, each made when it is first asked for. Thread-safe."""
+
+    def __init__(self, index: TensorIndex, files: Sequence[SharedFile]) -> None:
+        self._entries: dict[str, tuple[SharedFile, Tensor]] = {}
+        for file, entries in zip(files, index.by_file, strict=True):
+            owned = [entry for entry in entries if index.owners.get(entry.name) is entry]
+            file.lends(entry.offset for entry in owned if entry.size)
+            self._entries |= {entry.name: (file, entry) for entry in owned}
+        _demand_types({entry.dtype: entry for _, entry in self._entries.values()}.values())
+        self._names = index.shown({name: name for name in self._entries})  # name -> that of the stored tensor
+        self._made: dict[str, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._names[name]
+        if (tensor := self._made.get(stored)) is None:
+            with self._lock:
+                if (tensor := self._made.get(stored)) is None:
+                    file, entry = self._entries[stored]
+                    tensor = self._made[stored] = file.tensor(entry)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
 
 
 class IntoStore(MemoryLanding):
@@ -131,14 +204,16 @@ class IntoStore(MemoryLanding):
     a GPU and for overlapping tensors, and the errors of `MemoryStore`.
     """
 
-    def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> None:
-        index = TensorIndex(manifest)
+    def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], part: Part | None = None) -> None:
+        index = TensorIndex(manifest, part)
         _demand_representable(index.owners.values())
         given = _plain(tensors)
         holders = _match(index, given)
         _refuse_overlaps(given)
-        demand_room(manifest.size - sum(entry.size for entry in index.owners.values()))
+        total = manifest.size if part is None else part.size
+        demand_room(total - sum(entry.size for entry in index.owners.values()))
         self.manifest = manifest
+        self.part = part
         self.devices = _finish_work(given.values())  # else kernels enqueued before would overwrite fetched bytes
         self._watches: list[_Watch] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, landed)
@@ -149,14 +224,17 @@ class IntoStore(MemoryLanding):
             if alias in given:
                 self._settle(alias, given[alias], landed[name][0])
 
-        def place(entry: Tensor) -> Place:
-            owned = index.owners.get(entry.name) is entry
-            return landed[entry.name][1] if owned else Place(buffer(entry.size))
+        def places(number: int) -> Iterator[tuple[int, Place]]:
+            ends = ranges(manifest, part, number)
+            offset = 0
+            for entry in index.by_file[number]:
+                if index.owners.get(entry.name) is entry:
+                    yield from _between(ends, offset, entry.offset)
+                    yield entry.offset, landed[entry.name][1]
+                    offset = entry.offset + entry.size
+            yield from _between(ends, offset, manifest.files[number].size)
 
-        self._files = [
-            PlacedFile([Place(buffer(head)), *(place(entry) for entry in entries)])
-            for head, entries in zip(index.heads, index.by_file, strict=True)
-        ]
+        self._files = [PlacedFile(places(number)) for number in range(len(manifest.files))]
 
     def seal(self, _: IsRight) -> None:
         """Copies and compares tensors that were not filled in place.
@@ -208,10 +286,10 @@ class GpuStore(IntoStore):
     Raises StoreFull if the device lacks memory, and the errors of `IntoStore`.
     """
 
-    def __init__(self, manifest: Manifest, device: str) -> None:
+    def __init__(self, manifest: Manifest, device: str, part: Part | None = None) -> None:
         import torch
 
-        index, where = TensorIndex(manifest), torch.device(device)
+        index, where = TensorIndex(manifest, part), torch.device(device)
         _demand_representable(index.owners.values())
         need_bytes = sum(entry.size for entry in index.owners.values())
         cached_bytes = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
@@ -219,8 +297,8 @@ class GpuStore(IntoStore):
         if need_bytes > free_bytes:
             raise StoreFull(device, need_bytes=need_bytes, free_bytes=free_bytes)
         made = {name: _empty(*_torch_type(entry), where) for name, entry in index.owners.items()}
-        super().__init__(manifest, made)
-        self._made = made | {alias: made[name] for alias, name in index.aliases.items()}
+        super().__init__(manifest, made, part)
+        self._made = index.shown(made)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor by name; tied names share a tensor object. Call it after `seal`."""
@@ -256,7 +334,9 @@ class TensorSource(MemorySource):
         prefix = len(composed).to_bytes(LENGTH_BYTES, "little") + composed
         self._units = [len(prefix), *(size for *_, size in entries)]
         self.size = sum(self._units)
-        self._files = [PlacedFile([Place(memoryview(prefix)), *(_readable(name, tensor) for name, tensor in kept)])]
+        self._files = [
+            PlacedFile.whole([Place(memoryview(prefix)), *(_readable(name, tensor) for name, tensor in kept)])
+        ]
         self.devices = _finish_work(tensor for _, tensor in kept)  # of GPUs, by number
 
     def units(self) -> list[int]:
@@ -300,19 +380,32 @@ def _demand_representable(entries: Iterable[Tensor]) -> None:
             raise StoreConflict(entry.name, f"torch cannot hold {entry.dtype} {entry.shape}; fetch into a directory")
 
 
-def _sharing(view: memoryview, entry: Tensor) -> torch.Tensor:
-    """A tensor that shares this memory, or an aligned copy of it."""
-    try:
-        import torch
-    except ImportError as error:
-        raise SettingsError("torch", "is not installed; install it, or fetch into a directory") from error
+def _between(ends: Iterable[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, Place]]:
+    """Own memory for the bytes `[begin, end)` of a file that have a place."""
+    for start, stop in ends:
+        if max(start, begin) < min(stop, end):
+            yield max(start, begin), Place(range_buffer(max(start, begin), min(stop, end)))
+
+
+def _sharing(memory: memoryview, offset: int, entry: Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A tensor on this memory, or on an aligned copy of it, and the flat tensor that it is a view of."""
+    import torch
+
     shape, dtype = _torch_type(entry)
     if not entry.size:  # frombuffer refuses empty memory
-        return torch.empty(shape, dtype=dtype)
-    raw = torch.frombuffer(view, dtype=torch.uint8)
+        return (tensor := torch.empty(shape, dtype=dtype)), tensor
+    raw = torch.frombuffer(memory, dtype=torch.uint8, count=entry.size, offset=offset)
     if raw.data_ptr() % dtype.itemsize:
         raw = raw.clone()
-    return raw.view(dtype).reshape(shape)
+    return raw, raw.view(dtype).view(shape)
+
+
+def _demand_types(entries: Iterable[Tensor]) -> None:
+    """Raises SettingsError without torch, StoreConflict for a dtype that it lacks."""
+    if importlib.util.find_spec("torch") is None:
+        raise SettingsError("torch", "is not installed; install it, or fetch into a directory")
+    for entry in entries:
+        _torch_type(entry)
 
 
 def _torch_type(entry: Tensor) -> tuple[tuple[int, ...], torch.dtype]:

@@ -18,7 +18,7 @@ def cut(file: PlacedFile, offset: int, size: int) -> list[bytes]:
 
 
 def test_is_a_range_cut_at_the_places() -> None:
-    file = PlacedFile(Place(memoryview(part)) for part in (b"abc", b"", b"de", b"fghi"))
+    file = PlacedFile.whole(Place(memoryview(part)) for part in (b"abc", b"", b"de", b"fghi"))
     for begin in range(9):
         for end in range(begin, 10):
             assert b"".join(cut(file, begin, end - begin)) == b"abcdefghi"[begin:end]
@@ -34,7 +34,7 @@ def test_is_a_change_noticed_before_and_after_the_use() -> None:
             raise SourceChanged("w", "it was written to")
 
     source = MemorySource()
-    source._files = [PlacedFile([Place(memoryview(b"abc"), check)])]
+    source._files = [PlacedFile.whole([Place(memoryview(b"abc"), check)])]
     views = source._read(0, 0, 3)
     view = next(views)
     assert view.readonly
