@@ -226,7 +226,7 @@ class DirectoryStore:
 
     def demand_unchanged(self, is_right: IsRight) -> None:
         """As WatchedSource, of the sealed files; by their open files, since the user may move them."""
-        for number, file in enumerate(self._files):
+        for number, file in self._files.items():
             if file.stamp is None:
                 continue
             with self._open_files.lend(number) as fd:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Chunk
-from swarm.store import AnySpan, DeviceSource, Source, Span
+from swarm.store import AnySpan, DeviceSource, IsRight, Source, Span, WatchedSource
 
 
 class JoinedSource:
@@ -29,6 +29,20 @@ class JoinedSource:
         """See DeviceSource."""
         source = self._of(chunk)
         return source.device_spans(chunk) if isinstance(source, DeviceSource) else source.spans(chunk)
+
+    def read(self, chunk: Chunk) -> Iterator[memoryview]:
+        """See WatchedSource."""
+        source = self._of(chunk)
+        if isinstance(source, WatchedSource):
+            yield from source.read(chunk)
+        else:
+            yield from (span for span in source.spans(chunk) if isinstance(span, memoryview))
+
+    def demand_unchanged(self, is_right: IsRight) -> None:
+        """See WatchedSource."""
+        for source in (self._first, self._second):
+            if isinstance(source, WatchedSource):
+                source.demand_unchanged(is_right)
 
     def close(self) -> None:
         """Closes both."""
