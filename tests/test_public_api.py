@@ -32,6 +32,9 @@ FETCH = {
     "timeout_s": None,
     "settings": None,
     "revision": None,
+    "include": None,
+    "exclude": None,
+    "tensors": None,
 }
 
 EXIT_CODES = {
@@ -68,7 +71,7 @@ def test_how_is_fetch_called(function: object) -> None:
     assert callable(function)
     parameters = inspect.signature(function).parameters
     assert {name: parameter.default for name, parameter in parameters.items()} == FETCH
-    assert [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values()] == [False] + [True] * 7
+    assert [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values()] == [False] + [True] * (len(FETCH) - 1)
     assert inspect.iscoroutinefunction(function) == (function is swarm.fetch_async)
 
 
