@@ -143,8 +143,9 @@ class _HostBatch:
         return True  # `collect` does all the work
 
     def collect(self) -> list[Digests]:
-        for stream in self._streams.values():
-            stream.synchronize()
+        with cuda.beside_captures():
+            for stream in self._streams.values():
+                stream.synchronize()
         return [on_the_cpu(self._scheme, _host(views), blake3=self._blake3) for views in self._chunks]
 
 

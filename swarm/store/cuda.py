@@ -6,6 +6,7 @@ Copies and shared memory call the driver (libcuda, whose functions are stable): 
     address -> export -> handle, offset     another process: open(handle) + offset -> the same bytes
 
 The current stream of a thread is torch's, except inside `moving`: transports have streams of their own.
+The package's threads work beside captures of CUDA graphs in other threads (`beside_captures`).
 The import has no effect: the first `Gpu` imports torch and loads the driver.
 Must not know: chunks, tensors, transports.
 """
@@ -17,7 +18,7 @@ import ctypes
 import functools
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -27,6 +28,7 @@ from swarm.errors import StoreError
 HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE
 _LAZY_ENABLE_PEER_ACCESS = 1
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 FIRST = -1  # stream priority; the default is 0
 
@@ -38,10 +40,27 @@ class CudaError(StoreError):
 
 
 @contextlib.contextmanager
-def torch_errors(subject: str) -> Iterator[None]:
-    """Raises CudaError for a RuntimeError of torch: out of memory, or a failed kernel."""
+def beside_captures() -> Iterator[None]:
+    """Lets this thread allocate, query and close while another thread captures a CUDA graph.
+
+    Otherwise such a call fails, and spoils the capture: torch captures in the mode that covers all threads. An engine
+    captures graphs while its node closes the memory of a source that left.
+    """
+    exchange = _exchange_mode()
+    mode = ctypes.c_int(_RELAXED)
+    exchange(ctypes.byref(mode))
     try:
         yield
+    finally:
+        exchange(ctypes.byref(mode))
+
+
+@contextlib.contextmanager
+def torch_errors(subject: str) -> Iterator[None]:
+    """Raises CudaError for a RuntimeError of torch: out of memory, or a failed kernel. The block is beside captures."""
+    try:
+        with beside_captures():
+            yield
     except RuntimeError as error:
         raise CudaError(f"{subject}: {error}") from error
 
@@ -107,7 +126,8 @@ class Pinned:
     def __init__(self, size: int) -> None:
         import torch
 
-        self._tensor = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        with beside_captures():
+            self._tensor = torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         self.view = self._tensor.numpy().data
         self.address = self._tensor.data_ptr()
 
@@ -205,14 +225,17 @@ class Gpu:
         self._check("cuCtxSetCurrent", self._prompt.cuCtxSetCurrent(self._context))
 
     def _call(self, name: str, *arguments: object, prompt: bool = False) -> None:
-        """Calls a driver function in the device's context. Raises CudaError.
+        """Calls a driver function in the device's context, beside captures. Raises CudaError.
 
         `prompt` keeps the GIL: to release it costs more than a call of a few microseconds.
         """
+        mode = ctypes.c_int(_RELAXED)
         self._check("cuCtxPushCurrent_v2", self._prompt.cuCtxPushCurrent_v2(self._context))
+        self._prompt.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
         try:
             self._check(name, getattr(self._prompt if prompt else self._driver, name)(*arguments))
         finally:
+            self._prompt.cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
             self._check("cuCtxPopCurrent_v2", self._prompt.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())))
 
     def _check(self, name: str, status: int) -> None:
@@ -235,7 +258,8 @@ def copy_view(target: Any, source: Any) -> None:
     stream = device.current()
     kept = [_address(view) for view in (target, source)]
     device.copy(kept[0][0], kept[1][0], target.nbytes, stream=stream.cuda_stream)
-    stream.synchronize()
+    with beside_captures():
+        stream.synchronize()
 
 
 def _address(view: Any) -> tuple[int, object]:
@@ -268,7 +292,8 @@ def moving(streams: dict[int, CudaStream], mover: Mover | None = None, *, priori
     """
     _mover.streams, _mover.mover, _mover.priority = streams, mover, priority
     try:
-        yield
+        with beside_captures():
+            yield
     finally:
         _mover.streams = _mover.mover = None
 
@@ -291,6 +316,15 @@ def _driver(kind: type[ctypes.CDLL]) -> ctypes.CDLL:
         return kind("libcuda.so.1")
     except OSError as error:
         raise CudaError(f"the NVIDIA driver cannot be loaded: {error}") from error
+
+
+@functools.cache
+def _exchange_mode() -> Callable[..., object]:
+    """The driver's function that swaps this thread's capture mode; one that does nothing where there is no driver."""
+    try:
+        return cast("Callable[..., object]", _driver(ctypes.PyDLL).cuThreadExchangeStreamCaptureMode)
+    except CudaError:
+        return lambda mode: None
 
 
 def new_stream(device: int, *, priority: int = 0) -> CudaStream:

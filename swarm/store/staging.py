@@ -29,10 +29,12 @@ class _Buffer:
 
     def copy(self, target: int, source: int, size: int) -> None:
         self._gpu.copy(target, source, size, stream=self._gpu.side.cuda_stream)
-        self._done.record(self._gpu.side)
+        with cuda.beside_captures():
+            self._done.record(self._gpu.side)
 
     def wait(self) -> None:
-        self._done.synchronize()
+        with cuda.beside_captures():
+            self._done.synchronize()
 
     def lend(self, size: int) -> memoryview:
         self.wait()

@@ -253,15 +253,17 @@ class _DeviceBatches:
     def _await_movers(self) -> None:
         """Waits until the views are filled. Raises TransportError when a copy waits for a peer for too long."""
         deadline = time.monotonic() + FILLED_TIMEOUT_S
-        for stream in self._movers:
-            while not stream.query():
-                if time.monotonic() > deadline:
-                    raise TransportError(f"a chunk was not filled within {FILLED_TIMEOUT_S:g} s")
-                time.sleep(LOOK_EVERY_S)
+        with cuda.beside_captures():
+            for stream in self._movers:
+                while not stream.query():
+                    if time.monotonic() > deadline:
+                        raise TransportError(f"a chunk was not filled within {FILLED_TIMEOUT_S:g} s")
+                    time.sleep(LOOK_EVERY_S)
 
     def _drain(self) -> None:
-        for stream in self._movers:
-            stream.synchronize()
+        with cuda.beside_captures():
+            for stream in self._movers:
+                stream.synchronize()
 
 
 def is_right(source: Store | WatchedSource, chunk: Chunk, *, blake3: bool = False) -> bool:

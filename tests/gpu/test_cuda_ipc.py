@@ -55,6 +55,38 @@ def test_a_source_dies_half_way(start: StartSource, tmp_path: Path, opened: list
     assert opened
 
 
+def test_a_source_dies_while_the_newcomer_captures_a_graph(
+    start: StartSource, tmp_path: Path, opened: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing its memory in another thread must not spoil the capture."""
+    source, closed = start(), threading.Semaphore(0)
+    errors: list[Exception] = []
+    real = cuda.Gpu.close
+
+    def close(gpu: cuda.Gpu, address: int) -> None:
+        try:
+            real(gpu, address)
+        except cuda.CudaError as error:
+            errors.append(error)
+        finally:
+            closed.release()
+
+    monkeypatch.setattr(cuda.Gpu, "close", close)
+    with swarm.fetch(MODEL, device="cuda", settings=joining(tmp_path, source), timeout_s=60) as weights:
+        assert is_right(weights)
+        x, graph = torch.ones(16, device="cuda"), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = x * 2
+            source.kill()
+            for _ in set(opened):
+                assert closed.acquire(timeout=30)
+            z = y + 1
+        graph.replay()
+        torch.cuda.synchronize()
+    assert not errors
+    assert z.tolist() == [3.0] * 16
+
+
 def test_a_corrupted_source_is_banned(start: StartSource, tmp_path: Path) -> None:
     settings = joining(tmp_path, start("corrupt"), start(upload_limit="300MB/s"))
     with swarm.fetch(MODEL, device="cuda", settings=settings, timeout_s=60) as weights:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from typing import Any
 
 import pytest
 
@@ -46,11 +48,30 @@ def test_is_the_context_current_during_a_call_and_restored_after_a_failure() -> 
     driver = gpu._driver = gpu._prompt = Driver()  # type: ignore[assignment]
     gpu.index, gpu._context = 3, ctypes.c_void_p()
     gpu.close(4096)
-    assert driver.called == ["cuCtxPushCurrent_v2", "cuIpcCloseMemHandle", "cuCtxPopCurrent_v2"]
+    around = "cuThreadExchangeStreamCaptureMode"
+    assert driver.called == ["cuCtxPushCurrent_v2", around, "cuIpcCloseMemHandle", around, "cuCtxPopCurrent_v2"]
     driver.fails["cuMemcpyAsync"] = 700
     with pytest.raises(cuda.CudaError, match=r"GPU 3: cuMemcpyAsync says error \(700\)"):
         gpu.copy(0, 0, 8, stream=0)
-    assert driver.called[-1] == "cuCtxPopCurrent_v2"
+    assert driver.called[-2:] == [around, "cuCtxPopCurrent_v2"]
+
+
+def test_is_a_thread_beside_captures_in_a_block_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    mode = 0  # of the thread: captures of other threads count
+
+    def exchange(address: Any) -> None:
+        nonlocal mode
+        address._obj.value, mode = mode, address._obj.value
+
+    monkeypatch.setattr(cuda, "_exchange_mode", lambda: exchange)
+    for block in (cuda.beside_captures, lambda: cuda.torch_errors("a test"), lambda: cuda.moving({})):
+        with contextlib.suppress(cuda.CudaError), block():
+            assert mode == 2
+            with cuda.beside_captures():
+                assert mode == 2
+            assert mode == 2
+            raise cuda.CudaError("a test")
+        assert mode == 0
 
 
 def test_is_a_device_view_cut_like_a_memoryview() -> None:
