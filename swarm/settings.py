@@ -102,9 +102,10 @@ class Settings:
     leaf_bytes: int | None = _setting(
         None, "bytes hashed per leaf when serving; unset: 512 KiB, 16 KiB for GPU tensors", flag=False
     )
-    compile_caches: bool = _setting(
-        False,
-        "engines fetch compile caches (executable code) from machines in `trusted`, and serve their own",
+    compile_caches: bool | None = _setting(
+        None,
+        "engines exchange compile caches (executable code) with the members of their cluster, or with the machines in "
+        "`trusted` alone; unset: only where a cluster key protects the node",
         flag=False,
     )
     chunk_hash: str = _setting(

@@ -3,18 +3,21 @@
     before_compiling(fields, settings)   fetches, verifies and installs a cache; a failure is only logged
     after_warm_up(fields, settings)      serves a copy of the caches until it is closed; a failure is only logged
 
-`install` and `offer` do the same and raise. A cache is code, pickles and shared libraries that a compiler loads
-without a check. Therefore:
+`install` and `offer` do the same and raise; `fetch` is the coroutine. A cache is code, pickles and shared libraries
+that a compiler loads without a check. Therefore:
 
-- Caches are off unless `compile_caches` is set, and `trusted` must name the machines that may introduce them. A digest
-  counts only if such a machine announces it over its own link.
+- With a cluster key, the members of the cluster may introduce caches; where `trusted` names machines, those alone.
+  Without a key, caches are off unless `compile_caches` is set and `trusted` names machines. A digest counts only if
+  such a machine announces it over its own link.
 - The manifest of the introduction carries the sha256 of all files. Files with another sha256 are not installed: chunks
   come from any member, and xxh3 digests do not detect tampering.
 - The key is a fingerprint of versions, processor, GPU and driver.
-- Paths stay within the known caches, links are not followed, and no file is overwritten. Files appear complete.
+- Paths, links and existing files are `cache_files`' business.
 
 Two machines compile the same input into different bytes. So, unlike a model, a key may have several contents; the
 content that most members hold is fetched.
+
+A key holds no path of a model: a cache fits wherever the model lies.
 
 Must not know: engines, tensors.
 """
@@ -24,7 +27,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import getpass
-import hashlib
 import importlib.metadata
 import logging
 import os
@@ -33,7 +35,7 @@ import secrets
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,24 +44,26 @@ import msgspec
 from swarm.api import Served, serve_source
 from swarm.checkpoint import manifest_builder
 from swarm.content.manifest import Digest, Manifest, ModelId
-from swarm.engines import cache_gc
+from swarm.engines import cache_files, cache_gc
 from swarm.engines.layout import Fingerprint, short_digest
 from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, SwarmError
 from swarm.node import local_nodes
 from swarm.node.node import Node
 from swarm.node.resolve import introduced, networks, resolve
+from swarm.observe.units import size_text
 from swarm.runtime import runtime
 from swarm.settings import Settings
-from swarm.store.directory import DirectorySource, DirectoryStore
-from swarm.store.disk import ConfinedDirectory, store_errors
+from swarm.store.directory import DirectoryStore
+from swarm.store.disk import store_errors
 
 CONTENT = "sha256"  # the field that binds a manifest to the bytes of its files
 CACHE_BYTES_MAX = 16 << 30  # far above real caches; keeps a member from filling the disk
+EVERY_MACHINE = ("0.0.0.0/0", "::/0")
+FIND_S = 2.0  # for a node to hear of caches; compiling takes tens of seconds, and mostly there are none
 PACKAGES = ("torch", "triton", "flashinfer-python", "vllm", "sglang")  # their versions decide the compiled output
-PASSING = (".lock", ".tmp", ".pid")  # suffixes of files that only the writing process can use
-PASSING_DIRECTORIES = {"locks"}
+MODELINFOS = "modelinfos"  # vLLM's descriptions of model classes, which take 20 s to make
 STAGING, OWN = "compiled", "compiled-own"  # below the cache directory: fetched files by digest, and served copies
-SETTLE_S = 0.5  # wait for more holders after the first
+SETTLE_S = 0.3  # wait for more holders after the first
 POLL_S = 0.05
 
 log = logging.getLogger("swarm")
@@ -78,20 +82,40 @@ class InstalledCache:
     sources: Mapping[str, int]
     served: Served
 
+    def __str__(self) -> str:
+        names = ", ".join(self.sources)
+        return f"{self.new} files ({size_text(self.bytes)}) from {names}, {self.kept} were here"
+
 
 def directories(environment: Mapping[str, str] | None = None) -> dict[str, Path]:
-    """The cache directory of each known compiler by name, as that compiler finds it."""
+    """The cache directory of each known compiler by name, as that compiler finds it; none is inside another."""
     env = os.environ if environment is None else environment
     home = Path(env.get("HOME") or Path.home())
-    cache = Path(env.get("XDG_CACHE_HOME") or home / ".cache")
     inductor = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
     triton = Path(env.get("TRITON_HOME") or home) / ".triton" / "cache"
-    return {
+    vllm = vllm_root(env)
+    found = {
+        "vllm": vllm / "torch_compile_cache",
+        "vllm-modelinfos": vllm / MODELINFOS,
+        "vllm-deep_gemm": Path(env.get("DG_JIT_CACHE_DIR") or vllm / "deep_gemm"),
+        "vllm-flashinfer": Path(env.get("VLLM_FLASHINFER_AUTOTUNE_CACHE_DIR") or vllm / "flashinfer_autotune_cache"),
         "inductor": Path(env.get("TORCHINDUCTOR_CACHE_DIR") or inductor),
         "triton": Path(env.get("TRITON_CACHE_DIR") or triton),
         "flashinfer": Path(env.get("FLASHINFER_WORKSPACE_BASE") or home) / ".cache" / "flashinfer",
-        "vllm": Path(env.get("VLLM_CACHE_ROOT") or cache / "vllm") / "torch_compile_cache",
     }
+    # vLLM points inductor to a directory inside its own.
+    return {
+        name: path
+        for name, path in found.items()
+        if not any(path != other and path.is_relative_to(other) for other in found.values())
+    }
+
+
+def vllm_root(environment: Mapping[str, str]) -> Path:
+    """The directory of all caches of vLLM."""
+    home = Path(environment.get("HOME") or Path.home())
+    cache = Path(environment.get("XDG_CACHE_HOME") or home / ".cache")
+    return Path(environment.get("VLLM_CACHE_ROOT") or cache / "vllm").expanduser()
 
 
 def machine() -> dict[str, str]:
@@ -125,80 +149,100 @@ def artifact_id(wanted: Fingerprint) -> ModelId:
     return ModelId(f"#cache-{wanted.digest}")
 
 
-def offer(fields: Mapping[str, str], settings: Settings, *, places: Mapping[str, Path] | None = None) -> Served | None:
-    """Serves a copy of the caches as they are now; None if they are empty.
+def refusal(settings: Settings) -> str:
+    """Why these settings allow no exchange of caches; '' if they do."""
+    if settings.compile_caches is False:
+        return "is off"
+    if settings.key_file is not None or (settings.compile_caches and settings.trusted):
+        return ""
+    if settings.compile_caches:
+        return (
+            "needs a cluster key, whose members are trusted, or `trusted`, which names the machines that may introduce "
+            "caches: they are code that runs here"
+        )
+    return "is off without a cluster key: caches are code that runs here"
 
-    Raises SettingsError unless `compile_caches` and `trusted` are set, StoreError, ManifestInvalid.
+
+def offer(wanted: Fingerprint, settings: Settings, *, places: Mapping[str, Path] | None = None) -> Served | None:
+    """Serves a copy of the caches with this key as they are now; None if they are empty.
+
+    Raises SettingsError where the settings do not allow it, StoreError, ManifestInvalid.
     """
     _demand_allowed(settings)
-    wanted = key(fields)
     own = settings.cache / OWN
-    _remove_abandoned(own)
+    cache_files.remove_abandoned(own)
     copy = own / f"{local_nodes.process()}-{secrets.token_hex(4)}"
     try:
         with store_errors(copy):
-            found = _copy(copy / "files", directories() if places is None else places)
+            found = cache_files.copy(copy / "files", directories() if places is None else places)
         if not found:
             return None
         source = manifest_builder.files(copy / "files", cache_dir=copy)
         source.close()
-        text = Fingerprint({**wanted.fields, CONTENT: _content(copy / "files", source.manifest)}).text
+        text = Fingerprint({**wanted.fields, CONTENT: cache_files.content(copy / "files", source.manifest)}).text
         manifest = msgspec.structs.replace(source.manifest, tier="cache", fingerprint=text)
-        return serve_source(artifact_id(wanted), _CopySource(copy, manifest), None, settings=settings)
+        return serve_source(artifact_id(wanted), cache_files.CopySource(copy, manifest), None, settings=settings)
     except BaseException:
         shutil.rmtree(copy, ignore_errors=True)
         raise
 
 
 def install(
-    fields: Mapping[str, str],
+    wanted: Fingerprint,
     settings: Settings,
     *,
     places: Mapping[str, Path] | None = None,
-    timeout_s: float | None = None,
+    find_timeout_s: float | None = None,
 ) -> InstalledCache:
-    """Fetches a cache of this key and adds its files to the caches of this machine.
-
-    Raises SettingsError unless `compile_caches` and `trusted` are set, ManifestNotFound if no trusted machine announces
-    it within `find_timeout_s`, ManifestInvalid if the manifest is no such cache or the files do not match it, and the
-    errors of `swarm.fetch` into a directory.
-    """
-    _demand_allowed(settings)
-    return runtime().run(_install(key(fields), settings, directories() if places is None else places, timeout_s))
+    """Fetches a cache of this key and adds its files to the caches of this machine. Raises as `fetch` does."""
+    return runtime().run(fetch(wanted, settings, places=places, find_timeout_s=find_timeout_s))
 
 
 def before_compiling(fields: Mapping[str, str], settings: Settings) -> InstalledCache | None:
-    """`install` for engines: None if caches are off or on an error, which is logged."""
-    if not settings.compile_caches:
+    """`install` that waits at most FIND_S for a holder: None if caches are off or on an error, which is logged."""
+    if not _asked_for(settings):
         return None
     try:
-        installed = install(fields, settings)
+        installed = install(key(fields), settings, find_timeout_s=FIND_S)
     except (SwarmError, OSError) as error:
         log.info("compile cache: compiling here (%s)", error)
         return None
-    sources = ", ".join(installed.sources)
-    log.info("compile cache: %d files from %s, %d were here", installed.new, sources, installed.kept)
+    log.info("compile cache: %s", installed)
     return installed
 
 
 def after_warm_up(fields: Mapping[str, str], settings: Settings) -> Served | None:
-    """`offer` for engines: None if caches are off or on an error, which is logged."""
-    if not settings.compile_caches:
+    """`offer`: None if caches are off or on an error, which is logged."""
+    if not _asked_for(settings):
         return None
     try:
-        return offer(fields, settings)
+        return offer(key(fields), settings)
     except (SwarmError, OSError) as error:
         log.info("compile cache: not served (%s)", error)
         return None
 
 
-async def _install(
-    wanted: Fingerprint, settings: Settings, places: Mapping[str, Path], timeout_s: float | None
+async def fetch(
+    wanted: Fingerprint,
+    settings: Settings,
+    *,
+    places: Mapping[str, Path] | None = None,
+    find_timeout_s: float | None = None,
+    found: Callable[[], object] = bool,
 ) -> InstalledCache:
+    """Fetches a cache of this key and adds its files to the caches of this machine; calls `found` at the first holder.
+
+    Raises SettingsError where the settings do not allow it, ManifestNotFound if no machine that may introduce it
+    announces it within `find_timeout_s`, by default that of the settings, ManifestInvalid if the manifest is no such
+    cache or the files do not match it, and the errors of `swarm.fetch` into a directory.
+    """
+    _demand_allowed(settings)
+    find_s = settings.find_timeout_s if find_timeout_s is None else find_timeout_s
+    places = directories() if places is None else places
     async with contextlib.AsyncExitStack() as undo:
         node = await runtime().acquire(settings)
         undo.push_async_callback(runtime().release, settings)
-        digest = await _choose(node, artifact_id(wanted), settings)
+        digest = await _choose(node, artifact_id(wanted), settings.trusted, find_s, found)
         manifest, _ = await resolve(node, artifact_id(wanted), digest=digest, find_timeout_s=settings.find_timeout_s)
         content = _check(manifest, wanted)
         path = settings.cache / STAGING / digest[:32]
@@ -207,32 +251,35 @@ async def _install(
         await asyncio.to_thread(lambda: cache_gc.prune(settings.cache, limit_bytes, need_bytes=manifest.size))
         # No fsync: a file torn by a power cut has another sha256.
         store = await asyncio.to_thread(lambda: DirectoryStore(path, manifest, fsync=False))
-        fetched = await node.fetch(artifact_id(wanted), store, timeout_s=timeout_s)
+        fetched = await node.fetch(artifact_id(wanted), store, timeout_s=settings.timeout_s)
         undo.callback(node.release, digest)
-        if await asyncio.to_thread(_content, path, manifest) != content:
+        if await asyncio.to_thread(cache_files.content, path, manifest) != content:
             shutil.rmtree(path, ignore_errors=True)
             why = "the files are not those that were introduced: a member or a disk altered them; nothing is installed"
             raise ManifestInvalid(artifact_id(wanted), why)
-        new, kept = await asyncio.to_thread(_merge, path, manifest, places)
+        new, kept = await asyncio.to_thread(cache_files.merge, path, manifest, places)
         undo.pop_all()
     served = Served(artifact_id(wanted), digest, node.address, settings)
     return InstalledCache(new, kept, fetched.bytes, fetched.sources, served)
 
 
-async def _choose(node: Node, wanted_id: ModelId, settings: Settings) -> Digest:
-    """The digest that most nodes hold, of those that a trusted machine announces. Raises ManifestNotFound."""
-    deadline = node.now() + settings.find_timeout_s
+async def _choose(
+    node: Node, wanted_id: ModelId, trusted_names: tuple[str, ...], find_s: float, found: Callable[[], object]
+) -> Digest:
+    """The digest that most nodes hold, of those that a linked machine announces which may. Raises ManifestNotFound."""
+    deadline = node.now() + find_s
     first: float | None = None
-    trusted = networks(settings.trusted)
+    trusted = networks(trusted_names or EVERY_MACHINE)
     with node.seeking(None):
         while True:
             holders = introduced(node.holders(wanted_id), trusted)
             if holders:
+                found()
                 first = node.now() if first is None else first
                 if node.now() - first >= SETTLE_S:
                     return min(holders, key=lambda digest: (-len(holders[digest]), digest))
             elif node.now() >= deadline:
-                raise ManifestNotFound(wanted_id, tried=node.tried(), waited_s=settings.find_timeout_s)
+                raise ManifestNotFound(wanted_id, tried=node.tried(), waited_s=find_s)
             await node.changed(POLL_S)
 
 
@@ -249,99 +296,13 @@ def _check(manifest: Manifest, wanted: Fingerprint) -> str:
     return content
 
 
-class _CopySource(DirectorySource):
-    """A copy of the caches, which change while they are used; removed when it is not served any more."""
-
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        super().__init__(root, manifest, paths=[root / "files" / entry.path for entry in manifest.files])
-
-    def close(self) -> None:
-        """Also removes the copy."""
-        super().close()
-        shutil.rmtree(self.root, ignore_errors=True)
-
-
-def _remove_abandoned(own: Path) -> None:
-    """Removes the copies of processes that were killed."""
-    for left in own.glob("*-*"):
-        if local_nodes.dead(left.name.partition("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _copy(target: Path, places: Mapping[str, Path]) -> int:
-    """Copies the files of each cache to `target/NAME/`; returns their number."""
-    copied = 0
-    for name, place in places.items():
-        for path in _servable(place):
-            goal = target / name / path.relative_to(place)
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # a compiler may remove files at any time
-                shutil.copyfile(path, goal)
-                copied += 1
-    return copied
-
-
-def _servable(place: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(place):
-        folders[:] = sorted(folder for folder in folders if folder not in PASSING_DIRECTORIES and folder[0] != ".")
-        for file in sorted(files):
-            path = Path(parent, file)
-            if not file.endswith(PASSING) and file[0] != "." and path.is_file() and not path.is_symlink():
-                yield path
-
-
-def _content(root: Path, manifest: Manifest) -> str:
-    """The sha256 over the paths and contents of a manifest's files below `root`."""
-    whole = hashlib.sha256()
-    with store_errors(root):
-        for entry in manifest.files:
-            with (root / entry.path).open("rb") as file:
-                contents = hashlib.file_digest(file, "sha256").digest()
-            whole.update(hashlib.sha256(entry.path.encode()).digest() + contents)
-    return whole.hexdigest()
-
-
-def _merge(staged: Path, manifest: Manifest, places: Mapping[str, Path]) -> tuple[int, int]:
-    """Adds staged files to the caches of this machine; returns the numbers of new and existing files."""
-    new, kept = 0, 0
-    for name, place in places.items():
-        paths = [entry.path for entry in manifest.files if entry.path.startswith(f"{name}/")]
-        if not paths:
-            continue
-        with store_errors(place):
-            place.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(ConfinedDirectory.open(place)) as target:
-                incoming = f".swarm-{secrets.token_hex(8)}"
-                target.make(incoming)
-                try:
-                    with contextlib.closing(target.enter(incoming)) as here:
-                        for path in paths:
-                            new += _put(staged / path, path.removeprefix(f"{name}/"), here, target)
-                finally:
-                    target.remove_tree(incoming)
-        kept += len(paths)
-    return new, kept - new
-
-
-def _put(staged: Path, path: str, incoming: ConfinedDirectory, target: ConfinedDirectory) -> bool:
-    """Whether the file is new there."""
-    with staged.open("rb") as source:
-        fd = incoming.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, make_parents=True)
-        with os.fdopen(fd, "wb") as copy:
-            shutil.copyfileobj(source, copy)
-    try:
-        incoming.move(path, target)  # never overwrites, and follows no links
-    except FileExistsError:
-        return False
-    return True
-
-
 def _demand_allowed(settings: Settings) -> None:
-    if not settings.compile_caches:
-        raise SettingsError("compile_caches", "is off; a compile cache is code, so switch it on for machines you trust")
-    if not settings.trusted:
-        why = "names no machine, and compile caches are code that runs here; name the machines that may introduce it"
-        raise SettingsError("trusted", why)
+    if why := refusal(settings):
+        raise SettingsError("compile_caches", why)
+
+
+def _asked_for(settings: Settings) -> bool:
+    return bool(settings.compile_caches) or not refusal(settings)
 
 
 def _cpu_flags() -> str:

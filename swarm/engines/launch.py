@@ -21,7 +21,7 @@ from pathlib import Path
 
 from swarm.api import fetch
 from swarm.checkpoint import hf_cache
-from swarm.engines import cache_gc, metadata
+from swarm.engines import cache_gc, metadata, vllm_modelinfos
 from swarm.engines.layout import metadata_id
 from swarm.errors import ManifestNotFound, SettingsError
 from swarm.settings import Settings
@@ -55,7 +55,7 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
         log.info("%s: is on this machine, at %s", name, here)
         return LaunchCommand(_with_format(command), environment)
     try:
-        directory = _fetch_metadata(name, settings, revision)
+        directory = _fetch_metadata(name, settings, revision, for_vllm=_takes_vllm_flags(command))
     except ManifestNotFound as error:
         from_hub = here is None and hf_cache.is_model_id(word) and not Path(word).exists()
         if not from_hub and not (here is not None and (here / "config.json").is_file()):
@@ -70,14 +70,16 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     return LaunchCommand(_with_format(changed), environment)
 
 
-def _fetch_metadata(model_id: str, settings: Settings, revision: str | None) -> Path:
-    """The laid-out model directory."""
+def _fetch_metadata(model_id: str, settings: Settings, revision: str | None, *, for_vllm: bool) -> Path:
+    """The laid-out model directory; for vLLM also the descriptions of its classes."""
     settings.cache.mkdir(parents=True, exist_ok=True)
     incoming = Path(tempfile.mkdtemp(dir=settings.cache, prefix=".metadata-"))
     try:
         unsynced = dataclasses.replace(settings, fsync=False)
         with fetch(metadata_id(model_id), out=incoming, settings=unsynced, revision=revision):
             adopted = metadata.adopt(settings.cache, incoming)
+            if for_vllm:
+                vllm_modelinfos.install(adopted, unsynced)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
     directory = metadata.lay_out(settings.cache, model_id, adopted)

@@ -26,6 +26,7 @@ from sglang.srt.model_loader.loader import DefaultModelLoader
 from sglang.srt.runtime_context import get_parallel, get_server_args
 from torch import nn
 
+from swarm.engines.cache_start import CacheStart
 from swarm.engines.layout import short_digest
 from swarm.engines.load import RankLoader
 from swarm.engines.rank import LoadOptions, Rank
@@ -87,6 +88,7 @@ class SglangLoader(DefaultModelLoader):
         self._options = options
         self._model_config: Any = None
         self._begun: RankLoader | None = None
+        self._cache: CacheStart | None = None  # on the first rank of a host
 
     def load_model(self, *, model_config: Any, device_config: Any) -> nn.Module:
         """Initialises the model as SGLang does, which then calls `load_weights_and_postprocess`.
@@ -96,7 +98,13 @@ class SglangLoader(DefaultModelLoader):
         self._model_config, self._begun = model_config, self._rank_loader(model_config)
         self._begun.begin()
         prepare_gpu()
-        return super().load_model(model_config=model_config, device_config=device_config)
+        if self._begun.node.rank.first_of_host:
+            self._cache = CacheStart(self._begun.fields, self._begun.settings)
+            self._cache.begin()
+        model = super().load_model(model_config=model_config, device_config=device_config)
+        if self._cache is not None:  # the scheduler compiles next
+            self._cache.join()
+        return model
 
     def load_weights_and_postprocess(self, model: nn.Module, weights: Iterable[Any], target_device: Any) -> None:
         """Loads by the first tier that works, processes, and keeps the tensors to serve.
@@ -121,7 +129,8 @@ class SglangLoader(DefaultModelLoader):
         )
         self.postprocess_weights(model, target_device)
         keep_loaded(loader, snapshot, model)
-        models.entries.append(LoadedModel(loader, model, lost="SGLang names no weight version"))
+        then = None if self._cache is None else self._cache.serve
+        models.entries.append(LoadedModel(loader, model, lost="SGLang names no weight version", then=then))
 
     def _rank_loader(self, config: Any) -> RankLoader:
         rank = Rank.of(

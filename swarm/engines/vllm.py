@@ -11,6 +11,7 @@ it serves the weights as the version that the engine core names. Must not know: 
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable, Collection
@@ -18,6 +19,7 @@ from typing import Any
 
 from swarm.engines.hooks import EngineHooks
 
+COMPILES = "determine_available_memory"  # the first step that runs the model
 WARM_UP = "compile_or_warm_up_model"
 # Methods that change the memory of weights or of tensors tied to them, or move weights.
 CHANGES = (
@@ -41,12 +43,14 @@ def register() -> None:
     """Adds `--load-format swarm` to this process's vLLM. Never raises: a missing feature is logged."""
     if not _hooks.install("--load-format swarm", _add_format):
         return
-    from swarm.engines.vllm_loader import models
+    from swarm.engines import vllm_loader
 
+    models = vllm_loader.models
     if not _hooks.install("serving what it loaded", _wrapper):
         return
 
     _hooks.install("an early start of its node", _start_early)
+    _hooks.install("compile caches that fit wherever the model lies", _hash_without_paths)
 
     def hook(feature: str, method: str, **calls: Callable[..., None]) -> bool:
         return _hooks.install(f"{feature} ({method})", lambda: _patch(_wrapper(), method, **calls))
@@ -64,6 +68,7 @@ def register() -> None:
         "sleep": functools.partial(_ignore_arguments, models.pause, "sleep"),
         "discard": discard,
     }
+    hook("fetched compile caches", COMPILES, before=lambda *_, **__: vllm_loader.join_caches())
     unhooked = [
         method for method, call in before.items() if not hook("serving its loaded tensors", method, before=call)
     ]
@@ -129,6 +134,28 @@ def _start_early() -> None:
         return result
 
     wrapper.init_device = init_device
+
+
+def _hash_without_paths() -> None:
+    """Leaves the model's place out of the hash that names compiled code, for models that are loaded by swarm.
+
+    The hash covers the model's config. `swarm run` and `vllm serve DIRECTORY` have the model at different places.
+    """
+    from vllm.config import VllmConfig
+
+    known = VllmConfig.compute_hash
+
+    @functools.wraps(known)
+    def compute_hash(self: Any) -> Any:
+        if self.load_config.load_format != "swarm" or self.model_config is None:
+            return known(self)
+        elsewhere, model = copy.copy(self), copy.copy(self.model_config)
+        model.model = model.model_weights = ""
+        model.revision = None
+        elsewhere.model_config = model
+        return known(elsewhere)
+
+    VllmConfig.compute_hash = compute_hash
 
 
 def _add_versions() -> None:

@@ -29,7 +29,9 @@ from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_w
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from swarm.engines import compile_caches, metadata
+from swarm.engines import metadata, vllm_modelinfos
+from swarm.engines.cache_start import CacheStart
+from swarm.engines.compile_caches import refusal
 from swarm.engines.layout import short_digest
 from swarm.engines.load import RankLoader
 from swarm.engines.rank import LoadOptions, Rank
@@ -50,6 +52,7 @@ HEADER_QUANTISATIONS = ("awq", "gptq")  # vLLM may detect these by the files' he
 log = logging.getLogger("swarm")
 models = LoadedModels("vLLM")
 _begun: list[RankLoader] = []  # by `begin`, until its engine loads
+_caches: list[CacheStart] = []  # of this process's engine, on the first rank of a host
 
 
 class VllmLoader(BaseModelLoader):
@@ -59,7 +62,6 @@ class VllmLoader(BaseModelLoader):
         super().__init__(load_config)
         self._snapshot: Snapshot | None = None
         self._loader: RankLoader | None = None
-        self._compiles: dict[str, str] = {}  # fields of the compile cache's key, on the first rank of a host
 
     def download_model(self, model_config: ModelConfig) -> None:
         """By vLLM's own loader."""
@@ -76,10 +78,9 @@ class VllmLoader(BaseModelLoader):
             log.info("%s: vLLM's own loader loads draft models", model_config.model)
             self._own().load_weights(model, model_config)
             return
+        if not _begun:
+            begin(config)
         self._loader = _rank_loader(config)
-        if self._loader.node.rank.first_of_host:
-            self._compiles = {**self._loader.fields, "compilation": config.compute_hash()}
-            compile_caches.before_compiling(self._compiles, self._loader.settings)
         self._snapshot = load_weights(
             self._loader,
             model,
@@ -98,8 +99,8 @@ class VllmLoader(BaseModelLoader):
             self._snapshot = None
             if model_config.quantization is not None:
                 lost = "they are quantised, and processing an update may change other tensors"
-            then = functools.partial(compile_caches.after_warm_up, self._compiles, loader.settings)
-            models.entries.append(LoadedModel(loader, model, lost, then if self._compiles else None))
+            then = functools.partial(_serve_caches, _caches[0], model_config, loader) if _caches else None
+            models.entries.append(LoadedModel(loader, model, lost, then))
         return model
 
     def _own(self) -> DefaultModelLoader:
@@ -115,14 +116,36 @@ class VllmLoader(BaseModelLoader):
 
 
 def begin(config: VllmConfig) -> None:
-    """Opens the rank's node, looks for peers and loads the hash kernels, while vLLM builds the model.
+    """Opens the rank's node, looks for peers and compile caches, loads the hash kernels, while vLLM builds the model.
 
     The engine's ranks are known by now. Does nothing for other load formats; raises SettingsError.
     """
-    if config.load_config.load_format == FORMAT and not _begun:
-        _begun.append(_rank_loader(config))
-        _begun[0].begin()
-        prepare_gpu()
+    if config.load_config.load_format != FORMAT or _begun:
+        return
+    _begun.append(loader := _rank_loader(config))
+    loader.begin()
+    prepare_gpu()
+    _caches.clear()
+    if loader.node.rank.first_of_host:
+        _caches.append(CacheStart({**loader.fields, "compilation": config.compute_hash()}, loader.settings))
+        _caches[0].begin()
+
+
+def join_caches() -> None:
+    """Before vLLM compiles: returns once the first rank of each host has the compile cache that it found, if any."""
+    try:
+        for cache in _caches:
+            cache.join()
+    finally:
+        world = get_world_group()
+        if models.entries and world.world_size > 1 and not refusal(models.entries[0].loader.settings):
+            world.barrier()  # else other ranks of this host would compile meanwhile
+
+
+def _serve_caches(cache: CacheStart, model_config: ModelConfig, loader: RankLoader) -> None:
+    cache.serve()
+    if not refusal(loader.settings):
+        vllm_modelinfos.offer(getattr(model_config.hf_config, "architectures", None) or (), loader.settings)
 
 
 def _rank_loader(config: VllmConfig) -> RankLoader:

@@ -13,6 +13,7 @@ import pytest
 from swarm.engines.hooks import EngineHooks
 
 FORMATS, WORKER, CORE = "vllm.model_executor.model_loader", "vllm.v1.worker.worker_base", "vllm.v1.engine.core"
+CONFIG = "vllm.config"
 REGISTRY = "sglang.srt.plugins.hook_registry"
 Told = list[tuple[str, Any]]
 
@@ -80,6 +81,15 @@ class VLLM:
             def set_weight_version(self, weight_version: str) -> None:
                 pass
 
+        class VllmConfig:
+            def __init__(self, load_format: str, **model: Any) -> None:
+                self.load_config = types.SimpleNamespace(load_format=load_format)
+                self.model_config = types.SimpleNamespace(**model)
+
+            def compute_hash(self) -> str:
+                return repr(sorted(vars(self.model_config).items()))
+
+        self.config: Any = VllmConfig
         self.wrapper: Any = WorkerWrapperBase
         self.core: Any = EngineCore
         self.modules: dict[str, Any] = {
@@ -88,6 +98,7 @@ class VLLM:
             ),
             WORKER: module(WORKER, WorkerWrapperBase=WorkerWrapperBase),
             CORE: module(CORE, EngineCore=EngineCore),
+            CONFIG: module(CONFIG, VllmConfig=VllmConfig),
         }
 
     def register(self, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -97,7 +108,9 @@ class VLLM:
         begin = hook("begin")
         names = ("ready", "begin_change", "end_change", "pause", "resume", "set_version")
         models = types.SimpleNamespace(**{name: hook(name) for name in names})
-        loader = module("swarm.engines.vllm_loader", VllmLoader=object, models=models, begin=begin)
+        loader = module(
+            "swarm.engines.vllm_loader", VllmLoader=object, models=models, begin=begin, join_caches=hook("join")
+        )
         monkeypatch.setitem(sys.modules, "swarm.engines.vllm_loader", loader)
         monkeypatch.setattr(importlib.import_module("swarm.engines"), "vllm_loader", loader, raising=False)
         plugin = importing(monkeypatch, "vllm", self.modules, "swarm.engines.vllm")
@@ -140,6 +153,29 @@ def test_does_the_node_open_as_soon_as_a_worker_has_its_device(
     assert "the node is not started early" in caplog.text
 
 
+def test_is_a_compile_cache_there_before_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VLLM()
+    engine.register(monkeypatch)
+    worker = types.SimpleNamespace(determine_available_memory=lambda: engine.told.append(("runs the model", ())))
+    engine.wrapper(worker).determine_available_memory()
+    assert engine.told == [("join", ()), ("runs the model", ())]
+
+
+def test_are_names_of_compiled_code_the_same_wherever_the_model_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = VLLM()
+    engine.register(monkeypatch)
+
+    def named(load_format: str, place: str, **more: str) -> str:
+        config = engine.config(load_format, model=place, revision=None, model_weights="", **more)
+        found = str(config.compute_hash())
+        assert config.model_config.model == place
+        return found
+
+    assert named("swarm", "/a") == named("swarm", "/b")
+    assert named("swarm", "/a", dtype="x") != named("swarm", "/a", dtype="y")
+    assert named("auto", "/a") != named("auto", "/b")
+
+
 def test_does_vllm_without_weight_versions_go_without_these_alone(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -160,6 +196,7 @@ def test_does_vllm_without_weight_versions_go_without_these_alone(
         (FORMATS, "--load-format swarm"),
         (WORKER, "serving what it loaded"),
         (CORE, "serving weights that were updated"),
+        (CONFIG, "compile caches that fit wherever the model lies"),
     ],
 )
 @pytest.mark.parametrize("how", ["no module", "nothing in it", "it raises"])

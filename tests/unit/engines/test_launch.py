@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import swarm
 from swarm.api import serve_source
 from swarm.checkpoint import manifest_builder
 from swarm.cli.demo import write_made_up
-from swarm.engines import metadata
+from swarm.engines import metadata, vllm_modelinfos
 from swarm.engines.launch import prepare
 from swarm.engines.layout import metadata_id
 from swarm.errors import ManifestNotFound, SettingsError
+from swarm.security import cluster_key
 from swarm.settings import Settings
 
 from .models import hashed
@@ -113,3 +115,31 @@ def test_is_a_directory_with_nothing_that_nobody_serves_an_error(tmp_path: Path)
 def test_is_a_command_without_a_model_refused(command: list[str], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="--model-id"):
         prepare(command, settings(tmp_path))
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_are_descriptions_of_model_classes_fetched_for_the_same_vllm(
+    version: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM would make them anew, which takes it 20 s."""
+    key, cache = tmp_path / "key", tmp_path / "theirs"
+    cluster_key.create(key)
+    (model / "config.json").write_text('{"architectures": ["Toy"]}')
+    staged = manifest_builder.files(metadata.stage(cache, model, hashed(model, cache)), cache_dir=cache)
+    theirs = Settings(mdns=False, cache=cache, key_file=key)
+    ours = Settings(mdns=False, cache=tmp_path / "ours", key_file=key, find_timeout_s=5)
+
+    def at(root: str, installed: str) -> Path:
+        monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / root))
+        monkeypatch.setattr("importlib.metadata.version", lambda package: installed)
+        return tmp_path / root / "modelinfos" / "toy.json"
+
+    made = at("there", "1.0")
+    made.parent.mkdir(parents=True)
+    made.write_text("{}")
+    offered = vllm_modelinfos.offer(["Toy"], theirs)
+    assert offered is not None
+    fetched = at("here", version)
+    with offered, serve_source(metadata_id(MODEL), staged, None, settings=theirs) as served:
+        prepare(["vllm", "serve", MODEL], dataclasses.replace(ours, peers=(served.address,)))
+    assert fetched.is_file() == (version == "1.0")
