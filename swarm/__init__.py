@@ -28,6 +28,7 @@ from swarm.errors import (
     StoreFull,
     SwarmError,
     Unpinnable,
+    Unsigned,
 )
 from swarm.settings import Settings
 
@@ -56,6 +57,7 @@ __all__ = [
     "StoreFull",
     "SwarmError",
     "Unpinnable",
+    "Unsigned",
     "Weights",
     "__version__",
     "fetch",

@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from swarm.checkpoint import digest_cache, hf_cache, hf_publish, manifest_builder
+from swarm.checkpoint import digest_cache, hf_cache, hf_publish, manifest_builder, signature_file
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.content.selection import Part, Patterns, Selection, TensorChoice
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError, Unpinnable
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
-from swarm.protocol.messages import Address, Origin, unsayable
+from swarm.protocol.messages import Address, Origin, Signature, unsayable
 from swarm.runtime import runtime
+from swarm.security import signatures
 from swarm.settings import Settings
 from swarm.store import Source, Store
 from swarm.store.directory import Claimed, DirectoryStore
@@ -239,7 +240,25 @@ def open_source(
     _, source, skipped = manifest_builder.checkpoint(path, cache_dir=settings.cache, **grid)
     for entry in skipped:
         log.info("not served: %s (%s)", entry.path, entry.why)
+    if signed := signature_file.read(path, source.manifest.digest):
+        origin = (origin or Origin("", {})).signed(signed)
     return found, source, origin
+
+
+def sign(
+    what: str | Path, *, key: Path, model_id: str | None, revision: str | None, settings: Settings
+) -> tuple[Digest, Signature, Path | None]:
+    """Signs a model and writes the signature beside it: digest, signature, and the file unless it was there before.
+
+    Raises as `serve` does, and SettingsError for a key that cannot be used.
+    """
+    private = signatures.read_key(key)
+    path = Path(what) if Path(what).exists() else _locate(*with_revision(str(what), revision))
+    name, source, origin = open_source(path, model_id=model_id, settings=settings, revision=revision)
+    source.close()
+    digest = source.manifest.digest
+    made = signatures.sign(private, name, digest, revision=revision or (origin.commit if origin else ""))
+    return digest, made, signature_file.add(path, digest, [made])
 
 
 def _sayable(model_id: str) -> ModelId:
@@ -395,7 +414,8 @@ async def fetch_on(
             )
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
-    blake3 = settings.chunk_hash == "blake3" or digest is not None or bool(_COMMIT.fullmatch(revision or ""))
+    pinned = digest is not None or bool(settings.signed_by) or bool(_COMMIT.fullmatch(revision or ""))
+    blake3 = pinned or settings.chunk_hash == "blake3"
     if blake3 and not manifest.has_blake3:
         raise Unpinnable(model_id, manifest.digest)
     left = _Deadline(node, model_id, timeout_s, began)
@@ -404,7 +424,7 @@ async def fetch_on(
         store, path = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings, part))
         fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3, part=part)
         if path is not None and part is None:
-            await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest))
+            await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest, origin))
         return fetched, store, path
     entry = hf_publish.CacheEntry(model_id)
     lock = await _claimed(left, entry, manifest)
@@ -417,7 +437,7 @@ async def fetch_on(
             node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps, part=part)
         )
         if part is None:
-            await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, manifest))
+            await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, manifest, origin))
         if isinstance(store, DirectoryStore):
             store.moved(snapshot)
     finally:
@@ -522,8 +542,10 @@ def _store(
     return DirectoryStore(path, manifest, fsync=settings.fsync, part=part), path
 
 
-def _remember(cache: Path, path: Path, manifest: Manifest) -> None:
+def _remember(cache: Path, path: Path, manifest: Manifest, origin: Origin | None) -> None:
     try:
+        if origin and origin.signatures:
+            signature_file.add(path, manifest.digest, origin.signatures)
         digest_cache.remember(cache, path, manifest)
     except StoreError as error:
         log.warning("%s; the fetch is complete, but `swarm verify %s` will know nothing of it", error, path)

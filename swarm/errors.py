@@ -142,6 +142,21 @@ class Unpinnable(ManifestError):
         self.digest = digest
 
 
+class Unsigned(ManifestNotFound):
+    """Peers serve the model, and none of its contents is signed by a publisher that this node trusts."""
+
+    def __init__(self, model_id: str, revision: str | None, holders: Mapping[str, Sequence[str]]) -> None:
+        asked, what = (model_id, "this id") if revision is None else (f"{model_id}@{revision}", "this id and revision")
+        sides = "; ".join(f"{digest[:12]}… at {', '.join(peers)}" for digest, peers in sorted(holders.items()))
+        SwarmError.__init__(
+            self,
+            f"{asked!r} is served, but not signed for {what} by a publisher of "
+            f" `signed_by` ({sides}); have the publisher sign it (swarm sign PATH --key KEY) and serve it again",
+        )
+        self.model_id = model_id
+        self.tried = tuple(name for peers in holders.values() for name in peers)
+
+
 class FetchError(SwarmError):
     """A fetch gave up. Verified chunks are kept; the next fetch resumes from them."""
 

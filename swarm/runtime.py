@@ -64,6 +64,7 @@ def new_node(settings: Settings) -> tuple[Node, NodeReport]:
         network={"local": config.local, "lan": config.lan, "wan": config.wan}[network](),
         host=settings.host or machine_label(),
         rack=settings.rack or "",
+        publishers=settings.signed_by,
         upload_slots=settings.upload_slots,
         idle_timeout_s=settings.idle_timeout_s,
         stall_timeout_s=settings.stall_timeout_s,

@@ -84,6 +84,9 @@ class Settings:
     trusted: tuple[str, ...] = _setting(
         (), "machines, e.g. 10.0.0.5,10.1.0.0/16, with nodes that may introduce models; unset: all", flag=False
     )
+    signed_by: tuple[str, ...] = _setting(
+        (), "public key of a publisher; fetches take only models that such a publisher signed (`swarm sign`)"
+    )
     mdns: bool = _setting(True, "discover nodes and announce this node in the local network by multicast DNS")
     network: str | None = _setting(
         None, "preset of gossip timeouts: local, lan or wan; unset: local on loopback, else lan", flag=False
@@ -193,6 +196,12 @@ class Settings:
             host, _ = split_address("advertise", self.advertise, default_port=0)
             if not is_literal(host):
                 raise SettingsError("advertise", f"{host!r} is not an IP address, and datagrams are not sent to names")
+        for publisher in self.signed_by:
+            if not re.fullmatch(r"[0-9a-f]{64}", publisher):
+                raise SettingsError(
+                    "signed_by",
+                    f"{clean(repr(publisher))} is not a public key: 64 hexadecimal digits of `swarm sign`",
+                )
         for network in self.trusted:
             try:
                 ipaddress.ip_network(network, strict=False)

@@ -19,7 +19,7 @@ from swarm import errors
 NAMES = {
     "HUB_CACHE", "FetchError", "FetchTimeout", "ManifestConflict", "ManifestError", "ManifestInvalid",
     "ManifestNotFound", "RevisionNotFound", "Served", "Settings", "SettingsError", "SourceChanged", "Stalled",
-    "StoreConflict", "StoreError", "StoreFull", "SwarmError", "Unpinnable", "Weights", "__version__",
+    "StoreConflict", "StoreError", "StoreFull", "SwarmError", "Unpinnable", "Unsigned", "Weights", "__version__",
     "fetch", "fetch_async", "serve", "transformers",
 }  # fmt: skip
 
@@ -40,7 +40,7 @@ FETCH = {
 EXIT_CODES = {
     "SwarmError": 1, "SettingsError": 2, "ManifestError": 3, "ManifestNotFound": 3,
     "RevisionNotFound": 3,
-    "Unpinnable": 3, "ManifestInvalid": 3,
+    "Unpinnable": 3, "Unsigned": 3, "ManifestInvalid": 3,
     "ManifestConflict": 3, "FetchError": 4, "Stalled": 4, "FetchTimeout": 4, "StoreError": 5, "StoreFull": 5,
     "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6, "NotAdmitted": 6,
     "RemoteProtocolError": 6, "VersionSkew": 6, "TransportError": 1, "LocalProtocolError": 70,
@@ -71,7 +71,9 @@ def test_how_is_fetch_called(function: object) -> None:
     assert callable(function)
     parameters = inspect.signature(function).parameters
     assert {name: parameter.default for name, parameter in parameters.items()} == FETCH
-    assert [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values()] == [False] + [True] * (len(FETCH) - 1)
+    assert [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters.values()] == [False] + [True] * (
+        len(FETCH) - 1
+    )
     assert inspect.iscoroutinefunction(function) == (function is swarm.fetch_async)
 
 

@@ -51,6 +51,7 @@ _BYSTANDERS = [
         (r".*\.py[co]", "holds Python's byte code"),
         (r".*~|\.#.*|#.*#|\..*\.sw[a-p]", "belongs to an editor"),
         (r".*\.(lock|incomplete)", "belongs to a program that runs or was interrupted"),
+        (r"(.*\.)?swarm-signatures\.json", "has signatures of publishers"),
     )
 ]
 

@@ -299,8 +299,28 @@ def verify(options: argparse.Namespace) -> int:
     return PROBLEMS_FOUND if problems else 0
 
 
+def sign(options: argparse.Namespace) -> int:
+    """Signs a model."""
+    from swarm import api
+
+    settings = settings_of(options)
+    digest, made, place = api.sign(
+        options.model, key=options.key, model_id=options.model_id, revision=options.revision, settings=settings
+    )
+    said = f"{made.model_id}{'@' + made.revision if made.revision else ''}"
+    print(f"{said} is {digest}, says {made.publisher}" + (f": written to {place}" if place else ": known before"))
+    print(f"serve it as before; fetch it with: swarm fetch {said} --signed-by {made.publisher}")
+    return 0
+
+
 def keygen(options: argparse.Namespace) -> int:
     """Writes a new cluster key."""
+    if options.publisher:
+        from swarm.security import signatures
+
+        public = signatures.create(options.path)
+        print(f"{options.path}: a new key of a publisher; keep it to yourself. Fetch with --signed-by {public}")
+        return 0
     from swarm.security import cluster_key
 
     key = cluster_key.create(options.path)

@@ -27,6 +27,7 @@ METAVARS = {
     "advertise": "ADDRESS[:PORT]",
     "key_file": "PATH",
     "listen": "HOST[:PORT]",
+    "signed_by": "KEY",
     "upload_limit": "RATE",
     "timeout_s": "SECONDS",
 }
@@ -200,6 +201,14 @@ def _parser() -> argparse.ArgumentParser:
         "path", nargs="?", type=Path, default=Path("swarm.key"), metavar="PATH", help="by default %(default)s"
     )
 
+    keygen.add_argument("--publisher", action="store_true", help="make a key for `swarm sign` instead")
+
+    sign = command(commands.sign, "sign a model as its publisher")
+    sign.add_argument("model", metavar="PATH|MODEL_ID", help="model directory, or model of the Hugging Face cache")
+    sign.add_argument("--key", type=Path, required=True, metavar="FILE", help="private key: `swarm keygen --publisher`")
+    sign.add_argument("--model-id", metavar="ID", help="id that is signed; by default the one that serve would use")
+    sign.add_argument("--revision", metavar="R", help="revision that is signed; by default the commit, if there is one")
+
     demo = command(commands.demo, "run one seed and three newcomers on this machine")
     demo.add_argument(
         "path", nargs="?", type=Path, metavar="PATH", help="model directory; by default one with random weights"
@@ -240,7 +249,10 @@ def _add_settings(parser: argparse.ArgumentParser, *, without: Collection[str] =
         elif setting.default is False:
             group.add_argument(f"--{flag}", dest=setting.name, action="store_const", const=True, help=text)
         elif setting.default == ():
-            group.add_argument(f"--{flag[:-1]}", dest=setting.name, action="append", metavar="HOST:PORT", help=text)
+            metavar = METAVARS.get(setting.name, "HOST:PORT")
+            group.add_argument(
+                f"--{flag.removesuffix('s')}", dest=setting.name, action="append", metavar=metavar, help=text
+            )
         else:
             group.add_argument(
                 f"--{flag}", dest=setting.name, metavar=METAVARS.get(setting.name, flag.upper()), help=text

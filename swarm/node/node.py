@@ -20,7 +20,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import Any
 
 from swarm import __version__
@@ -60,7 +60,8 @@ log = logging.getLogger("swarm")
 class Node:
     """A node of the swarm. Use it as `async with Node(environment) as node:`.
 
-    `host` and `rack` are its location labels, which gossip announces; `network` holds the times of gossip.
+    `host` and `rack` are its location labels, which gossip announces; `network` holds the times of gossip. With
+    `publishers`, public keys, it resolves an id only to what one of them signed.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Node:
         network: SwimConfig | None = None,
         host: str = "",
         rack: str = "",
+        publishers: Sequence[str] = (),
         rng: random.Random | None = None,
     ) -> None:
         rng = rng or random.SystemRandom()
@@ -81,6 +83,7 @@ class Node:
         self.name = name or f"node-{self.id[:6]}"
         self.address = Address("")
         self.journal = Journal()
+        self.publishers = frozenset(publishers)
         self.manifest_requests = ManifestRequests(self.described)
         self._environment = environment
         self._upload_slots = upload_slots

@@ -1,7 +1,7 @@
 """Resolution of a model id: its holders, their agreement on a digest, and the manifest of that digest.
 
-The chunk hashes of a manifest find accidents only. That it is the right manifest rests on its sha256, the digest, which
-the caller pins or all reachable holders announce.
+That a manifest is the right one rests on its sha256, the digest, which the caller pins, a publisher signs, or all
+reachable holders announce.
 """
 
 from __future__ import annotations
@@ -15,12 +15,21 @@ from itertools import chain
 from typing import TypeAlias
 
 from swarm.content.manifest import Digest, Manifest, ModelId, decode
-from swarm.errors import ManifestConflict, ManifestError, ManifestNotFound, PeerError, RevisionNotFound, SettingsError
+from swarm.errors import (
+    ManifestConflict,
+    ManifestError,
+    ManifestNotFound,
+    PeerError,
+    RevisionNotFound,
+    SettingsError,
+    Unsigned,
+)
 from swarm.journal import Resolved
 from swarm.node.holders import Holder
 from swarm.node.node import Node
 from swarm.peers.peer import Peer
-from swarm.protocol.messages import NodeId, Origin
+from swarm.protocol.messages import NodeId, Origin, Signature
+from swarm.security.signatures import valid
 from swarm.settings import split_address
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -51,8 +60,11 @@ async def resolve(
 
     `revision`: a branch, tag, label, commit or its first 7 or more digits; the origin of the result has it.
 
-    Raises ManifestNotFound without a holder in time, its kind RevisionNotFound if holders have other revisions only,
-    ManifestConflict if holders disagree and no digest is pinned.
+    With publishers of the node, only a digest that one of them signed for this id, and for this revision if there is
+    one, is a candidate.
+
+    Raises ManifestNotFound without a holder in time, its kinds RevisionNotFound if holders have other revisions only
+    and Unsigned if a publisher is missing, ManifestConflict if holders disagree and no digest is pinned.
     """
     began_at_s = node.now()
     agreed: dict[Digest, float] = {}  # digest -> seconds on the node's clock
@@ -86,16 +98,24 @@ async def _resolve(
     failures: dict[str, None] = {}  # each once, in order
     introducers = networks(trusted)
     unusable: set[NodeId] = set()  # nodes that sent a manifest of another digest, and would again
+    signed = _Signed(node, model_id, revision) if node.publishers else None
     with _Answers(node) as answers:
         while True:
             with node.seeking(digest):
                 found_digest, holders = await _agreed(
-                    node, model_id, answers, digest=digest, deadline=deadline, trusted=introducers, revision=revision
+                    node,
+                    model_id,
+                    answers,
+                    digest=digest,
+                    deadline=deadline,
+                    trusted=introducers,
+                    revision=revision,
+                    signed=signed,
                 )
             if found_digest:
                 agreed.setdefault(found_digest, node.now())
             if found_digest and (own := node.described(found_digest)):
-                return own
+                return signed.sealed(own) if signed else own
             if found_digest is None:
                 distrusted = sorted(
                     set(chain.from_iterable(map(_names, node.holders(model_id).values()))) if introducers else ()
@@ -109,7 +129,8 @@ async def _resolve(
                     if failures and node.now() > deadline:
                         break
                     try:
-                        return await answers.of(peer, found_digest)
+                        answer = await answers.of(peer, found_digest)
+                        return signed.sealed(answer) if signed else answer
                     except (PeerError, ManifestError) as error:
                         failures[f"{peer.name}: {error}"] = None
                         if isinstance(error, ManifestError):
@@ -168,10 +189,11 @@ async def _agreed(
     deadline: float,
     trusted: Sequence[Network],
     revision: str | None,
+    signed: _Signed | None,
 ) -> tuple[Digest | None, list[Holder]]:
     """The agreed digest and its holders; (None, []) without a holder before the deadline.
 
-    Raises ManifestConflict, RevisionNotFound.
+    Raises ManifestConflict, RevisionNotFound, Unsigned.
     """
     first_seen: float | None = None
     origins: dict[Digest, Origin | None] = {}
@@ -191,13 +213,18 @@ async def _agreed(
                 if revision is not None or len(holders) > 1:
                     origins |= await _origins(node, {d: n for d, n in holders.items() if d not in origins})
                 served = holders
-                if revision is not None:
+                if signed:
+                    await signed.ask(holders)
+                    holders = {d: nodes for d, nodes in holders.items() if d in signed.found}
+                elif revision is not None:
                     holders = {d: n for d, n in holders.items() if (o := origins.get(d)) and o.is_revision(revision)}
                 if len(holders) > 1:
                     names = {str(d): o.shown() for d, o in origins.items() if o}
                     raise ManifestConflict(model_id, {d: _names(nodes) for d, nodes in holders.items()}, names)
                 if holders:
                     return next(iter(holders.items()))
+                if signed and (now >= deadline or now - first_seen >= OTHER_REVISION_S):
+                    raise Unsigned(model_id, revision, {d: _names(nodes) for d, nodes in served.items()})
                 if now >= deadline or (origins.keys() >= served.keys() and now - first_seen >= OTHER_REVISION_S):
                     shown = [o.shown() if (o := origins.get(d)) else [] for d in served]
                     raise RevisionNotFound(model_id, revision or "", revisions=shown)
@@ -210,6 +237,47 @@ async def _agreed(
         elif now >= deadline:
             return None, []
         await node.changed(SETTLE_LEAST_S if holders else POLL_S)
+
+
+class _Signed:
+    """The digests that a publisher signed, with the signatures that hold, as holders send them.
+
+    A holder may withhold signatures, so every linked one is asked, each once for a digest.
+    """
+
+    def __init__(self, node: Node, model_id: ModelId, revision: str | None) -> None:
+        self.found: dict[Digest, tuple[Signature, ...]] = {}
+        self._node = node
+        self._model_id = model_id
+        self._revision = revision
+        self._asked: set[tuple[NodeId, Digest]] = set()
+
+    async def ask(self, holders: Mapping[Digest, list[Holder]]) -> None:
+        """Asks the holders of digests without a signature that holds. Opens links where there are none."""
+        await asyncio.gather(*(self._ask(d, nodes) for d, nodes in holders.items() if d not in self.found))
+
+    def sealed(self, answer: tuple[Manifest, Origin | None]) -> tuple[Manifest, Origin | None]:
+        """The answer with these signatures in its origin: who sent it may have withheld them."""
+        manifest, origin = answer
+        return manifest, (origin or Origin("", {})).signed(self.found[manifest.digest])
+
+    async def _ask(self, digest: Digest, holders: list[Holder]) -> None:
+        if own := self._node.described(digest):
+            self._take(digest, own[1])
+        peers = [holder.peer for holder in holders if holder.peer and (holder.node, digest) not in self._asked]
+        if not peers:
+            with self._node.seeking(digest):
+                await self._node.changed(LINK_S)
+        for peer in peers:
+            if digest in self.found:
+                return
+            self._asked.add((peer.node, digest))
+            self._take(digest, await self._node.manifest_requests.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S))
+
+    def _take(self, digest: Digest, origin: Origin | None) -> None:
+        offered = origin.signatures if origin else ()
+        if held := valid(offered, self._node.publishers, self._model_id, digest, revision=self._revision):
+            self.found[digest] = held
 
 
 async def _origins(node: Node, holders: Mapping[Digest, list[Holder]]) -> dict[Digest, Origin | None]:

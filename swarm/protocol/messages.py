@@ -144,8 +144,23 @@ Beside = Annotated[bytes, msgspec.Meta(max_length=BESIDE_BYTES_MAX)]
 Revision = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
 
 
+SIGNATURES_MAX = 16
+
+
+class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A publisher says that an artifact is this model, in this revision if it is not empty.
+
+    `publisher`: an Ed25519 public key. Unproven until `security.signatures` has verified it.
+    """
+
+    model_id: ModelId
+    revision: Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
+    publisher: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+    signature: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{128}\Z")]
+
+
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """The Hugging Face commit of a checkpoint, and the etag of each file: path -> etag.
+    """Where a checkpoint is from: its Hugging Face commit, the etag of each file by path, signatures of publishers.
 
     `revisions`: branches, tags and labels that name it at its source. `commit` is empty for a labelled directory.
     `beside`: small files of the commit that are no part of the artifact (README, licence), by path.
@@ -155,11 +170,16 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     etags: dict[str, Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{40}|[0-9a-f]{64})\Z")]]
     revisions: Annotated[tuple[Revision, ...], msgspec.Meta(max_length=REVISIONS_MAX)] = ()
     beside: Annotated[dict[str, Beside], msgspec.Meta(max_length=BESIDE_MAX)] = {}
+    signatures: Annotated[tuple[Signature, ...], msgspec.Meta(max_length=SIGNATURES_MAX)] = ()
 
     def is_revision(self, revision: str) -> bool:
         """Whether the text is one of its names, or the first 7 or more digits of its commit."""
         short = len(revision) >= SHORT_COMMIT_MIN and self.commit.startswith(revision)
         return short or revision in self.revisions
+
+    def signed(self, signatures: tuple[Signature, ...]) -> Origin:
+        """With these signatures."""
+        return msgspec.structs.replace(self, signatures=signatures)
 
     def alone(self) -> Origin:
         """Without the files beside the artifact."""

@@ -14,7 +14,7 @@ from swarm.content.manifest import Chunk, Manifest
 from swarm.store import FileSpan, Span
 
 from .lying import LyingPeer
-from .processes import Machine, Process, contents, write_model
+from .processes import MODEL, Machine, Process, contents, write_model
 
 pytestmark = pytest.mark.integration
 
@@ -113,6 +113,26 @@ def test_is_a_manifest_that_cannot_be_pinned_an_error_that_says_what_to_do(
         pinned: Process = machine.fetch(tmp_path / "out", "--digest", old.manifest.digest, peers=[old.address])
         assert "serve it again with this version of swarm" in pinned.end().error(3)
     assert contents(tmp_path / "out") == {}
+
+
+def test_is_a_signed_model_fetched_served_on_and_no_other_taken(machine: Machine, model: Path, tmp_path: Path) -> None:
+    public = machine.run("keygen", "publisher.pem", "--publisher").out.split()[-1]
+    signed = machine.run("sign", model, "--key", "publisher.pem", "--model-id", MODEL, "--revision", "v1")
+    assert f"{MODEL}@v1 is " in signed.out
+    wrong = write_model(tmp_path / "wrong", size=1 << 20, seed=2)
+    liar = machine.serve(wrong, "--revision", "v1")
+    seed = machine.serve(model, "--revision", "v1")
+    peers = [liar.address, seed.address]
+    flags = ("--revision", "v1", "--signed-by", public)
+    machine.fetch(tmp_path / "first", *flags, peers=peers).end()
+    again = machine.serve(tmp_path / "first", "--revision", "v1")
+    seed.kill()
+    machine.fetch(tmp_path / "second", *flags, peers=[liar.address, again.address]).end()
+    right = contents(model)
+    assert contents(tmp_path / "first") == contents(tmp_path / "second") == right
+    assert "not signed for this id and revision" in machine.fetch(
+        tmp_path / "third", "--revision", "v2", "--signed-by", public, peers=peers
+    ).end().error(3)
 
 
 def test_is_the_forgery_one() -> None:

@@ -28,6 +28,10 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "data_encryption": ("none", "none"),
     "insecure": ("yes", True),
     "trusted": ("10.0.0.5, 10.1.0.0/16", ("10.0.0.5", "10.1.0.0/16")),
+    "signed_by": (
+        "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",
+        ("d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a",),
+    ),
     "mdns": ("off", False),
     "network": ("wan", "wan"),
     "host": ("h1", "h1"),

@@ -153,6 +153,7 @@ def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys)[0].startswith("usage: swarm ")
 
 
+PUBLISHER = "d75a980182b10ab7d54bfed3c964073a0ee172f3daa62325af021a68f707511a"
 FLAGS = {
     "name": ["--name", "me"],
     "listen": ["--listen", "127.0.0.2"],
@@ -163,6 +164,7 @@ FLAGS = {
     "mdns": ["--no-mdns"],
     "upload_limit": ["--upload-limit", "8Mbit/s"],
     "timeout_s": ["--timeout", "2.5"],
+    "signed_by": ["--signed-by", PUBLISHER],
 }
 
 
@@ -187,6 +189,7 @@ def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[obj
         "mdns": False,
         "upload_limit": 1e6,
         "timeout_s": 2.5,
+        "signed_by": (PUBLISHER,),
     }
     assert getattr(commands.settings_of(options), setting.name) == wanted[setting.name]
     plain = commands.settings_of(cli._parser().parse_args([command, "x"]))

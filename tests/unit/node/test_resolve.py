@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
-from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable, RevisionNotFound
+from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable, RevisionNotFound, Unsigned
 from swarm.hashing.cpu import chunk_digests
 from swarm.journal import Resolved
 from swarm.net.udp import Hear
@@ -17,6 +20,7 @@ from swarm.node import resolve as resolving
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
 from swarm.protocol.messages import Address, AnyMessage, Message, NodeId, Origin, decode, encode
+from swarm.security import signatures
 from swarm.store.tensors import MemoryStore
 from swarm.transport import Transport
 from swarm.transport.inproc import InprocHub, InprocTransport
@@ -69,8 +73,8 @@ class Street(dict[str, "QueueWorld"]):
         self.datagrams_pass = True
         self.hub = InprocHub("street")
 
-    def node(self, name: str, *, knows: Iterable[str] = ()) -> Node:
-        return Node(QueueWorld(self, name, tuple(knows)), name=name)
+    def node(self, name: str, *, knows: Iterable[str] = (), publishers: Sequence[str] = ()) -> Node:
+        return Node(QueueWorld(self, name, tuple(knows)), name=name, publishers=publishers)
 
 
 class QueueWorld:
@@ -235,6 +239,70 @@ def test_do_two_contents_of_one_name_name_who_holds_them() -> None:
             }
             pinned = second.manifest.digest
             assert (await resolve(newcomer, MODEL, digest=pinned, find_timeout_s=DEADLINE_S))[0] == second.manifest
+
+    run(scenario)
+
+
+@pytest.fixture
+def publisher(tmp_path: Path) -> Publisher:
+    return Publisher(signatures.create(tmp_path / "k"), signatures.read_key(tmp_path / "k"))
+
+
+@dataclass(frozen=True)
+class Publisher:
+    name: str
+    key: Ed25519PrivateKey
+
+    def origin(self, source: Zeros, *, model_id: ModelId = MODEL, revision: str = "") -> Origin:
+        """An origin with the publisher's signature."""
+        signed = signatures.sign(self.key, model_id, source.manifest.digest, revision=revision)
+        return Origin("", {}, (revision,) if revision else (), signatures=(signed,))
+
+
+def test_is_what_a_publisher_signed_chosen_whoever_carries_it(publisher: Publisher) -> None:
+    """A liar serves other bytes under the id; one of two holders of the right ones withholds the signature."""
+
+    async def scenario() -> None:
+        street, right = Street(), Zeros(8)
+        everybody = ["liar", "silent", "carrier"]
+        async with (
+            street.node("liar") as liar,
+            street.node("silent") as silent,
+            street.node("carrier") as carrier,
+            street.node("newcomer", knows=everybody, publishers=[publisher.name]) as newcomer,
+        ):
+            wrong = Zeros(4)
+            liar.serve(MODEL, wrong, origin=Origin("", {}, signatures=publisher.origin(right).signatures))
+            silent.serve(MODEL, right)
+            carrier.serve(MODEL, Zeros(8), origin=publisher.origin(right))
+            await until(lambda: sum(map(len, newcomer.holders(MODEL).values())) == 3)
+            manifest, origin = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+            assert manifest == right.manifest
+            assert origin is not None
+            assert origin.signatures == publisher.origin(right).signatures
+            with pytest.raises(Unsigned):
+                await resolve(newcomer, MODEL, digest=wrong.manifest.digest, find_timeout_s=0.5)
+
+    run(scenario)
+
+
+def test_is_a_signature_for_another_id_or_revision_none(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.1)
+
+    async def scenario() -> None:
+        street = Street()
+        async with (
+            street.node("seed") as seed,
+            street.node("newcomer", knows=["seed"], publishers=[publisher.name]) as newcomer,
+        ):
+            seed.serve(MODEL, old := Zeros(4), origin=publisher.origin(Zeros(4), revision="v1"))
+            seed.serve(ORG_OTHER, other := Zeros(8), origin=publisher.origin(Zeros(8), model_id=ORG_OTHER))
+            found, _ = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision="v1")
+            assert found == old.manifest
+            with pytest.raises(Unsigned, match="'org/model@v2' is served, but not signed for this id and revision"):
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision="v2")
+            with pytest.raises(Unsigned, match=r"swarm sign PATH --key KEY"):
+                await resolve(newcomer, MODEL, digest=other.manifest.digest, find_timeout_s=DEADLINE_S)
 
     run(scenario)
 
