@@ -17,9 +17,11 @@ from typing import Any, TypeAlias
 
 from aiohttp import web
 
+from swarm.errors import LocalProtocolError
 from swarm.settings import is_literal, is_loopback, join_address
 
 WATCHERS_MAX = 16  # streams at once; each takes a socket
+ANSWERS_MAX = 8  # pages being made or written at once; the status of thousands of members takes megabytes
 WRITE_TIMEOUT_S = 10.0  # for a browser that does not read; it reconnects by itself
 JSON_SECURITY = {"Content-Security-Policy": "default-src 'none'", "X-Content-Type-Options": "nosniff"}
 PAGE_SECURITY = {
@@ -67,15 +69,25 @@ class Pages:
     def __init__(self, pages: Mapping[str, Page]) -> None:
         self._pages = dict(pages)
         self._watching: set[asyncio.Task[Any]] = set()
+        self._answering = asyncio.Semaphore(ANSWERS_MAX)
+        self._stays: Callable[[web.Request], None] = lambda _: None
 
-    def add_to(self, app: web.Application, arrived: Callable[[web.Request], None]) -> None:
-        """Adds a route for each page; calls `arrived` with every request."""
+    def add_to(
+        self, app: web.Application, arrived: Callable[[web.Request], None], stays: Callable[[web.Request], None]
+    ) -> None:
+        """Adds a route for each page; calls `arrived` with every request, `stays` with those that become streams."""
+        self._stays = stays
 
         async def answer(page: Page, request: web.Request) -> web.StreamResponse:
             arrived(request)
             if request.transport is None or (ssl_of(request) is None and not _is_local(request)):
                 raise web.HTTPForbidden(text=_refusal(request))
-            return await self._answer(request, page)
+            if isinstance(page, EventPage):
+                return await self._stream(request, page.events(**request.match_info))
+            if isinstance(page, HealthPage):  # probes do not wait
+                return await self._answer(request, page)
+            async with self._answering:  # until it is written: a peer that does not read must not collect answers
+                return await _written(request, await self._answer(request, page))
 
         for path, page in self._pages.items():
             app.router.add_get(path, functools.partial(answer, page))
@@ -85,17 +97,17 @@ class Pages:
         for task in self._watching:
             task.cancel()
 
-    async def _answer(self, request: web.Request, page: Page) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, page: Page) -> web.Response:
         match page:
             case Asset(content_type, body):
                 headers = {**PAGE_SECURITY, "Cache-Control": "no-cache"}
                 return web.Response(body=body(), content_type=content_type, charset="utf-8", headers=headers)
-            case EventPage(events):
-                return await self._stream(request, events(**request.match_info))
             case HealthPage(problems):
                 found = problems()
                 headers = {**JSON_SECURITY, "Cache-Control": "no-store"}
                 return web.json_response({"problems": found}, status=503 if found else 200, headers=headers)
+            case EventPage():
+                raise LocalProtocolError("a stream is no page of one answer")
             case _:
                 said = page(**request.match_info)
                 if inspect.isawaitable(said):
@@ -113,6 +125,7 @@ class Pages:
         self._watching.add(task)
         try:
             await response.prepare(request)
+            self._stays(request)
             async for event in events:
                 async with asyncio.timeout(WRITE_TIMEOUT_S):
                     await response.write(event)
@@ -123,6 +136,18 @@ class Pages:
             self._watching.discard(task)
             await events.aclose()
         return response
+
+
+async def _written(request: web.Request, response: web.Response) -> web.Response:
+    """The response, sent. The connection of a peer that does not read it within WRITE_TIMEOUT_S ends."""
+    try:
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
+            await response.prepare(request)
+            await response.write_eof()
+    except (ConnectionError, TimeoutError):
+        if request.transport:
+            request.transport.abort()
+    return response
 
 
 def ssl_of(request: web.Request) -> ssl.SSLObject | None:

@@ -6,6 +6,7 @@ module and `http_pages` import aiohttp.
 
 With an identity links are inside TLS, and both ends prove membership before the first message. Plain HTTP from other
 machines is answered with the demand for a key. A connection without a request within REQUEST_TIMEOUT_S is closed.
+Connections that are neither links nor streams are visitors: beyond VISITORS_MAX the oldest is closed.
 
 Must not know: the meaning of messages.
 """
@@ -44,6 +45,8 @@ CLOSE_TIMEOUT_S = 1.0
 HANDSHAKE_TIMEOUT_S = 5.0  # two round trips, on a machine that is busy
 HANDSHAKES_MAX = 64  # at once: asyncio takes 400 KB for each before the peer is known
 REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's header
+VISITORS_MAX = 128  # connections that are no links: a page and its parts take six; each takes 300 KB inside TLS
+LINE_BYTES_MAX, HEADERS_MAX = 4096, 48  # of a request: browsers send about twenty headers
 
 log = logging.getLogger("swarm")
 _web_log = logging.getLogger("swarm.http")
@@ -88,7 +91,8 @@ class WebSocketLink:
         return self._heard.popleft()
 
     async def close(self) -> None:
-        """Within CLOSE_TIMEOUT_S."""
+        """Within CLOSE_TIMEOUT_S. What the peer has not read by then is dropped: it may never read it."""
+        connection = self._socket.get_extra_info("socket")
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._socket.close()
@@ -97,6 +101,10 @@ class WebSocketLink:
         except asyncio.CancelledError:
             if _is_cancelled():
                 raise
+        finally:
+            if connection is not None:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     async def _send(self, frame: str) -> None:
         try:
@@ -142,6 +150,7 @@ class HttpLinks:
         self._client: aiohttp.ClientSession | None = None
         self._asked: weakref.WeakKeyDictionary[asyncio.BaseTransport, asyncio.Event] = weakref.WeakKeyDictionary()
         self._encrypted: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
+        self._visitors: dict[asyncio.BaseTransport, None] = {}  # oldest first
         self._shaking: dict[asyncio.Task[Any], None] = {}  # oldest first
         self._refusals = LogOnce(log)
 
@@ -151,7 +160,7 @@ class HttpLinks:
         self._identity = identity
         app = web.Application(client_max_size=0)
         app.router.add_get(PATH, self._incoming)
-        self._pages.add_to(app, self._arrived)
+        self._pages.add_to(app, self._arrived, self._stays)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -159,6 +168,10 @@ class HttpLinks:
             handle_signals=False,
             shutdown_timeout=CLOSE_TIMEOUT_S,
             keepalive_timeout=REQUEST_TIMEOUT_S,
+            lingering_time=CLOSE_TIMEOUT_S,
+            max_line_size=LINE_BYTES_MAX,
+            max_field_size=LINE_BYTES_MAX,
+            max_headers=HEADERS_MAX,
         )
         await self._runner.setup()
         connector = _Connector(self._identity, self._encrypted) if self._identity else aiohttp.TCPConnector(limit=0)
@@ -240,6 +253,7 @@ class HttpLinks:
     async def close(self) -> None:
         """Closes every link and stops serving."""
         self._pages.close()
+        self._visitors.clear()
         if self._client:
             await self._client.close()
         if self._runner:
@@ -266,6 +280,7 @@ class HttpLinks:
     async def _await_request(self, transport: asyncio.BaseTransport) -> None:
         """Returns after the first request; aborts a connection without a request within REQUEST_TIMEOUT_S."""
         asked = self._asked.setdefault(transport, asyncio.Event())
+        self._visit(transport)
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 await asked.wait()
@@ -274,6 +289,21 @@ class HttpLinks:
                 transport.abort()
             if not isinstance(error, TimeoutError):
                 raise
+
+    def _visit(self, transport: asyncio.BaseTransport) -> None:
+        self._visitors[transport] = None
+        if len(self._visitors) > VISITORS_MAX:
+            self._visitors = {visitor: None for visitor in self._visitors if not visitor.is_closing()}
+        if len(self._visitors) > VISITORS_MAX:
+            oldest = next(iter(self._visitors))
+            del self._visitors[oldest]
+            if isinstance(oldest, asyncio.WriteTransport):
+                oldest.abort()
+
+    def _stays(self, request: web.Request) -> None:
+        """The connection of this request is a link or a stream from now on, which have limits of their own."""
+        if request.transport:
+            self._visitors.pop(request.transport, None)
 
     async def _incoming(self, request: web.Request) -> web.StreamResponse:
         self._arrived(request)
@@ -290,8 +320,12 @@ class HttpLinks:
             if member is None:
                 self._refuse(host, Refusal.NOT_A_NODE)
                 raise web.HTTPForbidden(text="the certificate names no node")
-        socket = web.WebSocketResponse(heartbeat=HEARTBEAT_S, max_msg_size=messages.FRAME_BYTES_MAX)
+        # Compression would take 300 KB a link, and frames are small.
+        socket = web.WebSocketResponse(
+            heartbeat=HEARTBEAT_S, max_msg_size=messages.FRAME_BYTES_MAX, compress=False, timeout=CLOSE_TIMEOUT_S
+        )
         await socket.prepare(request)
+        self._stays(request)
         if self._accept:
             await self._accept(WebSocketLink(socket, _remote(request), member=member))
         return socket

@@ -362,7 +362,8 @@ class Node:
         self._shares.on_announce(peer, announce)
 
     def _on_manifest_request(self, peer: Peer, request: messages.ManifestRequest) -> None:
-        self.spawn(self.manifest_requests.send_manifest(peer, request), f"send a manifest to {peer.name}")
+        if self.manifest_requests.on_manifest_request(peer, request):
+            self.spawn(self.manifest_requests.send_manifests(peer), f"send manifests to {peer.name}")
 
     # Members
 

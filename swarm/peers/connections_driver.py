@@ -13,7 +13,7 @@ import contextlib
 import itertools
 import logging
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from swarm.content.manifest import Digest
@@ -32,12 +32,13 @@ from swarm.net.websocket import Link
 from swarm.peers import connections
 from swarm.peers.connections import Connections
 from swarm.peers.host import LinkHost
-from swarm.peers.peer import Peer
+from swarm.peers.peer import Backlog, Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import Address, Announcement, AnyMessage, Hello, NodeId
 from swarm.security.rate_limit import MUTE_S, RateLimiter
 
 HELLO_TIMEOUT_S = 5.0
+GREETINGS_MAX = 128  # accepted links without Hello at once; each takes a connection, 300 KB inside TLS
 # Of one node. A frame holds up to 256 messages; a busy peer sends some 100 announcements and requests a second.
 MESSAGES_PER_S, MESSAGES_BURST = 2000.0, 10_000.0
 WARNINGS_MAX = 1000  # different lines; strangers cannot make this node remember more
@@ -58,6 +59,8 @@ class ConnectionsDriver:
         self._host = host
         self._rng = rng
         self._rate_limiter = RateLimiter(rate_per_s=MESSAGES_PER_S, burst=MESSAGES_BURST)
+        self._backlog = Backlog()
+        self._greeting: dict[Link, None] = {}  # accepted, and without Hello: the oldest first
         self._links: dict[int, Peer] = {}  # after Hello, welcomed or not
         self._numbers = itertools.count()
         self._handlers: Mapping[type[AnyMessage], Handler] = {}
@@ -106,7 +109,8 @@ class ConnectionsDriver:
         for transport in self._environment.transports:
             transport.admit(token)
         try:
-            peer = await self._exchange_hello(link, token)
+            with self._counted(link) if dialled is None else contextlib.nullcontext():
+                peer = await self._exchange_hello(link, token)
             try:
                 await self._read(peer, dialled)
             finally:
@@ -121,6 +125,19 @@ class ConnectionsDriver:
             await link.close()
             for transport in self._environment.transports:
                 await transport.revoke(token)
+
+    @contextlib.contextmanager
+    def _counted(self, link: Link) -> Iterator[None]:
+        """Counts a link without Hello; beyond GREETINGS_MAX the oldest is closed."""
+        self._greeting[link] = None
+        if len(self._greeting) > GREETINGS_MAX:
+            oldest = next(iter(self._greeting))
+            del self._greeting[oldest]
+            self._host.spawn(oldest.close(), f"close link from {oldest.remote}")
+        try:
+            yield
+        finally:
+            self._greeting.pop(link, None)
 
     async def _dial(self, address: Address) -> None:
         try:
@@ -153,7 +170,8 @@ class ConnectionsDriver:
             )
         if self._rate_limiter.is_muted(theirs.node, self._host.now()):
             raise PeerError(link.remote, "flooded this node, and is muted for a while")
-        return Peer(next(self._numbers), link, theirs, token=token, transports=self._environment.transports)
+        transports, backlog = self._environment.transports, self._backlog
+        return Peer(next(self._numbers), link, theirs, token=token, transports=transports, backlog=backlog)
 
     async def _read(self, peer: Peer, dialled: Address | None) -> None:
         self._links[peer.number] = peer

@@ -1,7 +1,8 @@
 """Requests for manifests and origins: those of this node to its peers, and the answers to theirs.
 
-A manifest arrives in parts. A request has a deadline and fails when its peer leaves. Answers are bounded here; callers
-check their content.
+A manifest arrives in parts. A request has a deadline and fails when its peer leaves. Answers are bounded here, each and
+all together; callers check their content. The parts of an answer are posted one at a time, as the peer reads them: a
+thousand requests of a peer that reads nothing take the memory of one part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from swarm.protocol import messages
 from swarm.protocol.messages import NodeId, Origin
 
 T = TypeVar("T")
+ASKED_MAX = 64  # manifests that a peer may ask for at once; a node asks for those of its fetches
+ARRIVING_BYTES_MAX = 2 * MANIFEST_BYTES_MAX  # parts of all manifests that are on their way to this node
 
 
 class ManifestRequests:
@@ -25,6 +28,7 @@ class ManifestRequests:
 
     def __init__(self, lookup: Callable[[Digest], tuple[Manifest, Origin | None] | None]) -> None:
         self._lookup = lookup
+        self._answers: dict[Peer, dict[Digest, int]] = {}  # the next offset of each manifest that a peer waits for
         self._manifests: dict[tuple[NodeId, Digest], _ManifestRequest] = {}
         self._origins: dict[tuple[NodeId, Digest], _OpenRequest[Origin | None]] = {}
 
@@ -54,14 +58,40 @@ class ManifestRequests:
         except TimeoutError:
             return None
 
-    async def send_manifest(self, peer: Peer, request: messages.ManifestRequest) -> None:
-        """Answers a ManifestRequest in parts, with an empty part if this node has no such manifest."""
-        found = self._lookup(request.digest)
+    def on_manifest_request(self, peer: Peer, request: messages.ManifestRequest) -> bool:
+        """A peer asks for a manifest; asked again, it gets all parts again. Returns whether to start `send_manifests`.
+
+        Raises RemoteProtocolError for more than ASKED_MAX at once.
+        """
+        begins = peer not in self._answers
+        answers = self._answers.setdefault(peer, {})
+        if request.digest not in answers and len(answers) >= ASKED_MAX:
+            raise RemoteProtocolError(peer.name, f"asks for more than {ASKED_MAX} manifests at once")
+        answers[request.digest] = 0
+        return begins
+
+    async def send_manifests(self, peer: Peer) -> None:
+        """Sends the manifests that a peer waits for, in parts; an empty part for one that this node does not have."""
+        answers = self._answers[peer]
+        try:
+            while answers:
+                for digest, offset in list(answers.items()):
+                    if not await peer.room():
+                        return
+                    if answers[digest] == offset:  # else it was asked again meanwhile
+                        self._send_part(peer, digest, offset)
+                await asyncio.sleep(0)  # other messages are sent between two parts
+        finally:
+            del self._answers[peer]
+
+    def _send_part(self, peer: Peer, digest: Digest, offset: int) -> None:
+        found = self._lookup(digest)
         data = found[0].encoded if found else b""
-        for offset in range(0, max(1, len(data)), messages.MANIFEST_PART_BYTES):
-            part = data[offset : offset + messages.MANIFEST_PART_BYTES]
-            peer.post(messages.ManifestPart(request.digest, len(data), offset, part))
-            await asyncio.sleep(0)  # other messages are sent between two parts
+        part = data[offset : offset + messages.MANIFEST_PART_BYTES]
+        peer.post(messages.ManifestPart(digest, len(data), min(offset, len(data)), part))
+        self._answers[peer][digest] = offset + len(part)
+        if offset + len(part) >= len(data):
+            del self._answers[peer][digest]
 
     def on_origin_request(self, peer: Peer, request: messages.OriginRequest) -> None:
         """Answers an OriginRequest."""
@@ -76,6 +106,8 @@ class ManifestRequests:
         """Raises RemoteProtocolError when the parts do not fit together."""
         if request := self._manifests.get((peer.node, part.digest)):
             request.add(part)
+            if sum(other.arrived_bytes for other in self._manifests.values()) > ARRIVING_BYTES_MAX:
+                request.fail("sends one manifest too many at once")
 
     def on_origin_reply(self, peer: Peer, reply: messages.OriginReply) -> None:
         """Ends the request for this origin."""
@@ -124,7 +156,15 @@ class _ManifestRequest(_OpenRequest[bytes]):
         self._peer = peer
         self._data = bytearray()
 
+    @property
+    def arrived_bytes(self) -> int:
+        return len(self._data)
+
     def add(self, part: messages.ManifestPart) -> None:
+        if self.done.done() or (part.offset and not self._data):
+            return  # the end of an answer to an earlier request, which was given up
+        if part.offset == 0:
+            self._data.clear()  # the holder begins again, as it was asked again
         end = part.offset + len(part.data)
         if part.total == 0:
             self.fail("does not have the manifest that it announced")
@@ -134,7 +174,9 @@ class _ManifestRequest(_OpenRequest[bytes]):
             self._data += part.data
             if end == part.total:
                 self.succeed(bytes(self._data))
+                self._data.clear()
 
     def fail(self, why: str) -> None:
+        self._data.clear()
         if not self.done.done():
             self.done.set_exception(PeerError(self._peer.name, why))

@@ -1,5 +1,9 @@
 """A linked node: its link with an outbox, the artifacts that it announced, and the session that reads its chunks.
 
+Messages wait in the outbox until they are written to the link. A peer that leaves too many unread is cut off; so is the
+peer with the fullest outbox when the outboxes of all peers together are too full (`Backlog`). A sender of much waits
+for `room`.
+
 Owns all that ends with the link. Must not know: the meaning of messages.
 """
 
@@ -11,23 +15,67 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 
-from swarm.content.manifest import MANIFEST_BYTES_MAX, Digest
+from swarm.content.manifest import Digest
 from swarm.errors import TransportError
 from swarm.net.websocket import Link
-from swarm.protocol.messages import FRAME_MESSAGES_MAX, Announcement, Hello, Holdings, Interest, ManifestPart, Message
+from swarm.protocol.messages import (
+    FRAME_MESSAGES_MAX,
+    Announcement,
+    Grant,
+    Have,
+    Hello,
+    Holdings,
+    Interest,
+    ManifestPart,
+    Message,
+    Request,
+)
 from swarm.transport import Inbound, Transport
 
 OUTBOX_MAX = 4096  # unread messages, then the peer is cut off
-OUTBOX_BYTES_MAX = MANIFEST_BYTES_MAX + (16 << 20)  # the largest manifest, and all messages that follow meanwhile
+OUTBOX_BYTES_MAX = 8 << 20  # holdings of the largest artifact take 128 KiB
+BACKLOG_BYTES_MAX = 32 << 20  # in the outboxes of all peers of a node
+ROOM_BYTES = 64 << 10  # an outbox with fewer bytes has room for a part of a manifest
+MESSAGE_BYTES = 256  # of a message besides its payload
 CONNECT_TIMEOUT_S = 5.0
 
 log = logging.getLogger("swarm")
 
 
+class Backlog:
+    """The bytes in the outboxes of all peers of a node."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._peers: dict[Peer, int] = {}
+
+    def add(self, peer: Peer, size: int) -> None:
+        """Counts bytes, or forgets them with a negative `size`. Beyond BACKLOG_BYTES_MAX cuts off the fullest peer."""
+        self.bytes += size
+        left = self._peers.pop(peer, 0) + size
+        if left:
+            self._peers[peer] = left
+        if self.bytes > BACKLOG_BYTES_MAX:
+            fullest = max(self._peers, key=self._peers.__getitem__)
+            fullest.cut_off(f"left {self._peers[fullest]} bytes unread, the most of all peers")
+
+    def __repr__(self) -> str:
+        return f"<Backlog {self.bytes} bytes for {len(self._peers)} peers>"
+
+
 class Peer:
     """The node at the other end of an open link. It presents `token` when it opens a session to this node."""
 
-    def __init__(self, number: int, link: Link, hello: Hello, *, token: str, transports: Sequence[Transport]) -> None:
+    def __init__(
+        self,
+        number: int,
+        link: Link,
+        hello: Hello,
+        *,
+        token: str,
+        transports: Sequence[Transport],
+        backlog: Backlog | None = None,
+    ) -> None:
         self.number = number
         self.node = hello.node
         self.hello = hello
@@ -40,6 +88,9 @@ class Peer:
         self._outbox: deque[Message] = deque()  # until they are written to the link
         self._posted = asyncio.Event()
         self._unsent_bytes = 0
+        self._backlog = backlog or Backlog()
+        self._room = asyncio.Event()
+        self._room.set()
         self._overflowed = asyncio.Event()
         self._session: Inbound | None = None
         self._connecting = asyncio.Lock()
@@ -69,14 +120,27 @@ class Peer:
 
         A peer that leaves too many unread is cut off. For a peer that has left this does nothing.
         """
+        if self._closed or self._overflowed.is_set():
+            return
+        size = _bytes(message)
         if len(self._outbox) >= OUTBOX_MAX:
-            self._cut_off(f"left {OUTBOX_MAX} messages unread")
-        elif self._unsent_bytes + _payload_bytes(message) > OUTBOX_BYTES_MAX:
-            self._cut_off(f"left {self._unsent_bytes} bytes unread")
+            self.cut_off(f"left {OUTBOX_MAX} messages unread")
+        elif self._unsent_bytes + size > OUTBOX_BYTES_MAX:
+            self.cut_off(f"left {self._unsent_bytes} bytes unread")
         else:
-            self._unsent_bytes += _payload_bytes(message)
             self._outbox.append(message)
             self._posted.set()
+            self._count(size)
+
+    @property
+    def unread_bytes(self) -> int:
+        """Bytes in its outbox."""
+        return self._unsent_bytes
+
+    async def room(self) -> bool:
+        """Waits until fewer than ROOM_BYTES are unread; False for a peer that has left."""
+        await self._room.wait()
+        return not (self._closed or self._overflowed.is_set())
 
     async def write(self) -> None:
         """Sends posted messages until the link breaks or the peer is cut off, and then closes the link."""
@@ -88,6 +152,7 @@ class Peer:
             overflow.cancel()
             sending.cancel()
             await asyncio.gather(overflow, sending, return_exceptions=True)
+            self._empty()
             await self.link.close()
 
     async def _send_all(self) -> None:
@@ -95,15 +160,30 @@ class Peer:
             await self._posted.wait()
             batch = tuple(itertools.islice(self._outbox, FRAME_MESSAGES_MAX))
             await self.link.send(*batch)
-            for message in batch:
+            for message in batch[: len(self._outbox)]:  # none if the peer was cut off meanwhile
                 self._outbox.popleft()
-                self._unsent_bytes -= _payload_bytes(message)
+                self._count(-_bytes(message))
             if not self._outbox:
                 self._posted.clear()
 
-    def _cut_off(self, why: str) -> None:
+    def cut_off(self, why: str) -> None:
+        """Ends the link and drops its outbox."""
         self.why_gone = self.why_gone or why
         self._overflowed.set()
+        self._empty()
+
+    def _count(self, size: int) -> None:
+        self._unsent_bytes += size
+        if self._unsent_bytes < ROOM_BYTES:
+            self._room.set()
+        else:
+            self._room.clear()
+        self._backlog.add(self, size)
+
+    def _empty(self) -> None:
+        """Drops what will not be sent. A sender that waits for room learns that the peer has left."""
+        self._outbox.clear()
+        self._count(-self._unsent_bytes)
 
     async def session(self) -> Inbound:
         """The open session to this peer. Raises TransportError."""
@@ -164,6 +244,7 @@ class Peer:
     async def close(self) -> None:
         """Ends the session and the link."""
         self._closed = True
+        self._empty()
         if self._session is not None:
             await self._session.close()
         await self.link.close()
@@ -172,12 +253,18 @@ class Peer:
         return f"<Peer {self.name} {self.hello.address} {self.scheme} | {len(self.artifacts)} artifacts>"
 
 
-def _payload_bytes(message: Message) -> int:
-    """Approximate memory of a message in a single outbox. Other types are small, or shared by all outboxes."""
+def _bytes(message: Message) -> int:
+    """Approximate memory of a message in a single outbox. The contents of other types are shared by all outboxes."""
     match message:
         case ManifestPart(data=data):
-            return len(data)
-        case Interest(bits=bits) | Holdings(bits=bits):
-            return len(bits)
+            return MESSAGE_BYTES + len(data)
+        case Interest(bits=bits, wanted=wanted):
+            return MESSAGE_BYTES + len(bits) + len(wanted)
+        case Holdings(bits=bits):
+            return MESSAGE_BYTES + len(bits)
+        case Have(runs=runs):
+            return MESSAGE_BYTES + 16 * len(runs)
+        case Request(chunks=chunks) | Grant(chunks=chunks):
+            return MESSAGE_BYTES + 8 * len(chunks)
         case _:
-            return 0
+            return MESSAGE_BYTES

@@ -416,3 +416,118 @@ def test_is_one_that_never_finishes_its_request_cut_off(
             writer.close()
 
     run(scenario)
+
+
+async def said_by(
+    address: str, request: bytes, *, limit: int = 1024
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    host, _, port = address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=limit)
+    writer.write(request)
+    return reader, writer
+
+
+GET = b"GET /page HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+
+
+def test_do_connections_that_are_no_links_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept-alive connections of pages cost memory too; links are not closed for them."""
+    monkeypatch.setattr(links, "VISITORS_MAX", 4)
+
+    async def scenario() -> None:
+        async with opened() as end:
+            dialled = await end.links.dial(end.address, timeout_s=DEADLINE_S)
+            accepted = await end.accepted.get()
+            visits = []
+            for _ in range(12):
+                reader, writer = await said_by(end.address, GET)
+                assert b"200" in await reader.readline()
+                visits.append((reader, writer))
+            for reader, _ in visits[:8]:
+                await reader.read()  # its end
+            await dialled.send(Cancel(1))
+            assert await accepted.receive() == Cancel(1)
+            for _, writer in visits:
+                writer.close()
+            await dialled.close()
+
+    run(scenario)
+
+
+def test_do_pages_that_are_not_read_bound_the_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_pages, "ANSWERS_MAX", 2)
+    monkeypatch.setattr(http_pages, "WRITE_TIMEOUT_S", 2.0)
+    making, most = 0, 0
+
+    async def large() -> str:
+        nonlocal making, most
+        making += 1
+        most = max(most, making)
+        await asyncio.sleep(0)
+        making -= 1
+        return "x" * (16 << 20)  # more than the buffers of both sockets
+
+    async def scenario() -> None:
+        listener = await Listener.open("127.0.0.1", 0)
+        end = HttpLinks({"/page": large})
+        await end.open(lambda link: link.close())
+        listener.serve({}, end.adopt)
+        address = "{}:{}".format(*listener.address)
+        visits = [await said_by(address, GET) for _ in range(3)]
+        for reader, _ in visits:
+            reader._transport.pause_reading()  # type: ignore[attr-defined]
+        whole, writer = await said_by(address, GET, limit=1 << 20)
+        size = 0
+        while part := await whole.read(1 << 20):
+            size += len(part)
+            if size > 16 << 20:
+                break
+        assert size > 16 << 20, "who reads gets the page, once those that do not are cut off"
+        for _, other in visits:
+            other.transport.abort()
+        writer.close()
+        await listener.close()
+        await end.close()
+
+    run(scenario)
+    assert most <= 2
+
+
+@pytest.mark.parametrize(
+    "headers", [b"X: " + b"x" * 5000 + b"\r\n\r\n", b"X: x\r\n" * 60 + b"\r\n"], ids=["long", "many"]
+)
+def test_is_a_request_with_endless_headers_refused(headers: bytes) -> None:
+    async def scenario() -> None:
+        async with opened() as end:
+            reader, writer = await said_by(end.address, b"GET /page HTTP/1.1\r\nHost: 127.0.0.1\r\n" + headers)
+            assert b"400" in await reader.readline()
+            writer.close()
+
+    run(scenario)
+
+
+def test_is_what_a_closed_link_has_not_read_dropped() -> None:
+    """A transport that waits for a peer to read would keep the link's messages for as long as the peer likes."""
+
+    async def scenario() -> None:
+        async with opened() as end:
+            reader, writer = await said_by(
+                end.address,
+                f"GET {PATH} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode(),
+            )
+            link = await end.accepted.get()
+            reader._transport.pause_reading()  # type: ignore[attr-defined]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    while True:
+                        await link.send(*(messages.Holdings(Digest("ab" * 32), bytes(1 << 16)) for _ in range(8)))
+            transport = link._socket.get_extra_info("socket")  # type: ignore[attr-defined]
+            assert transport.fileno() >= 0
+            await link.close()
+            async with asyncio.timeout(DEADLINE_S):
+                while transport.fileno() >= 0:  # noqa: ASYNC110 - the transport has no event for its end
+                    await asyncio.sleep(0)
+            writer.transport.abort()
+
+    run(scenario)

@@ -380,7 +380,7 @@ def test_does_a_peer_that_leaves_midway_leave_the_others(monkeypatch: pytest.Mon
                 asked.set()
                 await asyncio.Event().wait()
 
-            monkeypatch.setattr(silent.manifest_requests, "send_manifest", never)
+            monkeypatch.setattr(silent.manifest_requests, "send_manifests", never)
             silent.serve(MODEL, source := Zeros())
             finding = asyncio.create_task(resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S))
             await asked.wait()
@@ -399,7 +399,7 @@ def test_does_a_peer_that_never_answers_end_in_time(monkeypatch: pytest.MonkeyPa
     async def scenario() -> None:
         street = Street()
         async with street.node("silent") as silent, street.node("newcomer", knows=["silent"]) as newcomer:
-            monkeypatch.setattr(silent.manifest_requests, "send_manifest", never)
+            monkeypatch.setattr(silent.manifest_requests, "send_manifests", never)
             silent.serve(MODEL, Zeros())
             with pytest.raises(ManifestNotFound, match="did not send its manifest"):
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.1)

@@ -341,3 +341,19 @@ def test_is_a_warning_logged_once_and_their_number_bounded(
     with caplog.at_level(logging.WARNING):
         run(scenario)
     assert len(caplog.messages) == 1
+
+
+def test_do_links_that_never_greet_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections_driver, "GREETINGS_MAX", 3)
+
+    async def scenario(node: Node) -> None:
+        silent = [FakeLink() for _ in range(10)]
+        for link in silent:
+            node.accept(link)
+        await node.until(lambda: sum(link.closed for link in silent) == 7)
+        assert [link.closed for link in silent] == [True] * 7 + [False] * 3, "the oldest are closed"
+        await node.linked()
+        await silent[-1].close()
+        await node.until(lambda: len(node.transports[0].admitted) == 3)
+
+    run(scenario)

@@ -9,8 +9,9 @@ import pytest
 
 from swarm.content.manifest import Digest, FileEntry, HashScheme, Manifest
 from swarm.errors import PeerError, PeerTimeout, RemoteProtocolError
-from swarm.peers.manifest_requests import ManifestRequests
-from swarm.peers.peer import Peer
+from swarm.peers import manifest_requests as requests_module
+from swarm.peers.manifest_requests import ASKED_MAX, ManifestRequests
+from swarm.peers.peer import MESSAGE_BYTES, Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import (
     Address,
@@ -62,6 +63,12 @@ class FakePeer(Peer):
         self.posted.append(message)
 
 
+def real_peer() -> Peer:
+    """Whose outbox waits for `write`."""
+    hello = Hello(1, "0", NodeId("0" * 16), "them", Address("127.0.0.1:1"), "cd" * 16, (), ())
+    return Peer(0, NoLink(), hello, token="ef" * 16, transports=())
+
+
 def nothing(digest: str) -> None:
     return None
 
@@ -87,7 +94,8 @@ def test_does_a_manifest_in_parts_arrive_whole() -> None:
         waiting = asyncio.create_task(asker.manifest(them, manifest.digest, timeout_s=DEADLINE_S))
         await asyncio.sleep(0)
         assert them.posted == [ManifestRequest(manifest.digest)]
-        await holder.send_manifest(us, ManifestRequest(manifest.digest))
+        assert holder.on_manifest_request(us, ManifestRequest(manifest.digest))
+        await holder.send_manifests(us)
         assert len(us.posted) == 3
         for part in us.posted:
             assert isinstance(part, ManifestPart)
@@ -143,13 +151,13 @@ def test_is_an_answered_question_asked_again() -> None:
 @pytest.mark.parametrize(
     "parts",
     [
-        [ManifestPart(DIGEST, 4, 1, b"a")],
         [ManifestPart(DIGEST, 4, 0, b"")],
         [ManifestPart(DIGEST, 1, 0, b"ab")],
-        [ManifestPart(DIGEST, 4, 0, b"ab"), ManifestPart(DIGEST, 4, 0, b"ab")],
+        [ManifestPart(DIGEST, 4, 0, b"ab"), ManifestPart(DIGEST, 4, 3, b"d")],
+        [ManifestPart(DIGEST, 4, 0, b"ab"), ManifestPart(DIGEST, 4, 1, b"bc")],
         [ManifestPart(DIGEST, 4, 0, b"ab"), ManifestPart(DIGEST, 3, 2, b"cd")],
     ],
-    ids=["begins late", "empty", "too long", "twice", "shrinks"],
+    ids=["empty", "too long", "gap", "overlap", "shrinks"],
 )
 def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[ManifestPart]) -> None:
     async def scenario() -> None:
@@ -182,7 +190,8 @@ def test_are_answers_nobody_asked_for_ignored() -> None:
 def test_does_a_peer_without_the_manifest_end_the_question() -> None:
     async def scenario() -> None:
         holder, asker, us, them = ManifestRequests(nothing), ManifestRequests(nothing), FakePeer(), FakePeer()
-        await holder.send_manifest(us, ManifestRequest(DIGEST))
+        holder.on_manifest_request(us, ManifestRequest(DIGEST))
+        await holder.send_manifests(us)
         assert us.posted == [ManifestPart(DIGEST, 0, 0, b"")]
         waiting = await asked(asker, them)
         asker.on_manifest_part(them, ManifestPart(DIGEST, 0, 0, b""))
@@ -240,5 +249,75 @@ def test_do_files_beside_a_model_make_way_for_its_etags_in_a_frame(files: int, t
         ManifestRequests(lambda digest: (manifest, full)).on_origin_request(peer, OriginRequest(DIGEST))
         expected = {("etags", "beside"): full, ("etags",): Origin("ef" * 20, etags), (): None}
         assert peer.posted == [OriginReply(DIGEST, expected[told])]
+
+    run(scenario)
+
+
+def test_does_a_peer_that_asks_again_and_does_not_read_wait_for_one_part() -> None:
+    """A request of 90 bytes is answered with megabytes: what is not read must not pile up."""
+
+    async def scenario() -> None:
+        manifest, peer = large_manifest(), real_peer()
+        holder = ManifestRequests(lambda digest: (manifest, None))
+        began = [holder.on_manifest_request(peer, ManifestRequest(manifest.digest)) for _ in range(1000)]
+        assert began == [True, *[False] * 999]
+        sending = asyncio.create_task(holder.send_manifests(peer))
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not sending.done()
+        assert peer.unread_bytes <= messages.MANIFEST_PART_BYTES + MESSAGE_BYTES
+        peer.cut_off("left")
+        await sending
+        assert peer.unread_bytes == 0
+        assert holder.on_manifest_request(peer, ManifestRequest(manifest.digest)), "nothing is remembered of it"
+
+    run(scenario)
+
+
+def test_how_many_manifests_may_a_peer_ask_for_at_once() -> None:
+    async def scenario() -> None:
+        peer, holder = FakePeer(), ManifestRequests(nothing)
+        for number in range(ASKED_MAX):
+            holder.on_manifest_request(peer, ManifestRequest(Digest(f"{number:064x}")))
+        holder.on_manifest_request(peer, ManifestRequest(Digest(f"{0:064x}")))
+        with pytest.raises(RemoteProtocolError, match="more than 64 manifests at once"):
+            holder.on_manifest_request(peer, ManifestRequest(DIGEST))
+
+    run(scenario)
+
+
+def test_does_an_answer_begin_again_when_it_is_asked_for_again() -> None:
+    async def scenario() -> None:
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
+        waiting = await asked(manifest_requests, peer)
+        for part in (
+            ManifestPart(DIGEST, 4, 2, b"cd"),  # of an answer that was given up
+            ManifestPart(DIGEST, 4, 0, b"ab"),
+            ManifestPart(DIGEST, 4, 0, b"ab"),
+            ManifestPart(DIGEST, 4, 2, b"cd"),
+        ):
+            manifest_requests.on_manifest_part(peer, part)
+        assert await waiting == b"abcd"
+
+    run(scenario)
+
+
+def test_is_the_memory_of_all_arriving_manifests_together_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requests_module, "ARRIVING_BYTES_MAX", 5)
+
+    async def scenario() -> None:
+        peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
+        digests = [Digest(f"{number:064x}") for number in range(3)]
+        waiting = [
+            asyncio.create_task(manifest_requests.manifest(peer, digest, timeout_s=DEADLINE_S)) for digest in digests
+        ]
+        await asyncio.sleep(0)
+        for digest in digests:
+            manifest_requests.on_manifest_part(peer, ManifestPart(digest, 4, 0, b"ab"))
+        with pytest.raises(PeerError, match="one manifest too many"):
+            await waiting[2]
+        for digest in digests[:2]:
+            manifest_requests.on_manifest_part(peer, ManifestPart(digest, 4, 2, b"cd"))
+        assert await asyncio.gather(*waiting[:2]) == [b"abcd", b"abcd"]
 
     run(scenario)

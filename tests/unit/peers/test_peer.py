@@ -10,7 +10,7 @@ import pytest
 from swarm.content.manifest import Digest
 from swarm.errors import PeerUnreachable, TransportError
 from swarm.peers import peer as peers
-from swarm.peers.peer import Peer
+from swarm.peers.peer import Backlog, Peer
 from swarm.protocol.messages import Address, AnyMessage, Bye, Cancel, Endpoint, Hello, ManifestPart, Message, NodeId
 from swarm.transport import Transport
 from swarm.transport.inproc import InprocHub, InprocSession, InprocTransport
@@ -45,9 +45,11 @@ class FakeLink:
         self.closed = True
 
 
-def peer_at(link: FakeLink, *offers: Endpoint, transports: tuple[Transport, ...] = ()) -> Peer:
+def peer_at(
+    link: FakeLink, *offers: Endpoint, transports: tuple[Transport, ...] = (), backlog: Backlog | None = None
+) -> Peer:
     hello = Hello(1, "0", NodeId("0" * 16), "them", Address("127.0.0.1:1"), TOKEN, offers, ())
-    return Peer(0, link, hello, token="ef" * 16, transports=transports)
+    return Peer(0, link, hello, token="ef" * 16, transports=transports, backlog=backlog)
 
 
 def test_are_posted_messages_sent_in_order() -> None:
@@ -106,7 +108,8 @@ def test_is_a_peer_that_reads_nothing_cut_off(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_is_a_peer_that_leaves_much_unread_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "OUTBOX_BYTES_MAX", 10)
+    most = 2 * (peers.MESSAGE_BYTES + 5)
+    monkeypatch.setattr(peers, "OUTBOX_BYTES_MAX", most)
     part = ManifestPart(Digest("ab" * 32), 10, 0, bytes(5))
 
     async def scenario() -> None:
@@ -126,7 +129,57 @@ def test_is_a_peer_that_leaves_much_unread_cut_off(monkeypatch: pytest.MonkeyPat
             stuck.post(part)
         await stuck.write()
         assert deaf.closed
-        assert stuck.why_gone == "left 10 bytes unread"
+        assert stuck.why_gone == f"left {most} bytes unread"
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_are_all_peers_together_bounded_and_the_fullest_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of each peer alone would allow a node's memory times the number of its links."""
+    size = peers.MESSAGE_BYTES + 1000
+    monkeypatch.setattr(peers, "BACKLOG_BYTES_MAX", 10 * size)
+    part = ManifestPart(Digest("ab" * 32), 10, 0, bytes(1000))
+
+    async def scenario() -> None:
+        backlog = Backlog()
+        modest, *others = (peer_at(FakeLink(stuck=True), backlog=backlog) for _ in range(4))
+        modest.post(part)
+        for _ in range(20):
+            for other in others:
+                other.post(part)
+            assert backlog.bytes <= 10 * size
+        assert modest.why_gone is None
+        cut = [other for other in others if other.why_gone]
+        assert all(other.why_gone and other.why_gone.endswith("the most of all peers") for other in cut)
+        assert cut
+        for peer in (modest, *others):
+            await peer.close()
+        assert backlog.bytes == 0
+        assert repr(backlog) == "<Backlog 0 bytes for 0 peers>"
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_does_a_sender_wait_for_room() -> None:
+    async def scenario() -> None:
+        link = FakeLink()
+        peer = peer_at(link)
+        assert await peer.room()
+        peer.post(ManifestPart(Digest("ab" * 32), 1 << 20, 0, bytes(peers.ROOM_BYTES)))
+        waiting = asyncio.create_task(peer.room())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        writing = asyncio.create_task(peer.write())
+        assert await waiting
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+        stuck = peer_at(FakeLink(stuck=True))
+        stuck.post(ManifestPart(Digest("ab" * 32), 1 << 20, 0, bytes(peers.ROOM_BYTES)))
+        waiting = asyncio.create_task(stuck.room())
+        await asyncio.sleep(0)
+        await stuck.close()
+        assert not await waiting, "a peer that left has no room for ever"
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
