@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 from swarm.checkpoint import digest_cache, hf_cache, hf_publish, manifest_builder, signature_file
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.content.selection import Part, Patterns, Selection, TensorChoice
-from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError, Unpinnable
+from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
@@ -414,15 +414,12 @@ async def fetch_on(
             )
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
-    pinned = digest is not None or bool(settings.signed_by) or bool(_COMMIT.fullmatch(revision or ""))
-    blake3 = pinned or settings.chunk_hash == "blake3"
-    if blake3 and not manifest.has_blake3:
-        raise Unpinnable(model_id, manifest.digest)
+    pinned = digest is not None or bool(_COMMIT.fullmatch(revision or ""))
     left = _Deadline(node, model_id, timeout_s, began)
     part = None if selection is None else selection.part(manifest, whole_files=out is not None)
     if not isinstance(out, _HubCache):
         store, path = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings, part))
-        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3, part=part)
+        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, pinned=pinned, part=part)
         if path is not None and part is None:
             await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest, origin))
         return fetched, store, path
@@ -431,7 +428,7 @@ async def fetch_on(
     try:
         await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin, part)
         store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings, part))
-        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, blake3=blake3, part=part)
+        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, pinned=pinned, part=part)
         stamps = store.stamps() if isinstance(store, DirectoryStore) else {}
         snapshot = await _finished(
             node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps, part=part)
@@ -496,7 +493,7 @@ async def _filled(
     origin: Origin | None,
     *,
     abandon_s: float,
-    blake3: bool,
+    pinned: bool,
     part: Part | None,
 ) -> Fetched:
     try:
@@ -506,7 +503,7 @@ async def _filled(
             origin=origin,
             timeout_s=left.left_s(),
             abandon_s=abandon_s,
-            blake3=blake3,
+            pinned=pinned,
             wanted=None if part is None else part.chunks,
         )
     except FetchTimeout as error:

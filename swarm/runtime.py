@@ -65,6 +65,7 @@ def new_node(settings: Settings) -> tuple[Node, NodeReport]:
         host=settings.host or machine_label(),
         rack=settings.rack or "",
         publishers=settings.signed_by,
+        check_blake3=settings.chunk_hash == "blake3",
         upload_slots=settings.upload_slots,
         idle_timeout_s=settings.idle_timeout_s,
         stall_timeout_s=settings.stall_timeout_s,

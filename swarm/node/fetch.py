@@ -17,7 +17,7 @@ from functools import partial
 
 from swarm.content.bitfield import Bitfield, runs
 from swarm.content.manifest import Chunk, Digest, ModelId
-from swarm.errors import FetchTimeout
+from swarm.errors import FetchTimeout, Unpinnable
 from swarm.journal import FetchEnded, FetchStarted
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
@@ -88,6 +88,9 @@ class Fetches:
     ) -> Fetched:
         """See `Node.fetch`."""
         began, manifest = self._host.now(), store.manifest
+        if blake3 and not manifest.has_blake3:
+            await asyncio.to_thread(store.close)
+            raise Unpinnable(model_id, manifest.digest)
         held = Bitfield(len(manifest.chunks))
         needed = Bitfield.full(held.length) if wanted is None else wanted
         size = sum(manifest.chunks[index].size for index in needed)

@@ -61,7 +61,8 @@ class Node:
     """A node of the swarm. Use it as `async with Node(environment) as node:`.
 
     `host` and `rack` are its location labels, which gossip announces; `network` holds the times of gossip. With
-    `publishers`, public keys, it resolves an id only to what one of them signed.
+    `publishers`, public keys, it resolves an id only to what one of them signed. `check_blake3`:
+    fetches check BLAKE3 whether they are pinned or not.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Node:
         host: str = "",
         rack: str = "",
         publishers: Sequence[str] = (),
+        check_blake3: bool = False,
         rng: random.Random | None = None,
     ) -> None:
         rng = rng or random.SystemRandom()
@@ -84,6 +86,7 @@ class Node:
         self.address = Address("")
         self.journal = Journal()
         self.publishers = frozenset(publishers)
+        self._check_blake3 = check_blake3 or bool(publishers)
         self.manifest_requests = ManifestRequests(self.described)
         self._environment = environment
         self._upload_slots = upload_slots
@@ -188,13 +191,14 @@ class Node:
         timeout_s: float | None = None,
         abandon_s: float = math.inf,
         wanted: Bitfield | None = None,
-        blake3: bool = False,
+        pinned: bool = False,
     ) -> Fetched:
         """Fills a store from all peers that hold chunks of its artifact, seals it, and serves it.
 
         `wanted`: the chunks to fetch, None for all; the store has a place for each of them.
         `abandon_s`: seconds without a linked peer that holds a missing chunk, after which a fetch with an alternative
-        gives up sooner than a stalled fetch. `blake3`: every chunk must also have its BLAKE3 digest.
+        gives up sooner than a stalled fetch. `pinned`: every chunk must also have its
+        BLAKE3 digest; always, where the node checks BLAKE3 or knows publishers.
 
         Raises FetchError when it gives up and StoreError when the store fails. The store is closed then; a directory
         keeps the verified chunks for the next attempt.
@@ -206,7 +210,7 @@ class Node:
             timeout_s=timeout_s,
             abandon_s=abandon_s,
             wanted=wanted,
-            blake3=blake3,
+            blake3=pinned or self._check_blake3,
         )
 
     @contextlib.contextmanager

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 import xxhash
-from forgery import BLOCK_BYTES, forged
+from forgery import BLOCK_BYTES, forged, forging_source
 
-from swarm.content.manifest import Chunk, Manifest
+import swarm
+from swarm.api import serve_source
+from swarm.content.manifest import Chunk, Manifest, ModelId
+from swarm.settings import Settings
 from swarm.store import FileSpan, Span
 
 from .lying import LyingPeer
@@ -84,6 +89,19 @@ def test_is_a_forger_refused_and_named(
         beside = machine.fetch(tmp_path / "beside", *flags, peers=peers, environment=environment)
         assert beside.end().report["rejected_chunks"] > 0
     assert contents(tmp_path / "beside") == contents(model)
+
+
+def test_is_a_forged_tensor_refused(tmp_path: Path) -> None:
+    tensor = torch.randint(0, 256, (8 << 20,), dtype=torch.uint8)
+    evil = forging_source(tensor)
+    seed = Settings(mdns=False, cache=tmp_path / "cache", find_timeout_s=10, stall_timeout_s=2, upload_limit=1e12)
+    with serve_source(ModelId(MODEL), evil, None, settings=seed) as served:
+        newcomer = dataclasses.replace(seed, peers=(served.address,), name="newcomer")
+        with swarm.fetch(MODEL, settings=newcomer, timeout_s=60) as weights:
+            assert not torch.equal(weights["w"], tensor)
+        for into in (None, {"w": torch.zeros_like(tensor)}):
+            with pytest.raises(swarm.Stalled, match="wrong chunk"):
+                swarm.fetch(MODEL, into=into, settings=newcomer, timeout_s=60, digest=evil.manifest.digest)
 
 
 def test_are_forged_bytes_of_an_unfinished_fetch_not_resumed(machine: Machine, model: Path, tmp_path: Path) -> None:
