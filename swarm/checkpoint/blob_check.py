@@ -25,7 +25,7 @@ import msgspec
 
 from swarm.checkpoint import digest_cache
 from swarm.checkpoint.files import CheckpointFile
-from swarm.store.disk import Stamp, replacing
+from swarm.store.disk import Stamp, read_own, replacing
 
 READ_BYTES = 1 << 20
 HASH_THREADS_MAX = 8  # sha256 runs at 1.6 GB/s a thread; more threads would outrun the disk
@@ -113,7 +113,7 @@ class _Record:
     def of(cls, cache_dir: Path, folder: Path) -> _Record:
         place = cache_dir / "names" / f"{hashlib.sha256(os.fsencode(os.path.realpath(folder))).hexdigest()}.json"
         try:
-            return cls(place, _decoder.decode(place.read_bytes()).checked)
+            return cls(place, _decoder.decode(read_own(place, bytes_max=digest_cache.RECORD_BYTES_MAX)).checked)
         except FileNotFoundError:
             return cls(place, {})
         except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:

@@ -7,6 +7,8 @@ A stamp (size, mtime, ctime, inode) is trusted only if the file was older than `
 file can be written again without a change of its times (git calls this racily clean). The age is that of the ctime, the
 only time that a program cannot set.
 
+Records that another user can have written are ignored: they could say anything of the files here.
+
 Must not know: how files are hashed.
 """
 
@@ -23,10 +25,11 @@ from typing import Literal
 import msgspec
 
 from swarm.checkpoint.files import CheckpointFile
-from swarm.content.manifest import Digest, FileEntry, HashScheme, Manifest, decode
+from swarm.content.manifest import MANIFEST_BYTES_MAX, Digest, FileEntry, HashScheme, Manifest, decode
 from swarm.errors import ManifestError
-from swarm.store.disk import Stamp, replacing, store_errors
+from swarm.store.disk import Stamp, read_own, replacing, store_errors
 
+RECORD_BYTES_MAX = 4 * MANIFEST_BYTES_MAX  # a manifest as a JSON string, and the stamps
 RACY_NS = 2_000_000_000  # resolution of FAT, the coarsest in use
 
 log = logging.getLogger("swarm")
@@ -94,7 +97,7 @@ def _place(folder: Path, path: Path, suffix: str = "") -> Path:
 
 def _read(file: Path) -> tuple[Manifest, dict[str, Stamp]] | None:
     try:
-        record = _decoder.decode(file.read_bytes())
+        record = _decoder.decode(read_own(file, bytes_max=RECORD_BYTES_MAX))
         return decode(record.manifest.encode(), digest=record.digest), record.stamps
     except FileNotFoundError:
         return None

@@ -416,6 +416,21 @@ def replacing(path: Path, *, draft_dir: Path | None = None) -> Iterator[Path]:
         raise
 
 
+def read_own(path: Path, *, bytes_max: int) -> bytes:
+    """The content of a file that no other user can have written, unless that user is root.
+
+    Raises PermissionError for a file of another user or one that others may write, and OSError.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(errno.EPERM, "another user can have written it")
+        if not stat.S_ISREG(status.st_mode) or status.st_size > bytes_max:
+            raise OSError(errno.EFBIG, f"it is not a file of at most {bytes_max} bytes")
+        return file.read(bytes_max)
+
+
 def remove_if_empty(place: Path) -> None:
     """Removes a directory if it is empty and can be removed."""
     with contextlib.suppress(OSError):

@@ -112,3 +112,34 @@ def test_does_remembering_say_when_it_cannot(model: Path, manifest: Manifest, tm
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(StoreError):
         digest_cache.remember(tmp_path / "cache", model, manifest)
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602])
+def test_is_a_record_that_others_can_write_ignored(
+    model: Path, manifest: Manifest, tmp_path: Path, mode: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = tmp_path / "cache"
+    opened(cache, model).save(manifest)
+    (record,) = (cache / "manifests").iterdir()
+    record.chmod(mode)
+    assert opened(cache, model).known == {}
+    assert "another user can have written it" in caplog.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="files of other users need root")
+def test_is_a_record_of_another_user_ignored(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    digest_cache.remember(tmp_path, model, manifest)
+    (record,) = (tmp_path / "fetched").iterdir()
+    os.chown(record, 12345, 12345)
+    assert digest_cache.recall(tmp_path, model) is None
+
+
+def test_is_a_record_that_is_a_link_or_no_file_ignored(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    digest_cache.remember(tmp_path, model, manifest)
+    (record,) = (tmp_path / "fetched").iterdir()
+    record.rename(tmp_path / "elsewhere")
+    record.symlink_to(tmp_path / "elsewhere")
+    assert digest_cache.recall(tmp_path, model) is None
+    record.unlink()
+    os.mkfifo(record)
+    assert digest_cache.recall(tmp_path, model) is None
