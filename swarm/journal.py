@@ -31,6 +31,13 @@ class Opened:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """This process stood still for `seconds`, which the node's clock leaves out; peers may have given it up."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Joined:
     """A link to a peer is open. Chunks come from it over the transport `scheme`."""
 

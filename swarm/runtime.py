@@ -22,6 +22,7 @@ from swarm.dashboard.server import Dashboard
 from swarm.membership import config
 from swarm.net.environment import HostEnvironment, machine_label
 from swarm.net.http_pages import Asset, HealthPage
+from swarm.net.pausing_loop import PausingLoop
 from swarm.node.node import Node
 from swarm.node.status_client import PATH as STATUS_PATH
 from swarm.observe import opentelemetry
@@ -90,7 +91,7 @@ class Runtime:
     """An event loop in a thread, and the nodes on it."""
 
     def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
+        self._loop = PausingLoop()
         self._thread = threading.Thread(target=self._run, name="swarm", daemon=True)
         self._nodes: dict[Settings, _Shared] = {}
         self._thread.start()

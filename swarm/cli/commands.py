@@ -62,8 +62,11 @@ def _run(work: Coroutine[Any, Any, int], *, stopped: Callable[[], int] = lambda:
                 asyncio.get_running_loop().add_signal_handler(number, stop)
         return await work
 
+    from swarm.net.pausing_loop import PausingLoop
+
     try:
-        return asyncio.run(run())
+        with asyncio.Runner(loop_factory=PausingLoop) as runner:
+            return runner.run(run())
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
 

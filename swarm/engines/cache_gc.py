@@ -108,7 +108,7 @@ def _entries(cache: Path) -> Iterator[Path]:
                     continue
                 elif not path.name.startswith("."):
                     yield path
-                elif status.st_mtime < time.time() - STALE_S:
+                elif abs(time.time() - status.st_mtime) > STALE_S:  # of the future: made before the clock was set back
                     shutil.rmtree(path, ignore_errors=True)
 
 

@@ -14,8 +14,8 @@ window at a time.
       └──────── greater incarnation, of the member ─────────┘
 
 Only memory grows with the number of members: windows are bounded, and a member announces new profiles the more rarely
-the more members there are. Time is the time between two events. When it leaps or goes back, this node slept, and no
-member is suspected for that.
+the more members there are. Time is the time between two events. When it leaps or goes back, or the caller says so
+(`Paused`), this node slept: no member is suspected for that, and every suspect has its time again.
 
 Must not know: sockets, clocks.
 """
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from swarm.errors import LocalProtocolError
+from swarm.journal import Paused
 from swarm.membership.config import SwimConfig
 from swarm.membership.member_table import MemberTable, RumourQueue, SyncWalk, refute
 from swarm.membership.probes import Probe, Prober
@@ -108,7 +109,7 @@ class Conflict:
     address: Address
 
 
-Event: TypeAlias = ContactFound | PacketReceived | ProfileChanged | Leave | Tick
+Event: TypeAlias = Paused | ContactFound | PacketReceived | ProfileChanged | Leave | Tick
 Action: TypeAlias = Send | MemberChanged | Conflict
 
 
@@ -158,6 +159,8 @@ class Swim:
             return []
         self._pass_time(now)
         match event:
+            case Paused():
+                self._start_again()
             case ContactFound(address):
                 self._add_contact(address)
             case PacketReceived(source, packet):
@@ -212,9 +215,14 @@ class Swim:
         if 0 <= passed <= LEAP_PERIODS * self._config.probe_interval_s:
             self._clock += passed
             return
-        # The node slept, or its clock was set: Acks may be lost, and other members may have declared this node dead.
+        self._start_again()
+
+    def _start_again(self) -> None:
+        """The node slept: Acks and refutations may be lost, and other members may have declared this node dead."""
         self._prober.reset(self._clock)
         self._walk, self._sync_at = SyncWalk(), self._clock
+        for node in self._suspects:
+            self._suspects[node] = self._clock + self._config.suspicion_s(len(self._members) + 1)
 
     def _act_on_time(self) -> None:
         if probe := self._prober.overdue(self._clock):

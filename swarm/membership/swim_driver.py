@@ -11,6 +11,7 @@ import logging
 import random
 from collections.abc import Callable
 
+from swarm.journal import Paused
 from swarm.membership.config import SwimConfig
 from swarm.membership.swim import (
     Conflict,
@@ -103,6 +104,11 @@ class SwimDriver:
         if profile != self._announced:
             self._announced = profile
             self._handle(ProfileChanged(profile))
+
+    def paused(self, seconds: float) -> None:
+        """This process stood still."""
+        self._environment.drain()  # what arrived meanwhile is news
+        self._handle(Paused(seconds))
 
     def close(self) -> None:
         """Leaves; no packet is sent afterwards."""

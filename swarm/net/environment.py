@@ -22,6 +22,7 @@ from swarm.errors import PeerError, SettingsError
 from swarm.net import discovery
 from swarm.net.http_pages import Page
 from swarm.net.listener import Listener
+from swarm.net.pausing_loop import PausingLoop
 from swarm.net.udp import AeadSeal, Codec, Datagrams, Hear, NoSeal
 from swarm.net.websocket import HttpLinks, Link
 from swarm.protocol.messages import Address, NodeId
@@ -35,7 +36,7 @@ from swarm.transport.registry import TransportConfig, make_transports
 
 DIAL_TIMEOUT_S = 5.0
 PORTS_TRIED = 16  # when the system chooses: a TCP port is skipped if its UDP port is taken
-RENEW_LOOK_S = 60.0
+RENEW_LOOK_S = 5.0  # a node whose clock was set right is refused for so long at most
 TLS_RECORD = b"\x16\x03"  # the first bytes of a handshake
 RESOLVE_EVERY_S = 5.0  # a name of the settings may have more addresses later, of replicas that start later
 
@@ -68,6 +69,10 @@ class Environment(Protocol):
 
     def drain(self) -> None:
         """Delivers the datagrams that wait in the socket."""
+
+    @property
+    def paused_s(self) -> float:
+        """Seconds that this process stood still so far; the loop's clock leaves them out (`pausing_loop`)."""
 
     async def close(self) -> None:
         """Closes everything, within the timeouts of its parts."""
@@ -152,6 +157,12 @@ class HostEnvironment:
         """Nothing before `open`."""
         if self._datagrams:
             self._datagrams.drain()
+
+    @property
+    def paused_s(self) -> float:
+        """As Environment; 0 on a loop of the caller's own."""
+        loop = asyncio.get_running_loop()
+        return loop.paused_s if isinstance(loop, PausingLoop) else 0.0
 
     async def close(self) -> None:
         """Also after an `open` that failed, and twice."""
@@ -258,8 +269,8 @@ async def _renew(identity: Identity) -> None:
     """Renews the certificate. Checks every RENEW_LOOK_S: a machine may sleep, and its clock may be set."""
     while True:
         await asyncio.sleep(RENEW_LOOK_S)
-        if time.time() >= identity.renew_at:
-            identity.renew(time.time())
+        if identity.is_due(now_s := time.time()):
+            identity.renew(now_s)
 
 
 def new_id() -> NodeId:

@@ -27,7 +27,7 @@ from swarm import __version__
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import LocalProtocolError, SwarmError
-from swarm.journal import Journal, Opened, Withdrawn
+from swarm.journal import Journal, Opened, Paused, Withdrawn
 from swarm.membership import config
 from swarm.membership.config import SwimConfig
 from swarm.membership.swim import MemberChanged, Swim
@@ -53,6 +53,7 @@ from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import UploadDriver
 
 TICK_S = 0.25
+PAUSE_NOTICED_S = 0.5  # clocks that are read one after the other differ by less
 
 log = logging.getLogger("swarm")
 
@@ -113,6 +114,7 @@ class Node:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
         self._closing = False
+        self._paused_s = 0.0  # that the machines know of
 
     async def open(self) -> None:
         """Joins the swarm. Raises SettingsError when the listening address cannot be used."""
@@ -132,6 +134,7 @@ class Node:
         self.record("node", Opened(self.id, self.name, self.address, *self.place))
         self._swim.open(self.id, self.address, self.name, self._profile())
         self._connections.open(self._handlers(self._upload_driver))
+        self._paused_s = self._environment.paused_s
         self.spawn(self._tick(), "ticks")
         self.spawn(watch_files(self._shares), "watch files")
 
@@ -419,10 +422,24 @@ class Node:
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
+            self._notice_pause()
             self._connections.handle(connections.Tick())
             self._update_mates()
             self._shares.tick()
             self._update_profile()
+
+    def _notice_pause(self) -> None:
+        """Tells the machines if this process stood still. The loop's clock has left that out, so no deadline passed."""
+        seconds = self._environment.paused_s - self._paused_s
+        if seconds >= PAUSE_NOTICED_S:
+            self._paused_s += seconds
+            paused = Paused(seconds)
+            self.record("node", paused)
+            log.info("this process stood still for %.1f s; it goes on", seconds)
+            self._swim.paused(seconds)
+            self._connections.handle(paused)
+            for download in self._shares.downloads():
+                download.handle(paused)
 
     def __repr__(self) -> str:
         return f"<Node {self.name} {self.address} | {len(self.peers)} peers | {len(self._shares.shares)} artifacts>"

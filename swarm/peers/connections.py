@@ -27,6 +27,7 @@ from typing import TypeAlias
 
 from swarm.content.manifest import Digest
 from swarm.errors import LocalProtocolError
+from swarm.journal import Paused
 from swarm.peers import selection
 from swarm.peers.selection import LINKS_FIRST, LINKS_FULL, LINKS_MOST, LINKS_WANTED, SEEDS_WANTED, Candidate
 from swarm.protocol.messages import ADDRESSES_MAX, Address, NodeId
@@ -137,7 +138,8 @@ class Drop:
 
 
 Event: TypeAlias = (
-    AddressDiscovered
+    Paused
+    | AddressDiscovered
     | AddressesShared
     | DialFailed
     | LinkUp
@@ -234,9 +236,19 @@ class Connections:
                 self._wanted_since = {digest: self._wanted_since.get(digest, now) for digest in sorted(digests)}
             case Tick():
                 actions = self._drop_idle(now)
+            case Paused():
+                self._start_again(now)
             case _:
                 raise LocalProtocolError(f"connections cannot handle {event!r}")
         return [*actions, *self._dial(now)]
+
+    def _start_again(self, now: float) -> None:
+        """Dials at once where it waited, and gives every link its time again: peers may have closed links meanwhile."""
+        for known in self._known.values():
+            known.failures = known.brief = 0
+            known.dial_at = now
+        for link in self._links.values():
+            link.since = now
 
     def unanswered(self) -> list[Address]:
         """Addresses whose first dial has neither failed nor led to a link yet."""

@@ -37,6 +37,7 @@ from swarm.security.cluster_key import ClusterKey, Keyring
 
 LEAF_LIFE_S = 24 * 3600.0  # bounds the use of a stolen leaf
 LEAF_RENEW_S = LEAF_LIFE_S / 2  # a node that slept for hours still has a valid leaf
+CLOCK_BACK_S = 60.0  # a clock that goes back by more was set; synchronisation corrects less
 CLOCK_SKEW_S = 3600.0  # leaves are valid from this long before their issue, for members with slow clocks
 
 _NODE_URI = "swarm:node:"
@@ -107,17 +108,16 @@ class Identity:
         self.client = _context(ssl.PROTOCOL_TLS_CLIENT, keyring)
         self.renew(now_s)
 
-    @property
-    def renew_at(self) -> float:
-        """The time to call `renew`, in seconds since 1970."""
-        return self._renew_at
+    def is_due(self, now_s: float) -> bool:
+        """Whether to call `renew`: the leaf is old, or from a later time than now: the clock was wrong and was set."""
+        return not self._issued_at - CLOCK_BACK_S <= now_s < self._issued_at + LEAF_RENEW_S
 
     def renew(self, now_s: float) -> None:
         """Issues a new leaf for new connections; open connections go on."""
         with _in_memory(_issue(self.keyring.first, self.node, now_s)) as path:
             self.server.load_cert_chain(path)
             self.client.load_cert_chain(path)
-        self._renew_at = now_s + LEAF_RENEW_S
+        self._issued_at = now_s
 
     def __repr__(self) -> str:
         return f"<Identity {self.node} of {self.keyring}>"

@@ -131,13 +131,12 @@ class Opener:
         return packet
 
     def _make_room(self, now_s: float) -> bool:
-        """Forgets streams whose latest number is older than twice AGE_MAX_S: it would not be accepted again."""
-        old = []
-        for name, stream in self._streams.items():
-            if stream.latest / 1e6 + 2 * AGE_MAX_S >= now_s:
-                break
-            old.append(name)
-        for name in old:
+        """Forgets streams whose latest number is older than twice AGE_MAX_S: it would not be accepted again.
+
+        Streams of the future, from before this node's clock was set back, stay: their time will come.
+        """
+        before = (now_s - 2 * AGE_MAX_S) * 1e6
+        for name in [name for name, stream in self._streams.items() if stream.latest < before]:
             del self._streams[name]
         return len(self._streams) < STREAMS_MAX
 

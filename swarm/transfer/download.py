@@ -14,6 +14,7 @@
   `Tick` at `due_at`.
 - The download is complete when the chunks of `wanted` are verified: all chunks, or those of a part. No other chunk is
   requested, or counts as missing.
+- After a pause of this process (`Paused`) every deadline starts again.
 - The download gives up when no chunk is verified for `stall_timeout_s`, or, if its caller has another source, when no
   joined peer holds a missing chunk for `abandon_s`.
 
@@ -32,6 +33,7 @@ import numpy as np
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Manifest
 from swarm.errors import LocalProtocolError
+from swarm.journal import Paused
 from swarm.protocol.messages import PACE_BYTES_PER_S_MAX, REQUEST_CHUNKS_MAX, NodeId
 from swarm.transfer import scheduler
 from swarm.transfer.download_events import (
@@ -205,20 +207,32 @@ class Download:
                 self._end(number)
             case TransferBroke(peer, number, why):
                 return self._fail(peer, number, why)
-            case Tick(received_bytes):
-                return self._tick(received_bytes)
+            case Tick() | Paused():
+                return self._pass_time(event)
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")
         return []
 
-    def _tick(self, received_bytes: Mapping[NodeId, int]) -> list[Action]:
+    def _pass_time(self, event: Tick | Paused) -> list[Action]:
+        if isinstance(event, Paused):
+            self._start_again()
+            return []
         patience_s = scheduler.starved_after_s(self.manifest.chunk_bytes, self.rate_bytes_per_s)
         if not self._starved and self._now - self._progress_at > patience_s:
             self._starved = True
             self._look_again()
         if math.isfinite(self._abandon_s) and self._rarity[self._missing].any():
             self._sourced_at = self._now
-        return self._cut_silent(received_bytes)
+        return self._cut_silent(event.received_bytes)
+
+    def _start_again(self) -> None:
+        """Starts every deadline again: while this process stood still, no peer could show that it is there."""
+        self._progress_at = self._sourced_at = self._now
+        for peer in self._peers.values():
+            peer.heard_at, peer.resting_until, peer.failures = self._now, self._now, 0
+        for transfer in self._transfers.values():
+            transfer.asked_at = self._now
+            transfer.granted_at = None if transfer.granted_at is None else self._now
 
     def _join(self, event: PeerJoined) -> list[Action]:
         if event.peer in self._banned:

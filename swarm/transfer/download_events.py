@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from swarm.content.bitfield import Bitfield
+from swarm.journal import Paused
 from swarm.protocol.messages import NodeId, RefusalReason
 
 
@@ -223,5 +224,6 @@ Event: TypeAlias = (
     | TransferEnded
     | TransferBroke
     | Tick
+    | Paused
 )
 Action: TypeAlias = Connect | Ask | Cancel | TransferFailed | Announce | Ban | Complete | GiveUp

@@ -147,6 +147,7 @@ class Cluster:
         self.content = Content.random(setup.seed, chunks=setup.chunks, chunk_bytes=setup.chunk_bytes)
         self.members: dict[str, Member] = {}
         self.fabric: Fabric
+        self.dice = random.Random(f"{setup.seed}/scenario")  # dice that can be thrown again
         self._happened: asyncio.Event
         self._trace = _Trace()
         self._faults = _Faults()
@@ -181,7 +182,8 @@ class Cluster:
         member = await self.open(name, BytesStore(self.content.manifest))
         member.wanted = None if wanted is None else Bitfield(self.setup.chunks, wanted)
         member.asked_at = member.node.now()
-        member.fetch = asyncio.create_task(self._fetch(member), name=f"fetch of {name}")
+        context = clock.within(name)
+        member.fetch = asyncio.create_task(self._fetch(member), name=f"fetch of {name}", context=context)
         return member
 
     async def open(self, name: str, store: BytesStore, *, machine: str | None = None) -> Member:
@@ -201,7 +203,7 @@ class Cluster:
             rng=random.Random(f"{setup.seed}/{name}"),  # dice that can be thrown again
         )
         member = self.members[name] = Member(name, node, store)
-        await node.open()
+        await asyncio.create_task(node.open(), context=clock.within(name))
         node.journal.subscribe(lambda entry: self._observe(member, entry))
         return member
 
@@ -215,6 +217,14 @@ class Cluster:
         if not silent:
             await asyncio.sleep(2 * self.setup.delay_s)  # its peers' systems answer first
             await member.node.close()
+
+    async def pause(self, *names: str, seconds: float) -> None:
+        """Stops the processes of these nodes, and lets them go on after a while."""
+        for name in names:
+            self.fabric.pause(name)
+        await asyncio.sleep(seconds)
+        for name in names:
+            self.fabric.resume(name)
 
     async def until(self, condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
         """Waits for something that shows in the journals to become true. Raises TimeoutError."""

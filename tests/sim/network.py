@@ -35,6 +35,8 @@ from swarm.protocol.messages import Address, AnyMessage, Message, NodeId
 from swarm.transport import Transport
 from swarm.transport.inproc import InprocHub, InprocTransport
 
+from .clock import VirtualLoop, network_time, within
+
 HEARTBEAT_MISSED_S = 1.5 * HEARTBEAT_S  # the ping is due, and its answer is awaited for half as long again
 DIAL_ROUND_TRIPS = 2  # one for TCP, one for the WebSocket
 CONTINUES_S = 1e-6  # a slice that starts this soon after the one before belongs to the same stream
@@ -117,6 +119,25 @@ class Fabric:
             end.resend()
             end.twin.resend()  # which may be closed, and its last words still be on the way
 
+    def pause(self, name: str) -> None:
+        """The process on a host stands still; its system keeps its connections, and answers nothing for it."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.pause(name)
+        self.hosts[name].silent = True
+        self._doubt_links()
+
+    def resume(self, name: str) -> None:
+        """It goes on."""
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        self.hosts[name].silent = False
+        loop.resume(name)
+        self._changed.set()
+        for end in list(self._ends):
+            end.resend()
+            end.twin.resend()
+
     def blocked(self, one: Host, other: Host) -> bool:
         """Whether packets between two hosts vanish."""
         return one.silent or other.silent or one.dead or other.dead or one.side != other.side
@@ -133,11 +154,10 @@ class Fabric:
         """The way of one slice between two transports: see `transport.inproc.Line`."""
         sender, receiver = self._planes[source], self._planes[target]
         await self._passable(sender, receiver)
-        loop = asyncio.get_running_loop()
-        leaves_at = self._leave(sender, receiver, size, loop.time())
+        leaves_at = self._leave(sender, receiver, size, network_time())
         # A downlink is taken when the slice sets out, or one from a busy sender would hold up those of all others.
-        await asyncio.sleep(leaves_at - loop.time())
-        await asyncio.sleep(self._arrive(sender, receiver, size, leaves_at) - loop.time())
+        await asyncio.sleep(leaves_at - network_time())
+        await asyncio.sleep(self._arrive(sender, receiver, size, leaves_at) - network_time())
         await self._passable(sender, receiver)
 
     async def dial(self, host: Host, address: str) -> Link:
@@ -168,9 +188,11 @@ class Fabric:
         def arrive() -> None:
             open_ = host.datagrams_pass and target.datagrams_pass and not self.blocked(host, target)
             if open_ and self.hosts[address] is target:
-                self._worlds[address].hear(host.name, datagram)
+                environment = self._worlds[address]
+                loop.call_soon(environment.hear, host.name, datagram, context=within(address))
 
-        asyncio.get_running_loop().call_later(self.distance_s(host, target), arrive)
+        loop = asyncio.get_running_loop()
+        loop.call_later(self.distance_s(host, target), arrive)
 
     def forget(self, end: MemoryLink) -> None:
         """An end of a link is broken."""
@@ -331,7 +353,9 @@ class SimulatedEnvironment:
     def accept(self, link: Link) -> None:
         """Somebody dialled this node."""
         if self._accept is not None:
-            task = asyncio.create_task(self._converse(link, self._accept), name=f"link to {self._host.name}")
+            task = asyncio.create_task(
+                self._converse(link, self._accept), name=f"link to {self._host.name}", context=within(self._host.name)
+            )
             self._incoming[task] = None
             task.add_done_callback(lambda done: self._incoming.pop(done, None))
 
@@ -345,6 +369,12 @@ class SimulatedEnvironment:
 
     def drain(self) -> None:
         """See Environment. Nothing waits here."""
+
+    @property
+    def paused_s(self) -> float:
+        """See Environment."""
+        loop = asyncio.get_running_loop()
+        return loop.paused_s if isinstance(loop, VirtualLoop) else 0.0
 
     def hear(self, source: str, datagram: bytes) -> None:
         """A datagram arrives."""

@@ -6,6 +6,7 @@ one word on the command line replays it.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 Scenario: TypeAlias = "Callable[[Cluster], Coroutine[Any, Any, None]]"
 
 SEED, FIRST, LATE = "seed-0", "newcomer-0", "newcomer-late"
+PAUSES_S = (2.0, 20.0)  # newcomers wait for 30 s
 
 
 async def undisturbed(cluster: Cluster) -> None:
@@ -80,6 +82,26 @@ async def partition_heals(cluster: Cluster) -> None:
     cluster.fabric.heal()
 
 
+async def seed_pauses(cluster: Cluster) -> None:
+    """The first seed's process stands still for a while, twice, from a quarter on."""
+    await cluster.until(lambda: cluster.fetched(FIRST) >= 0.25)
+    for _ in range(2):
+        await cluster.pause(SEED, seconds=cluster.dice.uniform(*PAUSES_S))
+        await asyncio.sleep(cluster.dice.uniform(0, 1))
+
+
+async def newcomer_pauses(cluster: Cluster) -> None:
+    """A newcomer's process stands still at a quarter, for longer than every deadline of a fetch."""
+    await cluster.until(lambda: cluster.fetched(FIRST) >= 0.25)
+    await cluster.pause(FIRST, seconds=2 * cluster.setup.stall_timeout_s)
+
+
+async def all_pause(cluster: Cluster) -> None:
+    """The machine of all processes is suspended at a quarter, for longer than every deadline of a fetch."""
+    await cluster.until(lambda: cluster.fetched(FIRST) >= 0.25)
+    await cluster.pause(*cluster.members, seconds=2 * cluster.setup.stall_timeout_s)
+
+
 _ALL: dict[str, Scenario] = {
     scenario.__name__: scenario
     for scenario in (
@@ -93,6 +115,9 @@ _ALL: dict[str, Scenario] = {
         newcomer_is_slow,
         link_is_lost,
         partition_heals,
+        seed_pauses,
+        newcomer_pauses,
+        all_pause,
     )
 }
 

@@ -170,6 +170,19 @@ def test_does_a_lost_newcomer_only_delay_the_others(seed: int, scenario: str) ->
 
 
 @seeds
+@pytest.mark.parametrize("scenario", ["seed_pauses", "newcomer_pauses", "all_pause"])
+def test_a_pause_of_a_process_fails_no_fetch(seed: int, scenario: str) -> None:
+    report = played(replace(BURST, newcomers=3, seed=seed, scenario=scenario))
+    assert everyone_is_right(report, newcomers=3)
+
+
+@seeds
+def test_a_pause_does_not_count_for_the_process_that_stood_still(seed: int) -> None:
+    setup = replace(BURST, newcomers=3, seed=seed, scenario="all_pause")
+    assert max(played(setup).finished_s.values()) < setup.stall_timeout_s / 2
+
+
+@seeds
 def test_does_a_silent_seed_only_delay_when_another_one_lives(seed: int) -> None:
     async def quarter(cluster: Cluster) -> None:
         await cluster.until(lambda: cluster.fetched("newcomer-0") >= 0.25)

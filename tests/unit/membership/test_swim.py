@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from swarm.content.manifest import Digest, ModelId
 from swarm.errors import LocalProtocolError
+from swarm.journal import Paused
 from swarm.membership import config, swim
 from swarm.membership.member_table import MemberTable, RumourQueue, SyncWalk, refute
 from swarm.membership.swim import (
@@ -415,6 +416,20 @@ def test_a_leap_of_the_clock_blames_nobody(leap_s: float) -> None:
     assert me.machine.wait_s(me.now) <= T.probe_interval_s
     me.wait(T.probe_interval_s * 0.9)
     assert me.state_of(ANN) is me.state_of(CAT) is State.ALIVE
+
+
+def test_after_a_pause_a_suspect_has_its_time_again() -> None:
+    me = Member(ANN, BEN, CAT)
+    me.hear(Status(BEN, 0, State.SUSPECT, 0))
+    suspicion_s = T.suspicion_s(4)
+    me.wait(0.9 * suspicion_s)
+    actions = me.do(Paused(40.0))
+    assert changes(actions) == []
+    assert sent(actions, Sync), "it asks at once what it missed"
+    me.wait(0.9 * suspicion_s)
+    assert me.state_of(BEN) is State.SUSPECT
+    me.wait(0.2 * suspicion_s)
+    assert me.state_of(BEN) is State.DEAD
 
 
 def test_time_goes_on_after_the_clock_went_back() -> None:

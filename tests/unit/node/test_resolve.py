@@ -125,6 +125,8 @@ class QueueWorld:
     def drain(self) -> None:
         """Nothing waits."""
 
+    paused_s = 0.0
+
     async def close(self) -> None:
         self._street.pop(self._address, None)
         for task in list(self._tasks):

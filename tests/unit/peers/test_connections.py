@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from swarm.content.manifest import Digest, ModelId
 from swarm.errors import LocalProtocolError
+from swarm.journal import Paused
 from swarm.peers import connections, selection
 from swarm.peers.connections import (
     AddressDiscovered,
@@ -73,6 +74,17 @@ def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
         pauses.append(knows.now - began)
     assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
     assert knows.machine.tried() == ["b:1: no answer, tried 8 times"]
+
+
+def test_after_a_pause_an_address_that_failed_is_dialled_at_once() -> None:
+    knows = Knows()
+    knows.tell(AddressDiscovered(B_1, True))
+    for number in range(8):
+        knows.tell(DialFailed(B_1), at=100.0 * number)
+        knows.tell(connections.Tick(), at=100.0 * number + 50.0)
+    knows.tell(DialFailed(B_1))
+    assert knows.tell(connections.Tick(), at=knows.now + 1.0) == []
+    assert knows.tell(Paused(60.0)) == [Dial(B_1)]
 
 
 @pytest.mark.parametrize("lasting", [True, False])

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 
 from swarm.security import certificates
 from swarm.security.certificates import (
+    CLOCK_BACK_S,
     CLOCK_SKEW_S,
     LEAF_LIFE_S,
     LEAF_RENEW_S,
@@ -112,11 +113,26 @@ def test_is_a_clock_that_is_a_little_off_fine() -> None:
 
 def test_is_a_leaf_renewed_in_place() -> None:
     ann = member(ONE, now_s=NOW - LONG)
-    assert ann.renew_at < NOW
+    assert ann.is_due(NOW)
     ann.renew(NOW)
-    assert ann.renew_at == NOW + LEAF_RENEW_S
+    assert not ann.is_due(NOW)
     assert meet(ann.server, member(ONE, node=BEN).client) == (BEN, ANN)
     assert meet(member(ONE, node=BEN).server, ann.client) == (ANN, BEN)
+
+
+@pytest.mark.parametrize("wrong_s", [30 * 3600.0, 2 * CLOCK_SKEW_S, -30 * 3600.0, -20 * 365 * 86400.0])
+def test_a_leaf_of_a_wrong_clock_is_due_once_the_clock_is_right(wrong_s: float) -> None:
+    ann = member(ONE, now_s=NOW + wrong_s)
+    assert not ann.is_due(NOW + wrong_s)
+    assert ann.is_due(NOW)
+    ann.renew(NOW)
+    assert meet(ann.server, member(ONE, node=BEN).client) == (BEN, ANN)
+
+
+def test_a_leaf_is_due_in_time_and_not_for_a_clock_that_is_corrected_a_little() -> None:
+    ann = member(ONE, now_s=NOW)
+    assert [ann.is_due(NOW + s) for s in (-CLOCK_BACK_S, 0.0, LEAF_RENEW_S - 1)] == [False] * 3
+    assert [ann.is_due(NOW + s) for s in (-CLOCK_BACK_S - 1, LEAF_RENEW_S)] == [True] * 2
 
 
 def test_is_a_program_without_a_key_turned_away() -> None:

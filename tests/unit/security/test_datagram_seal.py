@@ -199,6 +199,18 @@ def test_is_memory_bounded_and_the_silent_forgotten(monkeypatch: pytest.MonkeyPa
     assert {opener.open(datagram, later) for datagram in first} == {Unopened.CLOCK}
 
 
+def test_streams_of_the_future_do_not_keep_old_ones_in_memory(monkeypatch: pytest.MonkeyPatch, opener: Opener) -> None:
+    monkeypatch.setattr(datagram_seal, "STREAMS_MAX", 4)
+    ahead = NOW + 30 * 3600.0  # the clocks of this node and of a member were wrong
+    early = Sealer(ONE, random_bytes(0)).seal(b"x", ahead)
+    assert opener.open(early, ahead) == b"x"
+    for number in range(1, 4):
+        assert opener.open(Sealer(ONE, random_bytes(number)).seal(b"x", NOW), NOW) == b"x"
+    later = NOW + 2 * AGE_MAX_S + 1
+    assert opener.open(Sealer(ONE, random_bytes(4)).seal(b"x", later), later) == b"x"
+    assert opener.open(early, ahead) is Unopened.REPLAYED
+
+
 def test_does_a_forger_take_no_place(monkeypatch: pytest.MonkeyPatch, sealer: Sealer, opener: Opener) -> None:
     monkeypatch.setattr(datagram_seal, "STREAMS_MAX", 1)
     forged = [Sealer(SealKey(ONE.hint, TWO.secret), random_bytes(n)).seal(b"", NOW) for n in range(STREAMS_MAX)]

@@ -14,6 +14,7 @@ from sim.content import Content
 
 from swarm.content.bitfield import Bitfield
 from swarm.errors import LocalProtocolError
+from swarm.journal import Paused
 from swarm.protocol.messages import NodeId
 from swarm.transfer import download, download_events, scheduler
 from swarm.transfer.download import Download
@@ -222,6 +223,30 @@ def test_what_is_granted_is_cancelled_when_its_peer_sends_nothing() -> None:
     expected = [kind(A, number, why) for number in numbers for kind in (Cancel, TransferFailed)]
     assert fetch.tell(Tick({A: 7}), at=5.1 + IDLE_S) == expected
     assert fetch.machine._peers[A].failures == 2
+
+
+def test_after_a_pause_every_deadline_of_a_fetch_starts_again() -> None:
+    fetch = Fetch(4, held=[0], abandon_s=STALL_S)
+    granted, asked = fetch.joined("a") + fetch.later(0.0)
+    fetch.tell(Granted(A, granted.transfer, granted.chunks))
+    fetch.tell(PeerJoined(B, Bitfield(4)))
+    late = 0.9 * min(IDLE_S, STALL_S, download.GRANT_PATIENCE_S)
+    assert fetch.tell(Tick(), at=late) == []
+    assert fetch.tell(Paused(3600.0)) == []
+    assert fetch.tell(Tick(), at=late + 0.9 * download.GRANT_PATIENCE_S) == []
+    cancelled = fetch.tell(Tick(), at=late + download.GRANT_PATIENCE_S + 0.1)
+    assert [action.transfer for action in cancelled if isinstance(action, Cancel)] == [asked.transfer]
+    cancelled = fetch.tell(Tick(), at=late + IDLE_S + 0.1)
+    assert granted.transfer in [action.transfer for action in cancelled if isinstance(action, Cancel)]
+    assert not any(isinstance(action, GiveUp) for action in fetch.tell(Tick(), at=late + STALL_S))
+    assert any(isinstance(action, GiveUp) for action in fetch.tell(Tick(), at=late + STALL_S + 0.1))
+
+
+def test_after_a_pause_a_resting_peer_is_asked_at_once() -> None:
+    fetch = Fetch(3)
+    ask = fetch.joined("a")[0]
+    fetch.tell(Refused(A, ask.transfer, "busy", 3600.0))
+    assert [action.peer for action in asks(fetch.tell(Paused(10.0)))] == [A]
 
 
 def test_who_sends_slowly_is_not_cancelled() -> None:
