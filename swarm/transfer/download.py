@@ -154,6 +154,7 @@ class Download:
         self._imports = [np.ones(held.length, dtype=np.bool_) for _ in range(DISTANCE_MAX + 1)]
         self._nearer = [np.zeros(held.length, dtype=np.int32) for _ in range(DISTANCE_MAX + 1)]
         self._starved = False
+        self._redundant = False  # a seed has granted chunks that had arrived meanwhile
         self._transfer_ids = transfer_ids  # shared by all downloads of the node: unique on every link
         self._last_words: dict[NodeId, str] = {}
 
@@ -279,6 +280,7 @@ class Download:
                 siblings = self._peers[transfer.peer].transfers
                 transfer.chunks = set(chunks).difference(*(self._transfers[sibling].chunks for sibling in siblings))
                 self._request(transfer.chunks)
+                self._redundant |= any(chunk in self.held for chunk in transfer.chunks)
 
     def _refused(self, event: Refused) -> list[Action]:
         if event.reason != "nothing_to_give":
@@ -309,6 +311,9 @@ class Download:
             self.due_at = max(self._now, self._announced_at + every_s)
         self._fresh += fresh
         actions: list[Action] = []
+        if not self._redundant and not any(self._requested[chunk] for chunk in fresh):
+            return actions
+        self._redundant = False
         for number, other in sorted(self._transfers.items()):  # the slower copies of the endgame
             if other.chunks and all(chunk in self.held for chunk in other.chunks):
                 actions.append(Cancel(other.peer, number, "arrived from another peer"))

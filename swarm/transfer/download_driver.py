@@ -13,6 +13,7 @@ import contextlib
 import logging
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -242,8 +243,15 @@ class DownloadDriver:
         """Requests a transfer, receives it and reports its end; a cancelled transfer is not reported."""
         peer, ask, number = receiving.peer, receiving.ask, receiving.ask.transfer
 
-        def report(landed: Sequence[LandedChunk]) -> None:
-            self._mailbox.post(lambda: self._landed(peer, number, landed))
+        landed: deque[LandedChunk] = deque()
+
+        def report(chunks: Sequence[LandedChunk]) -> None:
+            landed.extend(chunks)
+            self._mailbox.post(take)
+
+        def take() -> None:  # of a busy loop, the first call takes the chunks of several reports
+            if landed:
+                self._landed(peer, number, [landed.popleft() for _ in range(len(landed))])
 
         event: events.Event = events.TransferEnded(peer.node, number)
         try:

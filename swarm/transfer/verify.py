@@ -62,6 +62,8 @@ class Verifier:
         self._manifest = manifest
         self._blake3 = blake3
         self._store = store
+        # Looked at once: `isinstance` of a protocol costs as much as hashing a chunk.
+        self._device_store = store if isinstance(store, DeviceStore) else None
         self._lock = threading.Lock()
         # By chunk, the transfer that may write to its place; a verified chunk keeps its claim.
         self._claimed: dict[int, int] = dict.fromkeys(held, HELD)
@@ -77,10 +79,12 @@ class Verifier:
 
         Yields empty views after the last until all chunks are hashed, so that the caller can do other work meanwhile.
         """
-        if not isinstance(self._store, DeviceStore):
+        if self._device_store is None:
             yield from self.views(transfer, chunks, report)
             return
-        batches = _DeviceBatches(self._manifest, self._store, blake3=self._blake3, release=self._release, report=report)
+        batches = _DeviceBatches(
+            self._manifest, self._device_store, blake3=self._blake3, release=self._release, report=report
+        )
         try:
             for index in chunks:
                 chunk = self._manifest.chunks[index]
@@ -94,8 +98,8 @@ class Verifier:
 
     def prepare(self) -> None:
         """Prepares GPUs for hashing, before the first `device_views`. Blocks; raises CudaError."""
-        if isinstance(self._store, DeviceStore):
-            for device in self._store.devices:
+        if self._device_store:
+            for device in self._device_store.devices:
                 prepare(device)
 
     def settle(self, spare: LandedChunk, transfer: int) -> bool:
@@ -134,9 +138,9 @@ class Verifier:
 
     def _gpu_views(self, chunk: Chunk) -> list[View]:
         """The views of a chunk's place, if it is on one GPU that can hash it; else []."""
-        if not isinstance(self._store, DeviceStore) or not self._store.devices:
+        if self._device_store is None or not self._device_store.devices:
             return []
-        views = list(self._store.device_landing(chunk))
+        views = list(self._device_store.device_landing(chunk))
         devices = {view.device for view in views if isinstance(view, DeviceView)}
         return views if len(devices) == 1 and hashes_on(devices.pop()) else []
 

@@ -70,7 +70,8 @@ class PlainStream(socket.socket):
 
     On a slow link each packet would wake the reading thread. So a thread reads the bytes that are there, and otherwise
     polls until LEAST_BYTES_MAX or all wanted bytes are there (SO_RCVLOWAT). It polls because `recv` counts anew after
-    each packet.
+    each packet. On a fast link, where LEAST_BYTES_MAX have arrived since the last read, the kernel fills the rest of
+    the room (MSG_WAITALL): each return to Python waits for the interpreter's lock, which many streams share.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -90,11 +91,12 @@ class PlainStream(socket.socket):
         await asyncio.get_running_loop().sock_sendall(self, data)
 
     def block(self, poll_s: float) -> None:
-        """By SO_SNDTIMEO: one system call a write, unlike Python's timeouts."""
+        """By SO_SNDTIMEO and SO_RCVTIMEO: one system call a write, unlike Python's timeouts."""
         self.setblocking(True)
         self._poll_ms = 1e3 * poll_s
         poll = struct.pack("@ll", int(poll_s), int(poll_s % 1 * 1e6))
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
+        self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, poll)
 
     def idle(self) -> None:
         """Resets SO_RCVLOWAT, which epoll obeys too."""
@@ -107,18 +109,21 @@ class PlainStream(socket.socket):
     def recv_least(self, room: memoryview, least: int) -> int:
         """As `recv_into`, but waits for `least` bytes only."""
         try:
-            return super().recv_into(room, 0, socket.MSG_DONTWAIT)
+            got = super().recv_into(room, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             self._await(least)
             return super().recv_into(room, 0, socket.MSG_DONTWAIT)
+        return got + self._recv_rest(room[got:least]) if LEAST_BYTES_MAX <= got < least else got
 
     def recvmsg_into(self, rooms: Sequence[memoryview]) -> tuple[Any, ...]:  # type: ignore[override]
         """Waits for the first room."""
+        least = len(rooms[0])
         try:
-            return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
+            got = super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)[0]
         except BlockingIOError:
-            self._await(len(rooms[0]))
+            self._await(least)
             return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
+        return (got + self._recv_rest(rooms[0][got:]) if LEAST_BYTES_MAX <= got < least else got,)
 
     def readable(self) -> bool:
         """By MSG_PEEK: `poll` would wait for SO_RCVLOWAT bytes."""
@@ -140,6 +145,14 @@ class PlainStream(socket.socket):
             return self.recv(NOW_BYTES_MAX, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return None
+
+    def _recv_rest(self, room: memoryview) -> int:
+        """Fills the room; less of it after `poll_s` and at the end."""
+        self._wake_at(1)  # else the last bytes would wait for those of the next read
+        try:
+            return super().recv_into(room, 0, socket.MSG_WAITALL)
+        except BlockingIOError:
+            return 0
 
     def _await(self, least: int) -> None:
         """Waits until `least` bytes or the end can be read, for at most `poll_s`."""

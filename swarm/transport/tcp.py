@@ -10,8 +10,9 @@ contain the token: the proof is its HMAC over the preceding bytes, and `count` g
 an eavesdropper cannot open a session. The verdict tells a refused asker the reason, then the connection is closed. A
 connection whose `beside` is not 0 joins the session whose first connection has that count (`streams`).
 
-With an identity the scheme is "tls": "SWRT" in the clear, the TLS handshake, then as above. Transports with a way of
-their own to move bytes subclass this, with a magic word of their own, which the proof covers.
+With an identity the scheme is "tls": "SWRT" in the clear, the TLS handshake, then as above; preamble and verdict are
+followed by shares of the secret under which frames are sealed (`sealed_stream`). Transports with a way of their own to
+move bytes subclass this, with a magic word of their own, which the proof covers.
 
 Must not know: transfers, frames, links, peers.
 """
@@ -28,16 +29,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 from swarm.errors import SettingsError, TransportError
 from swarm.security.certificates import Identity, refusal
+from swarm.security.record_seal import new_share
 from swarm.settings import is_loopback, join_address, split_address
 from swarm.transport import Inbound, Pace
 from swarm.transport.admission import TokenTransport
 from swarm.transport.byte_stream import ByteStream, PlainStream
+from swarm.transport.sealed_stream import accept_sealing, ask_to_seal
 from swarm.transport.streams import InboundStreams, OutboundStreams, streams_most
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 from swarm.transport.tls_stream import TlsStream
 
 MAGIC, TLS_MAGIC = b"SWRM", b"SWRT"
-VERSION = 3
+VERSION = 4
 TOKEN_BYTES, PROOF_BYTES = 16, 16
 COUNTS = struct.Struct(">QQ")
 PREAMBLE_BYTES = len(MAGIC) + 1 + COUNTS.size + PROOF_BYTES
@@ -73,7 +76,7 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
         """`congestion`: name of a TCP congestion control; None: the system's, on loopback LOOPBACK_CONGESTION.
         `streams_max`: connections of a session; None: by the number of cores."""
         super().__init__()
-        self._streams_max = streams_max or streams_most()
+        self._streams_max = streams_max or streams_most(sealed=identity is not None)
         self._identity = identity
         if identity:
             self.scheme = "tls"
@@ -154,10 +157,14 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
                 stream = await self._receive(sock)
                 preamble = await _read_preamble(stream, magic=self.magic)
                 token, verdict = self._judge(preamble)
-                await stream.async_sendall(verdict)
                 if not self.is_admitted(token):
+                    await stream.async_sendall(verdict)
                     stream.close()
                     return
+                if isinstance(stream, TlsStream):
+                    stream = await accept_sealing(stream, verdict)
+                else:
+                    await stream.async_sendall(verdict)
                 session = await self._hold(stream, peer=peer)
         except BaseException as error:
             (stream or sock).close()
@@ -207,13 +214,18 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
             _tune(sock, peer=str(where[0]), congestion=self._congestion)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
             await loop.sock_connect(sock, where)
+            peer = f"{host}:{port}"
             if self._identity is None:
                 stream = PlainStream(sock)
+                await stream.async_sendall(preamble)
+                _check_verdict(await stream.async_recv(1), peer=peer)
             else:
                 await loop.sock_sendall(sock, TLS_MAGIC)
-                stream = await TlsStream.open(sock, self._identity.client, server_side=False)
-            await stream.async_sendall(preamble)
-            _check_verdict(await stream.async_recv(1), peer=f"{host}:{port}")
+                stream = tls = await TlsStream.open(sock, self._identity.client, server_side=False)
+                share = new_share()
+                await tls.async_sendall(preamble + share)
+                _check_verdict(await tls.async_recv(1), peer=peer)
+                stream = await ask_to_seal(tls, share)
         except BaseException:
             (stream or sock).close()
             raise

@@ -134,6 +134,15 @@ class TlsStream:
         """As PlainStream."""
         self._sock.close()
 
+    def leave(self) -> tuple[PlainStream, bytes]:
+        """Ends TLS between two messages: the connection, and received bytes that follow the last TLS record.
+
+        Raises ConnectionError when bytes inside TLS are unread.
+        """
+        if self.connection.pending():
+            raise ConnectionError("it said more than was expected")
+        return self._sock, self._incoming.read()
+
     async def _shake_hands(self) -> None:
         while True:
             try:

@@ -8,6 +8,7 @@ import socket
 import time
 import warnings
 from collections.abc import AsyncIterator, Callable
+from unittest import mock
 
 import pytest
 
@@ -15,8 +16,9 @@ from swarm.net.listener import Listener
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity
 from swarm.security.cluster_key import Keyring
+from swarm.security.record_seal import CANNOT
 from swarm.testing.transports import CHECKS, Check, MakePair, Pair, run_check
-from swarm.transport import Inbound
+from swarm.transport import Inbound, tcp
 from swarm.transport.inproc import InprocTransport
 from swarm.transport.pace import TokenBucket
 from swarm.transport.streams import InboundStreams
@@ -88,6 +90,14 @@ async def paced_tls_pair() -> AsyncIterator[Pair]:
         yield pair
 
 
+@contextlib.asynccontextmanager
+async def bare_tls_pair() -> AsyncIterator[Pair]:
+    """Ends without libcrypto."""
+    with mock.patch.object(tcp, "new_share", return_value=CANNOT):
+        async with tls_pair() as pair:
+            yield pair
+
+
 class _ManyStreams(TcpTransport):
     """Sessions of four connections from the start, instead of once a rate grew."""
 
@@ -122,9 +132,12 @@ def _name(value: Callable[..., object]) -> str:
 @pytest.mark.parametrize("check", CHECKS, ids=_name)
 @pytest.mark.parametrize(
     "make_pair",
-    [inproc_pair, tcp_pair, paced_tcp_pair, tls_pair, paced_tls_pair, gloo_pair, streams_pair, tls_streams_pair],
+    [
+        inproc_pair, tcp_pair, paced_tcp_pair, tls_pair, paced_tls_pair, bare_tls_pair, gloo_pair, streams_pair,
+        tls_streams_pair,
+    ],
     ids=_name,
-)
+)  # fmt: skip
 def test_keeps_the_contract(make_pair: MakePair, check: Check) -> None:
     run_check(check, make_pair)
 
