@@ -47,7 +47,7 @@ from swarm.security.datagram_seal import Sealer
 from swarm.settings import split_address
 
 MODEL = "org/model"
-MODEL_BYTES, CHUNK_BYTES = 4 << 20, 64  # 65,536 chunks: a manifest of 3 MB, and bitfields of 8 KB
+MODEL_BYTES, CHUNK_BYTES = 4 << 20, 256  # 16,384 chunks: a manifest of 800 KB, and bitfields of 2 KB
 SETTLE_S = 20.0
 READY_TIMEOUT_S = 60.0
 LOOK_EVERY_S = 0.05
@@ -556,10 +556,11 @@ def fetches(root: Path, address: str, key: Path | None) -> bool:
     command = _swarm(
         ["swarm", "fetch", MODEL, "--peer", address, "--out", str(out), "--no-seed", "--no-mdns", "--json"]
     )
-    ended = subprocess.run(
-        command, cwd=root, env=_environment(root, key), capture_output=True, timeout=120, check=False
-    )
-    return ended.returncode == 0
+    environment = _environment(root, key)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=120, check=False)
+        return ended.returncode == 0
+    return False
 
 
 def run(root: Path, name: str, options: argparse.Namespace, keyring: Keyring | None) -> Row:

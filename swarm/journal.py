@@ -1,7 +1,8 @@
 """The journal: an append-only log of all events and actions of a node, in order.
 
-Status, metrics, traces and the dashboard are built from it alone. It keeps the latest `ENTRIES_KEPT` entries in memory
-and passes each entry to its subscribers synchronously. It has no clock: callers pass the time. Fields named `digest`,
+Status, metrics, traces and the dashboard are built from it alone. It keeps the latest `ENTRIES_KEPT` entries in memory,
+fewer if they take more than `BYTES_KEPT`, and passes each entry to its subscribers synchronously. An event whose size a
+peer chooses has a `weight_bytes`. It has no clock: callers pass the time. Fields named `digest`,
 and the subject of an artifact's entries, hold the whole digest.
 """
 
@@ -16,7 +17,10 @@ from swarm.content.manifest import Digest, ModelId
 from swarm.errors import SwarmError
 from swarm.protocol.messages import Address, Announcement, NodeId
 
-ENTRIES_KEPT = 2000  # covers the minutes before a failure; an entry with 256 announcements takes 100 KB
+ENTRIES_KEPT = 2000  # covers the minutes before a failure
+BYTES_KEPT = 16 << 20  # a peer can fill an entry: 256 announcements take 400 KB, a bitfield of the most chunks 1 MB
+ENTRY_BYTES = 1024  # of an entry whose event has no weight; a member with 16 artifacts takes four times as much
+ANNOUNCEMENT_BYTES = 512  # besides the model id
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,11 @@ class ArtifactsAnnounced:
 
     node: NodeId
     artifacts: tuple[Announcement, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Approximate memory."""
+        return ENTRY_BYTES + sum(ANNOUNCEMENT_BYTES + 4 * len(announced.model_id) for announced in self.artifacts)
 
 
 @dataclass(frozen=True)
@@ -143,11 +152,17 @@ class Entry(NamedTuple):
         return f"{self.at_s:10.4f} {self.subject[:16]:<16} {self.event}"
 
 
+def weight(event: object) -> int:
+    """Approximate memory of an event in bytes."""
+    return int(getattr(event, "weight_bytes", ENTRY_BYTES))
+
+
 class Journal:
     """Written by the event loop of the node only."""
 
     def __init__(self) -> None:
-        self._entries: deque[Entry] = deque(maxlen=ENTRIES_KEPT)
+        self._entries: deque[Entry] = deque()
+        self._bytes = 0
         self._subscribers: list[tuple[Callable[[Entry], None], frozenset[type]]] = []
         self._interested: dict[type, tuple[Callable[[Entry], None], ...]] = {}  # by kind of event
 
@@ -155,6 +170,9 @@ class Journal:
         """Appends an entry and calls the subscribers."""
         entry = Entry(at_s, subject, event)
         self._entries.append(entry)
+        self._bytes += weight(event)
+        while len(self._entries) > ENTRIES_KEPT or (self._bytes > BYTES_KEPT and len(self._entries) > 1):
+            self._bytes -= weight(self._entries.popleft().event)
         kind = type(event)
         if (interested := self._interested.get(kind)) is None:
             asked = (subscriber for subscriber, kinds in self._subscribers if not kinds or kind in kinds)

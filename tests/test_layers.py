@@ -70,7 +70,8 @@ ROWS: dict[str, set[str]] = {
         "engines.sglang_loader", "engines.snapshot", "engines.start_log", "engines.tiers", "engines.transformers",
         "engines.vllm", "engines.vllm_loader", "engines.vllm_modelinfos", "node.local_nodes", "node.status_client",
         "observe",
-        "observe.fetch_record", "observe.node_report", "observe.opentelemetry", "observe.prometheus", "observe.trace",
+        "observe.budget", "observe.fetch_record", "observe.node_report", "observe.opentelemetry",
+        "observe.prometheus", "observe.trace",
         "observe.units", "runtime", "simulation", "simulation.crowd", "simulation.plot", "simulation.report",
         "simulation.setup", "simulation.wire",
     },
@@ -179,6 +180,7 @@ HOMES: dict[str, set[str]] = {
         "engines.start_log",
         "dashboard.server",
         "dashboard.member_report",
+        "observe.budget",
         "observe.trace",
     },
 }

@@ -20,6 +20,7 @@ from swarm.protocol.packets import Record
 LOOK_EVERY_S = 0.25
 ASK_EVERY_S = 1.0  # each member, at most
 ASK_PER_S = 24
+REPORTS_BYTES_MAX = 8 << 20  # of all members together, as they arrived; beyond, the report that came first is dropped
 REFUSED_REST_S = 10.0  # after an answer that was no report
 TIMEOUT_S = 2.0
 
@@ -37,6 +38,7 @@ class MemberAnswer:
     asked_at_s: float = float("-inf")
     failure: str | None = None
     silent: bool = False  # no node answers at the member's address
+    report_bytes: int = 0
 
     def due(self, now: float) -> bool:
         """Whether it may be asked again."""
@@ -82,6 +84,7 @@ class Collector:
         """Asks at most `most` due members once, and waits for their answers. Does nothing while `run` runs."""
         if self._running:
             return
+        self._forget_gone()
         limit = asyncio.Semaphore(ASK_PER_S)
 
         async def ask(member: Record) -> None:
@@ -90,9 +93,12 @@ class Collector:
 
         await asyncio.gather(*map(ask, self._due(most)))
 
-    def _round(self) -> None:
+    def _forget_gone(self) -> None:
         for gone in self.answers.keys() - {member.node for member in self._members()}:
             del self.answers[gone]
+
+    def _round(self) -> None:
+        self._forget_gone()
         for member in self._due(max(1, round(ASK_PER_S * LOOK_EVERY_S))):
             task = asyncio.create_task(self._ask(member), name=f"swarm: ask {member.name}")
             self._asking.add(task)
@@ -109,9 +115,10 @@ class Collector:
         return [member for _, member in due[:most]]
 
     async def _ask(self, member: Record) -> None:
-        answer = self.answers[member.node]
+        answer = self.answers.setdefault(member.node, MemberAnswer())
         try:
-            report = decode(await self._read(member.address, PATH, TIMEOUT_S, REPORT_BYTES_MAX))
+            data = await self._read(member.address, PATH, TIMEOUT_S, REPORT_BYTES_MAX)
+            report = decode(data)
             if report.node != member.node:
                 raise ValueError("another node answers at its address")
         except (PeerUnreachable, PeerTimeout) as error:
@@ -120,3 +127,13 @@ class Collector:
             answer.failure, answer.silent = str(error), False
         else:
             answer.report, answer.at_s, answer.failure, answer.silent = report, self._clock(), None, False
+            answer.report_bytes = len(data)
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Drops the reports that came first until all fit into REPORTS_BYTES_MAX."""
+        total = sum(answer.report_bytes for answer in self.answers.values())
+        while total > REPORTS_BYTES_MAX:
+            first = min((a for a in self.answers.values() if a.report), key=lambda answer: answer.at_s)
+            total -= first.report_bytes
+            first.report, first.report_bytes = None, 0

@@ -14,6 +14,7 @@ import msgspec
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import CHUNKS_MAX, Digest, ModelId
+from swarm.observe import budget
 from swarm.observe.fetch_record import FetchRecord, FetchRecords
 from swarm.protocol.messages import NodeId, Text
 from swarm.protocol.packets import Label
@@ -23,10 +24,12 @@ REPORT_BYTES_MAX = 256 << 10
 CELLS_MAX = 256  # of a chunk map: a screen cannot show more
 FLOWS_MAX = 512
 HELD_MAX = 64
+TEXT_CHARS_MAX = 256  # of `Text`
+SECONDS_MAX = 1e9
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Chunks = Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e9)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=SECONDS_MAX)]
 Cells = Annotated[str, msgspec.Meta(max_length=CELLS_MAX, pattern=r"^[0-9]*\Z")]
 Words = Annotated[str, msgspec.Meta(max_length=1000)]
 
@@ -122,12 +125,28 @@ def member_report(
     place: tuple[str, str],
 ) -> MemberReport:
     """The report of a node with this `report` at `/status`, these fetches and held chunks (by digest). `place`: its
-    labels of host and rack."""
+    labels of host and rack. Readers refuse more than REPORT_BYTES_MAX: slow flows and old fetches are left out."""
+    most = FLOWS_MAX
+    while budget.size(found := _member_report(report, fetches, held, now, place=place, most=most)) > REPORT_BYTES_MAX:
+        most //= 2
+    return found
+
+
+def _member_report(
+    report: Mapping[str, Any],
+    fetches: FetchRecords,
+    held: Mapping[Digest, Bitfield],
+    now: float,
+    *,
+    place: tuple[str, str],
+    most: int,
+) -> MemberReport:
+    """With at most `most` rows of each kind."""
     flows = [
         PeerFlow(t["digest"], t["direction"], t["node"], t["bytes"], t["rate_bytes_per_s"]) for t in report["transfers"]
     ]
     flows.sort(key=lambda flow: -flow.rate_bytes_per_s)
-    latest = list(reversed(fetches.records.values()))[:HELD_MAX]
+    latest = list(reversed(fetches.records.values()))[: min(most, HELD_MAX)]
     rejected = [
         Rejected(
             fetch.digest,
@@ -140,15 +159,20 @@ def member_report(
         for node, source in fetch.sources.items()
         if source.rejected_chunks
     ]
-    named = {flow.peer for flow in flows[:FLOWS_MAX]} | {wrong.peer for wrong in rejected[:FLOWS_MAX]}
+    flows, rejected = flows[:most], rejected[:most]
+    named = {flow.peer for flow in flows} | {wrong.peer for wrong in rejected}
     return MemberReport(
         report["node"]["id"],
         *place,
-        tuple(KnownPeer(m["id"], m["name"], m["address"]) for m in report["members"] if m["id"] in named),
-        tuple(flows[:FLOWS_MAX]),
+        tuple(
+            KnownPeer(m["id"], m["name"][:TEXT_CHARS_MAX], m["address"][:TEXT_CHARS_MAX])
+            for m in report["members"]
+            if m["id"] in named
+        ),
+        tuple(flows),
         tuple(_summary(fetch, now) for fetch in latest),
-        tuple(Held(d, len(bits), bits.length, cells(bits)) for d, bits in list(held.items())[:HELD_MAX]),
-        tuple(rejected[:FLOWS_MAX]),
+        tuple(Held(d, len(bits), bits.length, cells(bits)) for d, bits in list(held.items())[: min(most, HELD_MAX)]),
+        tuple(rejected),
         report["node"].get("version"),
     )
 
@@ -162,7 +186,7 @@ def _summary(fetch: FetchRecord, now: float) -> FetchSummary:
         fetch.done_bytes,
         round(fetch.rate.at(now)) if fetch.running else 0,
         round(fetch.received_bytes / seconds) if seconds else 0,
-        fetch.eta_s(now) if fetch.running else None,
+        min(eta_s, SECONDS_MAX) if fetch.running and (eta_s := fetch.eta_s(now)) is not None else None,
         seconds,
         sum(source.chunks > 0 for source in fetch.sources.values()),
         fetch.running,

@@ -31,6 +31,7 @@ from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.errors import PeerError, SettingsError
 from swarm.journal import Entry, Journal, Left
 from swarm.net.http_pages import Asset, EventPage, Page
+from swarm.observe import budget
 from swarm.observe.fetch_record import BUCKETS
 from swarm.observe.node_report import LANES_MAX, NodeReport
 from swarm.protocol.messages import Address, NodeId, Text
@@ -205,8 +206,12 @@ class Dashboard:
         }
 
     def timeline(self, digest: Digest) -> Json | None:
-        """The last fetch of an artifact by this node; None if there was none."""
-        return self._report.timeline(digest, self._node.now())
+        """The last fetch of an artifact by this node; None if there was none. Readers refuse more than
+        TIMELINE_BYTES_MAX: lanes are left out."""
+        timeline = self._report.timeline(digest, self._node.now())
+        while timeline and budget.size(timeline) > TIMELINE_BYTES_MAX:
+            timeline["lanes"] = timeline["lanes"][: len(timeline["lanes"]) // 2]
+        return timeline
 
     async def timeline_of(self, digest: Digest, node: str) -> Json | None:
         """The last fetch of an artifact by a member; `silent` if it does not answer or has none. That is no 404: a

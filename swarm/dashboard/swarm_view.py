@@ -13,11 +13,14 @@ from typing import Any, TypeAlias
 from swarm.dashboard.collector import MemberAnswer
 from swarm.dashboard.member_report import MemberReport
 from swarm.dashboard.warnings import STALLED_AFTER_S, warnings
+from swarm.observe import budget
 
 Json: TypeAlias = dict[str, Any]
 
 SLOW_PART = 0.5  # of the median rate of members that fetch the same
 SLOW_AFTER_S = 3.0  # of its fetch: earlier rates vary too much
+# Of a view: readers accept 16 MiB (`node.status_client`), and reports of members say more than anyone reads.
+MEMBERS_BYTES_MAX, LINKS_BYTES_MAX, ARTIFACTS_BYTES_MAX, WARNINGS_BYTES_MAX = 8 << 20, 2 << 20, 2 << 20, 1 << 20
 GONE = ("dead", "left")
 GONE_SHOWN_S = 90.0
 
@@ -46,12 +49,15 @@ class SwarmView:
                 member["down_bytes_per_s"] = sum(rates)  # the same rate as in its eta_s and its warning
         _mark_slow(members, reports)
         _mark_wrong(members, reports)
+        urgent = warnings(status, members)
+        members = budget.items_within(members, MEMBERS_BYTES_MAX, first=_attention)
+        links = {key: link for key, link in links.items() if link["source"] in members and link["target"] in members}
         return {
             "node": dict(status["node"]),
             "members": members,
-            "links": links,
-            "artifacts": artifacts,
-            "warnings": warnings(status, members),
+            "links": budget.items_within(links, LINKS_BYTES_MAX, first=lambda link: -link["rate_bytes_per_s"]),
+            "artifacts": budget.items_within(artifacts, ARTIFACTS_BYTES_MAX, first=lambda found: found["tier"] is None),
+            "warnings": budget.items_within(dict(sorted(urgent.items())), WARNINGS_BYTES_MAX, first=lambda _: 0),
             "asked": {"members": len(answers) + 1, "answered": len(reports)},
         }
 
@@ -92,6 +98,11 @@ class SwarmView:
                 if peer.node not in members and peer.node not in in_status:
                     members[peer.node] = _member(peer.name, peer.address, "unknown")
         return members
+
+
+def _attention(member: Json) -> tuple[bool, bool, bool, bool]:
+    """This node first, then members that fetch, have a link or tell of themselves."""
+    return not member["self"], not member["fetches"], not member["link"], not member["reports"]
 
 
 def _member(name: str, address: str, state: str) -> Json:

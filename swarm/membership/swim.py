@@ -101,6 +101,11 @@ class MemberChanged:
 
     record: Record
 
+    @property
+    def weight_bytes(self) -> int:
+        """Approximate memory, for the journal."""
+        return 1024 + 512 * len(self.record.profile.artifacts)
+
 
 @dataclass(frozen=True)
 class Conflict:

@@ -89,7 +89,10 @@ def _get(address: str, context: ssl.SSLContext | None, path: str = PATH) -> tupl
     try:
         connection.request("GET", path)
         answer = connection.getresponse()
-        return answer, answer.read(REPORT_BYTES_MAX)
+        data = answer.read(REPORT_BYTES_MAX + 1)
+        if len(data) > REPORT_BYTES_MAX:
+            raise PeerUnreachable(address, f"answers more than {REPORT_BYTES_MAX >> 20} MiB; is it a swarm node?")
+        return answer, data
     except ssl.SSLError as error:
         from swarm.security.certificates import Refusal, refusal
 

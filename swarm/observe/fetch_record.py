@@ -36,10 +36,13 @@ from swarm.transfer.download_events import (
 
 PHASES = ("resolve", "manifest", "hash", "connect", "transfer", "wait", "verify", "seal")
 FETCHES_KEPT = 16
+SOURCES_MAX = 4096  # of a fetch; further nodes count as one
 CHUNKS_KEPT = 1 << 20  # of all fetches together, 14 bytes each
 BUCKETS = 120  # of a timeline: a lane is some hundred pixels wide
 RATE_WINDOW_S = 5.0  # chunks arrive in bursts: over a shorter window a slow member looks fast now and then
 RATE_LEAST_S = 0.2
+
+OTHERS = NodeId("0" * 16)  # of the source that stands for the nodes beyond SOURCES_MAX
 
 TransferEvent: TypeAlias = Ask | Granted | Refused | Cancel | TransferEnded | TransferFailed | ChunkCorrupt | Ban
 TRANSFER_EVENTS = (Ask, Granted, Refused, Cancel, TransferEnded, TransferFailed, ChunkCorrupt, Ban)
@@ -163,6 +166,8 @@ class FetchRecord:
 
     def source(self, node: NodeId, name: str, at_s: float) -> FetchSource:
         """The source with this node id, made at its first event."""
+        if node not in self.sources and len(self.sources) >= SOURCES_MAX:
+            node, name = OTHERS, f"more than {SOURCES_MAX} nodes"
         if (source := self.sources.get(node)) is None:
             source = self.sources[node] = FetchSource(node, name, at_s)
         source.heard_at_s = at_s

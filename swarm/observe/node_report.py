@@ -1,6 +1,7 @@
 """The report of a node at `/status`: members, the artifacts that they hold, and its own transfers with their rates.
 
-Built from journal entries alone. Bounded: members that left and fetches that ended are dropped after a while.
+Built from journal entries alone. Bounded: members that left and fetches that ended are dropped after a while, and the
+report leaves out what exceeds its budget of bytes, members without a link and rare artifacts first (`omitted`).
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from typing import Any
 from swarm.content.manifest import Digest
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Journal, Left, Opened, Received, Sent
 from swarm.membership.swim import MemberChanged
+from swarm.observe import budget
 from swarm.observe.fetch_record import FetchRecords, Rate
 from swarm.protocol.messages import Address, Announcement, NodeId
 from swarm.protocol.packets import Record, State
 
 GONE_KEPT = 64  # members that left, still reported
+MEMBERS_BYTES_MAX, ARTIFACTS_BYTES_MAX, TRANSFERS_BYTES_MAX = 3 << 20, 3 << 20, 1 << 20  # of a report
 LANES_MAX = 512  # sources in a timeline
+TEXT_CHARS_MAX = 256  # of a name in a page; two nodes of one name have their addresses and ids added
 
 
 @dataclass
@@ -128,40 +132,38 @@ class NodeReport:
                 self._change(record)
             case Left(node):
                 if member := self._members.get(node):
-                    member.transport = None
+                    member.transport, member.artifacts = None, {}
                 self._forget_gone()
             case ArtifactsAnnounced(node, artifacts):
                 if member := self._members.get(node):
                     member.artifacts = {announced.digest: announced for announced in artifacts}
 
     def report(self, now: float) -> dict[str, Any]:
-        """The JSON of `/status`: `node`, `members`, `artifacts`, `transfers` (docs/status.md)."""
+        """The JSON of `/status`: `node`, `members`, `artifacts`, `transfers`, `omitted` (docs/status.md)."""
         names = self._names()
-        return {
-            "node": {**self._node, **self._condition()},
-            "members": [
-                {"id": node, "name": names[node], **member.report(now)} for node, member in self._members.items()
-            ],
-            "artifacts": self._artifacts(names),
-            "transfers": [
-                {
-                    "digest": digest,
-                    "direction": direction,
-                    "peer": names.get(node, node),
-                    "node": node,
-                    "bytes": traffic.bytes,
-                    "rate_bytes_per_s": round(traffic.rate.at(now)),
-                }
-                for (digest, direction, node), traffic in self._traffic.items()
-            ],
+        members = [{"id": node, "name": names[node], **member.report(now)} for node, member in self._members.items()]
+        artifacts, transfers = self._artifacts(names), self._transfers(names, now)
+        near = {node for node, member in self._members.items() if member.transport is not None}
+        shown = {
+            "members": budget.within(members, MEMBERS_BYTES_MAX, first=_urgency),
+            "artifacts": budget.within(
+                artifacts, ARTIFACTS_BYTES_MAX, first=lambda row: (near.isdisjoint(row["nodes"]), -len(row["nodes"]))
+            ),
+            "transfers": budget.within(transfers, TRANSFERS_BYTES_MAX, first=lambda row: -row["rate_bytes_per_s"]),
         }
+        everything = {"members": members, "artifacts": artifacts, "transfers": transfers}
+        omitted = {name: len(everything[name]) - len(rows) for name, rows in shown.items()}
+        return {"node": {**self._node, **self._condition()}, **shown, "omitted": omitted}
 
     def timeline(self, digest: Digest, now: float) -> dict[str, Any] | None:
         """The JSON of `/timeline/DIGEST`: the last fetch of an artifact by this node; None if it fetched none."""
         if (fetch := self.fetches.records.get(digest)) is None:
             return None
         names, timeline = self._names(), fetch.timeline(now)
-        lanes = [{**lane, "name": names.get(lane["node"], lane["name"])} for lane in timeline["lanes"][:LANES_MAX]]
+        lanes = [
+            {**lane, "name": names.get(lane["node"], lane["name"])[:TEXT_CHARS_MAX]}
+            for lane in timeline["lanes"][:LANES_MAX]
+        ]
         return {"node": self._node["id"], **timeline, "lanes": lanes}
 
     def _names(self) -> dict[str, str]:
@@ -181,6 +183,19 @@ class NodeReport:
                 row["members"][names[node]] = row["nodes"][node] = fraction
         return [found[key] for key in sorted(found)]
 
+    def _transfers(self, names: dict[str, str], now: float) -> list[dict[str, Any]]:
+        return [
+            {
+                "digest": digest,
+                "direction": direction,
+                "peer": names.get(node, node),
+                "node": node,
+                "bytes": traffic.bytes,
+                "rate_bytes_per_s": round(traffic.rate.at(now)),
+            }
+            for (digest, direction, node), traffic in self._traffic.items()
+        ]
+
     def _move(self, digest: Digest, direction: str, node: NodeId, size: int, at_s: float) -> None:
         if (traffic := self._traffic.get((digest, direction, node))) is None:
             fetch = self.fetches.records.get(digest) if direction == "down" else None
@@ -199,9 +214,15 @@ class NodeReport:
 
     def _forget_gone(self) -> None:
         gone = [name for name, member in self._members.items() if not member.here]
-        for name in gone[: max(0, len(gone) - GONE_KEPT)]:
-            del self._members[name]
-            self._traffic = {key: traffic for key, traffic in self._traffic.items() if key[2] != name}
+        if forgotten := set(gone[: max(0, len(gone) - GONE_KEPT)]):
+            for name in forgotten:
+                del self._members[name]
+            self._traffic = {key: traffic for key, traffic in self._traffic.items() if key[2] not in forgotten}
+
+
+def _urgency(member: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """This node, linked members and suspects come first."""
+    return member["transport"] != "self", member["transport"] is None, member["state"] != "suspect"
 
 
 def _fraction(chunks: int, total: int) -> float:

@@ -30,12 +30,14 @@ from swarm.journal import (
     Received,
     Resolved,
     Sent,
+    weight,
 )
 from swarm.membership.swim import MemberChanged
 from swarm.observe.fetch_record import TRANSFER_EVENTS
 from swarm.transfer.download_events import PeerHas, PeerJoined, PeerLeft
 
 QUEUED_MAX = 100_000
+QUEUED_BYTES_MAX = 64 << 20
 FILE_BYTES_MAX = 1 << 30
 WRITE_EVERY_S = 0.5
 
@@ -124,6 +126,7 @@ class _Writer:
         self._file = file
         self._queued: deque[Entry] = deque()
         self._left_out = 0
+        self._queued_bytes, self._taken_bytes = 0, 0  # in all; one is counted by the loop, the other by the thread
         self._written_bytes = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="swarm: trace", daemon=True)
@@ -132,7 +135,9 @@ class _Writer:
     def queue(self, entry: Entry) -> None:
         if self._closed.is_set():
             return
-        if len(self._queued) < QUEUED_MAX:
+        size = weight(entry.event)
+        if len(self._queued) < QUEUED_MAX and self._queued_bytes + size - self._taken_bytes <= QUEUED_BYTES_MAX:
+            self._queued_bytes += size
             self._queued.append(entry)
         else:
             self._left_out += 1
@@ -153,6 +158,7 @@ class _Writer:
     def _write(self) -> None:
         while self._queued:
             entry = self._queued.popleft()
+            self._taken_bytes += weight(entry.event)
             if self._written_bytes > FILE_BYTES_MAX:
                 self._left_out += 1
             else:

@@ -65,6 +65,8 @@ from swarm.transfer.download_events import (
 # A peer is banned after so many wrong chunks, if they are also more than this part of all that it sent: a faulty
 # network card may corrupt a few chunks of an honest peer.
 CORRUPT_CHUNKS_MAX, CORRUPT_PART_MAX = 3, 0.05
+BANNED_MAX = 4096  # banned peers that are remembered; a member may come again under new ids
+WORDS_MAX = 256  # peers that left whose last failure is remembered, for the error of a fetch that gives up
 GRANT_PATIENCE_S = 10.0
 REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # rest after a failure, doubling with each in a row
 NOTHING_TO_GIVE_REST_S = 0.1  # the least rest of a seed, however short a time it names
@@ -144,7 +146,7 @@ class Download:
         self._progress_at = now
         self._sourced_at = now  # the last tick at which a peer held a missing chunk; kept if `abandon_s` is finite
         self._peers: dict[NodeId, _Peer] = {}
-        self._banned: set[NodeId] = set()
+        self._banned: dict[NodeId, None] = {}  # the oldest first
         self._transfers: dict[int, _Transfer] = {}
         self._requested = np.zeros(held.length, dtype=np.uint8)
         self._free = self.wanted.mask & ~held.mask  # missing and not requested
@@ -332,7 +334,9 @@ class Download:
         why = self._last_words[event.peer] = f"sent {peer.corrupt} wrong chunk{'' if peer.corrupt == 1 else 's'}"
         if peer.corrupt < CORRUPT_CHUNKS_MAX or peer.corrupt <= CORRUPT_PART_MAX * (peer.corrupt + peer.correct):
             return []
-        self._banned.add(event.peer)
+        self._banned[event.peer] = None
+        if len(self._banned) > BANNED_MAX:
+            del self._banned[next(iter(self._banned))]
         return [
             *(Cancel(event.peer, number, "banned") for number in self._leave(event.peer, why)),
             Ban(event.peer, why),
@@ -514,7 +518,10 @@ class Download:
 
     def _leave(self, name: NodeId, why: str) -> list[int]:
         """Forgets a peer; returns its transfers, which have ended."""
+        self._last_words.pop(name, None)
         self._last_words[name] = why
+        if len(self._last_words) > WORDS_MAX + len(self._peers):
+            del self._last_words[next(iter(self._last_words))]
         if (peer := self._peers.pop(name, None)) is None:
             return []
         self._count(peer, -1)
@@ -563,7 +570,7 @@ class Download:
             "peers know their transfers": all(
                 n in self._peers[t.peer].transfers for n, t in self._transfers.items() if t.peer in self._peers
             ),
-            "no banned peer is joined": not self._banned & set(self._peers),
+            "no banned peer is joined": not self._banned.keys() & self._peers.keys(),
             "a finished download requests nothing": not (self.done and self._transfers),
             "rarity adds up": int(self._rarity.sum()) == sum(len(peer.holds) for peer in self._peers.values()),
             "counts of nearer holders add up": all(

@@ -42,6 +42,8 @@ from swarm.transfer.verify import LandedChunk, Verifier
 from swarm.transport import Inbound, Transfer
 from swarm.transport.sink import Mailbox
 
+NAMES_MAX = 4096  # of peers that were asked
+
 log = logging.getLogger("swarm")
 
 
@@ -130,10 +132,16 @@ class DownloadDriver:
 
     def sources(self) -> dict[str, int]:
         """Bytes of verified chunks by the name of the peer that sent them."""
-        return {self.names[node]: size for node, size in self.machine.sources.items()}
+        return {self.names.get(node, node): size for node, size in self.machine.sources.items()}
 
     def meet(self, peer: Peer) -> None:
-        """Remembers the name of a peer. A second peer of the same name gets its address appended."""
+        """Remembers the name of a peer. A second peer of the same name gets its address appended.
+
+        Beyond NAMES_MAX the oldest name of a node that sent no chunk is forgotten.
+        """
+        if len(self.names) >= NAMES_MAX and peer.node not in self.names:
+            spare = (node for node in self.names if node not in self.machine.sources)
+            self.names.pop(next(spare, peer.node), None)
         others = {name for node, name in self.names.items() if node != peer.node}
         self.names[peer.node] = f"{peer.name} ({peer.hello.address})" if peer.name in others else peer.name
 

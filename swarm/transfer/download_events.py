@@ -13,6 +13,8 @@ from swarm.content.bitfield import Bitfield
 from swarm.journal import Paused
 from swarm.protocol.messages import NodeId, RefusalReason
 
+EVENT_BYTES, CHUNK_BYTES = 1024, 40  # approximate memory of an event, and of a chunk's number in it
+
 
 @dataclass(frozen=True)
 class PeerJoined:
@@ -27,6 +29,11 @@ class PeerJoined:
     superseeds: bool = False
     distance: int = 0
     usual_bytes_per_s: float = 0.0
+
+    @property
+    def weight_bytes(self) -> int:
+        """Approximate memory, for the journal."""
+        return EVENT_BYTES + self.holds.length
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,11 @@ class PeerHas:
 
     peer: NodeId
     chunks: tuple[int, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Approximate memory, for the journal."""
+        return EVENT_BYTES + CHUNK_BYTES * len(self.chunks)
 
 
 @dataclass(frozen=True)
@@ -186,6 +198,11 @@ class Announce:
     """Send `have` messages for these chunks, verified since the last announcement."""
 
     chunks: tuple[int, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Approximate memory, for the journal."""
+        return EVENT_BYTES + CHUNK_BYTES * len(self.chunks)
 
 
 @dataclass(frozen=True)

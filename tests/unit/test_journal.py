@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from swarm import journal as journals
-from swarm.journal import Entry, Joined, Journal, Left
-from swarm.protocol.messages import Address, NodeId
+from swarm.content.manifest import Digest, ModelId
+from swarm.journal import ArtifactsAnnounced, Entry, Joined, Journal, Left
+from swarm.protocol.messages import Address, Announcement, NodeId
+from swarm.transfer.download_events import PeerHas
 
 
 def test_are_entries_kept_in_order() -> None:
@@ -49,3 +51,22 @@ def test_does_a_subscriber_hear_only_the_kinds_that_it_names() -> None:
         journal.record(0.0, "node", what)
     assert numbers == [1, 3.0]
     assert everything == [1, "two", 3.0]
+
+
+def test_do_entries_that_a_peer_fills_push_out_older_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 announcements of the largest size would take 800 MB."""
+    monkeypatch.setattr(journals, "BYTES_KEPT", 1 << 20)
+    artifacts = tuple(
+        Announcement(ModelId(str(number).ljust(256, "m")), Digest(f"{number:064x}"), "checkpoint", 1, 1, 1, False)
+        for number in range(256)
+    )
+    journal = Journal()
+    for number in range(100):
+        journal.record(number, "peer", ArtifactsAnnounced(NodeId("a" * 16), artifacts))
+    assert 1 <= len(list(journal)) <= 3
+    for number in range(100):
+        journal.record(number, "peer", PeerHas(NodeId("a" * 16), tuple(range(1 << 16))))
+    assert len(list(journal)) == 1, "the latest is kept, whatever its size"
+    for number in range(500):
+        journal.record(number, "node", number)
+    assert len(list(journal)) == 500

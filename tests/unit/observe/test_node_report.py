@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from swarm.cli import status_table
+from swarm.cli.status_json import swarm_status
 from swarm.content.manifest import Digest, ModelId
+from swarm.dashboard.member_report import member_report
+from swarm.dashboard.swarm_view import SwarmView
 from swarm.journal import (
     ArtifactsAnnounced,
     Entry,
@@ -18,7 +24,8 @@ from swarm.journal import (
     Sent,
 )
 from swarm.membership.swim import MemberChanged
-from swarm.observe import node_report
+from swarm.node import status_client
+from swarm.observe import budget, node_report
 from swarm.observe.fetch_record import RATE_WINDOW_S, Rate
 from swarm.observe.node_report import NodeReport, distinct_names
 from swarm.protocol.messages import Address, Announcement, NodeId
@@ -27,6 +34,7 @@ from swarm.protocol.packets import Holding, Profile, Record, State
 ORG_MODEL, N0, N1, N2 = ModelId("org/model"), NodeId("n0"), NodeId("n1"), NodeId("n2")
 
 DIGEST = Digest("ab" * 32)
+SMILE = "\N{GRINNING FACE}"  # four bytes
 
 
 def announced(node: str, chunks: int, *, total: int = 4, model_id: str = "org/model") -> ArtifactsAnnounced:
@@ -55,6 +63,7 @@ def test_what_does_an_empty_journal_show() -> None:
         "members": [],
         "artifacts": [],
         "transfers": [],
+        "omitted": {"members": 0, "artifacts": 0, "transfers": 0},
     }
 
 
@@ -214,3 +223,46 @@ def test_do_the_rates_of_its_links_add_up_to_that_of_a_fetch() -> None:
     for now in (8, 9, 11):
         links = [flow["rate_bytes_per_s"] for flow in known.report(now)["transfers"]]
         assert sum(links) == pytest.approx(known.fetches.records[DIGEST].rate.at(now), abs=1.5)
+
+
+def test_is_the_report_of_thousands_of_members_one_that_readers_accept() -> None:
+    """5,000 members, real or made up, with the longest texts; those that this node has a link to are not left out."""
+    report = NodeReport()
+    journal = Journal()
+    report.follow(journal)
+    journal.record(0, "node", OPENED)
+    journal.record(0, "node", JOINED)
+    journal.record(0, "node", announced(N1, 4))
+    long = SMILE * 32
+    for number in range(5000):
+        held = tuple(
+            Holding(
+                ModelId(f"{number}-{n}".ljust(40, SMILE)), Digest(f"{number:060x}{n:04x}"), "checkpoint", 1, 1, True
+            )
+            for n in range(4)
+        )
+        profile = Profile(held, 0, ("tcp",), long, long, 1, 8, "9")
+        record = Record(NodeId(f"{number:016x}"), 0, State.ALIVE, 0, long, Address("h" * 250 + ":1"), profile)
+        journal.record(1, "node", MemberChanged(record))
+    told = report.report(2)
+    data = json.dumps(told, ensure_ascii=False).encode()
+    assert len(data) < status_client.REPORT_BYTES_MAX // 2
+    assert {N0, N1} <= {member["id"] for member in told["members"]}
+    assert len(told["members"]) + told["omitted"]["members"] == 5002
+    assert len(told["artifacts"]) + told["omitted"]["artifacts"] == 20_001
+    assert DIGEST in {artifact["digest"] for artifact in told["artifacts"]}
+
+    own = member_report(told, report.fetches, {}, 2.0, place=("", ""))
+    view = SwarmView().view(told, own, {}, 2.0)
+    assert len(json.dumps(view, ensure_ascii=False).encode()) < status_client.REPORT_BYTES_MAX
+    joined = swarm_status(told, view)
+    assert {N0, N1} <= {member["id"] for member in joined["members"]}
+    assert len(status_table.line(joined)) < 100_000
+
+
+def test_is_a_report_without_much_complete() -> None:
+    rows = [{"n": number, "text": "x" * 100} for number in range(100)]
+    number = {id(row): place for place, row in enumerate(rows)}
+    assert budget.within(rows, 1 << 20, first=lambda row: number[id(row)]) == rows
+    assert budget.within(rows, 500, first=lambda row: -number[id(row)]) == rows[-4:], "in their order, the urgent ones"
+    assert budget.items_within({"a": 1, "b": 2}, 12, first=lambda value: -value) == {"b": 2}
