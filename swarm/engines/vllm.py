@@ -11,15 +11,18 @@ it serves the weights as the version that the engine core names. Must not know: 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
-from collections.abc import Callable, Collection
+import sys
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from swarm.engines.hooks import EngineHooks
 
 COMPILES = "determine_available_memory"  # the first step that runs the model
+RANKS_KNOWN = "init_worker_distributed_environment"  # a function of the worker's module; `init_device` calls it early
 WARM_UP = "compile_or_warm_up_model"
 # Methods that change the memory of weights or of tensors tied to them, or move weights.
 CHANGES = (
@@ -118,22 +121,47 @@ def _patch(
 
 
 def _start_early() -> None:
-    """Begins once the worker's device and ranks are known: the node opens while the model is built."""
+    """Begins once the worker's ranks are known: the node opens while vLLM sets up its device and builds the model."""
     wrapper = _wrapper()
     known = wrapper.init_device
 
-    @functools.wraps(known)
-    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = known(self, *args, **kwargs)
+    def begin(config: Any) -> None:
         from swarm.engines import vllm_loader
 
         try:
-            vllm_loader.begin(self.vllm_config)
+            vllm_loader.begin(config)
         except Exception as error:  # loading comes to the same error, and decides
             log.info("the node is not started early: %s", error)
+
+    @functools.wraps(known)
+    def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _calling(sys.modules.get(type(self.worker).__module__), RANKS_KNOWN, lambda: begin(self.vllm_config)):
+            result = known(self, *args, **kwargs)
+        begin(self.vllm_config)  # does nothing where it has begun
         return result
 
     wrapper.init_device = init_device
+
+
+@contextlib.contextmanager
+def _calling(module: Any, name: str, call: Callable[[], None]) -> Iterator[None]:
+    """In the block, calls `call` after each call of a module's function, if the module has it."""
+    known = getattr(module, name, None)
+    if known is None:
+        yield
+        return
+
+    @functools.wraps(known)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        result = known(*args, **kwargs)
+        call()
+        return result
+
+    setattr(module, name, called)
+    try:
+        yield
+    finally:
+        setattr(module, name, known)
 
 
 def _hash_without_paths() -> None:

@@ -74,8 +74,8 @@ class VLLM:
                 self.worker = worker
                 self.vllm_config = "the config"
 
-            def init_device(self) -> str:
-                return "initialised"
+            def init_device(self) -> Any:
+                return self.worker.init_device()
 
         class EngineCore:
             def set_weight_version(self, weight_version: str) -> None:
@@ -140,16 +140,39 @@ def test_does_an_engine_that_has_everything_say_nothing(
     assert lines(caplog) == []
 
 
-def test_does_the_node_open_as_soon_as_a_worker_has_its_device(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Worker:
+    """A worker whose module has the function that makes its ranks known."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+
+    def init_device(self) -> str:
+        ranks_known("the config")
+        self._told.append(("the rest of init_device", ()))
+        return "initialised"
+
+
+def ranks_known(config: str) -> None:
+    pass
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_does_the_node_open_as_soon_as_a_worker_has_its_ranks(
+    known: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = VLLM()
-    engine.register(monkeypatch)
-    assert engine.wrapper(None).init_device() == "initialised"
-    assert engine.told == [("begin", ("the config",))]
+    plugin = engine.register(monkeypatch)
+    if known:
+        monkeypatch.setattr(plugin, "RANKS_KNOWN", "ranks_known")
+    assert engine.wrapper(Worker(engine.told)).init_device() == "initialised"
+    rest = ("the rest of init_device", ())
+    begun = ("begin", ("the config",))
+    assert engine.told == ([begun, rest, begun] if known else [rest, begun])
+    assert ranks_known.__name__ == "ranks_known"
+    assert not hasattr(ranks_known, "__wrapped__"), "the worker's module is as it was"
     monkeypatch.delattr(sys.modules["swarm.engines.vllm_loader"], "begin")
     with caplog.at_level("INFO", "swarm"):
-        assert engine.wrapper(None).init_device() == "initialised"
+        assert engine.wrapper(Worker(engine.told)).init_device() == "initialised"
     assert "the node is not started early" in caplog.text
 
 
