@@ -100,7 +100,7 @@ FOLDERS: dict[str, set[str]] = {
     "dashboard": {"content", "journal", "net", "observe", "protocol", "transfer"},
     "runtime": {"dashboard", "membership", "net", "node", "observe"},
     "api": {"checkpoint", "content", "node", "protocol", "runtime", "security", "store"},
-    "engines": {"api", "checkpoint", "content", "hashing", "node", "observe", "runtime", "store"},
+    "engines": {"api", "checkpoint", "content", "hashing", "node", "observe", "protocol", "runtime", "store"},
     "doctor": {
         "checkpoint", "content", "engines", "journal", "net", "node", "observe", "protocol", "runtime", "security",
     },
@@ -175,6 +175,7 @@ HOMES: dict[str, set[str]] = {
         "checkpoint.digest_cache",
         "checkpoint.signature_file",
         "engines.cache_start",
+        "engines.checkpoint_files",
         "engines.compile_caches",
         "engines.metadata",
         "engines.start_log",

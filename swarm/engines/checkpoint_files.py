@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from swarm.api import fetch_on
 from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest
@@ -27,6 +29,7 @@ from swarm.engines.layout import metadata_id
 from swarm.engines.rank import RankNode
 from swarm.engines.tiers import Local
 from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError
+from swarm.protocol.messages import REVISIONS_MAX, Origin
 from swarm.runtime import runtime
 from swarm.store.directory import DirectorySource
 from swarm.store.disk import Stamp, open_locked, store_errors
@@ -39,11 +42,14 @@ log = logging.getLogger("swarm")
 class CheckpointFiles:
     """The checkpoint that a rank loads; `model`: the directory or model id that the engine was given.
 
+    `revision`: that of the engine's command, None if it names none. Files and metadata are served under it.
+
     `content`: its digest, None while unknown. `description`: its headers, if known. `local`: the part on this machine.
     `hash_unknown`: reads files that were not hashed before. Raises ManifestInvalid, StoreError.
     """
 
     def __init__(self, node: RankNode, model: str, revision: str | None, *, hash_unknown: bool) -> None:
+        self.revision = revision
         self.content: Digest | None = None
         self.description: metadata.CheckpointDescription | None = None
         self.local: Local = "config"
@@ -144,7 +150,7 @@ class CheckpointFiles:
         if not self._node.rank.first_of_host:
             source.close()
             return
-        self._node.serve(self._node.model_id, source)
+        self._node.serve(self._node.model_id, source, self._origin())
         log.info("%s: serves the files at %s, digest %s", self._node, self._directory, self.content)
 
     def serve_metadata(self) -> None:
@@ -155,7 +161,19 @@ class CheckpointFiles:
             metadata.stage(self._cache, self._directory, self._manifest)
         if place := metadata.staged(self._cache, self.content):
             source = manifest_builder.files(place, cache_dir=self._cache)  # its index names files that it lacks
-            self._node.serve(metadata_id(self._node.model_id), source)
+            origin = self._origin()
+            named = (
+                Origin(origin.commit, {}, origin.revisions) if origin else None
+            )  # its files are not those of a commit
+            self._node.serve(metadata_id(self._node.model_id), source, named)
+
+    def _origin(self) -> Origin | None:
+        """Commit and revisions of the files, that of the engine's command included."""
+        found = hf_cache.named_origin(self._directory) if self._directory else None
+        if self.revision is None or (found and found.is_revision(self.revision)):
+            return found
+        found = found or Origin("", {})
+        return msgspec.structs.replace(found, revisions=(*found.revisions[: REVISIONS_MAX - 1], self.revision))
 
     def _hash(self, directory: Path) -> DirectorySource:
         with _locked(self._cache / "checkpoints" / f"hash-{directory.name}"):

@@ -180,7 +180,7 @@ class RankLoader:
         await self._settle(node)
         files, holders, unseen = self.files, node.holders(self.model_id), ""
         if files.content is None and files.local == "config" and unread is not None and holders:
-            manifest = await self._resolve(node, self.model_id)
+            manifest = await self._resolve(node, self.model_id, revision=files.revision)
             files.description, files.content = metadata.describe(manifest), manifest.digest
             unseen = unread(files.description)
             await self._settle(node)
@@ -215,10 +215,15 @@ class RankLoader:
                 return
             await node.changed(POLL_S)
 
-    async def _resolve(self, node: Node, artifact: ModelId) -> Manifest:
+    async def _resolve(self, node: Node, artifact: ModelId, revision: str | None = None) -> Manifest:
         """The manifest that peers agree on. Raises as `resolve` does."""
         manifest, _ = await resolve(
-            node, artifact, digest=None, find_timeout_s=OTHER_TIMEOUT_S, trusted=self.settings.trusted
+            node,
+            artifact,
+            digest=None,
+            find_timeout_s=OTHER_TIMEOUT_S,
+            trusted=self.settings.trusted,
+            revision=revision,
         )
         return manifest
 

@@ -21,6 +21,7 @@ from swarm.node import local_nodes
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.observe.units import count, size_text
+from swarm.protocol.messages import Origin
 from swarm.runtime import runtime
 from swarm.settings import Settings, join_address, split_address
 from swarm.store import Source
@@ -128,11 +129,11 @@ class RankNode:
         self.opened, self.opened_at_s = node, node.now()
         return node
 
-    def serve(self, artifact: ModelId, source: Source) -> None:
+    def serve(self, artifact: ModelId, source: Source, origin: Origin | None = None) -> None:
         """Serves a source from now on; closes it on an error."""
 
         async def serve() -> None:
-            (await self.open()).serve(artifact, source)
+            (await self.open()).serve(artifact, source, origin=origin)
 
         try:
             runtime().run(serve())

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import swarm
 from swarm.engines import load, metadata, start_log
+from swarm.engines.launch import prepare
 from swarm.engines.layout import is_loaded, metadata_id
 from swarm.engines.load import RankLoader
 from swarm.engines.rank import LOOK_BESIDE_FILES_S, LoadOptions, Rank
 from swarm.engines.tiers import TierName
-from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError, SwarmError
+from swarm.errors import ManifestInvalid, RevisionNotFound, SettingsError, StoreConflict, StoreError, SwarmError
 from swarm.node.node import Node
 from swarm.runtime import runtime
 from swarm.settings import Settings
@@ -51,6 +53,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         fields: dict[str, str] = FIELDS,
         rank: int = 0,
         upload_limit: float | None = None,
+        revision: str | None = None,
         **more: object,
     ) -> RankLoader:
         settings = Settings(
@@ -64,7 +67,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         options = LoadOptions(settings, model_id=MODEL, look_s=3.0 if peers else 0.1)
         options = dataclasses.replace(options, **more)  # type: ignore[arg-type]
         model = str(directory or MODEL)
-        loader = RankLoader("test 1", model, None, Rank(str(rank), rank), fields=fields, options=options)
+        loader = RankLoader("test 1", model, revision, Rank(str(rank), rank), fields=fields, options=options)
         made.append(loader)
         return loader
 
@@ -188,6 +191,35 @@ def test_does_an_engine_with_files_wait_no_longer_than_it_was_told_for_peers(
     monkeypatch.setattr(Node, "changed", changed)
     assert a.load({"disk": lambda: None}) == "disk"
     assert bool(waits) == (look_s is not None)
+
+
+def test_are_files_and_metadata_served_under_the_revision_of_the_command(
+    start: Callable[..., RankLoader], model: Path, tmp_path: Path
+) -> None:
+    a = seed(start, model, revision="v2")
+    ours = dataclasses.replace(a.settings, name="b", cache=tmp_path / "b", peers=(address(a),))
+    launched = prepare(["vllm", "serve", MODEL, "--revision", "v2"], ours)
+    assert metadata.read(Path(launched.command[2])).content == a.files.content
+    with swarm.fetch(MODEL, out=tmp_path / "files", revision="v2", settings=ours):
+        assert metadata.is_whole(tmp_path / "files")
+    other = prepare(["vllm", "serve", MODEL, "--revision", "v1"], ours)
+    assert other.command[2] == MODEL, "vLLM itself gets that of the hub"
+    with pytest.raises(RevisionNotFound, match="v2"):
+        swarm.fetch(MODEL, out=tmp_path / "other", revision="v1", settings=ours)
+
+
+def test_is_a_model_without_headers_looked_for_under_the_revision_of_the_command(
+    start: Callable[..., RankLoader], model: Path, tmp_path: Path
+) -> None:
+    a = seed(start, model, revision="v2")
+    config = tmp_path / "config"
+    config.mkdir()
+    (config / "config.json").write_text("{}")
+    found = {}
+    for revision in ("v1", "v2"):
+        b = start(f"b-{revision}", config, a, revision=revision)
+        found[revision] = b.load({"checkpoint": b.fetch_checkpoint, "disk": lambda: None}, unread=lambda _: "")
+    assert found == {"v1": "disk", "v2": "checkpoint"}
 
 
 FAILING: dict[str, Callable[[RankLoader], tuple[object, str] | None]] = {
