@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from swarm.errors import (
+    CheckpointIncomplete,
     FetchError,
     FetchTimeout,
     ManifestConflict,
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "HUB_CACHE",
+    "CheckpointIncomplete",
     "FetchError",
     "FetchTimeout",
     "ManifestConflict",

@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from swarm.checkpoint import digest_cache, hf_cache, hf_publish, manifest_builder, signature_file
+from swarm.checkpoint import commit_source, digest_cache, hf_cache, hf_publish, manifest_builder, signature_file
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.content.selection import Part, Patterns, Selection, TensorChoice
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
+from swarm.node import commit_parts
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
@@ -205,7 +206,7 @@ def serve_source(name: ModelId, source: Source, origin: Origin | None, *, settin
         try:
             node = await runtime().acquire(settings)
             try:
-                node.serve(name, source, origin=origin)
+                commit_parts.serve(node, name, source, origin=origin, trusted=settings.trusted)
             except BaseException:
                 await runtime().release(settings)
                 raise
@@ -237,7 +238,11 @@ def open_source(
     path = _locate(what, revision)
     found = _sayable(model_id or hf_cache.model_id_of(path) or path.resolve().name)
     origin = _labelled(hf_cache.named_origin(path), revision)
-    _, source, skipped = manifest_builder.checkpoint(path, cache_dir=settings.cache, **grid)
+    source: Source
+    if path.is_dir() and hf_cache.model_id_of(path):
+        source, skipped = commit_source.snapshot(path, cache_dir=settings.cache, grid=grid)
+    else:
+        _, source, skipped = manifest_builder.checkpoint(path, cache_dir=settings.cache, **grid)
     for entry in skipped:
         log.info("not served: %s (%s)", entry.path, entry.why)
     if signed := signature_file.read(path, source.manifest.digest):

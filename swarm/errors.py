@@ -3,7 +3,7 @@
     SwarmError
       SettingsError            user: a setting is invalid; names the setting and the accepted values
       ManifestError            user: no peer serves the model, or a manifest is unusable
-        ManifestNotFound · ManifestInvalid · ManifestConflict
+        ManifestNotFound · ManifestInvalid · CheckpointIncomplete · ManifestConflict
       FetchError               caller of `fetch`: the fetch gave up and can be resumed: Stalled · FetchTimeout
       StoreError               user: local disk or memory: StoreFull · StoreConflict · SourceChanged
       PeerError                node: a peer failed; becomes an event and a journal entry
@@ -104,6 +104,10 @@ class ManifestInvalid(ManifestError):
         super().__init__(f"{subject}: {why}")
         self.subject = subject
         self.why = why
+
+
+class CheckpointIncomplete(ManifestInvalid):
+    """A directory lacks files of its model. The text names them."""
 
 
 class ManifestConflict(ManifestError):

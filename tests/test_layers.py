@@ -21,7 +21,8 @@ ROOT = Path(swarm.__file__).parent
 ROWS: dict[str, set[str]] = {
     "words": {"errors", "settings"},
     "nouns": {
-        "content", "content.bitfield", "content.manifest", "content.safetensors_header", "content.selection",
+        "content", "content.bitfield", "content.commit", "content.manifest", "content.safetensors_header",
+        "content.selection",
         "journal", "membership.config",
         "protocol", "protocol.messages", "protocol.packets",
     },
@@ -40,7 +41,7 @@ ROWS: dict[str, set[str]] = {
         "security",
         "security.certificates", "security.cluster_key", "security.record_seal", "security.signatures",
         "security.tls_handshake", "store", "store.cuda",
-        "store.directory", "store.disk", "store.joined", "store.lease", "store.memory", "store.staging",
+        "store.directory", "store.disk", "store.joined", "store.lease", "store.memory", "store.part", "store.staging",
         "store.tensors",
         "transport",
         "transport.admission", "transport.byte_stream", "transport.cuda_ipc", "transport.inproc", "transport.nccl",
@@ -49,11 +50,11 @@ ROWS: dict[str, set[str]] = {
         "transport.tcp", "transport.tcp_session", "transport.tls_stream", "transport.torch_distributed",
     },
     "drivers": {
-        "checkpoint", "checkpoint.hf_publish", "checkpoint.manifest_builder", "membership",
+        "checkpoint", "checkpoint.commit_source", "checkpoint.hf_publish", "checkpoint.manifest_builder", "membership",
         "membership.swim_driver", "net.environment", "node",
-        "node.fetch", "node.holders", "node.node", "node.resolve", "peers", "peers.connections_driver", "peers.host",
-        "peers.manifest_requests", "peers.peer", "transfer", "transfer.download_driver", "transfer.file_watch",
-        "transfer.shares",
+        "node.commit_parts", "node.fetch", "node.holders", "node.node", "node.resolve", "peers",
+        "peers.connections_driver", "peers.host", "peers.manifest_requests", "peers.peer", "transfer",
+        "transfer.download_driver", "transfer.file_watch", "transfer.shares",
         "transfer.upload_driver", "transfer.verify",
     },
     "faces": {
@@ -168,10 +169,12 @@ HOMES: dict[str, set[str]] = {
         "cli.demo",
     },
     "msgspec": {
+        "checkpoint.blob_check",
+        "content.commit",
         "content.manifest",
+        "store.part",
         "protocol.messages",
         "protocol.packets",
-        "checkpoint.blob_check",
         "checkpoint.digest_cache",
         "checkpoint.signature_file",
         "engines.cache_start",

@@ -17,6 +17,7 @@ import swarm
 from swarm import errors
 
 NAMES = {
+    "CheckpointIncomplete",
     "HUB_CACHE", "FetchError", "FetchTimeout", "ManifestConflict", "ManifestError", "ManifestInvalid",
     "ManifestNotFound", "RevisionNotFound", "Served", "Settings", "SettingsError", "SourceChanged", "Stalled",
     "StoreConflict", "StoreError", "StoreFull", "SwarmError", "Unpinnable", "Unsigned", "Weights", "__version__",
@@ -40,7 +41,7 @@ FETCH = {
 EXIT_CODES = {
     "SwarmError": 1, "SettingsError": 2, "ManifestError": 3, "ManifestNotFound": 3,
     "RevisionNotFound": 3,
-    "Unpinnable": 3, "Unsigned": 3, "ManifestInvalid": 3,
+    "CheckpointIncomplete": 3, "Unpinnable": 3, "Unsigned": 3, "ManifestInvalid": 3,
     "ManifestConflict": 3, "FetchError": 4, "Stalled": 4, "FetchTimeout": 4, "StoreError": 5, "StoreFull": 5,
     "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6, "NotAdmitted": 6,
     "RemoteProtocolError": 6, "VersionSkew": 6, "TransportError": 1, "LocalProtocolError": 70,

@@ -91,13 +91,14 @@ def of_commit(path: str) -> bool:
     return any(pattern.fullmatch(parts[-1]) for pattern, _ in _BYSTANDERS[:_OF_COMMITS])
 
 
-def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:
+def walk(path: Path, *, dangling: list[str] | None = None) -> tuple[list[CheckpointFile], list[SkippedPath]]:
     """The files of a directory, sorted by path, or a single file of weights.
 
-    Raises ManifestInvalid if there is no file to serve or a link leads out of the directory, and OSError.
+    `dangling` gets the paths of links to nowhere, which are an error without it. Raises ManifestInvalid if there is no
+    file to serve or a link leads out of the directory, and OSError.
     """
     if path.is_dir():
-        walker = _Walk(os.path.realpath(path))
+        walker = _Walk(os.path.realpath(path), dangling)
         walker.visit(walker.root, prefix="")
         if not walker.found:
             raise ManifestInvalid(str(path), "holds no file to serve")
@@ -113,7 +114,8 @@ def walk(path: Path) -> tuple[list[CheckpointFile], list[SkippedPath]]:
 
 
 class _Walk:
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, dangling: list[str] | None) -> None:
+        self._dangling = dangling
         self.root = root  # links resolved, as in every directory path here
         self.found: list[CheckpointFile] = []
         self.skipped: list[SkippedPath] = []
@@ -138,6 +140,9 @@ class _Walk:
         try:
             target = os.path.realpath(link, strict=True)
         except OSError as error:
+            if self._dangling is not None:
+                self._dangling.append(path)
+                return
             raise ManifestInvalid(path, f"is a link to nowhere ({os.readlink(link)}); remove or repair it") from error
         inside = Path(target).is_relative_to(self.root)
         if not os.path.isdir(target):

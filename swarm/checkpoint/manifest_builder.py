@@ -89,6 +89,20 @@ def checkpoint(
     return source.manifest, source, skipped
 
 
+def part(
+    path: Path,
+    found: Sequence[CheckpointFile],
+    *,
+    cache_dir: Path,
+    chunk_bytes: int | None = None,
+    leaf_bytes: int | None = None,
+) -> DirectorySource:
+    """A source of some files of a directory; shards of an index may be missing. Raises as `checkpoint` does."""
+    with store_errors(path):
+        grid = _grid(_size(found), chunk_bytes, leaf_bytes)
+        return _hashed(path, found, grid, {}, cache_dir=cache_dir)
+
+
 def files(path: Path, *, cache_dir: Path) -> DirectorySource:
     """A source of any directory; shards of an index may be missing. Raises as `checkpoint` does."""
     with store_errors(path):

@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from swarm.checkpoint.files import CheckpointFile
 from swarm.checkpoint.weight_files import WEIGHTS, is_weights, refuse_pointer
-from swarm.errors import ManifestInvalid
+from swarm.errors import CheckpointIncomplete, ManifestInvalid
 
 INDEX_BYTES_MAX = 100 << 20  # an index of 100,000 tensors is about 10 MB
 CONFIG_BYTES_MAX = 10 << 20
@@ -40,9 +40,9 @@ _PREFERRED = ("model.safetensors.index.json", "diffusion_pytorch_model.safetenso
 def indexes(found: Sequence[CheckpointFile]) -> dict[str, dict[str, str]]:
     """Tensor name -> path of its file, by path of the index that loaders read; safetensors only.
 
-    Raises ManifestInvalid, with what to do, if a file of an index, a numbered file, or an index itself is broken or
-    missing. An index that loaders do not read first may lack all its files if other weights lie beside it:
-    `pytorch_model*.bin` is often left out of a download.
+    Raises CheckpointIncomplete, with what to do, if a file of an index, a numbered file or all weights are missing, and
+    ManifestInvalid if an index is broken. An index that loaders do not read first may lack all its files if other
+    weights lie beside it: `pytorch_model*.bin` is often left out of a download.
     """
     here = {file.path for file in found}
     weights = {_folder(path) for path in here if path.endswith(WEIGHTS)}
@@ -61,8 +61,26 @@ def indexes(found: Sequence[CheckpointFile]) -> dict[str, dict[str, str]]:
                 named.add((_folder(file.path), match["kind"]))
     _check_numbers(here, named=named)
     _check_unfinished(here)
-    _check_configs(found)
+    _check_configs(found, weights=[path for path in here if is_weights(path)])
     return _preferred({path: table for path, table in maps.items() if ".safetensors.index." in path})
+
+
+def would_be_whole(paths: Iterable[str], found: Sequence[CheckpointFile]) -> bool:
+    """Whether the model would lack nothing with files at all these paths, as far as the files in `found` say."""
+    there = set(paths)
+    named = set()
+    for file in found:
+        if match := _INDEX.fullmatch(file.path):
+            if not there >= set(_read(file).values()):
+                return False
+            named.add((_folder(file.path), match["kind"]))
+    try:
+        _check_numbers(there, named=named)
+        _check_unfinished(there)
+        _check_configs(found, weights=[path for path in there if is_weights(path)])
+    except CheckpointIncomplete:
+        return False
+    return True
 
 
 def no_tensors(found: Sequence[CheckpointFile], maps: Mapping[str, Mapping[str, str]]) -> set[str]:
@@ -115,19 +133,19 @@ def _check_unfinished(here: set[str]) -> None:
     for path in sorted(here):
         name, dot, ending = path.rpartition(".")
         if dot + ending in _CONTROL and is_weights(name):
-            raise ManifestInvalid(
+            raise CheckpointIncomplete(
                 path, f"belongs to an unfinished download of {name}; finish or remove it, serve again"
             )
 
 
-def _check_configs(found: Sequence[CheckpointFile]) -> None:
+def _check_configs(found: Sequence[CheckpointFile], *, weights: Sequence[str]) -> None:
     """Raises ManifestInvalid for the config of a model or an adapter without any weights in or below its folder."""
-    weights = [PurePosixPath(file.path) for file in found if is_weights(file.path)]
     for file in found:
         path = PurePosixPath(file.path)
         field = _CONFIGS.get(path.name)
-        if field and (kind := _kind(file, field)) and not any(path.parent in other.parents for other in weights):
-            raise ManifestInvalid(
+        below = any(path.parent in PurePosixPath(other).parents for other in weights)
+        if field and not below and (kind := _kind(file, field)):
+            raise CheckpointIncomplete(
                 file.path, f"is of {kind}, and no weights lie beside it; finish the download, then serve it again"
             )
 
@@ -144,10 +162,10 @@ def _kind(config: CheckpointFile, field: str) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
 
 
-def _incomplete(subject: str, of: str, missing: Sequence[str]) -> ManifestInvalid:
+def _incomplete(subject: str, of: str, missing: Sequence[str]) -> CheckpointIncomplete:
     shown = ", ".join(missing[:NAMES_SHOWN]) + (", …" if len(missing) > NAMES_SHOWN else "")
     why = f"{len(missing)} {of} are missing: {shown}; finish the download, then serve its directory again"
-    return ManifestInvalid(subject, why)
+    return CheckpointIncomplete(subject, why)
 
 
 def _read(index: CheckpointFile) -> dict[str, str]:

@@ -75,7 +75,7 @@ def serve(options: argparse.Namespace) -> int:
     """Serves a model until it is stopped."""
     from swarm.api import open_source
     from swarm.cli.reopen import reopened
-    from swarm.node import local_nodes
+    from swarm.node import commit_parts, local_nodes
     from swarm.observe.trace import tracing
     from swarm.observe.units import size_text
     from swarm.runtime import new_node
@@ -93,10 +93,13 @@ def serve(options: argparse.Namespace) -> int:
             name, source, origin = await asyncio.to_thread(hashed)
             open_.enter_context(local_nodes.note(settings.cache, node.address))
             while True:
-                node.serve(name, source, origin=origin)
-                manifest = source.manifest
-                what = f"{name}, {len(manifest.files)} files, {size_text(manifest.size)}, digest {manifest.digest}"
-                print(f"{node.address} ready: {what}", flush=True)
+                commit_parts.serve(node, name, source, origin=origin, trusted=settings.trusted)
+                manifest, missing = source.manifest, getattr(source, "missing", "")
+                part = "a part of " if missing else ""
+                size = f"{len(manifest.files)} files, {size_text(manifest.size)}"
+                print(f"{node.address} ready: {part}{name}, {size}, digest {manifest.digest}", flush=True)
+                if missing:
+                    log.warning("%s: %s (this part is served as soon as members announce the rest)", name, missing)
                 key = f" --key-file {settings.key_file}" if settings.key_file else ""
                 log.info("fetch it with: swarm fetch %s --peer %s%s", name, node.address, key)
                 await node.until_lost(manifest.digest)

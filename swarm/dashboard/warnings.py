@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from swarm.content.commit import PART
 from swarm.observe.units import count, size_text
 
 STALLED_AFTER_S = 5.0  # without a verified chunk
@@ -86,7 +87,7 @@ def _of_artifacts(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iter
     """Two digests for one model id. Ranks of engines differ by layout; checkpoints must not differ."""
     holders: dict[str, dict[str, list[str]]] = {}
     for artifact in report["artifacts"]:
-        if artifact["tier"] == "checkpoint" and artifact["members"]:
+        if artifact["tier"] == "checkpoint" and artifact["members"] and not artifact["model_id"].endswith(PART):
             holders.setdefault(artifact["model_id"], {})[artifact["digest"]] = list(artifact["members"])
     for model_id, contents in holders.items():
         if len(contents) > 1:

@@ -27,17 +27,33 @@ class Holder:
     peer: Peer | None
 
 
-def announced(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> Iterator[tuple[Holder, Digest, ModelId]]:
+@dataclass(frozen=True)
+class Announced:
+    """An artifact that another node announces. `complete`: it holds every chunk; `fetching`: it wants more chunks."""
+
+    holder: Holder
+    digest: Digest
+    model_id: ModelId
+    complete: bool
+    fetching: bool
+
+
+def announced(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> Iterator[Announced]:
     """All artifacts that other nodes announce, complete or not."""
     for peer in peers.values():
         holder = Holder(peer.node, peer.name, peer.hello.address, peer)
         for announcement in peer.artifacts.values():
-            yield holder, announcement.digest, announcement.model_id
+            yield _announced(holder, announcement)
     for member in members:
         if member.node not in peers:
             holder = Holder(member.node, member.name, member.address, None)
             for holding in member.profile.artifacts:
-                yield holder, holding.digest, holding.model_id
+                yield _announced(holder, holding)
+
+
+def _announced(holder: Holder, artifact: Announcement | Holding) -> Announced:
+    complete = artifact.chunks == artifact.chunks_total
+    return Announced(holder, artifact.digest, artifact.model_id, complete, not artifact.fetched)
 
 
 def fetches(member: Record, digest: Digest, peers: Mapping[NodeId, Peer], *, part: str = "") -> bool:

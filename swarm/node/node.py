@@ -35,7 +35,7 @@ from swarm.membership.swim_driver import SwimDriver
 from swarm.net.environment import Environment
 from swarm.node import holders
 from swarm.node.fetch import Fetched, Fetches
-from swarm.node.holders import Holder
+from swarm.node.holders import Announced, Holder
 from swarm.peers import connections
 from swarm.peers.connections import Connections
 from swarm.peers.connections_driver import ConnectionsDriver, Handler
@@ -168,6 +168,14 @@ class Node:
         """
         self._shares.serve(model_id, source, origin)
 
+    def serve_part(self, model_id: ModelId, source: Source, held: Bitfield, *, origin: Origin | None) -> None:
+        """Serves the chunks `held` of an artifact that this node does not share yet, until `release`."""
+        self._shares.serve_part(model_id, source, held, origin)
+
+    def rename(self, digest: Digest, model_id: ModelId) -> None:
+        """Announces an artifact under another model id from now on."""
+        self._shares.rename(digest, model_id)
+
     def release(self, digest: Digest) -> None:
         """Undoes a `serve` or a successful `fetch`; without users the artifact is withdrawn."""
         self._shares.release(digest)
@@ -233,14 +241,18 @@ class Node:
         """Nodes that announce a model id, by digest. The list is empty for a digest that only this node has."""
         shares = self._shares.shares.values()
         found: dict[Digest, list[Holder]] = {s.manifest.digest: [] for s in shares if s.model_id == model_id}
-        for holder, digest, announced_id in holders.announced(self.peers, self.members()):
-            if announced_id == model_id:
-                found.setdefault(digest, []).append(holder)
+        for announced in self.announced():
+            if announced.model_id == model_id:
+                found.setdefault(announced.digest, []).append(announced.holder)
         return found
 
     def holders_of(self, digest: Digest) -> list[Holder]:
         """Nodes that announce a digest, under any model id."""
-        return [holder for holder, held, _ in holders.announced(self.peers, self.members()) if held == digest]
+        return [announced.holder for announced in self.announced() if announced.digest == digest]
+
+    def announced(self) -> list[Announced]:
+        """All artifacts that other nodes announce."""
+        return list(holders.announced(self.peers, self.members()))
 
     def members(self) -> list[Record]:
         """All other nodes that gossip knows as alive or suspect, by id."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import TypeAlias
 
+from swarm.content import commit
 from swarm.content.manifest import Digest, Manifest, ModelId, decode
 from swarm.errors import (
     ManifestConflict,
@@ -40,6 +41,7 @@ SETTLE_S, SETTLE_LEAST_S = 0.3, 0.05
 POLL_S = 0.1
 MANIFEST_TIMEOUT_S = 15.0
 ORIGIN_TIMEOUT_S = 2.0
+PARTS_S = 5.0  # time for holders of parts of a commit to announce the whole
 OTHER_REVISION_S = 2.0  # time for a holder of the revision to be found, once holders of others are known
 LINK_S = 0.5
 
@@ -213,11 +215,10 @@ async def _agreed(
                 if revision is not None or len(holders) > 1:
                     origins |= await _origins(node, {d: n for d, n in holders.items() if d not in origins})
                 served = holders
-                if signed:
-                    await signed.ask(holders)
-                    holders = {d: nodes for d, nodes in holders.items() if d in signed.found}
-                elif revision is not None:
-                    holders = {d: n for d, n in holders.items() if (o := origins.get(d)) and o.is_revision(revision)}
+                holders = await _wanted(node, answers, holders, origins, revision=revision, signed=signed)
+                if len(holders) > 1 and now - first_seen < PARTS_S and _of_one_commit(holders, origins):
+                    await node.changed(POLL_S)  # their holders are about to see that they hold parts of one artifact
+                    continue
                 if len(holders) > 1:
                     names = {str(d): o.shown() for d, o in origins.items() if o}
                     raise ManifestConflict(model_id, {d: _names(nodes) for d, nodes in holders.items()}, names)
@@ -278,6 +279,56 @@ class _Signed:
         offered = origin.signatures if origin else ()
         if held := valid(offered, self._node.publishers, self._model_id, digest, revision=self._revision):
             self.found[digest] = held
+
+
+async def _wanted(
+    node: Node,
+    answers: _Answers,
+    holders: Mapping[Digest, list[Holder]],
+    origins: Mapping[Digest, Origin | None],
+    *,
+    revision: str | None,
+    signed: _Signed | None,
+) -> dict[Digest, list[Holder]]:
+    """Those that are signed or of the revision, as far as that is asked for; of parts of a commit the whole alone."""
+    if signed:
+        await signed.ask(holders)
+        found = {digest: nodes for digest, nodes in holders.items() if digest in signed.found}
+    else:
+        named = {digest for digest, origin in origins.items() if origin and origin.is_revision(revision or "")}
+        found = {digest: nodes for digest, nodes in holders.items() if revision is None or digest in named}
+    whole = await _whole(node, answers, found, origins) if len(found) > 1 else None
+    return {whole: found[whole]} if whole else found
+
+
+def _of_one_commit(digests: Iterable[Digest], origins: Mapping[Digest, Origin | None]) -> bool:
+    commits = {origin.commit if (origin := origins.get(digest)) else "" for digest in digests}
+    return len(commits) == 1 and "" not in commits
+
+
+async def _whole(
+    node: Node,
+    answers: _Answers,
+    holders: Mapping[Digest, list[Holder]],
+    origins: Mapping[Digest, Origin | None],
+) -> Digest | None:
+    """The digest of one commit's artifact of which the others are parts (`content.commit`); None without one."""
+    if not _of_one_commit(holders, origins):
+        return None
+    manifests = []
+    for digest, nodes in holders.items():
+        peer = next((holder.peer for holder in nodes if holder.peer), None)
+        if own := node.described(digest):
+            manifests.append(own[0])
+        elif peer is None:
+            return None
+        else:
+            try:
+                manifests.append((await answers.ask(peer, digest))[0])
+            except (PeerError, ManifestError):
+                return None
+    found = commit.whole(manifests)
+    return found.digest if found and found.digest in holders else None
 
 
 async def _origins(node: Node, holders: Mapping[Digest, list[Holder]]) -> dict[Digest, Origin | None]:

@@ -152,6 +152,19 @@ class Shares:
         share.settled.set()
         self.add(share)
 
+    def serve_part(self, model_id: ModelId, source: Source, held: Bitfield, origin: Origin | None) -> None:
+        """Shares the chunks `held` of an artifact that this node does not share yet."""
+        share = Share(model_id, source, held, origin, wanted=held.union(held))
+        share.settled.set()
+        self.add(share)
+
+    def rename(self, digest: Digest, model_id: ModelId) -> None:
+        """Announces a share under another model id from now on; its transfers go on."""
+        share = self.shares.get(digest)
+        if share and share.model_id != model_id:
+            share.model_id = model_id
+            self.announce()
+
     def add(self, share: Share) -> None:
         """Adds a share. If its digest is shared already, that share gets another source and another user."""
         digest = share.manifest.digest

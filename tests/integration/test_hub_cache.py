@@ -8,6 +8,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from swarm.api import open_source, serve_source
+from swarm.protocol.messages import Origin
+from swarm.settings import Settings
+
 from .processes import QUICK, Ended, Machine, Process, contents, write_model
 
 pytestmark = pytest.mark.integration
@@ -91,9 +95,11 @@ def test_is_a_cached_model_not_transferred_again(machine: Machine, tmp_path: Pat
 def test_is_a_false_claim_about_the_hub_refused_and_nothing_published(
     machine: Machine, tmp_path: Path, files: dict[str, bytes]
 ) -> None:
-    lay_out(tmp_path / "theirs", files, etag=false_etag)
-    seed = served(machine, tmp_path / "theirs")
-    line = fetched(machine, tmp_path / "ours", peer=seed.address).error(5)
+    claimed = Origin(COMMIT, {name: false_etag(name, data) for name, data in files.items()})
+    settings = Settings(mdns=False, cache=tmp_path / "cache", listen="127.0.0.1")
+    name, source, _ = open_source(tmp_path / "plain", model_id="org/model", settings=settings)
+    with serve_source(name, source, claimed, settings=settings) as seed:
+        line = fetched(machine, tmp_path / "ours", peer=seed.address).error(5)
     assert "b.safetensors: its content does not have the name " in line
     folder = tmp_path / "ours" / "hub" / "models--org--model"
     assert not (folder / "refs" / "main").exists()
@@ -117,3 +123,54 @@ def test_is_an_id_that_the_hub_cannot_have_refused_without_out(machine: Machine,
     line = machine.run("fetch", "not a hub id", "--no-mdns", "--peer", seed.address, environment=QUICK).error(2)
     assert "not a hub id" in line
     assert "--out DIR" in line
+
+
+def has(machine: Machine, home: Path, files: dict[str, bytes], *options: str) -> Process:
+    """A node that serves these files of the commit."""
+    lay_out(home, files, etag=true_etag)
+    seed = machine.start("serve", "org/model", "--no-mdns", *options, environment={"HF_HOME": str(home)})
+    seed.wait_for(" ready: ")
+    return seed
+
+
+def snapshot_of(home: Path) -> dict[str, bytes]:
+    hub = home / "hub"
+    assert not huggingface_hub.scan_cache_dir(hub).warnings
+    return contents(Path(huggingface_hub.snapshot_download("org/model", cache_dir=hub, local_files_only=True)))
+
+
+SHARDS = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+COMMITTED = {
+    "README.md": b"# model",
+    "config.json": b'{"architectures": ["X"]}',
+    "pytorch_model.bin.index.json": json.dumps({"weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode(),
+    SHARDS[0]: bytes(range(256)) * 4000,
+    SHARDS[1]: bytes(range(255)) * 6000,
+}
+
+
+def test_do_two_machines_with_half_a_commit_each_give_all_of_it(machine: Machine, tmp_path: Path) -> None:
+    halves = [{p: d for p, d in COMMITTED.items() if p != shard} for shard in SHARDS]
+    first = has(machine, tmp_path / "one", halves[0])
+    assert "1 of the files it names are missing: pytorch_model-00001-of-00002.bin" in first.err
+    line = machine.run("fetch", "org/model", "--no-mdns", "--peer", first.address, environment=QUICK).error(3)
+    assert "serves org/model#part" in line
+    has(machine, tmp_path / "two", halves[1], "--peer", first.address)
+    report = fetched(machine, tmp_path / "ours", peer=first.address).report
+    assert len(report["sources"]) == 2
+    assert snapshot_of(tmp_path / "ours") == COMMITTED
+
+
+def test_is_a_damaged_blob_not_passed_on_and_mended_by_a_fetch(machine: Machine, tmp_path: Path) -> None:
+    lay_out(tmp_path / "damaged", COMMITTED, etag=true_etag)
+    blobs = tmp_path / "damaged" / "hub" / "models--org--model" / "blobs"
+    (blobs / true_etag(SHARDS[0], COMMITTED[SHARDS[0]])).write_bytes(COMMITTED[SHARDS[0]].swapcase())
+    alone = machine.start("serve", "org/model", "--no-mdns", environment={"HF_HOME": str(tmp_path / "damaged")})
+    alone.wait_for(" ready: a part of org/model")
+    assert f"{SHARDS[0]}: damaged in the Hugging Face cache" in alone.err
+    right = has(machine, tmp_path / "right", COMMITTED, "--peer", alone.address)
+    assert fetched(machine, tmp_path / "ours", peer=alone.address).code == 0
+    assert snapshot_of(tmp_path / "ours") == COMMITTED
+    report = fetched(machine, tmp_path / "damaged", peer=right.address).report
+    assert report["bytes"] - report["resumed_bytes"] == len(COMMITTED[SHARDS[0]])
+    assert snapshot_of(tmp_path / "damaged") == COMMITTED

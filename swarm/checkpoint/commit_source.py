@@ -1,0 +1,111 @@
+"""A snapshot of the Hugging Face cache as a source: the whole model, or the part of its commit that is here.
+
+A snapshot has the files that some program wanted: an interrupted download lacks shards, an engine leaves `.bin` files
+and pictures out. Other members may have the rest. `part_of` describes the files as a part of a larger artifact.
+
+Must not know: peers, which members there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from swarm.checkpoint import blob_check, hf_cache, manifest_builder, weight_index
+from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
+from swarm.content.manifest import Chunk, FileEntry, Manifest
+from swarm.errors import CheckpointIncomplete, SourceChanged
+from swarm.store import FileSpan, IsRight
+from swarm.store.directory import DirectorySource
+from swarm.store.disk import store_errors
+from swarm.store.part import PartSource, narrowed
+
+
+class CommitSource:
+    """The files of a snapshot. `missing` says which files of the model are not here; empty for a whole model."""
+
+    def __init__(self, source: DirectorySource, found: Sequence[CheckpointFile], *, missing: str) -> None:
+        self.manifest = source.manifest
+        self.missing = missing
+        self._source = source
+        self._found = {file.path: file for file in found}
+
+    def spans(self, chunk: Chunk) -> Iterator[FileSpan]:
+        """See Source."""
+        return self._source.spans(chunk)
+
+    def read(self, chunk: Chunk) -> Iterator[memoryview]:
+        """The chunk's bytes; a view is valid until the next."""
+        return self._source.read(chunk)
+
+    def demand_unchanged(self, is_right: IsRight) -> None:
+        """See WatchedSource."""
+        self._source.demand_unchanged(is_right)
+
+    def close(self) -> None:
+        """See Source."""
+        self._source.close()
+
+    def would_be_whole(self, paths: Iterable[str]) -> bool:
+        """Whether the model would lack nothing with files at all these paths, as far as its files here say."""
+        return weight_index.would_be_whole(paths, list(self._found.values()))
+
+    def part_of(self, whole: Manifest) -> PartSource | None:
+        """Its files as a part of `whole`; None if they have other contents there. Blocks while they are hashed."""
+        entries = {file.path: file for file in whole.files}
+        own = {file.path: file for file in self.manifest.files}
+        if not own.keys() <= entries.keys():
+            return None
+        cut_otherwise = {path for path, file in own.items() if not _same(entries[path], file)}
+        if manifest_builder.verify(self._source.root, narrowed(whole, cut_otherwise)):
+            return None
+        part = narrowed(whole, set(own))
+        here = [self._found[file.path] for file in part.files]
+        try:
+            source = DirectorySource(
+                self._source.root, part, paths=[file.real for file in here], stamps=[file.stamp for file in here]
+            )
+        except SourceChanged:  # another size
+            return None
+        return PartSource(whole, source)
+
+    def __repr__(self) -> str:
+        return f"<CommitSource {self._source!r}{', a part' if self.missing else ''}>"
+
+
+def snapshot(path: Path, *, cache_dir: Path, grid: Mapping[str, Any]) -> tuple[CommitSource, list[SkippedPath]]:
+    """A source of a snapshot directory, and the skipped paths. `grid`: as for `manifest_builder.checkpoint`.
+
+    Damaged files and links to missing blobs count as missing. Raises as `manifest_builder.checkpoint` does, except
+    CheckpointIncomplete.
+    """
+    with store_errors(path):
+        lost: list[str] = []
+        found, skipped = walk(path, dangling=lost)
+        names = hf_cache.hub_names(path)
+        damaged = blob_check.damaged(found, names, folder=path.absolute().parent.parent, cache_dir=cache_dir)
+        found = [file for file in found if file.path not in damaged]
+        missing = _named(damaged, "damaged") or _named(lost, "missing")
+        try:
+            weight_index.indexes(found)
+        except CheckpointIncomplete as error:
+            missing = missing or str(error)
+        if missing and not found:
+            raise CheckpointIncomplete(str(path), f"nothing to serve: {missing}")
+        if missing:
+            source = manifest_builder.part(path, found, cache_dir=cache_dir, **grid)
+        else:
+            _, source, _ = manifest_builder.checkpoint(path, cache_dir=cache_dir, **grid)
+    return CommitSource(source, found, missing=missing), skipped
+
+
+def _same(one: FileEntry, other: FileEntry) -> bool:
+    return (one.size, one.chunks, one.blake3) == (other.size, other.chunks, other.blake3)
+
+
+def _named(paths: Sequence[str], what: str) -> str:
+    if not paths:
+        return ""
+    more = f" and {len(paths) - 1} more files" if len(paths) > 1 else ""
+    return f"{paths[0]}{more}: {what} in the Hugging Face cache"
