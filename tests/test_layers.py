@@ -34,12 +34,14 @@ ROWS: dict[str, set[str]] = {
     },
     "world": {
         "checkpoint.blob_check", "checkpoint.digest_cache", "checkpoint.files", "checkpoint.hf_cache",
-        "checkpoint.hub_tree", "checkpoint.signature_file", "checkpoint.weight_files", "checkpoint.weight_index",
+        "checkpoint.hub_tree", "checkpoint.signature_file", "checkpoint.signed_files",
+        "checkpoint.weight_files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
         "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.pausing_loop", "net.udp",
         "net.websocket",
         "security",
         "security.certificates", "security.cluster_key", "security.record_seal", "security.signatures",
+        "security.model_signature",
         "security.tls_handshake", "store", "store.cuda",
         "store.directory", "store.disk", "store.joined", "store.lease", "store.memory", "store.part", "store.staging",
         "store.tensors",
@@ -125,7 +127,13 @@ VERSION_ONLY = {
 # The modules that may import each third-party package.
 HOMES: dict[str, set[str]] = {
     "aiohttp": {"net.websocket", "net.http_pages"},
-    "cryptography": {"security.datagram_seal", "security.cluster_key", "security.certificates", "security.signatures"},
+    "cryptography": {
+        "security.datagram_seal",
+        "security.cluster_key",
+        "security.certificates",
+        "security.signatures",
+        "security.model_signature",
+    },
     "zeroconf": {"net.discovery"},
     "xxhash": {"hashing.cpu", "hashing.cuda"},
     "blake3": {"hashing.cpu"},
@@ -175,6 +183,7 @@ HOMES: dict[str, set[str]] = {
         "store.part",
         "protocol.messages",
         "protocol.packets",
+        "security.model_signature",
         "checkpoint.digest_cache",
         "checkpoint.signature_file",
         "engines.cache_start",

@@ -286,6 +286,8 @@ def verify(options: argparse.Namespace) -> int:
     if not options.directory.is_dir():
         what = "is no directory" if options.directory.exists() else "does not exist"
         raise StoreError(f"{options.directory}: {what}; name a directory that `swarm fetch --out DIR` filled")
+    if options.model_signature:
+        return _verify_signed(options.directory, options.model_signature)
     manifest = digest_cache.recall(Settings.load().cache, options.directory)
     if (options.directory / PARTIAL).exists():
         raise StoreError(f"{options.directory}: a fetch into it is unfinished; run that fetch again")
@@ -303,6 +305,24 @@ def verify(options: argparse.Namespace) -> int:
         size = f"{len(manifest.files)} files, {manifest.size} bytes"
         print(f"{options.directory}: {size}, as fetched ({manifest.digest[:16]})")
     return PROBLEMS_FOUND if problems else 0
+
+
+def _verify_signed(directory: Path, key: Path) -> int:
+    from swarm.checkpoint import signed_files
+    from swarm.security import model_signature
+    from swarm.store.disk import store_errors
+
+    with store_errors(key):
+        signer = model_signature.public_key(key.read_bytes())
+    place = directory / model_signature.FILE_NAME
+    with store_errors(place):
+        signed = model_signature.signed_files(place.read_bytes(), signer)
+    found = signed_files.problems(directory, signed, signature=model_signature.FILE_NAME)
+    for problem in found:
+        print(clean(problem))
+    if not found:
+        print(f"{directory}: {len(signed)} files, as signed with {key}")
+    return PROBLEMS_FOUND if found else 0
 
 
 def sign(options: argparse.Namespace) -> int:

@@ -194,6 +194,12 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = command(commands.verify, "hash a fetched directory again")
     verify.add_argument("directory", type=Path, metavar="DIR")
+    verify.add_argument(
+        "--model-signature",
+        type=Path,
+        metavar="KEY",
+        help="check model.sig (OpenSSF Model Signing) with this public key",
+    )
     verify.add_argument("--digest", metavar="D", help="digest that it must have been fetched with")
 
     keygen = command(commands.keygen, "make a cluster key, which admits nodes to a swarm")
