@@ -7,6 +7,7 @@ done on the loop of `runtime`. This module alone chooses sources and stores for 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import importlib.util
 import logging
 import math
@@ -18,20 +19,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from swarm.checkpoint import commit_source, digest_cache, hf_cache, hf_publish, manifest_builder, signature_file
-from swarm.content.manifest import Digest, Manifest, ModelId
+from swarm.checkpoint.promised import described
+from swarm.content import promise
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Digest, Digests, Manifest, ModelId
 from swarm.content.selection import Part, Patterns, Selection, TensorChoice
 from swarm.errors import FetchTimeout, SettingsError, StoreConflict, StoreError
 from swarm.node import commit_parts
+from swarm.node.cold_start import Found, OriginModel, find
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
+from swarm.origin import registry
 from swarm.protocol.messages import Address, Origin, Signature, unsayable
 from swarm.runtime import runtime
 from swarm.security import signatures
 from swarm.settings import Settings
 from swarm.store import Source, Store
 from swarm.store.directory import Claimed, DirectoryStore
+from swarm.store.memory import PromisedSource
 from swarm.store.tensors import GpuStore, IntoStore, MemoryStore
+from swarm.transfer.verify import copy, is_right
 
 if TYPE_CHECKING:
     import torch
@@ -274,7 +282,12 @@ def _sayable(model_id: str) -> ModelId:
 
 
 def with_revision(model_id: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Id and revision of `ID` or `ID@REVISION`. Raises SettingsError for two different revisions."""
+    """Id and revision of `ID` or `ID@REVISION`; "@" has no meaning in addresses other than `hf://`.
+
+    Raises SettingsError for two different revisions.
+    """
+    if "://" in model_id and not model_id.startswith("hf://"):
+        return model_id, revision
     name, _, tail = model_id.partition("@")
     if not name or not tail:
         return model_id, revision
@@ -340,7 +353,8 @@ class _Want:
             raise SettingsError("out", "tensors in memory need torch: pip install torch, or say out=DIR")
         if self.device != "cpu":
             object.__setattr__(self, "device", _gpu(self.device))
-        if self.out is HUB_CACHE and not hf_cache.is_model_id(with_revision(self.model_id, self.revision)[0]):
+        name = with_revision(self.model_id, self.revision)[0].removeprefix("hf://")
+        if self.out is HUB_CACHE and not hf_cache.is_model_id(name):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
 
 
@@ -406,40 +420,43 @@ async def fetch_on(
         raise SettingsError("digest", f"{digest!r} is not a whole digest: 64 digits from 0 to 9 and a to f")
     model_id, revision = with_revision(model_id, revision)
     began = node.now()
+    name, at = origin_of(model_id, revision, settings)
     find_timeout_s = settings.find_timeout_s if timeout_s is None else min(settings.find_timeout_s, timeout_s)
     try:
         async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
-            manifest, origin = await resolve(
-                node,
-                ModelId(model_id),
-                digest=None if digest is None else Digest(digest),
-                find_timeout_s=find_timeout_s,
-                trusted=settings.trusted,
-                revision=revision,
-            )
+            how: dict[str, Any] = {
+                "digest": None if digest is None else Digest(digest),
+                "find_timeout_s": find_timeout_s,
+                "trusted": settings.trusted,
+                "revision": revision,
+            }
+            found = await find(node, name, at, **how) if at else Found(*await resolve(node, name, **how))
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
+    manifest, origin = found.manifest, found.origin
     pinned = digest is not None or bool(_COMMIT.fullmatch(revision or ""))
-    left = _Deadline(node, model_id, timeout_s, began)
-    part = None if selection is None else selection.part(manifest, whole_files=out is not None)
+    left = _Deadline(node, name, timeout_s, began)
+    if manifest.promised and out is None:
+        return await _promised_in_memory(node, left, found, into, device, settings, selection)
+    part = None if selection is None else _part(selection, manifest, whole_files=out is not None)
     if not isinstance(out, _HubCache):
-        store, path = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings, part))
-        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, pinned=pinned, part=part)
+        store, path = await _opened(left, lambda: _store(name, manifest, out, into, device, settings, part))
+        fetched = await _filled(node, left, store, found, abandon_s=abandon_s, pinned=pinned, part=part)
         if path is not None and part is None:
-            await _finished(node, fetched, lambda: _remember(settings.cache, path, manifest, origin))
+            await _finished(node, fetched, lambda: _remember(settings.cache, path, _proven(node, manifest), origin))
         return fetched, store, path
-    entry = hf_publish.CacheEntry(model_id)
+    entry = hf_publish.CacheEntry(name)
     lock = await _claimed(left, entry, manifest)
     try:
         await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin, part)
-        store, _ = await _opened(left, lambda: _store(model_id, manifest, out, into, device, settings, part))
-        fetched = await _filled(node, left, store, origin, abandon_s=abandon_s, pinned=pinned, part=part)
+        store, _ = await _opened(left, lambda: _store(name, manifest, out, into, device, settings, part))
+        fetched = await _filled(node, left, store, found, abandon_s=abandon_s, pinned=pinned, part=part)
         stamps = store.stamps() if isinstance(store, DirectoryStore) else {}
         snapshot = await _finished(
             node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps, part=part)
         )
         if part is None:
-            await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, manifest, origin))
+            await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, _proven(node, manifest), origin))
         if isinstance(store, DirectoryStore):
             store.moved(snapshot)
     finally:
@@ -491,11 +508,82 @@ async def _claimed(left: _Deadline, entry: hf_publish.CacheEntry, manifest: Mani
     return lock
 
 
+async def _promised_in_memory(
+    node: Node,
+    left: _Deadline,
+    found: Found,
+    into: Mapping[str, Any] | None,
+    device: str,
+    settings: Settings,
+    selection: Selection | None,
+) -> tuple[Fetched, Store, None]:
+    """Fetches a promise into tensors. Host memory holds its bytes until they are proven, and only then they move on.
+
+    New tensors on the CPU share that memory.
+    """
+    promised = found.manifest
+    files = None if selection is None else _part(selection, promised, whole_files=True)
+    store = await asyncio.get_running_loop().run_in_executor(None, MemoryStore, promised, files)
+    fetched = await _filled(node, left, store, found, abandon_s=math.inf, pinned=True, part=files)
+
+    def place() -> Store:
+        numbers = range(len(promised.files)) if files is None else files.files
+        manifest = described(store, _digests(node, promised), numbers)
+        part = None if selection is None else selection.part(manifest, whole_files=False)
+        if into is None and device == "cpu":
+            store.describe(manifest, part)
+            return store
+        target, _ = _store(left.model_id, manifest, None, into, device, settings, part)
+        length = len(manifest.chunks)
+        chunks = Bitfield.full(length) if part is None else part.chunks
+        copy(store, target, Bitfield(length), chunks=chunks, blake3=True)
+        target.seal(lambda chunk: is_right(target, chunk, blake3=True))
+        return target
+
+    target = await _finished(node, fetched, place)
+    if target is not store and selection is None:
+        node.replace_source(fetched.digest, PromisedSource(promised, target))
+    return fetched, target, None
+
+
+def _part(selection: Selection, manifest: Manifest, *, whole_files: bool) -> Part | None:
+    """The part of an artifact. A promise has no tensors yet: all files come in which they may be."""
+    if manifest.promised:
+        selection = dataclasses.replace(selection, tensors=None)
+    return selection.part(manifest, whole_files=whole_files)
+
+
+def _digests(node: Node, manifest: Manifest) -> list[Digests]:
+    """The digests of a promise's chunks; zeros of chunks that are not here."""
+    unknown = Digests(bytes(16), bytes(32))
+    return [node.known(chunk, manifest.digest) or unknown for chunk in manifest.chunks]
+
+
+def _proven(node: Node, manifest: Manifest) -> Manifest:
+    """The manifest that a promise has become; any other one is what it is."""
+    if not manifest.promised:
+        return manifest
+    return promise.proven(manifest, _digests(node, manifest), headers={}, unused={})
+
+
+def origin_of(model_id: str, revision: str | None, settings: Settings) -> tuple[ModelId, OriginModel | None]:
+    """The id of a model in the swarm, and where it is read if no peer has it. Raises SettingsError."""
+    address = registry.parse(model_id)
+    if address is None:
+        plain = hf_cache.is_model_id(model_id) and "/" in model_id
+        if settings.origin == "none" or settings.signed_by or not plain:  # an origin has no signature of a publisher
+            return ModelId(model_id), None
+        address = registry.OriginAddress(settings.origin, model_id, model_id)
+    reader = registry.make_origin(address.scheme)
+    limits = settings.origin_limit, settings.origin_readers
+    return ModelId(address.model_id), OriginModel(reader, address.model, revision, *limits)
+
+
 async def _filled(
     node: Node,
     left: _Deadline,
     store: Store,
-    origin: Origin | None,
+    found: Found,
     *,
     abandon_s: float,
     pinned: bool,
@@ -505,11 +593,12 @@ async def _filled(
         return await node.fetch(
             ModelId(left.model_id),
             store,
-            origin=origin,
+            origin=found.origin,
             timeout_s=left.left_s(),
             abandon_s=abandon_s,
             pinned=pinned,
             wanted=None if part is None else part.chunks,
+            source=found.source,
         )
     except FetchTimeout as error:
         timeout_s = left.timeout_s or error.timeout_s

@@ -271,6 +271,41 @@ class TransportError(SwarmError):
     """A transport failed during a transfer."""
 
 
+class OriginError(SwarmError):
+    """An origin cannot be read. `lasting`: a later attempt would fail too; `retry_s`: seconds that it asks to wait."""
+
+    exit_code = 7
+    lasting = False
+
+    def __init__(self, origin: str, why: str, *, retry_s: float = 0.0) -> None:
+        super().__init__(f"{origin}: {why}")
+        self.origin = origin
+        self.why = why
+        self.retry_s = retry_s
+
+
+class OriginUnreachable(OriginError):
+    """No connection, or it broke or fell silent; or the origin is busy."""
+
+
+class OriginDenied(OriginError):
+    """The origin demands a token, or does not accept the given one."""
+
+    lasting = True
+
+
+class OriginNotFound(OriginError):
+    """The origin has no such model, revision or file."""
+
+    lasting = True
+
+
+class OriginChanged(OriginError):
+    """The bytes at the origin are not those that it listed."""
+
+    lasting = True
+
+
 class LocalProtocolError(SwarmError):
     """This node broke its own protocol: a bug in swarm."""
 

@@ -133,6 +133,18 @@ class Received:
 
 
 @dataclass(frozen=True)
+class OriginRead:
+    """A read of `path` from `offset` on ended, after `size` bytes of whole chunks; `error` if it failed."""
+
+    origin: str
+    path: str
+    offset: int
+    size: int
+    seconds: float
+    error: str | None
+
+
+@dataclass(frozen=True)
 class Sent:
     """A transfer of `size` bytes to a peer is complete."""
 

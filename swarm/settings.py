@@ -25,7 +25,12 @@ from swarm.errors import SettingsError, clean
 
 ENVIRONMENT_PREFIX = "SWARM_"
 FILE_NAME = "swarm.toml"
-CHOICES = {"data_encryption": ("tls", "none"), "network": ("local", "lan", "wan"), "chunk_hash": ("xxh3-128", "blake3")}
+CHOICES = {
+    "data_encryption": ("tls", "none"),
+    "network": ("local", "lan", "wan"),
+    "chunk_hash": ("xxh3-128", "blake3"),
+    "origin": ("hf", "none"),
+}
 # Bounds of the protocol, which this module must not import; a test compares them. Messages with greater values are
 # refused by every peer, so a node with such a setting would be ready and unreachable.
 NAME_MAX = 256  # characters, in a Hello
@@ -95,6 +100,14 @@ class Settings:
         None, "label of this machine, announced to peers; unset: a digest of the boot id", flag=False
     )
     rack: str | None = _setting(None, "label of the rack of this machine, announced to peers", flag=False)
+    origin: str = _setting(
+        "hf",
+        "where models come from when no peer has them: hf for ids like org/model, or none; addresses name their own",
+    )
+    origin_limit: float | None = _setting(None, "maximum rate of reads from an origin, e.g. 150MB/s")
+    origin_readers: int | None = _setting(
+        None, "maximum number of nodes that read an origin at once; unset: all that fetch", flag=False
+    )
     upload_limit: float | None = _setting(None, "maximum upload rate to all peers together, e.g. 150MB/s")
     timeout_s: float | None = _setting(None, "maximum seconds for a fetch; unset: unlimited while chunks arrive")
     chunk_bytes: int | None = _setting(
@@ -176,7 +189,7 @@ class Settings:
             raise SettingsError(
                 "cache_limit_gb", f"{self.cache_limit_gb} is not a size; 0 keeps nothing, inf everything"
             )
-        for name in ("upload_limit", "timeout_s", "chunk_bytes", "leaf_bytes"):
+        for name in ("upload_limit", "origin_limit", "origin_readers", "timeout_s", "chunk_bytes", "leaf_bytes"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:  # also rejects NaN
                 raise SettingsError(name, f"{value} is not a number above zero; leave it out for no limit")
@@ -323,7 +336,7 @@ def _parse(name: str, value: Any, kind: str) -> Any:
         if not isinstance(items, list | tuple) or not all(isinstance(item, str) for item in items):
             raise SettingsError(name, f"{value!r} is not a list of texts")
         return tuple(item.strip() for item in items if item.strip())
-    if name.lower().endswith("upload_limit") and isinstance(value, str):
+    if name.lower().endswith(("upload_limit", "origin_limit")) and isinstance(value, str):
         return parse_rate(name, value)
     kind = kind.removesuffix(" | None")
     if isinstance(value, str):

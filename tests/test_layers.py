@@ -21,14 +21,14 @@ ROOT = Path(swarm.__file__).parent
 ROWS: dict[str, set[str]] = {
     "words": {"errors", "settings"},
     "nouns": {
-        "content", "content.bitfield", "content.commit", "content.manifest", "content.safetensors_header",
-        "content.selection",
-        "journal", "membership.config",
+        "content", "content.bitfield", "content.commit", "content.manifest", "content.promise",
+        "content.safetensors_header", "content.selection", "journal", "membership.config",
         "protocol", "protocol.messages", "protocol.packets",
     },
     "policy": {"transfer.scheduler", "peers.selection"},
     "machines": {
-        "transfer.download", "transfer.download_events", "transfer.upload", "transfer.superseed",
+        "transfer.claims", "transfer.download", "transfer.download_events", "transfer.origin_reads",
+        "transfer.upload", "transfer.superseed",
         "peers.connections", "membership.swim",
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
@@ -39,6 +39,7 @@ ROWS: dict[str, set[str]] = {
         "hashing", "hashing.cpu", "hashing.cuda",
         "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.pausing_loop", "net.udp",
         "net.websocket",
+        "origin", "origin.files", "origin.hf", "origin.http", "origin.registry", "origin.web",
         "security",
         "security.certificates", "security.cluster_key", "security.record_seal", "security.signatures",
         "security.model_signature",
@@ -52,7 +53,9 @@ ROWS: dict[str, set[str]] = {
         "transport.tcp", "transport.tcp_session", "transport.tls_stream", "transport.torch_distributed",
     },
     "drivers": {
-        "checkpoint", "checkpoint.commit_source", "checkpoint.hf_publish", "checkpoint.manifest_builder", "membership",
+        "checkpoint", "checkpoint.commit_source", "checkpoint.hf_publish", "checkpoint.manifest_builder",
+        "checkpoint.promised", "membership", "node.cold_start", "transfer.origin_driver", "transfer.promise_driver",
+        "transfer.proof",
         "membership.swim_driver", "net.environment", "node",
         "node.commit_parts", "node.fetch", "node.holders", "node.node", "node.resolve", "peers",
         "peers.connections_driver", "peers.host", "peers.manifest_requests", "peers.peer", "transfer",
@@ -94,15 +97,17 @@ FOLDERS: dict[str, set[str]] = {
     "net": {"protocol", "security", "transport"},
     "membership": {"journal", "net", "protocol", "security"},
     "checkpoint": {"content", "hashing", "protocol", "store"},
+    "origin": {"checkpoint", "content"},
     "peers": {"content", "journal", "net", "protocol", "security", "transport"},
-    "transfer": {"content", "hashing", "journal", "peers", "protocol", "store", "transport"},
+    "transfer": {"content", "hashing", "journal", "peers", "protocol", "store", "transport", "origin"},
     "node": {
-        "content", "journal", "membership", "net", "peers", "protocol", "security", "store", "transfer",
+        "checkpoint", "content", "hashing", "journal", "membership", "net", "origin", "peers", "protocol", "security",
+        "store", "transfer",
     },
     "observe": {"content", "journal", "membership", "protocol", "transfer"},
     "dashboard": {"content", "journal", "net", "observe", "protocol", "transfer"},
     "runtime": {"dashboard", "membership", "net", "node", "observe"},
-    "api": {"checkpoint", "content", "node", "protocol", "runtime", "security", "store"},
+    "api": {"checkpoint", "content", "node", "origin", "protocol", "runtime", "security", "store", "transfer"},
     "engines": {"api", "checkpoint", "content", "hashing", "node", "observe", "protocol", "runtime", "store"},
     "doctor": {
         "checkpoint", "content", "engines", "journal", "net", "node", "observe", "protocol", "runtime", "security",
@@ -119,6 +124,7 @@ FOLDERS: dict[str, set[str]] = {
 COMMON = {"errors", "settings"}
 FLAT = {"", "__main__", "api", "errors", "journal", "runtime", "settings"}
 VERSION_ONLY = {
+    "origin.http",
     "doctor.examine",
     "node.node",
     "runtime",
@@ -167,6 +173,7 @@ HOMES: dict[str, set[str]] = {
     "numpy": {
         "content.bitfield",
         "security.record_seal",
+        "transfer.origin_reads",
         "transfer.scheduler",
         "transfer.superseed",
         "store.cuda",

@@ -157,7 +157,7 @@ class CacheEntry:
         place, alone = staged / file.path, _only(manifest, file)
         if place.exists():
             # A file with a second name may have been changed under that name since.
-            if place.stat().st_nlink == 1 or not verify(staged, alone):
+            if place.stat().st_nlink == 1 or _right(staged, alone):
                 return
             place.unlink()
         for found in self._candidates(manifest, file, origin):
@@ -170,14 +170,15 @@ class CacheEntry:
                 except OSError:  # no hard links here
                     with replacing(place, draft_dir=self._incoming) as draft:
                         shutil.copyfile(found, draft)
-                if not verify(staged, alone):
+                if _right(staged, alone):
                     return
                 place.unlink()
 
     def _candidates(self, manifest: Manifest, file: FileEntry, origin: Origin | None) -> Iterator[Path]:
         """Files of the cache, by blob name or by path in a snapshot, that have the size of `file`; links resolved."""
         etag = origin.etags.get(file.path) if origin else None
-        blobs = [self._blob(name) for name in (etag, _own_name(manifest, file)) if name]
+        own = None if manifest.promised else _own_name(manifest, file)
+        blobs = [self._blob(name) for name in (etag, own) if name]
         snapshots = (snapshot / file.path for snapshot in sorted((self.folder / "snapshots").iterdir()))
         inside = (Path(os.path.realpath(self.folder)), Path(os.path.realpath(self.folder.parent / "blobs")))
         seen = set()
@@ -204,7 +205,8 @@ class CacheEntry:
                 etag = etags.get(file.path)
                 if etag is None:
                     return _own_name(manifest, file)
-                if content_name(path, like=etag, size=size) != etag:
+                # The files of a promise were fetched by these names, and proven.
+                if not manifest.promised and content_name(path, like=etag, size=size) != etag:
                     raise StoreConflict(
                         path,
                         f"its content does not have the name {etag} that its source says the hub gave it; "
@@ -308,6 +310,15 @@ def _files(manifest: Manifest, part: Part | None) -> Sequence[FileEntry]:
 def _unfinished(staged: Path) -> bool:
     """Whether an interrupted fetch has left a file there, which the next one goes on with."""
     return any(path.is_file() and path.name not in (_LOCK, PARTIAL) for path in staged.rglob("*"))
+
+
+def _right(staged: Path, alone: Manifest) -> bool:
+    """Whether the only file of a manifest is there with its content."""
+    if not alone.promised:
+        return not verify(staged, alone)
+    (file,) = alone.files
+    name, path = file.content.partition(":")[2], staged / file.path
+    return path.stat().st_size == file.size and content_name(path, like=name, size=file.size) == name
 
 
 def _only(manifest: Manifest, file: FileEntry) -> Manifest:

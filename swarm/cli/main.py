@@ -27,6 +27,7 @@ METAVARS = {
     "advertise": "ADDRESS[:PORT]",
     "key_file": "PATH",
     "listen": "HOST[:PORT]",
+    "origin_limit": "RATE",
     "signed_by": "KEY",
     "upload_limit": "RATE",
     "timeout_s": "SECONDS",

@@ -12,6 +12,8 @@ neither locations nor model ids: two nodes with the same files build the same ma
 A chunk digest costs next to nothing, so every node checks it; XXH3 is no obstacle for a forger. A node that pins the
 content also checks BLAKE3, which has no leaves of ours: it is a tree by itself.
 
+A promise (tier "promised", see `content.promise`) is a manifest without chunk digests.
+
 A chunk belongs to exactly one file. The manifest contains the header of every safetensors file, so that a newcomer
 knows all tensors before the first chunk arrives; the chunks of the file contain the header too.
 
@@ -57,7 +59,12 @@ ModelId = NewType("ModelId", Annotated[str, msgspec.Meta(min_length=1, max_lengt
 Digest = NewType("Digest", Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")])  # of a manifest
 ChunkDigest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 Blake3Digest = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Tier = Literal["checkpoint", "loaded", "cache"]
+Tier = Literal["checkpoint", "loaded", "cache", "promised"]
+# What an origin says of a file's content: sha256, git's blob sha1, or an ETag, which identifies it at its origin only.
+Content = Annotated[
+    str,
+    msgspec.Meta(pattern=r"^(|sha256:[0-9a-f]{64}|git-sha1:[0-9a-f]{40}|etag:[^\x00-\x1f\x7f-\x9f]{1,512})\Z"),
+]
 
 
 class HashScheme(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +95,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
 
     `header` is the JSON header of a safetensors file that holds tensors of the model, empty for other files. `unused`
     names tensors of it that the model takes from another file, as its index says. `blake3` has a digest for each chunk;
-    it is empty in manifests that cannot be pinned.
+    it is empty in manifests that cannot be pinned. `content` is set in promises only.
     """
 
     path: Annotated[str, msgspec.Meta(min_length=1, max_length=PATH_BYTES_MAX)]
@@ -97,6 +104,7 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_de
     chunks: tuple[ChunkEntry, ...]
     unused: tuple[str, ...] = ()
     blake3: tuple[Blake3Digest, ...] = ()
+    content: Content = ""
 
     def tensors(self) -> list[Tensor]:
         """Tensors of a safetensors file by offset, unused ones too; empty for other files. Raises ManifestInvalid."""
@@ -131,6 +139,11 @@ class Chunk:
     size: int
     digest: bytes
     blake3: bytes = b""
+
+    @property
+    def digests(self) -> Digests:
+        """Its digests."""
+        return Digests(self.digest, self.blake3)
 
     def has(self, found: Digests) -> bool:
         """Whether bytes with these digests are the chunk. Where BLAKE3 was computed, both must be right."""
@@ -172,13 +185,42 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         """Sum of the file sizes in bytes."""
         return sum(file.size for file in self.files)
 
+    @property
+    def promised(self) -> bool:
+        """Whether this is a promise: files by the hashes of their origin, without chunk digests."""
+        return self.tier == "promised"
+
+    @cached_property
+    def first_chunks(self) -> tuple[int, ...]:
+        """For each file the index of its first chunk, and the number of all chunks at the end."""
+        counts = [0] * len(self.files)
+        for chunk in self.chunks:
+            counts[chunk.file] += 1
+        return tuple(itertools.accumulate(counts, initial=0))
+
+    def chunks_of(self, file: int) -> tuple[Chunk, ...]:
+        """The chunks of a file, by number."""
+        first, end = self.first_chunks[file : file + 2]
+        return self.chunks[first:end]
+
     def _cut(self) -> Iterator[Chunk]:
+        if self.promised:
+            yield from self._cut_promised()
+            return
         index = itertools.count()
         for number, file in enumerate(self.files):
             offset = 0
             for entry, strong in zip(file.chunks, file.blake3 or itertools.repeat(""), strict=False):
                 yield Chunk(next(index), number, offset, entry.size, bytes.fromhex(entry.digest), bytes.fromhex(strong))
                 offset += entry.size
+
+    def _cut_promised(self) -> Iterator[Chunk]:
+        index = itertools.count()
+        for number, file in enumerate(self.files):
+            offset = 0
+            for size in cut([file.size], self.chunk_bytes):
+                yield Chunk(next(index), number, offset, size, b"")
+                offset += size
 
     def check(self) -> None:
         """Raises ManifestInvalid unless paths are relative, sorted and unique, and chunks cover every file exactly."""
@@ -196,6 +238,13 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
             for parent in _parents(file.path):
                 if parent in known:
                     self._invalid(f"{parent!r} is both a file and a directory")
+            if bool(file.content) != self.promised:
+                self._invalid(f"content of {file.path!r} is for the files of a promise, and for all of them")
+            if self.promised:
+                if file.header or file.chunks or file.unused or file.blake3:
+                    self._invalid(f"{file.path!r} is promised, and has chunks or a header")
+                total += -(-file.size // self.chunk_bytes)
+                continue
             if sum(chunk.size for chunk in file.chunks) != file.size:
                 self._invalid(f"chunks of {file.path!r} do not add up to its {file.size} bytes")
             if any(chunk.size > self.chunk_bytes for chunk in file.chunks):

@@ -68,19 +68,14 @@ class Part:
 
     def covered(self, number: int) -> list[tuple[int, int]]:
         """The ranges of a file's bytes, start and end, that its chunks cover, in order and apart."""
-        offset, found = 0, list[tuple[int, int]]()
-        for index, entry in enumerate(self.manifest.files[number].chunks, self._firsts[number]):
-            if index in self.chunks:
-                if found and found[-1][1] == offset:
-                    found[-1] = found[-1][0], offset + entry.size
+        found = list[tuple[int, int]]()
+        for chunk in self.manifest.chunks_of(number):
+            if chunk.index in self.chunks:
+                if found and found[-1][1] == chunk.offset:
+                    found[-1] = found[-1][0], chunk.offset + chunk.size
                 else:
-                    found.append((offset, offset + entry.size))
-            offset += entry.size
+                    found.append((chunk.offset, chunk.offset + chunk.size))
         return found
-
-    @cached_property
-    def _firsts(self) -> list[int]:
-        return _firsts(self.manifest)
 
     def wants(self, name: str) -> bool:
         """Whether a tensor of its files is wanted."""
@@ -210,22 +205,14 @@ def _shown(kind: str, names: Sequence[str]) -> str:
     return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names[:NAMES_SHOWN])}{more}"
 
 
-def _firsts(manifest: Manifest) -> list[int]:
-    """The index of the first chunk of each file, and the number of chunks."""
-    firsts = [0]
-    for file in manifest.files:
-        firsts.append(firsts[-1] + len(file.chunks))
-    return firsts
-
-
 def _of_files(manifest: Manifest, numbers: Iterable[int]) -> Bitfield:
-    firsts = _firsts(manifest)
+    firsts = manifest.first_chunks
     return Bitfield(firsts[-1], (index for n in numbers for index in range(firsts[n], firsts[n + 1])))
 
 
 def _add_tensors(chunks: Bitfield, manifest: Manifest, number: int, tensors: Iterable[Tensor]) -> None:
     """Adds the chunks of a file that these tensors lie in."""
-    first = _firsts(manifest)[number]
+    first = manifest.first_chunks[number]
     starts = [0]
     for entry in manifest.files[number].chunks:
         starts.append(starts[-1] + entry.size)

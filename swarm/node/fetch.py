@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import random
+import re
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,19 +18,24 @@ from dataclasses import dataclass
 from functools import partial
 
 from swarm.content.bitfield import Bitfield, runs
-from swarm.content.manifest import Chunk, Digest, ModelId
+from swarm.content.manifest import Chunk, Digest, Digests, Manifest, ModelId
 from swarm.errors import FetchTimeout, Unpinnable
+from swarm.hashing.cpu import chunk_digests
 from swarm.journal import FetchEnded, FetchStarted
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
-from swarm.protocol.messages import Origin
-from swarm.store import Store
+from swarm.protocol.messages import NodeId, Origin
+from swarm.store import RecordingStore, Store
+from swarm.transfer.claims import Claims
 from swarm.transfer.download_driver import DownloadDriver
+from swarm.transfer.origin_driver import OriginSource
+from swarm.transfer.promise_driver import PromiseDriver
 from swarm.transfer.shares import Share, Shares
 from swarm.transfer.verify import copy, is_right
 
 RESUME_JOBS = 4
+_NODE = re.compile("[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,7 @@ class Fetches:
         abandon_s: float,
         wanted: Bitfield | None,
         blake3: bool,
+        source: OriginSource | None = None,
     ) -> Fetched:
         """See `Node.fetch`."""
         began, manifest = self._host.now(), store.manifest
@@ -94,7 +102,7 @@ class Fetches:
         held = Bitfield(len(manifest.chunks))
         needed = Bitfield.full(held.length) if wanted is None else wanted
         size = sum(manifest.chunks[index].size for index in needed)
-        share = Share(model_id, store, held, origin, wanted=wanted)
+        share = Share(model_id, store, held, origin, wanted=wanted, claims=self._claims(manifest))
         undo: Callable[[], None] | None = None
         joined: Bitfield | None = None  # the part that the node has already, with the wanted one
         sources: dict[str, int] = {}
@@ -102,7 +110,7 @@ class Fetches:
         rejected_chunks = 0
         try:
             async with asyncio.timeout(timeout_s):
-                resumed = await _resume(store, held, needed, blake3=blake3)
+                resumed = await _resume(store, held, needed, share.claims, blake3=blake3)
                 kept = tuple(runs(list(held)))
                 started = FetchStarted(model_id, manifest.digest, size, resumed, held.length, kept)
                 self._host.record("node", started)
@@ -111,15 +119,17 @@ class Fetches:
                     if not own.held.common(needed.minus(held)):
                         break
                     sources[self._host.name] = await self._copy(own, store, held, needed, blake3=blake3)
-                if not held.covers(needed):
+                if not held.covers(needed) or not _proven(share, needed):
                     if own:
                         joined = needed.union(own.held if own.wanted is None else own.wanted)
                         undo, share = own.extend(store, held, wanted), own
-                    download = await self._download(share, store, abandon_s, needed, blake3=blake3)
+                    download = await self._download(share, store, abandon_s, needed, source, blake3=blake3)
                     sources |= download.sources()
                     transports = tuple(sorted(download.transports))
                     rejected_chunks = download.machine.rejected_chunks
-            await asyncio.to_thread(store.seal, partial(is_right, store, blake3=blake3))
+            await asyncio.to_thread(
+                store.seal, lambda chunk: is_right(store, chunk, blake3=blake3, known=share.known(chunk))
+            )
         except BaseException as error:
             self._host.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
             done = held.common(needed) / max(1, len(needed))
@@ -158,13 +168,45 @@ class Fetches:
         lacking = needed.minus(held)
         try:
             chunks = lacking.minus(lacking.minus(own.held))
-            return await asyncio.to_thread(partial(copy, own.source, store, held, chunks=chunks, blake3=blake3))
+            claims = own.claims
+            digests = (lambda chunk: claims.claim(chunk).digests) if claims else None
+            work = partial(copy, own.source, store, held, chunks=chunks, blake3=blake3, digests=digests)
+            return await asyncio.to_thread(work)
         finally:
             self._shares.release(own.manifest.digest)
 
+    def _claims(self, manifest: Manifest) -> Claims | None:
+        """The claims of a promise, those of an earlier fetch if there is one."""
+        known = self._shares.shares.get(manifest.digest)
+        if known and known.claims:
+            return known.claims
+        return Claims(manifest, node=self._host.id, rng=self._rng) if manifest.promised else None
+
     async def _download(
-        self, share: Share, store: Store, abandon_s: float, wanted: Bitfield, *, blake3: bool
+        self,
+        share: Share,
+        store: Store,
+        abandon_s: float,
+        wanted: Bitfield,
+        source: OriginSource | None,
+        *,
+        blake3: bool,
     ) -> DownloadDriver:
+        digest = share.manifest.digest
+        promise = None
+        if share.claims:
+            promise = PromiseDriver(
+                store,
+                share.held,
+                wanted,
+                host=self._host,
+                claims=share.claims,
+                source=source,
+                transfer_ids=self._transfer_ids,
+                stall_timeout_s=self._stall_timeout_s,
+                tell=partial(self._shares.send_reading, digest),
+                rng=self._rng,
+            )
         download = share.download = DownloadDriver(
             share.model_id,
             store,
@@ -172,39 +214,64 @@ class Fetches:
             host=self._host,
             idle_timeout_s=self._idle_timeout_s,
             stall_timeout_s=self._stall_timeout_s,
-            abandon_s=abandon_s,
+            abandon_s=math.inf if source else abandon_s,
             wanted=wanted,
             blake3=blake3,
             transfer_ids=self._transfer_ids,
             transfers=self._transfers,
             rng=self._rng,
-            announce=partial(self._shares.send_have, share.manifest.digest),
+            announce=partial(self._shares.send_have, digest),
+            promise=promise,
         )
         self._shares.show(share)
         try:
-            with self._seeking(share.manifest.digest):
+            with self._seeking(digest):
                 await download.run()
         finally:
             share.download = None
         return download
 
 
-async def _resume(store: Store, held: Bitfield, wanted: Bitfield, *, blake3: bool) -> int:
-    """Adds the wanted chunks that an earlier attempt left in the store, hashed again; returns their bytes."""
+def _proven(share: Share, wanted: Bitfield) -> bool:
+    """Whether the files of these chunks are proven; of a promise, which has to be."""
+    chunks = share.manifest.chunks
+    return share.claims is None or {chunks[index].file for index in wanted} <= share.claims.proven
+
+
+async def _resume(store: Store, held: Bitfield, wanted: Bitfield, claims: Claims | None, *, blake3: bool) -> int:
+    """Adds the wanted chunks that an earlier attempt left in the store, hashed again; returns their bytes.
+
+    Those of a promise must have the digests that were recorded; files with final names are proven as a whole later.
+    """
     manifest = store.manifest
+    recording = store if isinstance(store, RecordingStore) and claims else None
+    recorded = await asyncio.to_thread(recording.recorded) if recording else {}
     present = await asyncio.to_thread(lambda: [chunk for chunk in store.present() if chunk.index in wanted])
 
     cancelled = threading.Event()  # a thread cannot be stopped, and the process waits for it at exit
 
-    def verified(chunks: list[Chunk]) -> list[Chunk]:
+    def verified(chunks: list[Chunk]) -> list[tuple[Chunk, Digests]]:
         todo = itertools.takewhile(lambda _: not cancelled.is_set(), chunks)
-        return [chunk for chunk in todo if is_right(store, chunk, blake3=blake3)]
+        strong = blake3 or claims is not None
+        hashed = ((chunk, chunk_digests(manifest.scheme, store.read(chunk), blake3=strong)) for chunk in todo)
+        return [(chunk, digests) for chunk, digests in hashed if right(chunk, digests)]
+
+    def right(chunk: Chunk, digests: Digests) -> bool:
+        if claims and chunk.index in claims:
+            return claims.claim(chunk.index).digests == digests
+        if recording is None:
+            return chunk.has(digests)
+        known, _ = recorded.get(chunk.index, (b"", ""))
+        return recording.final(chunk.file) or known == digests.xxh3 + digests.blake3
 
     jobs = [job for start in range(RESUME_JOBS) if (job := present[start::RESUME_JOBS])]
     try:
         found = await asyncio.gather(*(asyncio.to_thread(verified, job) for job in jobs))
     finally:
         cancelled.set()
-    for chunk in itertools.chain.from_iterable(found):
+    for chunk, digests in itertools.chain.from_iterable(found):
         held.add(chunk.index)
+        if claims and chunk.index not in claims:
+            _, reader = recorded.get(chunk.index, (b"", ""))
+            claims.read(chunk.index, digests, reader=NodeId(reader) if _NODE.fullmatch(reader) else None)
     return sum(manifest.chunks[index].size for index in held)

@@ -25,7 +25,7 @@ from typing import Any
 
 from swarm import __version__
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import Digest, Manifest, ModelId
+from swarm.content.manifest import Chunk, Digest, Digests, Manifest, ModelId
 from swarm.errors import LocalProtocolError, SwarmError
 from swarm.journal import Journal, Opened, Paused, Withdrawn
 from swarm.membership import config
@@ -48,6 +48,7 @@ from swarm.store import Source, Store
 from swarm.transfer.download import DISTANCE_MAX, Download
 from swarm.transfer.download_events import Mates
 from swarm.transfer.file_watch import watch_files
+from swarm.transfer.origin_driver import OriginSource
 from swarm.transfer.shares import Share, Shares
 from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import UploadDriver
@@ -203,6 +204,7 @@ class Node:
         abandon_s: float = math.inf,
         wanted: Bitfield | None = None,
         pinned: bool = False,
+        source: OriginSource | None = None,
     ) -> Fetched:
         """Fills a store from all peers that hold chunks of its artifact, seals it, and serves it.
 
@@ -210,9 +212,10 @@ class Node:
         `abandon_s`: seconds without a linked peer that holds a missing chunk, after which a fetch with an alternative
         gives up sooner than a stalled fetch. `pinned`: every chunk must also have its
         BLAKE3 digest; always, where the node checks BLAKE3 or knows publishers.
+        `source`: the origin of a promise, for chunks that no peer holds.
 
-        Raises FetchError when it gives up and StoreError when the store fails. The store is closed then; a directory
-        keeps the verified chunks for the next attempt.
+        Raises FetchError when it gives up, OriginError where only the origin has the rest and fails, StoreError when
+        the store fails. The store is closed then; a directory keeps the verified chunks for the next attempt.
         """
         return await self._fetches.fetch(
             model_id,
@@ -222,6 +225,7 @@ class Node:
             abandon_s=abandon_s,
             wanted=wanted,
             blake3=pinned or self._check_blake3,
+            source=source,
         )
 
     @contextlib.contextmanager
@@ -253,6 +257,20 @@ class Node:
     def announced(self) -> list[Announced]:
         """All artifacts that other nodes announce."""
         return list(holders.announced(self.peers, self.members()))
+
+    def promised(self, model_id: ModelId) -> bool:
+        """Whether a node fetches or serves a promise of a model id: its origin was read."""
+        linked = ((a.model_id, a.tier) for peer in self.peers.values() for a in peer.artifacts.values())
+        gossiped = ((held.model_id, held.tier) for member in self.members() for held in member.profile.artifacts)
+        return (model_id, "promised") in (*linked, *gossiped)
+
+    def replace_source(self, digest: Digest, source: Source) -> asyncio.Task[Any]:
+        """Serves an artifact from another source, with the same chunks. The task ends when the old one is closed."""
+        return self._shares.replace(digest, source)
+
+    def known(self, chunk: Chunk, digest: Digest) -> Digests | None:
+        """The digests of a chunk of a promise that this node has fetched."""
+        return self._shares.shares[digest].known(chunk)
 
     def members(self) -> list[Record]:
         """All other nodes that gossip knows as alive or suspect, by id."""
@@ -370,6 +388,8 @@ class Node:
             messages.Interest: shares.on_interest,
             messages.Holdings: shares.on_holdings,
             messages.Have: shares.on_have,
+            messages.ChunkClaims: shares.on_claims,
+            messages.OriginReading: shares.on_reading,
             messages.Request: uploads.requested,
             messages.Cancel: lambda peer, cancel: uploads.cancelled(peer, cancel.transfer),
             messages.Grant: self._fetches.on_grant,
@@ -423,11 +443,15 @@ class Node:
         members = self.members()
         for download in self._shares.downloads():
             near: tuple[set[NodeId], set[NodeId]] = (set(), set())
-            for member in members:
+            digest, part = download.digest, download.part
+            fetching = [member for member in members if holders.fetches(member, digest, self.peers, part=part)]
+            for member in fetching:
                 distance = member.profile.distance(self._host, self._rack)
-                if distance < DISTANCE_MAX and holders.fetches(member, download.digest, self.peers, part=download.part):
+                if distance < DISTANCE_MAX:
                     for names in near[distance:]:
                         names.add(member.node)
+            if download.promise:
+                download.promise.met(frozenset(member.node for member in fetching))
             # Without labels all nodes have the same rack, "", which says nothing of their distance.
             download.met(Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
 

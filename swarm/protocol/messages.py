@@ -46,6 +46,8 @@ SIZE_BYTES_MAX = 1 << 62  # of an artifact
 PROTOCOL_MAX = 1 << 31  # an integer of a million digits is no version, and cannot be printed
 ADDRESSES_MAX = 64  # addresses in a Members message
 RUNS_MAX = 4096  # runs in a Have message
+CLAIMED_RUNS_MAX, CLAIMS_BYTES_MAX = 512, 128 << 10  # runs in a Claims message, and bytes of digests in a run
+READING_RUNS_MAX = 64  # ranges that a node reads from an origin at once
 
 Text = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
 NodeId = NewType("NodeId", Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")])
@@ -249,6 +251,35 @@ class Have(Message, frozen=True):
             raise ValueError(f"runs end at {end}; at most {CHUNKS_MAX} chunks are allowed")
 
 
+class ClaimedRun(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Digests, one after another, of consecutive chunks from `first` on, as `reader` read them from the origin."""
+
+    first: ChunkIndex
+    reader: NodeId
+    digests: Annotated[bytes, msgspec.Meta(min_length=1, max_length=CLAIMS_BYTES_MAX)]
+
+
+class ChunkClaims(Message, frozen=True):
+    """The digests of chunks of a promise that the sender holds; `Have` and `Holdings` for them follow."""
+
+    digest: Digest
+    runs: Annotated[tuple[ClaimedRun, ...], msgspec.Meta(min_length=1, max_length=CLAIMED_RUNS_MAX)]
+
+
+class OriginReading(Message, frozen=True):
+    """The chunks of a promise that the sender reads from the origin now, as (first, count) runs; replaces the last.
+
+    `able`: whether the origin answers the sender.
+    """
+
+    digest: Digest
+    able: bool
+    runs: Annotated[
+        tuple[tuple[ChunkIndex, Annotated[int, msgspec.Meta(ge=1, le=CHUNKS_MAX)]], ...],
+        msgspec.Meta(max_length=READING_RUNS_MAX),
+    ]
+
+
 class Request(Message, frozen=True):
     """Requests a transfer over `scheme`: of `chunks` in this order, or of up to `count` chunks of the seed's choice.
 
@@ -300,7 +331,7 @@ class Bye(Message, frozen=True):
 
 AnyMessage: TypeAlias = (
     Hello | Announce | Members | ManifestRequest | ManifestPart | OriginRequest | OriginReply | Interest | Holdings
-    | Have | Request | Grant | Refuse | Cancel | Bye
+    | Have | ChunkClaims | OriginReading | Request | Grant | Refuse | Cancel | Bye
 )  # fmt: skip
 
 _decoder: msgspec.json.Decoder[AnyMessage] = msgspec.json.Decoder(AnyMessage)

@@ -115,6 +115,20 @@ class WatchedSource(Source, Protocol):
 
 
 @runtime_checkable
+class RecordingStore(Store, Protocol):
+    """A store that remembers the digests of a promise's chunks, which its manifest does not have."""
+
+    def record(self, chunk: int, digest: bytes, reader: str) -> None:
+        """Remembers the digest of a chunk that was written, for the next fetch. Raises StoreError."""
+
+    def final(self, file: int) -> bool:
+        """Whether a file, by number, had its final name before this fetch."""
+
+    def recorded(self) -> dict[int, tuple[bytes, str]]:
+        """Digest and reader by chunk, as earlier fetches recorded them."""
+
+
+@runtime_checkable
 class DeviceSource(Source, Protocol):
     """A source that may lie in GPU memory."""
 

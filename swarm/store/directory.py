@@ -2,13 +2,15 @@
 
     out/.swarm/<digest[:16]>/.swarm     lock file with the id of the fetching process; no artifact has this path
     out/.swarm/<digest[:16]>/<path>     an unfinished file, at its full size from the start
+    out/.swarm/<digest[:16]>.chunks     digests of the chunks of a promise, a line for each chunk that was written
     out/<path>                          a verified file
 
 - **Nothing is overwritten.** A file under a final name is only read. A complete file counts as fetched, any other is a
   StoreConflict. Files that are not in the manifest are left alone.
 - **Space is allocated first.** A fetch that does not fit fails at once and leaves nothing behind.
 - **A resume needs no record** of verified chunks. Allocated space that was never written is a hole; all other data is
-  hashed again. A record could disagree with the disk after a crash.
+  hashed again. A record could disagree with the disk after a crash. A promise has no digests to compare with, so those
+  of its chunks are recorded after they are written, and hashed again all the same.
 - **Verified bytes stay verified.** A staged file is leased (`lease`): as long as no other program opens it, it holds
   the hashed bytes. `seal` hashes every other file again, just before it gets its final name.
 - **Files stay open as long as the process may have them open** (`disk.OpenFiles`). A lent descriptor stays open: closed
@@ -53,6 +55,7 @@ from swarm.store.disk import (
 from swarm.store.lease import SoleUse
 
 PARTIAL = ".swarm"
+RECORD_BYTES_MAX = 256 << 20
 SCRATCH_BYTES = 1 << 20  # buffer of a chunk that is read or written: fits a core's cache
 CLAIM_ATTEMPTS = 10  # an attempt fails only if another fetch ends in the same moment
 CLOSE_TIMEOUT_S = 60.0
@@ -167,6 +170,7 @@ class DirectoryStore:
         self._open_files = OpenFiles(self._open)
         self._sole_use = SoleUse(self._open_files)
         self._writeback = Writeback(self._sync)
+        self._record_fd: int | None = None
         reserve_descriptors(len(self._entries))
         with store_errors(self.out), ExitStack() as held, ExitStack() as undo:
             self._final = self._open_out(held, undo)
@@ -214,6 +218,40 @@ class DirectoryStore:
             view = scratch[: chunk.size - position]
             yield view
             self._write(chunk.file, view, chunk.offset + position)
+
+    def record(self, chunk: int, digest: bytes, reader: str) -> None:
+        """As RecordingStore."""
+        line = f"{chunk} {digest.hex()} {reader}\n".encode()
+        with self._state:
+            if self._closed:
+                return
+            with store_errors(self.out, need_bytes=len(line)):
+                if self._record_fd is None:
+                    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+                    self._record_fd = self._partials.open_file(self._record_name, flags)
+                os.write(self._record_fd, line)
+
+    def recorded(self) -> dict[int, tuple[bytes, str]]:
+        """As RecordingStore; a line that was cut off is left out."""
+        found: dict[int, tuple[bytes, str]] = {}
+        with store_errors(self.out):
+            if self._partials.lstat(self._record_name) is None:
+                return found
+            with os.fdopen(self._partials.open_file(self._record_name, os.O_RDONLY), "rb") as file:
+                lines = file.read(RECORD_BYTES_MAX).split(b"\n")[:-1]
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                chunk, digest, reader = line.decode().split(" ")
+                found[int(chunk)] = bytes.fromhex(digest), reader
+        return found
+
+    def final(self, file: int) -> bool:
+        """As RecordingStore."""
+        return file in self._files and self._files[file].final
+
+    @property
+    def _record_name(self) -> str:
+        return f"{self._name}.chunks"
 
     def moved(self, to: Path) -> None:
         """The caller has moved the sealed files: they are at the same paths in `to`, maybe as links."""
@@ -277,6 +315,8 @@ class DirectoryStore:
             self._closed = True
             if not self._state.wait_for(lambda: self._users == 0, timeout=CLOSE_TIMEOUT_S):
                 raise StoreError(f"{self.out}: a write still hangs after {CLOSE_TIMEOUT_S:g} s; its files stay open")
+            if self._record_fd is not None:
+                os.close(self._record_fd)
         self._writeback.close()
         self._sole_use.close()
         self._open_files.close()
@@ -422,6 +462,7 @@ class DirectoryStore:
         others = [file for number, file in enumerate(self.manifest.files) if number not in self._files]
         if not any(self._partial.lstat(file.path) for file in others):
             self._partials.remove_tree(self._name)
+            self._partials.unlink(self._record_name)
             self._final.remove_if_empty(PARTIAL)
 
     def _file(self, chunk: Chunk) -> _File:

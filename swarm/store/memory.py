@@ -22,7 +22,7 @@ from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.content.safetensors_header import Tensor
 from swarm.content.selection import Part
 from swarm.errors import LocalProtocolError, ManifestInvalid, SourceChanged, StoreFull
-from swarm.store import AnySpan, DeviceView, View
+from swarm.store import AnySpan, DeviceSource, DeviceView, Source, Span, View
 from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 
 # A smaller mapping gains no huge page, and a process may have about 65,000 mappings.
@@ -116,6 +116,7 @@ class MemoryLanding(MemorySource):
 
     devices: frozenset[int] = frozenset()
     part: Part | None = None  # that has places; None: everything
+    described: Manifest | None = None  # that a promise has become
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
         """Same as `spans`."""
@@ -128,7 +129,8 @@ class MemoryLanding(MemorySource):
     def files(self) -> dict[str, memoryview]:
         """Contents of files other than safetensors (configuration, tokenizer), by path, read-only."""
         numbers = range(len(self.manifest.files)) if self.part is None else self.part.files
-        plain = ((number, f) for number in numbers if not (f := self.manifest.files[number]).header)
+        described = self.described or self.manifest
+        plain = ((number, f) for number in numbers if not (f := described.files[number]).header)
         return {f.path: next(self._read(number, 0, f.size), memoryview(b"")) for number, f in plain}
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
@@ -147,6 +149,26 @@ class MemoryLanding(MemorySource):
                 continue
             for start in range(0, place.view.nbytes, LANDING_BYTES):
                 yield place.view[start : start + LANDING_BYTES]
+
+
+class PromisedSource:
+    """A store of the manifest that a promise has become, as a source of the promise: its chunks are the same."""
+
+    def __init__(self, manifest: Manifest, store: Source) -> None:
+        self.manifest = manifest
+        self._store = store
+
+    def spans(self, chunk: Chunk) -> Iterator[Span]:
+        """As the store's."""
+        return self._store.spans(chunk)
+
+    def device_spans(self, chunk: Chunk) -> Iterator[AnySpan]:
+        """As the store's, in host memory if it has no GPU."""
+        return self._store.device_spans(chunk) if isinstance(self._store, DeviceSource) else self.spans(chunk)
+
+    def close(self) -> None:
+        """Closes the store."""
+        self._store.close()
 
 
 class TensorIndex:

@@ -86,6 +86,12 @@ class MemoryStore(MemoryLanding):
         self._sealed = False
         self._tensors: SharedTensors | None = None
 
+    def describe(self, manifest: Manifest, part: Part | None) -> None:
+        """The manifest that a promise has become, with its tensors; `part` of it. Raises as the constructor does."""
+        self._index = TensorIndex(manifest, part)
+        _demand_representable(self._index.owners.values())
+        self.described = manifest
+
     def seal(self, _: IsRight) -> None:
         """Makes `tensors` and `files` available."""
         self._sealed = True

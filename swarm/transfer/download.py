@@ -44,16 +44,19 @@ from swarm.transfer.download_events import (
     Cancel,
     ChunkCorrupt,
     ChunksVerified,
+    ClaimDisproved,
     Complete,
     Connect,
     Event,
     GiveUp,
     Granted,
     Mates,
+    OriginFailed,
     PeerHas,
     PeerJoined,
     PeerLeft,
     PeerPlaced,
+    Proven,
     Refused,
     SessionGrew,
     Tick,
@@ -71,6 +74,7 @@ GRANT_PATIENCE_S = 10.0
 REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # rest after a failure, doubling with each in a row
 NOTHING_TO_GIVE_REST_S = 0.1  # the least rest of a seed, however short a time it names
 DISTANCE_MAX = 2  # 0 same host, 1 same rack, 2 else
+ORIGIN = NodeId("0" * 16)  # the source of chunks that this node reads from the origin
 DUE_EARLY_S = 1e-6  # a timer may fire so early, by the rounding of its clock: not to be set again for the rest
 SIDE_BY_SIDE_MEASURE_S = 0.005
 RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
@@ -157,6 +161,8 @@ class Download:
         self._nearer = [np.zeros(held.length, dtype=np.int32) for _ in range(DISTANCE_MAX + 1)]
         self._starved = False
         self._redundant = False  # a seed has granted chunks that had arrived meanwhile
+        self._proven = False  # of a promise
+        self._excused_until = -math.inf  # the origin asked to wait
         self._transfer_ids = transfer_ids  # shared by all downloads of the node: unique on every link
         self._last_words: dict[NodeId, str] = {}
 
@@ -167,8 +173,11 @@ class Download:
             return []
         actions = self._react(event)
         if not self._missing_count:
+            if self.manifest.promised and not self._proven:
+                self._progress_at = now  # the content of its files is being hashed, or some chunks are read again
+                return [*self._announce(at_once=True), *actions]
             return [*self._announce(at_once=True), *actions, *self._finish("complete"), Complete()]
-        waited_s = now - self._progress_at
+        waited_s = now - max(self._progress_at, self._excused_until)
         if waited_s > self._stall_timeout_s or now - self._sourced_at > self._abandon_s:
             give_up = GiveUp(self._missing_count, waited_s, self._tried())
             return [*self._announce(at_once=True), *actions, *self._finish("stalled"), give_up]
@@ -212,6 +221,20 @@ class Download:
                 return self._fail(peer, number, why)
             case Tick() | Paused():
                 return self._pass_time(event)
+            case _:
+                return self._promised(event)
+        return []
+
+    def _promised(self, event: Event) -> list[Action]:
+        """The events of promises."""
+        match event:
+            case ClaimDisproved(peer, why):
+                return self._ban(peer, why)
+            case Proven():
+                self._proven = True
+            case OriginFailed(why, wait_s):
+                self._last_words[ORIGIN] = why
+                self._excused_until = max(self._excused_until, self._now + wait_s)
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")
         return []
@@ -334,13 +357,13 @@ class Download:
         why = self._last_words[event.peer] = f"sent {peer.corrupt} wrong chunk{'' if peer.corrupt == 1 else 's'}"
         if peer.corrupt < CORRUPT_CHUNKS_MAX or peer.corrupt <= CORRUPT_PART_MAX * (peer.corrupt + peer.correct):
             return []
-        self._banned[event.peer] = None
+        return self._ban(event.peer, why)
+
+    def _ban(self, peer: NodeId, why: str) -> list[Action]:
+        self._banned[peer] = None
         if len(self._banned) > BANNED_MAX:
             del self._banned[next(iter(self._banned))]
-        return [
-            *(Cancel(event.peer, number, "banned") for number in self._leave(event.peer, why)),
-            Ban(event.peer, why),
-        ]
+        return [*(Cancel(peer, number, "banned") for number in self._leave(peer, why)), Ban(peer, why)]
 
     def _announce(self, *, at_once: bool = False) -> list[Action]:
         if not self._fresh or not (at_once or self.due_at - self._now <= DUE_EARLY_S):
@@ -547,6 +570,16 @@ class Download:
     def _tried(self) -> tuple[str, ...]:
         silent = dict.fromkeys(self._peers, "holds nothing that is missing")
         return tuple(f"{name}: {words}" for name, words in sorted({**silent, **self._last_words}.items()))
+
+    @property
+    def elsewhere(self) -> scheduler.Mask:
+        """The chunks that a peer holds."""
+        return self._rarity > 0
+
+    @property
+    def missing(self) -> scheduler.Mask:
+        """The wanted chunks that are not held."""
+        return self._missing
 
     def distance(self, peer: NodeId) -> int | None:
         """0 same host, 1 same rack, 2 else; None for a peer that has not joined."""

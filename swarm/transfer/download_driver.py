@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import Chunk, Digest, ModelId
+from swarm.content.manifest import Digest, ModelId
 from swarm.content.selection import part_id
 from swarm.errors import (
     LocalProtocolError,
@@ -37,7 +37,8 @@ from swarm.protocol import messages
 from swarm.protocol.messages import NodeId, RefusalReason
 from swarm.store import Store, View
 from swarm.transfer import download_events as events
-from swarm.transfer.download import Download
+from swarm.transfer.download import ORIGIN, Download
+from swarm.transfer.promise_driver import PromiseDriver
 from swarm.transfer.verify import LandedChunk, Verifier
 from swarm.transport import Inbound, Transfer
 from swarm.transport.sink import Mailbox
@@ -45,6 +46,14 @@ from swarm.transport.sink import Mailbox
 NAMES_MAX = 4096  # of peers that were asked
 
 log = logging.getLogger("swarm")
+
+
+@dataclass(frozen=True)
+class _Sender:
+    """The source of a transfer, and the scheme of the transport that brought it."""
+
+    node: NodeId
+    scheme: str
 
 
 @dataclass
@@ -79,6 +88,7 @@ class DownloadDriver:
         transfers: MutableMapping[int, DownloadDriver],
         rng: random.Random,
         announce: Callable[[list[int]], None],
+        promise: PromiseDriver | None = None,
     ) -> None:
         self.machine = Download(
             store.manifest,
@@ -101,7 +111,11 @@ class DownloadDriver:
         self._host = host
         self._idle_timeout_s = idle_timeout_s
         self._mates = events.Mates(frozenset(), frozenset())
-        self._verifier = Verifier(store.manifest, store, held, blake3=blake3)
+        self.promise = promise
+        if promise:
+            self._verifier = Verifier(store.manifest, store, held, blake3=True, judge=promise.is_right)
+        else:
+            self._verifier = Verifier(store.manifest, store, held, blake3=blake3)
         self._loop = asyncio.get_running_loop()
         self._mailbox = Mailbox()
         self._ended: asyncio.Future[None] = self._loop.create_future()
@@ -114,6 +128,8 @@ class DownloadDriver:
     async def run(self) -> None:
         """Returns when every wanted chunk is verified and no thread writes any more. Raises FetchError, StoreError."""
         self.handle(events.Tick())
+        if self.promise:
+            self.promise.begin(self, self._verifier)
         try:
             await self._ended
         finally:
@@ -124,6 +140,8 @@ class DownloadDriver:
                 for task in self._tasks:
                     task.cancel()
                 await asyncio.wait(self._tasks)
+            if self.promise:
+                await self.promise.end()
 
     @property
     def digest(self) -> Digest:
@@ -172,6 +190,8 @@ class DownloadDriver:
 
     def tick(self) -> None:
         """Passes the machine the time, and the bytes that each peer's session has received."""
+        if self.promise:
+            self.promise.tick()
         sessions = {r.peer.node: r.session for r in self._receiving.values() if r.session}
         self.handle(events.Tick({node: session.received_bytes for node, session in sessions.items()}))
 
@@ -240,17 +260,22 @@ class DownloadDriver:
             chunks.set_result(ask.chunks)
         receiving = self._receiving[number] = _Receiving(peer, ask, chunks)
         self._transfers[number] = self
+        if self.promise:
+            self.promise.asked(number, peer.node)
         receiving.task = self._spawn(self._receive(receiving), f"receive {number} from {peer.name}")
         receiving.task.add_done_callback(lambda _: self._close_transfer(number))
 
     def _close_transfer(self, number: int) -> None:
         self._receiving.pop(number, None)
         self._transfers.pop(number, None)
+        if self.promise:
+            self.promise.closed(number)
 
     async def _receive(self, receiving: _Receiving) -> None:
         """Requests a transfer, receives it and reports its end; a cancelled transfer is not reported."""
         peer, ask, number = receiving.peer, receiving.ask, receiving.ask.transfer
 
+        sender = _Sender(peer.node, peer.scheme)
         landed: deque[LandedChunk] = deque()
 
         def report(chunks: Sequence[LandedChunk]) -> None:
@@ -259,7 +284,7 @@ class DownloadDriver:
 
         def take() -> None:  # of a busy loop, the first call takes the chunks of several reports
             if landed:
-                self._landed(peer, number, [landed.popleft() for _ in range(len(landed))])
+                self._landed(sender, number, [landed.popleft() for _ in range(len(landed))])
 
         event: events.Event = events.TransferEnded(peer.node, number)
         try:
@@ -292,17 +317,22 @@ class DownloadDriver:
             self._preparing = self._loop.run_in_executor(None, self._verifier.prepare)
         await asyncio.shield(self._preparing)
 
-    def _landed(self, peer: Peer, number: int, landed: Sequence[LandedChunk]) -> None:
-        if verified := [arrival.chunk for arrival in landed if arrival.correct and arrival.spare is None]:
-            self._verified(peer, number, verified)
+    def origin_landed(self, name: str, scheme: str, number: int, landed: Sequence[LandedChunk]) -> None:
+        """Chunks from the origin, which is called `name`."""
+        self.names[ORIGIN] = name
+        self._landed(_Sender(ORIGIN, scheme), number, landed)
+
+    def _landed(self, sender: _Sender, number: int, landed: Sequence[LandedChunk]) -> None:
+        if verified := [arrival for arrival in landed if arrival.correct and arrival.spare is None]:
+            self._verified(sender, number, verified)
         for arrival in landed:
             index = arrival.chunk.index
             if not arrival.correct:
-                self.handle(events.ChunkCorrupt(peer.node, number, index))
+                self.handle(events.ChunkCorrupt(sender.node, number, index))
             elif arrival.spare is not None and index not in self.machine.held:
-                self._spawn(self._settle(peer, number, arrival), f"settle chunk {index}")
+                self._spawn(self._settle(sender, number, arrival), f"settle chunk {index}")
 
-    async def _settle(self, peer: Peer, number: int, landed: LandedChunk) -> None:
+    async def _settle(self, sender: _Sender, number: int, landed: LandedChunk) -> None:
         """Stops the slower transfer of a chunk and puts the second copy, which is verified, in its place."""
         first = self._verifier.holder(landed.chunk.index)
         if first is not None and (slow := self._receiving.get(first)):
@@ -317,13 +347,21 @@ class DownloadDriver:
         if error := job.exception():
             self.fail(error if isinstance(error, StoreError) else LocalProtocolError(f"settling failed: {error!r}"))
         elif job.result():
-            self._verified(peer, number, [landed.chunk])
+            self._verified(sender, number, [landed])
 
-    def _verified(self, peer: Peer, number: int, chunks: Sequence[Chunk]) -> None:
-        self.transports.add(peer.scheme)
+    def _verified(self, sender: _Sender, number: int, landed: Sequence[LandedChunk]) -> None:
+        self.transports.add(sender.scheme)
+        node, chunks = sender.node, [arrival.chunk for arrival in landed]
+        if self.promise:
+            for arrival in landed:
+                if arrival.digests:
+                    self.promise.landed(node, arrival.chunk, arrival.digests)
         for chunk in chunks:
-            self._host.record(peer.node, Received(peer.node, self.digest, chunk.index, chunk.size))
-        self.handle(events.ChunksVerified(peer.node, number, tuple(chunk.index for chunk in chunks)))
+            self._host.record(node, Received(node, self.digest, chunk.index, chunk.size))
+        self.handle(events.ChunksVerified(node, number, tuple(chunk.index for chunk in chunks)))
+        if self.promise:
+            for chunk in chunks:
+                self.promise.held(chunk)
 
     async def _stop(self, receiving: _Receiving) -> None:
         if receiving.task:

@@ -142,6 +142,27 @@ class TransferBroke:
 
 
 @dataclass(frozen=True)
+class ClaimDisproved:
+    """A peer claimed a digest of a promised chunk that is not the chunk's: it is banned."""
+
+    peer: NodeId
+    why: str
+
+
+@dataclass(frozen=True)
+class Proven:
+    """All files of a promise have the content that its origin lists: the download is complete."""
+
+
+@dataclass(frozen=True)
+class OriginFailed:
+    """A read of the origin failed. `wait_s`: seconds that the origin itself asks to wait, in which nothing stalls."""
+
+    why: str
+    wait_s: float
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed. `received_bytes`: the bytes that each peer's session has received since it was opened."""
 
@@ -240,6 +261,9 @@ Event: TypeAlias = (
     | ChunkCorrupt
     | TransferEnded
     | TransferBroke
+    | ClaimDisproved
+    | Proven
+    | OriginFailed
     | Tick
     | Paused
 )

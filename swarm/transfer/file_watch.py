@@ -11,12 +11,17 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
+from swarm.content.manifest import Chunk
 from swarm.errors import StoreError
 from swarm.store import WatchedSource
-from swarm.transfer.shares import Shares
+from swarm.transfer.shares import Share, Shares
 from swarm.transfer.verify import is_right
 
 WATCH_EVERY_S = 2.0  # to compare the stamps of 1,000 files takes 2 ms
+
+
+def _is_right(share: Share, source: WatchedSource, chunk: Chunk) -> bool:
+    return is_right(source, chunk, known=share.known(chunk))
 
 
 async def watch_files(shares: Shares) -> None:
@@ -28,7 +33,7 @@ async def watch_files(shares: Shares) -> None:
             if not share.settled.is_set() or not isinstance(source, WatchedSource):
                 continue
             try:
-                await asyncio.to_thread(source.demand_unchanged, partial(is_right, source))
+                await asyncio.to_thread(source.demand_unchanged, partial(_is_right, share, source))
             except StoreError as error:
                 if shares.shares.get(digest) is share:  # a source that was closed meanwhile cannot be read
                     shares.lose(digest, str(error))

@@ -11,12 +11,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from swarm.content.bitfield import Bitfield, runs
-from swarm.content.manifest import Digest, Manifest, ModelId
+from swarm.content.manifest import Chunk, Digest, Digests, Manifest, ModelId
 from swarm.content.selection import part_id
 from swarm.errors import RemoteProtocolError, SettingsError, SwarmError
 from swarm.journal import ArtifactsAnnounced, Withdrawn
@@ -28,6 +28,7 @@ from swarm.protocol.packets import Holding
 from swarm.store import Source
 from swarm.store.joined import JoinedSource
 from swarm.transfer import download_events as events
+from swarm.transfer.claims import CLAIM_BYTES, XXH3_BYTES, ClaimRun, Claims
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.superseed import Superseed
 
@@ -53,6 +54,7 @@ class Share:
     users: int = 1
     spares: list[Source] = field(default_factory=list)  # further sources of the same content
     wanted: Bitfield | None = None
+    claims: Claims | None = None  # of a promise
 
     def close(self) -> None:
         """Closes its sources."""
@@ -63,6 +65,14 @@ class Share:
     def manifest(self) -> Manifest:
         """The manifest of the artifact."""
         return self.source.manifest
+
+    def readable(self, chunk: int) -> bool:
+        """Whether a chunk is here, and not about to be replaced."""
+        return chunk < self.held.length and chunk in self.held and not (self.claims and chunk in self.claims.must_read)
+
+    def known(self, chunk: Chunk) -> Digests | None:
+        """The digests of a held chunk of a promise; None where the manifest has them."""
+        return self.claims.claim(chunk.index).digests if self.claims else None
 
     def announcement(self) -> Announcement:
         """The artifact as links announce it."""
@@ -234,6 +244,17 @@ class Shares:
         await asyncio.to_thread(share.close)
         self._withdrawn.remove(share)
 
+    def replace(self, digest: Digest, source: Source) -> asyncio.Task[Any]:
+        """Serves a share from another source of the same chunks; the task closes the old one."""
+        share = self.shares[digest]
+        old, share.source = share.source, source
+
+        async def close() -> None:
+            await self._stop_uploads(share)
+            await asyncio.to_thread(old.close)
+
+        return self._host.spawn(close(), f"close the first copy of {share.model_id}")
+
     def close(self) -> None:
         """Closes all sources."""
         for share in (*self.shares.values(), *self._withdrawn):
@@ -277,18 +298,32 @@ class Shares:
                 share.download.meet(peer)
                 wanted = share.wanted.pack() if share.wanted is not None and share.part else b""
                 peer.post(messages.Interest(digest, share.held.pack(), wanted))
+                if share.download.promise:
+                    peer.post(share.download.promise.own_reading())
 
     def send_have(self, digest: Digest, chunks: list[int]) -> None:
         """Sends `Have` for verified chunks to every peer with an interest in the artifact, either way.
 
         A seed to which this node showed interest counts the copies of each chunk, and sends the rarest.
         """
+        share = self.shares.get(digest)
+        claims = _claims(share, sorted(chunks)) if share else []
         verified = runs(sorted(chunks))
+        for peer in self._host.peers.values() if claims else ():
+            if digest in peer.interests or digest in peer.own_interests:
+                for claim in claims:
+                    peer.post(claim)
         for start in range(0, len(verified), messages.RUNS_MAX):
             have = messages.Have(digest, tuple(verified[start : start + messages.RUNS_MAX]))
             for peer in self._host.peers.values():
                 if digest in peer.interests or digest in peer.own_interests:
                     peer.post(have)
+
+    def send_reading(self, digest: Digest, message: messages.OriginReading) -> None:
+        """Tells every peer with an interest in a promise what this node reads from its origin."""
+        for peer in self._host.peers.values():
+            if digest in peer.interests or digest in peer.own_interests:
+                peer.post(message)
 
     def tick(self) -> None:
         """Passes time to the downloads, and announces their progress."""
@@ -317,7 +352,11 @@ class Shares:
         """
         if share := self.shares.get(message.digest):
             peer.interests.add(message.digest)
+            for claim in _claims(share, list(share.held)):
+                peer.post(claim)
             peer.post(messages.Holdings(message.digest, share.held.pack()))
+            if share.download and share.download.promise:
+                peer.post(share.download.promise.own_reading())
             if share.superseed:
                 wants = _unpacked(peer, message.wanted, share) if message.wanted else None
                 share.superseed.joined(peer.node, _unpacked(peer, message.bits, share), wants)
@@ -328,6 +367,8 @@ class Shares:
             announced = peer.artifacts.get(message.digest)
             superseeds = announced is not None and announced.superseeds
             holds, distance = _unpacked(peer, message.bits, share), self._distance(peer.node)
+            if share.claims:
+                holds = Bitfield(holds.length, share.claims.offered(peer.node, holds))
             share.download.handle(events.PeerJoined(peer.node, holds, superseeds, distance, peer.usual_bytes_per_s))
 
     def on_have(self, peer: Peer, message: messages.Have) -> None:
@@ -338,22 +379,66 @@ class Shares:
         if any(first + count > share.held.length for first, count in message.runs):
             raise RemoteProtocolError(peer.name, f"has chunks beyond the {share.held.length} there are")
         chunks = tuple(index for first, count in message.runs for index in range(first, first + count))
+        if share.claims:
+            chunks = tuple(share.claims.offered(peer.node, chunks))
         if share.download:
             share.download.handle(events.PeerHas(peer.node, chunks))
         elif share.superseed:
             share.superseed.has(peer.node, chunks)
+
+    def on_claims(self, peer: Peer, message: messages.ChunkClaims) -> None:
+        """A peer claims digests of chunks of a promise that it holds."""
+        share = self.shares.get(message.digest)
+        if share is None or share.claims is None:
+            return
+        found = []
+        for run in message.runs:
+            if len(run.digests) % CLAIM_BYTES or run.first + len(run.digests) // CLAIM_BYTES > share.held.length:
+                raise RemoteProtocolError(peer.name, "claims digests of chunks that do not exist")
+            parts = (run.digests[at : at + CLAIM_BYTES] for at in range(0, len(run.digests), CLAIM_BYTES))
+            found.append(ClaimRun(run.first, run.reader, tuple(Digests(p[:XXH3_BYTES], p[XXH3_BYTES:]) for p in parts)))
+        if share.download and share.download.promise:
+            share.download.promise.told(peer.node, found)
+
+    def on_reading(self, peer: Peer, message: messages.OriginReading) -> None:
+        """A peer reads chunks of a promise from its origin."""
+        if (share := self.shares.get(message.digest)) and share.download and share.download.promise:
+            share.download.promise.reading(peer.node, message)
 
     def peer_left(self, peer: Peer, why: str) -> None:
         """Ends the part of a peer in downloads and super-seeding."""
         for digest, share in self.shares.items():
             if share.download and digest in peer.own_interests:
                 share.download.handle(events.PeerLeft(peer.node, why))
+            if share.download and share.download.promise:
+                share.download.promise.left(peer.node)
         for share in self.shares.values():
             if share.superseed:
                 share.superseed.left(peer.node)
 
     def __repr__(self) -> str:
         return f"<Shares {len(self.shares)} artifacts, {len(self.downloads())} arriving>"
+
+
+def _claims(share: Share, chunks: Sequence[int]) -> list[messages.ChunkClaims]:
+    """The messages with the claims of these held chunks of a promise."""
+    if share.claims is None:
+        return []
+    found: list[messages.ClaimedRun] = []
+    most = messages.CLAIMS_BYTES_MAX // CLAIM_BYTES
+    for run in share.claims.runs(chunks):
+        for start in range(0, len(run.digests), most):
+            part = b"".join(digests.xxh3 + digests.blake3 for digests in run.digests[start : start + most])
+            found.append(messages.ClaimedRun(run.first + start, run.reader, part))
+    groups: list[list[messages.ClaimedRun]] = []
+    size = 0
+    for claimed in found:
+        size += len(claimed.digests)
+        if not groups or size > messages.CLAIMS_BYTES_MAX or len(groups[-1]) == messages.CLAIMED_RUNS_MAX:
+            groups.append([])
+            size = len(claimed.digests)
+        groups[-1].append(claimed)
+    return [messages.ChunkClaims(share.manifest.digest, tuple(group)) for group in groups]
 
 
 def _unpacked(peer: Peer, bits: bytes, share: Share) -> Bitfield:

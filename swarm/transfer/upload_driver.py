@@ -180,7 +180,7 @@ def _answerable(share: Share, request: messages.Request) -> bool:
     """Whether all requested chunks are here. A peer may ask for a choice before it learns that this is no seed."""
     if request.count:
         return share.superseed is not None
-    return all(index < share.held.length and index in share.held for index in request.chunks)
+    return all(share.readable(index) for index in request.chunks)
 
 
 def _spans(source: Source, chunks: Sequence[Chunk], *, on_device: bool) -> Iterator[AnySpan]:

@@ -17,7 +17,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -37,10 +37,14 @@ class LandedChunk:
     chunk: Chunk
     correct: bool
     spare: bytearray | None = None
+    digests: Digests | None = None  # of its bytes
 
 
 # Called with chunks whose last bytes are in; chunks of one GPU batch come together.
 ReportChunks: TypeAlias = Callable[[Sequence[LandedChunk]], object]
+
+# Whether a transfer brought the right bytes of a chunk, by their digests. Called on the threads of transports.
+Judge: TypeAlias = Callable[[int, Chunk, Digests], bool]
 
 HELD = -1  # claims the places of chunks that were verified before the fetch
 
@@ -55,12 +59,21 @@ _NOT_YET: View = memoryview(b"")
 class Verifier:
     """Lends places for the chunks of a fetch and hashes them. `held`: chunks that were verified before.
 
-    `blake3`: chunks must have their BLAKE3 digests too.
+    `blake3`: chunks must have their BLAKE3 digests too. `judge`: in place of the digests in the manifest.
     """
 
-    def __init__(self, manifest: Manifest, store: Store, held: Bitfield, *, blake3: bool = False) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        store: Store,
+        held: Bitfield,
+        *,
+        blake3: bool = False,
+        judge: Judge = lambda _, chunk, found: chunk.has(found),
+    ) -> None:
         self._manifest = manifest
         self._blake3 = blake3
+        self._judge = judge
         self._store = store
         # Looked at once: `isinstance` of a protocol costs as much as hashing a chunk.
         self._device_store = store if isinstance(store, DeviceStore) else None
@@ -69,7 +82,7 @@ class Verifier:
         self._claimed: dict[int, int] = dict.fromkeys(held, HELD)
         self._streams: dict[int, cuda.CudaStream] = {}  # by GPU
 
-    def views(self, transfer: int, chunks: Sequence[int], report: ReportChunks) -> Generator[memoryview, None, None]:
+    def views(self, transfer: int, chunks: Iterable[int], report: ReportChunks) -> Generator[memoryview, None, None]:
         """The views that a transfer of these chunks fills, in order. Reports each chunk after its last byte."""
         for index in chunks:
             yield from self._chunk_views(transfer, self._manifest.chunks[index], report)
@@ -83,7 +96,12 @@ class Verifier:
             yield from self.views(transfer, chunks, report)
             return
         batches = _DeviceBatches(
-            self._manifest, self._device_store, blake3=self._blake3, release=self._release, report=report
+            self._manifest,
+            self._device_store,
+            blake3=self._blake3,
+            judge=lambda chunk, found: self._judge(transfer, chunk, found),
+            release=self._release,
+            report=report,
         )
         try:
             for index in chunks:
@@ -116,6 +134,11 @@ class Verifier:
             raise
         return True
 
+    def reclaim(self, chunk: int, transfer: int) -> None:
+        """Gives the place of a verified chunk to a transfer that brings it again."""
+        with self._lock:
+            self._claimed[chunk] = transfer
+
     def holder(self, chunk: int) -> int | None:
         """The transfer that claims the place of a chunk."""
         return self._claimed.get(chunk)
@@ -130,11 +153,12 @@ class Verifier:
                 yield view
                 if not on_gpu:
                     hasher.update(view)
-            correct = chunk.has(self._gpu_digests(on_gpu) if on_gpu else hasher.digests())
+            digests = self._gpu_digests(on_gpu) if on_gpu else hasher.digests()
+            correct = self._judge(transfer, chunk, digests)
         finally:
             if spare is None and not correct:
                 self._release(chunk)
-        report([LandedChunk(chunk, correct, spare)])
+        report([LandedChunk(chunk, correct, spare, digests)])
 
     def _gpu_views(self, chunk: Chunk) -> list[View]:
         """The views of a chunk's place, if it is on one GPU that can hash it; else []."""
@@ -171,11 +195,13 @@ class _DeviceBatches:
         store: DeviceStore,
         *,
         blake3: bool,
+        judge: Callable[[Chunk, Digests], bool],
         release: Callable[[Chunk], None],
         report: ReportChunks,
     ) -> None:
         self._scheme = manifest.scheme
         self._blake3 = blake3
+        self._judge = judge
         self._store = store
         self._release = release
         self._report = report
@@ -245,9 +271,9 @@ class _DeviceBatches:
 
     def _settled(self, chunk: Chunk, found: Digests) -> LandedChunk:
         del self._unproven[chunk.index]
-        if not (correct := chunk.has(found)):
+        if not (correct := self._judge(chunk, found)):
             self._release(chunk)
-        return LandedChunk(chunk, correct)
+        return LandedChunk(chunk, correct, digests=found)
 
     def _remember_mover(self, device: int) -> None:
         stream = cuda.gpu(device).current()
@@ -270,18 +296,35 @@ class _DeviceBatches:
                 stream.synchronize()
 
 
-def is_right(source: Store | WatchedSource, chunk: Chunk, *, blake3: bool = False) -> bool:
-    """Reads a chunk that may lie in a store and hashes it. Raises StoreError."""
-    return chunk.has(digests_on_cpu(source.manifest.scheme, source.read(chunk), blake3=blake3))
+def is_right(
+    source: Store | WatchedSource, chunk: Chunk, *, blake3: bool = False, known: Digests | None = None
+) -> bool:
+    """Reads a chunk that may lie in a store and hashes it. `known`: its digests, of a promise. Raises StoreError."""
+    found = digests_on_cpu(source.manifest.scheme, source.read(chunk), blake3=blake3 or known is not None)
+    return chunk.has(found) if known is None else found == known
 
 
-def copy(source: Source, store: Store, held: Bitfield, *, chunks: Bitfield, blake3: bool = False) -> int:
-    """Fills a store with `chunks` from a source in this process with the same manifest; returns the bytes copied.
+def copy(
+    source: Source,
+    store: Store,
+    held: Bitfield,
+    *,
+    chunks: Bitfield,
+    blake3: bool = False,
+    digests: Callable[[int], Digests] | None = None,
+) -> int:
+    """Fills a store with `chunks` from a source in this process with the same chunks; returns the bytes copied.
+
+    `digests`: those of the chunks of a promise.
 
     Blocks. Skips the chunks in `held` and adds the others to it. Raises StoreError, and SourceChanged for a chunk of
     the source with the wrong digest.
     """
-    verifier, copied = Verifier(store.manifest, store, held, blake3=blake3), 0
+
+    def judge(_: int, chunk: Chunk, found: Digests) -> bool:
+        return chunk.has(found) if digests is None else found == digests(chunk.index)
+
+    verifier, copied = Verifier(store.manifest, store, held, blake3=blake3 or digests is not None, judge=judge), 0
     landed: list[LandedChunk] = []
     for index in chunks.minus(held):
         chunk = store.manifest.chunks[index]

@@ -64,6 +64,8 @@ class FakePeer:
 class FakeDownload:
     """A download that keeps its events."""
 
+    promise = None
+
     def __init__(self) -> None:
         self.handled: list[events.Event] = []
         self.met: list[str] = []

@@ -76,7 +76,13 @@ class Node:
         if superseed:
             superseed.joined(NodeId(self.newcomer.node), Bitfield(CHUNKS))
         source = cast(Source, BytesStore(CONTENT.manifest, CONTENT.files))
-        self.share = SimpleNamespace(manifest=CONTENT.manifest, source=source, held=held, superseed=superseed)
+        self.share = SimpleNamespace(
+            manifest=CONTENT.manifest,
+            source=source,
+            held=held,
+            superseed=superseed,
+            readable=lambda index: index < held.length and index in held,
+        )
         self.shares: dict[Digest, Any] = {DIGEST: self.share}
         host = SimpleNamespace(
             id="0" * 16,

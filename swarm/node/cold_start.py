@@ -1,0 +1,179 @@
+"""Finds an artifact with peers first, and with its origin when no peer has it.
+
+    peers announce a whole artifact      it is fetched from them; the origin is not asked
+    no node answers, or nodes read       the origin lists its files; their promise is the artifact
+    the origin does not answer           what peers announce, as without an origin
+
+The own listing pins a promise: a file counts when its content is the one that the origin lists, whatever peers say. A
+node that cannot ask the origin believes the promise that all peers announce, as it believes a manifest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from swarm.checkpoint.files import bystander
+from swarm.content.manifest import Digest, Manifest, ModelId
+from swarm.content.promise import Listing, etags, promise
+from swarm.errors import ManifestNotFound, OriginError, SwarmError
+from swarm.node.node import Node
+from swarm.node.resolve import resolve
+from swarm.origin import OriginReader
+from swarm.protocol.messages import Origin
+from swarm.transfer.origin_driver import OriginSource, on_daemon
+
+ASK_AFTER_S = 0.3  # without an announcement of the model
+# From the call on: by then multicast DNS and gossip have found nodes that start at the same time; at the latest while
+# an address has not answered.
+READ_AFTER_S, READ_LATEST_S = 1.0, 2.5
+ANSWER_SOON_S = 3.0  # without any node in sight, after a lasting failure of the origin
+POLL_S = 0.05
+PAUSE_FIRST_S = 0.5
+WAIT_MAX_S = 600.0  # of what an origin asks to wait before it lists
+
+log = logging.getLogger("swarm")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A manifest, the commit that it is of, and the origin if chunks may be read there."""
+
+    manifest: Manifest
+    origin: Origin | None
+    source: OriginSource | None = None
+
+
+@dataclass(frozen=True)
+class OriginModel:
+    """A model at an origin. `limit_bytes_per_s`, `readers_max`: see `OriginSource`."""
+
+    reader: OriginReader
+    model: str
+    revision: str | None
+    limit_bytes_per_s: float | None = None
+    readers_max: int | None = None
+
+
+async def find(
+    node: Node,
+    model_id: ModelId,
+    at: OriginModel,
+    *,
+    digest: Digest | None,
+    find_timeout_s: float,
+    trusted: Sequence[str],
+    revision: str | None,
+) -> Found:
+    """The artifact of a model id. Raises as `resolve` does, with the failure of the origin in its line."""
+    began = node.now()
+    peers = asyncio.ensure_future(
+        resolve(node, model_id, digest=digest, find_timeout_s=find_timeout_s, trusted=trusted, revision=revision)
+    )
+    lister = _Lister(node, at, deadline=began + find_timeout_s)
+    try:
+        while True:
+            elapsed_s = node.now() - began
+            if peers.done() and not peers.exception():
+                manifest, origin = peers.result()
+                if not manifest.promised:
+                    return Found(manifest, origin)
+            heard = bool(node.holders(model_id))
+            if peers.done() or node.promised(model_id) or (not heard and elapsed_s > ASK_AFTER_S):
+                lister.start()
+            met = elapsed_s > (READ_LATEST_S if node.searching else READ_AFTER_S)
+            if (listing := lister.listing) and (met or node.promised(model_id)):
+                found = _found(listing, at)
+                if digest in (None, found.manifest.digest):
+                    return found
+                lister.failed(OriginError(at.reader.address, "its files have another digest than the one asked for"))
+            if (error := lister.error) and peers.done():
+                return _without(peers, model_id, error, waited_s=elapsed_s)
+            if error and error.lasting and not heard and not node.searching and elapsed_s > ANSWER_SOON_S:
+                raise ManifestNotFound(model_id, tried=[*node.tried(), str(error)], waited_s=elapsed_s)
+            await asyncio.wait([peers, *lister.tasks], timeout=POLL_S)
+            await asyncio.sleep(0 if not peers.done() else POLL_S)
+    finally:
+        peers.cancel()
+        await asyncio.gather(peers, return_exceptions=True)
+        lister.stop()
+
+
+def _found(listing: Listing, at: OriginModel) -> Found:
+    """The promise of a listing without bystanders."""
+    files = tuple(file for file in listing.files if not bystander(file.path))
+    manifest = promise(Listing(listing.source, listing.commit, files, listing.revisions))
+    origin = Origin(listing.commit, etags(manifest), listing.revisions) if listing.commit else None
+    return Found(manifest, origin, OriginSource(at.reader, listing, at.limit_bytes_per_s, at.readers_max))
+
+
+def _without(
+    peers: asyncio.Future[tuple[Manifest, Origin | None]], model_id: ModelId, error: OriginError, *, waited_s: float
+) -> Found:
+    """What peers have, when the origin has failed. Raises what `resolve` raised."""
+    failure = peers.exception()
+    if failure is None:
+        manifest, origin = peers.result()
+        return Found(manifest, origin)
+    if isinstance(failure, ManifestNotFound) and type(failure) is ManifestNotFound:
+        raise ManifestNotFound(model_id, tried=[*failure.tried, str(error)], waited_s=waited_s) from failure
+    raise failure
+
+
+class _Lister:
+    """The listing of an origin, asked for once: retried while the origin is not reachable, until the deadline."""
+
+    def __init__(self, node: Node, at: OriginModel, *, deadline: float) -> None:
+        self.listing: Listing | None = None
+        self.error: OriginError | None = None  # for good
+        self.tasks: list[asyncio.Task[None]] = []
+        self._node = node
+        self._at = at
+        self._deadline = deadline
+        self._last: OriginError | None = None
+
+    def start(self) -> None:
+        """Begins to ask; idempotent."""
+        if not self.tasks:
+            self.tasks = [self._node.spawn(self._list(), f"list {self._at.model}")]
+
+    def failed(self, error: OriginError) -> None:
+        """The listing is of no use."""
+        self.listing, self.error = None, error
+
+    def stop(self) -> None:
+        """Asks no more."""
+        for task in self.tasks:
+            task.cancel()
+
+    async def _list(self) -> None:
+        pause_s = PAUSE_FIRST_S
+        name = self._at.reader.address
+        while self.listing is None and self.error is None:
+            left_s = self._deadline - self._node.now()
+            if left_s <= 0:
+                self.failed(self._last or OriginError(name, "did not answer in time"))
+                return
+            try:
+                # A thread that resolves a name cannot be stopped; it is left behind.
+                async with asyncio.timeout(left_s):
+                    self.listing = await on_daemon(lambda: self._at.reader.listing(self._at.model, self._at.revision))
+            except TimeoutError:
+                self._last = OriginError(name, "did not answer in time")
+            except OriginError as error:
+                self._last = error
+                if error.lasting:
+                    self.failed(error)
+                    return
+                if error.retry_s:
+                    wait_s = min(error.retry_s, WAIT_MAX_S)
+                    log.info("%s; asks again in %.0f s", error, wait_s)
+                    self._deadline = max(self._deadline, self._node.now() + wait_s + PAUSE_FIRST_S)
+                    await asyncio.sleep(wait_s)
+                else:
+                    await asyncio.sleep(max(0.0, min(pause_s, self._deadline - self._node.now())))
+                    pause_s *= 2
+            except SwarmError as error:
+                self.failed(OriginError(name, str(error)))

@@ -1,0 +1,250 @@
+"""Claims and proofs of a promised artifact, as a state machine: which chunk digests to believe, and whom to ban.
+
+    reader   hashes a chunk that it reads from the origin, and claims (chunk, digest)
+    peer     checks the chunk against the claim of its sender, holds it, and passes the claim on with the reader's name
+    file     counts when its content is the one that the origin lists: then all its claims are proven
+
+A claim is believed for one purpose only: to hold a chunk until its file is complete. When the content of a complete
+file is wrong, some of its chunks are read from the origin again, in stages: one chunk of each reader and all disputed
+ones, then all chunks of the readers that were wrong, then all chunks of others, then the own ones. A reader whose claim
+is disproved is banned. A relay is banned only when it has passed on wrong claims of `RELAYED_MAX` readers: it cannot
+know better before its own file is complete, and it may have made up the readers.
+
+A file that the origin lists by ETag has no content to compare. One chunk of each other reader and every
+`SAMPLE_EVERY`th chunk is read again; if all of them agree, the file counts.
+
+Must not know: files, sockets, hash functions, how chunks are read again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from swarm.content.manifest import Digests, Manifest
+from swarm.content.promise import ETAG
+from swarm.errors import LocalProtocolError
+from swarm.protocol.messages import NodeId
+
+XXH3_BYTES, CLAIM_BYTES = 16, 48  # of the first digest, and of both
+RELAYED_MAX = 3  # readers whose wrong claims a relay may pass on, before it counts as their author
+SAMPLE_EVERY = 64
+
+
+class Claim(NamedTuple):
+    """The digests of a chunk, XXH3 and BLAKE3, as `reader` claims to have read it from the origin."""
+
+    digests: Digests
+    reader: NodeId
+
+
+class ClaimRun(NamedTuple):
+    """Claims of one reader for consecutive chunks from `first` on."""
+
+    first: int
+    reader: NodeId
+    digests: tuple[Digests, ...]
+
+
+@dataclass(frozen=True)
+class BanClaimant:
+    """Exchange nothing with this peer any more: a claim of it is disproved."""
+
+    peer: NodeId
+    why: str
+
+
+@dataclass
+class _Doubt:
+    """A complete file with the wrong content."""
+
+    stage: int = 0
+    again: set[int] = field(default_factory=set)  # chunks read again since
+    wrong: set[NodeId] = field(default_factory=set)  # readers of chunks that differed then
+
+
+class Claims:
+    """The claims of one promised artifact at one node."""
+
+    def __init__(self, manifest: Manifest, *, node: NodeId, rng: random.Random) -> None:
+        self.manifest = manifest
+        self.must_read: set[int] = set()  # held chunks to be read from the origin again, by this node itself
+        self.proven: set[int] = set()  # file numbers
+        self.banned: set[NodeId] = set()
+        self._node = node
+        self._rng = rng
+        self._held: dict[int, Claim] = {}  # of the chunks in the store
+        self._offers: dict[NodeId, dict[int, Claim]] = {}
+        self._distrusted: set[NodeId] = set()  # readers that were wrong, as relays tell
+        self._relayed: dict[NodeId, set[NodeId]] = {}  # by relay: such readers
+        self._doubts: dict[int, _Doubt] = {}
+        self._sampled: set[int] = set()
+
+    # Claims of peers
+
+    def told(self, peer: NodeId, runs: Iterable[ClaimRun]) -> tuple[list[int], list[BanClaimant]]:
+        """A linked peer claims digests of chunks that it holds. Returns the chunks to believe it, and bans."""
+        usable: list[int] = []
+        bans: list[BanClaimant] = []
+        if peer in self.banned:
+            return usable, bans
+        offers = self._offers.setdefault(peer, {})
+        for run in runs:
+            for chunk, digests in enumerate(run.digests, run.first):
+                if chunk >= len(self.manifest.chunks):
+                    break
+                if run.reader in self._distrusted and run.reader != peer:
+                    offers.pop(chunk, None)
+                    continue
+                offers[chunk] = Claim(digests, run.reader)
+                if self.manifest.chunks[chunk].file in self.proven:
+                    bans += self._judge(peer, chunk)
+                if chunk in offers:
+                    usable.append(chunk)
+        return usable, bans
+
+    def left(self, peer: NodeId) -> None:
+        """The link to a peer is gone."""
+        self._offers.pop(peer, None)
+
+    def expected(self, peer: NodeId, chunk: int) -> Digests | None:
+        """The digests that a peer claims of a chunk; None without a claim."""
+        offer = self._offers.get(peer, {}).get(chunk)
+        return offer.digests if offer else None
+
+    # Chunks of this node
+
+    def landed(self, chunk: int, digests: Digests, peer: NodeId) -> None:
+        """A chunk from a peer lies in the store, with these digests."""
+        offer = self._offers.get(peer, {}).get(chunk)
+        self._held[chunk] = offer if offer and offer.digests == digests else Claim(digests, peer)
+
+    def read(self, chunk: int, digests: Digests, *, reader: NodeId | None = None) -> None:
+        """A chunk that this node read from the origin lies in the store; `reader`: another node, in a resumed fetch."""
+        before = self._held.get(chunk)
+        self._held[chunk] = Claim(digests, reader or self._node)
+        if chunk in self.must_read:
+            self.must_read.discard(chunk)
+            doubt = self._doubts.get(self.manifest.chunks[chunk].file)
+            if doubt and before and before.digests != digests:
+                doubt.wrong.add(before.reader)
+
+    def __contains__(self, chunk: int) -> bool:
+        """Whether a chunk is held."""
+        return chunk in self._held
+
+    def claim(self, chunk: int) -> Claim:
+        """The claim of a held chunk."""
+        return self._held[chunk]
+
+    def offered(self, peer: NodeId, chunks: Iterable[int]) -> list[int]:
+        """Those of the chunks that a peer has claimed the digests of."""
+        offers = self._offers.get(peer, {})
+        return [chunk for chunk in chunks if chunk in offers]
+
+    def runs(self, chunks: Iterable[int]) -> Iterator[ClaimRun]:
+        """The claims of these held chunks, ascending, for peers."""
+        known = ((chunk, self._held[chunk]) for chunk in chunks if chunk in self._held)
+        order = itertools.count()
+        for (_, reader), group in itertools.groupby(known, key=lambda pair: (pair[0] - next(order), pair[1].reader)):
+            pairs = list(group)
+            yield ClaimRun(pairs[0][0], reader, tuple(claim.digests for _, claim in pairs))
+
+    # Files
+
+    def proved(self, file: int) -> list[BanClaimant]:
+        """All chunks of a file are held and its content is right."""
+        self.proven.add(file)
+        self._doubts.pop(file, None)
+        bans: list[BanClaimant] = []
+        for peer in sorted(self._offers):
+            for chunk in self._chunks(file):
+                if peer not in self.banned and chunk in self._offers[peer]:
+                    bans += self._judge(peer, chunk)
+        return bans
+
+    def disproved(self, file: int) -> list[int]:
+        """All chunks of a file are held and its content is wrong: the chunks to read again.
+
+        Empty when all were read again: then the origin's bytes do not have the content that it lists.
+        """
+        doubt = self._doubts.setdefault(file, _Doubt())
+        others = [chunk for chunk in self._chunks(file) if self._held[chunk].reader != self._node]
+        while doubt.stage < 4:
+            doubt.stage += 1
+            chosen: Sequence[int] = self._chunks(file)
+            if doubt.stage == 1:
+                chosen = [*self._one_of_each(others), *(chunk for chunk in others if self._disputed(chunk))]
+            elif doubt.stage == 2:
+                chosen = [chunk for chunk in others if self._held[chunk].reader in doubt.wrong]
+            elif doubt.stage == 3:
+                chosen = others
+            if again := sorted(set(chosen) - doubt.again):
+                doubt.again.update(again)
+                self.must_read.update(again)
+                return again
+        return []
+
+    def sample(self, file: int) -> list[int]:
+        """The chunks of a complete file without a known content to read again; empty if the file counts now.
+
+        It counts when no chunk differed the second time; else `disproved` says what to read next.
+        """
+        if file in self._sampled:
+            return [] if not self._doubts[file].wrong else self.disproved(file)
+        self._sampled.add(file)
+        self._doubts[file] = _Doubt(stage=1)
+        others = [chunk for chunk in self._chunks(file) if self._held[chunk].reader != self._node]
+        chosen = sorted({*self._one_of_each(others), *others[::SAMPLE_EVERY]})
+        self._doubts[file].again.update(chosen)
+        self.must_read.update(chosen)
+        return chosen
+
+    def is_weak(self, file: int) -> bool:
+        """Whether the origin lists no hash of a file."""
+        return self.manifest.files[file].content.startswith(ETAG)
+
+    def _one_of_each(self, chunks: Iterable[int]) -> list[int]:
+        by_reader: dict[NodeId, list[int]] = {}
+        for chunk in chunks:
+            by_reader.setdefault(self._held[chunk].reader, []).append(chunk)
+        return [self._rng.choice(of_reader) for _, of_reader in sorted(by_reader.items())]
+
+    def _disputed(self, chunk: int) -> bool:
+        own = self._held[chunk].digests
+        return any(chunk in offers and offers[chunk].digests != own for offers in self._offers.values())
+
+    def _chunks(self, file: int) -> range:
+        return range(*self.manifest.first_chunks[file : file + 2])
+
+    def _judge(self, peer: NodeId, chunk: int) -> list[BanClaimant]:
+        """Compares a peer's claim of a proven chunk."""
+        offer = self._offers[peer][chunk]
+        if offer.digests == self._held[chunk].digests:
+            return []
+        del self._offers[peer][chunk]
+        if offer.reader != peer:
+            self._distrusted.add(offer.reader)
+            relayed = self._relayed.setdefault(peer, set())
+            relayed.add(offer.reader)
+            if len(relayed) < RELAYED_MAX:
+                return []
+        self.banned.add(peer)
+        self._offers[peer] = {}
+        return [BanClaimant(peer, f"claimed a wrong digest of chunk {chunk}")]
+
+    def check(self) -> None:
+        """Raises LocalProtocolError when an invariant does not hold."""
+        if any(chunk not in self._held for chunk in self.must_read):
+            raise LocalProtocolError(f"{self!r}: a chunk is to be read again that was never held")
+        if any(chunk not in self._held for file in self.proven for chunk in self._chunks(file)):
+            raise LocalProtocolError(f"{self!r}: a proven file lacks a chunk")
+
+    def __repr__(self) -> str:
+        return (
+            f"<Claims {self.manifest.digest[:8]} {len(self._held)} held, {len(self.proven)} of "
+            f"{len(self.manifest.files)} files proven, {len(self.must_read)} to read again>"
+        )

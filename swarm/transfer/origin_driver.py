@@ -1,0 +1,304 @@
+"""The asyncio half of `OriginReads`: the streams of one fetch that read from the origin.
+
+    OriginReads.next ── range ──> OriginReader (thread) ── bytes ──> verifier ──> the download, as from ORIGIN
+
+Each read runs on a thread of its own and fills the places of chunks as transports do. After a failure all streams
+pause, `PAUSE_FIRST_S` to `PAUSE_LONGEST_S` or as long as the origin says, and after some in a row other nodes are told.
+
+Must not know: HTTP, which origin it is, claims, how chunks come from peers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar, cast
+
+from swarm.content.bitfield import Bitfield
+from swarm.content.manifest import Manifest
+from swarm.content.promise import Listing
+from swarm.errors import OriginError, OriginUnreachable, StoreError, SwarmError
+from swarm.journal import OriginRead
+from swarm.origin import OriginReader, OriginStream
+from swarm.peers.host import Host
+from swarm.transfer import download_events as events
+from swarm.transfer.download import Download
+from swarm.transfer.origin_reads import STREAMS_MAX, OriginReads, ReadRange
+from swarm.transfer.verify import LandedChunk, Verifier
+from swarm.transport.sink import Mailbox
+
+PAUSE_FIRST_S, PAUSE_LONGEST_S = 0.5, 30.0  # after a failure, doubling with each in a row
+WAIT_MAX_S = 600.0  # of what an origin asks to wait
+FAILURES_TOLD = 3  # in a row, before other nodes are told that this one cannot read
+ALONE_S = 2.0  # without a peer, before a fetch with a lasting failure of the origin ends
+POLL_S = 0.25
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OriginSource:
+    """An origin and the listing of a promise. `limit_bytes_per_s`: of this node; `readers_max`: nodes at once."""
+
+    origin: OriginReader
+    listing: Listing
+    limit_bytes_per_s: float | None = None
+    readers_max: int | None = None
+
+    @property
+    def name(self) -> str:
+        """For status pages and messages."""
+        return f"origin {self.origin.address}"
+
+
+class OriginDownload(Protocol):
+    """The download that the chunks belong to."""
+
+    machine: Download
+
+    def handle(self, event: events.Event) -> None:
+        """Passes an event to the machine."""
+
+    def fail(self, error: SwarmError) -> None:
+        """Ends the fetch."""
+
+    def origin_landed(self, name: str, scheme: str, number: int, landed: Sequence[LandedChunk]) -> None:
+        """Chunks from the origin."""
+
+
+class OriginDriver:
+    """The reads of one fetch. `urgent()`: held chunks to read again. `tell()`: `reads` or `able` have changed."""
+
+    def __init__(
+        self,
+        source: OriginSource,
+        manifest: Manifest,
+        held: Bitfield,
+        *,
+        host: Host,
+        reads: OriginReads,
+        urgent: Callable[[], Collection[int]],
+        transfer_ids: Iterator[int],
+        tell: Callable[[], None],
+        rng: random.Random,
+    ) -> None:
+        self.source = source
+        self.able = True
+        self.transfers: set[int] = set()  # of the reads that run
+        self._manifest = manifest
+        self._held = held
+        self._host = host
+        self._reads = reads
+        self._urgent = urgent
+        self._transfer_ids = transfer_ids
+        self._tell = tell
+        self._rng = rng
+        self._mailbox = Mailbox()
+        self._changed = asyncio.Event()
+        self._files = {file.path: file for file in source.listing.files}
+        self._open: dict[int, OriginStream] = {}  # by transfer
+        self._running: dict[int, asyncio.Future[None]] = {}  # by transfer: done when its thread is
+        self._stopped = threading.Event()
+        self._failures = 0
+        self._paused_until = 0.0
+        self._over: OriginError | None = None  # a lasting failure
+        self._progress_at = host.now()
+        self._budget = _Budget(source.limit_bytes_per_s)
+        self._tasks: list[asyncio.Task[None]] = []
+        self._download: OriginDownload
+        self._verifier: Verifier
+
+    def begin(self, download: OriginDownload, verifier: Verifier) -> None:
+        """Starts to read."""
+        self._download, self._verifier = download, verifier
+        self._tasks = [
+            self._host.spawn(self._stream(number), f"origin stream {number}") for number in range(STREAMS_MAX)
+        ]
+
+    async def end(self) -> None:
+        """Ends all reads; returns when no thread writes any more."""
+        self._stopped.set()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for stream in list(self._open.values()):
+            stream.close()
+        # A thread that still connects writes nothing, and is not waited for.
+        if writing := [self._running[transfer] for transfer in list(self._open) if transfer in self._running]:
+            await asyncio.wait(writing)
+
+    def look(self) -> None:
+        """There may be something else to read now."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def progressed(self) -> None:
+        """A chunk is verified."""
+        self._progress_at = self._host.now()
+
+    def tick(self) -> None:
+        """Ends a fetch that only the origin could serve, after its lasting failure."""
+        alone = not self._download.machine.elsewhere.any()
+        if self._over and alone and self._host.now() - self._progress_at > ALONE_S:
+            self._download.fail(self._over)
+
+    async def _stream(self, number: int) -> None:
+        while True:
+            pause_s = self._paused_until - self._host.now()
+            if self._over or pause_s > 0 or number >= self._reads.streams:
+                await self._wait(pause_s if pause_s > 0 else POLL_S)
+                continue
+            machine, urgent = self._download.machine, self._urgent()
+            missing, elsewhere = machine.missing, machine.elsewhere
+            reading = self._reads.next(number, self._host.now(), missing=missing, elsewhere=elsewhere, urgent=urgent)
+            if reading is None and number == 0:
+                reading = self._reads.late(number, self._host.now() - self._progress_at, missing)
+            if reading is None:
+                await self._wait(POLL_S)
+                continue
+            self._tell()
+            try:
+                await self._read(reading, urgent=reading.at in urgent)
+            finally:
+                self._reads.ended(number, self._host.now())
+                if not self._stopped.is_set():
+                    self._tell()
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
+    async def _read(self, reading: ReadRange, *, urgent: bool) -> None:
+        """Reads a range, on a thread; failures pause all streams."""
+        transfer, first, began = next(self._transfer_ids), reading.at, self._host.now()
+        self.transfers.add(transfer)
+        error: SwarmError | None = None
+        try:
+            done = self._running[transfer] = on_daemon(lambda: self._fill(transfer, reading, urgent=urgent))
+            done.add_done_callback(lambda _: self._running.pop(transfer))
+            await asyncio.wait([done])  # not cancelled with this task: `end` waits for it
+            done.result()
+        except OriginError as failure:
+            error = failure
+        except StoreError as failure:
+            error = failure
+            self._download.fail(failure)
+        finally:
+            self.transfers.discard(transfer)
+            chunks = self._manifest.chunks[first : reading.at]
+            chunk = self._manifest.chunks[first]
+            path, size = self._manifest.files[chunk.file].path, sum(c.size for c in chunks)
+            seconds = self._host.now() - began
+            name = self.source.origin.address
+            why = str(error) if error else None
+            self._host.record("node", OriginRead(name, path, chunk.offset, size, seconds, why))
+        if reading.at > first:
+            self._failures = 0
+        if isinstance(error, OriginError):
+            self._failed(error)
+        elif not self.able and reading.at > first:
+            self.able = True
+            self._tell()
+
+    def _failed(self, error: OriginError) -> None:
+        self._failures += 1
+        pause_s = min(PAUSE_FIRST_S * 2.0 ** (self._failures - 1), PAUSE_LONGEST_S) * self._rng.uniform(0.75, 1.25)
+        wait_s = min(error.retry_s, WAIT_MAX_S)
+        self._paused_until = max(self._paused_until, self._host.now() + max(pause_s, wait_s))
+        if error.lasting:
+            self._over = error
+        if self.able and (error.lasting or wait_s or self._failures >= FAILURES_TOLD):
+            self.able = False
+            self._tell()
+        self._download.handle(events.OriginFailed(error.why, wait_s))
+
+    def _fill(self, transfer: int, reading: ReadRange, *, urgent: bool) -> None:
+        """Fills the places of a range's chunks, on a thread. Raises OriginError and StoreError."""
+        chunks = self._manifest.chunks
+        first, last = chunks[reading.at], chunks[reading.end - 1]
+        file = self._files[self._manifest.files[first.file].path]
+        size = last.offset + last.size - first.offset
+        stream = self.source.origin.read(self.source.listing, file, first.offset, size)
+        self._open[transfer] = stream
+        try:
+            going = self._going(transfer, reading, urgent=urgent)
+            with contextlib.closing(self._verifier.views(transfer, going, self._report(transfer))) as views:
+                for view in views:
+                    rest = view
+                    while rest:
+                        if not (filled := stream.readinto(rest)):
+                            raise OriginUnreachable(self.source.origin.address, f"{file.path} ended early")
+                        self._budget.spend(filled)
+                        rest = rest[filled:]
+        finally:
+            stream.close()
+            del self._open[transfer]
+
+    def _report(self, transfer: int) -> Callable[[Sequence[LandedChunk]], None]:
+        name, scheme = self.source.name, self.source.origin.scheme
+
+        def report(landed: Sequence[LandedChunk]) -> None:
+            self._mailbox.post(lambda: self._download.origin_landed(name, scheme, transfer, landed))
+
+        return report
+
+    def _going(self, transfer: int, reading: ReadRange, *, urgent: bool) -> Iterator[int]:
+        """The chunks of a range, as long as they are to be read."""
+        while reading.at < reading.end and not self._stopped.is_set():
+            if urgent:
+                self._verifier.reclaim(reading.at, transfer)
+            elif reading.at in self._held or (not reading.late and self._download.machine.elsewhere[reading.at]):
+                return
+            yield reading.at
+            reading.at += 1
+
+
+def on_daemon(work: Callable[[], T]) -> asyncio.Future[T]:
+    """Does blocking work on a daemon thread: one that resolves a name cannot be stopped, and holds up no exit."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def finish(result: T | None, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast("T", result))
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as failure:
+            error = failure
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(finish, result, error)
+
+    threading.Thread(target=run, name="swarm-origin", daemon=True).start()
+    return done
+
+
+class _Budget:
+    """Holds the reads of a node to a rate, on their threads."""
+
+    def __init__(self, bytes_per_s: float | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._lock = threading.Lock()
+        self._free_at = 0.0
+
+    def spend(self, size: int) -> None:
+        """Sleeps until so many bytes are due."""
+        if self._bytes_per_s is None:
+            return
+        with self._lock:
+            now = time.monotonic()
+            self._free_at = max(self._free_at, now) + size / self._bytes_per_s
+            wait_s = self._free_at - now
+        time.sleep(max(0.0, wait_s))

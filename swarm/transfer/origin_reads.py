@@ -1,0 +1,261 @@
+"""Which chunks a node reads from the origin, and when it stops: events in, ranges out.
+
+All nodes that fetch a promised artifact read different parts of it, and take the rest from each other:
+
+- A node starts at its rank among the readers, so that their parts are disjoint before any of them has said a word. A
+  node that knows no other reader starts anywhere: two that have not met yet should not read the same.
+- A read is one range of one file, at most `RUN_BYTES` long: each is a rate-limited request at a hub. It goes on where
+  the last one ended, then in the largest gap that no node reads, in its middle if another reader comes from below.
+- When no gap is left, the tail is stolen: an idle node takes the end of the range that would last longest, as much as
+  lets both end together at their rates so far. The owner of a range that is overlapped from within stops there.
+- A chunk that a peer holds is not read: a member's copy beats the origin.
+
+`told` and `next` use the ranges that nodes announce to their peers (`messages.ReadRange`). A reader that dies gives its
+range back with its link.
+
+Must not know: sockets, clocks, files, claims.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from swarm.content.manifest import Manifest
+from swarm.errors import LocalProtocolError
+from swarm.protocol.messages import NodeId
+
+Mask = npt.NDArray[np.bool_]
+
+RUN_BYTES = 64 << 20
+STEAL_AFTER_S = 1.0  # a rest that arrives sooner is not worth another request
+# Without a chunk, before chunks are read that other nodes read or hold; and between nodes in the order of their ranks.
+LATE_S, LATE_NEXT_S = 3.0, 1.0
+STREAMS_MAX = 8  # of all readers together while they are few; from 8 readers on each has one
+STREAM_BYTES_MIN = 8 << 20  # fewer bytes are not divided over another stream
+
+
+@dataclass
+class ReadRange:
+    """The chunks `[at, end)` of a file that a stream still has to read, since `since`; it began at `first`.
+
+    `end` falls when another node takes them.
+    """
+
+    at: int
+    end: int
+    first: int = 0
+    since: float = 0.0
+    late: bool = False  # read although a peer may hold it
+
+
+@dataclass
+class _Reader:
+    able: bool
+    ranges: dict[int, ReadRange] = field(default_factory=dict)  # by end
+
+
+class OriginReads:
+    """The reads of one promised artifact at one node. `readers_max`: nodes that read at once; None for no limit."""
+
+    def __init__(
+        self, manifest: Manifest, *, node: NodeId, run_bytes: int = RUN_BYTES, readers_max: int | None = None
+    ) -> None:
+        self.own: dict[int, ReadRange] = {}  # by stream
+        self._manifest = manifest
+        self._node = node
+        self._run_bytes = run_bytes
+        self._readers_max = readers_max
+        self._others: dict[NodeId, _Reader] = {}
+        self._members: frozenset[NodeId] = frozenset()  # that fetch the artifact, as gossip tells
+        self._ends: dict[int, int] = {}  # by stream: where its last read ended
+        self._rate = 0.0  # bytes per second of the last read
+        total = len(manifest.chunks)
+        self._sizes = np.fromiter((chunk.size for chunk in manifest.chunks), dtype=np.int64, count=total)
+        self._starts = np.concatenate(([0], np.cumsum(self._sizes)))  # in bytes
+        self._file_of = np.fromiter((chunk.file for chunk in manifest.chunks), dtype=np.int64, count=total)
+
+    def told(self, node: NodeId, able: bool, ranges: Iterable[tuple[int, int]], now: float) -> None:
+        """A linked node announces the (first, count) ranges that it reads; `able`: whether the origin answers it."""
+        known, reader = self._others.get(node), _Reader(able)
+        self._others[node] = reader
+        for first, count in ranges:
+            end = min(first + count, len(self._manifest.chunks))
+            if first < end:
+                before = known.ranges.get(end) if known else None
+                begun = (before.first, before.since) if before and before.first <= first else (first, now)
+                reader.ranges[end] = ReadRange(first, end, *begun)
+                self._yield_to(node, first, end)
+
+    def left(self, node: NodeId) -> None:
+        """The link to a node is gone."""
+        self._others.pop(node, None)
+
+    def met(self, members: Collection[NodeId]) -> None:
+        """The nodes that fetch the artifact, linked or not."""
+        self._members = frozenset(members)
+
+    @property
+    def ranks(self) -> list[NodeId]:
+        """All readers by id, with this node."""
+        unable = {node for node, reader in self._others.items() if not reader.able}
+        return sorted({self._node, *self._others, *self._members} - unable)
+
+    @property
+    def streams(self) -> int:
+        """The streams that this node should read with now; 0 while others do."""
+        ranks = self.ranks
+        if self._readers_max is not None:
+            if ranks.index(self._node) >= self._readers_max:
+                return 0
+            ranks = ranks[: self._readers_max]
+        return self._streams_of(len(ranks))
+
+    def _streams_of(self, readers: int) -> int:
+        part = int(self._starts[-1]) // readers
+        return max(1, min(STREAMS_MAX // readers, part // STREAM_BYTES_MIN))
+
+    def next(
+        self, stream: int, now: float, *, missing: Mask, elsewhere: Mask, urgent: Collection[int] = ()
+    ) -> ReadRange | None:
+        """The next range of a stream, None if there is nothing to read for it now.
+
+        `missing` chunks are not held here, `elsewhere` are those that a peer holds. `urgent` chunks are read whatever
+        others hold: see `claims`.
+        """
+        wanted = missing & ~elsewhere
+        found = self._urgent(urgent) or self._gap(stream, wanted) or self._stolen(wanted, now)
+        if found is not None:
+            found.since = now
+            self.own[stream] = found
+        return found
+
+    def ended(self, stream: int, now: float) -> None:
+        """A stream reads nothing now."""
+        if reading := self.own.pop(stream, None):
+            self._ends[stream] = reading.at
+            if reading.at > reading.first and now > reading.since:
+                self._rate = self._bytes(reading.first, reading.at) / (now - reading.since)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """The own ranges as (first, count), for peers."""
+        return sorted((r.at, r.end - r.at) for r in self.own.values() if r.at < r.end)
+
+    def _yield_to(self, node: NodeId, first: int, end: int) -> None:
+        """Ends the own ranges where another node has begun, so that exactly one of the two goes on."""
+        for reading in self.own.values():
+            if reading.at < first < reading.end:
+                reading.end = first
+            elif reading.at == first < reading.end and node < self._node:
+                reading.end = reading.at
+
+    def _busy(self) -> Mask:
+        busy = np.zeros(len(self._manifest.chunks), dtype=np.bool_)
+        for taken in self._taken():
+            busy[taken.at : taken.end] = True
+        return busy
+
+    def _taken(self) -> list[ReadRange]:
+        return [*self.own.values(), *(span for reader in self._others.values() for span in reader.ranges.values())]
+
+    def _urgent(self, urgent: Collection[int]) -> ReadRange | None:
+        own = {chunk for reading in self.own.values() for chunk in range(reading.at, reading.end)}
+        rest = np.zeros(len(self._manifest.chunks), dtype=np.bool_)
+        rest[[chunk for chunk in urgent if chunk not in own]] = True
+        gaps = self._gaps(rest)
+        return self._run(*gaps[0]) if gaps else None
+
+    def _gap(self, stream: int, wanted: Mask) -> ReadRange | None:
+        busy = self._busy()
+        gaps = self._gaps(wanted & ~busy)
+        if not gaps:
+            return None
+        place = self._ends.get(stream)
+        if place is None:
+            place = self._first_place(stream)
+            after = [gap for gap in gaps if gap[1] > place] or gaps
+            first, end = after[0]
+            return self._run(max(first, place) if end > place else first, end)
+        for first, end in gaps:
+            if first <= place < end:
+                return self._run(place, end)
+        first, end = max(gaps, key=lambda gap: self._bytes(*gap))
+        if first and busy[first - 1] and self._file_of[first - 1] == self._file_of[first]:
+            first = self._at(first, end, 0.5)  # another stream comes from below
+        return self._run(first, end)
+
+    def _first_place(self, stream: int) -> int:
+        """The chunk where a stream begins: the streams of all readers divide the bytes evenly."""
+        ranks = self.ranks
+        streams = self._streams_of(len(ranks))
+        place = ranks.index(self._node) if len(ranks) > 1 else int(self._node, 16) / (1 << 64)
+        part = (place * streams + min(stream, streams - 1)) / (len(ranks) * streams) % 1.0
+        return min(int(np.searchsorted(self._starts, part * self._starts[-1], "right")) - 1, len(self._sizes) - 1)
+
+    def _stolen(self, wanted: Mask, now: float) -> ReadRange | None:
+        """The end of the range that would last longest, at its rate so far."""
+        rests = []
+        for taken in self._taken():
+            left = np.flatnonzero(wanted[taken.at : taken.end])
+            if len(left) > 1 and (lasted_s := now - taken.since) > STEAL_AFTER_S:
+                first, end = taken.at + int(left[0]), taken.at + int(left[-1]) + 1
+                done = max(1, self._bytes(taken.first, first))
+                rests.append((self._bytes(first, end) / done * lasted_s, first, end, done / lasted_s))
+        lasts_s, first, end, rate = max(rests, default=(0.0, 0, 0, 0.0))
+        if lasts_s < STEAL_AFTER_S:
+            return None
+        middle = self._at(first, end, rate / (rate + (self._rate or rate)))
+        for reading in self.own.values():
+            if reading.at < middle < reading.end:
+                reading.end = middle
+        return self._run(middle, end)
+
+    def late(self, stream: int, waited_s: float, missing: Mask) -> ReadRange | None:
+        """Missing chunks that others read or hold, for a stream that has waited too long for a chunk.
+
+        Nodes come to it one after another, and to different chunks.
+        """
+        rank = self.ranks.index(self._node)
+        gaps = self._gaps(missing)
+        if not gaps or waited_s < LATE_S + LATE_NEXT_S * rank:
+            return None
+        first, end = gaps[rank % len(gaps)]
+        found = self.own[stream] = dataclasses.replace(self._run(first, end), late=True)
+        return found
+
+    def _run(self, first: int, end: int) -> ReadRange:
+        readers = len(self.ranks)
+        part = int(self._starts[-1]) // (readers * self._streams_of(readers))
+        most = min(self._run_bytes, max(part, STREAM_BYTES_MIN))
+        within = int(np.searchsorted(self._starts, self._starts[first] + most, "right")) - 1
+        return ReadRange(first, max(first + 1, min(end, within)), first)
+
+    def _gaps(self, free: Mask) -> list[tuple[int, int]]:
+        """The free chunks as (first, end), each within one file."""
+        chunks = np.flatnonzero(free)
+        if not len(chunks):
+            return []
+        breaks = np.flatnonzero((np.diff(chunks) > 1) | (np.diff(self._file_of[chunks]) > 0)) + 1
+        return [(int(part[0]), int(part[-1]) + 1) for part in np.split(chunks, breaks)]
+
+    def _bytes(self, first: int, end: int) -> int:
+        return int(self._starts[end] - self._starts[first])
+
+    def _at(self, first: int, end: int, part: float) -> int:
+        """The chunk at a part of the bytes of `[first, end)`, not its first one if there are several."""
+        place = self._starts[first] + part * self._bytes(first, end)
+        found = int(np.searchsorted(self._starts, place, "left"))
+        return max(first, min(max(found, first + 1), end - 1))
+
+    def check(self) -> None:
+        """Raises LocalProtocolError when an invariant does not hold."""
+        spans: Sequence[tuple[int, int]] = sorted((r.at, r.end) for r in self.own.values() if r.at < r.end)
+        if any(self._file_of[first] != self._file_of[end - 1] for first, end in spans):
+            raise LocalProtocolError(f"{self!r}: a read crosses into another file")
+
+    def __repr__(self) -> str:
+        return f"<OriginReads {self._manifest.digest[:8]} {self.ranges()} | {len(self.ranks)} readers>"

@@ -1,0 +1,424 @@
+"""A stand-in for the Hugging Face hub and its store: one process, threads, real sockets; and what goes wrong with them.
+
+    hub    /api/models/{id}/revision/{rev}, /api/models/{id}/tree/{rev}, /{id}/resolve/{rev}/{path}
+    store  another port: addresses signed for one range and for some seconds
+
+`requests` keeps what was asked for. `faults` decide, for each request, what the answer is like.
+
+Also a program: `python tests/hub.py DIRECTORY --model org/model --total 100e6 --each 25e6` prints its endpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import hmac
+import json
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+
+SLICE_BYTES = 64 << 10
+Fault = Literal[
+    "", "429", "429 now", "500", "503", "403", "truncate", "stall", "wrong", "length", "reset", "whole", "nonsense",
+    "other range", "loop",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request: `where` is api, resolve or store; `first` and `size` of its range, -1 and 0 without one."""
+
+    where: str
+    path: str
+    first: int
+    size: int
+    authorization: str | None
+    fault: str
+    host: str = ""
+    at: float = field(default_factory=time.time)
+
+
+@dataclass
+class Model:
+    """The files of a model, by path. Those of at least `lfs_bytes` are named by their sha256, others by git's sha1."""
+
+    files: dict[str, bytes]
+    lfs_bytes: int = 1024
+    gated: bool = False
+    names: dict[str, str] = field(default_factory=lambda: {"main": ""})
+
+    @property
+    def commit(self) -> str:
+        state = hashlib.sha1(usedforsecurity=False)
+        for path, data in sorted(self.files.items()):
+            state.update(path.encode() + hashlib.sha256(data).digest())
+        return state.hexdigest()
+
+    def entry(self, path: str) -> dict[str, Any]:
+        data = self.files[path]
+        found = {"path": path, "type": "file", "size": len(data), "oid": git_sha1(data)}
+        if len(data) >= self.lfs_bytes:
+            found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return found
+
+
+def git_sha1(data: bytes) -> str:
+    """The name of a file's content in git."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+
+
+class Shaper:
+    """Bytes of all connections at `total`, of each at `each`, in bytes per second; None for no limit."""
+
+    def __init__(self, total: float | None, each: float | None) -> None:
+        self.total, self.each = total, each
+        self._free_at = 0.0
+        self._lock = threading.Lock()
+
+    def spend(self, size: int, own: list[float]) -> None:
+        now = time.monotonic()
+        wait_s = 0.0
+        if self.total:
+            with self._lock:
+                self._free_at = max(self._free_at, now) + size / self.total
+                wait_s = self._free_at - now
+        if self.each:
+            own[0] = max(own[0], now) + size / self.each
+            wait_s = max(wait_s, own[0] - now)
+        if wait_s > 0:
+            time.sleep(wait_s)
+
+
+class Hub:
+    """`with Hub({"org/model": Model(files)}) as hub:` serves until the end of the block, at `hub.endpoint`."""
+
+    def __init__(
+        self,
+        models: dict[str, Model],
+        *,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        total: float | None = None,
+        each: float | None = None,
+        token: str | None = None,
+        signed: bool = True,
+        bare: bool = False,
+    ) -> None:
+        self.models = models
+        self.token = token
+        self.signed = signed
+        self.bare = bare  # `revision` tells no sizes, as older hubs do
+        self.signed_s = 60.0
+        self.requests: list[Asked] = []
+        self.sent_bytes = 0
+        self.fault: Callable[[Asked], Fault] = lambda _: ""
+        self.retry_after: str | None = "1"
+        self.shaper = Shaper(total, each)
+        self._key = secrets.token_bytes(16)
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._hub = _Server((host, port), self, "hub")
+        self._store = _Server((host, 0), self, "store")
+        self.endpoint = f"http://{host}:{self._hub.server_address[1]}"
+        self.store = f"http://{host}:{self._store.server_address[1]}"
+
+    def __enter__(self) -> Hub:
+        for server in (self._hub, self._store):
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        for server in (self._hub, self._store):
+            server.shutdown()
+            server.server_close()
+
+    def asked(self, where: str) -> list[Asked]:
+        """The requests for a place."""
+        return [asked for asked in list(self.requests) if asked.where == where]
+
+    def copies(self, model_id: str = "org/model") -> float:
+        """Bytes that went out, in sizes of the model."""
+        return self.sent_bytes / sum(map(len, self.models[model_id].files.values()))
+
+    def note(self, asked: Asked) -> None:
+        with self._lock:
+            self.requests.append(asked)
+
+    def signature(self, model_id: str, path: str, ranged: str, until: str) -> str:
+        text = f"{model_id}\n{path}\n{ranged}\n{until}".encode()
+        return hmac.new(self._key, text, "sha256").hexdigest()
+
+    def pause(self, seconds: float) -> None:
+        self._closing.wait(seconds)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 256
+
+    def __init__(self, address: tuple[str, int], hub: Hub, kind: str) -> None:
+        self.hub, self.kind = hub, kind
+        super().__init__(address, _Handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is no error."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        self._own = [0.0]
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        if self.server.kind == "store":
+            self._serve_store()
+        elif self.path.startswith("/api/models/"):
+            self._serve_api()
+        else:
+            self._serve_resolve()
+
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub
+
+    def _note(self, where: str, path: str) -> Asked:
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        first, size = (int(match[1]), int(match[2]) - int(match[1]) + 1) if match else (-1, 0)
+        asked = Asked(where, path, first, size, self.headers.get("Authorization"), "", self.headers.get("Host", ""))
+        asked = Asked(*(*_fields(asked)[:5], self.hub.fault(asked), asked.host))
+        self.hub.note(asked)
+        return asked
+
+    def _serve_api(self) -> None:
+        match = re.fullmatch(r"/api/models/(.+?)/(revision|tree)/([^/?]+)(?:\?.*)?", self.path)
+        asked = self._note("api", self.path)
+        if self._failed(asked):
+            return
+        model_id, kind, revision = (unquote(part) for part in match.groups()) if match else ("", "", "")
+        model = self._model(model_id, revision)
+        if model is None:
+            return
+        entries = [model.entry(path) for path in sorted(model.files)]
+        if kind == "tree":
+            self._page(entries)
+            return
+        siblings = []
+        for entry in entries:
+            sibling: dict[str, Any] = {"rfilename": entry["path"]}
+            if "blobs=true" in self.path.lower() and not self.hub.bare:
+                sibling |= {"size": entry["size"], "blobId": entry["oid"]}
+                if "lfs" in entry:
+                    sibling["lfs"] = {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 134}
+            siblings.append(sibling)
+        self._json({"id": model_id, "modelId": model_id, "sha": model.commit, "siblings": siblings})
+
+    def _page(self, entries: list[dict[str, Any]], each: int = 50) -> None:
+        query = parse_qs(urlsplit(self.path).query)
+        start = int(query.get("cursor", ["0"])[0])
+        headers = {}
+        if start + each < len(entries):
+            base = urlsplit(self.path).path
+            headers["Link"] = f'<{self.hub.endpoint}{base}?recursive=true&cursor={start + each}>; rel="next"'
+        self._json(entries[start : start + each], headers)
+
+    def _serve_resolve(self) -> None:
+        match = re.fullmatch(r"/(.+?)/resolve/([^/]+)/([^?]+)(?:\?.*)?", self.path)
+        model_id, revision, path = (unquote(part) for part in match.groups()) if match else ("", "", "")
+        asked = self._note("resolve", path)
+        if self._failed(asked):
+            return
+        model = self._model(model_id, revision)
+        if model is None:
+            return
+        if path not in model.files:
+            self._error(404, "EntryNotFound")
+            return
+        entry = model.entry(path)
+        etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
+        headers = {"X-Repo-Commit": model.commit, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
+        if asked.fault == "loop":
+            self._redirect(self.path, headers)
+        elif "lfs" in entry:
+            ranged = self.headers.get("Range", "") if self.hub.signed else ""
+            until = f"{time.time() + self.hub.signed_s:.3f}"
+            signed = self.hub.signature(model_id, path, ranged, until)
+            where = f"{self.hub.store}/{quote(model_id)}/{quote(path)}?until={until}&signature={signed}"
+            self._redirect(where, headers)
+        else:
+            self._body(asked, model.files[path], {**headers, "ETag": f'"{etag}"'})
+
+    def _serve_store(self) -> None:
+        parts = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(parts.query).items()}
+        model_id, path = _split(unquote(parts.path[1:]), self.hub)
+        asked = self._note("store", path)
+        if self._failed(asked):
+            return
+        ranged = self.headers.get("Range", "") if self.hub.signed else ""
+        until = query.get("until", "0")
+        right = self.hub.signature(model_id, path, ranged, until)
+        if not hmac.compare_digest(right, query.get("signature", "")) or time.time() > float(until):
+            self._error(403, None)
+            return
+        data = self.hub.models[model_id].files[path]
+        self._body(asked, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+
+    def _model(self, model_id: str, revision: str) -> Model | None:
+        model = self.hub.models.get(model_id)
+        allowed = self.hub.token is None or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+        if model is None:
+            self._error(404 if allowed else 401, "RepoNotFound")
+        elif model.gated and not allowed:
+            self._error(401, "GatedRepo")
+        elif revision not in (model.commit, *model.names):
+            self._error(404, "RevisionNotFound")
+        else:
+            return model
+        return None
+
+    def _failed(self, asked: Asked) -> bool:
+        fault = asked.fault
+        if fault in ("429", "429 now", "500", "503"):
+            headers = {"Retry-After": self.hub.retry_after} if fault == "429" and self.hub.retry_after else {}
+            self._send(int(fault[:3]), b"later", headers)
+        elif fault == "403":
+            self._error(403, None)
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.close_connection = True
+            self.connection.close()
+        elif fault == "nonsense":
+            self.close_connection = True
+            self.wfile.write(b"\0\1\2 this is not HTTP\r\n\r\n")
+        else:
+            return False
+        return True
+
+    def _body(self, asked: Asked, data: bytes, headers: dict[str, str]) -> None:
+        total = len(data)
+        first, size = (asked.first, asked.size) if asked.first >= 0 and asked.fault != "whole" else (0, total)
+        if asked.fault == "other range" and first:
+            first -= 1
+        if first >= total > 0:
+            self._send(416, b"", {"Content-Range": f"bytes */{total}"})
+            return
+        part = data[first : first + size]
+        if asked.fault == "wrong" and part:
+            part = bytes([part[0] ^ 1]) + part[1:]
+        length = len(part) + (1 if asked.fault == "length" else 0)
+        self.send_response(206 if asked.first >= 0 and asked.fault != "whole" else 200)
+        if asked.first >= 0 and asked.fault != "whole":
+            self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{total}")
+        for name, value in {**headers, "Content-Length": str(length), "Accept-Ranges": "bytes"}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        stop = len(part) // 2 if asked.fault in ("truncate", "stall") else len(part)
+        self._pour(part[:stop])
+        if asked.fault == "stall":
+            self.hub.pause(120.0)
+        if asked.fault in ("truncate", "stall", "length"):
+            self.close_connection = True
+
+    def _pour(self, part: bytes) -> None:
+        view = memoryview(part)
+        while view:
+            piece, view = view[:SLICE_BYTES], view[SLICE_BYTES:]
+            self.hub.shaper.spend(len(piece), self._own)
+            self.wfile.write(piece)
+            with self.hub._lock:
+                self.hub.sent_bytes += len(piece)
+
+    def _redirect(self, where: str, headers: dict[str, str]) -> None:
+        self._send(302, b"", {**headers, "Location": where})
+
+    def _error(self, status: int, code: str | None) -> None:
+        self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code} if code else {})
+
+    def _json(self, value: Any, headers: dict[str, str] | None = None) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+def _fields(asked: Asked) -> list[Any]:
+    return [asked.where, asked.path, asked.first, asked.size, asked.authorization, asked.fault, asked.host]
+
+
+def _split(text: str, hub: Hub) -> tuple[str, str]:
+    for model_id in hub.models:
+        if text.startswith(f"{model_id}/"):
+            return model_id, text[len(model_id) + 1 :]
+    return "", text
+
+
+def read_files(root: Path) -> dict[str, bytes]:
+    """Every file below a directory, by path."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@contextlib.contextmanager
+def hub_of(root: Path, model_id: str = "org/model", **options: Any) -> Iterator[Hub]:
+    """A hub with one model."""
+    with Hub({model_id: Model(read_files(root))}, **options) as hub:
+        yield hub
+
+
+def main() -> None:
+    """Serves a directory until it is stopped; prints its endpoint, and at a line of input what was asked so far."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--model", default="org/model")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--total", type=float, default=None, help="bytes per second of all connections together")
+    parser.add_argument("--each", type=float, default=None, help="bytes per second of each connection")
+    options = parser.parse_args()
+    how = {name: getattr(options, name) for name in ("host", "port", "total", "each")}
+    with hub_of(options.directory, options.model, **how) as hub:
+        print(hub.endpoint, flush=True)
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            while True:
+                input()
+                counts = {where: len(hub.asked(where)) for where in ("api", "resolve", "store")}
+                print(
+                    json.dumps({**counts, "sent_bytes": hub.sent_bytes, "copies": hub.copies(options.model)}),
+                    flush=True,
+                )
+                hub.requests.clear()
+                hub.sent_bytes = 0
+
+
+if __name__ == "__main__":
+    main()
