@@ -14,6 +14,7 @@ Must not know: the meaning of messages.
 from __future__ import annotations
 
 import asyncio
+import asyncio.trsock
 import contextlib
 import logging
 import socket
@@ -31,6 +32,7 @@ from aiohttp.http import HttpProcessingError
 
 from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError, VersionSkew
 from swarm.net.http_pages import Page, Pages, ssl_of
+from swarm.net.reclaim import Reclaimer
 from swarm.protocol import messages
 from swarm.protocol.messages import AnyMessage, Message
 from swarm.security.certificates import Identity, Refusal, node_of, refusal
@@ -45,7 +47,7 @@ CLOSE_TIMEOUT_S = 1.0
 HANDSHAKE_TIMEOUT_S = 5.0  # two round trips, on a machine that is busy
 HANDSHAKES_MAX = 64  # at once: asyncio takes 400 KB for each before the peer is known
 REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's header
-VISITORS_MAX = 128  # connections that are no links: a page and its parts take six; each takes 300 KB inside TLS
+VISITORS_MAX = 64  # connections that are no links: a page and its parts take six; each may take 1 MB
 LINE_BYTES_MAX, HEADERS_MAX = 4096, 48  # of a request: browsers send about twenty headers
 
 log = logging.getLogger("swarm")
@@ -77,6 +79,9 @@ class WebSocketLink:
         self.remote = remote
         self.member = member
         self._socket = socket
+        self._connection: asyncio.trsock.TransportSocket | None = None
+        with contextlib.suppress(AttributeError):  # asyncio's TLS transport of a connection that is lost already
+            self._connection = socket.get_extra_info("socket")
         self._heard: deque[AnyMessage] = deque()  # the rest of a frame
 
     async def send(self, *several: Message) -> None:
@@ -92,7 +97,6 @@ class WebSocketLink:
 
     async def close(self) -> None:
         """Within CLOSE_TIMEOUT_S. What the peer has not read by then is dropped: it may never read it."""
-        connection = self._socket.get_extra_info("socket")
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._socket.close()
@@ -102,9 +106,9 @@ class WebSocketLink:
             if _is_cancelled():
                 raise
         finally:
-            if connection is not None:
+            if self._connection is not None:
                 with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
+                    self._connection.shutdown(socket.SHUT_RDWR)
 
     async def _send(self, frame: str) -> None:
         try:
@@ -151,6 +155,7 @@ class HttpLinks:
         self._asked: weakref.WeakKeyDictionary[asyncio.BaseTransport, asyncio.Event] = weakref.WeakKeyDictionary()
         self._encrypted: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
         self._visitors: dict[asyncio.BaseTransport, None] = {}  # oldest first
+        self._reclaimer = Reclaimer()
         self._shaking: dict[asyncio.Task[Any], None] = {}  # oldest first
         self._refusals = LogOnce(log)
 
@@ -203,6 +208,7 @@ class HttpLinks:
                     transport, _ = await shake(server, sock, context, server_side=True, timeout_s=HANDSHAKE_TIMEOUT_S)
                 self._encrypted.add(transport)
             except OSError as error:
+                self._reclaimer.count()
                 self._refuse(name, refusal(error) or Refusal.HUNG_UP)
             else:
                 await self._await_request(transport)
@@ -254,6 +260,7 @@ class HttpLinks:
         """Closes every link and stops serving."""
         self._pages.close()
         self._visitors.clear()
+        self._reclaimer.close()
         if self._client:
             await self._client.close()
         if self._runner:
@@ -292,6 +299,7 @@ class HttpLinks:
 
     def _visit(self, transport: asyncio.BaseTransport) -> None:
         self._visitors[transport] = None
+        self._reclaimer.count()
         if len(self._visitors) > VISITORS_MAX:
             self._visitors = {visitor: None for visitor in self._visitors if not visitor.is_closing()}
         if len(self._visitors) > VISITORS_MAX:

@@ -531,3 +531,22 @@ def test_is_what_a_closed_link_has_not_read_dropped() -> None:
             writer.transport.abort()
 
     run(scenario)
+
+
+def test_does_closing_a_link_never_raise_whose_connection_is_lost() -> None:
+    """Inside TLS too, whose transport loses its protocol with its connection."""
+
+    async def scenario() -> None:
+        keyring = Keyring((ClusterKey(b"k" * 32),))
+        one, other = (Identity(keyring, digit * 16, now_s=time.time()) for digit in "ab")
+        async with opened(one) as end, opened(other) as dialler:
+            dialled = await dialler.links.dial(end.address, timeout_s=DEADLINE_S)
+            accepted = await end.accepted.get()
+            dialled._socket.get_extra_info("socket").shutdown(2)  # type: ignore[attr-defined]
+            for link in (dialled, accepted):
+                with pytest.raises(PeerUnreachable):
+                    await link.receive()
+            for _ in range(2):
+                await asyncio.gather(dialled.close(), accepted.close())
+
+    run(scenario)
