@@ -13,6 +13,7 @@ import concurrent.futures
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ from swarm.settings import Settings, is_loopback, split_address
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
 HEALTH_PATH = "/healthz"
+
+_environments: weakref.WeakKeyDictionary[Node, HostEnvironment] = weakref.WeakKeyDictionary()
 
 
 def new_node(settings: Settings) -> tuple[Node, NodeReport]:
@@ -72,12 +75,18 @@ def new_node(settings: Settings) -> tuple[Node, NodeReport]:
         stall_timeout_s=settings.stall_timeout_s,
     )
     node.name = settings.name or f"{socket.gethostname()}-{node.id[:6]}"
+    _environments[node] = environment
     report.follow(node.journal)
     metrics.follow(node.journal)
     opentelemetry.follow(node.journal, report.fetches)
     dashboard.attach(node, environment.read)
     dashboard.follow(node.journal)
     return node, report
+
+
+def reload(node: Node, settings: Settings) -> list[str]:
+    """Gives a node of `new_node` what may change while it runs (`HostEnvironment.reload`). Raises SettingsError."""
+    return _environments[node].reload(settings)
 
 
 @dataclass

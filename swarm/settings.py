@@ -139,6 +139,9 @@ class Settings:
     idle_timeout_s: float = _setting(
         5.0, "seconds without data on a granted transfer; then its chunks are requested elsewhere", flag=False
     )
+    drain_timeout_s: float = _setting(
+        10.0, "seconds after SIGTERM for running uploads, and for chunks that only this node has; 0: none", flag=False
+    )
     upload_slots: int = _setting(
         8, "maximum concurrent uploads; more share the bandwidth, fewer leave gaps between transfers", flag=False
     )
@@ -195,8 +198,9 @@ class Settings:
                 raise SettingsError(name, f"{value} is not a number above zero; leave it out for no limit")
         for name, least, most in (
             ("find_timeout_s", 0, NUMBER_MAX), ("stall_timeout_s", 0, NUMBER_MAX), ("idle_timeout_s", 0, NUMBER_MAX),
-            ("timeout_s", 0, NUMBER_MAX), ("upload_limit", 0, NUMBER_MAX), ("upload_slots", 1, SLOTS_MAX),
-            ("chunk_bytes", 1, CHUNK_BYTES_MAX), ("leaf_bytes", LEAF_BYTES_MIN, CHUNK_BYTES_MAX),
+            ("timeout_s", 0, NUMBER_MAX), ("drain_timeout_s", 0, NUMBER_MAX), ("upload_limit", 0, NUMBER_MAX),
+            ("upload_slots", 1, SLOTS_MAX), ("chunk_bytes", 1, CHUNK_BYTES_MAX),
+            ("leaf_bytes", LEAF_BYTES_MIN, CHUNK_BYTES_MAX),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not least <= value <= most:

@@ -64,7 +64,8 @@ ROWS: dict[str, set[str]] = {
         "transfer.upload_driver", "transfer.verify",
     },
     "faces": {
-        "", "__main__", "api", "cli", "cli.commands", "cli.demo", "cli.main", "cli.progress", "cli.replay",
+        "", "__main__", "api", "cli", "cli.commands", "cli.daemon", "cli.demo", "cli.main", "cli.progress",
+        "cli.replay",
         "cli.reopen", "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table",
         "cli.status_watch",
         "dashboard", "dashboard.collector", "dashboard.member_report",

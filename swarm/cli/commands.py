@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from swarm.cli import signals, stdio
+from swarm.cli.daemon import Daemon
 from swarm.errors import SettingsError, StoreError, clean
 from swarm.settings import Settings
 from swarm.simulation.setup import Burst
@@ -43,8 +44,13 @@ def settings_of(options: argparse.Namespace) -> Settings:
     return Settings.load({name: getattr(options, name, None) for name in names})
 
 
-def _run(work: Coroutine[Any, Any, int], *, stopped: Callable[[], int] = lambda: signals.INTERRUPTED) -> int:
-    """Runs a coroutine. A signal cancels it; it may catch the cancellation and return an exit code.
+def _run(
+    work: Coroutine[Any, Any, int],
+    *,
+    stopped: Callable[[], int] = lambda: signals.INTERRUPTED,
+    daemon: Daemon | None = None,
+) -> int:
+    """Runs a coroutine. A signal cancels it, unless the daemon heeds it; it may catch that and return an exit code.
 
     `stopped()`: exit code when it does not end in time after a signal.
     """
@@ -57,9 +63,16 @@ def _run(work: Coroutine[Any, Any, int], *, stopped: Callable[[], int] = lambda:
             if task is not None:
                 task.cancel()
 
+        def within(after_s: float) -> None:
+            signals.exit_soon(stopped, after_s=after_s)
+
+        def heed(number: int) -> None:
+            if daemon is None or not daemon.heeds(number, stop, within=within):
+                stop()
+
         if threading.current_thread() is threading.main_thread():
             for number in signals.heeded():
-                asyncio.get_running_loop().add_signal_handler(number, stop)
+                asyncio.get_running_loop().add_signal_handler(number, heed, number)
         return await work
 
     from swarm.net.pausing_loop import PausingLoop
@@ -81,6 +94,7 @@ def serve(options: argparse.Namespace) -> int:
     from swarm.runtime import new_node
 
     settings = settings_of(options)
+    daemon = Daemon(lambda: settings_of(options), drain_timeout_s=settings.drain_timeout_s, seeds=True)
 
     def hashed() -> tuple[ModelId, Source, Origin | None]:
         return open_source(options.model, model_id=options.model_id, settings=settings, revision=options.revision)
@@ -94,6 +108,7 @@ def serve(options: argparse.Namespace) -> int:
             open_.enter_context(local_nodes.note(settings.cache, node.address))
             while True:
                 commit_parts.serve(node, name, source, origin=origin, trusted=settings.trusted)
+                daemon.serves(node)
                 manifest, missing = source.manifest, getattr(source, "missing", "")
                 part = "a part of " if missing else ""
                 size = f"{len(manifest.files)} files, {size_text(manifest.size)}"
@@ -111,7 +126,7 @@ def serve(options: argparse.Namespace) -> int:
             await serve()
         return 0
 
-    return _run(until_stopped(), stopped=lambda: 0)
+    return _run(until_stopped(), stopped=lambda: 0, daemon=daemon)
 
 
 def fetch(options: argparse.Namespace) -> int:
@@ -126,6 +141,7 @@ def fetch(options: argparse.Namespace) -> int:
 
     settings = settings_of(options)
     selection = Selection.read(include=options.include, exclude=options.exclude, tensors=options.tensors)
+    daemon = Daemon(lambda: settings_of(options), drain_timeout_s=settings.drain_timeout_s, seeds=False)
     stopped = signals.INTERRUPTED
 
     async def fetch() -> int:
@@ -163,10 +179,11 @@ def fetch(options: argparse.Namespace) -> int:
                     print(f"{clean(fetched.model_id)}: {rate}{kept}{came} -> {path}", flush=True)
                 if not options.no_seed:
                     log.info("serving it on at %s; Ctrl-C to stop", node.address)
+                    daemon.serves(node)
                     await _until_lost(node, fetched.digest)
         return 0
 
-    return _run(fetch(), stopped=lambda: stopped)
+    return _run(fetch(), stopped=lambda: stopped, daemon=daemon)
 
 
 async def _until_lost(node: Node, digest: Digest) -> None:

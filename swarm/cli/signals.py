@@ -1,5 +1,7 @@
 """Signals of a command: SIGINT, SIGTERM and SIGHUP end it within `EXIT_S`, also while a thread hashes or copies.
 
+A seed drains first at SIGTERM, and reads its settings again at SIGHUP (`daemon`).
+
 A thread cannot be stopped, and Python waits for its threads at exit. So a watchdog ends the process if that takes
 longer. The files of a fetch survive that as they survive a crash: a resume hashes the bytes that are there.
 
@@ -28,8 +30,8 @@ def heeded() -> list[signal.Signals]:
     return [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
 
 
-def exit_soon(code: Callable[[], int] = lambda: INTERRUPTED) -> None:
-    """Ends the process with `code()` after `EXIT_S`, unless it has ended by then."""
+def exit_soon(code: Callable[[], int] = lambda: INTERRUPTED, *, after_s: float = 0.0) -> None:
+    """Ends the process with `code()` `EXIT_S` after `after_s`, unless it has ended by then."""
 
     def end() -> None:
         number = code()
@@ -38,7 +40,7 @@ def exit_soon(code: Callable[[], int] = lambda: INTERRUPTED) -> None:
             sys.stderr.flush()
         os._exit(number)
 
-    timer = threading.Timer(EXIT_S, end)
+    timer = threading.Timer(after_s + EXIT_S, end)
     timer.daemon = True
     timer.start()
     _watchdogs.append(timer)

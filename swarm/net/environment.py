@@ -9,6 +9,7 @@ node: loopback only, unless the settings allow more.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import hashlib
 import logging
@@ -31,7 +32,7 @@ from swarm.security.certificates import Identity
 from swarm.settings import Settings, is_loopback, join_address, split_address
 from swarm.transport import AdoptingTransport, Transport
 from swarm.transport.cuda_ipc import machine_id
-from swarm.transport.pace import TokenBucket, Unlimited
+from swarm.transport.pace import TokenBucket
 from swarm.transport.registry import TransportConfig, make_transports
 
 DIAL_TIMEOUT_S = 5.0
@@ -86,12 +87,39 @@ class HostEnvironment:
     def __init__(self, settings: Settings, pages: Mapping[str, Page] | None = None) -> None:
         self._settings = settings
         self._keyring = cluster_key.load(settings.key_file) if settings.key_file else None
+        self._identity: Identity | None = None
+        self._seal = self._codec()
+        self._pace = TokenBucket(settings.upload_limit)
         self._peers = discovery.static(settings.peers)
         self._links = HttpLinks(pages)
         self._mdns = discovery.Mdns() if settings.mdns else None
         self._listener: Listener | None = None
         self._datagrams: Datagrams | None = None
         self._tasks: list[asyncio.Task[None]] = []
+
+    def reload(self, settings: Settings) -> list[str]:
+        """Takes over the upload limit and the contents of the key file; returns what has changed.
+
+        New connections and datagrams use the new keys, open links go on. Raises SettingsError, and changes nothing, for
+        a key that cannot be read, or that comes to a node without one, or leaves it.
+        """
+        keyring = cluster_key.load(settings.key_file) if settings.key_file else None
+        if (keyring is None) != (self._keyring is None):
+            raise SettingsError("key_file", "a node gets or loses its cluster key at a restart only")
+        changed = []
+        if keyring is not None and keyring != self._keyring:
+            self._keyring = keyring
+            if self._identity:
+                self._identity.take(keyring, time.time())
+            if isinstance(self._seal, AeadSeal):
+                self._seal.take(keyring.seal_keys)
+            changed.append(f"cluster key {keyring}")
+        if settings.upload_limit != self._settings.upload_limit:
+            self._pace.change(settings.upload_limit)
+            limit = settings.upload_limit
+            changed.append("no upload limit" if limit is None else f"upload limit {limit / 1e6:g} MB/s")
+            self._settings = dataclasses.replace(self._settings, upload_limit=limit)
+        return changed
 
     @property
     def open_to_all(self) -> bool:
@@ -123,6 +151,7 @@ class HostEnvironment:
             local = _reachable(host), port
             advertised = self._advertised(*local)
             identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
+            self._identity = identity
             self._log_security(host, identity)
             self.transports = self._make_transports(local, advertised, identity)
             routes = {each.opening: each.adopt for each in self.transports if isinstance(each, AdoptingTransport)}
@@ -192,7 +221,7 @@ class HostEnvironment:
             where, port = listener.address
             try:
                 return listener, Datagrams(
-                    where, port, hear, codec=self._codec(), loopback_only=not self._settings.reaches_out
+                    where, port, hear, codec=self._seal, loopback_only=not self._settings.reaches_out
                 )
             except OSError as error:
                 await listener.close()
@@ -222,7 +251,7 @@ class HostEnvironment:
         config = TransportConfig(
             local=local,
             advertised=advertised,
-            pace=Unlimited() if settings.upload_limit is None else TokenBucket(settings.upload_limit),
+            pace=self._pace,
             congestion=settings.congestion,
             identity=identity,
             encrypted=identity is not None and settings.data_encryption != "none",

@@ -61,10 +61,16 @@ class AeadSeal:
 
     def __init__(self, keys: Sequence[SealKey], *, time: Callable[[], float], rng: Callable[[int], bytes]) -> None:
         """`time` returns seconds since 1970, `rng(n)` n unpredictable bytes."""
+        self._rng = rng
         self._sealer = Sealer(keys[0], rng)
         self._opener = Opener(keys)
         self._time = time
         self._refusals = LogOnce(log)
+
+    def take(self, keys: Sequence[SealKey]) -> None:
+        """Seals and opens with these keys from now on."""
+        self._sealer = Sealer(keys[0], self._rng)
+        self._opener.take(keys)
 
     def seal(self, datagram: bytes) -> bytes:
         """Sealed with the first key."""

@@ -54,6 +54,7 @@ from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import UploadDriver
 
 TICK_S = 0.25
+DRAIN_LOOK_S = 0.05
 PAUSE_NOTICED_S = 0.5  # clocks that are read one after the other differ by less
 
 log = logging.getLogger("swarm")
@@ -100,7 +101,12 @@ class Node:
             environment, config=network or config.lan(), rng=rng, clock=self.now, changed=self._member_changed
         )
         self._shares = Shares(
-            host=self, rng=rng, changed=self._update_profile, distance=self._distance, stop_uploads=self._stop_uploads
+            host=self,
+            rng=rng,
+            changed=self._update_profile,
+            distance=self._distance,
+            stop_uploads=self._stop_uploads,
+            complete_elsewhere=self._complete_elsewhere,
         )
         self._fetches = Fetches(
             host=self,
@@ -129,6 +135,7 @@ class Node:
             shares=self._shares.shares,
             rank=self._shares.rank,
             withdraw=self._shares.lose,
+            only_here=self._shares.only_here,
             slots=self._upload_slots,
             idle_timeout_s=self._idle_timeout_s,
         )
@@ -138,6 +145,20 @@ class Node:
         self._paused_s = self._environment.paused_s
         self.spawn(self._tick(), "ticks")
         self.spawn(watch_files(self._shares), "watch files")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Prepares for `close`: grants only chunks that no other node has, and waits for the transfers that run.
+
+        Returns at once if no peer fetches from this node, and after `timeout_s` at the latest.
+        """
+        uploads = self._upload_driver
+        if uploads is None or timeout_s <= 0:
+            return
+        uploads.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while not uploads.drained:  # noqa: ASYNC110 - peers, gossip and transfers end it
+                    await asyncio.sleep(DRAIN_LOOK_S)
 
     async def close(self, reason: str = "shutting down") -> None:
         """Leaves the swarm, ends all transfers and closes all stores."""
@@ -437,6 +458,11 @@ class Node:
         """The distance of a node; 1 for a node that gossip does not know, which may be in this rack."""
         record = self._swim.member(node)
         return record.profile.distance(self._host, self._rack) if record else 1
+
+    def _complete_elsewhere(self, digest: Digest) -> bool:
+        linked = (peer.artifacts.get(digest) for peer in self.peers.values())
+        gossiped = (held for member in self.members() for held in member.profile.artifacts if held.digest == digest)
+        return any(held.chunks == held.chunks_total for held in (*linked, *gossiped) if held)
 
     def _update_mates(self) -> None:
         """Passes each download the nodes nearby that fetch its artifact: together they import each chunk once."""

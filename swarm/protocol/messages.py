@@ -60,7 +60,9 @@ ProtocolVersion = Annotated[int, msgspec.Meta(ge=0, lt=PROTOCOL_MAX)]
 TransferId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Scheme = Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{1,16}\Z")]
 Chunks = Annotated[tuple[ChunkIndex, ...], msgspec.Meta(max_length=REQUEST_CHUNKS_MAX)]
-RefusalReason = Literal["busy", "not_held", "unknown_artifact", "source_changed", "no_transport", "nothing_to_give"]
+RefusalReason = Literal[
+    "busy", "not_held", "unknown_artifact", "source_changed", "no_transport", "nothing_to_give", "leaving"
+]
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):

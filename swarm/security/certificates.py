@@ -103,14 +103,18 @@ class Identity:
 
     def __init__(self, keyring: Keyring, node: str, *, now_s: float) -> None:
         self.node = node
-        self.keyring = keyring
-        self.server = _context(ssl.PROTOCOL_TLS_SERVER, keyring)
-        self.client = _context(ssl.PROTOCOL_TLS_CLIENT, keyring)
-        self.renew(now_s)
+        self.take(keyring, now_s)
 
     def is_due(self, now_s: float) -> bool:
         """Whether to call `renew`: the leaf is old, or from a later time than now: the clock was wrong and was set."""
         return not self._issued_at - CLOCK_BACK_S <= now_s < self._issued_at + LEAF_RENEW_S
+
+    def take(self, keyring: Keyring, now_s: float) -> None:
+        """Takes other keys for new connections; open connections go on."""
+        self.keyring = keyring
+        self.server = _context(ssl.PROTOCOL_TLS_SERVER, keyring)
+        self.client = _context(ssl.PROTOCOL_TLS_CLIENT, keyring)
+        self.renew(now_s)
 
     def renew(self, now_s: float) -> None:
         """Issues a new leaf for new connections; open connections go on."""

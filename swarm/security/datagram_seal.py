@@ -101,6 +101,11 @@ class Opener:
         self._keys = {key.hint: key for key in keys}
         self._streams: dict[bytes, _Stream] = {}  # by hint and name; the latest is last
 
+    def take(self, keys: Sequence[SealKey]) -> None:
+        """Opens with these keys from now on. Streams of keys that stay are remembered."""
+        self._keys = {key.hint: key for key in keys}
+        self._streams = {name: stream for name, stream in self._streams.items() if name[:HINT_BYTES] in self._keys}
+
     def open(self, datagram: bytes, now_s: float) -> bytes | Unopened:
         """The packet in a datagram, or the reason to refuse it; `now_s` in seconds since 1970. Never raises."""
         if not datagram.startswith(MAGIC):

@@ -121,7 +121,7 @@ class Share:
 class Shares:
     """All shares of a node. `changed` is called after each announcement, `stop_uploads` before a share is closed.
 
-    `distance`: see `download_events.PeerJoined`.
+    `distance`: see `download_events.PeerJoined`. `complete_elsewhere`: whether another node announces all of a digest.
     """
 
     def __init__(
@@ -132,6 +132,7 @@ class Shares:
         changed: Callable[[], None],
         distance: Callable[[NodeId], int],
         stop_uploads: Callable[[Share], Awaitable[None]],
+        complete_elsewhere: Callable[[Digest], bool],
     ) -> None:
         self.shares: dict[Digest, Share] = {}
         self._host = host
@@ -139,6 +140,7 @@ class Shares:
         self._rng = rng
         self._changed = changed
         self._stop_uploads = stop_uploads
+        self._complete_elsewhere = complete_elsewhere
         self.lost: dict[Digest, Withdrawn] = {}  # until the model is served again or released
         self._waiting: dict[Digest, list[asyncio.Future[Withdrawn]]] = {}
         self._withdrawn: list[Share] = []  # until they are closed
@@ -265,6 +267,16 @@ class Shares:
         while (share := self.shares.get(digest)) and not share.settled.is_set():
             await share.settled.wait()
         return share
+
+    def only_here(self, share: Share) -> frozenset[int]:
+        """The chunks of a complete share that a linked peer lacks, and that no other node is known to hold."""
+        digest = share.manifest.digest
+        if not share.settled.is_set() or self._complete_elsewhere(digest):
+            return frozenset()
+        if share.superseed:
+            return share.superseed.only_here()
+        fetching = any(digest in peer.interests for peer in self._host.peers.values())
+        return frozenset(share.held) if fetching else frozenset()
 
     def downloads(self) -> list[DownloadDriver]:
         """All running fetches."""

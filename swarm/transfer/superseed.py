@@ -55,10 +55,12 @@ class Superseed:
                     newcomer.holds.add(chunk)
                     self._held[chunk] += 1
 
-    def choose(self, peer: NodeId, count: int, *, starving: bool, rank: int, seeds: int) -> tuple[int, ...]:
+    def choose(
+        self, peer: NodeId, count: int, *, starving: bool, rank: int, seeds: int, among: frozenset[int] | None = None
+    ) -> tuple[int, ...]:
         """The chunks to send to a newcomer now, at most `count`; empty to refuse its request.
 
-        This seed is number `rank` of `seeds`; chunk c is the territory of seed c modulo `seeds`.
+        This seed is number `rank` of `seeds`; chunk c is the territory of seed c modulo `seeds`. `among`: no others.
         """
         newcomer = self._newcomers.get(peer)
         if newcomer is None:
@@ -67,6 +69,8 @@ class Superseed:
         if starving and newcomer.starved and not wanted.any():  # at the first, chunks or announcements may be in flight
             self.failed(peer, newcomer.sent)
             wanted = newcomer.wants.mask & ~newcomer.holds.mask
+        if among is not None:
+            wanted = wanted & Bitfield(len(wanted), sorted(among)).mask
         chunks = scheduler.superseed_chunks(
             wanted,
             given=self._given,
@@ -81,6 +85,13 @@ class Superseed:
             self._given[chunk] += 1
         newcomer.starved = not chunks and (starving or newcomer.starved)
         return chunks
+
+    def only_here(self) -> frozenset[int]:
+        """The chunks that a newcomer still wants and that none is known to hold."""
+        wanted = np.zeros(len(self._held), dtype=np.bool_)
+        for newcomer in self._newcomers.values():
+            wanted |= newcomer.wants.mask & ~newcomer.holds.mask
+        return frozenset(np.flatnonzero(wanted & (self._held == 0)).tolist())
 
     def _territory(self, rank: int, seeds: int) -> scheduler.Mask:
         if self._own[:2] != (rank, seeds):

@@ -15,6 +15,8 @@ ones start only while no peer waits for a slot, so that upload slots are shared 
 
 Transfers to one peer are granted in the order of its requests.
 
+A node that closes drains first: running transfers end, and only chunks that no other node has are still granted.
+
 Must not know: sockets, clocks, the content of chunks.
 """
 
@@ -31,11 +33,15 @@ QUEUED_PER_PEER_MAX = 16  # a node requests at most two batches ahead
 ACTIVE_PER_PEER_MAX = 2  # the second keeps the wire busy while the end of the first is reported
 SLOWEST = 8  # a pace below 1 / SLOWEST of the fastest counts as that: a peer may misreport its pace
 BUSY_RETRY_S = 1.0
+LEAVING_RETRY_S = 1.0
 
 
 @dataclass(frozen=True)
 class Requested:
-    """A peer requests a transfer of `size` bytes. `sources` and `pace_bytes_per_s`: see `messages.Request`."""
+    """A peer requests a transfer of `size` bytes. `sources` and `pace_bytes_per_s`: see `messages.Request`.
+
+    `only_here`: no other node is known to hold a chunk of it.
+    """
 
     peer: NodeId
     transfer: int
@@ -43,6 +49,7 @@ class Requested:
     sources: int = 0
     pace_bytes_per_s: float = 0.0
     streams: int = 1
+    only_here: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,13 @@ class PeerLeft:
     """The link to a peer is gone."""
 
     peer: NodeId
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Grant no request from now on but those `only_here`; of the requests that wait, keep those in `keep`."""
+
+    keep: frozenset[tuple[NodeId, int]]
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ class Refuse:
     retry_s: float
 
 
-Event: TypeAlias = Requested | Cancelled | Ended | PeerLeft
+Event: TypeAlias = Requested | Cancelled | Ended | PeerLeft | Drain
 Action: TypeAlias = Grant | Stop | Refuse
 
 
@@ -123,6 +137,7 @@ class Upload:
         self._slots = slots
         self._peers: dict[NodeId, _Peer] = {}
         self._level = 0.0  # the highest use of a peer at the time of a grant
+        self._draining = False
         self._sent_s, self._sent_bytes = 0.0, 0  # of whole transfers that are accounted by time
 
     def handle(self, event: Event) -> list[Action]:
@@ -143,11 +158,24 @@ class Upload:
                 peer = self._peers.pop(name, None)
                 stops = [Stop(name, transfer) for transfer in sorted(peer.active)] if peer else []
                 return [*stops, *self._grants()]
+            case Drain(keep):
+                return self._drain(keep)
             case _:
                 raise LocalProtocolError(f"upload cannot handle {event!r}")
         return []
 
+    def _drain(self, keep: frozenset[tuple[NodeId, int]]) -> list[Action]:
+        self._draining = True
+        refused: list[Action] = []
+        for name, peer in sorted(self._peers.items()):
+            gone = [asked.transfer for asked, _ in peer.waiting if (name, asked.transfer) not in keep]
+            peer.waiting = deque(item for item in peer.waiting if item[0].transfer not in gone)
+            refused += [Refuse(name, transfer, "leaving", LEAVING_RETRY_S) for transfer in gone]
+        return [*refused, *self._grants()]
+
     def _requested(self, event: Requested) -> list[Action]:
+        if self._draining and not event.only_here:
+            return [Refuse(event.peer, event.transfer, "leaving", LEAVING_RETRY_S)]
         peer = self._peers.setdefault(event.peer, _Peer())
         if not (peer.waiting or peer.active):
             # A peer that arrives late, or returns, starts level with the others: idle time gives no claim.
@@ -193,6 +221,11 @@ class Upload:
         if wanting_slots:
             return wanting_slots if self.active < self._slots else []
         return [entry for entry in waiting if entry[0] < self._peers[entry[2]].streams]
+
+    @property
+    def idle(self) -> bool:
+        """Whether no transfer is on the wire, and none waits."""
+        return not any(peer.waiting or peer.active for peer in self._peers.values())
 
     @property
     def active(self) -> int:

@@ -44,7 +44,7 @@ class UploadDriver:
     """The uploads of a node.
 
     `rank(digest)` returns this node's rank among the seeds of an artifact, and their number. `withdraw(digest, why)` is
-    called when a source has changed.
+    called when a source has changed. `only_here(share)`: the chunks that peers want and no other node is known to hold.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class UploadDriver:
         shares: Mapping[Digest, Share],
         rank: Callable[[Digest], tuple[int, int]],
         withdraw: Callable[[Digest, str], object],
+        only_here: Callable[[Share], frozenset[int]],
         slots: int,
         idle_timeout_s: float,
     ) -> None:
@@ -64,6 +65,8 @@ class UploadDriver:
         self._shares = shares
         self._rank = rank
         self._withdraw = withdraw
+        self._only_here = only_here
+        self._draining = False
         self._idle_timeout_s = idle_timeout_s
         self._requests: dict[tuple[NodeId, int], messages.Request] = {}
         self._sending: dict[tuple[NodeId, int], _Sending] = {}
@@ -87,7 +90,24 @@ class UploadDriver:
             expected = sum(share.manifest.chunks[index].size for index in request.chunks)
             size = expected or request.count * share.manifest.chunk_bytes
             terms = request.sources, request.pace_bytes_per_s, request.streams
-            self._handle(upload.Requested(peer.node, request.transfer, size, *terms))
+            only_here = self._draining and self._is_only_here(request)
+            self._handle(upload.Requested(peer.node, request.transfer, size, *terms, only_here))
+
+    def drain(self) -> None:
+        """Sends, from now on, only chunks that no other node is known to hold. Running transfers go on."""
+        self._draining = True
+        keep = frozenset(key for key, request in self._requests.items() if self._is_only_here(request))
+        self._handle(upload.Drain(keep))
+
+    @property
+    def drained(self) -> bool:
+        """Whether no transfer is left, and no peer lacks a chunk that only this node has."""
+        return self.machine.idle and not any(map(self._only_here, self._shares.values()))
+
+    def _is_only_here(self, request: messages.Request) -> bool:
+        share = self._shares.get(request.digest)
+        chunks = self._only_here(share) if share else frozenset()
+        return bool(chunks) if request.count else not chunks.isdisjoint(request.chunks)
 
     def cancelled(self, peer: Peer, number: int) -> None:
         """A peer cancels a transfer."""
@@ -165,7 +185,12 @@ class UploadDriver:
         if share.superseed is None:
             return ()
         rank, seeds = self._rank(request.digest)
-        return share.superseed.choose(peer.node, request.count, starving=request.starving, rank=rank, seeds=seeds)
+        among = None
+        if self._draining:
+            rank, seeds, among = 0, 1, self._only_here(share)  # no other seed has them
+        return share.superseed.choose(
+            peer.node, request.count, starving=request.starving, rank=rank, seeds=seeds, among=among
+        )
 
     def _sent(self, node: NodeId, number: int, task: asyncio.Task[bool]) -> None:
         seconds = self._host.now() - self._sending.pop((node, number)).began_at

@@ -21,30 +21,40 @@ SLICE_BYTES_MIN = 4 << 10  # below, headers and wake-ups dominate
 
 
 class TokenBucket:
-    """At most `rate_bytes_per_s`, over all threads that `take` from it. Raises SettingsError unless it is above 0."""
+    """At most `rate_bytes_per_s`, over all threads that `take` from it; None: no cap, until `change`.
 
-    def __init__(self, rate_bytes_per_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        if not rate_bytes_per_s > 0:
-            raise SettingsError("upload_limit", f"{rate_bytes_per_s:g} bytes/s; a rate above 0 is needed")
-        self._rate = rate_bytes_per_s
+    Raises SettingsError unless the rate is above 0.
+    """
+
+    def __init__(self, rate_bytes_per_s: float | None, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.change(rate_bytes_per_s)
         self._clock = clock
         self._lock = threading.Lock()
         self._earned_at_s = clock()
 
     def take(self, size: int) -> float:
         """Books `size` bytes; returns the seconds to wait before sending them."""
+        rate = self._rate
+        if rate is None:
+            return 0.0
         with self._lock:
             now_s = self._clock()
-            self._earned_at_s = max(self._earned_at_s, now_s - BURST_S) + size / self._rate
+            self._earned_at_s = max(self._earned_at_s, now_s - BURST_S) + size / rate
             return max(0.0, self._earned_at_s - now_s)
+
+    def change(self, rate_bytes_per_s: float | None) -> None:
+        """Sets another cap, for what is sent from now on. Raises SettingsError."""
+        if rate_bytes_per_s is not None and not rate_bytes_per_s > 0:
+            raise SettingsError("upload_limit", f"{rate_bytes_per_s:g} bytes/s; a rate above 0 is needed")
+        self._rate = rate_bytes_per_s
 
     @property
     def slice_bytes(self) -> int | None:
-        """The bytes of SLICE_S, at least SLICE_BYTES_MIN."""
-        return int(max(self._rate * SLICE_S, SLICE_BYTES_MIN))
+        """The bytes of SLICE_S, at least SLICE_BYTES_MIN; None without a cap."""
+        return None if self._rate is None else int(max(self._rate * SLICE_S, SLICE_BYTES_MIN))
 
     def __repr__(self) -> str:
-        return f"<TokenBucket {self._rate / 1e6:g} MB/s>"
+        return f"<TokenBucket {'no cap' if self._rate is None else f'{self._rate / 1e6:g} MB/s'}>"
 
 
 class Unlimited:

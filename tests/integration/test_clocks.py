@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ class Clock:
         root.mkdir()
         self._ahead = root / "ahead"
         (root / "sitecustomize.py").write_text(LATE.format(path=str(self._ahead)))
-        self.environment = {"PYTHONPATH": str(root)}
+        self.environment = {"PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
     def set(self, ahead_s: float) -> None:
         new = self._ahead.with_suffix(".new")

@@ -47,6 +47,7 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "find_timeout_s": ("1", 1.0),
     "stall_timeout_s": ("1e1", 10.0),
     "idle_timeout_s": ("0.5", 0.5),
+    "drain_timeout_s": ("30", 30.0),
     "upload_slots": ("3", 3),
     "congestion": ("cubic", "cubic"),
     "transports": ("gloo, ucc", ("gloo", "ucc")),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ START_S = 60.0
 LARGE = 200 << 30  # bytes, sparse: minutes of hashing
 CHUNK = 16 << 20
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+ENDING = [signal.SIGINT, signal.SIGTERM]  # a seed
 
 
 @pytest.fixture
@@ -39,7 +42,9 @@ def small(tmp_path: Path) -> Path:
     return tmp_path / "small"
 
 
-def start(tmp_path: Path, *arguments: str, before: Callable[[], object] | None = None) -> subprocess.Popen[str]:
+def start(
+    tmp_path: Path, *arguments: str, before: Callable[[], object] | None = None, inherited: tuple[int, ...] = ()
+) -> subprocess.Popen[str]:
     environment = os.environ | {
         "PYTHONPATH": str(Path(swarm.__file__).parent.parent),
         "SWARM_CACHE": str(tmp_path / "cache"),
@@ -53,6 +58,7 @@ def start(tmp_path: Path, *arguments: str, before: Callable[[], object] | None =
         env=environment,
         cwd=tmp_path,
         preexec_fn=before,
+        pass_fds=inherited,
     )
 
 
@@ -86,20 +92,59 @@ def until_open(process: subprocess.Popen[str], path: Path) -> None:
     pytest.fail(f"{path} was not opened within {START_S:g} s")
 
 
-@pytest.mark.parametrize("number", ALL)
+@pytest.mark.parametrize("number", ENDING)
 def test_serving_stops_while_files_are_hashed(tmp_path: Path, large: Path, number: signal.Signals) -> None:
     with start(tmp_path, "serve", str(large)) as process:
         until_open(process, large / "model.gguf")  # hashing has begun
         assert stopped(process, number) == 0
 
 
-@pytest.mark.parametrize("number", ALL)
+@pytest.mark.parametrize("number", ENDING)
 def test_serving_stops_without_a_traceback(tmp_path: Path, small: Path, number: signal.Signals) -> None:
     with start(tmp_path, "serve", str(small)) as process:
         until_line(process, "fetch it with")
         assert stopped(process, number) == 0
         assert process.stdout is not None
         assert process.stdout.read() == ""
+
+
+def test_a_hangup_makes_a_seed_read_its_settings_again(tmp_path: Path, small: Path) -> None:
+    with start(tmp_path, "serve", str(small), before=os.setsid) as process:  # a daemon has no terminal
+        until_line(process, "fetch it with")
+        for text, said in (
+            ("upload_limit = '5MB/s'", "settings are read again: upload limit 5 MB/s"),
+            ("upload_limit = '5MB/s'", "settings are read again: nothing has changed"),
+            ("upload_limit = 'fast'", "the settings of before stay"),
+            ("", "settings are read again: no upload limit"),
+        ):
+            (tmp_path / "swarm.toml").write_text(text)
+            process.send_signal(signal.SIGHUP)
+            until_line(process, said)
+        assert stopped(process, signal.SIGTERM) == 0
+
+
+def test_a_hangup_while_files_are_hashed_does_not_end_a_seed(tmp_path: Path, large: Path) -> None:
+    with start(tmp_path, "serve", str(large), before=os.setsid) as process:
+        until_open(process, large / "model.gguf")
+        process.send_signal(signal.SIGHUP)
+        until_line(process, "settings are read again")
+        assert stopped(process, signal.SIGTERM) == 0
+
+
+def test_a_seed_ends_when_its_terminal_is_closed(tmp_path: Path, small: Path) -> None:
+    ours, theirs = os.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    with start(tmp_path, "serve", str(small), before=take_terminal, inherited=(theirs,)) as process:
+        os.close(theirs)
+        until_line(process, "fetch it with")
+        os.kill(process.pid, signal.SIGHUP)
+        until_line(process, "settings are read again")  # its terminal is there
+        os.close(ours)  # the kernel sends SIGHUP
+        assert process.wait(timeout=START_S) == 0
 
 
 def test_a_hangup_that_is_ignored_at_the_start_stays_ignored(tmp_path: Path, small: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from swarm.errors import PeerUnreachable, SettingsError
+from swarm.errors import NotAdmitted, PeerUnreachable, SettingsError
 from swarm.net import discovery, environment
 from swarm.net.environment import HostEnvironment, machine_label, new_id
 from swarm.net.udp import Datagrams
@@ -147,6 +147,45 @@ def test_are_others_told_the_address_that_is_advertised(given: str, told: str) -
         await here.close()
 
     run(scenario)
+
+
+def test_a_node_takes_over_another_key_while_it_runs(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        paths = [tmp_path / name for name in ("old", "new", "both")]
+        for path in paths[:2]:
+            cluster_key.create(path)
+        paths[2].touch(0o600)
+        paths[2].write_text("".join(path.read_text() for path in reversed(paths[:2])))
+        old, new, both = (Settings(mdns=False, key_file=path) for path in paths)
+        here, there = HostEnvironment(old), HostEnvironment(new)
+        heard: asyncio.Queue[bytes] = asyncio.Queue()
+        try:
+            address = await here.open(NODE, hang_up, ignore, lambda _, datagram: heard.put_nowait(datagram))
+            await there.open(NODE, hang_up, ignore, unheard)
+            with pytest.raises(NotAdmitted):
+                await there.dial(address)
+            assert here.reload(old) == []
+            assert here.reload(both) == [f"cluster key {cluster_key.load(paths[2])}"]
+            link = await there.dial(address)
+            assert await link.receive() == Bye("hello")
+            await link.close()
+            there.send(address, b"a datagram")
+            assert await heard.get() == b"a datagram"
+            with pytest.raises(SettingsError, match="restart"):
+                here.reload(Settings(mdns=False))
+        finally:
+            await here.close()
+            await there.close()
+
+    run(scenario)
+
+
+def test_an_upload_limit_changes_while_a_node_runs() -> None:
+    environment = HostEnvironment(Settings(mdns=False))
+    limited = Settings(mdns=False, upload_limit=5e6)
+    assert environment.reload(limited) == ["upload limit 5 MB/s"]
+    assert environment.reload(limited) == []
+    assert environment.reload(Settings(mdns=False)) == ["no upload limit"]
 
 
 def test_is_nobody_beyond_loopback_dialled() -> None:

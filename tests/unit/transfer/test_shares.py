@@ -95,6 +95,7 @@ class Node:
         self.now = 0.0
         self.tasks: list[asyncio.Task[Any]] = []
         self.changes = 0
+        self.complete_elsewhere = False
         self.stopped: list[Share] = []
         self.may_stop = asyncio.Event()
         self.may_stop.set()
@@ -107,6 +108,7 @@ class Node:
             changed=self.change,
             distance=lambda node: 1,
             stop_uploads=self.stop_uploads,
+            complete_elsewhere=lambda _: self.complete_elsewhere,
         )
 
     def change(self) -> None:
@@ -354,6 +356,33 @@ def test_is_an_artifact_served_until_its_last_user_releases_it() -> None:
         assert first.closed
         assert second.closed
         assert node.shares.withdraw(DIGEST, "again") is None
+
+    run(scenario)
+
+
+def test_only_here_is_what_a_peer_lacks_and_no_other_node_has() -> None:
+    async def scenario(node: Node) -> None:
+        node.shares.serve(MODEL, Source(), None)
+        share = node.shares.shares[DIGEST]
+        assert node.shares.only_here(share) == set()
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS, [0]).pack(), b""))
+        assert node.shares.only_here(share) == set(range(1, CHUNKS))
+        node.complete_elsewhere = True
+        assert node.shares.only_here(share) == set()
+
+    run(scenario)
+
+
+def test_only_here_of_a_fetched_share_is_everything_while_a_peer_fetches() -> None:
+    async def scenario(node: Node) -> None:
+        share, _ = node.fetch(*range(CHUNKS))
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS, [0]).pack(), b""))
+        assert node.shares.only_here(share) == set(), "a fetch that runs is no seed"
+        share.download = None
+        share.settled.set()
+        assert node.shares.only_here(share) == set(range(CHUNKS))
+        node.them.interests.clear()
+        assert node.shares.only_here(share) == set()
 
     run(scenario)
 

@@ -246,6 +246,21 @@ def test_is_one_that_has_everything_given_nothing_however_often_it_asks() -> Non
     assert [seed.asked("a", starving=True) for _ in range(4)] == [()] * 4
 
 
+def test_what_only_the_seed_has_is_what_newcomers_want_and_none_holds() -> None:
+    seed = Seed("a", "b", chunks=4)
+    assert seed.superseed.only_here() == {0, 1, 2, 3}
+    seed.has("a", 0, 1)
+    assert seed.superseed.only_here() == {2, 3}
+    seed.left("a")
+    assert seed.superseed.only_here() == {0, 1, 2, 3}
+    seed.has("b", 0, 1, 2, 3)
+    assert seed.superseed.only_here() == set()
+    seed.left("b")
+    assert seed.superseed.only_here() == set()
+    seed.joined("c", holds=[0], wants=[0, 1])
+    assert seed.superseed.only_here() == {1}
+
+
 def test_is_a_stranger_given_nothing() -> None:
     seed = Seed("a")
     assert seed.asked("stranger", 3, starving=True) == ()

@@ -36,6 +36,20 @@ def told(machine: Upload, *events: upload.Event) -> list[upload.Action]:
     return actions
 
 
+def test_a_node_that_drains_ends_what_runs_and_grants_only_what_no_other_node_has() -> None:
+    machine = Upload(slots=1)
+    told(machine, Requested(A, 0, 100), Requested(A, 1, 100), Requested(B, 2, 100), Requested(B, 3, 100))
+    refused = told(machine, upload.Drain(frozenset({(B, 3)})))
+    assert refused == [Refuse(peer, number, "leaving", upload.LEAVING_RETRY_S) for peer, number in ((A, 1), (B, 2))]
+    assert told(machine, Requested(A, 4, 100)) == [Refuse(A, 4, "leaving", upload.LEAVING_RETRY_S)]
+    assert told(machine, Requested(A, 5, 100, only_here=True)) == []
+    assert not machine.idle
+    assert told(machine, Ended(A, 0, 1.0)) == [Grant(B, 3, 0)]
+    assert told(machine, Ended(B, 3, 1.0)) == [Grant(A, 5, 1)]
+    assert told(machine, Ended(A, 5, 1.0)) == []
+    assert machine.idle
+
+
 def test_a_free_slot_goes_to_who_got_least() -> None:
     machine = Upload(slots=1)
     told(machine, *(Requested(GREEDY, number, 100) for number in range(4)), Requested(NodeId("modest"), 9, 100))

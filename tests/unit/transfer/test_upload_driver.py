@@ -20,6 +20,7 @@ from swarm.protocol import messages
 from swarm.protocol.messages import NodeId
 from swarm.store import Source
 from swarm.transfer.superseed import Superseed
+from swarm.transfer.upload import LEAVING_RETRY_S
 from swarm.transfer.upload_driver import NOTHING_RETRY_S, REFUSED_RETRY_S, UploadDriver
 
 CHUNKS = 8
@@ -72,6 +73,7 @@ class Node:
         self.tasks: list[asyncio.Task[Any]] = []
         self.recorded: list[object] = []
         self.withdrawn: list[tuple[str, str]] = []
+        self.only_here: frozenset[int] = frozenset()
         superseed = Superseed(CHUNKS, rng=random.Random(0)) if superseeds else None
         if superseed:
             superseed.joined(NodeId(self.newcomer.node), Bitfield(CHUNKS))
@@ -97,6 +99,7 @@ class Node:
             shares=self.shares,
             rank=lambda _: (0, 1),
             withdraw=lambda digest, why: self.withdrawn.append((digest, why)),
+            only_here=lambda share: self.only_here,
             slots=slots,
             idle_timeout_s=1.0,
         )
@@ -219,6 +222,35 @@ def test_are_chunks_of_a_transfer_that_broke_given_again() -> None:
         node.request(2, count=CHUNKS)
         await node.ended()
         assert node.wire.sent == [(2, bytes_of(*range(CHUNKS)))]
+
+    run(scenario)
+
+
+def test_a_seed_that_drains_hands_over_what_only_it_has() -> None:
+    async def scenario() -> None:
+        node = Node(superseeds=True, slots=1)
+        node.wire.may_end.clear()
+        node.request(1, count=1)
+        node.request(2, count=1)
+        node.request(3, 0)
+        await node.started()
+        node.only_here = frozenset({5, 6})
+        node.driver.drain()
+        assert node.heard(messages.Refuse) == [messages.Refuse(3, "leaving", LEAVING_RETRY_S)]
+        node.request(4, 4)
+        assert node.heard(messages.Refuse)[1:] == [messages.Refuse(4, "leaving", LEAVING_RETRY_S)]
+        node.request(5, 5)
+        assert not node.driver.drained
+        node.wire.may_end.set()
+        while not node.driver.machine.idle:
+            await node.ended()
+        granted = {grant.transfer: set(grant.chunks) for grant in node.heard(messages.Grant)}
+        assert granted.keys() == {1, 2, 5}
+        assert granted[2] <= node.only_here
+        assert granted[5] == {5}
+        assert not node.driver.drained
+        node.only_here = frozenset()
+        assert node.driver.drained
 
     run(scenario)
 

@@ -90,6 +90,18 @@ def test_a_rate_that_never_sends_is_refused(rate: float) -> None:
         TokenBucket(rate)
 
 
+def test_a_cap_changes_for_what_is_sent_from_now_on() -> None:
+    bucket = TokenBucket(None)
+    assert (bucket.take(1 << 40), bucket.slice_bytes) == (0.0, None)
+    bucket.change(1e6)
+    assert bucket.take(10_000_000) > 9.0
+    assert bucket.slice_bytes == 20_000
+    bucket.change(None)
+    assert bucket.take(1 << 40) == 0.0
+    with pytest.raises(SettingsError):
+        bucket.change(0.0)
+
+
 def test_no_cap_never_waits() -> None:
     assert Unlimited().take(1 << 40) == 0
     assert Unlimited().slice_bytes is None
