@@ -50,6 +50,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _DEVICE = re.compile("cpu|cuda(:[0-9]{1,3})?")
 
 T = TypeVar("T")
+BRING_FIND_S, LINGER_S = 3.0, 10.0
 TURN_S = 0.1  # between two looks at a place that another fetch fills
 RESOLVE_GRACE_S = 1.0  # resolution ends before the timeout: its error names the addresses that were tried
 
@@ -640,6 +641,30 @@ def _remember(cache: Path, path: Path, manifest: Manifest, origin: Origin | None
         digest_cache.remember(cache, path, manifest)
     except StoreError as error:
         log.warning("%s; the fetch is complete, but `swarm verify %s` will know nothing of it", error, path)
+
+
+def bring(model_id: str, revision: str | None, *, settings: Settings) -> Path:
+    """Fetches a model of the hub into the Hugging Face cache for a program that reads it there; returns its snapshot.
+
+    Looks for peers and the hub for at most `BRING_FIND_S`, because that program can download by itself. Then serves the
+    model for up to `LINGER_S`, while other nodes still fetch it: they started at the same time. Raises as `fetch` does.
+    """
+    quick = dataclasses.replace(settings, find_timeout_s=min(settings.find_timeout_s, BRING_FIND_S))
+    with fetch(model_id, out=HUB_CACHE, settings=quick, revision=revision) as weights:
+        runtime().run(_linger(quick, weights.digest))
+    if weights.path is None:
+        raise StoreError(f"{model_id}: the Hugging Face cache has no directory of it")
+    return weights.path
+
+
+async def _linger(settings: Settings, digest: Digest) -> None:
+    node = await runtime().acquire(settings)
+    try:
+        deadline = node.now() + LINGER_S
+        while node.feeds(digest) and node.now() < deadline:
+            await node.changed(TURN_S)
+    finally:
+        await runtime().release(settings)
 
 
 async def _withdraw(settings: Settings, digest: Digest) -> None:

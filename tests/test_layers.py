@@ -83,7 +83,7 @@ ROWS: dict[str, set[str]] = {
         "observe.units", "runtime", "simulation", "simulation.crowd", "simulation.plot", "simulation.report",
         "simulation.setup", "simulation.wire",
     },
-    "testing": {"testing", "testing.require", "testing.stores", "testing.transports"},
+    "testing": {"testing", "testing.origins", "testing.require", "testing.stores", "testing.transports"},
 }  # fmt: skip
 PURE = ["words", "nouns", "policy", "machines"]
 
@@ -121,7 +121,7 @@ FOLDERS: dict[str, set[str]] = {
         "protocol", "runtime", "security", "simulation", "store", "transfer",
     },
     "__main__": {"cli"},
-    "testing": {"content", "hashing", "net", "store", "transport"},
+    "testing": {"content", "hashing", "net", "origin", "store", "transport"},
 }  # fmt: skip
 COMMON = {"errors", "settings"}
 FLAT = {"", "__main__", "api", "errors", "journal", "runtime", "settings"}

@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.api import fetch
+from swarm.api import BRING_FIND_S, bring, fetch
 from swarm.checkpoint import hf_cache
 from swarm.engines import cache_gc, metadata, vllm_modelinfos
 from swarm.engines.layout import metadata_id
-from swarm.errors import ManifestNotFound, SettingsError
+from swarm.errors import ManifestNotFound, SettingsError, SwarmError
 from swarm.settings import Settings
 
 MODEL_FLAGS = ("--model", "--model-path")
@@ -54,12 +54,17 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     if here is not None and (metadata.is_whole(here) or (here / metadata.DESCRIPTION).is_file()):
         log.info("%s: is on this machine, at %s", name, here)
         return LaunchCommand(_with_format(command), environment)
+    from_hub = here is None and hf_cache.is_model_id(word) and not Path(word).exists()
+    # Without a node that serves it, the hub is read: that is soon known where all replicas start at the same time.
+    find_timeout_s = min(settings.find_timeout_s, BRING_FIND_S) if from_hub else settings.find_timeout_s
+    looking = dataclasses.replace(settings, find_timeout_s=find_timeout_s)
     try:
-        directory = _fetch_metadata(name, settings, revision, for_vllm=_takes_vllm_flags(command))
+        directory = _fetch_metadata(name, looking, revision, for_vllm=_takes_vllm_flags(command))
     except ManifestNotFound as error:
-        from_hub = here is None and hf_cache.is_model_id(word) and not Path(word).exists()
         if not from_hub and not (here is not None and (here / "config.json").is_file()):
             raise
+        if from_hub and _brought(word, settings, revision):
+            return LaunchCommand(_with_format(command), environment)
         log.warning("%s; the engine starts without the swarm", error)
         return LaunchCommand(_with_format(command), environment)
     log.info("%s: config, tokenizer and headers are at %s", name, directory)
@@ -68,6 +73,19 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     if _takes_vllm_flags(command) and not _has(command, SERVED_NAME):
         changed += [SERVED_NAME, word]
     return LaunchCommand(_with_format(changed), environment)
+
+
+def _brought(model_id: str, settings: Settings, revision: str | None) -> bool:
+    """Whether a model is in the Hugging Face cache now, read from the hub together with other replicas."""
+    if settings.origin == "none" or "/" not in model_id:
+        return False
+    try:
+        place = bring(model_id, revision, settings=settings)
+    except SwarmError as error:
+        log.warning("%s: was not read from the hub by the swarm (%s)", model_id, error)
+        return False
+    log.info("%s: is in the Hugging Face cache now, at %s", model_id, place)
+    return True
 
 
 def _fetch_metadata(model_id: str, settings: Settings, revision: str | None, *, for_vllm: bool) -> Path:
@@ -147,6 +165,6 @@ def _environment(settings: Settings, model_id: str) -> dict[str, str]:
 
 
 def _text(name: str, value: object) -> str:
-    if name == "upload_limit":
+    if name in ("upload_limit", "origin_limit"):
         return f"{value:.0f}B/s"
     return ",".join(value) if isinstance(value, tuple) else str(value)

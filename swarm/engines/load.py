@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from swarm.api import BRING_FIND_S, HUB_CACHE, fetch_on
+from swarm.checkpoint import hf_cache
 from swarm.content.manifest import Digest, FileEntry, Manifest, ModelId
 from swarm.engines import metadata
 from swarm.engines.checkpoint_files import CheckpointFiles, model_id_of
@@ -143,6 +145,8 @@ class RankLoader:
             if not choice.wanted:
                 self._decide(choice.tier, False, choice.why)
                 continue
+            if choice.tier == "disk":
+                self._bring()
             began = time.monotonic()
             self._abandon_s = ABANDON_S if choice.alternative else math.inf
             try:
@@ -156,6 +160,27 @@ class RankLoader:
                 return choice.tier
         why = self._attempts[0].why
         raise SwarmError(f"{self.model_id}: no tier is left to load weight version {self.server.version!r} from: {why}")
+
+    def _bring(self) -> None:
+        """Reads a model of the hub together with other replicas, before the engine's own loader downloads it alone."""
+        files, plain = self.files, hf_cache.is_model_id(self.model_id) and "/" in self.model_id
+        if files.local != "config" or files.is_directory or not plain or self.settings.origin == "none":
+            return
+        try:
+            place = runtime().run(self._fetch_to_hub_cache())
+        except SwarmError as error:
+            log.info("%s: the engine's own loader gets the files (%s)", self, error)
+        else:
+            log.info("%s: the files are in the Hugging Face cache now, at %s", self, place)
+
+    async def _fetch_to_hub_cache(self) -> Path | None:
+        quick = dataclasses.replace(self.settings, find_timeout_s=min(self.settings.find_timeout_s, BRING_FIND_S))
+        fetched, _, place = await fetch_on(
+            await self.node.open(), self.model_id, out=HUB_CACHE, into=None, digest=None,
+            timeout_s=quick.timeout_s, settings=quick, revision=self.files.revision,
+        )  # fmt: skip
+        self.node.log_fetch(fetched)
+        return place
 
     def _decide(self, tier: str, taken: bool, why: str, seconds: float = 0.0, *, failed: bool = False) -> None:
         self._attempts.append(TierAttempt(tier, taken, why[:REASON_MAX], seconds, failed))

@@ -281,9 +281,18 @@ class Node:
 
     def promised(self, model_id: ModelId) -> bool:
         """Whether a node fetches or serves a promise of a model id: its origin was read."""
-        linked = ((a.model_id, a.tier) for peer in self.peers.values() for a in peer.artifacts.values())
-        gossiped = ((held.model_id, held.tier) for member in self.members() for held in member.profile.artifacts)
-        return (model_id, "promised") in (*linked, *gossiped)
+        promises = self.promises()
+        return any(announced.digest in promises and announced.model_id == model_id for announced in self.announced())
+
+    def promises(self) -> set[Digest]:
+        """The digests that are promises, as other nodes announce."""
+        linked = ((a.digest, a.tier) for peer in self.peers.values() for a in peer.artifacts.values())
+        gossiped = ((held.digest, held.tier) for member in self.members() for held in member.profile.artifacts)
+        return {digest for digest, tier in (*linked, *gossiped) if tier == "promised"}
+
+    def feeds(self, digest: Digest) -> bool:
+        """Whether another node still fetches an artifact that this node holds."""
+        return any(holders.fetches(member, digest, self.peers) for member in self.members())
 
     def replace_source(self, digest: Digest, source: Source) -> asyncio.Task[Any]:
         """Serves an artifact from another source, with the same chunks. The task ends when the old one is closed."""

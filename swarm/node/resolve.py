@@ -297,8 +297,19 @@ async def _wanted(
     else:
         named = {digest for digest, origin in origins.items() if origin and origin.is_revision(revision or "")}
         found = {digest: nodes for digest, nodes in holders.items() if revision is None or digest in named}
+        found = _without_promises(node, found, origins)
     whole = await _whole(node, answers, found, origins) if len(found) > 1 else None
     return {whole: found[whole]} if whole else found
+
+
+def _without_promises(
+    node: Node, holders: dict[Digest, list[Holder]], origins: Mapping[Digest, Origin | None]
+) -> dict[Digest, list[Holder]]:
+    """Without the promises of a commit of which a node serves a manifest: they are the same files."""
+    promises = node.promises()
+    commits = {o.commit for digest in holders if digest not in promises and (o := origins.get(digest)) and o.commit}
+    same = {digest for digest in promises & holders.keys() if (o := origins.get(digest)) and o.commit in commits}
+    return {digest: nodes for digest, nodes in holders.items() if digest not in same}
 
 
 def _of_one_commit(digests: Iterable[Digest], origins: Mapping[Digest, Origin | None]) -> bool:

@@ -36,6 +36,7 @@ PAUSE_FIRST_S, PAUSE_LONGEST_S = 0.5, 30.0  # after a failure, doubling with eac
 WAIT_MAX_S = 600.0  # of what an origin asks to wait
 FAILURES_TOLD = 3  # in a row, before other nodes are told that this one cannot read
 ALONE_S = 2.0  # without a peer, before a fetch with a lasting failure of the origin ends
+GREET_S = 1.5  # for peers that announce chunks to tell which, before the first read
 POLL_S = 0.25
 
 T = TypeVar("T")
@@ -107,7 +108,7 @@ class OriginDriver:
         self._failures = 0
         self._paused_until = 0.0
         self._over: OriginError | None = None  # a lasting failure
-        self._progress_at = host.now()
+        self._progress_at = self._began = host.now()
         self._budget = _Budget(source.limit_bytes_per_s)
         self._tasks: list[asyncio.Task[None]] = []
         self._download: OriginDownload
@@ -147,7 +148,16 @@ class OriginDriver:
         if self._over and alone and self._host.now() - self._progress_at > ALONE_S:
             self._download.fail(self._over)
 
+    def _expects_peers(self) -> bool:
+        """Whether a peer announces chunks and has not told yet which: nothing that it holds is to be read."""
+        if self._host.now() - self._began > GREET_S or self._download.machine.elsewhere.any():
+            return False
+        announced = (peer.artifacts.get(self._manifest.digest) for peer in self._host.peers.values())
+        return any(artifact and artifact.chunks for artifact in announced)
+
     async def _stream(self, number: int) -> None:
+        while self._expects_peers():
+            await self._wait(POLL_S / 10)
         while True:
             pause_s = self._paused_until - self._host.now()
             if self._over or pause_s > 0 or number >= self._reads.streams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
+from swarm.content.promise import ListedFile, Listing, promise
 from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable, RevisionNotFound, Unsigned
 from swarm.hashing.cpu import chunk_digests
 from swarm.journal import Resolved
@@ -134,6 +136,14 @@ class QueueWorld:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for transport in self.transports:
             await transport.close()
+
+
+class Promised(MemoryStore):
+    """A promise of the same file, as nodes announce it that read it from its origin."""
+
+    def __init__(self, size: int = 4) -> None:
+        content = "sha256:" + hashlib.sha256(bytes(size)).hexdigest()
+        super().__init__(promise(Listing("origin", ORIGIN.commit, (ListedFile("zeros", size, content),))))
 
 
 class Zeros(MemoryStore):
@@ -305,6 +315,28 @@ def test_is_a_signature_for_another_id_or_revision_none(publisher: Publisher, mo
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision="v2")
             with pytest.raises(Unsigned, match=r"swarm sign PATH --key KEY"):
                 await resolve(newcomer, MODEL, digest=other.manifest.digest, find_timeout_s=DEADLINE_S)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("commit", [ORIGIN.commit, "ab" * 20])
+def test_is_a_promise_the_same_content_as_a_manifest_of_its_commit(commit: str) -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with (
+            street.node("seed") as seed,
+            street.node("reader") as reader,
+            street.node("newcomer", knows=["seed", "reader"]) as newcomer,
+        ):
+            seed.serve(MODEL, served := Zeros(4), origin=ORIGIN)
+            reader.serve(MODEL, Promised(), origin=Origin(commit, {}))
+            await until(lambda: len(newcomer.holders(MODEL)) == 2)
+            if commit == ORIGIN.commit:
+                found = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
+                assert found[0].digest == served.manifest.digest
+            else:
+                with pytest.raises(ManifestConflict):
+                    await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
 
     run(scenario)
 
