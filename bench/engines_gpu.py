@@ -36,7 +36,7 @@ from typing import Any, ClassVar
 HERE = Path(__file__).resolve().parent
 MODEL_ID = "bench/model"
 PORT = int(os.environ.get("BENCH_PORT", "7000"))  # of the source's node
-PROMPTS, ANSWER_TOKENS = 50, 24
+PROMPTS, SERVER_PROMPTS, ANSWER_TOKENS = 50, 20, 24
 STREAMS = 16
 WORK = Path(os.environ.get("WORK", "/tmp/engines_gpu"))
 SHOWN = re.compile(
@@ -330,6 +330,8 @@ NEWCOMER_ENV = {"SWARM_PEERS": f"127.0.0.1:{PORT}"}
 
 
 def source(name: str = "source", *, env: dict[str, str] | None = None, **more: Any) -> Engine:
+    for other in Run.current.engines:  # which may have the port
+        other.kill()
     engine = Engine(name, env=SOURCE_ENV | (env or {}), **options(**more)).ready()
     memory = engine.tell("served")
     report(engine, memory_gb=memory)
@@ -411,6 +413,11 @@ def step_disk() -> None:
     """vLLM's own loader, twice: the tokens to compare with, and the time to beat."""
     for number in (1, 2):
         finish(Engine(f"disk{number}", **options(load_format="auto")), show=number == 1)
+
+
+def step_reference() -> None:
+    """vLLM's own loader, once, for the tokens to compare with."""
+    finish(Engine("disk", **options(load_format="auto")), show=False)
 
 
 def step_source() -> None:
@@ -619,7 +626,11 @@ def step_compiled() -> None:
 class Server:
     """A whole `vllm serve`."""
 
-    def __init__(self, name: str, port: int, *words: str, env: dict[str, str], run: bool = False) -> None:
+    started: ClassVar[list[Server]] = []
+
+    def __init__(
+        self, name: str, port: int, *words: str, env: dict[str, str], run: bool = False, log: str = "start.log"
+    ) -> None:
         home = WORK / name
         home.mkdir(parents=True, exist_ok=True)
         model = MODEL_ID if run else str(Run.current.model)
@@ -629,13 +640,14 @@ class Server:
         own = environment(home, name) | compilers(home) | ({"SWARM_CACHE": str(home / "swarm")} if run else {})
         del own["VLLM_ENABLE_V1_MULTIPROCESSING"]
         self.name, self.port, self.began = name, port, time.time()
-        self.log = home / "log"
+        self.log = home / log
         with self.log.open("wb") as out:
             self._process = subprocess.Popen(
                 command, env={**os.environ, **own, **env}, cwd=home, stdin=subprocess.DEVNULL, stdout=out,
                 stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.ready_s: float | None = None
+        Server.started.append(self)
 
     def poll(self) -> bool:
         """Whether it answers, or has ended."""
@@ -649,7 +661,7 @@ class Server:
         while not self.poll() and time.time() < Run.current.deadline:
             time.sleep(0.05)
         said = [found[0] for found in TOLD.finditer(self.log.read_text(errors="replace"))]
-        say(start=self.name, ready_s=self.ready_s, said=[line[:160] for line in said])
+        say(start=f"{self.name}/{self.log.name}", ready_s=self.ready_s, said=[line[:160] for line in said])
         if self.ready_s is None:
             print(self.log.read_text(errors="replace")[-6000:], flush=True)
         return self
@@ -662,10 +674,35 @@ class Server:
             time.sleep(0.1)
         return True
 
+    def compare(self) -> None:
+        """Its answers with those of the first server."""
+        found = []
+        for prompt in prompts()[:SERVER_PROMPTS]:
+            body = {"model": MODEL_ID, "prompt": prompt, "temperature": 0, "max_tokens": ANSWER_TOKENS,
+                    "ignore_eos": True, "return_token_ids": True}  # fmt: skip
+            address = f"http://127.0.0.1:{self.port}/v1/completions"
+            request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                found.append(json.load(reply)["choices"][0]["token_ids"])
+        wanted = Run.current.tokens.setdefault("server", found)
+        same = sum(one == other for one, other in zip(found, wanted, strict=True))
+        say(tokens_of=self.name, identical=f"{same} of {len(wanted)}", different=len({tuple(one) for one in found}))
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait(20)
+
+
+def answer(*servers: Server) -> None:
+    """Waits for all at once, then compares their answers."""
+    waiting = [threading.Thread(target=server.ready) for server in servers]
+    for thread in waiting:
+        thread.start()
+    for thread in waiting:
+        thread.join()
+    for server in servers:
+        server.compare()
 
 
 def step_starts() -> None:
@@ -679,20 +716,20 @@ def step_starts() -> None:
     cold = Server("serve-disk", 8101, env={})
     first = Server("serve-source", 8102, "--load-format", "swarm", env={**env, **SOURCE_ENV})
     try:
-        cold.ready()
-        first.ready()
+        answer(cold, first)
         say(serves=first.wait("ready, serves"), serves_caches=first.wait("compile cache: serves", 20))
         cold.kill()
-        servers = [
-            Server("serve-disk", 8103, env={}),
-            Server("serve-nothing", 8104, env={**env, **NEWCOMER_ENV}, run=True),
-        ]
-        for server in servers:
-            server.ready()
-            server.kill()
+        # vLLM's own loader, with the compile caches of the source.
+        alone = ["--load-format", "swarm", "--model-loader-extra-config", '{"tiers": "", "serve": false}']
+        for number in (1, 2):
+            warm = Server("serve-source", 8103 + 10 * number, *alone, env=env, log=f"warm-{number}.log")
+            nothing = Server(f"serve-nothing-{number}", 8104 + 10 * number, env={**env, **NEWCOMER_ENV}, run=True)
+            answer(warm, nothing)
+            warm.kill()
+            nothing.kill()
     finally:
-        first.kill()
-        cold.kill()
+        for server in Server.started:
+            server.kill()
 
 
 def make(path: Path, words: list[str]) -> None:
@@ -713,8 +750,8 @@ def logs(out: Path) -> None:
             path = WORK / f"{number:02}-{engine.name}.log"
             path.write_text("".join(f"{at:8.3f} {line}\n" for at, line in engine.lines))
             archive.add(path, path.name)
-        for path in WORK.glob("serve-*/log"):
-            archive.add(path, f"{path.parent.name}.log")
+        for path in WORK.glob("serve-*/*.log"):
+            archive.add(path, f"{path.parent.name}-{path.name}")
 
 
 @contextlib.contextmanager
@@ -747,7 +784,7 @@ def main() -> None:
     )
     making = threading.Thread(target=make, args=(chosen.model, []))
     making.start()
-    for module in MODULES:
+    for module in MODULES if chosen.steps != ["starts"] else ():
         with contextlib.suppress(ImportError):
             __import__(module)
     making.join()

@@ -125,19 +125,20 @@ def _start_early() -> None:
     wrapper = _wrapper()
     known = wrapper.init_device
 
-    def begin(config: Any) -> None:
+    def tell(step: str, config: Any) -> None:
         from swarm.engines import vllm_loader
 
         try:
-            vllm_loader.begin(config)
+            getattr(vllm_loader, step)(config)
         except Exception as error:  # loading comes to the same error, and decides
             log.info("the node is not started early: %s", error)
 
     @functools.wraps(known)
     def init_device(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _calling(sys.modules.get(type(self.worker).__module__), RANKS_KNOWN, lambda: begin(self.vllm_config)):
+        module = sys.modules.get(type(self.worker).__module__)
+        with _calling(module, RANKS_KNOWN, lambda: tell("begin", self.vllm_config)):
             result = known(self, *args, **kwargs)
-        begin(self.vllm_config)  # does nothing where it has begun
+        tell("initialised", self.vllm_config)
         return result
 
     wrapper.init_device = init_device

@@ -105,12 +105,11 @@ class VLLM:
         def hook(name: str) -> Callable[..., None]:
             return lambda *words: self.told.append((name, words))
 
-        begin = hook("begin")
+        steps = {name: hook(name) for name in ("begin", "initialised")}
         names = ("ready", "begin_change", "end_change", "pause", "resume", "set_version")
         models = types.SimpleNamespace(**{name: hook(name) for name in names})
-        loader = module(
-            "swarm.engines.vllm_loader", VllmLoader=object, models=models, begin=begin, join_caches=hook("join")
-        )
+        own: dict[str, Any] = {"VllmLoader": object, "models": models, "join_caches": hook("join"), **steps}
+        loader = module("swarm.engines.vllm_loader", **own)
         monkeypatch.setitem(sys.modules, "swarm.engines.vllm_loader", loader)
         monkeypatch.setattr(importlib.import_module("swarm.engines"), "vllm_loader", loader, raising=False)
         plugin = importing(monkeypatch, "vllm", self.modules, "swarm.engines.vllm")
@@ -166,11 +165,11 @@ def test_does_the_node_open_as_soon_as_a_worker_has_its_ranks(
         monkeypatch.setattr(plugin, "RANKS_KNOWN", "ranks_known")
     assert engine.wrapper(Worker(engine.told)).init_device() == "initialised"
     rest = ("the rest of init_device", ())
-    begun = ("begin", ("the config",))
-    assert engine.told == ([begun, rest, begun] if known else [rest, begun])
+    ended = ("initialised", ("the config",))
+    assert engine.told == ([("begin", ("the config",)), rest, ended] if known else [rest, ended])
     assert ranks_known.__name__ == "ranks_known"
     assert not hasattr(ranks_known, "__wrapped__"), "the worker's module is as it was"
-    monkeypatch.delattr(sys.modules["swarm.engines.vllm_loader"], "begin")
+    monkeypatch.delattr(sys.modules["swarm.engines.vllm_loader"], "initialised")
     with caplog.at_level("INFO", "swarm"):
         assert engine.wrapper(Worker(engine.told)).init_device() == "initialised"
     assert "the node is not started early" in caplog.text
