@@ -35,7 +35,7 @@ from swarm.errors import (
 from swarm.settings import Settings
 
 if TYPE_CHECKING:
-    from swarm.api import HUB_CACHE, Served, Weights, fetch, fetch_async, serve
+    from swarm.api import HUB_CACHE, Progress, Served, Weights, fetch, fetch_async, serve
     from swarm.engines import transformers
 
 __version__ = "0.1.0"
@@ -50,6 +50,7 @@ __all__ = [
     "ManifestInvalid",
     "ManifestNotFound",
     "OriginError",
+    "Progress",
     "RevisionNotFound",
     "Served",
     "Settings",

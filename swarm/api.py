@@ -13,8 +13,10 @@ import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -30,15 +32,19 @@ from swarm.node.cold_start import Found, OriginModel, find
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
+from swarm.observe.progress import LOOK_EVERY_S, ProgressWatch, ShowProgress, in_notebook, watch
+from swarm.observe.progress import Progress as Progress
 from swarm.origin import registry
 from swarm.protocol.messages import Address, Origin, Signature, unsayable
 from swarm.runtime import runtime
 from swarm.security import signatures
 from swarm.settings import Settings
 from swarm.store import Source, Store
+from swarm.store.casting import cast_dtype, casts
 from swarm.store.directory import Claimed, DirectoryStore
 from swarm.store.memory import PromisedSource
-from swarm.store.tensors import GpuStore, IntoStore, MemoryStore
+from swarm.store.targets import targets
+from swarm.store.tensors import CastStore, GpuStore, IntoStore, MemoryStore
 from swarm.transfer.verify import copy, is_right
 
 if TYPE_CHECKING:
@@ -140,7 +146,7 @@ def fetch(
     model_id: str,
     *,
     out: str | Path | _HubCache | None = None,
-    into: Mapping[str, torch.Tensor] | None = None,
+    into: Mapping[str, torch.Tensor] | torch.nn.Module | None = None,
     device: str = "cpu",
     digest: str | None = None,
     timeout_s: float | None = None,
@@ -149,11 +155,14 @@ def fetch(
     include: Patterns = None,
     exclude: Patterns = None,
     tensors: TensorChoice = None,
+    progress: ShowProgress = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Weights:
     """Fetches a model from the nodes that serve it, verified, and serves it.
 
     The default target are new tensors on the CPU, or on the GPU that `device` names ("cuda", "cuda:1"). `into`:
-    existing tensors, whose names, shapes and dtypes must match; after an error their contents are undefined. `out`: a
+    existing tensors, or a torch.nn.Module, whose names, shapes and dtypes must match; after an error their contents are
+    undefined, and autograd takes them for written to in any case. `out`: a
     directory, or the local Hugging Face cache (`out=swarm.HUB_CACHE`). `digest` pins the content. `settings` default to
     `Settings.load()`.
 
@@ -161,19 +170,37 @@ def fetch(
     `ignore_patterns`; `tensors` are names, patterns of names, or a predicate. Only that part travels. In memory it is
     the tensors that match, in a directory the files that hold them.
 
+    `dtype`: floating tensors of 16 to 64 bits are cast to it as they arrive, on their device. What was cast is not
+    served on.
+
+    `progress` is called with `Progress` objects, about ten times a second in this thread; False for none. By default
+    a bar is drawn in terminals and notebooks.
+
     Raises SettingsError, also for a part that matches nothing, ManifestNotFound, ManifestConflict, Stalled,
     FetchTimeout, and StoreError with its kinds.
     """
     selection = Selection.read(include=include, exclude=exclude, tensors=tensors)
-    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision, selection)
-    return runtime().run(_fetch(want))
+    want = _Want(
+        model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision, selection, dtype
+    )
+    if _in_event_loop() and not in_notebook():
+        said = "swarm.fetch blocks the event loop that runs in this thread; there, use `await swarm.fetch_async(...)`"
+        warnings.warn(said, RuntimeWarning, stacklevel=2)
+    if (seen := watch(model_id, progress)) is None:
+        return runtime().run(_fetch(want))
+    try:
+        weights = runtime().run(_fetch(want, seen), look=seen.look, look_every_s=LOOK_EVERY_S)
+        seen.look(done=True)
+    finally:
+        seen.end()
+    return weights
 
 
 async def fetch_async(
     model_id: str,
     *,
     out: str | Path | _HubCache | None = None,
-    into: Mapping[str, torch.Tensor] | None = None,
+    into: Mapping[str, torch.Tensor] | torch.nn.Module | None = None,
     device: str = "cpu",
     digest: str | None = None,
     timeout_s: float | None = None,
@@ -182,11 +209,34 @@ async def fetch_async(
     include: Patterns = None,
     exclude: Patterns = None,
     tensors: TensorChoice = None,
+    progress: ShowProgress = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Weights:
-    """`fetch` for coroutines: it does not block the caller's event loop."""
+    """`fetch` for coroutines: it does not block the caller's event loop, in which `progress` is called."""
     selection = Selection.read(include=include, exclude=exclude, tensors=tensors)
-    want = _Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision, selection)
-    return await asyncio.wrap_future(runtime().submit(_fetch(want)))
+    want = _Want(
+        model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision, selection, dtype
+    )
+    if (seen := watch(model_id, progress)) is None:
+        return await asyncio.wrap_future(runtime().submit(_fetch(want)))
+    future = asyncio.wrap_future(runtime().submit(_fetch(want, seen)))
+    try:
+        while not (await asyncio.wait([future], timeout=LOOK_EVERY_S))[0]:
+            seen.look()
+        weights = await future
+        seen.look(done=True)
+    finally:
+        future.cancel()
+        seen.end()
+    return weights
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def serve(
@@ -333,13 +383,14 @@ def _locate(what: str | Path, revision: str | None) -> Path:
 class _Want:
     model_id: str
     out: str | Path | _HubCache | None
-    into: Mapping[str, Any] | None
+    into: Any
     device: str
     digest: str | None
     timeout_s: float | None
     settings: Settings
     revision: str | None = None
     selection: Selection | None = None
+    dtype: Any = None
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):
@@ -354,6 +405,12 @@ class _Want:
             raise SettingsError("out", "tensors in memory need torch: pip install torch, or say out=DIR")
         if self.device != "cpu":
             object.__setattr__(self, "device", _gpu(self.device))
+        if self.dtype is not None:
+            if self.out is not None:
+                raise SettingsError("dtype", "cannot be combined with out: files keep the types that they have")
+            object.__setattr__(self, "dtype", cast_dtype(self.dtype))
+        if self.into is not None:
+            object.__setattr__(self, "into", targets(self.into))
         name = with_revision(self.model_id, self.revision)[0].removeprefix("hf://")
         if self.out is HUB_CACHE and not hf_cache.is_model_id(name):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
@@ -376,8 +433,9 @@ def _gpu(device: str) -> str:
     return f"cuda:{number}"
 
 
-async def _fetch(want: _Want) -> Weights:
+async def _fetch(want: _Want, seen: ProgressWatch | None = None) -> Weights:
     node = await runtime().acquire(want.settings)
+    records = runtime().fetches(want.settings)
     try:
         fetched, store, path = await fetch_on(
             node,
@@ -390,9 +448,12 @@ async def _fetch(want: _Want) -> Weights:
             timeout_s=want.timeout_s if want.timeout_s is not None else want.settings.timeout_s,
             settings=want.settings,
             selection=want.selection,
+            dtype=want.dtype,
+            resolved=partial(seen.resolved, records) if seen else None,
         )
-        tensors = store.tensors() if isinstance(store, MemoryStore | GpuStore) else dict(want.into or {})
-        files = store.files() if isinstance(store, MemoryStore | IntoStore) else {}
+        made = store.tensors() if isinstance(store, MemoryStore | GpuStore | CastStore) else {}
+        tensors = dict(want.into) if want.into is not None else made
+        files = store.files() if isinstance(store, MemoryStore | IntoStore | CastStore) else {}
         return Weights(fetched, tensors, files, path, want.settings)
     except BaseException:
         await runtime().release(want.settings)
@@ -412,10 +473,13 @@ async def fetch_on(
     abandon_s: float = math.inf,
     revision: str | None = None,
     selection: Selection | None = None,
+    dtype: torch.dtype | None = None,
+    resolved: Callable[[Digest, int], object] | None = None,
 ) -> tuple[Fetched, Store, Path | None]:
     """Fetches `ID` or `ID@REVISION`, or a part of it, on an open node.
 
-    Returns result and store, and the directory if there is one. In a directory files are whole.
+    Returns result and store, and the directory if there is one. In a directory files are whole. `resolved` is called
+    with the digest and the bytes of the part once they are known.
     """
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise SettingsError("digest", f"{digest!r} is not a whole digest: 64 digits from 0 to 9 and a to f")
@@ -437,11 +501,13 @@ async def fetch_on(
     manifest, origin = found.manifest, found.origin
     pinned = digest is not None or bool(_COMMIT.fullmatch(revision or ""))
     left = _Deadline(node, name, timeout_s, began)
+    part = None if selection is None else _part(selection, manifest, whole_files=out is not None or manifest.promised)
+    if resolved:
+        resolved(manifest.digest, manifest.size if part is None else part.size)
     if manifest.promised and out is None:
-        return await _promised_in_memory(node, left, found, into, device, settings, selection)
-    part = None if selection is None else _part(selection, manifest, whole_files=out is not None)
+        return await _promised_in_memory(node, left, found, into, device, settings, selection, dtype)
     if not isinstance(out, _HubCache):
-        store, path = await _opened(left, lambda: _store(name, manifest, out, into, device, settings, part))
+        store, path = await _opened(left, lambda: _store(name, manifest, out, into, device, settings, part, dtype))
         fetched = await _filled(node, left, store, found, abandon_s=abandon_s, pinned=pinned, part=part)
         if path is not None and part is None:
             await _finished(node, fetched, lambda: _remember(settings.cache, path, _proven(node, manifest), origin))
@@ -450,7 +516,7 @@ async def fetch_on(
     lock = await _claimed(left, entry, manifest)
     try:
         await asyncio.get_running_loop().run_in_executor(None, entry.reuse, manifest, origin, part)
-        store, _ = await _opened(left, lambda: _store(name, manifest, out, into, device, settings, part))
+        store, _ = await _opened(left, lambda: _store(name, manifest, out, into, device, settings, part, dtype))
         fetched = await _filled(node, left, store, found, abandon_s=abandon_s, pinned=pinned, part=part)
         stamps = store.stamps() if isinstance(store, DirectoryStore) else {}
         snapshot = await _finished(
@@ -517,6 +583,7 @@ async def _promised_in_memory(
     device: str,
     settings: Settings,
     selection: Selection | None,
+    dtype: torch.dtype | None,
 ) -> tuple[Fetched, Store, None]:
     """Fetches a promise into tensors. Host memory holds its bytes until they are proven, and only then they move on.
 
@@ -531,10 +598,10 @@ async def _promised_in_memory(
         numbers = range(len(promised.files)) if files is None else files.files
         manifest = described(store, _digests(node, promised), numbers)
         part = None if selection is None else selection.part(manifest, whole_files=False)
-        if into is None and device == "cpu":
+        if into is None and device == "cpu" and not (dtype is not None and casts(manifest, dtype)):
             store.describe(manifest, part)
             return store
-        target, _ = _store(left.model_id, manifest, None, into, device, settings, part)
+        target, _ = _store(left.model_id, manifest, None, into, device, settings, part, dtype)
         length = len(manifest.chunks)
         chunks = Bitfield.full(length) if part is None else part.chunks
         copy(store, target, Bitfield(length), chunks=chunks, blake3=True)
@@ -542,7 +609,7 @@ async def _promised_in_memory(
         return target
 
     target = await _finished(node, fetched, place)
-    if target is not store and selection is None:
+    if target is not store and selection is None and not isinstance(target, CastStore):
         node.replace_source(fetched.digest, PromisedSource(promised, target))
     return fetched, target, None
 
@@ -623,7 +690,10 @@ def _store(
     device: str,
     settings: Settings,
     part: Part | None,
+    dtype: torch.dtype | None,
 ) -> tuple[Store, Path | None]:
+    if dtype is not None and casts(manifest, dtype):
+        return CastStore(manifest, dtype, device=device, tensors=into, part=part), None
     if into is not None:
         return IntoStore(manifest, into, part), None
     if out is None:

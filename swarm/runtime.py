@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from swarm.net.pausing_loop import PausingLoop
 from swarm.node.node import Node
 from swarm.node.status_client import PATH as STATUS_PATH
 from swarm.observe import opentelemetry
+from swarm.observe.fetch_record import FetchRecords
 from swarm.observe.node_report import NodeReport
 from swarm.observe.prometheus import PATH as METRICS_PATH
 from swarm.observe.prometheus import Metrics
@@ -92,6 +93,7 @@ def reload(node: Node, settings: Settings) -> list[str]:
 @dataclass
 class _Shared:
     node: Node
+    report: NodeReport
     opening: asyncio.Task[None]
     users: int = field(default=0)
 
@@ -110,8 +112,13 @@ class Runtime:
         """Starts work on the loop, from any thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Does work on the loop and waits for it. Ctrl-C cancels the work, and waits for its cleanup."""
+    def run(
+        self, work: Coroutine[Any, Any, T], *, look: Callable[[], object] | None = None, look_every_s: float = 1.0
+    ) -> T:
+        """Does work on the loop and waits for it. Ctrl-C cancels the work, and waits for its cleanup.
+
+        `look` is called in this thread until the work is done; its error ends the work.
+        """
         over = threading.Event()
 
         async def watched() -> T:
@@ -122,6 +129,8 @@ class Runtime:
 
         future = self.submit(watched())
         try:
+            while look and not concurrent.futures.wait([future], timeout=look_every_s).done:
+                look()
             return future.result()
         except BaseException:
             if future.cancel():
@@ -136,8 +145,8 @@ class Runtime:
         """An open node with these settings; on the loop only. Raises SettingsError."""
         shared = self._nodes.get(settings)
         if shared is None:
-            node, _ = new_node(settings)
-            shared = self._nodes[settings] = _Shared(node, asyncio.ensure_future(node.open()))
+            node, report = new_node(settings)
+            shared = self._nodes[settings] = _Shared(node, report, asyncio.ensure_future(node.open()))
         shared.users += 1
         try:
             await asyncio.shield(shared.opening)
@@ -145,6 +154,10 @@ class Runtime:
             await self.release(settings)
             raise
         return shared.node
+
+    def fetches(self, settings: Settings) -> FetchRecords:
+        """The records of the fetches of an acquired node."""
+        return self._nodes[settings].report.fetches
 
     async def release(self, settings: Settings) -> None:
         """Undoes an `acquire`; on the loop only."""

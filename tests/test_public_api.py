@@ -19,9 +19,9 @@ from swarm import errors
 NAMES = {
     "CheckpointIncomplete",
     "HUB_CACHE", "FetchError", "FetchTimeout", "ManifestConflict", "ManifestError", "ManifestInvalid",
-    "ManifestNotFound", "OriginError", "RevisionNotFound", "Served", "Settings", "SettingsError", "SourceChanged",
-    "Stalled", "StoreConflict", "StoreError", "StoreFull", "SwarmError", "Unpinnable", "Unsigned", "Weights",
-    "__version__", "fetch", "fetch_async", "serve", "transformers",
+    "ManifestNotFound", "OriginError", "Progress", "RevisionNotFound", "Served", "Settings", "SettingsError",
+    "SourceChanged", "Stalled", "StoreConflict", "StoreError", "StoreFull", "SwarmError", "Unpinnable", "Unsigned",
+    "Weights", "__version__", "fetch", "fetch_async", "serve", "transformers",
 }  # fmt: skip
 
 FETCH = {
@@ -36,6 +36,8 @@ FETCH = {
     "include": None,
     "exclude": None,
     "tensors": None,
+    "progress": None,
+    "dtype": None,
 }
 
 EXIT_CODES = {

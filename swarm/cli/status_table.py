@@ -194,10 +194,19 @@ def _members(swarm: Mapping[str, Any]) -> _Rows:
         _Column("up", justify="right"), _Column("down", justify="right"),
     )  # fmt: skip
     holds: dict[str, list[str]] = {}
+    names = {member["id"]: member["name"] for member in swarm["members"]}
     for artifact in swarm["artifacts"]:
         tier = "" if artifact["tier"] == "checkpoint" else f" ({artifact['tier']})"
+        wanted = {names.get(node): fraction for node, fraction in artifact.get("wanted", {}).items()}
         for name, fraction in artifact["members"].items():
-            holds.setdefault(name, []).append(f"{fraction:.0%} {artifact['model_id']}{tier}")
+            part = (
+                ""
+                if name not in wanted
+                else ", all it wants"
+                if wanted[name] >= 1
+                else f", {wanted[name]:.0%} of its part"
+            )
+            holds.setdefault(name, []).append(f"{fraction:.0%} {artifact['model_id']}{tier}{part}")
     rows = []
     for member in swarm["members"]:
         if member["state"] not in SHOWN and not member.get("wrong_chunks"):

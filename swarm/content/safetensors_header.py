@@ -13,14 +13,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import Annotated, Any, BinaryIO, NoReturn
+
+import msgspec
 
 from swarm.errors import ManifestInvalid
 
 LENGTH_BYTES = 8
 HEADER_BYTES_MAX = 100_000_000  # limit of the reference implementation
 RANK_MAX = 64  # limit of torch
+NATURAL_MAX = 1 << 60
 
 # In bits: elements of the 4- and 6-bit types share bytes.
 DTYPE_BITS = {
@@ -30,8 +32,7 @@ DTYPE_BITS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Tensor:
+class Tensor(msgspec.Struct, frozen=True):
     """`shape` in elements; `offset` from the start of the file and `size` in bytes."""
 
     name: str
@@ -39,6 +40,19 @@ class Tensor:
     shape: tuple[int, ...]
     offset: int
     size: int
+
+
+_Natural = Annotated[int, msgspec.Meta(ge=0, lt=NATURAL_MAX)]
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dtype: str
+    shape: Annotated[tuple[_Natural, ...], msgspec.Meta(max_length=RANK_MAX)]
+    data_offsets: tuple[_Natural, _Natural]
+
+
+_table_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_entries_decoder = msgspec.json.Decoder(list[_Entry])
 
 
 def header_bytes(prefix: bytes, *, subject: str, file_bytes: int) -> int:
@@ -79,6 +93,12 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
             broken(f"name given twice: {name!r}")
         return table
 
+    start = LENGTH_BYTES + len(header)
+    quick = _parse_quickly(header, start)
+    if quick is not None:
+        tensors, metadata = quick
+        _demand_consecutive(tensors, start, file_bytes, broken)
+        return tensors, metadata
     try:
         table = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
@@ -90,9 +110,56 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         broken("__metadata__ does not map text to text")
 
-    start = LENGTH_BYTES + len(header)
     tensors = [_tensor(name, entry, start, broken) for name, entry in table.items()]
-    tensors.sort(key=lambda t: (t.offset, t.size))
+    tensors.sort(key=_place)
+    _demand_consecutive(tensors, start, file_bytes, broken)
+    return tensors, metadata
+
+
+def _parse_quickly(header: bytes, start: int) -> tuple[list[Tensor], dict[str, str]] | None:
+    """Tensors sorted by offset, and metadata; None for a header that may break a rule, which `parse` then names.
+
+    It checks every rule of an entry. The texts of a header without a backslash are those of its names, so a name or a
+    field that is given twice shows in the count of the fields.
+    """
+    if b"\\" in header:
+        return None
+    try:
+        table = _table_decoder.decode(header)
+        raw = table.pop("__metadata__", None)
+        metadata = {} if raw is None else json.loads(bytes(raw), object_pairs_hook=_unique)
+        entries = _entries_decoder.decode(b"[" + b",".join(table.values()) + b"]")
+    except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    if any(header.count(f'"{field}"'.encode()) != len(entries) for field in _Entry.__struct_fields__):
+        return None
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        return None
+    if header.count(b'"__metadata__"') > 1:
+        return None
+    tensors = []
+    for name, entry in zip(table, entries, strict=True):
+        first, last = entry.data_offsets
+        if entry.dtype not in DTYPE_BITS or math.prod(entry.shape) * DTYPE_BITS[entry.dtype] != 8 * (last - first):
+            return None
+        tensors.append(Tensor(name, entry.dtype, entry.shape, start + first, last - first))
+    tensors.sort(key=_place)
+    return tensors, metadata
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("name given twice")
+    return table
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    return tensor.offset, tensor.size
+
+
+def _demand_consecutive(tensors: Sequence[Tensor], start: int, file_bytes: int, broken: Any) -> None:
     end = start
     for tensor in tensors:
         if tensor.offset != end:
@@ -101,7 +168,6 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
         end = tensor.offset + tensor.size
     if end != file_bytes:
         broken(f"tensors end at byte {end} but the file has {file_bytes}")
-    return tensors, metadata
 
 
 def _tensor(name: str, entry: Any, start: int, broken: Any) -> Tensor:
@@ -121,7 +187,7 @@ def _tensor(name: str, entry: Any, start: int, broken: Any) -> Tensor:
 
 
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 60 for n in value)
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < NATURAL_MAX for n in value)
 
 
 def compose(tensors: Sequence[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str] | None = None) -> bytes:

@@ -134,7 +134,7 @@ class Selection:
         chunks = _of_files(manifest, files if whole_files else beside)
         if not whole_files:
             for number, tensors in wanted.items():
-                _add_tensors(chunks, manifest, number, tensors)
+                chunks = chunks.union(chunks_of(manifest, number, tensors))
         return Part(manifest, files, None if whole_files else names, chunks)
 
     def _takes(self, path: str) -> bool:
@@ -210,8 +210,9 @@ def _of_files(manifest: Manifest, numbers: Iterable[int]) -> Bitfield:
     return Bitfield(firsts[-1], (index for n in numbers for index in range(firsts[n], firsts[n + 1])))
 
 
-def _add_tensors(chunks: Bitfield, manifest: Manifest, number: int, tensors: Iterable[Tensor]) -> None:
-    """Adds the chunks of a file that these tensors lie in."""
+def chunks_of(manifest: Manifest, number: int, tensors: Iterable[Tensor]) -> Bitfield:
+    """The chunks that these tensors of a file lie in."""
+    chunks = Bitfield(len(manifest.chunks))
     first = manifest.first_chunks[number]
     starts = [0]
     for entry in manifest.files[number].chunks:
@@ -222,3 +223,4 @@ def _add_tensors(chunks: Bitfield, manifest: Manifest, number: int, tensors: Ite
             end = bisect_right(starts, tensor.offset + tensor.size - 1)
             for index in range(begin, end):
                 chunks.add(first + index)
+    return chunks

@@ -57,7 +57,8 @@ class Recording:
         for (node, digest), bits in self._held.items():
             if node != self._node and node in view["members"] and digest in view["members"][node]["holds"]:
                 fraction = round(len(bits) / bits.length, 4) if bits.length else 1.0
-                view["members"][node]["holds"][digest] = {"fraction": fraction, "cells": cells(bits)}
+                known = view["members"][node]["holds"].get(digest, {"wanted": None})
+                view["members"][node]["holds"][digest] = {**known, "fraction": fraction, "cells": cells(bits)}
         return view
 
     def timeline(self, digest: Digest) -> Json | None:

@@ -142,13 +142,19 @@ def _artifacts(status: Mapping[str, Any], reports: Mapping[str, MemberReport], m
         artifact["bytes"] = known["bytes"] or artifact["bytes"]
         for node, fraction in known["nodes"].items():
             if node in members:
-                members[node]["holds"][digest] = {"fraction": fraction, "cells": None}
+                wanted = known.get("wanted", {}).get(node)
+                members[node]["holds"][digest] = {"fraction": fraction, "cells": None, "wanted": wanted}
     for node, report in reports.items():
         if node not in members:
             continue
         for held in report.held:
             fraction = held.chunks / held.chunks_total if held.chunks_total else 1.0
-            members[node]["holds"][held.digest] = {"fraction": round(fraction, 4), "cells": held.cells}
+            wanted = members[node]["holds"].get(held.digest, {}).get("wanted")
+            members[node]["holds"][held.digest] = {
+                "fraction": round(fraction, 4),
+                "cells": held.cells,
+                "wanted": wanted,
+            }
             if held.digest in artifacts:
                 artifacts[held.digest]["chunks_total"] = held.chunks_total
         for fetch in report.fetches:

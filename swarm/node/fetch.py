@@ -26,7 +26,7 @@ from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import NodeId, Origin
-from swarm.store import RecordingStore, Store
+from swarm.store import LossyStore, RecordingStore, Store
 from swarm.transfer.claims import Claims
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.origin_driver import OriginSource
@@ -103,6 +103,9 @@ class Fetches:
         needed = Bitfield.full(held.length) if wanted is None else wanted
         size = sum(manifest.chunks[index].size for index in needed)
         share = Share(model_id, store, held, origin, wanted=wanted, claims=self._claims(manifest))
+        served = store.kept if isinstance(store, LossyStore) else None
+        if served is not None:
+            share = Share(model_id, store, Bitfield(held.length), origin, wanted=served, sought=needed)
         undo: Callable[[], None] | None = None
         joined: Bitfield | None = None  # the part that the node has already, with the wanted one
         sources: dict[str, int] = {}
@@ -120,10 +123,12 @@ class Fetches:
                         break
                     sources[self._host.name] = await self._copy(own, store, held, needed, blake3=blake3)
                 if not held.covers(needed) or not _proven(share, needed):
-                    if own:
+                    if own and served is not None:
+                        undo, share, joined = own.lend(needed), own, own.wanted
+                    elif own:
                         joined = needed.union(own.held if own.wanted is None else own.wanted)
                         undo, share = own.extend(store, held, wanted), own
-                    download = await self._download(share, store, abandon_s, needed, source, blake3=blake3)
+                    download = await self._download(share, store, held, abandon_s, needed, source, blake3=blake3)
                     sources |= download.sources()
                     transports = tuple(sorted(download.transports))
                     rejected_chunks = download.machine.rejected_chunks
@@ -145,6 +150,7 @@ class Fetches:
         finally:
             share.settled.set()
         self._host.record("node", FetchEnded(manifest.digest, None))
+        share.sought = None
         if undo:
             share.wanted = joined
             self._shares.announce()
@@ -186,6 +192,7 @@ class Fetches:
         self,
         share: Share,
         store: Store,
+        held: Bitfield,
         abandon_s: float,
         wanted: Bitfield,
         source: OriginSource | None,
@@ -210,7 +217,7 @@ class Fetches:
         download = share.download = DownloadDriver(
             share.model_id,
             store,
-            share.held,
+            held,
             host=self._host,
             idle_timeout_s=self._idle_timeout_s,
             stall_timeout_s=self._stall_timeout_s,
@@ -220,7 +227,7 @@ class Fetches:
             transfer_ids=self._transfer_ids,
             transfers=self._transfers,
             rng=self._rng,
-            announce=partial(self._shares.send_have, digest),
+            announce=partial(self._announce, share, store),
             promise=promise,
         )
         self._shares.show(share)
@@ -230,6 +237,18 @@ class Fetches:
         finally:
             share.download = None
         return download
+
+    def _announce(self, share: Share, store: Store, chunks: list[int]) -> None:
+        """Tells peers of verified chunks, of those that the store does not keep only seeds."""
+        digest = share.manifest.digest
+        if not isinstance(store, LossyStore):
+            self._shares.send_have(digest, chunks)
+            return
+        kept = [chunk for chunk in chunks if chunk in store.kept and share.source is store]
+        for chunk in kept:
+            share.held.add(chunk)
+        self._shares.send_have(digest, kept)
+        self._shares.send_have(digest, [chunk for chunk in chunks if chunk not in kept], to_seeds=True)
 
 
 def _proven(share: Share, wanted: Bitfield) -> bool:

@@ -16,12 +16,31 @@ from swarm.membership.swim import MemberChanged
 from swarm.observe import budget
 from swarm.observe.fetch_record import FetchRecords, Rate
 from swarm.protocol.messages import Address, Announcement, NodeId
-from swarm.protocol.packets import Record, State
+from swarm.protocol.packets import Holding, Record, State
 
 GONE_KEPT = 64  # members that left, still reported
 MEMBERS_BYTES_MAX, ARTIFACTS_BYTES_MAX, TRANSFERS_BYTES_MAX = 3 << 20, 3 << 20, 1 << 20  # of a report
 LANES_MAX = 512  # sources in a timeline
 TEXT_CHARS_MAX = 256  # of a name in a page; two nodes of one name have their addresses and ids added
+
+
+@dataclass(frozen=True)
+class _HeldArtifact:
+    """`fraction` of all chunks, `wanted` of those of the part that the member wants; None if it wants all."""
+
+    model_id: str
+    digest: str
+    tier: str
+    bytes: int | None
+    fraction: float
+    wanted: float | None
+
+    @classmethod
+    def of(cls, artifact: Announcement | Holding, size: int | None) -> _HeldArtifact:
+        part = artifact.wanted
+        wanted = None if part is None else _fraction(part.chunks, part.chunks_total)
+        fraction = _fraction(artifact.chunks, artifact.chunks_total)
+        return cls(artifact.model_id, artifact.digest, artifact.tier, size, fraction, wanted)
 
 
 @dataclass
@@ -45,13 +64,11 @@ class _KnownMember:
     def here(self) -> bool:
         return self.state in ("alive", "suspect")
 
-    def held(self) -> list[tuple[str, str, str, int | None, float]]:
-        """(model id, digest, tier, bytes, fraction) of each artifact: from its link, or else from gossip."""
+    def held(self) -> list[_HeldArtifact]:
+        """Its artifacts: from its link, or else from gossip."""
         if self.transport is not None:
-            linked = self.artifacts.values()
-            return [(a.model_id, a.digest, a.tier, a.size, _fraction(a.chunks, a.chunks_total)) for a in linked]
-        gossiped = self.record.profile.artifacts if self.record else ()
-        return [(a.model_id, a.digest, a.tier, None, _fraction(a.chunks, a.chunks_total)) for a in gossiped]
+            return [_HeldArtifact.of(announced, announced.size) for announced in self.artifacts.values()]
+        return [_HeldArtifact.of(held, None) for held in (self.record.profile.artifacts if self.record else ())]
 
     def report(self, now: float) -> dict[str, Any]:
         profile = self.record.profile if self.record else None
@@ -174,13 +191,16 @@ class NodeReport:
     def _artifacts(self, names: dict[str, str]) -> list[dict[str, Any]]:
         found: dict[tuple[str, str], dict[str, Any]] = {}
         for node, member in self._members.items():
-            for model_id, digest, tier, size, fraction in member.held() if member.here else ():
+            for held in member.held() if member.here else ():
                 row = found.setdefault(
-                    (model_id, digest),
-                    {"model_id": model_id, "digest": digest, "tier": tier, "bytes": size, "members": {}, "nodes": {}},
+                    (held.model_id, held.digest),
+                    {"model_id": held.model_id, "digest": held.digest, "tier": held.tier, "bytes": held.bytes}
+                    | {"members": {}, "nodes": {}, "wanted": {}},
                 )
-                row["bytes"] = row["bytes"] if size is None else size
-                row["members"][names[node]] = row["nodes"][node] = fraction
+                row["bytes"] = row["bytes"] if held.bytes is None else held.bytes
+                row["members"][names[node]] = row["nodes"][node] = held.fraction
+                if held.wanted is not None:
+                    row["wanted"][node] = held.wanted
         return [found[key] for key in sorted(found)]
 
     def _transfers(self, names: dict[str, str], now: float) -> list[dict[str, Any]]:

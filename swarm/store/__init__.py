@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
 
+from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Chunk, Manifest
 
 
@@ -126,6 +127,13 @@ class RecordingStore(Store, Protocol):
 
     def recorded(self) -> dict[int, tuple[bytes, str]]:
         """Digest and reader by chunk, as earlier fetches recorded them."""
+
+
+@runtime_checkable
+class LossyStore(Store, Protocol):
+    """A store that does not keep the bytes of all chunks: only those of `kept` can be read, and are served."""
+
+    kept: Bitfield
 
 
 @runtime_checkable

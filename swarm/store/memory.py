@@ -23,6 +23,7 @@ from swarm.content.safetensors_header import Tensor
 from swarm.content.selection import Part
 from swarm.errors import LocalProtocolError, ManifestInvalid, SourceChanged, StoreFull
 from swarm.store import AnySpan, DeviceSource, DeviceView, Source, Span, View
+from swarm.store.casting import CastView
 from swarm.store.staging import LANDING_BYTES, incoming, outgoing
 
 # A smaller mapping gains no huge page, and a process may have about 65,000 mappings.
@@ -36,7 +37,7 @@ T = TypeVar("T")
 class Place:
     """A contiguous range of a file's bytes. `check` raises SourceChanged if the user has written to it."""
 
-    view: View
+    view: View | CastView
     check: Callable[[], None] | None = None
 
 
@@ -99,6 +100,8 @@ class MemorySource:
 
     def _lent(self, file: int, offset: int, size: int) -> Iterator[View]:
         for place in self._file(file).cut(offset, size):
+            if isinstance(place.view, CastView):
+                raise LocalProtocolError(f"{self.manifest.files[file].path}: its tensors were cast as they arrived")
             if place.check:
                 place.check()
             yield place.view.toreadonly()
@@ -135,20 +138,30 @@ class MemoryLanding(MemorySource):
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
         """The final host memory, or pinned memory that is copied to the GPU; at most LANDING_BYTES a view."""
-        for view in self.device_landing(chunk):
-            if isinstance(view, DeviceView):
-                yield from incoming(view)
-            else:
-                yield view
+        for place in self._file(chunk.file).cut(chunk.offset, chunk.size):
+            if isinstance(place.view, CastView):
+                yield from place.view.incoming()
+                continue
+            for view in _lent_parts(place.view):
+                if isinstance(view, DeviceView):
+                    yield from incoming(view)
+                else:
+                    yield view
 
     def device_landing(self, chunk: Chunk) -> Iterator[View]:
         """The final memory; at most LANDING_BYTES a view of host memory."""
         for place in self._file(chunk.file).cut(chunk.offset, chunk.size):
-            if isinstance(place.view, DeviceView):
-                yield place.view
-                continue
-            for start in range(0, place.view.nbytes, LANDING_BYTES):
-                yield place.view[start : start + LANDING_BYTES]
+            if isinstance(place.view, CastView):
+                raise LocalProtocolError(f"{self!r}: what is cast lands in host memory")
+            yield from _lent_parts(place.view)
+
+
+def _lent_parts(view: View) -> Iterator[View]:
+    if isinstance(view, DeviceView):
+        yield view
+        return
+    for start in range(0, view.nbytes, LANDING_BYTES):
+        yield view[start : start + LANDING_BYTES]
 
 
 class PromisedSource:

@@ -29,11 +29,12 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from swarm.content import safetensors_header
-from swarm.content.manifest import Manifest
+from swarm.content.manifest import Chunk, Manifest
 from swarm.content.safetensors_header import LENGTH_BYTES, Tensor
 from swarm.content.selection import Part
 from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict, StoreFull
 from swarm.store import DeviceView, IsRight, View, cuda
+from swarm.store.casting import Caster, CastView, is_cast, kept_chunks
 from swarm.store.memory import (
     MemoryLanding,
     MemorySource,
@@ -44,6 +45,7 @@ from swarm.store.memory import (
     range_buffer,
     ranges,
 )
+from swarm.store.targets import count_writes, demand_writable
 
 if TYPE_CHECKING:
     import torch
@@ -128,7 +130,7 @@ class SharedFile(PlacedFile):
 
     def __init__(self, buffers: Sequence[tuple[int, memoryview]]) -> None:
         super().__init__((start, Place(memory)) for start, memory in buffers)
-        self._lent: dict[int, _Watch] = {}  # by the offset of the tensor
+        self._lent: dict[int, tuple[str, torch.Tensor]] = {}  # name and flat tensor, by the offset of the tensor
         self._offsets: list[int] = []  # of tensors that may be lent, in order
 
     def lends(self, offsets: Iterable[int]) -> None:
@@ -144,7 +146,7 @@ class SharedFile(PlacedFile):
         raw, tensor = _sharing(memory, entry.offset - (place[0] if place else 0), entry)
         # `raw` shares the tensor's counter and keeps its memory: `tensor.data = other` leaves the bytes here unchanged.
         if entry.size:
-            self._lent[entry.offset] = _Watch(entry.name, raw)
+            self._lent[entry.offset] = entry.name, raw
         return tensor
 
     def cut(self, offset: int, size: int) -> Iterator[Place]:
@@ -158,8 +160,9 @@ class SharedFile(PlacedFile):
         if self._lent:
             first = max(0, bisect_right(self._offsets, begin) - 1)
             for start in itertools.islice(self._offsets, first, bisect_left(self._offsets, end)):
-                if watch := self._lent.get(start):
-                    watch.check()
+                name, raw = self._lent.get(start, ("", None))
+                if raw is not None and raw._version:
+                    raise SourceChanged(name, "it was written to")
 
 
 class SharedTensors(Mapping[str, "torch.Tensor"]):
@@ -210,12 +213,20 @@ class IntoStore(MemoryLanding):
     a GPU and for overlapping tensors, and the errors of `MemoryStore`.
     """
 
-    def __init__(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor], part: Part | None = None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        tensors: Mapping[str, torch.Tensor],
+        part: Part | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         index = TensorIndex(manifest, part)
         _demand_representable(index.owners.values())
         given = _plain(tensors)
-        holders = _match(index, given)
+        holders = _match(index, given, dtype)
         _refuse_overlaps(given)
+        demand_writable(given)
         total = manifest.size if part is None else part.size
         demand_room(total - sum(entry.size for entry in index.owners.values()))
         self.manifest = manifest
@@ -226,6 +237,10 @@ class IntoStore(MemoryLanding):
         self._twins: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # (name, landed, landed elsewhere)
         self._filled: dict[_Identity, torch.Tensor] = {}  # the caller's memory -> the tensor that receives its contents
         landed = {name: self._place(holder, given[holder]) for name, holder in holders.items()}
+        for name, entry in index.owners.items():
+            if is_cast(entry, dtype) and entry.size:
+                target = landed[name][0]
+                landed[name] = target, Place(CastView(Caster(target, entry), 0, entry.size))
         for alias, name in index.aliases.items():
             if alias in given:
                 self._settle(alias, given[alias], landed[name][0])
@@ -241,6 +256,7 @@ class IntoStore(MemoryLanding):
             yield from _between(ends, offset, manifest.files[number].size)
 
         self._files = [PlacedFile(places(number)) for number in range(len(manifest.files))]
+        self._count_writes()
 
     def seal(self, _: IsRight) -> None:
         """Copies and compares tensors that were not filled in place.
@@ -258,6 +274,11 @@ class IntoStore(MemoryLanding):
             with torch.inference_mode(target.is_inference()):
                 target.detach().copy_(landed)
         _finish_work(target for target, _ in self._copies)
+        self._count_writes()
+
+    def _count_writes(self) -> None:
+        """For autograd, the bytes that transports put into the memory count as writes of torch."""
+        count_writes(watch.tensor for watch in self._watches)
         for watch in self._watches:
             watch.renew()
 
@@ -286,24 +307,30 @@ class IntoStore(MemoryLanding):
             self._twins.append((name, provided, landed))
 
 
-class GpuStore(IntoStore):
-    """Own tensors on a GPU, each a separate torch allocation, so that the caller can free each.
+class OwnStore(IntoStore):
+    """Own tensors on a device, each a separate torch allocation, so that the caller can free each.
 
     Raises StoreFull if the device lacks memory, and the errors of `IntoStore`.
     """
 
-    def __init__(self, manifest: Manifest, device: str, part: Part | None = None) -> None:
+    def __init__(
+        self, manifest: Manifest, device: str, part: Part | None = None, *, dtype: torch.dtype | None = None
+    ) -> None:
         import torch
 
         index, where = TensorIndex(manifest, part), torch.device(device)
         _demand_representable(index.owners.values())
-        need_bytes = sum(entry.size for entry in index.owners.values())
-        cached_bytes = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
-        free_bytes = torch.cuda.mem_get_info(where)[0] + cached_bytes
-        if need_bytes > free_bytes:
-            raise StoreFull(device, need_bytes=need_bytes, free_bytes=free_bytes)
-        made = {name: _empty(*_torch_type(entry), where) for name, entry in index.owners.items()}
-        super().__init__(manifest, made, part)
+        types = {name: _torch_type(entry, dtype) for name, entry in index.owners.items()}
+        need_bytes = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in types.values())
+        if where.type == "cpu":
+            demand_room(need_bytes)
+        else:
+            cached_bytes = torch.cuda.memory_reserved(where) - torch.cuda.memory_allocated(where)
+            free_bytes = torch.cuda.mem_get_info(where)[0] + cached_bytes
+            if need_bytes > free_bytes:
+                raise StoreFull(device, need_bytes=need_bytes, free_bytes=free_bytes)
+        made = {name: _empty(*of_type, where) for name, of_type in types.items()}
+        super().__init__(manifest, made, part, dtype=dtype)
         self._made = index.shown(made)
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -314,6 +341,67 @@ class GpuStore(IntoStore):
         """Releases the memory; lent tensors keep theirs."""
         super().close()
         self._made = {}
+
+
+class GpuStore(OwnStore):
+    """Own tensors on a GPU."""
+
+
+class CastStore:
+    """A store of tensors that are cast as they arrive (`casting`): `tensors` of the caller, or new ones on `device`.
+
+    It is filled through host memory alone, also from a GPU. `kept`: the chunks that it can be read for. Raises the
+    errors of `IntoStore`.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        dtype: torch.dtype,
+        *,
+        device: str = "cpu",
+        tensors: Mapping[str, torch.Tensor] | None = None,
+        part: Part | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.kept = kept_chunks(manifest, part, dtype)
+        self._store = (
+            OwnStore(manifest, device, part, dtype=dtype)
+            if tensors is None
+            else IntoStore(manifest, tensors, part, dtype=dtype)
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """As GpuStore; empty for tensors of the caller."""
+        return self._store.tensors() if isinstance(self._store, OwnStore) else {}
+
+    def files(self) -> dict[str, memoryview]:
+        """As MemoryLanding."""
+        return self._store.files()
+
+    def present(self) -> Iterator[Chunk]:
+        """See Store: nothing."""
+        return self._store.present()
+
+    def spans(self, chunk: Chunk) -> Iterator[memoryview]:
+        """See Source: of kept chunks."""
+        return self._store.spans(chunk)
+
+    def read(self, chunk: Chunk) -> Iterator[memoryview]:
+        """See Store: of kept chunks."""
+        return self._store.read(chunk)
+
+    def landing(self, chunk: Chunk) -> Iterator[memoryview]:
+        """See Store."""
+        return self._store.landing(chunk)
+
+    def seal(self, is_right: IsRight) -> None:
+        """See Store."""
+        self._store.seal(is_right)
+
+    def close(self) -> None:
+        """See Source."""
+        self._store.close()
 
 
 class TensorSource(MemorySource):
@@ -363,19 +451,19 @@ class _Watch:
 
     def __init__(self, name: str, tensor: torch.Tensor) -> None:
         self._name = name
-        self._tensor = tensor
+        self.tensor = tensor
         self._pointer = tensor.data_ptr()
         self.renew()
 
     def renew(self) -> None:
         """Accepts all writes so far. Views of a tensor share its counter."""
-        self._version = None if self._tensor.is_inference() else self._tensor._version
+        self._version = None if self.tensor.is_inference() else self.tensor._version
 
     def check(self) -> None:
         """Raises SourceChanged if the tensor was written to or moved."""
-        if self._tensor.data_ptr() != self._pointer:
+        if self.tensor.data_ptr() != self._pointer:
             raise SourceChanged(self._name, "it was moved to other memory")
-        if self._version is not None and self._tensor._version != self._version:
+        if self._version is not None and self.tensor._version != self._version:
             raise SourceChanged(self._name, "it was written to")
 
 
@@ -400,10 +488,10 @@ def _sharing(memory: memoryview, offset: int, entry: Tensor) -> tuple[torch.Tens
     shape, dtype = _torch_type(entry)
     if not entry.size:  # frombuffer refuses empty memory
         return (tensor := torch.empty(shape, dtype=dtype)), tensor
-    raw = torch.frombuffer(memory, dtype=torch.uint8, count=entry.size, offset=offset)
+    raw = torch.frombuffer(memory, dtype=dtype, count=entry.size // dtype.itemsize, offset=offset)
     if raw.data_ptr() % dtype.itemsize:
-        raw = raw.clone()
-    return raw, raw.view(dtype).view(shape)
+        raw = torch.frombuffer(memory, dtype=torch.uint8, count=entry.size, offset=offset).clone().view(dtype)
+    return raw, raw.view(shape)
 
 
 def _demand_types(entries: Iterable[Tensor]) -> None:
@@ -414,9 +502,11 @@ def _demand_types(entries: Iterable[Tensor]) -> None:
         _torch_type(entry)
 
 
-def _torch_type(entry: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+def _torch_type(entry: Tensor, cast: torch.dtype | None = None) -> tuple[tuple[int, ...], torch.dtype]:
     import torch
 
+    if cast is not None and is_cast(entry, cast):
+        return entry.shape, cast
     dtype = getattr(torch, _TORCH_NAMES[entry.dtype], None)
     if dtype is None:
         raise StoreConflict(entry.name, f"torch {torch.__version__} has no type for {entry.dtype}; install a newer one")
@@ -451,7 +541,7 @@ def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(tensors)
 
 
-def _match(index: TensorIndex, given: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _match(index: TensorIndex, given: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, str]:
     """For each tensor of the manifest, its given name: its own, or else an alias. Raises StoreConflict."""
     spellings = {name: [name] for name in index.owners}
     for alias, name in index.aliases.items():
@@ -459,6 +549,7 @@ def _match(index: TensorIndex, given: Mapping[str, torch.Tensor]) -> dict[str, s
     found = {name: [spelling for spelling in names if spelling in given] for name, names in spellings.items()}
     holders = {name: names[0] for name, names in found.items() if names}
     tied = {_identity(given[holder]) for holder in holders.values()}
+    types = {spelling: _torch_type(index.owners[name], dtype) for name, names in found.items() for spelling in names}
     complaints = {
         "missing": [repr(name) for name in found if name not in holders],
         "unexpected": [
@@ -466,12 +557,15 @@ def _match(index: TensorIndex, given: Mapping[str, torch.Tensor]) -> dict[str, s
             for name, tensor in given.items()
             if name not in index.owners and name not in index.aliases and _identity(tensor) not in tied
         ],
-        "different": [
-            f"{spelling!r} is {given[spelling].dtype} {list(given[spelling].shape)} and not {index.owners[name].dtype} "
-            f"{list(index.owners[name].shape)}"
-            for name, names in found.items()
-            for spelling in names
-            if (given[spelling].shape, given[spelling].dtype) != _torch_type(index.owners[name])
+        "of another shape": [
+            f"{spelling!r} is {list(given[spelling].shape)} and not {list(shape)}"
+            for spelling, (shape, _) in types.items()
+            if given[spelling].shape != shape
+        ],
+        "of another dtype": [
+            f"{spelling!r} is {given[spelling].dtype} and not {dtype}"
+            for spelling, (_, dtype) in types.items()
+            if given[spelling].dtype != dtype
         ],
     }
     wrong = [f"{len(items)} {kind}: {', '.join(items[:_NAMES_SHOWN])}" for kind, items in complaints.items() if items]

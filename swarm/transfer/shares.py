@@ -55,6 +55,7 @@ class Share:
     spares: list[Source] = field(default_factory=list)  # further sources of the same content
     wanted: Bitfield | None = None
     claims: Claims | None = None  # of a promise
+    sought: Bitfield | None = None  # the chunks that a fetch of a LossyStore asks for, beyond those that it will serve
 
     def close(self) -> None:
         """Closes its sources."""
@@ -113,6 +114,18 @@ class Share:
 
         def undo() -> None:
             self.source, self.held, self.wanted = before
+            self.users -= 1
+
+        return undo
+
+    def lend(self, sought: Bitfield) -> Callable[[], None]:
+        """Carries a fetch whose chunks are not served; returns the call that undoes it."""
+        self.sought = sought
+        self.settled.clear()
+        self.users += 1
+
+        def undo() -> None:
+            self.sought = None
             self.users -= 1
 
         return undo
@@ -308,15 +321,17 @@ class Shares:
             if (share := self.shares.get(digest)) and share.download:
                 peer.own_interests.add(digest)
                 share.download.meet(peer)
-                wanted = share.wanted.pack() if share.wanted is not None and share.part else b""
+                asked = share.wanted if share.sought is None else share.sought
+                wanted = b"" if asked is None or asked.complete else asked.pack()
                 peer.post(messages.Interest(digest, share.held.pack(), wanted))
                 if share.download.promise:
                     peer.post(share.download.promise.own_reading())
 
-    def send_have(self, digest: Digest, chunks: list[int]) -> None:
+    def send_have(self, digest: Digest, chunks: list[int], *, to_seeds: bool = False) -> None:
         """Sends `Have` for verified chunks to every peer with an interest in the artifact, either way.
 
-        A seed to which this node showed interest counts the copies of each chunk, and sends the rarest.
+        A seed to which this node showed interest counts the copies of each chunk, and sends the rarest. `to_seeds`:
+        only to seeds, which must not take a chunk for lost that this node cannot serve.
         """
         share = self.shares.get(digest)
         claims = _claims(share, sorted(chunks)) if share else []
@@ -328,7 +343,8 @@ class Shares:
         for start in range(0, len(verified), messages.RUNS_MAX):
             have = messages.Have(digest, tuple(verified[start : start + messages.RUNS_MAX]))
             for peer in self._host.peers.values():
-                if digest in peer.interests or digest in peer.own_interests:
+                seed = (announced := peer.artifacts.get(digest)) is not None and announced.superseeds
+                if (digest in peer.interests or digest in peer.own_interests) and (seed or not to_seeds):
                     peer.post(have)
 
     def send_reading(self, digest: Digest, message: messages.OriginReading) -> None:

@@ -292,8 +292,10 @@ def test_does_fetch_work_inside_a_running_loop_and_fetch_async_beside_it(
     seed = machine.serve(model, "--upload-limit", "4MB/s")
 
     async def main() -> int:
-        with swarm.fetch(MODEL, settings=settings(tmp_path, seed)) as weights:
-            assert len(weights) == 3
+        with pytest.warns(RuntimeWarning, match="fetch_async"):
+            weights = swarm.fetch(MODEL, settings=settings(tmp_path, seed))
+        assert len(weights) == 3
+        weights.close()
         fetching = asyncio.create_task(
             swarm.fetch_async(MODEL, out=tmp_path / "async", settings=settings(tmp_path, seed))
         )

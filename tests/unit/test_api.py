@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -160,14 +161,6 @@ def test_does_cancelling_give_the_node_back(here: Settings) -> None:
             await asyncio.sleep(0.005)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
-
-
-def test_may_a_fetch_block_inside_a_running_loop(there: Settings, state: dict[str, torch.Tensor]) -> None:
-    async def scenario() -> None:
-        with swarm.fetch(MODEL, settings=there) as weights:
-            assert equal(weights, state)
-
-    asyncio.run(scenario())
 
 
 def test_do_threads_fetch_one_id_at_once_on_one_node(there: Settings, state: dict[str, torch.Tensor]) -> None:
@@ -409,3 +402,60 @@ def manifest_of(directory: Path, cache: Path) -> Manifest:
     manifest = digest_cache.recall(cache, directory)
     assert manifest is not None
     return manifest
+
+
+def test_is_a_module_filled(there: Settings, state: dict[str, torch.Tensor]) -> None:
+    module = torch.nn.Module()
+    module.a = torch.nn.Parameter(torch.zeros(100_000))
+    module.register_buffer("b", torch.zeros(3, 5, dtype=torch.bfloat16))
+    with swarm.fetch(MODEL, into=module, settings=there) as weights:
+        assert torch.equal(module.a, state["a"])
+        assert torch.equal(module.b, state["b"])  # type: ignore[arg-type]
+        assert weights["a"] is module.a
+        assert module.a.requires_grad
+    with pytest.raises(StoreConflict, match=r"2 missing: 'a', 'b'; 2 unexpected: 'weight', 'bias'"):
+        swarm.fetch(MODEL, into=torch.nn.Linear(2, 2), settings=there)
+
+
+def test_is_progress_told_in_the_thread_of_the_caller(there: Settings) -> None:
+    seen: list[tuple[swarm.Progress, int]] = []
+    with swarm.fetch(
+        MODEL, settings=there, progress=lambda state: seen.append((state, threading.get_ident()))
+    ) as weights:
+        last, _ = seen[-1]
+        assert (last.done, last.bytes_done, last.bytes_total, last.peers) == (True, *[weights.fetched.bytes] * 2, 1)
+        assert {thread for _, thread in seen} == {threading.get_ident()}
+
+
+def test_does_an_error_of_the_callback_end_the_fetch(here: Settings, there: Settings) -> None:
+    def refuse(state: swarm.Progress) -> None:
+        raise ZeroDivisionError(state)
+
+    with pytest.raises(ZeroDivisionError):
+        swarm.fetch(MODEL, settings=there, progress=refuse)
+    with swarm.fetch(MODEL, settings=there) as weights:
+        assert len(weights) == 2
+
+
+def test_is_progress_told_to_coroutines_in_their_loop(there: Settings) -> None:
+    seen: list[asyncio.AbstractEventLoop] = []
+
+    async def main() -> swarm.Weights:
+        weights = await swarm.fetch_async(
+            MODEL, settings=there, progress=lambda _: seen.append(asyncio.get_running_loop())
+        )
+        assert set(seen) == {asyncio.get_running_loop()}
+        return weights
+
+    asyncio.run(main()).close()
+
+
+def test_does_fetch_warn_inside_an_event_loop_and_name_the_other_call(there: Settings) -> None:
+    async def main() -> None:
+        with pytest.warns(RuntimeWarning, match=r"blocks the event loop.*fetch_async") as caught:
+            weights = swarm.fetch(MODEL, settings=there)
+        assert len(weights) == 2
+        weights.close()
+        assert caught[0].filename == __file__
+
+    asyncio.run(main())

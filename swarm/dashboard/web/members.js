@@ -77,7 +77,7 @@ export function draw(view, { digest, selected, chosen }) {
     const width = `${(part * 100).toFixed(1)}%`;
     if (holds.firstChild.firstChild.style.width !== width) holds.firstChild.firstChild.style.width = width;
     write(holds.lastChild, words.percent(part));
-    write(ready, fetch ? words.seconds(fetch.eta_s) : condition === "seed" ? "ready" : "–");
+    write(ready, fetch ? words.seconds(fetch.eta_s) : condition === "seed" || condition === "wanted" ? "ready" : "–");
     write(down, words.rate(member.down_bytes_per_s));
     write(up, words.rate(member.up_bytes_per_s));
   });

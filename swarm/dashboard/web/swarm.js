@@ -190,6 +190,7 @@ export function note(member, short = false) {
     case "slow": return short ? `slow · ${words.soon(fetch?.eta_s)}` : `slow · ${done} · ${fetch?.eta_s == null ? left : `ready in ${words.soon(fetch.eta_s)}`}`;
     case "fetching": return progress;
     case "unknown": return "reported by others";
+    case "wanted": return `has its part: ${words.percent(words.fraction(member))} of all`;
     case "part": return `has ${words.percent(words.fraction(member))}`;
     case "idle": return "holds nothing";
     default: return member.up_bytes_per_s && short ? words.rate(member.up_bytes_per_s) : member.up_bytes_per_s ? `has all · sends ${words.rate(member.up_bytes_per_s)}` : "has all";

@@ -44,12 +44,13 @@ export function condition(member) {
   if (member.state === "unknown") return "unknown";
   const holds = Object.values(member.holds);
   if (!holds.length) return "idle";
-  return holds.every((hold) => hold.fraction >= 1) ? "seed" : "part"; // may be fetching without a report
+  if (holds.every((hold) => hold.fraction >= 1)) return "seed";
+  return holds.every((hold) => hold.fraction >= 1 || hold.wanted >= 1) ? "wanted" : "part"; // may be fetching without a report
 }
 
 export const STATES = {
   dead: "dead", left: "left", wrong: "wrong chunks", silent: "lost: no answer", slow: "slow", fetching: "fetching",
-  unknown: "reported by others", seed: "seed", part: "has a part", idle: "holds nothing",
+  unknown: "reported by others", seed: "seed", wanted: "has what it wants", part: "has a part", idle: "holds nothing",
 };
 
 export function place(member) {

@@ -160,6 +160,15 @@ def test_do_warnings_come_first_and_rates_with_units() -> None:
         assert word in shown
 
 
+def test_is_a_part_shown_apart_from_the_whole() -> None:
+    artifact = held(DIGEST, "ann") | {"members": {"ann": 0.25, "me": 0.1}, "nodes": {A: 0.25, ME: 0.1}}
+    known = report(member(A, "ann"), artifacts=(artifact | {"wanted": {A: 1.0, ME: 0.4}},))
+    shown = drawn(swarm(known), width=200)
+    assert "25% org/m, all it wants" in shown
+    assert "10% org/m, 40% of its part" in shown
+    assert swarm(known)["artifacts"][0]["wanted"] == {A: 1.0, ME: 0.4}
+
+
 def test_is_a_liar_in_the_table_with_its_address_whom_no_link_leads_to() -> None:
     own = msgspec.structs.replace(fetching(), peers=(KnownPeer(LIAR, "liar", "127.0.0.1:9"),))
     shown = drawn(swarm(report(member(A, "ann")), own))

@@ -11,6 +11,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
+from swarm.content import safetensors_header
 from swarm.content.safetensors_header import (
     DTYPE_BITS,
     HEADER_BYTES_MAX,
@@ -188,3 +189,42 @@ def test_does_a_garbled_entry_only_ever_raise_manifest_invalid(garbled: dict[str
     except ManifestInvalid:
         return
     assert [tensor.size for tensor in tensors] == [0]
+
+
+def outcome(header: bytes, data_bytes: int) -> Any:
+    try:
+        return parse(header, subject="file", file_bytes=LENGTH_BYTES + len(header) + data_bytes)
+    except ManifestInvalid:
+        return "refused"
+
+
+def text_of(pairs: list[tuple[str, Any]]) -> str:
+    """A JSON object, in which a name may be given twice."""
+    members = (f"{json.dumps(name, ensure_ascii=False)}:{json.dumps(value)}" for name, value in pairs)
+    return "{" + ",".join(members) + "}"
+
+
+ODD_NAMES = st.sampled_from(["a", "b", "__metadata__", "data_offsets", "dtype", "\\", '"', "é"])
+ODD_ENTRIES = st.one_of(
+    st.builds(entry, st.integers(0, 2), st.integers(0, 3)),
+    st.builds(entry, st.just(0), st.just(2), dtype=st.sampled_from(["F16", "U8", "F17", 1])),
+    st.dictionaries(ODD_NAMES, st.text(max_size=2) | st.integers(), max_size=2),
+    st.none() | st.lists(st.integers(), max_size=1),
+)
+
+
+@given(st.lists(st.tuples(ODD_NAMES, ODD_ENTRIES), max_size=4), st.integers(0, 4))
+def test_does_the_quick_way_find_what_the_thorough_way_finds(pairs: list[tuple[str, Any]], data_bytes: int) -> None:
+    header = text_of(pairs).encode()
+    quick = outcome(header, data_bytes)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(safetensors_header, "_parse_quickly", lambda *_: None)
+        assert quick == outcome(header, data_bytes)
+
+
+@given(TENSORS)
+def test_is_what_the_reference_library_writes_parsed_quickly(drawn: list[tuple[str, str, list[int]]]) -> None:
+    tensors = [(name, dtype, shape, sized(dtype, shape)) for name, dtype, shape in drawn if "\\" not in name]
+    header = compose(tensors, {"format": "pt"})
+    if b"\\" not in header and not any(name in ("dtype", "shape", "data_offsets") for name, *_ in tensors):
+        assert safetensors_header._parse_quickly(header, LENGTH_BYTES + len(header)) is not None

@@ -60,8 +60,8 @@ def at(second: float) -> Recording:
 
 def test_is_each_moment_as_it_was() -> None:
     early = at(102.1).view()
-    assert early["members"][ME]["holds"][DIGEST] == {"fraction": 0.5, "cells": "9009"}
-    assert early["members"][LIAR]["holds"][DIGEST] == {"fraction": 0.25, "cells": "9000"}
+    assert early["members"][ME]["holds"][DIGEST] == {"fraction": 0.5, "cells": "9009", "wanted": None}
+    assert early["members"][LIAR]["holds"][DIGEST] == {"fraction": 0.25, "cells": "9000", "wanted": None}
     assert early["members"][ME]["fetches"][DIGEST]["running"]
     assert (early["members"][ME]["host"], early["members"][PAT]["rack"]) == ("here", "r")
     assert early["links"][f"{PAT}>{ME}"]["bytes"] == 10

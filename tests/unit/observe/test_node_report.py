@@ -28,7 +28,7 @@ from swarm.node import status_client
 from swarm.observe import budget, node_report
 from swarm.observe.fetch_record import RATE_WINDOW_S, Rate
 from swarm.observe.node_report import NodeReport, distinct_names
-from swarm.protocol.messages import Address, Announcement, NodeId
+from swarm.protocol.messages import Address, Announcement, HeldPart, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
 
 ORG_MODEL, N0, N1, N2 = ModelId("org/model"), NodeId("n0"), NodeId("n1"), NodeId("n2")
@@ -125,10 +125,21 @@ def test_who_holds_how_much() -> None:
         "bytes": 100,
         "members": {"me": 0.25, "peer": 1.0},
         "nodes": {"n0": 0.25, "n1": 1.0},
+        "wanted": {},
     }
     known.apply(Entry(7, "node", ArtifactsAnnounced(N0, ())))
     known.apply(Entry(8, "node", Left(N1, "tired")))
     assert known.report(9)["artifacts"] == []
+
+
+def test_is_what_a_member_has_of_its_part_told_apart_from_what_it_has_of_all() -> None:
+    part = Announcement(ORG_MODEL, DIGEST, "checkpoint", 100, 2, 8, False, HeldPart("a" * 16, 2, 2))
+    gossiped = Holding(ORG_MODEL, DIGEST, "checkpoint", 1, 8, False, HeldPart("b" * 16, 1, 4))
+    member = Record(NodeId("n2"), 1, State.ALIVE, 1, "far", Address("f:1"), Profile((gossiped,)))
+    known = reported(OPENED, JOINED, ArtifactsAnnounced(N1, (part,)), MemberChanged(member))
+    (artifact,) = known.report(6)["artifacts"]
+    assert artifact["nodes"] == {"n1": 0.25, "n2": 0.125}
+    assert artifact["wanted"] == {"n1": 1.0, "n2": 0.25}
 
 
 def test_are_two_members_of_one_name_told_apart() -> None:

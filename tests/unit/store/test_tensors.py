@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import json
 import mmap
+import os
 import sys
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -122,9 +124,9 @@ def composed(tensors: Iterable[tuple[str, str, list[int], bytes]], metadata: dic
     return len(header).to_bytes(8, "little") + header + b"".join(data for *_, data in given_)
 
 
-def stored(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, bytes], Manifest]:
+def stored(tensors: Mapping[str, torch.Tensor], *, chunk_bytes: int = CHUNK_BYTES) -> tuple[dict[str, bytes], Manifest]:
     files = {VIRTUAL_PATH: file_of(TensorSource(tensors))}
-    return files, manifest_of(files)
+    return files, manifest_of(files, chunk_bytes)
 
 
 # MemoryStore
@@ -378,7 +380,8 @@ def test_mismatches_are_all_named() -> None:
     why = caught.value.why
     assert "1 missing: 'a'" in why
     assert "1 unexpected: 'z'" in why
-    assert "2 different: 'b' is torch.float32 [3] and not F32 [2]" in why
+    assert "1 of another shape: 'b' is [3] and not [2]" in why
+    assert "1 of another dtype: 'c' is torch.float64 and not torch.float32" in why
 
 
 @pytest.mark.parametrize("names", [["embed", "head"], ["head", "other"], ["head"], ["embed"]])
@@ -417,6 +420,36 @@ def test_a_refused_seal_changes_no_other_tensor() -> None:
     with pytest.raises(StoreConflict):
         fill(IntoStore(manifest, {"a": strided.t(), "embed": tied, "head": tied}), files)
     assert torch.equal(strided, torch.full((2, 2), 7.0))
+
+
+def test_a_fetch_counts_as_a_write_of_torch_when_it_begins_and_when_it_ends() -> None:
+    files, manifest = stored({"w": torch.ones(4), "strided": torch.ones(2, 3)})
+    weight, strided = torch.nn.Parameter(torch.zeros(4)), torch.zeros(3, 2)
+    before = weight._version
+    loss = (weight * weight).sum()
+    store = IntoStore(manifest, {"w": weight, "strided": strided.t()})
+    begun = weight._version
+    assert begun > before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()  # type: ignore[no-untyped-call]
+    later = (weight * weight).sum()
+    fill(store, files)
+    assert weight._version > begun
+    assert strided._version > 0
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        later.backward()  # type: ignore[no-untyped-call]
+    assert contents(store) == [files[VIRTUAL_PATH]], "its own writes withdraw nothing"
+
+
+def test_memory_that_is_mapped_for_reading_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    _, manifest = stored({"w": torch.ones(4)})
+    (tmp_path / "data").write_bytes(bytes(16))
+    mapped = mmap.mmap(os.open(tmp_path / "data", os.O_RDONLY), 16, prot=mmap.PROT_READ)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        frozen = torch.frombuffer(mapped, dtype=torch.float32)
+    with pytest.raises(StoreConflict, match="mapped for reading"):
+        IntoStore(manifest, {"w": frozen})
 
 
 def test_overlapping_tensors_are_refused() -> None:
