@@ -200,13 +200,11 @@ class StoreError(SwarmError):
 
 
 class StoreFull(StoreError):
-    """Not enough free space for the missing chunks."""
+    """Not enough free space for the missing chunks. `why` is for a lack of something else than bytes."""
 
-    def __init__(self, where: Path | str, *, need_bytes: int, free_bytes: int) -> None:
-        super().__init__(
-            f"{where}: {need_bytes} bytes are needed and {free_bytes} are free; "
-            "make room, or choose another directory with --out"
-        )
+    def __init__(self, where: Path | str, *, need_bytes: int, free_bytes: int, why: str = "") -> None:
+        why = why or f"{need_bytes} bytes are needed and {free_bytes} are free"
+        super().__init__(f"{where}: {why}; make room, or choose another directory with --out")
         self.where = str(where)
         self.need_bytes = need_bytes
         self.free_bytes = free_bytes

@@ -39,7 +39,7 @@ from pathlib import Path, PurePosixPath
 
 from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.content.selection import Part
-from swarm.errors import LocalProtocolError, SourceChanged, StoreConflict, StoreError, StoreFull
+from swarm.errors import LocalProtocolError, SourceChanged, StoreConflict, StoreError
 from swarm.store import FileSpan, IsRight
 from swarm.store.disk import (
     ConfinedDirectory,
@@ -172,7 +172,9 @@ class DirectoryStore:
         self._writeback = Writeback(self._sync)
         self._record_fd: int | None = None
         reserve_descriptors(len(self._entries))
-        with store_errors(self.out), ExitStack() as held, ExitStack() as undo:
+        self._need_bytes = 0  # to be allocated
+        # Outermost: it names the free bytes, after the undo.
+        with store_errors(self.out, need_bytes=lambda: self._need_bytes), ExitStack() as held, ExitStack() as undo:
             self._final = self._open_out(held, undo)
             self._partials, self._partial, fresh = self._claim(held, undo)
             existing = self._existing()  # after the lock: its last holder may have added files
@@ -225,7 +227,7 @@ class DirectoryStore:
         with self._state:
             if self._closed:
                 return
-            with store_errors(self.out, need_bytes=len(line)):
+            with store_errors(self.out, need_bytes=lambda: len(line)):
                 if self._record_fd is None:
                     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
                     self._record_fd = self._partials.open_file(self._record_name, flags)
@@ -322,7 +324,8 @@ class DirectoryStore:
         self._open_files.close()
         if self._wrote:
             self._undo.pop_all()
-        self._undo.close()
+        with contextlib.suppress(OSError):  # the disk became read-only
+            self._undo.close()
         self._held.close()
 
     def _open_out(self, held: ExitStack, undo: ExitStack) -> ConfinedDirectory:
@@ -372,7 +375,7 @@ class DirectoryStore:
         raise StoreConflict(self.out / PARTIAL / self._name, "other fetches keep removing it")
 
     def _prepare(self, existing: set[str], undo: ExitStack) -> dict[int, _File]:
-        need_bytes = self._check_room(existing)
+        self._need_bytes = self._check_room(existing)
         files = {}
         for number, entry in self._entries.items():
             if entry.path in existing:
@@ -381,9 +384,7 @@ class DirectoryStore:
                 os.close(fd)
                 files[number] = _File(entry, stamp.inode, self.out / entry.path, stamp)
             else:
-                with store_errors(self.out, need_bytes=need_bytes):
-                    inode = self._allocate(entry, undo)
-                files[number] = _File(entry, inode, self.out / entry.path)
+                files[number] = _File(entry, self._allocate(entry, undo), self.out / entry.path)
         return files
 
     def _open(self, number: int) -> int:
@@ -413,16 +414,18 @@ class DirectoryStore:
             os.fdatasync(fd)
 
     def _check_room(self, existing: set[str]) -> int:
-        """Bytes that remain to be allocated. Raises StoreFull if fewer are free."""
-        need_bytes = 0
+        """Bytes that remain to be allocated. Raises StoreFull if fewer are free, or too few inodes."""
+        need_bytes = need_inodes = 0
+        parents: set[str] = set()
         for entry in self._entries.values():
             if entry.path not in existing:
                 status = self._partial.lstat(entry.path)
                 taken = status.st_blocks * 512 if status else 0  # unit of st_blocks on every disk
                 need_bytes += max(0, entry.size - taken)
-        free_bytes = self._final.free_bytes()
-        if free_bytes is not None and need_bytes > free_bytes:
-            raise StoreFull(self.out, need_bytes=need_bytes, free_bytes=free_bytes)
+                need_inodes += status is None
+                parents |= {str(parent) for parent in PurePosixPath(entry.path).parents[:-1]}
+        need_inodes += sum(place.lstat(parent) is None for parent in parents for place in (self._partial, self._final))
+        self._final.demand_room(need_bytes, need_inodes)
         return need_bytes
 
     def _allocate(self, entry: FileEntry, undo: ExitStack) -> int:
@@ -488,7 +491,7 @@ class DirectoryStore:
         file = self._files[number]
         with (
             self._in_use(),
-            store_errors(file.path, need_bytes=len(view)),
+            store_errors(file.path, need_bytes=lambda: len(view)),
             self._open_files.lend(number) as fd,
         ):
             self._refuse_final(file)

@@ -177,10 +177,15 @@ class ConfinedDirectory:
         with contextlib.suppress(OSError):
             os.rmdir(name, dir_fd=self.fd)
 
-    def free_bytes(self) -> int | None:
-        """Free bytes for this user; None if the file system does not report them."""
+    def demand_room(self, need_bytes: int, need_inodes: int) -> None:
+        """Raises StoreFull if fewer bytes or inodes are free, as far as the file system reports them."""
         room = os.statvfs(self.fd)
-        return room.f_bavail * room.f_frsize if room.f_blocks else None
+        free_bytes = room.f_bavail * room.f_frsize
+        if room.f_blocks and need_bytes > free_bytes:
+            raise StoreFull(self.path, need_bytes=need_bytes, free_bytes=free_bytes)
+        if room.f_files and need_inodes > room.f_favail:
+            why = f"{need_inodes} new files and directories are needed and {room.f_favail} inodes are free"
+            raise StoreFull(self.path, need_bytes=need_bytes, free_bytes=free_bytes, why=why)
 
     @contextlib.contextmanager
     def _parent(self, path: str, *, make: bool = False) -> Iterator[tuple[ConfinedDirectory, str]]:
@@ -330,13 +335,13 @@ class Writeback:
 
 
 @contextlib.contextmanager
-def store_errors(where: Path, *, need_bytes: int = 0) -> Iterator[None]:
+def store_errors(where: Path, *, need_bytes: Callable[[], int] = lambda: 0) -> Iterator[None]:
     """Raises StoreFull, StoreConflict or StoreError for an OSError. `need_bytes`: size of the write, for StoreFull."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise StoreFull(where, need_bytes=need_bytes, free_bytes=_free_bytes(where)) from error
+            raise _full(where, need_bytes(), quota=error.errno == errno.EDQUOT) from error
         if error.errno in _IN_THE_WAY:
             raise StoreConflict(where, f"is in the way ({error.strerror}); move it away") from error
         name = error.filename
@@ -437,9 +442,23 @@ def remove_if_empty(place: Path) -> None:
         place.rmdir()
 
 
-def _free_bytes(where: Path) -> int:
+def _full(where: Path, need_bytes: int, *, quota: bool) -> StoreFull:
+    """What a failed write of `need_bytes` lacks, by the numbers of the file system."""
+    room = _room(where)
+    free_bytes = room.f_bavail * room.f_frsize if room else 0
+    if quota:
+        why = f"the disk quota is used up; {need_bytes} more bytes are needed"
+    elif room and room.f_files and not room.f_favail:
+        why = f"no inode is free for another file or directory, and {free_bytes} bytes are"
+    elif need_bytes > free_bytes:
+        why = ""
+    else:
+        why = f"there is no room for {max(need_bytes, 1)} more bytes, though {free_bytes} count as free"
+    return StoreFull(where, need_bytes=need_bytes, free_bytes=free_bytes, why=why)
+
+
+def _room(where: Path) -> os.statvfs_result | None:
     for place in (where, *where.parents):
         with contextlib.suppress(OSError):
-            room = os.statvfs(place)
-            return room.f_bavail * room.f_frsize
-    return 0
+            return os.statvfs(place)
+    return None

@@ -1,6 +1,7 @@
 """Fetches into directories with other content, without room, or under attack by another user."""
 
 import contextlib
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,18 +20,113 @@ def seed(machine: Machine, model: Path) -> Process:
     return machine.serve(model)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    path = tmp_path / "disk"
+@contextlib.contextmanager
+def mounted(path: Path, *options: str) -> Iterator[Path]:
+    """A disk of its own at `path`, by these options of mount(8)."""
     path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none", str(path)]
-    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"a small disk needs the right to mount one: {mounted.stderr.strip()}")
+    ran = subprocess.run(["mount", *options, str(path)], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        pytest.skip(f"a disk of its own needs the right to mount one: {ran.stderr.strip()}")
     try:
         yield path
     finally:
         subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", f"size={TMPFS_BYTES}", "none") as path:
+        yield path
+
+
+@pytest.fixture
+def failing_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of ext4 that becomes read-only at its first error."""
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(64 << 20)
+    if shutil.which("mkfs.ext4") is None:
+        pytest.skip("no mkfs.ext4")
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=30)
+    with mounted(tmp_path / "disk", "-o", "loop,errors=remount-ro", str(image)) as path:
+        yield path
+
+
+def fail(disk: Path) -> None:
+    """Makes the kernel find an error on a `failing_disk`."""
+    device = subprocess.run(["findmnt", "-no", "SOURCE", str(disk)], capture_output=True, text=True, check=True)
+    (Path("/sys/fs/ext4") / Path(device.stdout.strip()).name / "trigger_fs_error").write_text("1")
+
+
+def limited(machine: Machine, tmp_path: Path) -> tuple[Path, Process]:
+    """A model of 20 MB and a seed that takes 2 s to send it."""
+    model = write_model(tmp_path / "model-of-20", size=20_000_000)
+    return model, machine.serve(model, "--upload-limit", "10MB/s")
+
+
+def begun(out: Path) -> bool:
+    return any(any(path.read_bytes()) for path in out.glob(".swarm/*/a.safetensors"))
+
+
+def test_a_disk_without_inodes_says_so_with_numbers(
+    machine: Machine, seed: Process, model: Path, tmp_path: Path
+) -> None:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=64m,nr_inodes=8", "none") as disk:
+        line = machine.fetch(disk / "out", peers=[seed.address]).end().error(5)
+        assert "inodes are free" in line
+        assert "bytes are needed" not in line
+        assert list(disk.iterdir()) == []
+        for number in range(7):
+            (disk / str(number)).touch()
+        assert "no inode is free" in machine.fetch(disk / "out", peers=[seed.address]).end().error(5)
+        assert not (disk / "out").exists()
+
+
+def test_a_disk_that_fills_during_a_fetch_does_not_stop_it(machine: Machine, tmp_path: Path) -> None:
+    model, seed = limited(machine, tmp_path)
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=32m", "none") as disk:
+        newcomer = machine.fetch(disk / "out", peers=[seed.address])
+        wait_until(lambda: begun(disk / "out"), "some bytes")
+        with contextlib.suppress(OSError), (disk / "ballast").open("wb") as ballast:
+            while True:
+                ballast.write(bytes(1 << 20))
+                ballast.flush()
+        assert newcomer.end().code == 0
+        assert contents(disk / "out") == contents(model)
+
+
+def test_a_disk_that_becomes_read_only_ends_a_fetch_with_one_line(
+    machine: Machine, tmp_path: Path, failing_disk: Path
+) -> None:
+    model, seed = limited(machine, tmp_path)
+    out = failing_disk / "out"
+    newcomer = machine.fetch(out, peers=[seed.address])
+    wait_until(lambda: begun(out), "some bytes")
+    fail(failing_disk)
+    line = newcomer.end().error(5)
+    assert "Read-only file system" in line
+    assert contents(out) == {}
+    assert "Read-only file system" in machine.fetch(failing_disk / "other", peers=[seed.address]).end().error(5)
+    elsewhere = tmp_path / "elsewhere"
+    assert machine.fetch(elsewhere, peers=[seed.address]).end().code == 0
+    assert contents(elsewhere) == contents(model)
+
+
+def test_new_content_under_the_same_id_in_mid_fetch_ends_in_one_line_and_then_in_the_new_content(
+    machine: Machine, tmp_path: Path, out: Path
+) -> None:
+    model, seed = limited(machine, tmp_path)
+    newcomer = machine.fetch(out, peers=[seed.address])
+    wait_until(lambda: begun(out), "some bytes")
+    new = write_model(tmp_path / "new", size=20_000_000, seed=2)
+    for path in new.rglob("*.*"):
+        path.rename(model / path.relative_to(new))
+    line = newcomer.end().error(4)
+    assert "does not serve it any more" in line
+    assert contents(out) == {}
+    wait_until(lambda: seed.out.count(" ready: ") == 2, "the seed to serve the new content")
+    assert machine.fetch(out, peers=[seed.address]).end().code == 0
+    assert contents(out) == contents(model)
 
 
 def test_is_a_full_disk_told_with_numbers_and_enough_once_there_is_room(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,7 @@ from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
 from swarm.hashing.cpu import chunk_digests
 from swarm.store import IsRight
 from swarm.store.directory import DirectorySource, DirectoryStore
-from swarm.store.disk import ConfinedDirectory, reserve_descriptors
+from swarm.store.disk import reserve_descriptors
 from swarm.testing.stores import is_right
 
 CHUNK = 8192
@@ -160,8 +161,57 @@ def test_are_partial_files_of_the_wrong_size_put_right(tmp_path: Path) -> None:
     assert tree(tmp_path) == CONTENTS
 
 
+def disk(*, free_bytes: int = 1 << 40, inodes: int = 1000, free_inodes: int = 1000) -> SimpleNamespace:
+    """What `statvfs` says of a disk."""
+    return SimpleNamespace(f_bavail=free_bytes, f_frsize=1, f_blocks=1 << 40, f_files=inodes, f_favail=free_inodes)
+
+
+def test_a_disk_without_enough_inodes_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: disk(free_inodes=7))
+    with pytest.raises(StoreFull, match="8 new files and directories are needed and 7 inodes are free"):
+        DirectoryStore(tmp_path / "out", MANIFEST)  # 4 files, a and a/b twice
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "statvfs", lambda _: disk(inodes=0, free_inodes=0))  # btrfs has no such limit
+    DirectoryStore(tmp_path / "out", MANIFEST).close()
+
+
+@pytest.mark.parametrize(
+    ("error", "found", "why"),
+    [
+        (errno.ENOSPC, disk(free_bytes=0), f"{MANIFEST.size} bytes are needed and 0 are free"),
+        (errno.ENOSPC, disk(free_inodes=0, free_bytes=70_000), "no inode is free for another file or directory"),
+        (errno.ENOSPC, disk(free_bytes=70_000), f"no room for {MANIFEST.size} more bytes, though 70000 count as free"),
+        (errno.EDQUOT, disk(), f"the disk quota is used up; {MANIFEST.size} more bytes are needed"),
+    ],
+)
+def test_a_disk_that_fills_meanwhile_says_which_of_its_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, found: SimpleNamespace, why: str
+) -> None:
+    def fills(*_: object) -> None:
+        monkeypatch.setattr(os, "statvfs", lambda _: found)
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, "posix_fallocate", fills)
+    with pytest.raises(StoreFull, match=why):
+        DirectoryStore(tmp_path / "out", MANIFEST)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_closes_on_a_disk_that_became_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = DirectoryStore(tmp_path, MANIFEST)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", failing(errno.EROFS))
+        store.close()
+    with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
+        land(store, *MANIFEST.chunks)
+        store.seal(right(store))
+    assert tree(tmp_path) == CONTENTS
+
+
 def test_is_a_fetch_that_cannot_fit_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ConfinedDirectory, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk(free_bytes=1000))
     with pytest.raises(StoreFull) as caught:
         DirectoryStore(tmp_path / "out", MANIFEST)
     assert (caught.value.need_bytes, caught.value.free_bytes) == (MANIFEST.size, 1000)
@@ -171,7 +221,7 @@ def test_is_a_fetch_that_cannot_fit_refused_at_once(tmp_path: Path, monkeypatch:
 def test_does_room_that_a_resumed_fetch_has_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         land(store, MANIFEST.chunks[0])
-    monkeypatch.setattr(ConfinedDirectory, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(os, "statvfs", lambda _: disk(free_bytes=1000))
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         assert list(store.present()) == [MANIFEST.chunks[0]]
 
