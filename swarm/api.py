@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
-from swarm.checkpoint import commit_source, digest_cache, hf_cache, hf_publish, manifest_builder, signature_file
+from swarm.checkpoint import commit_source, digest_cache, hf_cache, hf_publish, kept, manifest_builder, signature_file
 from swarm.checkpoint.promised import described
 from swarm.content import promise
 from swarm.content.bitfield import Bitfield
@@ -31,7 +31,7 @@ from swarm.node import commit_parts
 from swarm.node.cold_start import Found, OriginModel, find
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
-from swarm.node.resolve import resolve
+from swarm.node.resolve import full_digest, resolve
 from swarm.observe.progress import LOOK_EVERY_S, ProgressWatch, ShowProgress, in_notebook, watch
 from swarm.observe.progress import Progress as Progress
 from swarm.origin import registry
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
     import torch
 
 
-_DIGEST = re.compile("[0-9a-f]{64}")
+_DIGEST = re.compile("[0-9a-f]{6,64}")
+DIGEST_DIGITS = 64  # fewer choose among what is served, and pin nothing
 _COMMIT = re.compile("[0-9a-f]{40}")
 _DEVICE = re.compile("cpu|cuda(:[0-9]{1,3})?")
 
@@ -293,7 +294,7 @@ def open_source(
             raise SettingsError("tensors", "there are none")
         return _sayable(model_id), manifest_builder.tensors(what, **grid), _labelled(None, revision)
     if isinstance(what, str) and not Path(what).exists():
-        what, revision = with_revision(what, revision)
+        what, revision = hf_cache.with_revision(what, revision)
     path = _locate(what, revision)
     found = _sayable(model_id or hf_cache.model_id_of(path) or path.resolve().name)
     origin = _labelled(hf_cache.named_origin(path), revision)
@@ -317,7 +318,7 @@ def sign(
     Raises as `serve` does, and SettingsError for a key that cannot be used.
     """
     private = signatures.read_key(key)
-    path = Path(what) if Path(what).exists() else _locate(*with_revision(str(what), revision))
+    path = Path(what) if Path(what).exists() else _locate(*hf_cache.with_revision(str(what), revision))
     name, source, origin = open_source(path, model_id=model_id, settings=settings, revision=revision)
     source.close()
     digest = source.manifest.digest
@@ -330,21 +331,6 @@ def _sayable(model_id: str) -> ModelId:
     if why := unsayable(model_id):
         raise SettingsError("model_id", why)
     return ModelId(model_id)
-
-
-def with_revision(model_id: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Id and revision of `ID` or `ID@REVISION`; "@" has no meaning in addresses other than `hf://`.
-
-    Raises SettingsError for two different revisions.
-    """
-    if "://" in model_id and not model_id.startswith("hf://"):
-        return model_id, revision
-    name, _, tail = model_id.partition("@")
-    if not name or not tail:
-        return model_id, revision
-    if revision not in (None, tail):
-        raise SettingsError("revision", f"{revision!r} is not the one of {model_id!r}; say one of them")
-    return name, tail
 
 
 def _labelled(origin: Origin | None, revision: str | None) -> Origin | None:
@@ -411,7 +397,7 @@ class _Want:
             object.__setattr__(self, "dtype", cast_dtype(self.dtype))
         if self.into is not None:
             object.__setattr__(self, "into", targets(self.into))
-        name = with_revision(self.model_id, self.revision)[0].removeprefix("hf://")
+        name = hf_cache.with_revision(self.model_id, self.revision)[0].removeprefix("hf://")
         if self.out is HUB_CACHE and not hf_cache.is_model_id(name):
             raise SettingsError("model_id", f"{self.model_id!r} cannot be a Hugging Face model id; say out=DIR")
 
@@ -482,15 +468,20 @@ async def fetch_on(
     with the digest and the bytes of the part once they are known.
     """
     if digest is not None and not _DIGEST.fullmatch(digest):
-        raise SettingsError("digest", f"{digest!r} is not a whole digest: 64 digits from 0 to 9 and a to f")
-    model_id, revision = with_revision(model_id, revision)
+        raise SettingsError(
+            "digest", f"{digest!r} is not a digest: 64 digits from 0 to 9 and a to f, or the first 6 or more"
+        )
+    model_id, revision = hf_cache.with_revision(model_id, revision)
     began = node.now()
     name, at = origin_of(model_id, revision, settings)
     find_timeout_s = settings.find_timeout_s if timeout_s is None else min(settings.find_timeout_s, timeout_s)
     try:
         async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
+            whole = digest
+            if digest is not None and len(digest) < DIGEST_DIGITS:
+                whole = await full_digest(node, name, digest, find_timeout_s=find_timeout_s)
             how: dict[str, Any] = {
-                "digest": None if digest is None else Digest(digest),
+                "digest": None if whole is None else Digest(whole),
                 "find_timeout_s": find_timeout_s,
                 "trusted": settings.trusted,
                 "revision": revision,
@@ -499,7 +490,7 @@ async def fetch_on(
     except TimeoutError:
         raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
     manifest, origin = found.manifest, found.origin
-    pinned = digest is not None or bool(_COMMIT.fullmatch(revision or ""))
+    pinned = (digest is not None and digest == whole) or bool(_COMMIT.fullmatch(revision or ""))
     left = _Deadline(node, name, timeout_s, began)
     part = None if selection is None else _part(selection, manifest, whole_files=out is not None or manifest.promised)
     if resolved:
@@ -522,6 +513,7 @@ async def fetch_on(
         snapshot = await _finished(
             node, fetched, lambda: entry.publish(manifest, origin, revision, stamps=stamps, part=part)
         )
+        kept.record(settings.cache, name, manifest.digest, snapshot, wrote=entry.wrote)
         if part is None:
             await _finished(node, fetched, lambda: _remember(settings.cache, snapshot, _proven(node, manifest), origin))
         if isinstance(store, DirectoryStore):

@@ -55,15 +55,17 @@ def git_name(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def damaged(found: Sequence[CheckpointFile], names: Mapping[str, str], *, folder: Path, cache_dir: Path) -> list[str]:
+def damaged(
+    found: Sequence[CheckpointFile], names: Mapping[str, str], *, folder: Path, cache_dir: Path, again: bool = False
+) -> list[str]:
     """Paths of the files whose content does not have its name of `names`; a file without a name counts as right.
 
-    `folder`: of the model in the hub's cache, which has one record. Raises SourceChanged for a file that changes
-    meanwhile, and OSError for one that cannot be read.
+    `folder`: of the model in the hub's cache, which has one record. `again`: hashes files with a record too. Raises
+    SourceChanged for a file that changes meanwhile, and OSError for one that cannot be read.
     """
     record = _Record.of(cache_dir, folder)
     began_ns = time.time_ns()
-    todo = [file for file in found if (name := names.get(file.path)) and not record.knows(file, name)]
+    todo = [file for file in found if (name := names.get(file.path)) and (again or not record.knows(file, name))]
     workers = min(HASH_THREADS_MAX, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(workers, thread_name_prefix="swarm-names") as pool:
         right = list(pool.map(lambda file: _has_name(file, names[file.path]), todo))

@@ -2,6 +2,7 @@
 
     <cache>/manifests/<sha256 of path and chunk grid>.json    digests of hashed files, with their stamps
     <cache>/fetched/<sha256 of path>.json                     the manifest that a directory was fetched as
+    <cache>/served/<sha256 of path>.json                      the manifest that it was hashed as last
 
 A stamp (size, mtime, ctime, inode) is trusted only if the file was older than `RACY_NS` when it was hashed. A younger
 file can be written again without a change of its times (git calls this racily clean). The age is that of the ctime, the
@@ -55,6 +56,7 @@ class DigestCache:
     ) -> None:
         self._began_ns = time.time_ns()
         self._record = _place(cache_dir / "manifests", path, f"\0{chunk_bytes}\0{scheme.name}\0{scheme.leaf_bytes}")
+        self._last = _last(cache_dir, path)
         self._stamps = {file.path: file.stamp for file in files}
         self.known: dict[str, FileEntry] = {}
         manifest, stamps = _read(self._record) or (None, {})
@@ -75,6 +77,7 @@ class DigestCache:
         }
         try:
             _write(self._record, manifest, trusted)
+            _write(self._last, manifest, {})
         except OSError as error:
             log.warning("%s: the manifest is not cached, files will be hashed again: %s", self._record, error.strerror)
 
@@ -89,6 +92,16 @@ def recall(cache_dir: Path, directory: Path) -> Manifest | None:
     """The manifest of the last fetch into `directory`; None without a readable record."""
     record = _read(_place(cache_dir / "fetched", directory))
     return record[0] if record else None
+
+
+def last_served(cache_dir: Path, directory: Path) -> Manifest | None:
+    """The manifest that the files of `directory` had when they were last hashed to be served; None without a record."""
+    record = _read(_last(cache_dir, directory))
+    return record[0] if record else None
+
+
+def _last(cache_dir: Path, directory: Path) -> Path:
+    return _place(cache_dir / "served", directory)
 
 
 def _place(folder: Path, path: Path, suffix: str = "") -> Path:

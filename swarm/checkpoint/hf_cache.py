@@ -33,6 +33,8 @@ from swarm.protocol.messages import BESIDE_BYTES_MAX, BESIDE_MAX, REVISIONS_MAX,
 
 MODEL_ID_CHARS_MAX = 96  # of organisation and of name; the hub's limit
 
+INCOMING = ".swarm-incoming"  # in the folder of a model: incomplete fetches
+
 _PART = rf"\w(?:[\w.\-]{{0,{MODEL_ID_CHARS_MAX - 2}}}\w)?"
 _MODEL_ID = re.compile(rf"(?:{_PART}/)?{_PART}", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -51,6 +53,21 @@ def cache_root() -> Path:
     if path.startswith("~"):
         raise SettingsError("HF_HOME", "this user has no home directory; set HF_HOME, or fetch with --out DIR")
     return Path(path)
+
+
+def with_revision(model_id: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Id and revision of `ID` or `ID@REVISION`; "@" has no meaning in addresses other than `hf://`.
+
+    Raises SettingsError for two different revisions.
+    """
+    if "://" in model_id and not model_id.startswith("hf://"):
+        return model_id, revision
+    name, _, tail = model_id.partition("@")
+    if not name or not tail:
+        return model_id, revision
+    if revision not in (None, tail):
+        raise SettingsError("revision", f"{revision!r} is not the one of {model_id!r}; say one of them")
+    return name, tail
 
 
 def is_model_id(text: str) -> bool:

@@ -34,7 +34,7 @@ from types import MappingProxyType
 from swarm.checkpoint import hub_tree
 from swarm.checkpoint.blob_check import HASH_THREADS_MAX, content_name, git_name
 from swarm.checkpoint.files import bystander, of_commit
-from swarm.checkpoint.hf_cache import is_model_id, model_folder
+from swarm.checkpoint.hf_cache import INCOMING, is_model_id, model_folder
 from swarm.checkpoint.manifest_builder import verify
 from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.content.selection import Part
@@ -45,7 +45,6 @@ from swarm.store.disk import Stamp, open_locked, replacing, store_errors
 
 # Of file systems without symbolic links (exFAT, some SMB and FUSE mounts).
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_INCOMING = ".swarm-incoming"
 _LOCK = "lock"
 
 
@@ -61,8 +60,9 @@ class CacheEntry:
                 "model id", f"{model_id!r} cannot be a model of the hub (NAME or ORG/NAME); fetch it with --out DIR"
             )
         self.model_id = model_id
+        self.wrote: list[Path] = []  # by `publish`: blobs, and names in the snapshot
         self.folder = model_folder(model_id, root=root)
-        self._incoming = self.folder / _INCOMING  # drafts too: a crash would leave them in `refs` or a snapshot
+        self._incoming = self.folder / INCOMING  # drafts too: a crash would leave them in `refs` or a snapshot
 
     def __repr__(self) -> str:
         return f"<CacheEntry {self.model_id} in {self.folder.parent}>"
@@ -223,7 +223,9 @@ class CacheEntry:
             raise StoreConflict(blob, "a file belongs here; remove what is in its place")
         link = target / file.path
         if link.exists() and not link.is_symlink():
-            if link.is_file() and filecmp.cmp(link, staged / file.path, shallow=False):
+            listed = (hub_tree.read(self.folder, target.name) or {}).get(file.path)
+            mends = listed is not None and listed.name == blob.name  # the staged file has the content of the listing
+            if link.is_file() and (mends or filecmp.cmp(link, staged / file.path, shallow=False)):
                 return
             raise StoreConflict(
                 link, "is not a link into the cache's blobs and differs; remove it, or fetch with --out DIR"
@@ -239,8 +241,11 @@ class CacheEntry:
             )
 
     def _place(self, staged: Path, link: Path, blob: Path, stamp: Stamp | None) -> None:
-        if link.is_file() and not link.is_symlink():  # the same content, as a plain file
-            staged.unlink()
+        if link.is_file() and not link.is_symlink():  # the same content as a plain file, or a damaged one
+            if filecmp.cmp(link, staged, shallow=False):
+                staged.unlink()
+            else:
+                staged.replace(link)
             return
         blob.parent.mkdir(parents=True, exist_ok=True)
         # The staged file matches the blob's name. A blob of another content is a broken copy.
@@ -248,10 +253,13 @@ class CacheEntry:
             staged.unlink()
         else:
             _demand(staged, stamp)
+            if not os.path.lexists(blob):
+                self.wrote.append(blob)
             staged.replace(blob)
         if link.exists() and os.path.basename(os.readlink(link)) == blob.name:
             return
         link.parent.mkdir(parents=True, exist_ok=True)
+        self.wrote.append(link)
         try:
             if _is_true("HF_HUB_DISABLE_SYMLINKS"):
                 raise OSError(errno.EPERM, "symbolic links are turned off")

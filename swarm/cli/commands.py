@@ -296,32 +296,32 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Compares a fetched directory with its manifest; 1 if a file differs."""
-    from swarm.checkpoint import digest_cache, manifest_builder
-    from swarm.store.directory import PARTIAL
+    """Hashes a directory or a cached model again; 1 if a file differs."""
+    from swarm.cli.verify import verify
 
-    if not options.directory.is_dir():
-        what = "is no directory" if options.directory.exists() else "does not exist"
-        raise StoreError(f"{options.directory}: {what}; name a directory that `swarm fetch --out DIR` filled")
     if options.model_signature:
-        return _verify_signed(options.directory, options.model_signature)
-    manifest = digest_cache.recall(Settings.load().cache, options.directory)
-    if (options.directory / PARTIAL).exists():
-        raise StoreError(f"{options.directory}: a fetch into it is unfinished; run that fetch again")
-    if manifest is None:
-        raise StoreError(
-            f"{options.directory}: not fetched by swarm on this machine, so there is nothing to compare with; "
-            "fetch it again into this directory: files that are right are kept"
-        )
-    if options.digest not in (None, manifest.digest):
-        raise StoreError(f"{options.directory}: fetched as {manifest.digest}, which is not the digest asked for")
-    problems = manifest_builder.verify(options.directory, manifest)
-    for problem in problems:
-        print(clean(problem))
-    if not problems:
-        size = f"{len(manifest.files)} files, {manifest.size} bytes"
-        print(f"{options.directory}: {size}, as fetched ({manifest.digest[:16]})")
-    return PROBLEMS_FOUND if problems else 0
+        return _verify_signed(Path(options.what), options.model_signature)
+    return verify(options.what, revision=options.revision, digest=options.digest, settings=Settings.load())
+
+
+def ls(options: argparse.Namespace) -> int:
+    """Lists the models of the swarm and of this machine."""
+    from swarm.cli import kept
+
+    settings = Settings.load({"key_file": options.key_file})
+    found = kept.listed(kept.report_of(options.peer, settings), settings, options.model_id)
+    if options.json:
+        print(kept.as_json(found), flush=True)
+    else:
+        kept.show(found)
+    return 0
+
+
+def rm(options: argparse.Namespace) -> int:
+    """Removes what swarm keeps of a model; 1 if the user declines."""
+    from swarm.cli.kept import remove
+
+    return remove(options.model_id, revision=options.revision, yes=options.yes, settings=Settings.load())
 
 
 def _verify_signed(directory: Path, key: Path) -> int:

@@ -193,15 +193,27 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(doctor, without={"timeout_s", "upload_limit"})
 
-    verify = command(commands.verify, "hash a fetched directory again")
-    verify.add_argument("directory", type=Path, metavar="DIR")
+    verify = command(commands.verify, "hash a directory or a cached model again")
+    verify.add_argument("what", metavar="DIR|MODEL_ID", help="directory, or model of the Hugging Face cache")
     verify.add_argument(
         "--model-signature",
         type=Path,
         metavar="KEY",
         help="check model.sig (OpenSSF Model Signing) with this public key",
     )
-    verify.add_argument("--digest", metavar="D", help="digest that it must have been fetched with")
+    verify.add_argument("--digest", metavar="D", help="digest that it must have, or the first digits of it")
+    verify.add_argument("--revision", metavar="R", help="revision of the cached model; also MODEL_ID@R")
+
+    ls = command(commands.ls, "list models: in the swarm, and what swarm keeps on this machine")
+    ls.add_argument("model_id", nargs="?", metavar="MODEL_ID", help="only this model; also the digits of a digest")
+    ls.add_argument("--peer", metavar="HOST:PORT", help="node to ask; by default a node of this machine")
+    ls.add_argument("--key-file", metavar="PATH", help="cluster key, to ask nodes of other machines")
+    ls.add_argument("--json", action="store_true", help="print one JSON object")
+
+    rm = command(commands.rm, "remove what swarm wrote into the Hugging Face cache and its own")
+    rm.add_argument("model_id", metavar="MODEL_ID", help="model id, also MODEL_ID@REVISION, or the digits of a digest")
+    rm.add_argument("--revision", metavar="R", help="only this revision")
+    rm.add_argument("--yes", action="store_true", help="do not ask")
 
     keygen = command(commands.keygen, "make a cluster key, which admits nodes to a swarm")
     keygen.add_argument(

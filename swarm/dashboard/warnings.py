@@ -6,7 +6,7 @@ codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from swarm.content.commit import PART
@@ -86,15 +86,23 @@ def _of_node(report: Mapping[str, Any]) -> Iterator[Warn]:
 def _of_artifacts(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator[Warn]:
     """Two digests for one model id. Ranks of engines differ by layout; checkpoints must not differ."""
     holders: dict[str, dict[str, list[str]]] = {}
+    named: dict[str, list[str]] = {}
     for artifact in report["artifacts"]:
         if artifact["tier"] == "checkpoint" and artifact["members"] and not artifact["model_id"].endswith(PART):
             holders.setdefault(artifact["model_id"], {})[artifact["digest"]] = list(artifact["members"])
+            named[artifact["digest"]] = artifact.get("revisions") or []
     for model_id, contents in holders.items():
-        if len(contents) > 1:
+        if len(contents) > 1 and not _told_apart([named[digest] for digest in contents]):
             each = "; ".join(f"{digest[:12]} by {listed(names)}" for digest, names in sorted(contents.items()))
             what = f"{model_id} has two digests: {each}"
-            do = "Pin one with --digest, or stop the members that serve the other."
+            do = "Choose one with --revision or --digest, or stop the members that serve the other."
             yield Warn("conflict", "bad", None, model_id, what, do)
+
+
+def _told_apart(revisions: Sequence[Sequence[str]]) -> bool:
+    """Whether each content has revisions, and none of another's: a rollout."""
+    names = [name for shown in revisions for name in set(shown)]
+    return all(revisions) and len(names) == len(set(names))
 
 
 def _versions(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator[Warn]:

@@ -86,6 +86,30 @@ async def resolve(
     return found
 
 
+async def full_digest(node: Node, model_id: ModelId, first: str, *, find_timeout_s: float) -> Digest:
+    """The only announced digest that begins with these digits. Only a whole digest pins: digits choose.
+
+    Raises SettingsError if several begin with them, ManifestNotFound if none is announced in time.
+    """
+    deadline, first_seen = node.now() + find_timeout_s, None
+    with node.seeking(None):
+        while True:
+            announced = {a.digest for a in node.announced()} | node.holdings().keys()
+            found = sorted(digest for digest in announced if digest.startswith(first))
+            if found and first_seen is None:
+                first_seen = node.now()
+            settled = first_seen is not None and node.now() - first_seen >= (
+                SETTLE_S if node.searching else SETTLE_LEAST_S
+            )
+            if len(found) > 1:
+                raise SettingsError("digest", f"{first!r} begins {', '.join(found)}; say more digits of one")
+            if found and settled:
+                return found[0]
+            if not found and node.now() >= deadline:
+                raise ManifestNotFound(model_id, tried=node.tried(), waited_s=find_timeout_s)
+            await node.changed(SETTLE_LEAST_S if found else POLL_S)
+
+
 async def _resolve(
     node: Node,
     model_id: ModelId,

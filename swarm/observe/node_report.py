@@ -6,7 +6,7 @@ report leaves out what exceeds its budget of bytes, members without a link and r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from swarm.protocol.packets import Holding, Record, State
 GONE_KEPT = 64  # members that left, still reported
 MEMBERS_BYTES_MAX, ARTIFACTS_BYTES_MAX, TRANSFERS_BYTES_MAX = 3 << 20, 3 << 20, 1 << 20  # of a report
 LANES_MAX = 512  # sources in a timeline
+REVISIONS_MAX = 8  # of an artifact; holders may name it differently
 TEXT_CHARS_MAX = 256  # of a name in a page; two nodes of one name have their addresses and ids added
 
 
@@ -69,6 +70,10 @@ class _KnownMember:
         if self.transport is not None:
             return [_HeldArtifact.of(announced, announced.size) for announced in self.artifacts.values()]
         return [_HeldArtifact.of(held, None) for held in (self.record.profile.artifacts if self.record else ())]
+
+    def revisions(self, digest: Digest) -> Sequence[str]:
+        """Branches, tags, labels and commit of an artifact, as its link says."""
+        return self.artifacts[digest].revisions if self.transport is not None and digest in self.artifacts else ()
 
     def report(self, now: float) -> dict[str, Any]:
         profile = self.record.profile if self.record else None
@@ -195,9 +200,12 @@ class NodeReport:
                 row = found.setdefault(
                     (held.model_id, held.digest),
                     {"model_id": held.model_id, "digest": held.digest, "tier": held.tier, "bytes": held.bytes}
-                    | {"members": {}, "nodes": {}, "wanted": {}},
+                    | {"members": {}, "nodes": {}, "wanted": {}, "revisions": []},
                 )
                 row["bytes"] = row["bytes"] if held.bytes is None else held.bytes
+                row["revisions"] = [*dict.fromkeys([*row["revisions"], *member.revisions(Digest(held.digest))])][
+                    :REVISIONS_MAX
+                ]
                 row["members"][names[node]] = row["nodes"][node] = held.fraction
                 if held.wanted is not None:
                     row["wanted"][node] = held.wanted

@@ -65,6 +65,11 @@ RefusalReason = Literal[
 ]
 
 
+# Some names of an artifact, for people: an Origin has all of them.
+REVISIONS_SHOWN, REVISION_SHOWN_CHARS = 4, 64
+RevisionShown = Annotated[str, msgspec.Meta(min_length=1, max_length=REVISION_SHOWN_CHARS, pattern=PRINTABLE)]
+
+
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
     """Base of all messages of a link."""
 
@@ -102,6 +107,7 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
     chunks_total: Annotated[int, msgspec.Meta(ge=0, le=CHUNKS_MAX)]
     superseeds: bool
     wanted: HeldPart | None = None
+    revisions: Annotated[tuple[RevisionShown, ...], msgspec.Meta(max_length=REVISIONS_SHOWN)] = ()
 
     @property
     def fetched(self) -> bool:

@@ -79,7 +79,11 @@ class Share:
         """The artifact as links announce it."""
         m = self.manifest
         chunks = len(self.held), self.held.length
-        return Announcement(self.model_id, m.digest, m.tier, m.size, *chunks, self.superseed is not None, self._part())
+        known = self.origin.shown() if self.origin else []
+        shown = [name for name in known if len(name) <= messages.REVISION_SHOWN_CHARS]
+        names = dict.fromkeys([*shown[: messages.REVISIONS_SHOWN - 1], *shown[-1:]])  # the commit is the last
+        superseeds = self.superseed is not None
+        return Announcement(self.model_id, m.digest, m.tier, m.size, *chunks, superseeds, self._part(), tuple(names))
 
     def holding(self) -> Holding:
         """The artifact as gossip announces it."""

@@ -174,3 +174,26 @@ def test_is_a_damaged_blob_not_passed_on_and_mended_by_a_fetch(machine: Machine,
     report = fetched(machine, tmp_path / "damaged", peer=right.address).report
     assert report["bytes"] - report["resumed_bytes"] == len(COMMITTED[SHARDS[0]])
     assert snapshot_of(tmp_path / "damaged") == COMMITTED
+
+
+def test_does_ls_show_what_there_is_and_rm_free_it(machine: Machine, tmp_path: Path) -> None:
+    seed = has(machine, tmp_path / "one", COMMITTED)
+    home = {"HF_HOME": str(tmp_path / "ours")}
+    assert fetched(machine, tmp_path / "ours", peer=seed.address).code == 0
+    (tmp_path / "ours" / "hub" / "models--org--other" / "snapshots").mkdir(parents=True)
+    found = machine.run("ls", "--json", "--peer", seed.address, environment=home).report
+    (here,), (served_,) = found["here"], found["swarm"]
+    assert (here["model_id"], here["revisions"]) == ("org/model", ["main", COMMIT])
+    assert served_["revisions"] == ["main", COMMIT]
+    assert list(served_["holders"].values()) == [1.0]
+    assert served_["digest"] == here["digest"] == seed.digest
+    assert here["bytes"] == sum(len(data) for data in COMMITTED.values())
+    shown = machine.run("ls", "org/model", "--peer", seed.address, environment=home).out
+    assert "org/model" in shown
+    assert "say --yes" in machine.run("rm", "org/model", environment=home).error(5)
+    verified = machine.run("verify", f"org/model@{COMMIT[:7]}", "--digest", seed.digest[:8], environment=home)
+    assert f"{len(COMMITTED)} by the hub's names: right; digest {seed.digest}" in verified.out
+    removed = machine.run("rm", f"org/model@{COMMIT[:9]}", "--yes", environment=home)
+    assert removed.code == 0
+    assert [path.name for path in (tmp_path / "ours" / "hub").iterdir()] == ["models--org--other"]
+    assert machine.run("ls", "--json", "--peer", seed.address, environment=home).report["here"] == []

@@ -238,7 +238,7 @@ def test_is_a_pinned_digest_held_to(
         ({"device": "cuda:0", "out": "out"}, "device: cannot be combined with out"),
         ({"device": "cuda:77"}, "device: 'cuda:77'"),
         ({"out": "out", "into": {}}, "out: cannot be combined with into"),
-        ({"digest": "abc"}, "digest: 'abc' is not a whole digest"),
+        ({"digest": "abc"}, "digest: 'abc' is not a digest"),
         ({"digest": "A" * 64}, "digest: "),
         ({"timeout_s": 0}, "timeout_s: 0 is not above zero"),
         ({"timeout_s": -1.5}, "timeout_s: -1.5 is not above zero"),

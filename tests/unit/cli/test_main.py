@@ -26,7 +26,7 @@ from swarm.security import cluster_key
 from swarm.settings import Settings
 from swarm.store.directory import PARTIAL
 
-COMMANDS = ["serve", "fetch", "status", "verify", "keygen", "demo", "simulate"]
+COMMANDS = ["serve", "fetch", "status", "verify", "ls", "rm", "keygen", "demo", "simulate"]
 DEADLINE_S = 60.0
 LOCAL = ["--no-mdns"]
 
@@ -249,11 +249,15 @@ def test_what_does_an_error_exit_with(
         (["fetch", "x", "--upload-limit", "fast"], 2, "is not a rate"),
         (["fetch", "x", "--timeout", "0"], 2, "above zero"),
         (["fetch", "x", "--peer", "nowhere"], 2, "is not HOST:PORT"),
-        (["fetch", "x", "--digest", "abc"], 2, "is not a whole digest"),
+        (["fetch", "x", "--digest", "abc"], 2, "'abc' is not a digest: 64 digits"),
         (["fetch", "x", "--timeout", "0.05"], 3, "no peer serves 'x'"),
         (["status"], 6, "no node of this user runs on this machine"),
         (["status", "--peer", "nowhere"], 2, "needs a port"),
-        (["verify", "empty"], 5, "not fetched by swarm"),
+        (["verify", "empty"], 3, "holds no file to serve"),
+        (["verify", "empty", "--digest", "abc"], 2, "'abc' is neither a digest nor the first 6"),
+        (["verify", "org/model"], 5, "org/model: does not exist; name a directory"),
+        (["rm", "org/model", "--yes"], 2, "swarm wrote nothing of 'org/model' into the cache here; it keeps nothing"),
+        (["ls", "--peer", "nowhere"], 2, "needs a port"),
         (["verify", "missing"], 5, "missing: does not exist; name a directory that `swarm fetch --out DIR` filled"),
         (["verify", "unfinished"], 5, "unfinished: a fetch into it is unfinished; run that fetch again"),
     ],
@@ -335,7 +339,7 @@ def test_is_a_served_model_shown_and_fetched(
     assert main(["verify", "out"]) == 0
 
 
-FIELDS = ["schema", "node", "members", "artifacts", "transfers", "fetches", "links", "warnings", "asked"]
+FIELDS = ["schema", "node", "members", "artifacts", "transfers", "omitted", "fetches", "links", "warnings", "asked"]
 
 LIGHT = """
 import sys

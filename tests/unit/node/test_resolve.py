@@ -13,14 +13,21 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
 from swarm.content.promise import ListedFile, Listing, promise
-from swarm.errors import ManifestConflict, ManifestNotFound, PeerUnreachable, RevisionNotFound, Unsigned
+from swarm.errors import (
+    ManifestConflict,
+    ManifestNotFound,
+    PeerUnreachable,
+    RevisionNotFound,
+    SettingsError,
+    Unsigned,
+)
 from swarm.hashing.cpu import chunk_digests
 from swarm.journal import Resolved
 from swarm.net.udp import Hear
 from swarm.net.websocket import Link
 from swarm.node import resolve as resolving
 from swarm.node.node import Node
-from swarm.node.resolve import resolve
+from swarm.node.resolve import full_digest, resolve
 from swarm.protocol.messages import Address, AnyMessage, Message, NodeId, Origin, decode, encode
 from swarm.security import signatures
 from swarm.store.tensors import MemoryStore
@@ -520,5 +527,27 @@ def test_is_a_content_without_a_revision_never_a_revision(monkeypatch: pytest.Mo
             node.serve(MODEL, Zeros())
             with pytest.raises(RevisionNotFound, match="serve it with --revision LABEL"):
                 await resolve(node, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision="main")
+
+    run(scenario)
+
+
+def test_do_first_digits_choose_a_digest_that_is_announced() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with (
+            street.node("one") as one,
+            street.node("two") as two,
+            street.node("newcomer", knows=["one", "two"]) as newcomer,
+        ):
+            one.serve(MODEL, first := Zeros(4))
+            two.serve(MODEL, Zeros(8))
+            found = await full_digest(newcomer, MODEL, first.manifest.digest[:6], find_timeout_s=DEADLINE_S)
+            assert found == first.manifest.digest
+            await until(lambda: len(newcomer.holders(MODEL)) == 2)
+            with pytest.raises(SettingsError, match=r"^digest: '' begins [0-9a-f]{64}, [0-9a-f]{64}; say more digits"):
+                await full_digest(newcomer, MODEL, "", find_timeout_s=DEADLINE_S)
+            with pytest.raises(ManifestNotFound, match="one at one serves org/model"):
+                await full_digest(newcomer, MODEL, "not digits", find_timeout_s=0.1)
+            assert await full_digest(one, MODEL, first.manifest.digest[:6], find_timeout_s=0.1) == found
 
     run(scenario)

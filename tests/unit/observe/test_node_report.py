@@ -126,6 +126,7 @@ def test_who_holds_how_much() -> None:
         "members": {"me": 0.25, "peer": 1.0},
         "nodes": {"n0": 0.25, "n1": 1.0},
         "wanted": {},
+        "revisions": [],
     }
     known.apply(Entry(7, "node", ArtifactsAnnounced(N0, ())))
     known.apply(Entry(8, "node", Left(N1, "tired")))
@@ -140,6 +141,19 @@ def test_is_what_a_member_has_of_its_part_told_apart_from_what_it_has_of_all() -
     (artifact,) = known.report(6)["artifacts"]
     assert artifact["nodes"] == {"n1": 0.25, "n2": 0.125}
     assert artifact["wanted"] == {"n1": 1.0, "n2": 0.25}
+
+
+def test_has_an_artifact_the_revisions_that_its_holders_tell() -> None:
+    told = {N0: ("main", "v1"), N1: ("v1", "c0" * 20)}
+    events = [
+        ArtifactsAnnounced(
+            node, (Announcement(ModelId("org/model"), DIGEST, "checkpoint", 9, 4, 4, False, revisions=names),)
+        )
+        for node, names in told.items()
+    ]
+    known = reported(OPENED, JOINED, *events)
+    (artifact,) = known.report(6)["artifacts"]
+    assert artifact["revisions"] == ["main", "v1", "c0" * 20]
 
 
 def test_are_two_members_of_one_name_told_apart() -> None:
