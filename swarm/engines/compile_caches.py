@@ -63,7 +63,7 @@ FIND_S = 2.0  # for a node to hear of caches; compiling takes tens of seconds, a
 PACKAGES = ("torch", "triton", "flashinfer-python", "vllm", "sglang")  # their versions decide the compiled output
 MODELINFOS = "modelinfos"  # vLLM's descriptions of model classes, which take 20 s to make
 STAGING, OWN = "compiled", "compiled-own"  # below the cache directory: fetched files by digest, and served copies
-SETTLE_S = 0.3  # wait for more holders after the first
+SETTLE_S, SETTLE_LEAST_S = 0.3, 0.05  # wait for more holders after the first: while the node searches, and at least
 POLL_S = 0.05
 
 log = logging.getLogger("swarm")
@@ -276,7 +276,7 @@ async def _choose(
             if holders:
                 found()
                 first = node.now() if first is None else first
-                if node.now() - first >= SETTLE_S:
+                if node.now() - first >= (SETTLE_S if node.searching else SETTLE_LEAST_S):
                     return min(holders, key=lambda digest: (-len(holders[digest]), digest))
             elif node.now() >= deadline:
                 raise ManifestNotFound(wanted_id, tried=node.tried(), waited_s=find_s)

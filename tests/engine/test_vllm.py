@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -303,6 +304,27 @@ def test_which_calls_does_a_tensor_server_get_for_a_call_of_the_worker(
     assert given == arguments
     assert server.calls == [*([call] if call else []), *(["end_change"] if method == "reload_weights" else [])]
     assert before == ([] if method in ("wake_up", "finish_weight_update") else server.calls[:1])
+
+
+@pytest.mark.filterwarnings("ignore")  # of what vLLM imports
+def test_is_compiled_code_named_alike_wherever_the_model_lies(models: Models, tmp_path: Path) -> None:
+    """The hash is vLLM's own."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from swarm.engines import vllm
+
+    vllm.register()
+    one = models("dense-fp32")
+    other = tmp_path / "elsewhere"
+    shutil.copytree(one, other)
+
+    def named(place: Path, load_format: str, dtype: str = "float32") -> str:
+        arguments = EngineArgs(model=str(place), load_format=load_format, dtype=dtype, skip_tokenizer_init=True)
+        return str(arguments.create_engine_config().compute_hash())
+
+    assert named(one, "swarm") == named(other, "swarm")
+    assert named(one, "swarm") != named(one, "swarm", "bfloat16")
+    assert named(one, "auto") != named(other, "auto")
 
 
 @pytest.mark.matrix
