@@ -12,11 +12,13 @@
       LocalProtocolError       developer: a bug in swarm
 
 Each exception has typed fields. Its text is a single line: the event, its place, and the next step. Text of peers and
-files in it is bounded and printable (`clean`).
+files in it is bounded and printable (`clean`), in lines of the log too (`CleanFilter`).
 """
 
 from __future__ import annotations
 
+import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -41,6 +43,19 @@ def clean(text: object, *, chars_max: int = CHARS_MAX) -> str:
     if line.isprintable():
         return line
     return "".join(c if c.isprintable() else _REPLACEMENT for c in line)
+
+
+class CleanFilter(logging.Filter):
+    """Cleans the messages and tracebacks of a logger: peers choose names and ids in them, and the handlers of programs
+    that use the API write them to terminals and files as they are."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Replaces message, arguments and traceback."""
+        record.msg, record.args = clean(record.getMessage(), chars_max=LINE_CHARS_MAX), None
+        if record.exc_info and not record.exc_text:
+            lines = "".join(traceback.format_exception(*record.exc_info)).splitlines()
+            record.exc_text = "\n".join(clean(line, chars_max=LINE_CHARS_MAX) for line in lines)
+        return True
 
 
 class SwarmError(Exception):
@@ -308,3 +323,7 @@ class LocalProtocolError(SwarmError):
     """This node broke its own protocol: a bug in swarm."""
 
     exit_code = 70
+
+
+for _name in ("swarm", "swarm.http"):  # a filter of a logger does not see the records of its children
+    logging.getLogger(_name).addFilter(CleanFilter())

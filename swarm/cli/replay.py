@@ -15,6 +15,8 @@ from swarm.observe import trace
 from swarm.observe.fetch_record import FetchRecord, FetchRecords
 from swarm.observe.units import size_text
 
+FETCHES_MAX = 10_000  # in a trace; the records of all of them are in memory
+
 
 def replay(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The report of every fetch in the lines of a trace. A fetch that did not end lasts until the last line."""
@@ -26,6 +28,8 @@ def replay(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         elif entry := trace.entry(line):
             last_s = entry.at_s
             records.apply(entry)
+            if len(fetches) >= FETCHES_MAX:
+                raise ValueError(f"more than {FETCHES_MAX} fetches")
             if isinstance(entry.event, FetchStarted):
                 fetches.append(records.records[entry.event.digest])
     reports = [fetch.report(last_s) for fetch in fetches]
@@ -40,7 +44,7 @@ def read(path: Path) -> dict[str, Any]:
         return replay(trace.lines(path))
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise StoreError(f"{path}: is no trace of swarm ({clean(error)}); `--trace FILE` writes one") from error
 
 

@@ -41,6 +41,8 @@ VERSION = 1
 MANIFEST_BYTES_MAX = 64 << 20  # the headers of 100,000 tensors take about 12 MB
 FILES_MAX = 100_000
 PATH_BYTES_MAX = 1024
+DEPTH_MAX = 32  # directories above a file
+DIRECTORIES_MAX = 100_000  # with long paths, 100,000 files would make 50 million
 FILE_BYTES_MAX = 1 << 48  # 256 TiB
 CHUNK_BYTES_MAX = 64 << 20  # some stores hold a chunk in memory
 CHUNKS_MAX = 1 << 20  # a bitfield of 128 KiB
@@ -224,20 +226,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
 
     def check(self) -> None:
         """Raises ManifestInvalid unless paths are relative, sorted and unique, and chunks cover every file exactly."""
-        paths = [file.path for file in self.files]
-        if paths != sorted(paths):
-            self._invalid("files are not in order of their paths")
-        for path, following in itertools.pairwise(paths):
-            if path == following:
-                self._invalid(f"path given twice: {path!r}")
-        known = set(paths)
+        self._check_paths([file.path for file in self.files])
         total = 0
         for file in self.files:
-            if why := unsafe_path(file.path):
-                self._invalid(f"path {file.path!r} {why}")
-            for parent in _parents(file.path):
-                if parent in known:
-                    self._invalid(f"{parent!r} is both a file and a directory")
             if bool(file.content) != self.promised:
                 self._invalid(f"content of {file.path!r} is for the files of a promise, and for all of them")
             if self.promised:
@@ -257,6 +248,24 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
                 self._invalid(f"unused tensors of {file.path!r} are not in order, or not in the file")
         if total > CHUNKS_MAX:
             self._invalid(f"{total} chunks; at most {CHUNKS_MAX} are allowed")
+
+    def _check_paths(self, paths: list[str]) -> None:
+        if paths != sorted(paths):
+            self._invalid("files are not in order of their paths")
+        for path, following in itertools.pairwise(paths):
+            if path == following:
+                self._invalid(f"path given twice: {path!r}")
+        known = set(paths)
+        directories: set[str] = set()
+        for path in paths:
+            if why := unsafe_path(path):
+                self._invalid(f"path {path!r} {why}")
+            for parent in _parents(path):
+                if parent in known:
+                    self._invalid(f"{parent!r} is both a file and a directory")
+                directories.add(parent)
+            if len(directories) > DIRECTORIES_MAX:
+                self._invalid(f"more than {DIRECTORIES_MAX} directories")
 
     def _invalid(self, why: str) -> NoReturn:
         raise ManifestInvalid("manifest", why)
@@ -295,6 +304,8 @@ def unsafe_path(path: str) -> str | None:
     if "\0" in path or "\\" in path or any(ord(c) < 32 for c in path):
         return "holds a backslash or a control character"
     parts = path.split("/")
+    if len(parts) > DEPTH_MAX + 1:
+        return f"is more than {DEPTH_MAX} directories deep"
     if any(part in ("", ".", "..") for part in parts):
         return "leaves its directory or is not in its shortest form"
     if any(len(part.encode("utf-8", "replace")) > 255 for part in parts):

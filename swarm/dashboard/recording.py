@@ -21,11 +21,13 @@ from swarm.observe.node_report import NodeReport
 from swarm.protocol.messages import NodeId
 from swarm.transfer.download_events import PeerHas, PeerJoined, PeerLeft
 
+HELD_CHUNKS_MAX = 128 << 20  # in the bitfields of a recording, a byte each; a line of 200 bytes can name 1 MiB
+
 
 class Recording:
     """Starts before the first line; `to` moves it forward. `at_s` is its present time.
 
-    Methods that read lines raise ValueError or KeyError if they are not from a trace.
+    Methods that read lines raise ValueError or KeyError if they are not from a trace, or name too many chunks.
     """
 
     def __init__(self, lines: Iterable[Mapping[str, Any]]) -> None:
@@ -77,6 +79,12 @@ class Recording:
 
     def _apply(self, entry: Entry) -> None:
         self._report.apply(entry)
+        before = len(self._held)
+        self._follow(entry)
+        if len(self._held) > before and sum(bits.length for bits in self._held.values()) > HELD_CHUNKS_MAX:
+            raise ValueError(f"bitfields of more than {HELD_CHUNKS_MAX} chunks")
+
+    def _follow(self, entry: Entry) -> None:
         match entry.event:
             case Opened(node, _, _, host, rack):
                 self._node, self._place = node, (host, rack)

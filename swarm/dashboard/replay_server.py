@@ -41,7 +41,7 @@ class ReplayServer:
             self._whole.to(math.inf)
         except OSError as error:
             raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise StoreError(f"{path}: is no trace that can be shown ({clean(error)})") from error
         self._seconds = self._whole.at_s - self._whole.begin_s
 

@@ -56,7 +56,7 @@ ELSEWHERE = {  # by wildcard host: an address that is on no network (RFC 5737, R
 }
 _TOGETHER_S = 0.2  # within which answers to one question arrive
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("swarm")
 
 
 def static(peers: Sequence[str]) -> list[Address]:

@@ -39,6 +39,7 @@ from swarm.transfer.download_events import PeerHas, PeerJoined, PeerLeft
 QUEUED_MAX = 100_000
 QUEUED_BYTES_MAX = 64 << 20
 FILE_BYTES_MAX = 1 << 30
+LINE_BYTES_MAX = 16 << 20  # of a file that is read; news of all chunks of the largest artifact take 8 MB
 WRITE_EVERY_S = 0.5
 
 _REPLAYED: dict[str, type] = {
@@ -114,11 +115,20 @@ def tracing(journal: Journal, path: Path | None) -> Iterator[None]:
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of a trace. Raises OSError, and ValueError for another kind of file."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n"):  # a killed process may leave the last line cut
-                yield msgspec.json.decode(line, type=dict[str, Any])
+    """The complete lines of a trace. Raises OSError, and ValueError for another kind of file, or one without end."""
+    read_bytes = 0
+    with path.open("rb") as file:
+        while line := file.readline(LINE_BYTES_MAX + 1):
+            read_bytes += len(line)
+            if len(line) > LINE_BYTES_MAX:
+                raise ValueError(f"a line of more than {LINE_BYTES_MAX} bytes")
+            if read_bytes > FILE_BYTES_MAX + LINE_BYTES_MAX:
+                raise ValueError(f"more than {FILE_BYTES_MAX} bytes")
+            if line.endswith(b"\n"):  # a killed process may leave the last line cut
+                yield _line_decoder.decode(line)
+
+
+_line_decoder = msgspec.json.Decoder(dict[str, Any])
 
 
 class _Writer:

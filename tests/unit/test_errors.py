@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import logging
+
+import pytest
+
 from swarm.errors import CHARS_MAX, LINE_CHARS_MAX, ManifestInvalid, PeerUnreachable, clean
 
 
@@ -29,3 +34,25 @@ def test_an_error_with_text_of_a_peer_is_one_bounded_line() -> None:
         text = str(error)
         assert text.isprintable()
         assert len(text) <= LINE_CHARS_MAX
+
+
+@pytest.mark.parametrize("name", ["swarm", "swarm.http"])
+def test_is_a_line_of_the_log_clean_for_any_handler(name: str) -> None:
+    """Programs that use the API have handlers of their own, which write names that peers chose to terminals."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        logger.warning("%s left %d: %s", "\x1b]0;owned\x07", 3, PeerUnreachable("\u202e", "n" * 10**6))
+        try:
+            raise ValueError("\x1b[2J" * 1000)
+        except ValueError:
+            logger.exception("failed")
+    finally:
+        logger.removeHandler(handler)
+    lines = stream.getvalue().splitlines()
+    assert all(line.isprintable() and len(line) <= LINE_CHARS_MAX for line in lines)
+    assert lines[0].startswith("\N{REPLACEMENT CHARACTER}]0;owned")
+    assert " left 3: " in lines[0]
+    assert "Traceback" in "".join(lines)

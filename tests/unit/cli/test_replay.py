@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from swarm.cli.main import main
 from swarm.cli.replay import read, replay, show
-from swarm.content.manifest import Digest, ModelId
+from swarm.content.manifest import CHUNKS_MAX, Digest, ModelId
+from swarm.dashboard.replay_server import ReplayServer
 from swarm.errors import StoreError
 from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Received
 from swarm.observe import trace
@@ -112,3 +114,53 @@ def test_the_error_of_another_file_is_a_line(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"true: is no trace of swarm \(Expected") as raised:
         read(tmp_path / "true")
     assert str(raised.value).startswith(str(tmp_path))
+
+
+def test_does_a_file_without_end_end_with_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StoreError, match="a line of more than 16777216 bytes"):
+        read(Path("/dev/zero"))
+    monkeypatch.setattr(trace, "FILE_BYTES_MAX", 1000)
+    monkeypatch.setattr(trace, "LINE_BYTES_MAX", 1000)
+    (tmp_path / "long").write_bytes(b'{"event":"other"}\n' * 1000)
+    with pytest.raises(StoreError, match="more than 1000 bytes"):
+        read(tmp_path / "long")
+
+
+def test_do_many_fetches_of_large_artifacts_take_no_memory_without_end(tmp_path: Path) -> None:
+    """A line of 250 bytes can say that it holds a million chunks of another artifact."""
+    path = tmp_path / "trace"
+    with path.open("w") as file:
+        for number in range(200):
+            started = FetchStarted(ModelId("m"), Digest(f"{number:064x}"), 1, 0, CHUNKS_MAX, ((0, 1),))
+            file.write(json.dumps(event(Entry(1.0, "node", started))) + "\n")
+    with pytest.raises(StoreError, match="bitfields of more than 134217728 chunks"):
+        ReplayServer(path)
+    assert len(read(path)["fetches"]) == 200
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {
+            "event": "Received",
+            "at_s": 1,
+            "subject": "x",
+            "node": "a" * 16,
+            "digest": "d" * 64,
+            "chunk": -1,
+            "size": 2**70,
+        },
+        {"event": "FetchStarted", "at_s": 10**400, "subject": "x"},
+        {"event": ["FetchStarted"], "at_s": 1, "subject": "x"},
+        {"event": "LeftOut", "entries": "many"},
+        {"event": "PeerHas", "at_s": 1, "subject": "d" * 64, "peer": P, "chunks": [2**70, -5]},
+    ],
+    ids=["huge", "time", "list", "text", "chunks"],
+)
+def test_is_a_crafted_line_one_error(tmp_path: Path, line: dict[str, object]) -> None:
+    path = tmp_path / "trace"
+    good = [event(entry) for entry in STORY[:4]]
+    path.write_text("".join(json.dumps(each) + "\n" for each in (*good, line)))
+    for reader in (read, ReplayServer):
+        with contextlib.suppress(StoreError):  # any other error is a traceback for the user
+            reader(path)

@@ -294,3 +294,19 @@ def test_unused_tensors_are_those_of_the_file_in_order(unused: tuple[str, ...]) 
     file = FileEntry("m.safetensors", size, header.decode(), (ChunkEntry(size, "0" * 32),), unused)
     with pytest.raises(ManifestInvalid, match="unused"):
         Manifest(1, "checkpoint", "", HashScheme(), 64 << 20, (file,)).check()
+
+
+def test_has_a_manifest_as_few_directories_as_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 files with paths of 1,024 bytes would make 50 million directories."""
+    deepest = "/".join("d" * manifests.DEPTH_MAX)
+    assert manifests.unsafe_path(f"{deepest}/f") is None
+    assert manifests.unsafe_path(f"{deepest}/d/f") == "is more than 32 directories deep"
+    monkeypatch.setattr(manifests, "DIRECTORIES_MAX", 10)
+    for count, fine in ((5, True), (6, False)):
+        files = tuple(FileEntry(f"{n}/d/f", 0, "", ()) for n in range(count))
+        made = Manifest(1, "checkpoint", "", HashScheme(), 1, files)
+        if fine:
+            made.check()
+        else:
+            with pytest.raises(ManifestInvalid, match="more than 10 directories"):
+                made.check()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from swarm.content.safetensors_header import (
     HEADER_BYTES_MAX,
     LENGTH_BYTES,
     RANK_MAX,
+    VALUES_MAX,
     Tensor,
     compose,
     header_bytes,
@@ -228,3 +230,15 @@ def test_is_what_the_reference_library_writes_parsed_quickly(drawn: list[tuple[s
     header = compose(tensors, {"format": "pt"})
     if b"\\" not in header and not any(name in ("dtype", "shape", "data_offsets") for name, *_ in tensors):
         assert safetensors_header._parse_quickly(header, LENGTH_BYTES + len(header)) is not None
+
+
+def test_are_values_counted_before_they_are_made() -> None:
+    """A header of 8 MB made of empty lists would take 200 MB while it is parsed."""
+    header = b'{"t":[' + b"[]," * (VALUES_MAX + 1) + b"[]]}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(ManifestInvalid, match="more than 2097152 values"):
+            parse(header, subject="file", file_bytes=8 + len(header))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
