@@ -9,6 +9,7 @@ import inspect
 import json
 import re
 import shlex
+import tomllib
 import typing
 from pathlib import Path
 
@@ -227,3 +228,13 @@ def test_has_an_error_the_fields_that_are_described(row: list[str]) -> None:
 def test_has_fetch_the_argument_that_is_described(row: list[str]) -> None:
     default = inspect.signature(swarm.fetch).parameters[row[0].strip("`")].default
     assert row[1] == ("" if default is inspect.Parameter.empty else f"`{json.dumps(default)}`".replace("null", "None"))
+
+
+def test_are_the_oldest_versions_that_are_tested_those_that_are_allowed() -> None:
+    project = tomllib.loads(text("pyproject.toml"))["project"]
+    allowed = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    floors = dict(each.split(">=") for each in allowed if ">=" in each)
+    tested = dict(line.split("==") for line in text(".ci/oldest.txt").splitlines() if not line.startswith("#"))
+    assert tested.keys() >= {each.split(">=")[0] for each in project["dependencies"]}
+    for name, version in tested.items():
+        assert version.startswith(floors[name]), name

@@ -9,21 +9,31 @@ import json
 import random
 import socket
 import struct
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from unittest import mock
 
+import msgspec
 import torch
 from conformance.fake_gpu import FakeGpu
 
+from swarm import journal
+from swarm.cli import replay
 from swarm.content import manifest, safetensors_header
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
-from swarm.errors import ManifestInvalid, SettingsError, TransportError
+from swarm.dashboard import member_report
+from swarm.dashboard.collector import MemberAnswer
+from swarm.dashboard.replay_server import ReplayServer
+from swarm.dashboard.swarm_view import SwarmView
+from swarm.errors import ManifestInvalid, SettingsError, StoreError, TransportError
 from swarm.membership import config
 from swarm.membership.swim import PacketReceived, Swim
+from swarm.observe import trace
+from swarm.observe.fetch_record import FetchRecords
 from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, Announcement, Endpoint, NodeId, Origin
 from swarm.protocol.packets import Ack, Holding, Ping, PingRequest, Profile, Record, State, Status, Sync, SyncReply
@@ -32,6 +42,7 @@ from swarm.security.datagram_seal import Opener, Sealer, SealKey
 from swarm.settings import join_address, split_address
 from swarm.store import View, cuda
 from swarm.store.cuda import CudaError
+from swarm.transfer import download_events
 from swarm.transport import Transfer, cuda_ipc, paired, tcp_session, torch_distributed
 from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.sealed_stream import SealedStream
@@ -469,12 +480,74 @@ async def _adopt(data: bytes) -> bool:
     return said == b"\0"
 
 
+def _reports() -> list[bytes]:
+    status = {"node": {"id": ME}, "members": [], "transfers": [], "artifacts": []}
+    bits = {DIGEST: Bitfield(77, [1, 2, 3])}
+    flow = member_report.PeerFlow(DIGEST, "down", ANN, 5, 7)
+    own = member_report.member_report(status, FetchRecords(), bits, NOW, place=("host", "rack"))
+    busy = msgspec.structs.replace(own, flows=(flow,), peers=(member_report.KnownPeer(ANN, "ann", "10.0.0.1:7000"),))
+    return [msgspec.json.encode(each) for each in (own, busy)]
+
+
+def feed_report(data: bytes) -> bool:
+    """The report of a member about itself, and the view that it is part of."""
+    try:
+        report = member_report.decode(data)
+    except ValueError:
+        return False
+    status = {"node": {"id": BEN, "name": "ben"}, "members": [], "transfers": [], "artifacts": []}
+    own = member_report.member_report(status, FetchRecords(), {}, NOW, place=("", ""))
+    answers = {str(report.node): MemberAnswer(report, NOW)}
+    view = SwarmView().view(status, own, answers, NOW)
+    assert json.loads(json.dumps(view)) == view
+    return True
+
+
+def _traces() -> list[bytes]:
+    happened = (
+        journal.Opened(ME, "me", Address("10.0.0.9:7000"), "host", "rack"),
+        journal.Joined(ANN, "ann", Address("10.0.0.1:7000"), "tcp"),
+        journal.FetchStarted(ORG_MODEL, DIGEST, 80, 0, 8, ((0, 1),)),
+        download_events.PeerJoined(ANN, Bitfield(8, [1, 2])),
+        download_events.PeerHas(ANN, (3, 4)),
+        download_events.Ask(ANN, 1, (1, 2), "first"),
+        download_events.Granted(ANN, 1, (1, 2)),
+        journal.Received(ANN, DIGEST, 1, 10),
+        download_events.TransferEnded(ANN, 1),
+        journal.FetchEnded(DIGEST, None),
+    )
+    lines = [
+        json.dumps(trace.event(journal.Entry(float(number), DIGEST, event))).encode() + b"\n"
+        for number, event in enumerate(happened)
+    ]
+    return [b"".join(lines), b"".join(lines[:5]), b"".join(lines[2:])]
+
+
+def feed_trace(data: bytes) -> bool:
+    """A file for `swarm replay`, which shows it as tables and as a dashboard."""
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as file:
+        file.write(data)
+        file.flush()
+        try:
+            found = replay.read(Path(file.name))
+            ReplayServer(Path(file.name))
+        except StoreError as error:
+            said = str(error)
+        else:
+            json.dumps(found)
+            return True
+    assert said.isprintable()
+    return False
+
+
 TARGETS = [
-    Target("messages", _messages(), feed_message, 0.332),
+    Target("messages", _messages(), feed_message, 0.322),
     Target("gossip", _packets(), feed_gossip, 0.2),
     Target("sealed", _sealed, feed_sealed, 0.12),
     Target("safetensors", _headers(), feed_header, 0.14),
     Target("manifest", _manifests(), feed_manifest, 0.12),
+    Target("reports", _reports(), feed_report, 0.005),
+    Target("traces", _traces(), feed_trace, 0.005),
     Target("bitfield", [b"\xf0" * 10, bytes(10), b"\xff" * 9 + b"\xf8"], feed_bitfield, 0.04),
     Target("address", [b"10.0.0.1:7000", b"[fe80::1]:7000", b"seed.swarm.svc.:80"], feed_address, 0.036),
     Target("frames", _frames(), feed_frames, 0.003),
