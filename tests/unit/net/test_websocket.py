@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
+import socket
+import ssl
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
@@ -548,5 +552,41 @@ def test_does_closing_a_link_never_raise_whose_connection_is_lost() -> None:
                     await link.receive()
             for _ in range(2):
                 await asyncio.gather(dialled.close(), accepted.close())
+
+    run(scenario)
+
+
+def test_do_refused_handshakes_leave_no_garbage() -> None:
+    """Each had 256 KB of buffers in a circle with its error: a flood took hundreds of MB until a full collection."""
+    stranger = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    stranger.check_hostname, stranger.verify_mode = False, ssl.CERT_NONE
+
+    def knock(host: str, port: int) -> None:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_connection((host, port)) as plain,
+            stranger.wrap_socket(plain) as sock,
+        ):
+            while sock.recv(1000):
+                pass
+
+    async def refuse(end: End, count: int) -> None:
+        host, _, port = end.address.rpartition(":")
+        for _ in range(count):
+            await asyncio.to_thread(knock, host, int(port))
+
+    async def scenario() -> None:
+        async with opened(Identity(Keyring((ONE,)), "a" * 16, now_s=time.time())) as end:
+            await refuse(end, 3)  # fills caches
+            gc.collect()
+            gc.disable()
+            tracemalloc.start()
+            try:
+                await refuse(end, 40)
+                own, _ = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+                gc.enable()
+            assert own < 4 << 20
 
     run(scenario)
