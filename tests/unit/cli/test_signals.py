@@ -10,7 +10,7 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -175,3 +175,39 @@ def test_a_verification_stops(tmp_path: Path, large: Path, number: signal.Signal
         while len(os.listdir(f"/proc/{process.pid}/task")) == 1 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert stopped(process, number) == 130
+
+
+@contextlib.contextmanager
+def seed_of(tmp_path: Path, path: Path, *flags: str) -> Iterator[str]:
+    """The address of a seed."""
+    with start(tmp_path, "serve", str(path), *flags) as process:
+        assert process.stdout is not None
+        line = next(line for line in process.stdout if " ready: " in line)
+        yield line.split()[0]
+        assert stopped(process, signal.SIGTERM) == 0
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_newcomer_that_serves_on_is_a_seed(tmp_path: Path, small: Path, number: signal.Signals) -> None:
+    out = str(tmp_path / "out")
+    with (
+        seed_of(tmp_path, small) as address,
+        start(tmp_path, "fetch", "small", "--peer", address, "--out", out, before=os.setsid) as process,
+    ):
+        until_line(process, "serving it on at")
+        if number == signal.SIGHUP:
+            process.send_signal(number)
+            until_line(process, "settings are read again: nothing has changed")
+            number = signal.SIGTERM
+        assert stopped(process, number) == 0
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_replay_on_the_web_stops(tmp_path: Path, small: Path, number: signal.Signals) -> None:
+    with seed_of(tmp_path, small, "--trace", str(tmp_path / "trace")):
+        pass
+    with start(tmp_path, "replay", str(tmp_path / "trace"), "--web") as process:
+        until_line(process, "shows it again")
+        assert stopped(process, number) == 0
