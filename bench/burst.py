@@ -63,7 +63,8 @@ class Outcome:
     """The result. `seconds` of each newcomer that was not killed and did not fail, from its request.
 
     `seed_sent_bytes` of all seeds together and `crossed_bytes` between racks, with headers; `cpu_busy` is the part
-    of all the machine's cores that was in use, by all programs; `cpu_ours` the part that the hosts' processes used.
+    of all the machine's cores that was in use, by all programs; `cpu_ours` the part that the hosts' processes used,
+    and `cpu_s` the same in seconds.
     """
 
     scenario: Scenario
@@ -75,9 +76,16 @@ class Outcome:
     crossed_bytes: int
     cpu_busy: float
     cpu_ours: float
+    cpu_s: float
     verified: bool
     failures: list[str] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def cpu_s_per_gb(self) -> float:
+        """Processor seconds of a node, seeds included, for each GB of the model."""
+        nodes = self.scenario.seeds + self.scenario.newcomers
+        return self.cpu_s / nodes / (self.bytes / 1e9)
 
     @property
     def last(self) -> float:
@@ -278,11 +286,11 @@ class _Busy:
         self._ours_s = network.cpu_s()
         self._before = _jiffies()
 
-    def shares(self) -> tuple[float, float]:
-        """With everything on the machine, and with the hosts' processes alone: 0 to 1."""
+    def shares(self) -> tuple[float, float, float]:
+        """With everything on the machine, and with the hosts' processes alone: 0 to 1; the latter in seconds too."""
         idle, total = (now - before for now, before in zip(_jiffies(), self._before, strict=True))
-        ours = (self._network.cpu_s() - self._ours_s) * TICKS_PER_S
-        return 1 - idle / max(1, total), max(0.0, ours / max(1, total))  # those of the killed are lost
+        ours_s = max(0.0, self._network.cpu_s() - self._ours_s)  # those of the killed are lost
+        return 1 - idle / max(1, total), ours_s * TICKS_PER_S / max(1, total), ours_s
 
 
 def _jiffies() -> tuple[int, int]:

@@ -149,10 +149,12 @@ def _print_head(report: dict[str, Any]) -> None:
 
 def _print_table(outcomes: list[Outcome]) -> None:
     print(f"\n{'median (min - max)':<24}{'last / bound':>22}{'mean / bound':>22}{'seeds sent, models':>22}", end="")
-    print(f"{'cores busy (ours)':>19}  content")
+    print(f"{'CPU s/GB and node':>22}{'cores busy (ours)':>19}  content")
     for scenario, runs in _by_scenario(outcomes).items():
         whole = [run for run in runs if run.seconds]
-        columns: list[Callable[[Outcome], float]] = [lambda run: run.last, lambda run: run.mean, _seeds_sent]
+        columns: list[Callable[[Outcome], float]] = [
+            lambda run: run.last, lambda run: run.mean, _seeds_sent, lambda run: run.cpu_s_per_gb
+        ]  # fmt: skip
         cells = "".join(f"{_spread([column(run) for run in whole]):>22}" for column in columns)
         busiest = max(runs, key=lambda run: run.cpu_busy)
         busy = f"{busiest.cpu_busy:.0%} ({busiest.cpu_ours:.0%})"

@@ -30,8 +30,8 @@ import numpy as np
 SHARE_BYTES = 32
 HEADER_BYTES, TAG_BYTES = 4, 16
 OVERHEAD_BYTES = HEADER_BYTES + TAG_BYTES
-RECORD_BYTES_MAX = 1 << 20  # of clear bytes; an opener allocates this much
-RECORDS_PER_KEY = 1 << 18  # 2^34 blocks of 16 bytes, half of what TLS 1.3 allows (RFC 8446, section 5.5)
+RECORD_BYTES_MAX = 2 << 20  # of clear bytes; an opener allocates this much
+RECORDS_PER_KEY = 1 << 17  # 2^34 blocks of 16 bytes, half of what TLS 1.3 allows (RFC 8446, section 5.5)
 CANNOT = bytes(SHARE_BYTES)  # the share of an end without libcrypto
 
 _LABEL = b"swarm sealed records 1 "

@@ -31,6 +31,7 @@ import errno
 import os
 import stat
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -56,10 +57,13 @@ from swarm.store.lease import SoleUse
 
 PARTIAL = ".swarm"
 RECORD_BYTES_MAX = 256 << 20
-SCRATCH_BYTES = 1 << 20  # buffer of a chunk that is read or written: fits a core's cache
+SCRATCH_BYTES = 2 << 20  # buffer of a chunk that is read or written: fits a core's cache
+SCRATCHES_KEPT = 16  # as many as a session has threads that receive
 CLAIM_ATTEMPTS = 10  # an attempt fails only if another fetch ends in the same moment
 CLOSE_TIMEOUT_S = 60.0
 PROVING_THREADS = 4
+
+_scratches: deque[bytearray] = deque(maxlen=SCRATCHES_KEPT)
 
 
 class Claimed(StoreConflict):
@@ -215,11 +219,11 @@ class DirectoryStore:
         """
         file = self._file(chunk)
         self._refuse_final(file)
-        scratch = memoryview(bytearray(min(chunk.size, SCRATCH_BYTES)))
-        for position in range(0, chunk.size, len(scratch)):
-            view = scratch[: chunk.size - position]
-            yield view
-            self._write(chunk.file, view, chunk.offset + position)
+        with _scratch() as scratch:
+            for position in range(0, chunk.size, len(scratch)):
+                view = scratch[: chunk.size - position]
+                yield view
+                self._write(chunk.file, view, chunk.offset + position)
 
     def record(self, chunk: int, digest: bytes, reader: str) -> None:
         """As RecordingStore."""
@@ -578,6 +582,19 @@ def _lock(fd: int, directory: Path) -> None:
     with contextlib.suppress(OSError):  # for messages only: a full disk must not prevent a resume
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[memoryview]:
+    """SCRATCH_BYTES that were used before, if there are any: the kernel would clear new pages for each chunk."""
+    try:
+        scratch = _scratches.pop()
+    except IndexError:
+        scratch = bytearray(SCRATCH_BYTES)
+    try:
+        yield memoryview(scratch)
+    finally:
+        _scratches.append(scratch)
 
 
 def _read(spans: Iterator[FileSpan], size: int, subject: object) -> Iterator[memoryview]:

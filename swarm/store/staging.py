@@ -4,7 +4,8 @@
          buffer 0 buffer 1 buffer 0              incoming: part n is copied while part n + 1 is received
 
 Copies run on the GPU's side stream, so they do not wait for kernels of the tensors' owner. A part is lent only after
-its copy is done. Pairs of buffers are reused; there are never more than were in use at once.
+its copy is done. A copy costs a few calls of the driver, so a part is larger than what a receiver fills at once. Pairs
+of buffers are reused; there are never more than were in use at once.
 Must not know: tensors, chunks.
 """
 
@@ -17,13 +18,14 @@ from typing import TypeAlias
 
 from swarm.store import DeviceView, cuda
 
-# A full view is hashed at once: 1 MiB is still in the core's own cache, and worth a system call.
-LANDING_BYTES = 1 << 20
+# A full view is hashed at once: 2 MiB are still in a core's own cache, and worth a few turns of the GIL.
+LANDING_BYTES = 2 << 20
+PART_BYTES = 2 * LANDING_BYTES
 
 
 class _Buffer:
     def __init__(self, gpu: cuda.Gpu) -> None:
-        self.pinned = cuda.Pinned(LANDING_BYTES)
+        self.pinned = cuda.Pinned(PART_BYTES)
         self._gpu = gpu
         self._done = gpu.event()
 
@@ -46,11 +48,11 @@ _idle: dict[int, deque[_Pair]] = {}  # by device; deques are thread-safe
 
 
 def outgoing(view: DeviceView) -> Iterator[memoryview]:
-    """The bytes of a view, read-only, at most LANDING_BYTES at a time. Raises CudaError."""
+    """The bytes of a view, read-only, at most PART_BYTES at a time. Raises CudaError."""
     with _borrowed(view.device) as pair:
         copied: tuple[_Buffer, int] | None = None
-        for number, start in enumerate(range(0, view.nbytes, LANDING_BYTES)):
-            part, buffer = view[start : start + LANDING_BYTES], pair[number % 2]
+        for number, start in enumerate(range(0, view.nbytes, PART_BYTES)):
+            part, buffer = view[start : start + PART_BYTES], pair[number % 2]
             buffer.copy(buffer.pinned.address, part.address, part.nbytes)
             if copied:
                 yield _Buffer.lend(*copied)
@@ -60,12 +62,16 @@ def outgoing(view: DeviceView) -> Iterator[memoryview]:
 
 
 def incoming(view: DeviceView) -> Iterator[memoryview]:
-    """Writable views for the bytes of a view, which are there when the iterator is exhausted. Raises CudaError."""
+    """Writable views of at most LANDING_BYTES for the bytes of a view, which are there when the iterator is exhausted.
+
+    Raises CudaError.
+    """
     with _borrowed(view.device) as pair:
-        for number, start in enumerate(range(0, view.nbytes, LANDING_BYTES)):
-            part, buffer = view[start : start + LANDING_BYTES], pair[number % 2]
+        for number, start in enumerate(range(0, view.nbytes, PART_BYTES)):
+            part, buffer = view[start : start + PART_BYTES], pair[number % 2]
             buffer.wait()
-            yield buffer.pinned.view[: part.nbytes]
+            for position in range(0, part.nbytes, LANDING_BYTES):
+                yield buffer.pinned.view[position : min(position + LANDING_BYTES, part.nbytes)]
             buffer.copy(part.address, buffer.pinned.address, part.nbytes)
 
 

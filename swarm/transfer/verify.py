@@ -48,6 +48,10 @@ Judge: TypeAlias = Callable[[int, Chunk, Digests], bool]
 
 HELD = -1  # claims the places of chunks that were verified before the fetch
 
+# From this size of leaves on, a CPU hashes what it received, out of its cache: a GPU hashes a leaf in sequence, which
+# takes it 1.5 ms for 512 KiB, and a chunk has few such leaves.
+CPU_LEAF_BYTES_MIN = 128 << 10
+
 BATCHES_MAX = 4  # GPU batches that are hashed at once
 FILLED_TIMEOUT_S = 30.0  # for a chunk on several GPUs, after its last byte was requested
 LOOK_EVERY_S = 50e-6  # at that
@@ -161,15 +165,17 @@ class Verifier:
         report([LandedChunk(chunk, correct, spare, digests)])
 
     def _gpu_views(self, chunk: Chunk) -> list[View]:
-        """The views of a chunk's place, if it is on one GPU that can hash it; else []."""
+        """The views of a chunk's place, if it is on one GPU that hashes it sooner than a CPU; else []."""
         if self._device_store is None or not self._device_store.devices:
+            return []
+        if self._manifest.scheme.leaf_bytes >= CPU_LEAF_BYTES_MIN and not self._blake3:
             return []
         views = list(self._device_store.device_landing(chunk))
         devices = {view.device for view in views if isinstance(view, DeviceView)}
         return views if len(devices) == 1 and hashes_on(devices.pop()) else []
 
     def _gpu_digests(self, views: list[View]) -> Digests:
-        """The digests of a chunk that host memory was copied to: the GPU hashes small leaves far faster than a CPU."""
+        """The digests of a chunk that host memory was copied to."""
         with cuda.moving(self._streams):  # waits for no kernel of the tensors' owner
             return chunk_digests(self._manifest.scheme, [views], blake3=self._blake3)[0]
 

@@ -12,10 +12,12 @@ import os
 import select
 import socket
 import struct
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 NOW_BYTES_MAX = 4096
+FAST_BYTES_PER_S = 200e6  # below, a wake-up for each packet costs more than returns to Python
 LEAST_BYTES_MAX = 64 << 10  # hashing it takes as long as waking a thread
 
 
@@ -70,8 +72,9 @@ class PlainStream(socket.socket):
 
     On a slow link each packet would wake the reading thread. So a thread reads the bytes that are there, and otherwise
     polls until LEAST_BYTES_MAX or all wanted bytes are there (SO_RCVLOWAT). It polls because `recv` counts anew after
-    each packet. On a fast link, where LEAST_BYTES_MAX have arrived since the last read, the kernel fills the rest of
-    the room (MSG_WAITALL): each return to Python waits for the interpreter's lock, which many streams share.
+    each packet. On a fast link, where LEAST_BYTES_MAX have arrived since the last read, the kernel fills the whole
+    room (MSG_WAITALL), for as long as that keeps FAST_BYTES_PER_S: each return to Python waits for the interpreter's
+    lock, which all streams share.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -79,6 +82,7 @@ class PlainStream(socket.socket):
         super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self._least_bytes = 1
         self._poll_ms = 0.0
+        self._is_fast = False
         self._arriving = select.poll()
         self._arriving.register(self, select.POLLIN)
 
@@ -107,23 +111,29 @@ class PlainStream(socket.socket):
         return self.recv_least(room, len(room))
 
     def recv_least(self, room: memoryview, least: int) -> int:
-        """As `recv_into`, but waits for `least` bytes only."""
+        """As `recv_into`, but waits for `least` bytes only; on a fast link, and for many bytes, for all of the room."""
+        if self._is_fast and least >= LEAST_BYTES_MAX:
+            return self._recv_all((room,), least)
         try:
             got = super().recv_into(room, 0, socket.MSG_DONTWAIT)
         except BlockingIOError:
             self._await(least)
             return super().recv_into(room, 0, socket.MSG_DONTWAIT)
-        return got + self._recv_rest(room[got:least]) if LEAST_BYTES_MAX <= got < least else got
+        self._is_fast |= got >= LEAST_BYTES_MAX
+        return got
 
     def recvmsg_into(self, rooms: Sequence[memoryview]) -> tuple[Any, ...]:  # type: ignore[override]
-        """Waits for the first room."""
+        """Waits for the first room; on a fast link for all rooms."""
         least = len(rooms[0])
+        if self._is_fast and least >= LEAST_BYTES_MAX:
+            return (self._recv_all(rooms, least),)
         try:
             got = super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)[0]
         except BlockingIOError:
             self._await(least)
             return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
-        return (got + self._recv_rest(rooms[0][got:]) if LEAST_BYTES_MAX <= got < least else got,)
+        self._is_fast |= got >= LEAST_BYTES_MAX
+        return (got,)
 
     def readable(self) -> bool:
         """By MSG_PEEK: `poll` would wait for SO_RCVLOWAT bytes."""
@@ -146,13 +156,17 @@ class PlainStream(socket.socket):
         except BlockingIOError:
             return None
 
-    def _recv_rest(self, room: memoryview) -> int:
-        """Fills the room; less of it after `poll_s` and at the end."""
+    def _recv_all(self, rooms: Sequence[memoryview], least: int) -> int:
+        """Lets the kernel fill the rooms: a single return to Python. Returns less after `poll_s` and at the end."""
         self._wake_at(1)  # else the last bytes would wait for those of the next read
+        began_s = time.monotonic()
         try:
-            return super().recv_into(room, 0, socket.MSG_WAITALL)
+            got: int = super().recvmsg_into(rooms, 0, socket.MSG_WAITALL)[0]
         except BlockingIOError:
-            return 0
+            self._is_fast = False
+            raise
+        self._is_fast = got >= least and got > FAST_BYTES_PER_S * (time.monotonic() - began_s)
+        return got
 
     def _await(self, least: int) -> None:
         """Waits until `least` bytes or the end can be read, for at most `poll_s`."""

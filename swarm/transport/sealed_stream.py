@@ -2,7 +2,7 @@
 
     asker -> holder   TLS: preamble | share: 32 bytes |                    zeros: this end cannot seal
     holder -> asker   TLS: verdict  | share: 32 bytes |                    with two shares that are not zeros, then:
-                      | size: u32 | sealed bytes | tag: 16 bytes | ...     a record has 1 byte to 1 MiB
+                      | size: u32 | sealed bytes | tag: 16 bytes | ...     a record has 1 byte to 2 MiB
 
 TLS proves both ends and keeps their shares secret; `security.record_seal` says how records are sealed, and why. Only
 the holder sends records, since an asker sends nothing after its preamble. A connection that is cut between two
@@ -38,9 +38,8 @@ from swarm.security.record_seal import (
 from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.tls_stream import TlsStream
 
-RECORD_BYTES = 512 << 10  # of a record that is sent: fits the core's cache, and outweighs the cost of its calls
 KEPT_BYTES_MAX = 64  # a frame's header
-AHEAD_BYTES = 16 + OVERHEAD_BYTES + HEADER_BYTES  # a frame's header as a record, and the next record's header
+AHEAD_BYTES = 16 + OVERHEAD_BYTES  # a frame's header as a record, which follows the last record of a payload at once
 
 
 async def ask_to_seal(stream: TlsStream, share: bytes) -> ByteStream:
@@ -85,7 +84,7 @@ class SealedStream:
         self._begin, self._end = 0, len(ahead)  # of received bytes in `_cipher`
         self._clear = memoryview(b"")  # of a record that is longer than the reader's room, in `_spare`
         self._spare: memoryview | None = None
-        self._out = memoryview(bytearray(RECORD_BYTES + 2 * OVERHEAD_BYTES + KEPT_BYTES_MAX if seals else 0))
+        self._out = memoryview(bytearray(RECORD_BYTES_MAX + 2 * OVERHEAD_BYTES + KEPT_BYTES_MAX if seals else 0))
         self._unsent = self._out[:0]
         self._accepted = 0  # the caller's bytes in `_unsent`
         self._kept = b""
@@ -154,7 +153,7 @@ class SealedStream:
         """The header and the begin of the payload, a record each."""
         head, rest = parts
         if not self._accepted:
-            part = rest[:RECORD_BYTES]
+            part = rest[:RECORD_BYTES_MAX]
             begin = self._seal(head, at=self._seal(memoryview(self._kept), at=0))
             self._unsent, self._kept = self._out[: self._seal(part, at=begin)], b""
             self._accepted = len(head) + len(part)
@@ -164,7 +163,7 @@ class SealedStream:
         """A record, read into memory and sealed there."""
         if not self._accepted:
             begin = self._seal(memoryview(self._kept), at=0)
-            room = self._out[begin + HEADER_BYTES :][: min(size, RECORD_BYTES)]
+            room = self._out[begin + HEADER_BYTES :][: min(size, RECORD_BYTES_MAX)]
             read = os.preadv(fd, [room], offset)
             if not read:
                 return 0
@@ -190,7 +189,8 @@ class SealedStream:
                 here = self._end - self._begin
                 self._cipher[:here] = self._cipher[self._begin : self._end]
                 self._begin, self._end = 0, here
-            got = self._sock.recv_least(self._cipher[self._end : self._end + missing + AHEAD_BYTES], missing)
+            end = self._end + missing + AHEAD_BYTES if missing > HEADER_BYTES else len(self._cipher)
+            got = self._sock.recv_least(self._cipher[self._end : end], missing)
             if not got:
                 return 0
             self._end += got

@@ -1,7 +1,7 @@
 """A TCP connection that carries transfers from a holder to an asker, after its preamble.
 
     0            8         12     13      16
-    | transfer   | payload | kind | zeros | payload ...     DATA: 1 to 1 MiB of payload; END, ABORT: none
+    | transfer   | payload | kind | zeros | payload ...     DATA: 1 to 2 MiB of payload; END, ABORT: none
     | u64        | u32     | u8   |       |                 numbers big-endian
 
 A transfer is DATA frames with its bytes, then END; ABORT in place of any frame ends it early and keeps the session.
@@ -45,7 +45,7 @@ from swarm.transport.sink import LOOK_EVERY_S, Landing, Mailbox, Outcome, close_
 
 HEADER = struct.Struct(">QIB3x")
 DATA, END, ABORT = 1, 2, 3
-FRAME_BYTES_MAX = 1 << 20  # a cancelled transfer stops within a frame; 1 MiB hides the cost of the header
+FRAME_BYTES_MAX = 2 << 20  # a cancelled transfer stops within a frame, which costs a few turns of the GIL
 
 POLL_S = 0.25  # within which a blocked thread notices a stop
 HEADER_TIMEOUT_S = 5.0  # for the rest of a header after its first byte

@@ -13,7 +13,7 @@ from swarm.content.manifest import Manifest
 from swarm.errors import SourceChanged, TransportError
 from swarm.hashing import cuda as hashing_cuda
 from swarm.store import DeviceView, View, cuda, staging, tensors
-from swarm.store.staging import LANDING_BYTES, incoming, outgoing
+from swarm.store.staging import LANDING_BYTES, PART_BYTES, incoming, outgoing
 from swarm.store.tensors import IntoStore, TensorSource
 from swarm.testing.stores import check_store, content, sample
 from swarm.transfer.verify import LandedChunk, Verifier
@@ -33,19 +33,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     return gpu
 
 
-@pytest.mark.parametrize("size", [0, 1, LANDING_BYTES, LANDING_BYTES + 1, 5 * LANDING_BYTES + 3])
+@pytest.mark.parametrize("size", [0, 1, LANDING_BYTES, LANDING_BYTES + 1, PART_BYTES, 5 * PART_BYTES + 3])
 def test_do_bytes_go_out_and_in_in_order(size: int) -> None:
     source = torch.randint(0, 256, (size,), dtype=torch.uint8)
     target = torch.zeros(size, dtype=torch.uint8)
     parts = [bytes(view) for view in outgoing(on_gpu(source))]
-    assert all(len(part) == LANDING_BYTES for part in parts[:-1])
-    for part, room in zip(parts, incoming(on_gpu(target)), strict=True):
-        room[:] = part
+    assert all(len(part) == PART_BYTES for part in parts[:-1])
+    rest = b"".join(parts)
+    for room in incoming(on_gpu(target)):
+        assert len(room) == min(len(rest), LANDING_BYTES)
+        room[:], rest = rest[: len(room)], rest[len(room) :]
+    assert not rest
     assert torch.equal(source, target)
 
 
 def test_is_the_next_part_copied_while_one_is_used(gpu: FakeGpu) -> None:
-    views = outgoing(on_gpu(torch.zeros(3 * LANDING_BYTES, dtype=torch.uint8)))
+    views = outgoing(on_gpu(torch.zeros(3 * PART_BYTES, dtype=torch.uint8)))
     next(views)
     gpu.side.synchronize()
     before = len(staging._idle.get(0, ()))
@@ -56,18 +59,19 @@ def test_is_the_next_part_copied_while_one_is_used(gpu: FakeGpu) -> None:
 
 def test_are_buffers_used_again() -> None:
     for _ in range(3):
-        assert list(outgoing(on_gpu(torch.zeros(2 * LANDING_BYTES, dtype=torch.uint8))))
+        assert list(outgoing(on_gpu(torch.zeros(2 * PART_BYTES, dtype=torch.uint8))))
     assert len(staging._idle[0]) == 1
 
 
 def test_does_a_transfer_that_breaks_off_give_its_buffers_back() -> None:
-    target = torch.zeros(3 * LANDING_BYTES, dtype=torch.uint8)
+    target = torch.zeros(3 * PART_BYTES, dtype=torch.uint8)
     views = incoming(on_gpu(target))
-    next(views)[:] = b"x" * LANDING_BYTES
+    for _ in range(PART_BYTES // LANDING_BYTES):
+        next(views)[:] = b"x" * LANDING_BYTES
     next(views)
     views.close()  # type: ignore[attr-defined]
     assert len(staging._idle[0]) == 1
-    assert bytes(target[:LANDING_BYTES].numpy()) == b"x" * LANDING_BYTES
+    assert bytes(target[:PART_BYTES].numpy()) == b"x" * PART_BYTES
 
 
 def make(manifest: Manifest) -> IntoStore:

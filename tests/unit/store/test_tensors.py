@@ -158,7 +158,7 @@ def test_landing_is_the_tensors_own_memory() -> None:
 
 def test_views_to_land_in_are_small_enough_to_hash_hot() -> None:
     data = bytes(3 * LANDING_BYTES + 5)
-    store = MemoryStore(manifest_of({"blob": data}, chunk_bytes=4 << 20))
+    store = MemoryStore(manifest_of({"blob": data}, chunk_bytes=8 << 20))
     (chunk,) = store.manifest.chunks
     assert [len(view) for view in store.landing(chunk)] == [LANDING_BYTES] * 3 + [5]
     assert list(store.present()) == []

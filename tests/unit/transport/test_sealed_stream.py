@@ -20,14 +20,14 @@ from swarm.security.cluster_key import Keyring
 from swarm.security.record_seal import CANNOT, OVERHEAD_BYTES, RECORD_BYTES_MAX, SHARE_BYTES, new_share
 from swarm.transport import sealed_stream
 from swarm.transport.byte_stream import ByteStream, PlainStream
-from swarm.transport.sealed_stream import RECORD_BYTES, SealedStream, accept_sealing, ask_to_seal
+from swarm.transport.sealed_stream import SealedStream, accept_sealing, ask_to_seal
 from swarm.transport.tls_stream import TlsStream
 
 DEADLINE_S = 20.0
 POLL_S = 0.05
 SECRET = b"s" * 32
 MEMBER = Identity(Keyring((cluster_key.generate(),)), "0" * 16, now_s=time.time())
-BIG = os.urandom(3 * RECORD_BYTES + 12345)
+BIG = os.urandom(3 * RECORD_BYTES_MAX + 12345)
 HEADER = b"frame header 16b"
 
 
