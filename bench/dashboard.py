@@ -31,8 +31,9 @@ from swarm.dashboard.server import ASSETS, asset
 from swarm.dashboard.sse import EventStream
 from swarm.dashboard.swarm_view import Json, SwarmView
 from swarm.net.http_pages import EventPage
+from swarm.net.link import Link
 from swarm.net.listener import Listener
-from swarm.net.websocket import HttpLinks, Link
+from swarm.net.websocket import HttpLinks
 from swarm.observe.fetch_record import FetchRecord
 from swarm.protocol.messages import NodeId
 

@@ -35,8 +35,9 @@ from typing import Any
 from swarm.content.manifest import CHUNKS_MAX, ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
 from swarm.errors import SwarmError
 from swarm.net.environment import TLS_RECORD
+from swarm.net.link import Link
 from swarm.net.listener import Listener
-from swarm.net.websocket import HttpLinks, Link
+from swarm.net.websocket import HttpLinks
 from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, Announcement, Hello, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
@@ -166,7 +167,7 @@ class Attack:
         try:
             link = await links.dial(self.address, timeout_s=10.0)
             greeting = Hello(
-                messages.PROTOCOL, "9", NodeId(node), name, Address("127.0.0.1:9"), "0" * 32, (), artifacts
+                messages.PROTOCOL, "9", NodeId(node), name, 0, (Address("127.0.0.1:9"),), "0" * 32, (), artifacts
             )
             await link.send(greeting)
             await link.receive()
@@ -453,7 +454,7 @@ async def gossip(attack: Attack) -> str:
             )
             profile = Profile(held, 0, ("tcp",), NAMES * 32, NAMES * 32, 1, 8, "9")
             record = Record(
-                node, version, State.ALIVE, version, NAMES * 32, Address(f"127.0.0.1:{version % 60000 + 1}"), profile
+                node, version, State.ALIVE, version, NAMES * 32, (Address(f"127.0.0.1:{version % 60000 + 1}"),), profile
             )
             source = Address(f"127.{version % 250}.0.1:1")  # another address: each is muted for itself
             with contextlib.suppress(OSError):
@@ -499,7 +500,9 @@ async def giant(keyring: Keyring | None, scale: float) -> AsyncIterator[str]:
 
     async def accept(link: Link) -> None:
         with contextlib.suppress(SwarmError):
-            await link.send(Hello(messages.PROTOCOL, "9", node, "mallory", Address(address), "0" * 32, (), (artifact,)))
+            await link.send(
+                Hello(messages.PROTOCOL, "9", node, "mallory", 0, (Address(address),), "0" * 32, (), (artifact,))
+            )
             while True:
                 if isinstance(await link.receive(), messages.ManifestRequest):
                     size = messages.MANIFEST_PART_BYTES

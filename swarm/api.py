@@ -474,7 +474,8 @@ async def fetch_on(
     model_id, revision = hf_cache.with_revision(model_id, revision)
     began = node.now()
     name, at = origin_of(model_id, revision, settings)
-    find_timeout_s = settings.find_timeout_s if timeout_s is None else min(settings.find_timeout_s, timeout_s)
+    limits = [limit for limit in (settings.find_timeout_s, timeout_s) if limit is not None]
+    find_timeout_s = min(limits, default=math.inf if settings.wait else None)
     try:
         async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
             whole = digest
@@ -711,7 +712,7 @@ def bring(model_id: str, revision: str | None, *, settings: Settings) -> Path:
     Looks for peers and the hub for at most `BRING_FIND_S`, because that program can download by itself. Then serves the
     model for up to `LINGER_S`, while other nodes still fetch it: they started at the same time. Raises as `fetch` does.
     """
-    quick = dataclasses.replace(settings, find_timeout_s=min(settings.find_timeout_s, BRING_FIND_S))
+    quick = dataclasses.replace(settings, find_timeout_s=min(settings.find_timeout_s or BRING_FIND_S, BRING_FIND_S))
     with fetch(model_id, out=HUB_CACHE, settings=quick, revision=revision) as weights:
         runtime().run(_linger(quick, weights.digest))
     if weights.path is None:

@@ -7,7 +7,7 @@
       FetchError               caller of `fetch`: the fetch gave up and can be resumed: Stalled · FetchTimeout
       StoreError               user: local disk or memory: StoreFull · StoreConflict · SourceChanged
       PeerError                node: a peer failed; becomes an event and a journal entry
-        PeerUnreachable · PeerTimeout · NotAdmitted · RemoteProtocolError · VersionSkew
+        PeerUnreachable · PeerTimeout · NotAdmitted · NotSwarm · RemoteProtocolError · VersionSkew
       TransportError           node: a transfer failed; its chunks are requested from another peer
       LocalProtocolError       developer: a bug in swarm
 
@@ -87,11 +87,14 @@ class ManifestError(SwarmError):
 class ManifestNotFound(ManifestError):
     """No reachable peer serves the model id (or the pinned digest)."""
 
-    def __init__(self, model_id: str, *, tried: Sequence[str], waited_s: float) -> None:
+    def __init__(self, model_id: str, *, tried: Sequence[str], waited_s: float, advice: str | None = None) -> None:
+        """`advice`: what to do; '' if the lines of `tried` say it."""
         where = ", ".join(tried) if tried else "no peer was found"
+        what = "start `swarm serve` on a machine that has the model, or name a peer with --peer"
+        todo = what if advice is None else advice
+        searched = f"{waited_s:.1f}".removesuffix(".0")
         super().__init__(
-            f"no peer serves {model_id!r} (searched for {waited_s:.0f} s: {where}); "
-            "start `swarm serve` on a machine that has the model, or name a peer with --peer"
+            f"no peer serves {model_id!r} (searched for {searched} s: {where}){f'; {todo}' if todo else ''}"
         )
         self.model_id = model_id
         self.tried = tuple(tried)
@@ -244,9 +247,10 @@ class SourceChanged(StoreError):
 
 
 class PeerError(SwarmError):
-    """Another node misbehaved or disconnected."""
+    """Another node misbehaved or disconnected. `final`: the same call will fail again until a user acts."""
 
     exit_code = 6
+    final = False
 
     def __init__(self, peer: str, why: str) -> None:
         super().__init__(f"{peer}: {why}")
@@ -265,6 +269,14 @@ class PeerTimeout(PeerError):
 class NotAdmitted(PeerError):
     """A node did not prove its membership of the cluster, to us or to the peer."""
 
+    final = True
+
+
+class NotSwarm(PeerError):
+    """Another program than swarm answers at the address."""
+
+    final = True
+
 
 class RemoteProtocolError(PeerError):
     """The peer broke the protocol."""
@@ -272,6 +284,8 @@ class RemoteProtocolError(PeerError):
 
 class VersionSkew(PeerError):
     """The peer speaks another version of the protocol."""
+
+    final = True
 
     def __init__(self, peer: str, *, theirs: int, ours: int, software: str) -> None:
         older = "it" if theirs < ours else "this node"

@@ -31,6 +31,7 @@ CHOICES = {
     "chunk_hash": ("xxh3-128", "blake3"),
     "origin": ("hf", "none"),
 }
+DEFAULT_PORT = 7000  # of a peer named without one; a node beyond loopback listens there if it is free
 # Bounds of the protocol, which this module must not import; a test compares them. Messages with greater values are
 # refused by every peer, so a node with such a setting would be ready and unreachable.
 NAME_MAX = 256  # characters, in a Hello
@@ -74,11 +75,17 @@ class Settings:
     """Settings of a node. Read them with `Settings.load`, change them with `dataclasses.replace`."""
 
     name: str | None = _setting(None, "name shown to other nodes; unset: host name and the start of the node id")
-    listen: str = _setting("127.0.0.1:0", "HOST[:PORT] to listen on; port 0: the system chooses a free port")
-    advertise: str | None = _setting(
-        None, "ADDRESS[:PORT] that peers dial, e.g. behind a port mapping; unset: the address of `listen`"
+    listen: str = _setting(
+        "127.0.0.1:0",
+        "HOST[:PORT] to listen on: an address, a network card (eth0), or 0.0.0.0 or [::] for all cards and families; "
+        "without a port 7000 if it is free; port 0: any free one",
     )
-    peers: tuple[str, ...] = _setting((), "HOST:PORT of a node to join through; a DNS name may have many addresses")
+    advertise: str | None = _setting(
+        None, "ADDRESS[:PORT] that peers dial, e.g. behind a port mapping; unset: where links come from, and `listen`"
+    )
+    peers: tuple[str, ...] = _setting(
+        (), "HOST[:PORT] of a node to join through, by default port 7000; a DNS name may have many addresses"
+    )
     key_file: Path | None = _setting(
         None, "file with the cluster key; nodes with the same key form a cluster. `swarm keygen` creates it"
     )
@@ -134,7 +141,12 @@ class Settings:
     cache_limit_gb: float = _setting(
         200.0, "maximum size of `cache` in GB; unused entries are evicted, least recently used first", flag=False
     )
-    find_timeout_s: float = _setting(10.0, "seconds to search for a peer that serves the model", flag=False)
+    find_timeout_s: float | None = _setting(
+        None,
+        "seconds to search for a peer that serves the model; unset: `timeout_s`, else 10, or 2.5 if no node is found",
+        flag=False,
+    )
+    wait: bool = _setting(False, "wait for a seed for as long as it takes, or until `timeout_s`")
     stall_timeout_s: float = _setting(30.0, "seconds without a verified chunk before a fetch fails", flag=False)
     idle_timeout_s: float = _setting(
         5.0, "seconds without data on a granted transfer; then its chunks are requested elsewhere", flag=False
@@ -185,14 +197,22 @@ class Settings:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        for name in ("find_timeout_s", "stall_timeout_s", "idle_timeout_s", "upload_slots"):
+        for name in ("stall_timeout_s", "idle_timeout_s", "upload_slots"):
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingsError(name, f"{getattr(self, name)} is not a number above zero")
         if not self.cache_limit_gb >= 0:
             raise SettingsError(
                 "cache_limit_gb", f"{self.cache_limit_gb} is not a size; 0 keeps nothing, inf everything"
             )
-        for name in ("upload_limit", "origin_limit", "origin_readers", "timeout_s", "chunk_bytes", "leaf_bytes"):
+        for name in (
+            "upload_limit",
+            "origin_limit",
+            "origin_readers",
+            "timeout_s",
+            "find_timeout_s",
+            "chunk_bytes",
+            "leaf_bytes",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:  # also rejects NaN
                 raise SettingsError(name, f"{value} is not a number above zero; leave it out for no limit")
@@ -208,7 +228,7 @@ class Settings:
 
     def _check_addresses(self) -> None:
         for peer in self.peers:
-            split_address("peer", peer)
+            split_address("peer", peer, default_port=DEFAULT_PORT, least_port=1)
         if self.advertise is not None:
             host, _ = split_address("advertise", self.advertise, default_port=0)
             if not is_literal(host):
@@ -263,8 +283,13 @@ class Settings:
         return cls(**values)
 
 
-def split_address(setting: str, text: str, *, default_port: int | None = None) -> tuple[str, int]:
-    """Parses HOST:PORT or [IPV6]:PORT. With `default_port`, HOST alone and port 0 are valid. Raises SettingsError."""
+def split_address(
+    setting: str, text: str, *, default_port: int | None = None, least_port: int | None = None
+) -> tuple[str, int]:
+    """Parses HOST:PORT or [IPV6]:PORT. With `default_port` HOST alone is valid, and port 0 unless `least_port` is 1.
+
+    Raises SettingsError.
+    """
     match = _ADDRESS.fullmatch(text.strip()) if len(text) <= ADDRESS_MAX else None
     if match and (match[1] or match[2]).isdigit():
         raise SettingsError(setting, f"{text!r} needs a host, as in 127.0.0.1:{match[1] or match[2]}")
@@ -272,7 +297,7 @@ def split_address(setting: str, text: str, *, default_port: int | None = None) -
         raise SettingsError(setting, f"{text!r} is not HOST:PORT (an IPv6 address goes in brackets: [::1]:7000)")
     host = match[1] or match[2]
     port = int(match[3]) if match[3] else default_port
-    least = 1 if default_port is None else 0
+    least = (1 if default_port is None else 0) if least_port is None else least_port
     if port is None or not least <= port < 1 << 16:
         raise SettingsError(setting, f"{text!r} is not HOST:PORT: it needs a port from {least} to 65535")
     return host, port
@@ -293,11 +318,11 @@ def is_literal(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` is a loopback address or 'localhost'."""
+    """Whether `host` is a loopback address, 'localhost' or the loopback card."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return host in ("localhost", "lo")
 
 
 def parse_rate(setting: str, text: str) -> float:

@@ -25,7 +25,7 @@ ROWS: dict[str, set[str]] = {
         "content.safetensors_header", "content.selection", "journal", "membership.config",
         "protocol", "protocol.messages", "protocol.packets",
     },
-    "policy": {"transfer.scheduler", "peers.selection"},
+    "policy": {"transfer.scheduler", "peers.selection", "net.addresses", "net.no_answer"},
     "machines": {
         "transfer.claims", "transfer.download", "transfer.download_events", "transfer.origin_reads",
         "transfer.upload", "transfer.superseed",
@@ -37,9 +37,8 @@ ROWS: dict[str, set[str]] = {
         "checkpoint.hub_tree", "checkpoint.signature_file", "checkpoint.signed_files",
         "checkpoint.weight_files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
-        "hashing.kernels", "net", "net.discovery", "net.http_pages", "net.listener", "net.pausing_loop",
-        "net.reclaim", "net.udp",
-        "net.websocket",
+        "hashing.kernels", "net", "net.cards", "net.dialling", "net.discovery", "net.http_pages", "net.link",
+        "net.listener", "net.pausing_loop", "net.reclaim", "net.udp", "net.websocket",
         "origin", "origin.files", "origin.hf", "origin.http", "origin.registry", "origin.web",
         "security",
         "security.certificates", "security.cluster_key", "security.record_seal", "security.signatures",
@@ -106,7 +105,7 @@ FOLDERS: dict[str, set[str]] = {
     "transfer": {"content", "hashing", "journal", "peers", "protocol", "store", "transport", "origin"},
     "node": {
         "checkpoint", "content", "hashing", "journal", "membership", "net", "origin", "peers", "protocol", "security",
-        "store", "transfer",
+        "store", "transfer", "transport",
     },
     "observe": {"content", "journal", "membership", "protocol", "transfer"},
     "dashboard": {"content", "journal", "net", "observe", "protocol", "transfer"},
@@ -138,7 +137,8 @@ VERSION_ONLY = {
 
 # The modules that may import each third-party package.
 HOMES: dict[str, set[str]] = {
-    "aiohttp": {"net.websocket", "net.http_pages"},
+    "aiohttp": {"net.websocket", "net.link", "net.http_pages"},
+    "ifaddr": {"net.cards"},
     "cryptography": {
         "security.datagram_seal",
         "security.cluster_key",

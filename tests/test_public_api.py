@@ -46,6 +46,7 @@ EXIT_CODES = {
     "CheckpointIncomplete": 3, "Unpinnable": 3, "Unsigned": 3, "ManifestInvalid": 3,
     "ManifestConflict": 3, "FetchError": 4, "Stalled": 4, "FetchTimeout": 4, "StoreError": 5, "StoreFull": 5,
     "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6, "NotAdmitted": 6,
+    "NotSwarm": 6,
     "RemoteProtocolError": 6, "VersionSkew": 6, "TransportError": 1,
     "OriginError": 7, "OriginUnreachable": 7, "OriginDenied": 7, "OriginNotFound": 7, "OriginChanged": 7,
     "LocalProtocolError": 70,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from swarm.cli import signals, stdio
 from swarm.cli.daemon import Daemon
 from swarm.errors import SettingsError, StoreError, clean
-from swarm.settings import Settings
+from swarm.settings import DEFAULT_PORT, Settings
 from swarm.simulation.setup import Burst
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def serve(options: argparse.Namespace) -> int:
             open_.enter_context(tracing(node.journal, options.trace))
             await open_.enter_async_context(node)
             name, source, origin = await asyncio.to_thread(hashed)
-            open_.enter_context(local_nodes.note(settings.cache, node.address))
+            open_.enter_context(local_nodes.note(settings.cache, node.local_address))
             while True:
                 commit_parts.serve(node, name, source, origin=origin, trusted=settings.trusted)
                 daemon.serves(node)
@@ -115,8 +115,9 @@ def serve(options: argparse.Namespace) -> int:
                 print(f"{node.address} ready: {part}{name}, {size}, digest {manifest.digest}", flush=True)
                 if missing:
                     log.warning("%s: %s (this part is served as soon as members announce the rest)", name, missing)
-                key = f" --key-file {settings.key_file}" if settings.key_file else ""
-                log.info("fetch it with: swarm fetch %s --peer %s%s", name, node.address, key)
+                log.info("fetch it with: %s", _fetch_command(name, node.address, settings))
+                if node.on_loopback:
+                    log.info("only from this machine; for others serve it with %s", _listening(settings))
                 await node.until_lost(manifest.digest)
                 log.info("%s: hashing its files again once they are complete and quiet", name)
                 name, source, origin = await reopened(hashed)
@@ -150,7 +151,7 @@ def fetch(options: argparse.Namespace) -> int:
         async with contextlib.AsyncExitStack() as open_:
             open_.enter_context(tracing(node.journal, options.trace))
             await open_.enter_async_context(node)
-            with local_nodes.note(settings.cache, node.address):
+            with local_nodes.note(settings.cache, node.local_address):
                 async with progress(status.fetches, node.now, quiet=options.json):
                     fetched, _, path = await fetch_on(
                         node,
@@ -179,6 +180,8 @@ def fetch(options: argparse.Namespace) -> int:
                     print(f"{clean(fetched.model_id)}: {rate}{kept}{came} -> {path}", flush=True)
                 if not options.no_seed:
                     log.info("serving it on at %s; Ctrl-C to stop", node.address)
+                    if node.on_loopback and settings.reaches_out:
+                        log.info("only to this machine; to serve it to others fetch with %s", _listening(settings))
                     daemon.serves(node)
                     await _until_lost(node, fetched.digest)
         return 0
@@ -190,6 +193,19 @@ async def _until_lost(node: Node, digest: Digest) -> None:
     """Returns at a signal: to stop a seed is no failure. Raises StoreError when the files changed: nothing is left."""
     with contextlib.suppress(asyncio.CancelledError):
         raise StoreError((await node.until_lost(digest)).why)
+
+
+def _fetch_command(model_id: str, address: str, settings: Settings) -> str:
+    """The command that fetches the model elsewhere, as it is typed there; the key file has to be copied."""
+    key = ["--key-file", str(settings.key_file)] if settings.key_file else []
+    opened = ["--insecure"] if settings.insecure else []
+    return shlex.join(["swarm", "fetch", model_id, "--peer", address, *key, *opened])
+
+
+def _listening(settings: Settings) -> str:
+    """The flags that let other machines reach a node."""
+    key = "" if settings.reaches_out else " --key-file KEY (made by `swarm keygen KEY`, a copy on every machine)"
+    return f"--listen 0.0.0.0:{DEFAULT_PORT}{key}"
 
 
 async def _until_stopped() -> None:

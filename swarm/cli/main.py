@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model-id", metavar="ID", help="id in the swarm; by default the hub's id or the directory name"
     )
     serve.add_argument("--revision", metavar="R", help="revision of the cached model, or a label for a directory")
-    _add_settings(serve, without={"timeout_s"})
+    _add_settings(serve, without={"timeout_s", "wait"})
 
     fetch = command(commands.fetch, "fetch a model from peers", traced)
     fetch.add_argument("model_id", metavar="MODEL_ID")
@@ -167,7 +167,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = command(commands.run, "start an engine that loads its model from peers")
     run.add_argument("--model-id", metavar="ID", help="id in the swarm; by default the name in the command")
-    _add_settings(run)
+    _add_settings(run, without={"wait"})
     run.add_argument(
         "command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="for example: -- vllm serve org/model"
     )
@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command(commands.doctor, "diagnose why an engine did not load from peers")
     doctor.add_argument("model_id", nargs="?", metavar="MODEL_ID", help="model to look for")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_settings(doctor, without={"timeout_s", "upload_limit"})
+    _add_settings(doctor, without={"timeout_s", "upload_limit", "wait"})
 
     verify = command(commands.verify, "hash a directory or a cached model again")
     verify.add_argument("what", metavar="DIR|MODEL_ID", help="directory, or model of the Hugging Face cache")
@@ -268,7 +268,7 @@ def _add_settings(parser: argparse.ArgumentParser, *, without: Collection[str] =
         elif setting.default is False:
             group.add_argument(f"--{flag}", dest=setting.name, action="store_const", const=True, help=text)
         elif setting.default == ():
-            metavar = METAVARS.get(setting.name, "HOST:PORT")
+            metavar = METAVARS.get(setting.name, "HOST[:PORT]")
             group.add_argument(
                 f"--{flag.removesuffix('s')}", dest=setting.name, action="append", metavar=metavar, help=text
             )

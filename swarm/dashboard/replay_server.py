@@ -22,8 +22,9 @@ from swarm.dashboard.sse import ALIVE_EVERY_S, UPDATE_EVERY_S, event
 from swarm.dashboard.swarm_view import Json, patch
 from swarm.errors import StoreError, clean
 from swarm.net.http_pages import EventPage, Page
+from swarm.net.link import Link
 from swarm.net.listener import Listener
-from swarm.net.websocket import HttpLinks, Link
+from swarm.net.websocket import HttpLinks
 from swarm.observe.trace import lines
 
 HOST = "127.0.0.1"

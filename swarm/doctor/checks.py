@@ -1,4 +1,7 @@
-"""The doctor's checks: pure functions, each from facts to findings of one kind. `diagnose` joins them.
+"""The doctor's checks: pure functions, each from facts to findings of one kind. `diagnose` joins and ranks them.
+
+A cause comes before its consequences: a key that does not fit, then the other faults, then what only follows from them
+(no node answers, no node holds the model).
 
 A finding is `bad` if it keeps, or kept, an engine from using the swarm as the settings say; a `note` may be intended.
 Every finding that is not `ok` says what to do.
@@ -16,7 +19,7 @@ from typing import Literal, TypeAlias
 from swarm.doctor.facts import DialedPeer, Facts
 from swarm.engines.layout import Fingerprint, is_loaded
 from swarm.engines.start_log import EngineStart
-from swarm.errors import NotAdmitted, VersionSkew
+from swarm.errors import NotAdmitted, SettingsError, VersionSkew
 from swarm.observe.units import count
 
 Level: TypeAlias = Literal["ok", "note", "bad"]
@@ -42,8 +45,11 @@ Results: TypeAlias = "Iterator[tuple[Level, str, str]]"  # level, what was found
 
 
 def diagnose(facts: Facts) -> list[Finding]:
-    """All findings, check by check."""
-    return [Finding(check.__name__, *result) for check in CHECKS for result in check(facts)]
+    """All findings, check by check; checks with a bad finding first, the likeliest cause at the top."""
+    findings = [Finding(check.__name__, *result) for check in CHECKS for result in check(facts)]
+    failed = {finding.check for finding in findings if finding.level == "bad"}
+    ranks = {check.__name__: rank for rank, check in enumerate(CHECKS)}
+    return sorted(findings, key=lambda finding: (finding.check not in failed, ranks[finding.check]))
 
 
 def key(facts: Facts) -> Results:
@@ -63,6 +69,13 @@ def key(facts: Facts) -> Results:
     for peer in facts.dialed:
         if isinstance(peer.error, NotAdmitted):
             yield _error(_level(peer), str(peer.error), "give both the same key file")
+        elif isinstance(peer.error, SettingsError):
+            what = f"{peer.address} is on another machine, and this node has no cluster key"
+            yield (
+                _level(peer),
+                what,
+                "name the key file of that node with --key-file, or accept the risk with --insecure",
+            )
 
 
 def port(facts: Facts) -> Results:
@@ -120,12 +133,12 @@ def peers(facts: Facts) -> Results:
     for peer in facts.dialed:
         if peer.error is None:
             yield "ok", f"{peer.name} at {peer.address} answers ({', '.join(sorted(peer.ways))})", ""
-        elif not isinstance(peer.error, NotAdmitted | VersionSkew):
+        elif not isinstance(peer.error, NotAdmitted | VersionSkew | SettingsError):
             todo = "is a node running there, and does a firewall let its TCP port through?"
             yield _error(_level(peer), str(peer.error), todo)
     for member in facts.members:
         yield "ok", f"{member.name} at {member.address} is known through gossip", ""
-    if not facts.members and not facts.linked:
+    if not facts.members and not facts.linked and not _is_explained(facts):
         todo = "start `swarm serve` on some machine, and name it with --peer if multicast does not reach it"
         yield "bad", "no node was found that answers", todo
     answering = {peer.address for peer in facts.linked}
@@ -141,7 +154,10 @@ def peers(facts: Facts) -> Results:
 def datagrams(facts: Facts) -> Results:
     """Do gossip's datagrams arrive?"""
     silent = ", ".join(peer.address for peer in facts.linked if not peer.gossips)
-    if silent:
+    if silent and facts.loopback:
+        what = f"no datagrams from {silent}: this node listens on loopback, so it fetches without gossip"
+        yield "note", what, "with many newcomers: --listen 0.0.0.0:PORT, so that they feed each other"
+    elif silent:
         todo = "open the port for UDP too, in both directions; on Kubernetes name both protocols in the Service"
         what = f"no datagrams from {silent}, although links stand: gossip is blocked, fetches work, and cost more"
         yield "bad", what, todo
@@ -312,6 +328,13 @@ def _last_starts(facts: Facts) -> list[EngineStart]:
 
 def _name(start: EngineStart) -> str:
     return f"{start.engine}, {start.model_id}, {start.rank}"
+
+
+def _is_explained(facts: Facts) -> bool:
+    """Whether a fault of an address that the user named explains that no node answers."""
+    return any(_level(peer) == "bad" and peer.error for peer in facts.dialed) or any(
+        isinstance(found, str) for found in facts.names.values()
+    )
 
 
 def _level(peer: DialedPeer) -> Level:

@@ -31,7 +31,8 @@ from swarm.engines import start_log
 from swarm.engines.layout import Fingerprint, is_loaded
 from swarm.errors import ManifestError, PeerError, PeerTimeout, SettingsError, SwarmError
 from swarm.journal import Unreached
-from swarm.net import discovery
+from swarm.net import cards, discovery
+from swarm.net.addresses import multicast_hosts
 from swarm.net.environment import new_id
 from swarm.node import local_nodes, status_client
 from swarm.node.node import Node
@@ -69,13 +70,14 @@ async def examine(settings: Settings, model_id: str | None, *, wait_s: float = W
     here = await asyncio.to_thread(_local_nodes, settings)
     given = {address for found in names.values() if not isinstance(found, str) for address in found}
     async with _opened(settings, here) as (node, port), _announced(settings, node) as (multicast, heard):
+        own: set[str] = {node.address, node.local_address, *node.addresses}
         with node.seeking(None):
-            await _settle(node, given, heard if multicast else {node.address}, wait_s=wait_s)
-            mdns = MdnsFacts(multicast, node.address in heard, frozenset(heard - {node.address}))
+            await _settle(node, given, heard if multicast else own, wait_s=wait_s)
+            mdns = MdnsFacts(multicast, not own.isdisjoint(heard), frozenset(heard - own))
             ways = {"given": given, "mdns": set(mdns.found), "here": {local.address for local in here}}
             return dataclasses.replace(
                 facts,
-                port=dataclasses.replace(port, reached=await _reaches(node.address)),
+                port=dataclasses.replace(port, reached=await _reaches(node.local_address)),
                 mdns=mdns if settings.mdns else None,
                 names=names,
                 dialed=await _with_clocks(_dialed(node, ways, settings), visitor(keyring) if keyring else None),
@@ -160,12 +162,16 @@ async def _announced(settings: Settings, node: Node) -> AsyncIterator[tuple[bool
     if not settings.mdns:
         yield False, found
         return
-    mdns = discovery.Mdns()
-    await mdns.start(node_id=new_id(), address=split_address("listen", node.address), found=found.add)
+    mdns, browser = discovery.Mdns(), discovery.Mdns()
+    host, port = split_address("listen", node.address)
+    await mdns.start(node_id=new_id(), hosts=(host,), port=port, found=found.update)
+    if is_loopback(host) and settings.reaches_out and (beyond := multicast_hosts(cards.read())):
+        await browser.start(node_id=node.id, hosts=beyond, port=0, found=found.update)
     try:
         yield mdns.started, found
     finally:
         await mdns.close()
+        await browser.close()
 
 
 async def _settle(node: Node, given: set[str], heard: set[str], *, wait_s: float) -> None:
@@ -173,12 +179,12 @@ async def _settle(node: Node, given: set[str], heard: set[str], *, wait_s: float
     began = node.now()
 
     def settled() -> bool:
-        linked = {address for peer in node.peers.values() for address in (peer.hello.address, peer.link.remote)}
+        linked = {address for peer in node.peers.values() for address in (*peer.addresses, peer.link.remote)}
         gossiping = {member.node for member in node.members()}
         return (
             given <= linked | _failures(node).keys()
             and node.peers.keys() <= gossiping
-            and node.address in heard
+            and not heard.isdisjoint({node.address, node.local_address, *node.addresses})
             and not node.searching
             and node.now() - began >= LEAST_S
         )
@@ -201,11 +207,11 @@ def _dialed(node: Node, ways: Mapping[str, set[str]], settings: Settings) -> lis
 
     dialed, linked = list[DialedPeer](), set[str]()
     for peer in node.peers.values():
-        addresses = peer.hello.address, peer.link.remote
+        addresses = *peer.addresses, peer.link.remote
         linked.update(addresses)
         dialed.append(
             DialedPeer(
-                peer.hello.address,
+                peer.address,
                 found_by(*addresses),
                 name=peer.name,
                 software=peer.hello.software,
@@ -216,7 +222,7 @@ def _dialed(node: Node, ways: Mapping[str, set[str]], settings: Settings) -> lis
         )
     failed: dict[str, SwarmError] = {address: PeerTimeout(address, "no answer in time") for address in ways["given"]}
     failed |= {address: failure.error for address, failure in _failures(node).items()}
-    for address in failed.keys() - linked - {node.address}:
+    for address in failed.keys() - linked - {node.address, node.local_address, *node.addresses}:
         dialed.append(DialedPeer(address, found_by(address), error=failed[address]))
     return sorted(dialed, key=lambda peer: peer.address)
 

@@ -49,7 +49,7 @@ from swarm.engines.layout import Fingerprint, short_digest
 from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, SwarmError
 from swarm.node import local_nodes
 from swarm.node.node import Node
-from swarm.node.resolve import introduced, networks, resolve
+from swarm.node.resolve import FIND_TIMEOUT_S, introduced, networks, resolve
 from swarm.observe.units import size_text
 from swarm.runtime import runtime
 from swarm.settings import Settings
@@ -237,13 +237,14 @@ async def fetch(
     cache or the files do not match it, and the errors of `swarm.fetch` into a directory.
     """
     _demand_allowed(settings)
-    find_s = settings.find_timeout_s if find_timeout_s is None else find_timeout_s
+    limits = (find_timeout_s, settings.find_timeout_s, FIND_TIMEOUT_S)
+    find_s = next(limit for limit in limits if limit is not None)
     places = directories() if places is None else places
     async with contextlib.AsyncExitStack() as undo:
         node = await runtime().acquire(settings)
         undo.push_async_callback(runtime().release, settings)
         digest = await _choose(node, artifact_id(wanted), settings.trusted, find_s, found)
-        manifest, _ = await resolve(node, artifact_id(wanted), digest=digest, find_timeout_s=settings.find_timeout_s)
+        manifest, _ = await resolve(node, artifact_id(wanted), digest=digest, find_timeout_s=find_s)
         content = _check(manifest, wanted)
         path = settings.cache / STAGING / digest[:32]
         cache_gc.hold(path)

@@ -56,7 +56,9 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
         return LaunchCommand(_with_format(command), environment)
     from_hub = here is None and hf_cache.is_model_id(word) and not Path(word).exists()
     # Without a node that serves it, the hub is read: that is soon known where all replicas start at the same time.
-    find_timeout_s = min(settings.find_timeout_s, BRING_FIND_S) if from_hub else settings.find_timeout_s
+    find_timeout_s = settings.find_timeout_s
+    if from_hub:
+        find_timeout_s = min(find_timeout_s or BRING_FIND_S, BRING_FIND_S)
     looking = dataclasses.replace(settings, find_timeout_s=find_timeout_s)
     try:
         directory = _fetch_metadata(name, looking, revision, for_vllm=_takes_vllm_flags(command))

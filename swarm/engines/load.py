@@ -174,7 +174,8 @@ class RankLoader:
             log.info("%s: the files are in the Hugging Face cache now, at %s", self, place)
 
     async def _fetch_to_hub_cache(self) -> Path | None:
-        quick = dataclasses.replace(self.settings, find_timeout_s=min(self.settings.find_timeout_s, BRING_FIND_S))
+        find_timeout_s = min(self.settings.find_timeout_s or BRING_FIND_S, BRING_FIND_S)
+        quick = dataclasses.replace(self.settings, find_timeout_s=find_timeout_s)
         fetched, _, place = await fetch_on(
             await self.node.open(), self.model_id, out=HUB_CACHE, into=None, digest=None,
             timeout_s=quick.timeout_s, settings=quick, revision=self.files.revision,

@@ -124,7 +124,7 @@ class RankNode:
 
     async def _open(self) -> Node:
         node = await runtime().acquire(self.settings)
-        self._noted.enter_context(local_nodes.note(self.settings.cache, node.address))
+        self._noted.enter_context(local_nodes.note(self.settings.cache, node.local_address))
         log.info("%s: node %s at %s", self, node.name, node.address)
         self.opened, self.opened_at_s = node, node.now()
         return node

@@ -1,7 +1,7 @@
 """The records of all members but the own, the merge of rumours, and the rumours still to be passed on.
 
 A record has two halves. In (incarnation, state) the newer incarnation is valid, and within it the worse state; only
-the member itself raises its incarnation. Of (name, address, profile) the newer `version` is valid. So a merge is a
+the member itself raises its incarnation. Of (name, addresses, profile) the newer `version` is valid. So a merge is a
 maximum: rumours may be late, doubled and in any order, and all members end with the same view. Both numbers are on a
 ring (`packets.is_newer`): a false rumour cannot claim a number that the member itself cannot follow.
 
@@ -216,8 +216,8 @@ class SyncWalk:
 
 def agree(record: Record, other: Record) -> bool:
     """Whether two records of a member have equal contents, or different versions."""
-    contents = record.name, record.address, record.profile
-    return record.version != other.version or contents == (other.name, other.address, other.profile)
+    contents = record.name, record.addresses, record.profile
+    return record.version != other.version or contents == (other.name, other.addresses, other.profile)
 
 
 def refute(own: Record, rumour: Rumour) -> Record | None:

@@ -13,6 +13,11 @@ window at a time.
       ^  <──────────────────────────┘                       │        after `dead_memory_s`
       └──────── greater incarnation, of the member ─────────┘
 
+A member has several addresses, and may be reached at one of them only: where its packets come from, if it tells that
+address or has answered there. Until then a Ping without rumours goes to each address. A member that tells no address of
+use here is known once it was heard. So a made-up record makes a node send little to the addresses in it: rumours go to
+members that were heard, as long as there are enough of them.
+
 Only memory grows with the number of members: windows are bounded, and a member announces new profiles the more rarely
 the more members there are. Time is the time between two events. When it leaps or goes back, or the caller says so
 (`Paused`), this node slept: no member is suspected for that, and every suspect has its time again.
@@ -24,6 +29,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -51,6 +57,7 @@ from swarm.protocol.packets import (
 LEAP_PERIODS = 5  # probe periods; a longer step between two events was sleep
 CONTACTS_MAX = 64  # addresses to join by; discovery repeats itself, so the oldest may go
 REPLIES_MAX = 8  # datagrams in an answer: the smallest receive buffers hold them
+SAMPLED = 2  # members drawn for one that gets rumours: so that those that were heard are usually enough
 LEAVE_FANOUT = 8  # members that get the goodbye directly; some of 8 datagrams arrive
 CONFLICTS_MAX = 3  # records of an earlier process with this id end after one or two; those of a live node do not
 
@@ -75,6 +82,13 @@ class ProfileChanged:
     """The profile of this node is another one. It is announced after `between_profiles_s`."""
 
     profile: Profile
+
+
+@dataclass(frozen=True)
+class AddressesChanged:
+    """This node has other addresses."""
+
+    addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True)
@@ -114,20 +128,21 @@ class Conflict:
     address: Address
 
 
-Event: TypeAlias = Paused | ContactFound | PacketReceived | ProfileChanged | Leave | Tick
+Event: TypeAlias = Paused | ContactFound | PacketReceived | ProfileChanged | AddressesChanged | Leave | Tick
 Action: TypeAlias = Send | MemberChanged | Conflict
 
 
 class Swim:
-    """The members as node `node` knows them. Others send datagrams to `address`.
+    """The members as node `node` knows them. Others send datagrams to one of `addresses`.
 
+    `usable`: the addresses of a record that this node can send to, the best first.
     A process that reuses its earlier id may start at incarnation 0: it learns the later incarnation when it joins.
     """
 
     def __init__(
         self,
         node: NodeId,
-        address: Address,
+        addresses: tuple[Address, ...],
         *,
         name: str,
         config: SwimConfig,
@@ -135,15 +150,19 @@ class Swim:
         rng: random.Random,
         profile: Profile | None = None,
         incarnation: int = 0,
+        usable: Callable[[tuple[Address, ...]], tuple[Address, ...]] = lambda addresses: addresses,
     ) -> None:
         announced = packets.quantised(profile or Profile())
-        record = Record(node, incarnation, State.ALIVE, 0, name[: packets.LABEL_MAX], address, announced)
+        record = Record(node, incarnation, State.ALIVE, 0, name[: packets.LABEL_MAX], addresses, announced)
         self._own = packets.fitted(record)
         self._config = config
         self._rng = rng
         self._members = MemberTable(rng=rng)
         self._rumours = RumourQueue()
         self._contacts: dict[Address, None] = {}
+        self._usable = usable
+        self._heard: dict[NodeId, Address] = {}  # where members are reached
+        self._sources: dict[NodeId, Address] = {}  # where packets of members came from that do not tell that address
         self._actions: list[Action] = []
         self._conflicts = 0
         # `_clock`: the time that has passed, without sleep; `_seen_at`: the caller's time of the latest event.
@@ -172,6 +191,10 @@ class Swim:
                 self._receive(source, packet)
             case ProfileChanged(profile):
                 self._change_profile(profile)
+            case AddressesChanged(addresses):
+                self._own = packets.replace(self._own, addresses=addresses)
+                self._change_profile(self._pending)
+                self._publish()
             case Leave():
                 self._leave()
                 return self._done()
@@ -245,14 +268,16 @@ class Swim:
             self._publish()
         if self._clock >= self._gossip_at and self._rumours:
             self._gossip_at = self._clock + self._config.gossip_interval_s
-            for member in self._members.sample(self._config.gossip_fanout):
+            for member in self._sample(self._config.gossip_fanout):
                 if rumours := self._rumours_for(member.node):
-                    self._send(member.address, packets.Gossip(self._own.node, rumours))
+                    self._send_to(member, packets.Gossip(self._own.node, rumours))
 
     # Probes
 
     def _end_period(self) -> None:
         target = self._prober.failed()
+        if target and self._usable(target.addresses):
+            self._heard.pop(target.node, None)  # it may have moved: all its addresses are tried
         if target and (known := self._members.get(target.node)) and known.state is State.ALIVE:
             self._merge(Status(known.node, known.incarnation, State.SUSPECT, known.version))
         if probe := self._prober.begin(self._members.next_to_probe(), self._clock):
@@ -266,12 +291,32 @@ class Swim:
             self._members.forget(node)
 
     def _ping(self, sequence: int, target: Record) -> None:
-        self._send(target.address, Ping(sequence, self._own.node, target.node, self._rumours_for(target.node)))
+        if target.node in self._heard:
+            self._send_to(target, Ping(sequence, self._own.node, target.node, self._rumours_for(target.node)))
+            return
+        accused = () if target.state is State.ALIVE else (target.status,)  # it can refute that only if it hears of it
+        source = self._sources.get(target.node)
+        for address in dict.fromkeys([*self._usable(target.addresses), *([source] if source else [])]):
+            self._send(address, Ping(sequence, self._own.node, target.node, accused))
+
+    def _send_to(self, member: Record, packet: Packet) -> None:
+        if address := self._place(member):
+            self._send(address, packet)
+
+    def _place(self, member: Record) -> Address | None:
+        """Where to send more than a Ping: where the member is reached, else a random address of it."""
+        usable = self._usable(member.addresses)
+        return self._heard.get(member.node) or (self._rng.choice(usable) if usable else None)
+
+    def _sample(self, count: int) -> list[Record]:
+        """Random living members, those first that were heard."""
+        found = self._members.sample(SAMPLED * count)
+        return sorted(found, key=lambda member: member.node not in self._heard)[:count]
 
     def _probe_indirectly(self, probe: Probe) -> None:
         for member in self._members.sample(self._config.indirect_probes, but=probe.target.node):
             rumours = self._rumours_for(member.node)
-            self._send(member.address, PingRequest(probe.sequence, self._own.node, probe.target.node, rumours))
+            self._send_to(member, PingRequest(probe.sequence, self._own.node, probe.target.node, rumours))
 
     def _ping_for(self, source: Address, request: PingRequest) -> None:
         # Only members are pinged: a stranger must not direct this node's datagrams to an address.
@@ -287,6 +332,7 @@ class Swim:
         if isinstance(packet, Sync):
             self._answer(source, packet)
             return
+        self._hear(packet.sender, source, answer=isinstance(packet, Ack))
         if isinstance(packet, SyncReply):
             self._receive_reply(source, packet)
             return
@@ -302,10 +348,34 @@ class Swim:
                 if relay := self._prober.acknowledged(packet):
                     self._send(relay.address, Ack(relay.sequence, packet.sender, ()))
 
+    def _hear(self, node: NodeId, source: Address, *, answer: bool = False) -> None:
+        """A packet of a member came from this address. It counts if the member tells it, or answers a Ping there.
+
+        An Ack that another member passes on comes from an address that was not pinged.
+        """
+        member = self._members.get(node)
+        if member is None or member.state >= State.DEAD:
+            return
+        if source in member.addresses or (answer and self._sources.get(node) == source and node not in self._heard):
+            self._heard[node] = source
+        elif not answer:
+            self._sources[node] = source
+
+    def _introduce(self, record: Record, source: Address) -> None:
+        """Merges the record that a member sent about itself: it is reached at least where that came from."""
+        if not self._usable(record.addresses):
+            self._heard[record.node] = source
+        self._merge(record)
+        known = self._members.get(record.node)
+        if known is None or known.state >= State.DEAD:
+            self._heard.pop(record.node, None)
+
     def _merge(self, rumour: Rumour, *, pass_on: bool = True) -> None:
         """Merges a rumour, queues it if it is news, and sets the deadlines that depend on it."""
         if rumour.node == self._own.node:
             self._refute(rumour)
+            return
+        if isinstance(rumour, Record) and not self._is_reachable(rumour):
             return
         before = self._members.get(rumour.node)
         after = self._members.merge(rumour)
@@ -320,12 +390,18 @@ class Swim:
                 self._suspects[after.node] = self._clock + self._config.suspicion_s(len(self._members) + 1)
             elif after.state >= State.DEAD:
                 self._tombstones[after.node] = self._clock + self._config.dead_memory_s
+                self._heard.pop(after.node, None)
+                self._sources.pop(after.node, None)
         if after.state < State.DEAD and (before is None or before.state >= State.DEAD):
             # In a burst of newcomers, or when a partition heals, rumours miss some members: compare more often.
             self._walk.hurry()
             self._sync_at = min(self._sync_at, self._clock + self._config.probe_interval_s)
         if before is None or before.state is not after.state or before.version != after.version:
             self._actions.append(MemberChanged(after))
+
+    def _is_reachable(self, record: Record) -> bool:
+        known = record.node in self._heard or self._members.get(record.node) is not None
+        return known or bool(self._usable(record.addresses))
 
     def _refute(self, rumour: Rumour) -> None:
         """Refutes a wrong rumour about this node, of another member or of an earlier process with its id."""
@@ -353,7 +429,7 @@ class Swim:
     # Anti-entropy
 
     def _add_contact(self, address: Address) -> None:
-        if address != self._own.address:
+        if address not in self._own.addresses:
             self._contacts.pop(address, None)
             self._contacts[address] = None
             if len(self._contacts) > CONTACTS_MAX:
@@ -366,15 +442,16 @@ class Swim:
         hurry = self._walk.hurried or not len(self._members)
         interval_s = self._config.probe_interval_s if hurry else self._config.sync_interval_s
         self._sync_at = self._clock + interval_s
-        partners = [member.address for member in self._members.sample(1)]
         if beyond := self._beyond():
-            partners.insert(0, self._rng.choice(beyond))
-        for address in partners:  # the walk waits for the last answer, which is the more likely
-            self._sync(address)
+            self._sync(self._rng.choice(beyond))
+        for member in self._members.sample(1):  # the walk waits for the last answer, which is the more likely
+            if address := self._place(member):
+                self._sync(address)
 
     def _beyond(self) -> list[Address]:
-        here = {member.address for member in self.members()}
-        addresses = [member.address for member in self._members.lost()]
+        members = self.members()
+        here = {address for member in members for address in member.addresses} | set(self._heard.values())
+        addresses = [address for member in self._members.lost() for address in self._usable(member.addresses)]
         return [address for address in (*addresses, *self._contacts) if address not in here]
 
     def _sync(self, address: Address) -> None:
@@ -390,7 +467,8 @@ class Swim:
         known = self._members.get(sync.sender)
         # A wrong record of the sender is returned: only the sender can refute it.
         contradiction = (known,) if known and refute(sync.record, known) else ()
-        self._merge(sync.record)
+        self._introduce(sync.record, source)
+        self._hear(sync.sender, source)
         lacking, wants = self._members.compare(sync, own=self._own)
         for status in sync.statuses:
             self._merge(self._members.softened(status))
@@ -403,6 +481,8 @@ class Swim:
 
     def _receive_reply(self, source: Address, reply: SyncReply) -> None:
         for record in reply.records:
+            if record.node == reply.sender:
+                self._introduce(record, source)
             self._merge(self._members.softened(record), pass_on=self._walk.whole)
         wanted = [self._own if node == self._own.node else self._members.get(node) for node in reply.wants]
         for part in packets.batches(record for record in wanted if record)[:REPLIES_MAX]:
@@ -426,7 +506,7 @@ class Swim:
     def _leave(self) -> None:
         self._own = packets.replace(self._own, state=State.LEFT)
         for member in self._members.sample(LEAVE_FANOUT):
-            self._send(member.address, packets.Gossip(self._own.node, (self._own.status,)))
+            self._send_to(member, packets.Gossip(self._own.node, (self._own.status,)))
 
     def _send(self, address: Address, packet: Packet) -> None:
         self._actions.append(Send(address, packet))
@@ -445,6 +525,8 @@ class Swim:
             raise LocalProtocolError(f"{self!r}: the tombstones are not the dead members")
         if self._members.get(self._own.node) or self._own.state not in (State.ALIVE, State.LEFT):
             raise LocalProtocolError(f"{self!r}: its own record is among the others, or dead")
+        if not (self._heard.keys() | self._sources.keys()) <= {record.node for record in records}:
+            raise LocalProtocolError(f"{self!r}: remembers where strangers were heard")
         if len(self._contacts) > CONTACTS_MAX or len(self._rumours) > 2 * len(records) + 2:
             raise LocalProtocolError(f"{self!r}: remembers too much")
 

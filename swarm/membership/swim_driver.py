@@ -14,6 +14,7 @@ from collections.abc import Callable
 from swarm.journal import Paused
 from swarm.membership.config import SwimConfig
 from swarm.membership.swim import (
+    AddressesChanged,
     Conflict,
     ContactFound,
     Event,
@@ -65,11 +66,18 @@ class SwimDriver:
         self._announced = Profile()
         self._timer: asyncio.TimerHandle | None = None
 
-    def open(self, node: NodeId, address: Address, name: str, profile: Profile) -> None:
-        """Joins under this id and name; others send to `address`."""
+    def open(self, node: NodeId, addresses: tuple[Address, ...], name: str, profile: Profile) -> None:
+        """Joins under this id and name; others send to one of the addresses."""
         self._announced = profile
         self.machine = Swim(
-            node, address, name=name, config=self._config, now=self._clock(), rng=self._rng, profile=profile
+            node,
+            addresses,
+            name=name,
+            config=self._config,
+            now=self._clock(),
+            rng=self._rng,
+            profile=profile,
+            usable=self._environment.reached,
         )
         for contact in self._waiting:
             self._handle(ContactFound(contact))
@@ -109,6 +117,11 @@ class SwimDriver:
         """This process stood still."""
         self._environment.drain()  # what arrived meanwhile is news
         self._handle(Paused(seconds))
+
+    def moved(self, addresses: tuple[Address, ...]) -> None:
+        """Tells others new addresses of this node; cheap when they are the same."""
+        if self.machine is not None and addresses != self.machine.own.addresses:
+            self._handle(AddressesChanged(addresses))
 
     def close(self) -> None:
         """Leaves; no packet is sent afterwards."""

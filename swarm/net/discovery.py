@@ -6,7 +6,8 @@ Kubernetes headless service), and mDNS (RFC 6762), which needs no setup but rare
 A killed node stays listed by mDNS for more than an hour and by DNS for as long as its record lives, so an address found
 here is only a hint: links and gossip decide which nodes are alive, and the handshake identifies the node.
 
-mDNS is readable by every host of the network, so it carries no models. A node on loopback is announced on loopback.
+mDNS is readable by every host of the network, so it carries no models. A node on loopback is announced on loopback; a
+node that listens on several cards is announced with all its addresses on each of them.
 
 A newcomer finds a seed by mDNS within about 0.1 s (up to 8 nodes on one host, newcomers 0.3 s apart), because it
 
@@ -22,21 +23,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from swarm.errors import PeerError, PeerTimeout, PeerUnreachable
-from swarm.protocol.messages import PROTOCOL, Address
-from swarm.settings import is_literal, join_address, split_address
+from swarm.errors import PeerTimeout, PeerUnreachable
+from swarm.net import cards
+from swarm.net.addresses import multicast_hosts
+from swarm.protocol.messages import ADDRESSES_OWN_MAX, PROTOCOL, Address
+from swarm.settings import DEFAULT_PORT, is_literal, is_loopback, join_address, split_address
 
 if TYPE_CHECKING:
     from zeroconf import ServiceInfo, ServiceStateChange, Zeroconf
     from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
-OnAddress: TypeAlias = Callable[[Address], None]
+OnNode: TypeAlias = Callable[[tuple[Address, ...]], None]  # the addresses of one node
 
 SERVICE_TYPE = "_swarm-weights._tcp.local."
 RESOLVE_TIMEOUT_S = 5.0
@@ -44,16 +46,11 @@ SILENT_AFTER_S = 10.0  # own announcements come back at once, and go out over so
 CLOSE_TIMEOUT_S = 2.0  # the goodbye takes 0.4 s
 
 # Limits on work that strangers on the network cause.
-FOUND_MAX = 4096  # remembered addresses, each reported once
+FOUND_MAX = 4096  # remembered nodes, each reported once
 LOOKUPS_MAX = 64  # names looked up at once; an announcement normally contains its address
 
 _ASK_S = 5.0  # questions go out after 0, 1 and 3 s; later nodes announce themselves
 _LOOKUP_TIMEOUT_MS = 3000
-_WILDCARD = "0.0.0.0"  # noqa: S104 - compared, not bound
-ELSEWHERE = {  # by wildcard host: an address that is on no network (RFC 5737, RFC 3849)
-    _WILDCARD: (socket.AF_INET, "192.0.2.1"),
-    "::": (socket.AF_INET6, "2001:db8::1"),
-}
 _TOGETHER_S = 0.2  # within which answers to one question arrive
 
 log = logging.getLogger("swarm")
@@ -61,7 +58,8 @@ log = logging.getLogger("swarm")
 
 def static(peers: Sequence[str]) -> list[Address]:
     """The listed addresses in canonical form, without duplicates. Raises SettingsError for invalid addresses."""
-    return list(dict.fromkeys(Address(join_address(*split_address("peer", peer))) for peer in peers))
+    split = (split_address("peer", peer, default_port=DEFAULT_PORT, least_port=1) for peer in peers)
+    return list(dict.fromkeys(Address(join_address(*each)) for each in split))
 
 
 async def resolve(address: Address, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
@@ -78,7 +76,8 @@ async def resolve(address: Address, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> 
     except TimeoutError as error:
         raise PeerTimeout(address, f"its name was not resolved within {timeout_s:g} s") from error
     except OSError as error:
-        raise PeerUnreachable(address, f"its name cannot be resolved ({error.strerror or error})") from error
+        what = f"this name is not known ({error.strerror or error}); check it, or name an address"
+        raise PeerUnreachable(address, what) from error
     return list(dict.fromkeys(Address(join_address(str(sockaddr[0]), port)) for *_, sockaddr in infos))
 
 
@@ -90,8 +89,8 @@ class Mdns:
         self._loopback = False
         self._heard = False  # any announcement, its own included
         self._announced_at_s: float | None = None
-        self._found: OnAddress = _ignore
-        self._reported: set[tuple[str, str]] = set()
+        self._found: OnNode = _ignore
+        self._reported: set[tuple[str, tuple[Address, ...]]] = set()
         self._sockets: list[AsyncZeroconf] = []
         self._browsers: list[AsyncServiceBrowser] = []
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,20 +117,20 @@ class Mdns:
             and now - self._announced_at_s > SILENT_AFTER_S
         )
 
-    async def start(self, *, node_id: str, address: tuple[str, int], found: OnAddress) -> None:
-        """Announces `node_id` at `address` and calls `found("host:port")` once for each address of other nodes.
+    async def start(self, *, node_id: str, hosts: Sequence[str], port: int, found: OnNode) -> None:
+        """Announces `node_id` at each of the hosts and calls `found(addresses)` once for the addresses of another node.
 
+        `hosts`: addresses of cards of this machine, which it is announced on. With port 0 it only listens there.
         `found` runs on the loop; it must be quick and must not raise. Returns before the first announcement. Without
-        multicast it logs a line and does nothing. A wildcard host is announced as the address of the default route.
-        With port 0 it only listens.
+        multicast it logs a line and does nothing.
         """
-        host, port = address
         self._node_id, self._found = node_id, found
         try:
-            hosts = await _announced(host)
-            self._loopback = all(ipaddress.ip_address(each).is_loopback for each in hosts)
-            self._open(hosts, port)
-        except (OSError, PeerError) as error:
+            if not hosts:
+                raise OSError("this machine has no network card with an address")
+            self._loopback = all(is_loopback(each) for each in hosts)
+            self._open(list(hosts), port)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the card is gone meanwhile
             log.warning("mDNS is unavailable (%s); nodes will not find each other: name one with --peer", error)
             await self.close()
 
@@ -155,6 +154,8 @@ class Mdns:
         from zeroconf import DNSQuestionType, ServiceInfo
         from zeroconf.asyncio import AsyncServiceBrowser, AsyncZeroconf
 
+        logging.getLogger("zeroconf").setLevel(logging.ERROR)  # it warns of every address that is still being set up
+
         def browse(messenger: AsyncZeroconf, question: DNSQuestionType | None) -> AsyncServiceBrowser:
             self._sockets.append(messenger)
             browser = AsyncServiceBrowser(
@@ -176,7 +177,7 @@ class Mdns:
             SERVICE_TYPE,
             f"{self._node_id}.{SERVICE_TYPE}",
             port=port,
-            parsed_addresses=hosts,
+            parsed_addresses=list(dict.fromkeys(host.partition("%")[0] for host in hosts)),
             properties={"v": str(PROTOCOL)},
             server=f"{self._node_id}.local.",
         )
@@ -224,17 +225,17 @@ class Mdns:
             log.debug("mDNS lists %s, but not where it is: %r", info.name, error)
 
     def _report(self, info: ServiceInfo) -> None:
-        for host in info.parsed_scoped_addresses():
-            # A loopback address is reachable only from loopback, and a node on loopback reaches nothing else.
-            if not info.port or ipaddress.ip_address(host).is_loopback != self._loopback:
-                continue
-            address = Address(join_address(host, info.port))
-            if (info.name, address) in self._reported:
-                continue
-            if len(self._reported) >= FOUND_MAX:
-                self._reported.clear()  # reporting an address twice is harmless
-            self._reported.add((info.name, address))
-            self._found(address)
+        # A loopback address is reachable only from loopback, and multicast on loopback is from there.
+        hosts = [host for host in info.parsed_scoped_addresses() if is_loopback(host) == self._loopback]
+        if not info.port or not hosts:
+            return
+        addresses = tuple(Address(join_address(host, info.port)) for host in hosts[: ADDRESSES_OWN_MAX + 1])
+        if (info.name, addresses) in self._reported:
+            return
+        if len(self._reported) >= FOUND_MAX:
+            self._reported.clear()  # reporting a node twice is harmless
+        self._reported.add((info.name, addresses))
+        self._found(addresses)
 
     def _spawn(self, work: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.get_running_loop().create_task(work, name=f"mdns: {name}")
@@ -247,14 +248,15 @@ async def nearby(timeout_s: float) -> list[Address]:
     found: list[Address] = []
     heard = asyncio.Event()
 
-    def report(address: Address) -> None:
-        found.append(address)
+    def report(addresses: tuple[Address, ...]) -> None:
+        found.extend(addresses)
         heard.set()
 
-    listening = [Mdns(), Mdns()]
+    beyond = multicast_hosts(cards.read())
+    listening = [Mdns() for hosts in (("127.0.0.1",), beyond) if hosts]
     try:
-        for mdns, host in zip(listening, ("127.0.0.1", _WILDCARD), strict=True):
-            await mdns.start(node_id="", address=(host, 0), found=report)
+        for mdns, hosts in zip(listening, (("127.0.0.1",), beyond), strict=False):
+            await mdns.start(node_id="", hosts=hosts, port=0, found=report)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(heard.wait(), timeout_s)
             await asyncio.sleep(_TOGETHER_S)
@@ -263,23 +265,5 @@ async def nearby(timeout_s: float) -> list[Address]:
     return found
 
 
-async def _announced(host: str) -> list[str]:
-    """The addresses to announce for the host that a node listens on. Raises OSError or PeerError without any."""
-    if not is_literal(host):
-        return [split_address("peer", address)[0] for address in await resolve(Address(join_address(host, 1)))]
-    return [reachable_host(host)]
-
-
-def reachable_host(host: str) -> str:
-    """The address under which others reach a listening host; of a wildcard that of the default route. Raises OSError
-    without such a route."""
-    if host not in ELSEWHERE:
-        return host
-    family, address = ELSEWHERE[host]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # sends nothing: asks the routing table for the source address
-        return str(probe.getsockname()[0])
-
-
-def _ignore(address: Address) -> None:
+def _ignore(addresses: tuple[Address, ...]) -> None:
     """The value of `found` before `start`."""

@@ -3,7 +3,8 @@
 `Environment` is the seam between a node and all sockets and clocks; the simulation has another implementation.
 `HostEnvironment` is the real one: links, chunks and HTTP pages on a single TCP port, datagrams on the UDP port of the
 same number, the transports of `transport.registry`, mDNS, and addresses of the settings. It enforces the reach of the
-node: loopback only, unless the settings allow more.
+node: loopback only, unless the settings allow more. A node that listens on loopback and has a key dials other machines,
+and looks for them by multicast; it is announced to its own machine alone.
 """
 
 from __future__ import annotations
@@ -11,25 +12,36 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import functools
 import hashlib
 import logging
 import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from swarm.errors import PeerError, SettingsError
-from swarm.net import discovery
+from swarm.net import addresses, cards, dialling, discovery
+from swarm.net.addresses import (
+    Machine,
+    announced,
+    host_of,
+    hosts_to_listen_on,
+    listens_at,
+    multicast_hosts,
+    told,
+)
 from swarm.net.http_pages import Page
+from swarm.net.link import Link
 from swarm.net.listener import Listener
 from swarm.net.pausing_loop import PausingLoop
 from swarm.net.udp import AeadSeal, Codec, Datagrams, Hear, NoSeal
-from swarm.net.websocket import HttpLinks, Link
+from swarm.net.websocket import HttpLinks
 from swarm.protocol.messages import Address, NodeId
 from swarm.security import cluster_key
 from swarm.security.certificates import Identity
-from swarm.settings import Settings, is_loopback, join_address, split_address
+from swarm.settings import DEFAULT_PORT, Settings, is_loopback, join_address, split_address
 from swarm.transport import AdoptingTransport, Transport
 from swarm.transport.cuda_ipc import machine_id
 from swarm.transport.pace import TokenBucket
@@ -38,8 +50,11 @@ from swarm.transport.registry import TransportConfig, make_transports
 DIAL_TIMEOUT_S = 5.0
 PORTS_TRIED = 16  # when the system chooses: a TCP port is skipped if its UDP port is taken
 RENEW_LOOK_S = 5.0  # a node whose clock was set right is refused for so long at most
+CARDS_LOOK_S = 10.0
 TLS_RECORD = b"\x16\x03"  # the first bytes of a handshake
 RESOLVE_EVERY_S = 5.0  # a name of the settings may have more addresses later, of replicas that start later
+
+Found: TypeAlias = Callable[[tuple[Address, ...], bool], None]  # (addresses of a node, named by the user)
 
 log = logging.getLogger("swarm")
 
@@ -49,21 +64,57 @@ class Environment(Protocol):
 
     transports: Sequence[Transport]  # preferred first; usable once open
 
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """What this node tells of itself, the best first. They may change; empty if it can only dial."""
+
+    @property
+    def local(self) -> Address:
+        """The address at which programs of this machine reach the node."""
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only programs of this machine reach the node."""
+
+    @property
+    def confined(self) -> bool:
+        """Whether the node talks to its own machine only."""
+
+    @property
+    def names_peers(self) -> bool:
+        """Whether the user named nodes to join through."""
+
+    @property
+    def unresolved(self) -> Sequence[str]:
+        """A line for each of their names that is not known just now."""
+
     async def open(
         self,
         node: NodeId,
         accept: Callable[[Link], Awaitable[None]],
-        found: Callable[[Address, bool], None],
+        found: Found,
         hear: Hear,
     ) -> Address:
-        """Listens and discovers; returns the address that peers dial.
+        """Listens and discovers; returns the address to show to users: one that peers dial, if there is any.
 
-        Awaits `accept` for each incoming link, for as long as the link lives. Calls `found(address, lasting)` for each
-        discovered address and `hear(source, datagram)` for each datagram.
+        Awaits `accept` for each incoming link, for as long as the link lives. Calls `found(addresses, lasting)` for
+        each discovered node and `hear(source, datagram)` for each datagram.
         """
 
-    async def dial(self, address: Address) -> Link:
-        """A link to another node. Raises PeerError."""
+    async def dial(self, addresses: Sequence[Address]) -> Link:
+        """A link to the node at one of these addresses, tried side by side; `remote` tells which. Raises PeerError."""
+
+    def port_at(self, local: str) -> int:
+        """The port at which others reach this node where a link of its own comes from; 0 if they cannot."""
+
+    def reached(
+        self, claimed: Sequence[str], *, remote: str | None = None, port: int = 0, dialled: Address | None = None
+    ) -> tuple[Address, ...]:
+        """The addresses at which another node may be dialled, the best first.
+
+        `claimed`: told over a link from `remote`, or by gossip without one. With `port` or `dialled` the node is the
+        one at the other end of the link.
+        """
 
     def send(self, address: Address, datagram: bytes) -> None:
         """Sends a datagram, which may get lost. Never waits or raises."""
@@ -93,8 +144,13 @@ class HostEnvironment:
         self._peers = discovery.static(settings.peers)
         self._links = HttpLinks(pages)
         self._mdns = discovery.Mdns() if settings.mdns else None
+        self._browser: discovery.Mdns | None = None  # of a node on loopback that dials other machines
         self._listener: Listener | None = None
         self._datagrams: Datagrams | None = None
+        self._unknown: dict[Address, PeerError] = {}  # names of the settings
+        self._port = 0
+        self._machine = Machine()
+        self._told: tuple[Address, ...] = ()
         self._tasks: list[asyncio.Task[None]] = []
 
     def reload(self, settings: Settings) -> list[str]:
@@ -141,36 +197,97 @@ class HostEnvironment:
         self,
         node: NodeId,
         accept: Callable[[Link], Awaitable[None]],
-        found: Callable[[Address, bool], None],
+        found: Found,
         hear: Hear,
     ) -> Address:
         """As Environment. Raises SettingsError when the address cannot be bound or a transport cannot be used."""
         try:
-            self._listener, self._datagrams = await self._listen(hear)
-            host, port = self._listener.address
-            local = _reachable(host), port
-            advertised = self._advertised(*local)
+            machine = cards.read()
+            self._listener, self._datagrams = await self._listen(hear, machine)
+            _, self._port = self._listener.address
+            self._told = self._tell(machine)
+            zoned = [] if self.on_loopback else announced(self._hosts, machine)  # of use within the network at least
+            shown = next(iter((*self._told, *(Address(join_address(h, self._port)) for h in zoned), self.local)))
             identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
             self._identity = identity
-            self._log_security(host, identity)
-            self.transports = self._make_transports(local, advertised, identity)
+            self._log_security(identity)
+            self.transports = self._make_transports(shown, identity)
             routes = {each.opening: each.adopt for each in self.transports if isinstance(each, AdoptingTransport)}
             await self._links.open(accept, identity=identity)
             self._listener.serve({TLS_RECORD: self._links.adopt_tls, **routes}, self._links.adopt)
             self._tasks.append(asyncio.create_task(self._resolve(found), name="swarm-resolve"))
+            self._tasks.append(asyncio.create_task(self._look_at_cards(), name="swarm-cards"))
             if identity:
                 self._tasks.append(asyncio.create_task(_renew(identity), name="swarm-renew"))
             if self._mdns:
-                await self._mdns.start(node_id=node, address=local, found=lambda address: found(address, False))
-            return Address(join_address(*advertised))
+                await self._discover(self._mdns, node, machine, found)
+            return shown
         except BaseException:
             await self.close()
             raise
 
-    async def dial(self, address: Address) -> Link:
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """As Environment."""
+        return self._told
+
+    @property
+    def confined(self) -> bool:
+        """As Environment."""
+        return not self._settings.reaches_out
+
+    @property
+    def names_peers(self) -> bool:
+        """As Environment."""
+        return bool(self._peers)
+
+    @property
+    def unresolved(self) -> Sequence[str]:
+        """As Environment."""
+        return sorted(map(str, self._unknown.values()))
+
+    @property
+    def local(self) -> Address:
+        """As Environment."""
+        return addresses.local(self._hosts, self._port)
+
+    @property
+    def on_loopback(self) -> bool:
+        """As Environment."""
+        return all(map(is_loopback, self._hosts))
+
+    async def dial(self, addresses: Sequence[Address]) -> Link:
         """As Environment. Raises SettingsError for an address beyond this machine without a key."""
-        self._demand_reachable(address)
-        return await self._links.dial(address, timeout_s=DIAL_TIMEOUT_S)
+        for address in addresses:
+            self._demand_reachable(address)
+        try:
+            return await dialling.race(
+                [functools.partial(self._links.dial, address, timeout_s=DIAL_TIMEOUT_S) for address in addresses],
+                discard=_close,
+            )
+        except ExceptionGroup as failed:
+            peers, others = failed.split(PeerError)
+            if peers is None or others is not None:
+                raise
+            raise _most_telling(peers.exceptions) from failed
+
+    def port_at(self, local: str) -> int:
+        """As Environment. With `advertise` only that address counts."""
+        host = host_of(local)
+        return self._port if host and not self._settings.advertise and listens_at(self._hosts, host) else 0
+
+    def reached(
+        self, claimed: Sequence[str], *, remote: str | None = None, port: int = 0, dialled: Address | None = None
+    ) -> tuple[Address, ...]:
+        """As Environment."""
+        if remote is None:  # gossip, whose datagrams leave from where the node listens
+            near, far = self.on_loopback, not self.on_loopback
+        else:
+            near, far = is_loopback(host_of(remote) or ""), self._settings.reaches_out
+        first = dialled or (addresses.behind(remote, port) if remote and port else None)
+        known = addresses.usable(claimed, self._machine, loopback=near, beyond=far)
+        others = [each for each in known if each not in self._told]
+        return tuple(dict.fromkeys((*([first] if first else []), *others)))
 
     async def read(self, address: Address, path: str, timeout_s: float, bytes_max: int) -> bytes:
         """A page of another node (`HttpLinks.read`). Raises PeerError."""
@@ -197,8 +314,8 @@ class HostEnvironment:
         """Also after an `open` that failed, and twice."""
         for task in self._tasks:
             task.cancel()
-        if self._mdns:
-            await self._mdns.close()
+        for mdns in filter(None, (self._mdns, self._browser)):
+            await mdns.close()
         if self._datagrams:
             self._datagrams.close()
         listener, self._listener = self._listener, None
@@ -213,15 +330,19 @@ class HostEnvironment:
         if not self._settings.reaches_out and not is_loopback(host):
             raise SettingsError("peer", f"{address} is beyond this machine, which needs --key-file, or --insecure")
 
-    async def _listen(self, hear: Hear) -> tuple[Listener, Datagrams]:
-        """A TCP and a UDP socket on one port. Raises SettingsError."""
-        host, wanted = split_address("listen", self._settings.listen, default_port=0)
+    async def _listen(self, hear: Hear, machine: Machine) -> tuple[Listener, Datagrams]:
+        """TCP and UDP sockets on one port. Raises SettingsError."""
+        host, given = split_address("listen", self._settings.listen, default_port=-1, least_port=-1)
+        hosts = hosts_to_listen_on(host, machine) or (host,)
+        wanted = max(0, given)
+        if given < 0 and not is_loopback(host) and await _is_free(hosts, DEFAULT_PORT, self._codec()):
+            wanted = DEFAULT_PORT
         for _ in range(PORTS_TRIED):
-            listener = await Listener.open(host, wanted)
+            listener = await Listener.open(hosts, wanted)
             where, port = listener.address
             try:
                 return listener, Datagrams(
-                    where, port, hear, codec=self._seal, loopback_only=not self._settings.reaches_out
+                    listener.hosts, port, hear, codec=self._seal, loopback_only=not self._settings.reaches_out
                 )
             except OSError as error:
                 await listener.close()
@@ -237,19 +358,44 @@ class HostEnvironment:
             return NoSeal()
         return AeadSeal(self._keyring.seal_keys, time=time.time, rng=secrets.token_bytes)
 
-    def _advertised(self, host: str, port: int) -> tuple[str, int]:
-        """The host and port to advertise, given those of the listener."""
-        if self._settings.advertise is None:
-            return host, port
-        given, mapped = split_address("advertise", self._settings.advertise, default_port=0)
-        return given, mapped or port
+    @property
+    def _hosts(self) -> tuple[str, ...]:
+        return self._listener.hosts if self._listener else ()
 
-    def _make_transports(
-        self, local: tuple[str, int], advertised: tuple[str, int], identity: Identity | None
-    ) -> Sequence[Transport]:
+    def _tell(self, machine: Machine) -> tuple[Address, ...]:
+        """The addresses to tell: the advertised one, or those that the node listens on."""
+        self._machine = machine
+        if self._settings.advertise is None:
+            return told(self._hosts, self._port, machine)
+        host, mapped = split_address("advertise", self._settings.advertise, default_port=0)
+        return (Address(join_address(host, mapped or self._port)),)
+
+    async def _look_at_cards(self) -> None:
+        """Cards come and go: a laptop moves, a container starts before its network."""
+        while True:
+            await asyncio.sleep(CARDS_LOOK_S)
+            self._told = self._tell(cards.read())
+
+    async def _discover(self, mdns: discovery.Mdns, node: NodeId, machine: Machine, found: Found) -> None:
+        """Announces the node where it listens, and looks for others wherever it may dial."""
+
+        def report(claimed: tuple[Address, ...]) -> None:
+            known = addresses.usable(claimed, machine, loopback=True, beyond=self._settings.reaches_out, zoned=True)
+            if known:
+                found(known, False)
+
+        hosts = self._hosts if self.on_loopback else announced(self._hosts, machine)
+        await mdns.start(node_id=node, hosts=hosts, port=self._port, found=report)
+        if self.on_loopback and self._settings.reaches_out and (beyond := multicast_hosts(machine)):
+            self._browser = discovery.Mdns()
+            await self._browser.start(node_id=node, hosts=beyond, port=0, found=report)
+
+    def _make_transports(self, shown: Address, identity: Identity | None) -> Sequence[Transport]:
         settings = self._settings
+        advertised = split_address("advertise", shown)
+        own = told(self._hosts, self._port, self._machine)
         config = TransportConfig(
-            local=local,
+            local=split_address("listen", own[0]) if own else advertised,
             advertised=advertised,
             pace=self._pace,
             congestion=settings.congestion,
@@ -258,11 +404,12 @@ class HostEnvironment:
         )
         return make_transports(settings.transports, config)
 
-    def _log_security(self, host: str, identity: Identity | None) -> None:
-        if identity is None and is_loopback(host):
+    def _log_security(self, identity: Identity | None) -> None:
+        if identity is None and self.on_loopback:
             log.info("no cluster key: listening on this machine only (--key-file opens the node to members)")
         elif identity is None:
-            log.warning("listening on %s without a cluster key: anyone who reaches it can read what it serves", host)
+            hosts = ", ".join(self._hosts)
+            log.warning("listening on %s without a cluster key: anyone who reaches it can read what it serves", hosts)
         elif self._settings.data_encryption == "none":
             log.warning(
                 "cluster key %s; chunks are not encrypted (data_encryption = none): the network can read them, and "
@@ -278,19 +425,21 @@ class HostEnvironment:
         else:
             log.info("cluster key %s: only members can connect", identity.keyring)
 
-    async def _resolve(self, found: Callable[[Address, bool], None]) -> None:
-        unknown: set[Address] = set()
+    async def _resolve(self, found: Found) -> None:
+        warned: set[Address] = set()
         while True:
             for name in self._peers:
                 try:
-                    addresses = await discovery.resolve(name)
+                    known = await discovery.resolve(name)
                 except PeerError as error:
-                    if name not in unknown:  # it may exist once its first replica runs
+                    self._unknown[name] = error
+                    if name not in warned:  # it may exist once its first replica runs
                         log.warning("%s; asking again every %g s", error, RESOLVE_EVERY_S)
-                    unknown.add(name)
+                    warned.add(name)
                     continue
-                for address in addresses:
-                    found(address, address == name)
+                self._unknown.pop(name, None)
+                for address in known:
+                    found((address,), address == name)
             await asyncio.sleep(RESOLVE_EVERY_S)
 
 
@@ -315,9 +464,30 @@ def machine_label() -> str:
     return hashlib.sha256(id_.encode()).hexdigest()[:12] if (id_ := machine_id()) else socket.gethostname()
 
 
-def _reachable(host: str) -> str:
-    """As `discovery.reachable_host`; the loopback address where a wildcard has no default route."""
+async def _is_free(hosts: Sequence[str], port: int, codec: Codec) -> bool:
+    """Whether a node could have this port now, for TCP and UDP."""
     try:
-        return discovery.reachable_host(host)
+        listener = await Listener.open(hosts, port)
+    except SettingsError:
+        return False
+    try:
+        Datagrams(listener.hosts, port, _unheard, codec=codec, loopback_only=True).close()
     except OSError:
-        return "::1" if ":" in host else "127.0.0.1"
+        return False
+    finally:
+        await listener.close()
+    return True
+
+
+def _unheard(source: Address, datagram: bytes) -> None:
+    """For sockets that are closed at once."""
+
+
+async def _close(link: Link) -> None:
+    await link.close()
+
+
+def _most_telling(errors: Sequence[Exception]) -> PeerError:
+    """The error to report when no address of a node answers: a final one, else that of the best address."""
+    known = [error for error in errors if isinstance(error, PeerError)]
+    return next((error for error in known if error.final), known[0])

@@ -1,4 +1,6 @@
-"""The listener: a single TCP socket for all services of a node, so that a firewall needs one hole.
+"""The listener: a single TCP port for all services of a node, so that a firewall needs one hole.
+
+It has a socket for each address where a host means several.
 
 The first four bytes of a connection select its handler: they are peeked, and the socket (still non-blocking) goes to
 the route with a matching prefix, or to the default. The handler owns it then, and returns when the peer is known.
@@ -13,16 +15,20 @@ import asyncio
 import contextlib
 import errno
 import socket
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NoReturn, TypeAlias
 
-from swarm.errors import SettingsError
+from swarm.errors import LocalProtocolError, SettingsError
 
 ROUTE_BYTES = 4
 DECIDE_TIMEOUT_S = 5.0  # for a packet and two retransmissions of it
 STRANGERS_MAX = 512  # more than a burst of newcomers; bounds the descriptors and tasks of a flood
 BACKLOG = 1024  # for a burst of newcomers; the kernel caps it at somaxconn
 CLOSE_TIMEOUT_S = 5.0
+
+PORTS_TRIED = 16  # when the system chooses: free at the first address and taken at another
+# Addresses of the machine that are gone meanwhile, and families that the kernel does not have.
+_MISSING = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 
 # Out of descriptors or memory: the connection stays in the backlog until some are free.
 _EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -34,57 +40,64 @@ Handler: TypeAlias = Callable[[socket.socket], Awaitable[None]]
 class Listener:
     """Accepts connections and passes them to handlers. Made by `open`; all methods run on one loop."""
 
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        host, port = sock.getsockname()[:2]
-        self._address = (str(host), int(port))
-        self._accepting: asyncio.Task[None] | None = None
+    def __init__(self, *socks: socket.socket) -> None:
+        self._socks = socks
+        self._address = _name(socks[0])
+        self._accepting: list[asyncio.Task[None]] = []
         self._strangers: dict[asyncio.Task[None], None] = {}  # oldest first
         self._leaving: set[asyncio.Task[None]] = set()  # cancelled to make room
 
     @classmethod
-    async def open(cls, host: str, port: int) -> Listener:
-        """Listens on an address; port 0 takes a free port. Raises SettingsError ('listen') when that fails."""
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-            family, _, _, _, where = found[0]
-            sock = socket.create_server(where[:2], family=family, backlog=BACKLOG)
-        except OSError as error:
-            _refuse(error, host, port)
-        sock.setblocking(False)
-        return cls(sock)
+    async def open(cls, host: str | Sequence[str], port: int) -> Listener:
+        """Listens on an address, or on each of several that this machine has, all with one port; port 0 takes a free
+        port. Raises SettingsError ('listen') when that fails."""
+        hosts = [host] if isinstance(host, str) else list(host)
+        for attempt in range(PORTS_TRIED):
+            try:
+                return cls(*await _bind_all(hosts, port))
+            except OSError as error:
+                if port or error.errno != errno.EADDRINUSE or attempt == PORTS_TRIED - 1:
+                    _refuse(error, getattr(error, "host", hosts[0]), port)
+        raise LocalProtocolError("unreachable: the last attempt raises")
 
     @property
     def address(self) -> tuple[str, int]:
-        """The host and port of the socket."""
+        """The host and port of the first socket."""
         return self._address
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The hosts of all sockets; that of a link-local address has its zone."""
+        return tuple(_name(sock)[0] for sock in self._socks)
 
     def serve(self, routes: Mapping[bytes, Handler], default: Handler) -> None:
         """Accepts until `close`. `routes`: handlers by a prefix of the first four bytes.
 
         A handler owns its socket, also when it raises or is cancelled; its errors go to the loop's exception handler.
         """
-        accepting = self._accept(dict(routes), default)
-        self._accepting = asyncio.create_task(accepting, name="listener accepts")
+        for sock in self._socks:
+            accepting = self._accept(sock, dict(routes), default)
+            self._accepting.append(asyncio.create_task(accepting, name="listener accepts"))
 
     async def close(self) -> None:
         """Stops listening, drops strangers and cancels running handlers, within CLOSE_TIMEOUT_S."""
-        tasks = {*self._strangers, *self._leaving, *filter(None, [self._accepting])}
+        tasks = {*self._strangers, *self._leaving, *self._accepting}
         # Otherwise asyncio logs a traceback for a cancelled accept with a connection in the backlog.
-        asyncio.get_running_loop().remove_reader(self._sock)
+        for sock in self._socks:
+            asyncio.get_running_loop().remove_reader(sock)
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
-        self._sock.close()
+        for sock in self._socks:
+            sock.close()
 
-    async def _accept(self, routes: Mapping[bytes, Handler], default: Handler) -> None:
+    async def _accept(self, listening: socket.socket, routes: Mapping[bytes, Handler], default: Handler) -> None:
         loop = asyncio.get_running_loop()
         backoff_s = BACKOFF_SMALLEST_S
         while True:
             try:
-                sock, _ = await loop.sock_accept(self._sock)
+                sock, _ = await loop.sock_accept(listening)
             except OSError as error:
                 if error.errno in _EXHAUSTED:
                     await asyncio.sleep(backoff_s)
@@ -149,6 +162,50 @@ async def _peek(sock: socket.socket) -> bytes:
     with contextlib.suppress(BlockingIOError):
         return sock.recv(ROUTE_BYTES, socket.MSG_PEEK)
     return b""
+
+
+async def _bind_all(hosts: Sequence[str], port: int) -> list[socket.socket]:
+    """A socket for each of the hosts, and for each address of a name, all with one port.
+
+    An address that this machine does not have is left out where it has another. Raises OSError, with the `host` that
+    failed.
+    """
+    loop = asyncio.get_running_loop()
+    socks: list[socket.socket] = []
+    missing: OSError | None = None
+    host = hosts[0]
+    try:
+        for host in hosts:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, _, _, _, where in dict.fromkeys(found):
+                wanted = (where[0], socks[0].getsockname()[1] if socks else port, *where[2:])
+                try:
+                    sock = socket.create_server(wanted, family=family, backlog=BACKLOG)
+                except OSError as error:
+                    if error.errno not in _MISSING:
+                        raise
+                    missing = error
+                else:
+                    sock.setblocking(False)
+                    socks.append(sock)
+        if missing and not socks:
+            raise missing
+    except OSError as error:
+        for sock in socks:
+            sock.close()
+        error.host = host  # type: ignore[attr-defined]
+        raise
+    return socks
+
+
+def _name(sock: socket.socket) -> tuple[str, int]:
+    """Host and port of a socket, with the zone of a link-local address."""
+    where = sock.getsockname()
+    host = str(where[0])
+    if sock.family == socket.AF_INET6 and len(where) > 3 and where[3] and "%" not in host:
+        with contextlib.suppress(OSError):
+            host = f"{host}%{socket.if_indextoname(where[3])}"
+    return host, int(where[1])
 
 
 def _refuse(error: OSError, host: str, port: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Datagrams between nodes: a UDP socket on the address and port of the listener.
+"""Datagrams between nodes: UDP sockets on the addresses and the port of the listener.
 
 Datagrams may get lost, so nothing here waits or raises when a buffer is full or a peer unreachable. A flood costs at
 most TURN_MAX datagrams a turn of the loop; the kernel drops the rest. Each datagram passes a `Codec` in both
@@ -15,7 +15,7 @@ import functools
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from swarm.errors import SettingsError
 from swarm.protocol.messages import Address
@@ -26,6 +26,7 @@ from swarm.settings import is_literal, is_loopback, join_address, split_address
 TURN_MAX = 64  # datagrams read in a turn of the loop
 DRAIN_MAX = 2048  # datagrams read by `drain`: more than fit a socket's buffer
 SIZE_MAX = 2048  # bytes; a longer datagram is cut and fails to decode
+ZONE_AT = 3  # in a socket address of IPv6
 BUFFER_BYTES = 1 << 20  # requested from the kernel, for a loop that stalls
 
 Hear: TypeAlias = Callable[[Address, bytes], None]  # (source address, datagram)
@@ -87,70 +88,103 @@ class AeadSeal:
 
 
 class Datagrams:
-    """The socket. Calls `hear(source address, datagram)` on the loop.
+    """The sockets, one for each of `hosts`. Calls `hear(source address, datagram)` on the loop.
 
-    `loopback_only`: drops datagrams to and from other machines. Raises OSError when the address cannot be bound.
+    `loopback_only`: drops datagrams to and from other machines. Raises OSError when an address cannot be bound.
     """
 
-    def __init__(self, host: str, port: int, hear: Hear, *, codec: Codec, loopback_only: bool) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    def __init__(self, hosts: Sequence[str], port: int, hear: Hear, *, codec: Codec, loopback_only: bool) -> None:
         self._hear = hear
         self._codec = codec
         self._loopback_only = loopback_only
-        self._family = family
         self._loop = asyncio.get_running_loop()
-        self._sock = socket.socket(family, socket.SOCK_DGRAM)
+        self._socks: list[socket.socket] = []
         try:
-            self._sock.setblocking(False)
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
-            if family == socket.AF_INET6:
-                self._sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as the listener's
-            self._sock.bind(socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0][4])
+            for host in hosts:
+                self._socks.append(_bound(host, port))
         except OSError:
-            self._sock.close()
+            self.close()
             raise
-        self._loop.add_reader(self._sock.fileno(), self._read, TURN_MAX)
+        for sock in self._socks:
+            self._loop.add_reader(sock.fileno(), self._read, sock, TURN_MAX)
 
     def send(self, address: Address, datagram: bytes) -> None:
-        """Sends a datagram to HOST:PORT; drops it unless that is a literal address within reach."""
-        target = _target(address, self._family)
-        if target is None or self._sock.fileno() < 0 or not self._permitted(target[0]):
+        """Sends a datagram to HOST:PORT; drops it unless that is a literal address within reach.
+
+        A node that listens on several addresses sends from the first whose network leads there.
+        """
+        target = _target(address)
+        if target is None or not self._permitted(target[1][0]):
             return
-        with contextlib.suppress(OSError):
-            self._sock.sendto(self._codec.seal(datagram), target)
+        sealed: bytes | None = None
+        for sock in self._socks:
+            if sock.family == target[0]:
+                sealed = self._codec.seal(datagram) if sealed is None else sealed
+                with contextlib.suppress(OSError):
+                    sock.sendto(sealed, target[1])
+                    return
 
     def drain(self) -> None:
-        """Delivers the datagrams that wait in the socket."""
-        self._read(DRAIN_MAX)
+        """Delivers the datagrams that wait in the sockets."""
+        for sock in self._socks:
+            self._read(sock, DRAIN_MAX)
 
     def close(self) -> None:
-        """Closes the socket."""
-        if self._sock.fileno() >= 0:
-            self._loop.remove_reader(self._sock.fileno())
-            self._sock.close()
+        """Closes the sockets."""
+        socks, self._socks = self._socks, []
+        for sock in socks:
+            self._loop.remove_reader(sock.fileno())
+            sock.close()
 
-    def _read(self, most: int) -> None:
+    def _read(self, sock: socket.socket, most: int) -> None:
         for _ in range(most):
-            if self._sock.fileno() < 0:  # closed by `hear`
+            if sock.fileno() < 0:  # closed by `hear`
                 return
             try:
-                sealed, source = self._sock.recvfrom(SIZE_MAX)
+                sealed, source = sock.recvfrom(SIZE_MAX)
             except BlockingIOError:
                 return
             except OSError:  # an ICMP error for a datagram sent before
                 continue
             if self._permitted(source[0]) and (datagram := self._codec.open(sealed, source[0])) is not None:
-                self._hear(Address(join_address(source[0], source[1])), datagram)
+                self._hear(Address(join_address(zoned(source), source[1])), datagram)
 
     def _permitted(self, host: str) -> bool:
         return not self._loopback_only or is_loopback(host)
 
 
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # as the listener's
+        sock.bind(socket.getaddrinfo(host, port, family, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0][4])
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def zoned(source: tuple[Any, ...]) -> str:
+    """The host of a socket address; that of a link-local one has its zone."""
+    host = str(source[0])
+    if len(source) > ZONE_AT and source[ZONE_AT] and "%" not in host:
+        with contextlib.suppress(OSError):
+            return f"{host}%{socket.if_indextoname(source[ZONE_AT])}"
+    return host
+
+
 @functools.lru_cache(4096)
-def _target(address: Address, family: socket.AddressFamily) -> tuple[str, int] | None:
-    """The socket address; None for names and for the other address family."""
+def _target(address: Address) -> tuple[socket.AddressFamily, tuple[Any, ...]] | None:
+    """The family and the socket address; None for names."""
     try:
         host, port = split_address("address", address)
-    except SettingsError:
+        if not is_literal(host):
+            return None
+        family, _, _, _, where = socket.getaddrinfo(host, port, 0, socket.SOCK_DGRAM, 0, socket.AI_NUMERICHOST)[0]
+    except (SettingsError, OSError):  # malformed, or a zone that this machine does not have
         return None
-    return (host, port) if is_literal(host) and (":" in host) == (family == socket.AF_INET6) else None
+    return family, tuple(where)

@@ -1,8 +1,7 @@
-"""Links: control connections between nodes, as WebSockets (RFC 6455) over aiohttp.
+"""Opens links, WebSockets (RFC 6455) over aiohttp: dials them, and accepts them on sockets of the listener.
 
-A link carries whole messages in order, both ways, of bounded size; messages sent together share frames. It decodes
-frames (`messages.unpack`) and pings, so that a dead peer is noticed. It also reads pages of other nodes. Only this
-module and `http_pages` import aiohttp.
+A link pings, so that a dead peer is noticed. This module also reads pages of other nodes. Only `link`, `http_pages` and
+this module import aiohttp.
 
 With an identity links are inside TLS, and both ends prove membership before the first message. Plain HTTP from other
 machines is answered with the demand for a key. A connection without a request within REQUEST_TIMEOUT_S is closed.
@@ -20,127 +19,49 @@ import logging
 import socket
 import ssl
 import weakref
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.http import HttpProcessingError
 
-from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError, VersionSkew
+from swarm.errors import (
+    NotAdmitted,
+    NotSwarm,
+    PeerError,
+    PeerTimeout,
+    PeerUnreachable,
+    RemoteProtocolError,
+    SettingsError,
+)
+from swarm.net import dialling, no_answer
 from swarm.net.http_pages import Page, Pages, ssl_of
+from swarm.net.link import CLOSE_TIMEOUT_S, Link, WebSocketLink
+from swarm.net.no_answer import Fault
 from swarm.net.reclaim import Reclaimer
+from swarm.net.udp import zoned
 from swarm.protocol import messages
-from swarm.protocol.messages import AnyMessage, Message
 from swarm.security.certificates import Identity, Refusal, node_of, refusal
 from swarm.security.rate_limit import LogOnce
 from swarm.security.tls_handshake import part, shake
-from swarm.settings import join_address
+from swarm.settings import join_address, split_address
 
 PATH = "/swarm/link"
 HEARTBEAT_S = 5.0  # a peer that answers no ping for this long counts as gone
-SEND_TIMEOUT_S = 10.0  # a peer that does not read its messages for this long counts as gone
-CLOSE_TIMEOUT_S = 1.0
 HANDSHAKE_TIMEOUT_S = 5.0  # two round trips, on a machine that is busy
 HANDSHAKES_MAX = 64  # at once: asyncio takes 400 KB for each before the peer is known
+PLAIN_ANSWER = b"WebSocket"  # what aiohttp writes to a plain GET of PATH
 REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's header
 VISITORS_MAX = 64  # connections that are no links: a page and its parts take six; each may take 1 MB
 LINE_BYTES_MAX, HEADERS_MAX = 4096, 48  # of a request: browsers send about twenty headers
 
 log = logging.getLogger("swarm")
 _web_log = logging.getLogger("swarm.http")
-
-
-class Link(Protocol):
-    """A control connection. A single task receives; any task sends."""
-
-    remote: str  # the other end's socket address, for logs
-    member: str | None  # the node id that the peer has proven; None without a cluster key
-
-    async def send(self, *several: Message) -> None:
-        """Sends messages. Raises PeerUnreachable when the link is gone, PeerTimeout when the peer does not read."""
-
-    async def receive(self) -> AnyMessage:
-        """The next message. Raises PeerUnreachable at the end, RemoteProtocolError for an invalid frame."""
-
-    async def close(self) -> None:
-        """Ends the link; never raises."""
-
-
-class WebSocketLink:
-    """A link over an open WebSocket, of the client or the server side."""
-
-    def __init__(
-        self, socket: web.WebSocketResponse | aiohttp.ClientWebSocketResponse, remote: str, *, member: str | None = None
-    ) -> None:
-        self.remote = remote
-        self.member = member
-        self._socket = socket
-        self._connection: asyncio.trsock.TransportSocket | None = None
-        with contextlib.suppress(AttributeError):  # asyncio's TLS transport of a connection that is lost already
-            self._connection = socket.get_extra_info("socket")
-        self._heard: deque[AnyMessage] = deque()  # the rest of a frame
-
-    async def send(self, *several: Message) -> None:
-        """Messages of a call share frames."""
-        for frame in messages.pack(several):
-            await self._send(frame.decode())
-
-    async def receive(self) -> AnyMessage:
-        """Messages of a frame, in order."""
-        if not self._heard:
-            self._heard.extend(await self._receive())
-        return self._heard.popleft()
-
-    async def close(self) -> None:
-        """Within CLOSE_TIMEOUT_S. What the peer has not read by then is dropped: it may never read it."""
-        try:
-            async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._socket.close()
-        except (TimeoutError, ConnectionError, RuntimeError, aiohttp.ClientError):
-            return  # it is gone either way
-        except asyncio.CancelledError:
-            if _is_cancelled():
-                raise
-        finally:
-            if self._connection is not None:
-                with contextlib.suppress(OSError):
-                    self._connection.shutdown(socket.SHUT_RDWR)
-
-    async def _send(self, frame: str) -> None:
-        try:
-            async with asyncio.timeout(SEND_TIMEOUT_S):
-                await self._socket.send_str(frame)
-        except TimeoutError:
-            raise PeerTimeout(self.remote, f"did not read its messages for {SEND_TIMEOUT_S:g} s") from None
-        except (ConnectionError, RuntimeError, aiohttp.ClientError) as error:
-            raise PeerUnreachable(self.remote, str(error) or "the link is closed") from error
-        except asyncio.CancelledError:
-            if _is_cancelled():
-                raise
-            raise PeerUnreachable(self.remote, "another message was not read") from None
-
-    async def _receive(self) -> Sequence[AnyMessage]:
-        frame = await self._socket.receive()
-        if frame.type is aiohttp.WSMsgType.TEXT:
-            try:
-                return messages.unpack(frame.data.encode())
-            except messages.OtherProtocol as other:
-                raise VersionSkew(
-                    self.remote, theirs=other.protocol, ours=messages.PROTOCOL, software=other.software
-                ) from other
-            except ValueError as error:
-                raise RemoteProtocolError(self.remote, f"sent an invalid message: {error}") from error
-        if frame.type is aiohttp.WSMsgType.BINARY:
-            raise RemoteProtocolError(self.remote, "sent a binary frame; messages are text")
-        if isinstance(frame.data, aiohttp.WebSocketError):
-            raise RemoteProtocolError(self.remote, f"broke the WebSocket protocol: {frame.data}")
-        if frame.type is aiohttp.WSMsgType.ERROR:
-            raise PeerUnreachable(self.remote, str(self._socket.exception() or "the link broke"))
-        raise PeerUnreachable(self.remote, "closed the link")
 
 
 class HttpLinks:
@@ -179,8 +100,7 @@ class HttpLinks:
             max_headers=HEADERS_MAX,
         )
         await self._runner.setup()
-        connector = _Connector(self._identity, self._encrypted) if self._identity else aiohttp.TCPConnector(limit=0)
-        self._client = aiohttp.ClientSession(connector=connector)
+        self._client = aiohttp.ClientSession(connector=_Connector(self._identity, self._encrypted))
 
     async def adopt(self, sock: socket.socket) -> None:
         """Serves plain HTTP on an accepted socket."""
@@ -214,16 +134,15 @@ class HttpLinks:
                 await self._await_request(transport)
 
     async def dial(self, address: str, *, timeout_s: float) -> Link:
-        """A link to the node at HOST:PORT. Raises NotAdmitted, PeerUnreachable or PeerTimeout."""
-        url, size_max = f"http://{address}{PATH}", messages.FRAME_BYTES_MAX
+        """A link to the node at HOST:PORT. Raises NotAdmitted, NotSwarm, PeerUnreachable or PeerTimeout."""
+        size_max = messages.FRAME_BYTES_MAX
         try:
-            async with self._request(address, timeout_s) as client:
+            async with self._request(address, PATH, timeout_s) as (client, url):
                 socket = await client.ws_connect(url, heartbeat=HEARTBEAT_S, max_msg_size=size_max, autoclose=True)
         except PeerUnreachable as error:
-            if why := _why_refused(error.__cause__):
-                raise NotAdmitted(address, self._said(why)) from error
-            raise
-        link = WebSocketLink(socket, address, member=_member(socket.get_extra_info("ssl_object")))
+            raise await self._explained(address, error) from error
+        local = _end_of(socket.get_extra_info("sockname"))
+        link = WebSocketLink(socket, address, local=local, member=_member(socket.get_extra_info("ssl_object")))
         if self._identity and link.member is None:
             await link.close()
             raise NotAdmitted(address, Refusal.NOT_A_NODE.value)
@@ -233,7 +152,10 @@ class HttpLinks:
         """A page of the node at HOST:PORT. Raises PeerUnreachable, PeerTimeout, and RemoteProtocolError for another
         status than 200 or a page of more than `bytes_max`."""
         data = b""
-        async with self._request(address, timeout_s) as client, client.get(f"http://{address}{path}") as answer:
+        async with (
+            self._request(address, path, timeout_s) as (client, url),
+            client.get(url, allow_redirects=False) as answer,
+        ):
             if answer.status != HTTPStatus.OK:
                 raise RemoteProtocolError(address, f"answers {answer.status} {answer.reason}")
             while len(data) <= bytes_max and (part := await answer.content.readany()):
@@ -243,18 +165,46 @@ class HttpLinks:
         return data
 
     @contextlib.asynccontextmanager
-    async def _request(self, address: str, timeout_s: float) -> AsyncIterator[aiohttp.ClientSession]:
-        """Maps the errors of a request to a node to PeerErrors."""
+    async def _request(
+        self, address: str, path: str, timeout_s: float
+    ) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
+        """The client for one request, and its URL. Maps errors to PeerErrors."""
         if self._client is None or self._client.closed:
             raise PeerUnreachable(address, "this node is not open")
         try:
+            host, port = split_address("peer", address)
+        except SettingsError as error:
+            raise PeerUnreachable(address, error.why) from error
+        target = _Target(address, host.partition("%")[0], port)
+        token = _target.set(target)
+        try:
             async with asyncio.timeout(timeout_s):
-                yield self._client
+                yield self._client, f"http://{join_address(target.host, port)}{path}"
         except TimeoutError:
-            raise PeerTimeout(address, f"no answer within {timeout_s:g} s") from None
+            fault = Fault.BUSY if target.connected else Fault.SILENT
+            why = no_answer.line(fault, address, detail=f" within {timeout_s:g} s")
+            raise PeerTimeout(address, why) from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             cause = getattr(error, "os_error", error)  # aiohttp's own text mentions TLS where there is none
             raise PeerUnreachable(address, getattr(cause, "strerror", None) or str(cause)) from error
+        finally:
+            _target.reset(token)
+
+    async def _explained(self, address: str, error: PeerUnreachable) -> PeerError:
+        """The error of a dial, by its cause: another cluster, another program, or the error itself."""
+        cause = error.__cause__
+        if why := _why_refused(cause):
+            if why is Refusal.PLAINTEXT and not await dialling.speaks(address, PATH, PLAIN_ANSWER):
+                detail = "it does not speak TLS, nor HTTP as a node does"
+                return NotSwarm(address, no_answer.line(Fault.NOT_SWARM, address, detail=detail))
+            return NotAdmitted(address, self._said(why))
+        if self._identity:  # TLS has shown that it is a member
+            return error
+        if isinstance(cause, aiohttp.ClientResponseError | aiohttp.ServerDisconnectedError):
+            answer = cause.status if isinstance(cause, aiohttp.WSServerHandshakeError) else None
+            detail = f"HTTP status {answer}" if answer else "it does not speak HTTP"
+            return NotSwarm(address, no_answer.line(Fault.NOT_SWARM, address, detail=detail))
+        return error
 
     async def close(self) -> None:
         """Closes every link and stops serving."""
@@ -321,7 +271,7 @@ class HttpLinks:
         if self._identity:
             connection = ssl_of(request)
             member = _member(connection)
-            host = _remote(request).rpartition(":")[0].strip("[]")
+            host = str(_end(request, "peername").rpartition(":")[0].strip("[]"))
             if connection is None:
                 self._refuse(host, Refusal.PLAINTEXT)
                 return web.Response(status=HTTPStatus.UPGRADE_REQUIRED, headers={"Upgrade": "TLS/1.3"})
@@ -335,7 +285,8 @@ class HttpLinks:
         await socket.prepare(request)
         self._stays(request)
         if self._accept:
-            await self._accept(WebSocketLink(socket, _remote(request), member=member))
+            remote, local = _end(request, "peername"), _end(request, "sockname")
+            await self._accept(WebSocketLink(socket, remote, local=local, member=member))
         return socket
 
     def _arrived(self, request: web.Request) -> None:
@@ -350,10 +301,26 @@ class HttpLinks:
         return f"{why.value} (this node's key: {self._identity.keyring})" if self._identity else why.value
 
 
-class _Connector(aiohttp.BaseConnector):
-    """Connections inside TLS to members of the cluster; adds them to `made`."""
+@dataclass
+class _Target:
+    """The node that a request is for. `host` is without a zone."""
 
-    def __init__(self, identity: Identity, made: weakref.WeakSet[asyncio.Transport]) -> None:
+    address: str
+    host: str
+    port: int
+    connected: bool = False
+
+
+_target: ContextVar[_Target] = ContextVar("target")
+
+
+class _Connector(aiohttp.BaseConnector):
+    """Connections to the target of a request; with an identity inside TLS, then it adds them to `made`.
+
+    It connects nowhere else: the answer of a program that is no node must not lead this one elsewhere.
+    """
+
+    def __init__(self, identity: Identity | None, made: weakref.WeakSet[asyncio.Transport]) -> None:
         super().__init__(limit=0)
         self._identity = identity
         self._made = made
@@ -361,16 +328,16 @@ class _Connector(aiohttp.BaseConnector):
     async def _create_connection(
         self, req: aiohttp.ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
     ) -> ResponseHandler:
-        loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(req.url.host, req.url.port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, where = found[0]
-        sock = socket.socket(family, kind, protocol)
-        try:
-            sock.setblocking(False)
-            await loop.sock_connect(sock, where)
-        except BaseException:
-            sock.close()
-            raise
+        target = _target.get()
+        if (req.url.host, req.url.port) != (target.host, target.port):
+            raise NotSwarm(
+                target.address, no_answer.line(Fault.NOT_SWARM, target.address, detail="it redirects elsewhere")
+            )
+        sock = await dialling.connect(target.address)
+        target.connected = True
+        if self._identity is None:
+            _, plain = await asyncio.get_running_loop().create_connection(self._factory, sock=sock)
+            return plain
         transport, handler = await shake(
             self._factory, sock, self._identity.client, server_side=False, timeout_s=HANDSHAKE_TIMEOUT_S
         )
@@ -378,16 +345,13 @@ class _Connector(aiohttp.BaseConnector):
         return handler
 
 
-def _is_cancelled() -> bool:
-    """Whether this task was cancelled. All writers of an aiohttp socket wait for the same future: the timeout of a send
-    cancels it, which raises CancelledError in other tasks too."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+def _end(request: web.Request, name: str) -> str:
+    """The socket address of an end of a request's connection: `peername` or `sockname`."""
+    return _end_of(request.transport.get_extra_info(name) if request.transport else None)
 
 
-def _remote(request: web.Request) -> str:
-    peer = request.transport.get_extra_info("peername") if request.transport else None
-    return join_address(str(peer[0]), peer[1]) if peer else "unknown"
+def _end_of(where: tuple[Any, ...] | None) -> str:
+    return join_address(zoned(where), where[1]) if where else "unknown"
 
 
 def _is_ours(record: logging.LogRecord) -> bool:

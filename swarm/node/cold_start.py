@@ -20,7 +20,7 @@ from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.content.promise import Listing, etags, promise
 from swarm.errors import ManifestNotFound, OriginError, SwarmError
 from swarm.node.node import Node
-from swarm.node.resolve import resolve
+from swarm.node.resolve import FIND_TIMEOUT_S, resolve
 from swarm.origin import OriginReader
 from swarm.protocol.messages import Origin
 from swarm.transfer.origin_driver import OriginSource, on_daemon
@@ -63,7 +63,7 @@ async def find(
     at: OriginModel,
     *,
     digest: Digest | None,
-    find_timeout_s: float,
+    find_timeout_s: float | None,
     trusted: Sequence[str],
     revision: str | None,
 ) -> Found:
@@ -72,7 +72,7 @@ async def find(
     peers = asyncio.ensure_future(
         resolve(node, model_id, digest=digest, find_timeout_s=find_timeout_s, trusted=trusted, revision=revision)
     )
-    lister = _Lister(node, at, deadline=began + find_timeout_s)
+    lister = _Lister(node, at, deadline=began + (FIND_TIMEOUT_S if find_timeout_s is None else find_timeout_s))
     try:
         while True:
             elapsed_s = node.now() - began

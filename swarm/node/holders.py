@@ -41,7 +41,7 @@ class Announced:
 def announced(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> Iterator[Announced]:
     """All artifacts that other nodes announce, complete or not."""
     for peer in peers.values():
-        holder = Holder(peer.node, peer.name, peer.hello.address, peer)
+        holder = Holder(peer.node, peer.name, peer.address, peer)
         for announcement in peer.artifacts.values():
             yield _announced(holder, announcement)
     for member in members:
@@ -69,7 +69,7 @@ def _fetches(artifact: Announcement | Holding, part: str) -> bool:
 
 def described(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> list[str]:
     """A line for each other node and its artifacts, for error messages."""
-    linked = [_line(peer.name, peer.hello.address, peer.artifacts.values()) for peer in peers.values()]
+    linked = [_line(peer.name, peer.address, peer.artifacts.values()) for peer in peers.values()]
     others = [member for member in members if member.node not in peers]
     gossiped = [_line(m.name, m.address, m.profile.artifacts) for m in others[:MEMBERS_SHOWN]]
     more = [f"{len(others) - MEMBERS_SHOWN} more members"] if len(others) > MEMBERS_SHOWN else []

@@ -52,6 +52,7 @@ from swarm.transfer.origin_driver import OriginSource
 from swarm.transfer.shares import Share, Shares
 from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import UploadDriver
+from swarm.transport import told_address
 
 TICK_S = 0.25
 DRAIN_LOOK_S = 0.05
@@ -140,7 +141,7 @@ class Node:
             idle_timeout_s=self._idle_timeout_s,
         )
         self.record("node", Opened(self.id, self.name, self.address, *self.place))
-        self._swim.open(self.id, self.address, self.name, self._profile())
+        self._swim.open(self.id, self._environment.addresses, self.name, self._profile())
         self._connections.open(self._handlers(self._upload_driver))
         self._paused_s = self._environment.paused_s
         self.spawn(self._tick(), "ticks")
@@ -328,6 +329,41 @@ class Node:
                 await self._changed.wait()
 
     @property
+    def refused(self) -> bool:
+        """Whether every address that is known fails in a way that only a user can change, such as another key."""
+        return self._connections.machine.refused and not self.members()
+
+    @property
+    def alone(self) -> bool:
+        """Whether no address of another node is known."""
+        return self._connections.machine.alone and not self.members()
+
+    @property
+    def addresses(self) -> tuple[Address, ...]:
+        """What this node tells of itself, the best first."""
+        return self._environment.addresses
+
+    @property
+    def local_address(self) -> Address:
+        """Where programs of this machine reach the node."""
+        return self._environment.local
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only programs of this machine reach the node."""
+        return self._environment.on_loopback
+
+    @property
+    def confined(self) -> bool:
+        """Whether this node talks to its own machine only."""
+        return self._environment.confined
+
+    @property
+    def named_peers(self) -> bool:
+        """Whether the user named nodes to join through."""
+        return self._environment.names_peers
+
+    @property
     def searching(self) -> bool:
         """Whether an address has not answered a dial yet, or no contact has answered a Sync."""
         return bool(self._connections.machine.unanswered()) or self._swim.joining
@@ -342,7 +378,8 @@ class Node:
     def tried(self) -> list[str]:
         """Known nodes with their artifacts, addresses without a link, and warnings: lines for error messages."""
         nodes = holders.described(self.peers, self.members())
-        return [*nodes, *self._connections.machine.tried(), *sorted(self._connections.warned)]
+        failed = [*self._environment.unresolved, *self._connections.machine.tried()]
+        return list(dict.fromkeys([*nodes, *failed, *sorted(self._connections.warned)]))
 
     # For its parts, see peers.host
 
@@ -366,15 +403,15 @@ class Node:
         task.add_done_callback(self._finished)
         return task
 
-    def hello(self, token: str) -> Hello:
-        """The node's Hello."""
-        endpoints = tuple(Endpoint(transport.scheme, transport.address) for transport in self._environment.transports)
-        artifacts = self._shares.announcements()
-        return Hello(messages.PROTOCOL, __version__, self.id, self.name, self.address, token, endpoints, artifacts)
+    def hello(self, token: str, port: int) -> Hello:
+        """The node's Hello, for a link where others reach it at `port`."""
+        endpoints = tuple(Endpoint(each.scheme, told_address(each)) for each in self._environment.transports)
+        told, artifacts = self._environment.addresses, self._shares.announcements()
+        return Hello(messages.PROTOCOL, __version__, self.id, self.name, port, told, token, endpoints, artifacts)
 
     def dialled(self, address: Address) -> None:
         """Tries gossip at an address that accepted a link, unless a member is known there."""
-        if all(member.address != address for member in self.members()):
+        if all(address not in member.addresses for member in self.members()):
             self._swim.found(address)
 
     def peer_joined(self, peer: Peer) -> None:
@@ -436,14 +473,16 @@ class Node:
 
     # Members
 
-    def _discovered(self, address: Address, lasting: bool) -> None:
-        self._swim.found(address)
-        self._connections.handle(connections.AddressDiscovered(address, lasting))
+    def _discovered(self, addresses: tuple[Address, ...], lasting: bool) -> None:
+        for address in addresses:
+            self._swim.found(address)
+        self._connections.handle(connections.AddressDiscovered(addresses, lasting))
 
     def _member_changed(self, record: Record) -> None:
         self.record(record.node, MemberChanged(record))
         if not self._closing:
-            self._connections.handle(connections.MemberUpdated(record))
+            addresses = self._environment.reached(record.addresses)
+            self._connections.handle(connections.MemberUpdated(record, addresses))
             for download in self._shares.downloads():
                 download.placed(record.node, record.profile.distance(self._host, self._rack))
 
@@ -497,6 +536,7 @@ class Node:
             self._connections.handle(connections.Tick())
             self._update_mates()
             self._shares.tick()
+            self._swim.moved(self._environment.addresses)
             self._update_profile()
 
     def _notice_pause(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import ipaddress
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import TypeAlias
@@ -41,6 +42,10 @@ SETTLE_S, SETTLE_LEAST_S = 0.3, 0.05
 POLL_S = 0.1
 MANIFEST_TIMEOUT_S = 15.0
 ORIGIN_TIMEOUT_S = 2.0
+# Without a limit of the user: as long as a node is known that may still serve it, else shorter.
+FIND_TIMEOUT_S = 10.0
+NOTHING_FOUND_S = 2.5  # multicast finds nodes within 1.7 s
+REFUSED_S = 0.5  # while every address that the user named refuses: multicast may find another node
 PARTS_S = 5.0  # time for holders of parts of a commit to announce the whole
 OTHER_REVISION_S = 2.0  # time for a holder of the revision to be found, once holders of others are known
 LINK_S = 0.5
@@ -51,11 +56,14 @@ async def resolve(
     model_id: ModelId,
     *,
     digest: Digest | None,
-    find_timeout_s: float,
+    find_timeout_s: float | None,
     trusted: Sequence[str] = (),
     revision: str | None = None,
 ) -> tuple[Manifest, Origin | None]:
     """Manifest and origin of a model id.
+
+    `find_timeout_s`: seconds to look for a holder, maybe infinite; None: FIND_TIMEOUT_S, or NOTHING_FOUND_S if no node
+    is found that might be one. If every address that the user named refuses this node, it ends at once.
 
     `trusted`: addresses and networks. Without a pinned digest, only nodes there may introduce a model, over a link: the
     address of a link is proven by its packets, that of gossip is not.
@@ -86,12 +94,13 @@ async def resolve(
     return found
 
 
-async def full_digest(node: Node, model_id: ModelId, first: str, *, find_timeout_s: float) -> Digest:
+async def full_digest(node: Node, model_id: ModelId, first: str, *, find_timeout_s: float | None) -> Digest:
     """The only announced digest that begins with these digits. Only a whole digest pins: digits choose.
 
     Raises SettingsError if several begin with them, ManifestNotFound if none is announced in time.
     """
-    deadline, first_seen = node.now() + find_timeout_s, None
+    limit_s = FIND_TIMEOUT_S if find_timeout_s is None else find_timeout_s
+    deadline, first_seen = node.now() + limit_s, None
     with node.seeking(None):
         while True:
             announced = {a.digest for a in node.announced()} | node.holdings().keys()
@@ -106,7 +115,7 @@ async def full_digest(node: Node, model_id: ModelId, first: str, *, find_timeout
             if found and settled:
                 return found[0]
             if not found and node.now() >= deadline:
-                raise ManifestNotFound(model_id, tried=node.tried(), waited_s=find_timeout_s)
+                raise ManifestNotFound(model_id, tried=node.tried(), waited_s=limit_s)
             await node.changed(SETTLE_LEAST_S if found else POLL_S)
 
 
@@ -116,11 +125,11 @@ async def _resolve(
     agreed: dict[Digest, float],
     *,
     digest: Digest | None,
-    find_timeout_s: float,
+    find_timeout_s: float | None,
     trusted: Sequence[str],
     revision: str | None,
 ) -> tuple[Manifest, Origin | None]:
-    deadline = node.now() + find_timeout_s
+    search = _Search(node, node.now(), find_timeout_s)
     failures: dict[str, None] = {}  # each once, in order
     introducers = networks(trusted)
     unusable: set[NodeId] = set()  # nodes that sent a manifest of another digest, and would again
@@ -133,7 +142,7 @@ async def _resolve(
                     model_id,
                     answers,
                     digest=digest,
-                    deadline=deadline,
+                    search=search,
                     trusted=introducers,
                     revision=revision,
                     signed=signed,
@@ -149,10 +158,10 @@ async def _resolve(
                 refused = [
                     f"{name} may not introduce it, as `trusted` does not name its machine" for name in distrusted
                 ]
-                raise ManifestNotFound(model_id, tried=[*refused, *failures, *node.tried()], waited_s=find_timeout_s)
+                raise search.not_found(model_id, [*refused, *failures, *node.tried()])
             with node.seeking(found_digest):  # gossip may know holders without a link
                 for peer in [holder.peer for holder in holders if holder.peer and holder.node not in unusable]:
-                    if failures and node.now() > deadline:
+                    if failures and search.over:
                         break
                     try:
                         answer = await answers.of(peer, found_digest)
@@ -161,9 +170,42 @@ async def _resolve(
                         failures[f"{peer.name}: {error}"] = None
                         if isinstance(error, ManifestError):
                             unusable.add(peer.node)
-                if node.now() > deadline:
-                    raise ManifestNotFound(model_id, tried=list(failures) or node.tried(), waited_s=find_timeout_s)
+                if search.over:
+                    raise search.not_found(model_id, list(failures) or node.tried())
                 await node.changed(POLL_S)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The time that a resolution has for finding a holder."""
+
+    node: Node
+    began: float
+    limit_s: float | None
+
+    @property
+    def over(self) -> bool:
+        """Whether the time has passed."""
+        return self._passed_s >= (FIND_TIMEOUT_S if self.limit_s is None else self.limit_s)
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no holder can be expected: only a user can change that every address refuses this node, or no node
+        was found at all."""
+        if self.node.refused and self.node.named_peers:
+            return self._passed_s >= REFUSED_S
+        return self.limit_s is None and (self.node.refused or self.node.alone) and self._passed_s >= NOTHING_FOUND_S
+
+    def not_found(self, model_id: ModelId, tried: Sequence[str]) -> ManifestNotFound:
+        """The error at the end."""
+        advice = "" if self.node.refused else None
+        if self.node.confined and self.node.alone:
+            advice = "start `swarm serve` here; nodes of other machines are found with their key file, --key-file KEY"
+        return ManifestNotFound(model_id, tried=tried, waited_s=self._passed_s, advice=advice)
+
+    @property
+    def _passed_s(self) -> float:
+        return self.node.now() - self.began
 
 
 class _Answers:
@@ -212,12 +254,12 @@ async def _agreed(
     answers: _Answers,
     *,
     digest: Digest | None,
-    deadline: float,
+    search: _Search,
     trusted: Sequence[Network],
     revision: str | None,
     signed: _Signed | None,
 ) -> tuple[Digest | None, list[Holder]]:
-    """The agreed digest and its holders; (None, []) without a holder before the deadline.
+    """The agreed digest and its holders; (None, []) without a holder when the search is over.
 
     Raises ManifestConflict, RevisionNotFound, Unsigned.
     """
@@ -248,9 +290,9 @@ async def _agreed(
                     raise ManifestConflict(model_id, {d: _names(nodes) for d, nodes in holders.items()}, names)
                 if holders:
                     return next(iter(holders.items()))
-                if signed and (now >= deadline or now - first_seen >= OTHER_REVISION_S):
+                if signed and (search.over or now - first_seen >= OTHER_REVISION_S):
                     raise Unsigned(model_id, revision, {d: _names(nodes) for d, nodes in served.items()})
-                if now >= deadline or (origins.keys() >= served.keys() and now - first_seen >= OTHER_REVISION_S):
+                if search.over or (origins.keys() >= served.keys() and now - first_seen >= OTHER_REVISION_S):
                     shown = [o.shown() if (o := origins.get(d)) else [] for d in served]
                     raise RevisionNotFound(model_id, revision or "", revisions=shown)
                 await node.changed(POLL_S)
@@ -259,7 +301,7 @@ async def _agreed(
                 [(candidate, claimants)] = holders.items()
                 if linked := next((holder.peer for holder in claimants if holder.peer), None):
                     answers.ask(linked, candidate)
-        elif now >= deadline:
+        elif search.over or search.hopeless:
             return None, []
         await node.changed(SETTLE_LEAST_S if holders else POLL_S)
 

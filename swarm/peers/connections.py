@@ -11,14 +11,19 @@ Dropped are: the second of two links between two nodes, links to dead members, u
 wanted artifact out, and idle links. Dials back off exponentially (0.5 to 15 s) after a failure or a link shorter than
 BRIEF_S. After FAILURES_MAX failures an address is forgotten, unless it is lasting or gossip lists it as alive.
 
-The address that a node claims in its Hello is not proven. It is dialled, and prevents a second link to that address. It
-does not prevent dialling a lasting address, and only dialling shows that an address is this node's own.
+A node may have several addresses. They are known under the first of them, and dialled together: the driver tries them
+side by side. The addresses that a node claims in its Hello are not proven. They are dialled, and prevent a second link
+to them. They do not prevent dialling a lasting address, and only dialling shows that an address is this node's own.
+
+Told addresses must not make this node a scanner of its network: addresses that no node has answered at are dialled
+STRANGE_PER_S times a second, after a burst of STRANGE_BURST. Nodes that gossip does not reach are told of new links.
 
 Must not know: sockets, clocks, datagrams.
 """
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections import Counter
 from collections.abc import Mapping
@@ -30,7 +35,7 @@ from swarm.errors import LocalProtocolError
 from swarm.journal import Paused
 from swarm.peers import selection
 from swarm.peers.selection import LINKS_FIRST, LINKS_FULL, LINKS_MOST, LINKS_WANTED, SEEDS_WANTED, Candidate
-from swarm.protocol.messages import ADDRESSES_MAX, Address, NodeId
+from swarm.protocol.messages import ADDRESSES_OWN_MAX, NODES_MAX, Address, NodeId
 from swarm.protocol.packets import Record, State
 
 LINKS_MAX = 64  # links of a node; each costs a socket and about 50 KB
@@ -40,43 +45,48 @@ OWN_MAX = 64  # own addresses; all of 127.0.0.0/8 may be own, and the oldest are
 RETRY_FIRST_S, RETRY_LONGEST_S = 0.5, 15.0
 BRIEF_S = 5.0  # a shorter link was refused ("too many links"); a link in use lasts far longer
 GOSSIP_LATE_S = 3.0
+STRANGE_PER_S, STRANGE_BURST = 16.0, 256  # a burst is four addresses of each of LINKS_MAX nodes
 IDLE_S = 30.0  # a link that neither end can use is kept so long: the next fetch may be near
 
 
 @dataclass(frozen=True)
 class AddressDiscovered:
-    """Discovery found an address. `lasting`: the user configured it; it is never forgotten."""
+    """Discovery found a node. `lasting`: the user configured the address; it is never forgotten."""
 
-    address: Address
+    addresses: tuple[Address, ...]
     lasting: bool
 
 
 @dataclass(frozen=True)
 class AddressesShared:
-    """A peer shared the addresses of its peers."""
+    """A peer shared the addresses of each of its peers."""
 
-    addresses: tuple[Address, ...]
+    nodes: tuple[tuple[Address, ...], ...]
 
 
 @dataclass(frozen=True)
 class DialFailed:
-    """No link came about at this address."""
+    """No link came about at any address of the Dial that began with this address. `final`: a user has to act first."""
 
     address: Address
+    why: str = "no answer"
+    final: bool = False
 
 
 @dataclass(frozen=True)
 class LinkUp:
-    """Hello was exchanged over link number `link`. `dialled`: the address, if this node dialled.
+    """Hello was exchanged over link number `link`. `dialled`: the first address of the Dial, if this node dialled.
 
-    `address` and `holds` are those of the other node: see `HoldingsAnnounced`.
+    `addresses`: where the other node is reached, the best first; that of a dialled link is the one that answered. None
+    if it can only dial. `shared`: those that it tells, to be told to others. `holds`: see `HoldingsAnnounced`.
     """
 
     link: int
     node: NodeId
-    address: Address
+    addresses: tuple[Address, ...]
     dialled: Address | None
     holds: Mapping[Digest, bool] = field(default_factory=dict)
+    shared: tuple[Address, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,10 @@ class HoldingsAnnounced:
 
 @dataclass(frozen=True)
 class MemberUpdated:
-    """Gossip has a new record of a member."""
+    """Gossip has a new record of a member. `addresses`: those of the record that may be dialled, the best first."""
 
     record: Record
+    addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True)
@@ -116,17 +127,25 @@ class Tick:
 
 @dataclass(frozen=True)
 class Dial:
-    """Open a link to this address."""
+    """Open a link to the node at one of these addresses."""
 
-    address: Address
+    addresses: tuple[Address, ...]
 
 
 @dataclass(frozen=True)
 class Welcome:
-    """This link is the way to its node from now on. Share `addresses` over it."""
+    """This link is the way to its node from now on. Share the addresses of these nodes over it."""
 
     link: int
-    addresses: tuple[Address, ...]
+    nodes: tuple[tuple[Address, ...], ...]
+
+
+@dataclass(frozen=True)
+class ShareNodes:
+    """Share the addresses of these nodes over a link."""
+
+    link: int
+    nodes: tuple[tuple[Address, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -149,14 +168,21 @@ Event: TypeAlias = (
     | Wanted
     | Tick
 )
-Action: TypeAlias = Dial | Welcome | Drop
+Action: TypeAlias = Dial | Welcome | ShareNodes | Drop
 
 
 @dataclass
 class _Known:
-    """An address. `node` is the latest node that answered there: a node may have several addresses."""
+    """An address. `node` is the latest node that answered there, `others` are further addresses of that node.
+
+    `why`: the result of the last dial; `final`: only a user can change it.
+    """
 
     lasting: bool
+    others: tuple[Address, ...] = ()
+    why: str = ""
+    final: bool = False
+    answered: bool = False
     failures: int = 0  # dials in a row
     brief: int = 0  # links in a row that ended within BRIEF_S
     dial_at: float = 0.0
@@ -168,7 +194,7 @@ class _Known:
 
     def __str__(self) -> str:
         if self.failures:
-            return f"no answer, tried {self.failures} times"
+            return self.why if self.final or self.failures == 1 else f"{self.why} (tried {self.failures} times)"
         return f"hung up at once, {self.brief} times" if self.brief else "not connected just now"
 
 
@@ -176,17 +202,19 @@ class _Known:
 class _Link:
     number: int
     node: NodeId
-    address: Address
+    addresses: tuple[Address, ...]
     dialled: Address | None
     since: float
     holds: Mapping[Digest, bool]
+    shared: tuple[Address, ...]
+    told: frozenset[tuple[Address, ...]] = frozenset()  # what was shared over it
 
 
 @dataclass(frozen=True)
 class _Member:
     """A member that is alive or suspect. `more`: it holds more artifacts than `holds`. `load`: uploads per slot."""
 
-    address: Address
+    addresses: tuple[Address, ...]
     distance: int
     load: float
     holds: Mapping[Digest, Candidate]
@@ -208,19 +236,21 @@ class Connections:
         self._seeds: Counter[Digest] = Counter()  # members that hold all chunks
         self._wanted = Wanted(frozenset())
         self._wanted_since: dict[Digest, float] = {}
+        self._budget, self._budget_at = float(STRANGE_BURST), 0.0
+        self._share_at = 0.0
         self._most_dialled = LINKS_MOST  # for `check`
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Applies an event and returns the actions that follow from it."""
         actions: list[Action] = []
         match event:
-            case AddressDiscovered(address, lasting):
-                self._learn(address, lasting)
-            case AddressesShared(addresses):
-                for address in addresses:
-                    self._learn(address, False)
-            case DialFailed(address):
-                self._dial_failed(address, now)
+            case AddressDiscovered(addresses, lasting):
+                self._learn(addresses, lasting)
+            case AddressesShared(nodes):
+                for addresses in nodes:
+                    self._learn(addresses, False)
+            case DialFailed():
+                self._dial_failed(event, now)
             case LinkUp():
                 actions = self._link_up(event, now)
             case LinkDown(number):
@@ -229,13 +259,13 @@ class Connections:
                 if link := self._links.get(number):
                     link.holds = holds
                 return []
-            case MemberUpdated(record):
-                return self._update_member(record, now)  # gossip comes in bursts: the next Tick dials
+            case MemberUpdated(record, addresses):
+                return self._update_member(record, addresses, now)  # gossip comes in bursts: the next Tick dials
             case Wanted(digests):
                 self._wanted = event
                 self._wanted_since = {digest: self._wanted_since.get(digest, now) for digest in sorted(digests)}
             case Tick():
-                actions = self._drop_idle(now)
+                actions = [*self._drop_idle(now), *self._share_news(now)]
             case Paused():
                 self._start_again(now)
             case _:
@@ -259,13 +289,31 @@ class Connections:
         linked = self._linked()
         return [f"{address}: {known}" for address, known in sorted(self._known.items()) if address not in linked]
 
-    def _learn(self, address: Address, lasting: bool) -> None:
-        if address in self._own:
+    @property
+    def refused(self) -> bool:
+        """Whether addresses are known, and the last dial of each has failed in a way that only a user can change."""
+        return bool(self._known) and not self._links and all(k.failures and k.final for k in self._known.values())
+
+    @property
+    def looks_for_nodes(self) -> bool:
+        """Whether this node wants something that it has no link for."""
+        return self._wants_any() and not self._links
+
+    @property
+    def alone(self) -> bool:
+        """Whether neither a node nor an address of one is known."""
+        return not (self._known or self._links or self._members)
+
+    def _learn(self, addresses: tuple[Address, ...], lasting: bool) -> None:
+        found = [address for address in addresses if address not in self._own]
+        if not found:
             return
-        if known := self._known.get(address):
+        first, *others = found
+        if known := self._known.get(first):
             known.lasting = known.lasting or lasting
+            known.others = tuple(others) or known.others
         elif len(self._known) < KNOWN_MAX or lasting:
-            self._known[address] = _Known(lasting)
+            self._known[first] = _Known(lasting, tuple(others))
 
     def _remembered(self, address: Address) -> _Known:
         """The entry of a member's address. Beyond KNOWN_MAX the oldest address that is not in use makes room."""
@@ -275,22 +323,28 @@ class Connections:
                 del self._known[oldest]
         return self._known.setdefault(address, _Known(False))
 
-    def _dial_failed(self, address: Address, now: float) -> None:
-        if known := self._known.get(address):
+    def _dial_failed(self, event: DialFailed, now: float) -> None:
+        if known := self._known.get(event.address):
             known.dialling = False
             known.failures += 1
+            known.why, known.final = event.why, event.final
             known.dial_at = now + _backoff_s(known.failures)
-            if known.failures >= FAILURES_MAX and not known.lasting and address not in self._member_at:
-                del self._known[address]
+            if known.failures >= FAILURES_MAX and not known.lasting and event.address not in self._member_at:
+                del self._known[event.address]
 
     def _link_up(self, event: LinkUp, now: float) -> list[Action]:
+        reached = event.addresses[0] if event.dialled and event.addresses else event.dialled
         if event.dialled and (known := self._known.get(event.dialled)):
-            known.dialling, known.failures, known.node = False, 0, event.node
+            known.dialling, known.failures, known.final, known.answered = False, 0, False, True
+            if reached == event.dialled:
+                known.node = event.node
+            elif known.node not in (None, event.node) or event.node == self._node:
+                known.others = tuple(other for other in known.others if other != reached)  # another node is there
         if event.node == self._node:
-            if event.dialled:
-                self._add_own(event.dialled)
+            if reached:
+                self._add_own(reached)
             return [Drop(event.link, "this is myself")]
-        link = _Link(event.link, event.node, event.address, event.dialled, now, event.holds)
+        link = _Link(event.link, event.node, event.addresses, event.dialled, now, event.holds, event.shared)
         twin = next((other for other in self._links.values() if other.node == event.node), None)
         if twin is None and len(self._links) >= LINKS_MAX:
             return [Drop(event.link, "too many links")]
@@ -302,10 +356,30 @@ class Connections:
                 return [Drop(link.number, "another link is open")]
             del self._links[twin.number]  # without backoff: its node stays linked
             actions.append(Drop(twin.number, "another link is open"))
-        self._learn(event.address, False)
-        others = sorted({other.address for other in self._links.values()} - {event.address})
+        self._learn(event.addresses, False)
         self._links[link.number] = link
-        return [*actions, Welcome(link.number, tuple(others[:ADDRESSES_MAX]))]
+        return [*actions, Welcome(link.number, self._to_share(link, now))]
+
+    def _share_news(self, now: float) -> list[Action]:
+        """Tells nodes that gossip does not reach of nodes that they were not told of, every GOSSIP_LATE_S."""
+        if now < self._share_at:
+            return []
+        self._share_at = now + GOSSIP_LATE_S
+        late = [link for link in self._links.values() if link.node not in self._members and _is_late(link, now)]
+        return [ShareNodes(link.number, nodes) for link in late if (nodes := self._to_share(link, now))]
+
+    def _to_share(self, link: _Link, now: float) -> tuple[tuple[Address, ...], ...]:
+        """The addresses of nodes to share over a link: of linked nodes, and of members where gossip does not reach."""
+        found = sorted({other.shared for other in self._links.values() if other.shared and other is not link})
+        if link.node not in self._members and _is_late(link, now):
+            own = int(link.node, 16)  # holders first; of them others for each link, and the same each time
+            members = [(not m.holds, int(node, 16) ^ own, m) for node, m in self._members.items() if m.addresses]
+            found += [member.addresses[:ADDRESSES_OWN_MAX] for *_, member in heapq.nsmallest(NODES_MAX, members)]
+        told = link.told
+        link.told = told.intersection(found)  # bounded by what is known now
+        news = tuple(n for n in dict.fromkeys(found) if n not in told and n != link.shared)[:NODES_MAX]
+        link.told = link.told.union(news)
+        return news
 
     def _add_own(self, address: Address) -> None:
         self._known.pop(address, None)
@@ -328,7 +402,7 @@ class Connections:
                     known.brief += 1
                 known.delay_until(now + _backoff_s(max(known.brief, 1)))
 
-    def _update_member(self, record: Record, now: float) -> list[Action]:
+    def _update_member(self, record: Record, addresses: tuple[Address, ...], now: float) -> list[Action]:
         if record.node == self._node:
             return []
         if member := self._members.pop(record.node, None):
@@ -336,8 +410,9 @@ class Connections:
             for digest in member.holds:
                 if not self._seeds[digest]:
                     del self._seeds[digest]  # or members with ever new artifacts would fill the memory
-            if self._member_at.get(member.address) == record.node:
-                del self._member_at[member.address]
+            for address in member.addresses:
+                if self._member_at.get(address) == record.node:
+                    del self._member_at[address]
         if record.state < State.DEAD:
             profile = record.profile
             distance = profile.distance(self._host, self._rack)
@@ -347,14 +422,15 @@ class Connections:
                 for held in profile.artifacts
             }
             self._seeds.update(digest for digest, candidate in holds.items() if candidate.whole)
-            self._members[record.node] = _Member(record.address, distance, load, holds, more=profile.omitted > 0)
-            self._member_at[record.address] = record.node
+            self._members[record.node] = _Member(addresses, distance, load, holds, more=profile.omitted > 0)
+            self._member_at.update(dict.fromkeys(addresses, record.node))
             return []
         why = "gossip says that it left" if record.state is State.LEFT else "gossip says that it is dead"
         drops = self._drop([link for link in self._links.values() if link.node == record.node], why, now)
-        known = self._known.get(record.address)
-        if known and not known.lasting and not known.dialling and record.address not in self._member_at:
-            del self._known[record.address]
+        for address in addresses:
+            known = self._known.get(address)
+            if known and not known.lasting and not known.dialling and address not in self._member_at:
+                del self._known[address]
         return drops
 
     def _drop(self, links: list[_Link], why: str, now: float) -> list[Action]:
@@ -392,17 +468,35 @@ class Connections:
         members = self._to_dial(now) if lacking or self._wanted.unresolved or small else []
         holders = [m for m in members if not self._wanted.digests.isdisjoint(m.holds)] if lacking else []
         drops = self._drop_useless(min(len(holders), taken + len(holders) - limit), now)
-        free = min(room - len(lasting), limit - taken) + len(drops)
+        free = min(room - len(lasting), limit - taken, self._affordable(now)) + len(drops)
         chosen = self._choose_holders(holders, lacking, free)
         others = {a for a in due if not self._known[a].lasting and (blocked or small or not self._is_member(a))}
-        if small or self._wanted.unresolved:
-            others |= {m.address for m in members if small or m.more}
-        others -= {*chosen, *lasting}
+        firsts = {m.addresses[0]: m for m in members if small or (self._wanted.unresolved and m.more)}
+        others = (others | firsts.keys()) - {*chosen, *lasting}
         free = max(0, free - len(chosen))
         picked = sorted(others) if len(others) <= free else sorted(self._rng.sample(sorted(others), free))
         for address in picked:
-            self._remembered(address).dialling = True
-        return [*drops, *(Dial(address) for address in (*lasting, *chosen, *picked))]
+            known = self._enter(firsts[address]) if address in firsts else self._remembered(address)
+            known.dialling = True
+        dials = [Dial((address, *self._known[address].others)) for address in (*lasting, *chosen, *picked)]
+        self._budget -= sum(len(dial.addresses) for dial in dials if self._is_strange(dial.addresses[0]))
+        return [*drops, *dials]
+
+    def _is_strange(self, address: Address) -> bool:
+        """Whether an address was only told, and no node has answered there yet."""
+        return not self._known[address].lasting and not self._known[address].answered
+
+    def _affordable(self, now: float) -> int:
+        """The strange addresses that may be dialled now."""
+        self._budget = min(STRANGE_BURST, self._budget + STRANGE_PER_S * max(0.0, now - self._budget_at))
+        self._budget_at = now
+        return max(0, int(self._budget))
+
+    def _enter(self, member: _Member) -> _Known:
+        """The entry of a member, under its first address."""
+        known = self._remembered(member.addresses[0])
+        known.others = tuple(other for other in member.addresses[1:] if other not in self._own)
+        return known
 
     def _lacking(self, now: float, *, small: bool) -> dict[Digest, tuple[dict[NodeId, bool], int]]:
         """Wanted artifacts with fewer sources than wanted: the sources, and the links that are wanted besides seeds."""
@@ -423,11 +517,11 @@ class Connections:
         for digest, (sources, wanted) in sorted(lacking.items(), key=lambda item: len(item[1][0])):
             if len(chosen) >= free:
                 break
-            others = [m.holds[digest] for m in holders if digest in m.holds and m.address not in chosen]
+            others = [m.holds[digest] for m in holders if digest in m.holds and m.addresses[0] not in chosen]
             linked = [self._candidate(node, whole) for node, whole in sources.items()]
             for candidate in selection.choose(linked, others, wanted=wanted, rng=self._rng)[: free - len(chosen)]:
-                address = self._members[candidate.node].address
-                known = self._remembered(address)
+                member = self._members[candidate.node]
+                address, known = member.addresses[0], self._enter(member)
                 known.dialling, known.node = True, candidate.node
                 chosen.append(address)
         return sorted(chosen)
@@ -477,9 +571,15 @@ class Connections:
             member
             for node, member in self._members.items()
             if node not in linked
-            and member.address not in self._own
-            and ((known := self._known.get(member.address)) is None or (not known.dialling and known.dial_at <= now))
+            and member.addresses
+            and member.addresses[0] not in self._own
+            and not self._is_dialled(member, now)
         ]
+
+    def _is_dialled(self, member: _Member, now: float) -> bool:
+        """Whether an address of a member is dialled now, or its first backs off."""
+        known = [self._known.get(address) for address in member.addresses]
+        return any(each and each.dialling for each in known) or bool(known[0] and known[0].dial_at > now)
 
     def _is_member(self, address: Address) -> bool:
         return address in self._member_at or self._known[address].node in self._members
@@ -498,7 +598,7 @@ class Connections:
     def _linked(self) -> set[Address]:
         nodes = {link.node for link in self._links.values()}
         dialled = {link.dialled for link in self._links.values()}
-        claimed = {link.address for link in self._links.values()}
+        claimed = {address for link in self._links.values() for address in link.addresses}
         return {
             address
             for address, known in self._known.items()
@@ -510,7 +610,7 @@ class Connections:
         return [
             (address, known)
             for address, known in self._known.items()
-            if known.node == link.node or address == link.dialled or (address == link.address and not known.lasting)
+            if known.node == link.node or address == link.dialled or (address in link.addresses and not known.lasting)
         ]
 
     def check(self) -> None:
@@ -523,7 +623,7 @@ class Connections:
         dialling = [known for known in self._known.values() if known.dialling and not known.lasting]
         if len(self._links) > LINKS_MAX or len(self._dialled_links()) + len(dialling) > self._most_dialled:
             raise LocalProtocolError(f"{self!r}: too many links")
-        if any(self._members[node].address != address for address, node in self._member_at.items()):
+        if any(address not in self._members[node].addresses for address, node in self._member_at.items()):
             raise LocalProtocolError(f"{self!r}: expects a member at another address than its own")
 
     def __repr__(self) -> str:
@@ -531,6 +631,11 @@ class Connections:
             f"<Connections {self._node[:8]} {len(self._links)} links | {len(self._known)} addresses | "
             f"{len(self._members)} members>"
         )
+
+
+def _is_late(link: _Link, now: float) -> bool:
+    """Whether gossip should have reached the node of a link by now; a node that can only dial takes no part in it."""
+    return not link.addresses or now - link.since >= GOSSIP_LATE_S
 
 
 def _backoff_s(failures: int) -> float:

@@ -23,12 +23,11 @@ from swarm.errors import (
     PeerTimeout,
     RemoteProtocolError,
     SettingsError,
-    SwarmError,
     VersionSkew,
 )
 from swarm.journal import ArtifactsAnnounced, Joined, Left, Unreached
 from swarm.net.environment import Environment
-from swarm.net.websocket import Link
+from swarm.net.link import Link
 from swarm.peers import connections
 from swarm.peers.connections import Connections
 from swarm.peers.host import LinkHost
@@ -83,10 +82,12 @@ class ConnectionsDriver:
         """Passes an event to the machine and carries out its actions."""
         for action in self.machine.handle(event, self._host.now()):
             match action:
-                case connections.Dial(address):
-                    self._host.spawn(self._dial(address), f"dial {address}")
-                case connections.Welcome(number, addresses):
-                    self._welcome(self._links[number], addresses)
+                case connections.Dial(addresses):
+                    self._host.spawn(self._dial(addresses), f"dial {addresses[0]}")
+                case connections.Welcome(number, nodes):
+                    self._welcome(self._links[number], nodes)
+                case connections.ShareNodes(number, nodes):
+                    self._links[number].post(messages.Members(nodes))
                 case connections.Drop(number, why):
                     if dropped := self._links.get(number):
                         dropped.why_gone = why
@@ -97,7 +98,8 @@ class ConnectionsDriver:
 
     def on_members(self, peer: Peer, message: messages.Members) -> None:
         """A peer shares the addresses of its peers."""
-        self.handle(connections.AddressesShared(message.addresses))
+        told = (self._environment.reached(addresses, remote=peer.link.remote) for addresses in message.nodes)
+        self.handle(connections.AddressesShared(tuple(addresses for addresses in told if addresses)))
 
     def on_announce(self, peer: Peer, message: messages.Announce) -> None:
         """A peer announces its artifacts."""
@@ -110,7 +112,7 @@ class ConnectionsDriver:
             transport.admit(token)
         try:
             with self._counted(link) if dialled is None else contextlib.nullcontext():
-                peer = await self._exchange_hello(link, token)
+                peer = await self._exchange_hello(link, token, dialled=dialled is not None)
             try:
                 await self._read(peer, dialled)
             finally:
@@ -139,22 +141,25 @@ class ConnectionsDriver:
         finally:
             self._greeting.pop(link, None)
 
-    async def _dial(self, address: Address) -> None:
+    async def _dial(self, addresses: tuple[Address, ...]) -> None:
         try:
-            link = await self._environment.dial(address)
+            link = await self._environment.dial(addresses)
         except (PeerError, SettingsError) as error:
-            self._log_once(logging.WARNING if isinstance(error, NotAdmitted) else logging.DEBUG, str(error))
-            self._dial_failed(address, error)
+            # While this node looks for a model, its error tells it, in one line.
+            telling = isinstance(error, NotAdmitted) and not self.machine.looks_for_nodes
+            self._log_once(logging.WARNING if telling else logging.DEBUG, str(error))
+            self._dial_failed(addresses[0], error)
         else:
-            await self.run_link(link, dialled=address)
+            await self.run_link(link, dialled=addresses[0])
 
-    def _dial_failed(self, address: Address, error: SwarmError) -> None:
+    def _dial_failed(self, address: Address, error: PeerError | SettingsError) -> None:
         self._host.record("node", Unreached(address, error))
-        self.handle(connections.DialFailed(address))
+        final = isinstance(error, SettingsError) or error.final
+        self.handle(connections.DialFailed(address, error.why.removeprefix(f"{address} "), final))
 
-    async def _exchange_hello(self, link: Link, token: str) -> Peer:
+    async def _exchange_hello(self, link: Link, token: str, *, dialled: bool) -> Peer:
         await self._opened.wait()  # opening has deadlines of its own, and ends all links when it fails
-        await link.send(self._host.hello(token))
+        await link.send(self._host.hello(token, self._environment.port_at(link.local)))
         try:
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 theirs = await link.receive()
@@ -170,18 +175,30 @@ class ConnectionsDriver:
             )
         if self._rate_limiter.is_muted(theirs.node, self._host.now()):
             raise PeerError(link.remote, "flooded this node, and is muted for a while")
-        transports, backlog = self._environment.transports, self._backlog
-        return Peer(next(self._numbers), link, theirs, token=token, transports=transports, backlog=backlog)
+        dialled_at = Address(link.remote) if dialled else None
+        known = [*theirs.addresses, *([link.remote] if dialled else [])]  # of a port mapping only the latter is right
+        told = self._environment.reached(known, remote=link.remote)
+        reached = self._environment.reached(theirs.addresses, remote=link.remote, port=theirs.port, dialled=dialled_at)
+        return Peer(
+            next(self._numbers),
+            link,
+            theirs,
+            token=token,
+            transports=self._environment.transports,
+            addresses=reached,
+            told=told,
+            backlog=self._backlog,
+        )
 
     async def _read(self, peer: Peer, dialled: Address | None) -> None:
         self._links[peer.number] = peer
         writer = self._host.spawn(peer.write(), f"write to {peer.name}")
         why = "closed the link"
         if dialled:
-            self._host.dialled(dialled)
+            self._host.dialled(peer.addresses[0])
         try:
             holds = _complete_by_digest(peer.hello.artifacts)
-            self.handle(connections.LinkUp(peer.number, peer.node, peer.hello.address, dialled, holds))
+            self.handle(connections.LinkUp(peer.number, peer.node, peer.addresses, dialled, holds, peer.told))
             while True:
                 self._receive(peer, await peer.link.receive())
         except PeerError as error:
@@ -206,11 +223,11 @@ class ConnectionsDriver:
         if self.peers.get(peer.node) is peer:  # not a second link that is about to be dropped
             self._handlers[type(message)](peer, message)
 
-    def _welcome(self, peer: Peer, others: tuple[Address, ...]) -> None:
+    def _welcome(self, peer: Peer, others: tuple[tuple[Address, ...], ...]) -> None:
         if twin := self.peers.get(peer.node):
             self._remove(twin, "another link is open")
         self.peers[peer.node] = peer
-        self._host.record(peer.node, Joined(peer.node, peer.name, peer.hello.address, peer.scheme))
+        self._host.record(peer.node, Joined(peer.node, peer.name, peer.address, peer.scheme))
         self._host.record(peer.node, ArtifactsAnnounced(peer.node, peer.hello.artifacts))
         if others:
             peer.post(messages.Members(others))

@@ -33,8 +33,11 @@ class Host(Protocol):
 class LinkHost(Host, Protocol):
     """What the connections driver needs of the node in addition."""
 
-    def hello(self, token: str) -> Hello:
-        """The node's Hello. The receiver presents `token` when it opens a session to a transport of this node."""
+    def hello(self, token: str, port: int) -> Hello:
+        """The node's Hello. The receiver presents `token` when it opens a session to a transport of this node.
+
+        `port`: at which the receiver reaches this node where the link comes from; 0 if it cannot.
+        """
 
     def dialled(self, address: Address) -> None:
         """A node at this address accepted a link."""

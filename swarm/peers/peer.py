@@ -4,6 +4,10 @@ Messages wait in the outbox until they are written to the link. A peer that leav
 peer with the fullest outbox when the outboxes of all peers together are too full (`Backlog`). A sender of much waits
 for `room`.
 
+A session is opened where the node is reached: at the address that was dialled, or that its link comes from, else at one
+that it tells. A node cannot direct the connections of this one to other places: an offer of a transport that has its
+connections at the port of the node says AT_NODE in place of an address.
+
 Owns all that ends with the link. Must not know: the meaning of messages.
 """
 
@@ -14,12 +18,16 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 from swarm.content.manifest import Digest
 from swarm.errors import TransportError
-from swarm.net.websocket import Link
+from swarm.net.dialling import race
+from swarm.net.link import Link
 from swarm.protocol.messages import (
+    AT_NODE,
     FRAME_MESSAGES_MAX,
+    Address,
     Announcement,
     Grant,
     Have,
@@ -30,7 +38,7 @@ from swarm.protocol.messages import (
     Message,
     Request,
 )
-from swarm.transport import Inbound, Transport
+from swarm.transport import Inbound, Transport, told_address
 
 OUTBOX_MAX = 4096  # unread messages, then the peer is cut off
 OUTBOX_BYTES_MAX = 8 << 20  # holdings of the largest artifact take 128 KiB
@@ -38,6 +46,7 @@ BACKLOG_BYTES_MAX = 32 << 20  # in the outboxes of all peers of a node
 ROOM_BYTES = 64 << 10  # an outbox with fewer bytes has room for a part of a manifest
 MESSAGE_BYTES = 256  # of a message besides its payload
 CONNECT_TIMEOUT_S = 5.0
+STAGGER_S = 1.0  # between two addresses: the first is proven or likely, and a handshake among many takes its time
 
 log = logging.getLogger("swarm")
 
@@ -64,7 +73,10 @@ class Backlog:
 
 
 class Peer:
-    """The node at the other end of an open link. It presents `token` when it opens a session to this node."""
+    """The node at the other end of an open link. It presents `token` when it opens a session to this node.
+
+    `addresses`: where it is reached, the best first; none if it can only dial. `told`: those to tell others.
+    """
 
     def __init__(
         self,
@@ -74,6 +86,8 @@ class Peer:
         *,
         token: str,
         transports: Sequence[Transport],
+        addresses: tuple[Address, ...] = (),
+        told: tuple[Address, ...] = (),
         backlog: Backlog | None = None,
     ) -> None:
         self.number = number
@@ -81,6 +95,8 @@ class Peer:
         self.hello = hello
         self.token = token
         self.link = link
+        self.addresses = addresses
+        self.told = told
         self.artifacts: dict[Digest, Announcement] = {a.digest: a for a in hello.artifacts}
         self.interests: set[Digest] = set()  # digests of which it wants `Have` messages
         self.own_interests: set[Digest] = set()  # digests of which this node wants `Have` messages
@@ -104,6 +120,16 @@ class Peer:
     def name(self) -> str:
         """Its name in logs and reports."""
         return self.hello.name
+
+    @property
+    def address(self) -> Address:
+        """Its address in logs and reports: of its link if it takes no connections."""
+        return self.addresses[0] if self.addresses else Address(self.link.remote)
+
+    @property
+    def readable(self) -> bool:
+        """Whether chunks can be read from it: not if it takes no connections."""
+        return bool(self._routes())
 
     @property
     def scheme(self) -> str:
@@ -205,9 +231,9 @@ class Peer:
         A transport that fails is not tried with this peer again while another transport is usable.
         """
         while routes := self._routes():
-            self._route = transport, address = routes[0]
+            self._route = transport, places = routes[0]
             try:
-                session = await transport.connect(address, self.hello.token, timeout_s=CONNECT_TIMEOUT_S)
+                session = await self._open(transport, places)
             except TransportError as error:
                 self._given_up.add(transport.scheme)
                 if not (rest := self._routes()):
@@ -217,18 +243,36 @@ class Peer:
             else:
                 self._log_choice(transport, [other.scheme for other, _ in routes[1:]])
                 return session
+        if not self.addresses and any(AT_NODE in offer.address for offer in self.hello.transports):
+            raise TransportError(f"{self.name} takes no connections: it was started without --listen")
         raise TransportError(f"{self.name} offers no transport that this node can use")
 
-    def _routes(self) -> list[tuple[Transport, str]]:
-        """This node's transports, preferred first, that the peer offers at an address within reach."""
-        offers = {offer.scheme: offer.address for offer in self.hello.transports}
-        return [
-            (transport, offers[transport.scheme])
-            for transport in self._transports
-            if transport.scheme in offers
-            and transport.scheme not in self._given_up
-            and transport.reach(offers[transport.scheme])
+    async def _open(self, transport: Transport, places: tuple[str, ...]) -> Inbound:
+        """A session at one of these addresses, tried side by side. Raises TransportError."""
+        attempts = [
+            partial(transport.connect, place, self.hello.token, timeout_s=CONNECT_TIMEOUT_S) for place in places
         ]
+        try:
+            return await race(attempts, discard=_close, stagger_s=STAGGER_S)
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    def _routes(self) -> list[tuple[Transport, tuple[str, ...]]]:
+        """This node's transports, preferred first, that the peer offers, each with the addresses within reach."""
+        offers = {offer.scheme: offer.address for offer in self.hello.transports}
+        routes = []
+        for transport in self._transports:
+            if transport.scheme in offers and transport.scheme not in self._given_up:
+                places = tuple(filter(transport.reach, self._places(transport, offers[transport.scheme])))
+                if places:
+                    routes.append((transport, places))
+        return routes
+
+    def _places(self, transport: Transport, offered: str) -> list[str]:
+        """The addresses that an offer stands for."""
+        if AT_NODE in offered:
+            return [offered.replace(AT_NODE, address) for address in self.addresses]
+        return [] if AT_NODE in told_address(transport) else [offered]
 
     def _log_choice(self, transport: Transport, others: list[str]) -> None:
         """Logs each transport once: a broken session is opened again."""
@@ -250,7 +294,11 @@ class Peer:
         await self.link.close()
 
     def __repr__(self) -> str:
-        return f"<Peer {self.name} {self.hello.address} {self.scheme} | {len(self.artifacts)} artifacts>"
+        return f"<Peer {self.name} {self.address} {self.scheme} | {len(self.artifacts)} artifacts>"
+
+
+async def _close(session: Inbound) -> None:
+    await session.close()
 
 
 def _bytes(message: Message) -> int:

@@ -44,7 +44,8 @@ PACE_BYTES_PER_S_MAX = 1 << 50
 ANNOUNCED_MAX = 256  # artifacts of a node
 SIZE_BYTES_MAX = 1 << 62  # of an artifact
 PROTOCOL_MAX = 1 << 31  # an integer of a million digits is no version, and cannot be printed
-ADDRESSES_MAX = 64  # addresses in a Members message
+NODES_MAX = 64  # nodes in a Members message
+ADDRESSES_OWN_MAX = 8  # addresses that a node tells about itself: a few cards, two families
 RUNS_MAX = 4096  # runs in a Have message
 CLAIMED_RUNS_MAX, CLAIMS_BYTES_MAX = 512, 128 << 10  # runs in a Claims message, and bytes of digests in a run
 READING_RUNS_MAX = 64  # ranges that a node reads from an origin at once
@@ -53,6 +54,8 @@ Text = Annotated[str, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
 NodeId = NewType("NodeId", Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{16}\Z")])
 Address = NewType("Address", str)  # HOST:PORT of a node
 AddressText = Annotated[Address, msgspec.Meta(max_length=256, pattern=PRINTABLE)]
+AddressTexts = Annotated[tuple[AddressText, ...], msgspec.Meta(max_length=ADDRESSES_OWN_MAX)]
+Port = Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
 Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 ChunkIndex = Annotated[int, msgspec.Meta(ge=0, lt=CHUNKS_MAX)]
 Bits = Annotated[bytes, msgspec.Meta(max_length=CHUNKS_MAX // 8)]
@@ -68,6 +71,7 @@ RefusalReason = Literal[
 # Some names of an artifact, for people: an Origin has all of them.
 REVISIONS_SHOWN, REVISION_SHOWN_CHARS = 4, 64
 RevisionShown = Annotated[str, msgspec.Meta(min_length=1, max_length=REVISION_SHOWN_CHARS, pattern=PRINTABLE)]
+AT_NODE = "*"  # in the address of an Endpoint
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
@@ -75,7 +79,10 @@ class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True)
 
 
 class Endpoint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A transport that serves chunks of the sender. `address` has the form that its scheme defines."""
+    """A transport that serves chunks of the sender. `address` has the form that its scheme defines.
+
+    AT_NODE in it stands for the address at which the receiver reaches the sender.
+    """
 
     scheme: Scheme
     address: Text
@@ -117,13 +124,18 @@ class Announcement(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit
 
 
 class Hello(Message, frozen=True):
-    """First message of both sides. `address`: where to dial the sender; `token`: key for sessions to the sender."""
+    """First message of both sides. `token`: key for sessions to the sender.
+
+    `port`: of the sender's listener at the address that this link comes from, 0 if it takes no connections there.
+    `addresses`: all others at which it takes connections; none if it can only dial.
+    """
 
     protocol: ProtocolVersion
     software: Text
     node: NodeId
     name: Text
-    address: AddressText
+    port: Port
+    addresses: AddressTexts
     token: Token
     transports: Annotated[tuple[Endpoint, ...], msgspec.Meta(max_length=16)]
     artifacts: Annotated[tuple[Announcement, ...], msgspec.Meta(max_length=ANNOUNCED_MAX)]
@@ -136,9 +148,9 @@ class Announce(Message, frozen=True):
 
 
 class Members(Message, frozen=True):
-    """Addresses of the nodes linked to the sender. A newcomer that knows a single address learns the others."""
+    """The addresses of each node linked to the sender. A newcomer that knows a single address learns the others."""
 
-    addresses: Annotated[tuple[AddressText, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
+    nodes: Annotated[tuple[AddressTexts, ...], msgspec.Meta(max_length=NODES_MAX)]
 
 
 class ManifestRequest(Message, frozen=True):

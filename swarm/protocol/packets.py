@@ -6,7 +6,7 @@ itself, so that a lost datagram costs time only.
 
     Ping        ->                probes a member               Ping, PingRequest, Ack and Gossip end with rumours:
                 <-  Ack           the member is alive           Status (22 bytes): id, incarnation, state, version
-    PingRequest ->                asks for an indirect probe    Record (190 bytes): Status, name, address, profile
+    PingRequest ->                asks for an indirect probe    Record (190 bytes): Status, name, addresses, profile
     Gossip      ->                rumours only
     Sync        ->                statuses of a range of ids
                 <-  SyncReply     records that the sender lacks, ids of the records that the receiver lacks
@@ -25,7 +25,7 @@ from msgspec.structs import replace as replace  # for modules that must not impo
 
 from swarm.content.manifest import CHUNKS_MAX, PRINTABLE, Digest, ModelId, Tier
 from swarm.errors import LocalProtocolError
-from swarm.protocol.messages import Address, HeldPart, NodeId, Scheme
+from swarm.protocol.messages import ADDRESSES_OWN_MAX, Address, HeldPart, NodeId, Scheme
 
 VERSION = 1
 
@@ -43,7 +43,8 @@ SOFTWARE_MAX = 32  # ASCII characters of a swarm version
 STEPS = 8  # fractions are rounded to eighths: each step costs every member a rumour
 
 Label = Annotated[str, msgspec.Meta(max_length=LABEL_MAX, pattern=PRINTABLE)]
-AddressLabel = Annotated[Address, msgspec.Meta(min_length=1, max_length=260, pattern=PRINTABLE)]
+# A literal: [ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255]:65535 has 53 characters.
+AddressLabel = Annotated[Address, msgspec.Meta(min_length=1, max_length=53, pattern=r"^[!-~]*\Z")]
 Software = Annotated[str, msgspec.Meta(max_length=SOFTWARE_MAX, pattern=r"^[!-~]*\Z")]
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
 VERSIONS = 1 << 53  # incarnations and versions; after the last comes 0 (`is_newer`)
@@ -115,19 +116,24 @@ class Status(_Array, frozen=True, tag=1):
 
 
 class Record(_Array, frozen=True, tag=2):
-    """All fields of a member."""
+    """All fields of a member. `addresses`: of its datagrams and links, the best first; empty if none is known to it."""
 
     node: NodeId
     incarnation: Version
     state: State
     version: Version
     name: Label
-    address: AddressLabel
+    addresses: Annotated[tuple[AddressLabel, ...], msgspec.Meta(max_length=ADDRESSES_OWN_MAX)]
     profile: Profile
 
     @property
+    def address(self) -> Address:
+        """The first address, for people; empty without one."""
+        return self.addresses[0] if self.addresses else Address("")
+
+    @property
     def status(self) -> Status:
-        """The record without name, address and profile."""
+        """The record without name, addresses and profile."""
         return Status(self.node, self.incarnation, self.state, self.version)
 
 

@@ -95,7 +95,7 @@ class _Member:
         return self.nic.alive and self.download is not None and not self.download.done
 
     def record(self, state: State = State.ALIVE) -> Record:
-        return Record(self.name, 0, state, 0, self.name, Address(self.name), self.profile)
+        return Record(self.name, 0, state, 0, self.name, (Address(self.name),), self.profile)
 
     def distance(self, other: _Member) -> int:
         return other.profile.distance(self.profile.host, self.profile.rack)
@@ -228,7 +228,7 @@ class Crowd:
         member.profile = self._profile(member)
         for other in self._members.values():
             if other is not member and other.nic.alive:
-                self._connect(member, connections.MemberUpdated(other.record()))
+                self._connect(member, connections.MemberUpdated(other.record(), (Address(other.name),)))
         self._gossip(member)
         self._tick(member)
         return member
@@ -270,7 +270,7 @@ class Crowd:
         return Profile((holding,), 0, (), *labels, member.upload.active, UPLOAD_SLOTS)
 
     def _gossip(self, member: _Member, state: State = State.ALIVE) -> None:
-        updated = connections.MemberUpdated(member.record(state))
+        updated = connections.MemberUpdated(member.record(state), (Address(member.name),))
         for other in self._members.values():
             if other is not member:
                 self._connect(other, updated)
@@ -309,15 +309,17 @@ class Crowd:
         for action in actions:
             self._note(member, action)
             match action:
-                case connections.Dial(address):
+                case connections.Dial((address,)):
                     self._clock.after(2 * self.burst.delay_s, self._dialled, member, self._members[NodeId(address)])
                 case connections.Drop(number, why):
                     if other := member.open.get(number):
                         self._forget(member, other.name, number, why)
                         del member.open[number]
                         self._clock.after(self.burst.delay_s, self._close, other, number, why)
-                case connections.Welcome(number, addresses):
-                    self._welcome(member, number, addresses)
+                case connections.Welcome(number, nodes):
+                    self._welcome(member, number, nodes)
+                case connections.ShareNodes(number, nodes):
+                    self._send(messages.Members(nodes), member, member.open[number])
 
     def _dialled(self, member: _Member, other: _Member) -> None:
         address = Address(other.name)
@@ -327,16 +329,16 @@ class Crowd:
         number = next(self._link_numbers)
         member.open[number], other.open[number] = other, member
         for end, far, dialled in ((other, member, None), (member, other, address)):
-            holds = {DIGEST: far.held.complete}
-            self._connect(end, connections.LinkUp(number, far.name, Address(far.name), dialled, holds))
+            holds, here = {DIGEST: far.held.complete}, (Address(far.name),)
+            self._connect(end, connections.LinkUp(number, far.name, here, dialled, holds, here))
 
-    def _welcome(self, member: _Member, number: int, addresses: tuple[Address, ...]) -> None:
+    def _welcome(self, member: _Member, number: int, nodes: tuple[tuple[Address, ...], ...]) -> None:
         other = member.open[number]
         if (twin := member.links.get(other.name)) is not None:
             self._forget(member, other.name, twin, "another link is open")
         member.links[other.name] = number
-        if addresses:
-            self._send(messages.Members(addresses), member, other)
+        if nodes:
+            self._send(messages.Members(nodes), member, other)
         if member.fetches:
             self._send(messages.Interest(DIGEST, member.held.pack(), b""), member, other)
 
@@ -371,8 +373,8 @@ class Crowd:
         if not member.nic.alive or peer.name not in member.links:
             return
         match message:
-            case messages.Members(addresses):
-                self._connect(member, connections.AddressesShared(addresses))
+            case messages.Members(nodes):
+                self._connect(member, connections.AddressesShared(nodes))
             case messages.Announce(artifacts):
                 holds = {held.digest: held.chunks == held.chunks_total for held in artifacts}
                 self._connect(member, connections.HoldingsAnnounced(member.links[peer.name], holds))

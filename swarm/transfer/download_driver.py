@@ -161,7 +161,7 @@ class DownloadDriver:
             spare = (node for node in self.names if node not in self.machine.sources)
             self.names.pop(next(spare, peer.node), None)
         others = {name for node, name in self.names.items() if node != peer.node}
-        self.names[peer.node] = f"{peer.name} ({peer.hello.address})" if peer.name in others else peer.name
+        self.names[peer.node] = f"{peer.name} ({peer.address})" if peer.name in others else peer.name
 
     def placed(self, node: NodeId, distance: int) -> None:
         """The distance of a peer is known now, or has changed."""
@@ -235,7 +235,7 @@ class DownloadDriver:
                     self._announce(list(chunks))
                 case events.Ban(node, why):
                     peer = self._host.peers[node]
-                    log.warning("banned %s (%s): %s", peer.name, peer.hello.address, why)
+                    log.warning("banned %s (%s): %s", peer.name, peer.address, why)
                 case events.Complete():
                     if not self._ended.done():
                         self._ended.set_result(None)

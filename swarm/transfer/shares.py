@@ -321,6 +321,8 @@ class Shares:
 
     def show_interest(self, peer: Peer) -> None:
         """Sends `Interest`, once for each digest that this node fetches and the peer announces."""
+        if not peer.readable:
+            return
         for digest in sorted(peer.artifacts.keys() - peer.own_interests):
             if (share := self.shares.get(digest)) and share.download:
                 peer.own_interests.add(digest)

@@ -114,6 +114,14 @@ class Transport(Protocol):
         """Closes every session."""
 
 
+def told_address(transport: Transport) -> str:
+    """The address of a transport in Hello: its attribute `told`, if it has one, else its address.
+
+    `*` in it stands for the address at which the receiver reaches the node (messages.AT_NODE).
+    """
+    return str(getattr(transport, "told", transport.address))
+
+
 @runtime_checkable
 class AdoptingTransport(Transport, Protocol):
     """A transport whose askers dial the port of the node's listener, so that a firewall needs one hole."""

@@ -71,6 +71,11 @@ class CudaIpcTransport(TcpTransport):
         """MACHINE/HOST:PORT, with `machine_id`."""
         return f"{machine_id()}/{super().address}"
 
+    @property
+    def told(self) -> str:
+        """MACHINE/*."""
+        return f"{machine_id()}/*"
+
     def reach(self, address: str) -> bool:
         """Whether the address is on this machine and none of its handles has failed."""
         where, _, rest = address.partition("/")

@@ -70,13 +70,15 @@ class Target:
 
 
 def _messages() -> list[bytes]:
-    offers = (Endpoint("tcp", "10.0.0.1:7000"), Endpoint("inproc", "inproc://ab/0"))
+    offers = (Endpoint("tcp", messages.AT_NODE), Endpoint("inproc", "inproc://ab/0"))
     part = messages.HeldPart("ab" * 8, 1, 2)
     artifacts = (Announcement(ORG_MODEL, DIGEST, "checkpoint", 1 << 40, 3, 80, False, part),)
     said = (
-        messages.Hello(messages.PROTOCOL, "0.1.0", ANN, "node", Address("10.0.0.1:7000"), TOKEN, offers, artifacts),
+        messages.Hello(
+            messages.PROTOCOL, "0.1.0", ANN, "node", 7000, (Address("10.0.0.1:7000"),), TOKEN, offers, artifacts
+        ),
         messages.Announce(artifacts),
-        messages.Members((Address("10.0.0.1:7000"), Address("[::1]:7000"))),
+        messages.Members(((Address("10.0.0.1:7000"), Address("[::1]:7000")), ())),
         messages.ManifestRequest(DIGEST),
         messages.ManifestPart(DIGEST, 100, 10, b"some of it"),
         messages.OriginRequest(DIGEST),
@@ -113,10 +115,10 @@ def _packets() -> list[bytes]:
         State.ALIVE,
         2,
         "ann",
-        Address("10.0.0.1:7000"),
+        (Address("10.0.0.1:7000"), Address("[fd00::1]:7000")),
         Profile((held,), 1, ("tcp",), "host", "rack", 1, 8, "0.1.0"),
     )
-    own = Record(ME, 0, State.ALIVE, 0, "me", Address("10.0.0.9:7000"), Profile())
+    own = Record(ME, 0, State.ALIVE, 0, "me", (Address("10.0.0.9:7000"),), Profile())
     return [
         packets.encode(packet)
         for packet in (
@@ -137,7 +139,7 @@ def feed_gossip(data: bytes) -> bool:
     except ValueError:
         return False
     assert packets.decode(packets.encode(packet)) == packet
-    machine = Swim(ME, Address("10.0.0.9:7000"), name="me", config=config.lan(), now=NOW, rng=random.Random(1))
+    machine = Swim(ME, (Address("10.0.0.9:7000"),), name="me", config=config.lan(), now=NOW, rng=random.Random(1))
     for event in (PacketReceived(Address("10.0.0.1:7000"), packet),) * 2:
         machine.handle(event, NOW)
         machine.check()

@@ -79,11 +79,11 @@ class LyingPeer:
         announced = messages.Announcement(
             ModelId(MODEL), self.digest, "checkpoint", self.manifest.size, chunks, chunks, self.superseeds
         )
-        offers = (messages.Endpoint("tcp", self.address),)
+        offers = (messages.Endpoint("tcp", messages.AT_NODE),)
         node = hashlib.sha256(self.address.encode()).hexdigest()[:16]
         name = type(self).__name__
         return messages.Hello(
-            messages.PROTOCOL, "9.9", NodeId(node), name, Address(self.address), TOKEN, offers, (announced,)
+            messages.PROTOCOL, "9.9", NodeId(node), name, 0, (Address(self.address),), TOKEN, offers, (announced,)
         )
 
     async def greeted(self, socket: web.WebSocketResponse) -> None:
@@ -195,7 +195,7 @@ async def heard(address: str, *questions: Question, last: type[Message] = messag
         hello = messages.decode((await socket.receive_str()).encode())
         assert isinstance(hello, messages.Hello)
         greeting = messages.Hello(
-            messages.PROTOCOL, "9.9", NodeId("f" * 16), "stranger", Address("127.0.0.1:1"), TOKEN, (), ()
+            messages.PROTOCOL, "9.9", NodeId("f" * 16), "stranger", 0, (Address("127.0.0.1:1"),), TOKEN, (), ()
         )
         for said in (greeting, *(question(hello.artifacts[0]) for question in questions)):
             await socket.send_str(messages.encode(said).decode())

@@ -23,7 +23,8 @@ import pytest
 
 from swarm.content.manifest import Digest
 from swarm.errors import NotAdmitted, SwarmError
-from swarm.net.websocket import PATH, HttpLinks, Link
+from swarm.net.link import Link
+from swarm.net.websocket import PATH, HttpLinks
 from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, Endpoint, Hello, NodeId
 from swarm.protocol.packets import Profile, Record, State
@@ -123,7 +124,17 @@ async def linked(target: Target, identity: Identity) -> AsyncIterator[Link]:
 
 def hello(node: str, *, address: str = "127.0.0.1:9", name: str = "mallory") -> Hello:
     token = secrets.token_hex(16)
-    return Hello(messages.PROTOCOL, "9.9", NodeId(node), name, Address(address), token, (Endpoint("tls", address),), ())
+    return Hello(
+        messages.PROTOCOL,
+        "9.9",
+        NodeId(node),
+        name,
+        0,
+        (Address(address),),
+        token,
+        (Endpoint("tls", messages.AT_NODE),),
+        (),
+    )
 
 
 async def read_on(link: Link) -> None:
@@ -217,7 +228,7 @@ def test_replayed_datagrams(target: Target) -> None:
     """What a member says of a third one is taken once: played again, it does not bring that one back to life."""
     sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
     ghost = secrets.token_hex(8)
-    record = Record(NodeId(ghost), 0, State.ALIVE, 0, "ghost", Address("127.0.0.1:9"), Profile())
+    record = Record(NodeId(ghost), 0, State.ALIVE, 0, "ghost", (Address("127.0.0.1:9"),), Profile())
     gone = packets.Status(NodeId(ghost), 1, State.LEFT, 0)
     said = [sealer.seal(packets.encode(packets.Gossip(NodeId(ghost), (each,))), time.time()) for each in (record, gone)]
     unsaid = sealer.seal(packets.encode(packets.Gossip(NodeId(ghost), (record,))), time.time())
@@ -291,7 +302,7 @@ def test_sybil_flood_of_1000_claimed_members(target: Target) -> None:
                     State.ALIVE,
                     0,
                     f"sybil-{n}",
-                    Address(f"127.0.0.1:{20000 + n}"),
+                    (Address(f"127.0.0.1:{20000 + n}"),),
                     Profile(),
                 )
                 for n in range(number, number + 5)
@@ -333,7 +344,7 @@ def test_member_that_floods_is_muted_and_named(target: Target) -> None:
             assert isinstance(await link.receive(), Hello)
             with contextlib.suppress(SwarmError):
                 for _ in range(300):
-                    await link.send(*[messages.Members((Address("127.0.0.1:9"),))] * 256)
+                    await link.send(*[messages.Members(((Address("127.0.0.1:9"),),))] * 256)
             with pytest.raises(SwarmError):
                 await read_on(link)
         async with linked(target, mallory) as again:

@@ -26,7 +26,8 @@ from swarm.net.discovery import Mdns
 async def main():
     mdns = Mdns()
     host, port = sys.argv[2], int(sys.argv[3])
-    await mdns.start(node_id=sys.argv[1], address=(host, port), found=lambda address: print(address, flush=True))
+    report = lambda addresses: print(*addresses, flush=True)
+    await mdns.start(node_id=sys.argv[1], hosts=[host], port=port, found=report)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the test closes our input
     await mdns.close()
     print("closed", flush=True)
@@ -144,7 +145,7 @@ def test_is_a_node_never_reported_to_itself_and_others_only_once() -> None:
 
     async def main() -> None:
         mdns = Mdns()
-        await mdns.start(node_id=secrets.token_hex(8), address=("127.0.0.1", own_port), found=found.append)
+        await mdns.start(node_id=secrets.token_hex(8), hosts=["127.0.0.1"], port=own_port, found=found.extend)
         async with asyncio.timeout(DEADLINE_S):
             with processes(other_port, last_port) as (other, _):
                 # Both ask and both are announced several times before this is true.

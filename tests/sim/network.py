@@ -27,9 +27,10 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from swarm.errors import PeerTimeout, PeerUnreachable, RemoteProtocolError
-from swarm.net.environment import DIAL_TIMEOUT_S
+from swarm.net.environment import DIAL_TIMEOUT_S, Found
+from swarm.net.link import Link
 from swarm.net.udp import Hear
-from swarm.net.websocket import HEARTBEAT_S, Link
+from swarm.net.websocket import HEARTBEAT_S
 from swarm.protocol import messages
 from swarm.protocol.messages import Address, AnyMessage, Message, NodeId
 from swarm.transport import Transport
@@ -236,7 +237,7 @@ class MemoryLink:
     """One end of a link: see `Link`. Only what `messages` can say gets through."""
 
     def __init__(self, fabric: Fabric, here: Host, there: Host) -> None:
-        self.remote = there.name
+        self.remote, self.local = there.name, here.name
         self.member: str | None = None  # nobody lies here about who it is
         self.here, self.there = here, there
         self.twin: MemoryLink
@@ -325,6 +326,10 @@ class SimulatedEnvironment:
 
     def __init__(self, fabric: Fabric, host: Host, known: tuple[str, ...]) -> None:
         self.transports: Sequence[Transport] = ()
+        self.local, self.on_loopback = Address(host.name), False
+        self.confined = False
+        self.names_peers = bool(known)
+        self.unresolved: Sequence[str] = ()
         self.listening = False
         self._fabric = fabric
         self._host = host
@@ -337,7 +342,7 @@ class SimulatedEnvironment:
         self,
         node: NodeId,
         accept: Callable[[Link], Awaitable[None]],
-        found: Callable[[Address, bool], None],
+        found: Found,
         hear: Hear,
     ) -> Address:
         """See Environment. The address is the host's name."""
@@ -347,7 +352,7 @@ class SimulatedEnvironment:
         self._accept, self._hear = accept, hear
         self.listening = True
         for address in self._known:
-            asyncio.get_running_loop().call_soon(found, Address(address), True)
+            asyncio.get_running_loop().call_soon(found, (Address(address),), True)
         return Address(self._host.name)
 
     def accept(self, link: Link) -> None:
@@ -359,9 +364,24 @@ class SimulatedEnvironment:
             self._incoming[task] = None
             task.add_done_callback(lambda done: self._incoming.pop(done, None))
 
-    async def dial(self, address: str) -> Link:
+    @property
+    def addresses(self) -> tuple[Address, ...]:
         """See Environment."""
-        return await self._fabric.dial(self._host, address)
+        return (Address(self._host.name),)
+
+    async def dial(self, addresses: Sequence[Address]) -> Link:
+        """See Environment. Hosts have one address each."""
+        return await self._fabric.dial(self._host, addresses[0])
+
+    def port_at(self, local: str) -> int:
+        """See Environment. Addresses have no ports here."""
+        return 0
+
+    def reached(
+        self, claimed: Sequence[str], *, remote: str | None = None, port: int = 0, dialled: Address | None = None
+    ) -> tuple[Address, ...]:
+        """See Environment. Nobody lies here."""
+        return tuple(dict.fromkeys([*([dialled] if dialled else []), *map(Address, claimed)]))
 
     def send(self, address: str, datagram: bytes) -> None:
         """See Environment."""

@@ -93,7 +93,7 @@ class SwimGroup:
         node = node or f"{self._rng.getrandbits(64):016x}"
         machine = Swim(
             NodeId(node),
-            Address(name),
+            (Address(name),),
             name=name,
             config=self._config,
             now=self.now,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from swarm.errors import LocalProtocolError, PeerTimeout, PeerUnreachable
-from swarm.net.websocket import Link
-from swarm.protocol.messages import Cancel, NodeId
+from swarm.net.link import Link
+from swarm.protocol.messages import Address, Cancel, NodeId
 from swarm.transfer.download import Download
 
 from . import clock, cluster, network
@@ -118,7 +118,7 @@ class Net:
         self.heard.append((source, datagram))
 
     async def link(self, one: str, other: str) -> tuple[Link, Link]:
-        near = await self.worlds[one].dial(other)
+        near = await self.worlds[one].dial([Address(other)])
         await asyncio.sleep(0.01)
         return near, self.incoming.pop()
 
@@ -259,7 +259,7 @@ def test_a_dead_host_refuses_and_a_silent_one_does_not_answer(silent: bool, erro
             near, _ = await net.link("a", "b")
             net.fabric.kill("b", silent=silent)
             with pytest.raises(error):
-                await net.worlds["a"].dial("b")
+                await net.worlds["a"].dial([Address("b")])
             assert isinstance(near, MemoryLink)
             if not silent:
                 with pytest.raises(PeerUnreachable, match="reset"):

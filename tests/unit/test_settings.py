@@ -45,6 +45,7 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "cache": ("/tmp/cache", Path("/tmp/cache")),
     "cache_limit_gb": ("0.5", 0.5),
     "find_timeout_s": ("1", 1.0),
+    "wait": ("yes", True),
     "stall_timeout_s": ("1e1", 10.0),
     "idle_timeout_s": ("0.5", 0.5),
     "drain_timeout_s": ("30", 30.0),
@@ -389,7 +390,8 @@ def test_is_the_greatest_value_one_that_peers_accept_and_the_next_one_refused(se
         "1",
         NodeId("a" * 16),
         accepted if setting == "name" else "n",
-        Address("h:1"),
+        1,
+        (Address("h:1"),),
         "0" * 32,
         (),
         (),
@@ -398,7 +400,7 @@ def test_is_the_greatest_value_one_that_peers_accept_and_the_next_one_refused(se
     label = accepted if setting in ("host", "rack") else ""
     slots = accepted if setting == "upload_slots" else 1
     record = Record(
-        NodeId("a" * 16), 0, State.ALIVE, 0, "n", Address("h:1"), Profile((), 0, (), label, label, 0, slots)
+        NodeId("a" * 16), 0, State.ALIVE, 0, "n", (Address("h:1"),), Profile((), 0, (), label, label, 0, slots)
     )
     assert packets.decode(packets.encode(packets.Gossip(record.node, (record,)))).sender == record.node
     if setting == "chunk_bytes":
@@ -420,7 +422,7 @@ def test_has_a_name_no_control_characters(setting: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
-        ("peers", ("host",)), ("peers", ("ok:1", "host:65536")), ("peers", (".".join(["h" * 60] * 5) + ":1",)),
+        ("peers", ("host:",)), ("peers", ("ok:1", "host:65536")), ("peers", (".".join(["h" * 60] * 5) + ":1",)),
         ("listen", ".".join(["h" * 60] * 5)), ("leaf_bytes", 1023), ("leaf_bytes", (64 << 20) + 1),
         ("upload_slots", 10**400), ("find_timeout_s", 10**400), ("timeout_s", 1e16), ("upload_limit", 1e16),
     ],

@@ -17,7 +17,9 @@ from swarm.protocol.packets import Profile, Record, State
 
 
 def member(number: int) -> Record:
-    return Record(NodeId(f"{number:016x}"), 1, State.ALIVE, 1, f"m{number}", Address(f"127.0.0.1:{number}"), Profile())
+    return Record(
+        NodeId(f"{number:016x}"), 1, State.ALIVE, 1, f"m{number}", (Address(f"127.0.0.1:{number}"),), Profile()
+    )
 
 
 def answer(number: int, *, running: bool = False) -> bytes:

@@ -36,7 +36,7 @@ STORY = (
     Entry(100.0, "node", Opened(ME, "me", Address("127.0.0.1:1"), "here", "r")),
     Entry(100.1, PAT, Joined(PAT, "pat", Address("127.0.0.1:2"), "tcp")),
     Entry(100.1, PAT, ArtifactsAnnounced(PAT, (HOLDS,))),
-    Entry(100.2, PAT, MemberChanged(Record(PAT, 0, State.ALIVE, 1, "pat", Address("127.0.0.1:2"), PROFILE))),
+    Entry(100.2, PAT, MemberChanged(Record(PAT, 0, State.ALIVE, 1, "pat", (Address("127.0.0.1:2"),), PROFILE))),
     Entry(100.3, LIAR, Joined(LIAR, "liar", Address("127.0.0.1:3"), "tcp")),
     Entry(100.3, LIAR, ArtifactsAnnounced(LIAR, (PART,))),
     Entry(101.0, "node", FetchStarted(ORG_M, DIGEST, 40, 10, 4, ((3, 1),))),

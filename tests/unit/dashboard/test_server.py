@@ -26,7 +26,7 @@ def test_is_a_member_that_tells_no_timeline_silent(*, known: bool, said: bytes |
             raise PeerUnreachable(address, "is gone")
         return said
 
-    ann = Record(ANN, 0, State.ALIVE, 0, "ann", Address("127.0.0.1:2"), Profile())
+    ann = Record(ANN, 0, State.ALIVE, 0, "ann", (Address("127.0.0.1:2"),), Profile())
     node = SimpleNamespace(id=ME, address="127.0.0.1:1", members=lambda: [ann] if known else [], now=lambda: 0.0)
     dashboard = Dashboard(NodeReport())
     dashboard.attach(cast(Watched, node), read)

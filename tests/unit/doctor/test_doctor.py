@@ -26,7 +26,7 @@ from swarm.doctor.facts import (
 from swarm.doctor.show import as_json, show
 from swarm.engines.layout import Fingerprint
 from swarm.engines.start_log import EngineStart, TierAttempt
-from swarm.errors import NotAdmitted, PeerUnreachable, VersionSkew
+from swarm.errors import NotAdmitted, NotSwarm, PeerTimeout, PeerUnreachable, SettingsError, VersionSkew
 from swarm.protocol.messages import Announcement
 
 GIVEN = frozenset({"given"})
@@ -111,6 +111,48 @@ def test_who_refuses_the_key() -> None:
     assert (found.what, found.todo) == ("10.0.0.9:7000: has another cluster key", "give both the same key file")
     assert seen("key", failing(refused, FOUND))[-1].level == "note", "a neighbour of another cluster is no fault"
     assert not [finding for finding in seen("peers", failing(refused)) if "10.0.0.9" in finding.what]
+
+
+NINE = "10.0.0.9:7000"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "what"),
+    [
+        (NotAdmitted(NINE, "has another cluster key; give both the same key file"), "key", "another cluster"),
+        (SettingsError("peer", f"{NINE} is beyond this machine"), "key", "this node has no cluster key"),
+        (PeerUnreachable(NINE, "no program listens there; is it running?"), "peers", "no program"),
+        (PeerUnreachable(NINE, "no route to this address; are both on one network?"), "peers", "no route"),
+        (PeerTimeout(NINE, "no answer within 5 s; is the machine on?"), "peers", "no answer"),
+        (NotSwarm(NINE, "answers, and is no swarm node; is it the right port?"), "peers", "no swarm node"),
+        (VersionSkew(NINE, theirs=9, ours=3, software="9"), "versions", "speaks protocol 9"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_is_the_cause_at_the_top_and_what_follows_from_it_below(error: Any, cause: str, what: str) -> None:
+    alone = facts(dialed=(DialedPeer("10.0.0.9:7000", GIVEN, error=error),), model_id="org/m", mdns=None)
+    findings = diagnose(alone)
+    first = next(finding for finding in findings if finding.level == "bad")
+    assert (findings[0].check, first.check) == (cause, cause)
+    assert what in first.what
+    assert first.todo
+    assert [finding.check for finding in findings if finding.level == "bad"] == [cause, "model"]
+
+
+def test_is_a_name_that_is_not_known_the_cause() -> None:
+    alone = facts(
+        dialed=(), model_id="org/m", mdns=None, names={"seed:7000": "seed:7000: this name is not known; check it"}
+    )
+    assert [(finding.check, finding.what) for finding in diagnose(alone) if finding.level == "bad"] == [
+        ("peers", "seed:7000: this name is not known"),
+        ("model", "no node holds org/m"),
+    ]
+
+
+def test_is_a_node_on_loopback_without_gossip_no_fault() -> None:
+    quiet = dataclasses.replace(HEALTHY.dialed[0], gossips=False)
+    assert [finding.level for finding in seen("datagrams", facts(loopback=True, dialed=(quiet,)))] == ["note"]
+    assert [finding.level for finding in seen("datagrams", facts(dialed=(quiet,)))] == ["bad"]
 
 
 def test_what_is_said_without_a_key() -> None:

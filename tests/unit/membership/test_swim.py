@@ -30,7 +30,7 @@ from swarm.membership.swim import (
     Swim,
     Tick,
 )
-from swarm.protocol import packets
+from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import (
     Ack,
@@ -67,7 +67,7 @@ def record(
         state,
         version,
         node[-1:],
-        Address(address or f"at-{node[-1:]}"),
+        (Address(address or f"at-{node[-1:]}"),),
         profile or Profile(),
     )
 
@@ -84,7 +84,7 @@ class Member:
         dice = random.Random(0)
         self.machine = Swim(
             NodeId(node),
-            Address(f"at-{node[-1]}"),
+            (Address(f"at-{node[-1]}"),),
             name="me",
             config=T,
             now=self.now,
@@ -636,7 +636,7 @@ def test_the_longest_names_fit() -> None:
     )
     machine = Swim(
         NodeId("f" * 16),
-        Address("h" * 253 + ":65535"),
+        (Address("[ffff:ffff:ffff:ffff:ffff:ffff:255.255.255.255]:65535"),) * messages.ADDRESSES_OWN_MAX,
         name=long,
         config=T,
         now=0.0,

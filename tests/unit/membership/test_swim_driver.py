@@ -58,7 +58,7 @@ class Members:
         for contact in contacts:
             one.found(Address(contact))
         await environment.open(NodeId("0" * 16), self._accept, lambda address, lasting: None, one.receive)
-        one.open(NodeId(node or f"{dice.getrandbits(64):016x}"), Address(name), name, profile or Profile())
+        one.open(NodeId(node or f"{dice.getrandbits(64):016x}"), (Address(name),), name, profile or Profile())
         return one
 
     async def _accept(self, link: object) -> None:
@@ -132,7 +132,7 @@ def test_does_a_twin_warn(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         members = Members()
         one = await members.add("one", node="a" * 16)
-        twin = Record(NodeId("a" * 16), 0, State.ALIVE, 0, "twin", TWO, PROFILE)
+        twin = Record(NodeId("a" * 16), 0, State.ALIVE, 0, "twin", (TWO,), PROFILE)
         for incarnation in range(1, 10):
             record = packets.replace(twin, incarnation=10 * incarnation)
             one.receive(THREE, packets.encode(Gossip(NodeId("b" * 16), (record,))))
@@ -150,6 +150,9 @@ def test_are_datagrams_read_before_time_is_told() -> None:
         order: list[str] = []
 
         class Environment:
+            def reached(self, claimed: tuple[Address, ...]) -> tuple[Address, ...]:
+                return claimed
+
             def send(self, address: str, datagram: bytes) -> None:
                 order.append(type(packets.decode(datagram)).__name__)
 
@@ -161,7 +164,7 @@ def test_are_datagrams_read_before_time_is_told() -> None:
         assert not one.joining
         one.found(TWO)
         assert not one.joining, "nobody was asked yet"
-        one.open(NodeId("a" * 16), ONE, "one", Profile())
+        one.open(NodeId("a" * 16), (ONE,), "one", Profile())
         assert one.joining
         assert order == ["Sync"]
         await asyncio.sleep(3 * T.probe_interval_s)
@@ -196,6 +199,9 @@ def test_are_contacts_bounded_before_there_is_an_address(monkeypatch: pytest.Mon
         asked: list[str] = []
 
         class Environment:
+            def reached(self, claimed: tuple[Address, ...]) -> tuple[Address, ...]:
+                return claimed
+
             def send(self, address: str, datagram: bytes) -> None:
                 assert isinstance(packets.decode(datagram), Sync)
                 asked.append(address)
@@ -204,7 +210,7 @@ def test_are_contacts_bounded_before_there_is_an_address(monkeypatch: pytest.Mon
         one = SwimDriver(Environment(), config=T, rng=random.Random(1), clock=loop.time, changed=lambda _: None)  # type: ignore[arg-type]
         for number in range(5):
             one.found(Address(f"m{number}"))
-        one.open(NodeId("a" * 16), ONE, "one", Profile())
+        one.open(NodeId("a" * 16), (ONE,), "one", Profile())
         assert set(asked) <= {"m0", "m1"}
         one.close()
 

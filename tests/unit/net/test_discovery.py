@@ -14,14 +14,21 @@ from swarm.protocol.messages import Address
 
 
 def test_static_addresses_have_one_form_and_come_once() -> None:
-    peers = ["10.0.0.1:7000", " seed.example:7001", "[::1]:7002", "10.0.0.1:7000", "node_1:07003"]
-    assert static(peers) == ["10.0.0.1:7000", "seed.example:7001", "[::1]:7002", "node_1:7003"]
+    peers = ["10.0.0.1:7000", " seed.example:7001", "[::1]:7002", "10.0.0.1:7000", "node_1:07003", "seed", "[::1]"]
+    assert static(peers) == [
+        "10.0.0.1:7000",
+        "seed.example:7001",
+        "[::1]:7002",
+        "node_1:7003",
+        "seed:7000",
+        "[::1]:7000",
+    ]
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "host", "host:", ":7000", "host:0", "host:65536", "host:port", "host:-1", "host:٣", "::1", "::1:7000",
-     "[::1]", "[host]:7000", "[10.0.0.1]:7000", "http://host:7000", "a b:7000", "-x:7000", "a..b:7000",
+    ["", "host:", ":7000", "host:0", "host:65536", "host:port", "host:-1", "host:٣", "::1", "::1:7000",
+     "[host]:7000", "[10.0.0.1]:7000", "http://host:7000", "a b:7000", "-x:7000", "a..b:7000",
      "host:" + "9" * 5000],
 )  # fmt: skip
 def test_malformed_address_is_named_with_the_form_it_should_have(text: str) -> None:
@@ -78,7 +85,7 @@ def test_without_multicast_one_line_says_what_to_do(
 
     async def main() -> None:
         mdns = Mdns()
-        await mdns.start(node_id="0" * 16, address=("127.0.0.1", 7000), found=lambda _: None)
+        await mdns.start(node_id="0" * 16, hosts=("127.0.0.1",), port=7000, found=lambda _: None)
         assert repr(mdns) == "<Mdns 0000000000000000 off, 0 found>"
         await mdns.close()
 

@@ -14,9 +14,10 @@ import pytest
 
 from swarm.errors import NotAdmitted, PeerUnreachable, SettingsError
 from swarm.net import discovery, environment
+from swarm.net.addresses import WILDCARDS
 from swarm.net.environment import HostEnvironment, machine_label, new_id
+from swarm.net.link import Link
 from swarm.net.udp import Datagrams
-from swarm.net.websocket import Link
 from swarm.protocol.messages import Address, Bye, NodeId
 from swarm.security import cluster_key
 from swarm.settings import Settings, split_address
@@ -36,7 +37,7 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(within_deadline())
 
 
-def ignore(address: str, lasting: bool) -> None:
+def ignore(addresses: tuple[str, ...], lasting: bool) -> None:
     """Nobody is looked for."""
 
 
@@ -55,7 +56,7 @@ def test_are_links_and_pages_on_one_port() -> None:
         try:
             address = await here.open(NODE, hang_up, ignore, unheard)
             await there.open(NODE, hang_up, ignore, unheard)
-            link = await there.dial(address)
+            link = await there.dial([address])
             assert await link.receive() == Bye("hello")
             await link.close()
 
@@ -163,10 +164,10 @@ def test_a_node_takes_over_another_key_while_it_runs(tmp_path: Path) -> None:
             address = await here.open(NODE, hang_up, ignore, lambda _, datagram: heard.put_nowait(datagram))
             await there.open(NODE, hang_up, ignore, unheard)
             with pytest.raises(NotAdmitted):
-                await there.dial(address)
+                await there.dial([address])
             assert here.reload(old) == []
             assert here.reload(both) == [f"cluster key {cluster_key.load(paths[2])}"]
-            link = await there.dial(address)
+            link = await there.dial([address])
             assert await link.receive() == Bye("hello")
             await link.close()
             there.send(address, b"a datagram")
@@ -194,7 +195,7 @@ def test_is_nobody_beyond_loopback_dialled() -> None:
         await here.open(NODE, hang_up, ignore, unheard)
         for address in ("192.0.2.1:7000", "example.org:7000", "[2001:db8::1]:7000"):
             with pytest.raises(SettingsError, match="--insecure"):
-                await here.dial(Address(address))
+                await here.dial([Address(address)])
         await here.close()
 
     run(scenario)
@@ -210,7 +211,7 @@ def test_is_a_taken_port_an_error_that_leaves_nothing_behind() -> None:
         await there.close()
         await here.close()
         with pytest.raises(PeerUnreachable):
-            await here.dial(address)
+            await here.dial([address])
 
     run(scenario)
 
@@ -230,7 +231,7 @@ def test_does_a_transport_that_cannot_be_used_leave_no_port_behind() -> None:
 
 def test_is_a_wrong_peer_told_before_anything_is_opened() -> None:
     with pytest.raises(SettingsError, match="not HOST:PORT"):
-        HostEnvironment(Settings(mdns=False, peers=("nowhere",)))
+        HostEnvironment(Settings(mdns=False, peers=("nowhere:",)))
 
 
 def test_does_a_name_that_is_unknown_today_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,26 +246,38 @@ def test_does_a_name_that_is_unknown_today_stop_nothing(monkeypatch: pytest.Monk
     monkeypatch.setattr(discovery, "resolve", resolve)
 
     async def scenario() -> None:
-        found: asyncio.Queue[tuple[str, bool]] = asyncio.Queue()
+        found: asyncio.Queue[tuple[tuple[str, ...], bool]] = asyncio.Queue()
         here = HostEnvironment(Settings(mdns=False, peers=("later.example:1", "127.0.0.9:1")))
         try:
-            await here.open(NODE, hang_up, lambda address, lasting: found.put_nowait((address, lasting)), unheard)
-            assert await found.get() == ("127.0.0.9:1", True)
+            await here.open(NODE, hang_up, lambda known, lasting: found.put_nowait((known, lasting)), unheard)
+            assert await found.get() == (("127.0.0.9:1",), True)
+            assert here.unresolved == ["later.example:1: no such name"]
             known["later.example:1"] = ["127.0.0.7:1", "127.0.0.8:1"]
-            seen = set[tuple[str, bool]]()
+            seen = set[tuple[tuple[str, ...], bool]]()
             while len(seen) < 3:
                 seen.add(await found.get())
-            assert seen == {("127.0.0.9:1", True), ("127.0.0.7:1", False), ("127.0.0.8:1", False)}
+            assert seen == {(("127.0.0.9:1",), True), (("127.0.0.7:1",), False), (("127.0.0.8:1",), False)}
+            assert here.unresolved == []
         finally:
             await here.close()
 
     run(scenario)
 
 
-@pytest.mark.parametrize("wildcard", ["0.0.0.0", "::"])
-def test_is_a_wildcard_never_advertised(wildcard: str) -> None:
-    assert environment._reachable(wildcard) != wildcard
-    assert environment._reachable("127.0.0.1") == "127.0.0.1"
+@pytest.mark.parametrize("wildcard", ["0.0.0.0", "[::]"])
+def test_is_a_wildcard_never_told(wildcard: str) -> None:
+    async def scenario() -> None:
+        here = HostEnvironment(Settings(mdns=False, listen=f"{wildcard}:0", insecure=True))
+        try:
+            shown = await here.open(NODE, hang_up, ignore, unheard)
+            hosts = {split_address("told", address)[0] for address in (shown, here.local, *here.addresses)}
+            assert hosts.isdisjoint(WILDCARDS)
+            assert set(here._hosts) <= set(WILDCARDS)
+            assert not here.on_loopback
+        finally:
+            await here.close()
+
+    run(scenario)
 
 
 def test_are_ids_fresh() -> None:

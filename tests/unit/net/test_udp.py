@@ -32,8 +32,8 @@ class End:
     def __init__(self, host: str = "127.0.0.1", *, loopback_only: bool = True, codec: udp.Codec | None = None) -> None:
         self.heard: list[tuple[str, bytes]] = []
         self.arrived = asyncio.Event()
-        self.socket = Datagrams(host, 0, self._hear, codec=codec or NoSeal(), loopback_only=loopback_only)
-        self.address = "{}:{}".format(*self.socket._sock.getsockname())
+        self.socket = Datagrams([host], 0, self._hear, codec=codec or NoSeal(), loopback_only=loopback_only)
+        self.address = "{}:{}".format(*self.socket._socks[0].getsockname())
 
     def _hear(self, source: str, datagram: bytes) -> None:
         self.heard.append((source, datagram))
@@ -83,10 +83,18 @@ def test_is_a_turn_bounded_and_a_drain_thorough(monkeypatch: pytest.MonkeyPatch)
 def test_is_nothing_sent_to_what_is_no_literal_of_its_family(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         end = End(loopback_only=False)
-        sock, end.socket._sock = end.socket._sock, None  # type: ignore[assignment]  # whoever would send now fails
-        assert udp._target(address, socket.AF_INET) is None
-        end.socket._sock = sock
+        sent: list[object] = []
+
+        class Spy:
+            family = socket.AF_INET
+
+            def sendto(self, *sent_to: object) -> None:
+                sent.append(sent_to)
+
+        real, end.socket._socks = end.socket._socks, [Spy()]  # type: ignore[list-item]
         end.socket.send(Address(address), b"x")
+        assert sent == []
+        end.socket._socks = real
         end.socket.close()
 
     run(scenario)
@@ -98,6 +106,8 @@ def test_are_other_machines_neither_told_nor_heard() -> None:
         sent: list[tuple[bytes, tuple[str, int]]] = []
 
         class Spy:
+            family = socket.AF_INET
+
             def sendto(self, data: bytes, target: tuple[str, int]) -> None:
                 sent.append((data, target))
 
@@ -111,13 +121,13 @@ def test_are_other_machines_neither_told_nor_heard() -> None:
                 return 99
 
         for end in (wide, narrow):
-            real, end.socket._sock = end.socket._sock, Spy()  # type: ignore[assignment]
+            real, end.socket._socks = end.socket._socks, [Spy()]  # type: ignore[list-item]
             sent.clear()
             end.socket.send(Address("192.0.2.1:7"), b"x")
             assert bool(sent) == (end is wide)
             end.socket.drain()
             assert bool(end.heard) == (end is wide)
-            end.socket._sock = real
+            end.socket._socks = real
             end.socket.close()
 
     run(scenario)
@@ -165,7 +175,7 @@ def test_is_a_taken_port_an_error() -> None:
         one = End()
         port = int(one.address.rpartition(":")[2])
         with pytest.raises(OSError, match="in use"):
-            Datagrams("127.0.0.1", port, lambda source, datagram: None, codec=NoSeal(), loopback_only=True)
+            Datagrams(["127.0.0.1"], port, lambda source, datagram: None, codec=NoSeal(), loopback_only=True)
         one.socket.close()
 
     run(scenario)

@@ -16,10 +16,11 @@ import pytest
 
 from swarm.content.manifest import Digest
 from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError
-from swarm.net import http_pages
+from swarm.net import http_pages, link
 from swarm.net import websocket as links
+from swarm.net.link import Link
 from swarm.net.listener import Listener
-from swarm.net.websocket import PATH, HttpLinks, Link
+from swarm.net.websocket import PATH, HttpLinks
 from swarm.protocol import messages
 from swarm.protocol.messages import Bye, Cancel
 from swarm.security.certificates import LEAF_LIFE_S, Identity, Refusal
@@ -204,7 +205,7 @@ def test_does_a_closed_link_say_so_at_both_ends() -> None:
 
 
 def test_is_a_peer_that_does_not_read_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(links, "SEND_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(link, "SEND_TIMEOUT_S", 0.1)
 
     async def scenario() -> None:
         async with strange() as (_, link):

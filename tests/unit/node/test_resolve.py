@@ -23,8 +23,9 @@ from swarm.errors import (
 )
 from swarm.hashing.cpu import chunk_digests
 from swarm.journal import Resolved
+from swarm.net.environment import Found
+from swarm.net.link import Link
 from swarm.net.udp import Hear
-from swarm.net.websocket import Link
 from swarm.node import resolve as resolving
 from swarm.node.node import Node
 from swarm.node.resolve import full_digest, resolve
@@ -53,7 +54,7 @@ class QueueLink:
     """One end of a link in memory."""
 
     def __init__(self, remote: str) -> None:
-        self.remote = remote
+        self.remote, self.local = remote, "here"
         self.member: str | None = None
         self.twin = self
         self._inbox: asyncio.Queue[bytes | None] = asyncio.Queue()
@@ -92,6 +93,11 @@ class QueueWorld:
     transports: Sequence[Transport] = ()
 
     def __init__(self, street: Street, address: str, known: tuple[str, ...]) -> None:
+        self.addresses = (Address(address),)
+        self.local, self.on_loopback = Address(address), False
+        self.confined = False
+        self.names_peers = bool(known)
+        self.unresolved: Sequence[str] = ()
         self._street = street
         self._address = address
         self._known = known
@@ -101,17 +107,26 @@ class QueueWorld:
         self,
         node: NodeId,
         accept: Callable[[Link], Awaitable[None]],
-        found: Callable[[Address, bool], None],
+        found: Found,
         hear: Hear,
     ) -> Address:
         self.transports = [InprocTransport(self._street.hub)]
         self._accept, self._hear = accept, hear
         self._street[self._address] = self
         for address in self._known:
-            asyncio.get_running_loop().call_soon(found, Address(address), True)
+            asyncio.get_running_loop().call_soon(found, (Address(address),), True)
         return Address(self._address)
 
-    async def dial(self, address: str) -> Link:
+    def port_at(self, local: str) -> int:
+        return 0
+
+    def reached(
+        self, claimed: Sequence[str], *, remote: str | None = None, port: int = 0, dialled: Address | None = None
+    ) -> tuple[Address, ...]:
+        return tuple(dict.fromkeys([*([dialled] if dialled else []), *map(Address, claimed)]))
+
+    async def dial(self, addresses: Sequence[Address]) -> Link:
+        address = addresses[0]
         if address not in self._street:
             raise PeerUnreachable(address, "nobody lives there")
         near, far = QueueLink(address), QueueLink(self._address)
@@ -229,7 +244,7 @@ def test_does_a_model_that_nobody_serves_say_who_was_asked(knows: list[str]) -> 
             seed.serve(ORG_OTHER, other := Zeros())
             words = {
                 "seed": f"seed at seed serves org/other ({other.manifest.digest[:16]})",
-                "nowhere": "nowhere: no answer, tried 1 times",
+                "nowhere": "nowhere: nobody lives there",
             }
             await until(lambda: newcomer.tried() == [words[name] for name in knows])
             with pytest.raises(ManifestNotFound) as caught:

@@ -81,7 +81,7 @@ HOLDING = Holding(ORG_MODEL, DIGEST, "checkpoint", 1, 4, False)
 
 def heard(state: State, version: int = 0) -> MemberChanged:
     profile = Profile((HOLDING,), 0, ("tcp",), "h1", "r1", 2, 8, "0.1.0")
-    return MemberChanged(Record(NodeId("f" * 16), version, state, version, "far", Address("10.0.0.9:1"), profile))
+    return MemberChanged(Record(NodeId("f" * 16), version, state, version, "far", (Address("10.0.0.9:1"),), profile))
 
 
 def test_are_members_shown_that_only_gossip_knows() -> None:
@@ -136,7 +136,7 @@ def test_who_holds_how_much() -> None:
 def test_is_what_a_member_has_of_its_part_told_apart_from_what_it_has_of_all() -> None:
     part = Announcement(ORG_MODEL, DIGEST, "checkpoint", 100, 2, 8, False, HeldPart("a" * 16, 2, 2))
     gossiped = Holding(ORG_MODEL, DIGEST, "checkpoint", 1, 8, False, HeldPart("b" * 16, 1, 4))
-    member = Record(NodeId("n2"), 1, State.ALIVE, 1, "far", Address("f:1"), Profile((gossiped,)))
+    member = Record(NodeId("n2"), 1, State.ALIVE, 1, "far", (Address("f:1"),), Profile((gossiped,)))
     known = reported(OPENED, JOINED, ArtifactsAnnounced(N1, (part,)), MemberChanged(member))
     (artifact,) = known.report(6)["artifacts"]
     assert artifact["nodes"] == {"n1": 0.25, "n2": 0.125}
@@ -267,7 +267,7 @@ def test_is_the_report_of_thousands_of_members_one_that_readers_accept() -> None
             for n in range(4)
         )
         profile = Profile(held, 0, ("tcp",), long, long, 1, 8, "9")
-        record = Record(NodeId(f"{number:016x}"), 0, State.ALIVE, 0, long, Address("h" * 250 + ":1"), profile)
+        record = Record(NodeId(f"{number:016x}"), 0, State.ALIVE, 0, long, (Address("h" * 51 + ":1"),) * 8, profile)
         journal.record(1, "node", MemberChanged(record))
     told = report.report(2)
     data = json.dumps(told, ensure_ascii=False).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
 
 import pytest
 from hypothesis import given, settings
@@ -41,6 +42,38 @@ STRANGER_1 = Address("stranger:1")
 SMALL, BIG = NodeId("1" * 16), NodeId("2" * 16)
 
 
+def found(address: Address, lasting: bool) -> AddressDiscovered:
+    return AddressDiscovered((address,), lasting)
+
+
+def shared(addresses: Iterable[Address]) -> AddressesShared:
+    return AddressesShared(tuple((address,) for address in addresses))
+
+
+def up(
+    link: int,
+    node: NodeId,
+    address: Address,
+    dialled: Address | None = None,
+    holds: Mapping[Digest, bool] | None = None,
+) -> LinkUp:
+    """A link to a node that tells one address."""
+    reached = dict.fromkeys([*([dialled] if dialled else []), address])
+    return LinkUp(link, node, tuple(reached), dialled, holds or {}, (address,))
+
+
+def updated(record: Record) -> MemberUpdated:
+    return MemberUpdated(record, record.addresses)
+
+
+def dial(address: Address) -> Dial:
+    return Dial((address,))
+
+
+def welcome(link: int, addresses: tuple[Address, ...]) -> Welcome:
+    return Welcome(link, tuple((address,) for address in addresses))
+
+
 class Knows:
     """The membership machine of one node; every step is checked."""
 
@@ -57,15 +90,15 @@ class Knows:
 
 def test_a_found_address_is_dialled_once() -> None:
     knows = Knows()
-    assert knows.tell(AddressDiscovered(B_1, True)) == [Dial(B_1)]
-    assert knows.tell(AddressDiscovered(B_1, False)) == []
+    assert knows.tell(found(B_1, True)) == [dial(B_1)]
+    assert knows.tell(found(B_1, False)) == []
     assert knows.tell(connections.Tick(), at=60.0) == []
     assert knows.machine.unanswered() == ["b:1"]
 
 
 def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
     knows, pauses = Knows(), []
-    knows.tell(AddressDiscovered(B_1, True))
+    knows.tell(found(B_1, True))
     for _ in range(8):
         knows.tell(DialFailed(B_1))
         began = knows.now
@@ -73,24 +106,24 @@ def test_an_address_that_fails_is_tried_less_and_less_often() -> None:
             pass
         pauses.append(knows.now - began)
     assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
-    assert knows.machine.tried() == ["b:1: no answer, tried 8 times"]
+    assert knows.machine.tried() == ["b:1: no answer (tried 8 times)"]
 
 
 def test_after_a_pause_an_address_that_failed_is_dialled_at_once() -> None:
     knows = Knows()
-    knows.tell(AddressDiscovered(B_1, True))
+    knows.tell(found(B_1, True))
     for number in range(8):
         knows.tell(DialFailed(B_1), at=100.0 * number)
         knows.tell(connections.Tick(), at=100.0 * number + 50.0)
     knows.tell(DialFailed(B_1))
     assert knows.tell(connections.Tick(), at=knows.now + 1.0) == []
-    assert knows.tell(Paused(60.0)) == [Dial(B_1)]
+    assert knows.tell(Paused(60.0)) == [dial(B_1)]
 
 
 @pytest.mark.parametrize("lasting", [True, False])
 def test_only_what_was_given_by_hand_is_never_forgotten(lasting: bool) -> None:
     knows = Knows()
-    knows.tell(AddressDiscovered(B_1, lasting))
+    knows.tell(found(B_1, lasting))
     for number in range(1, connections.FAILURES_MAX + 1):
         knows.tell(DialFailed(B_1), at=100.0 * number)
         knows.tell(connections.Tick(), at=100.0 * number + 50.0)
@@ -103,8 +136,8 @@ def test_both_ends_keep_the_same_one_of_two_links(small_hears_first: str, big_he
     kept = {}
     for node, other, first in ((SMALL, BIG, small_hears_first), (BIG, SMALL, big_hears_first)):
         knows = Knows(node)
-        own = LinkUp(1, NodeId(other), Address(f"{other}:1"), dialled=Address(f"{other}:1"))
-        theirs = LinkUp(2, NodeId(other), Address(f"{other}:1"), dialled=None)
+        own = up(1, NodeId(other), Address(f"{other}:1"), dialled=Address(f"{other}:1"))
+        theirs = up(2, NodeId(other), Address(f"{other}:1"), dialled=None)
         events = [own, theirs] if first == "own" else [theirs, own]
         actions = [action for event in events for action in knows.tell(event)]
         (dropped,) = [action.link for action in actions if isinstance(action, Drop)]
@@ -114,10 +147,10 @@ def test_both_ends_keep_the_same_one_of_two_links(small_hears_first: str, big_he
 
 def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
     knows = Knows()
-    knows.tell(LinkUp(1, BIG, B_1, dialled=None))
-    assert knows.tell(LinkUp(2, BIG, B_1, dialled=None)) == [
+    knows.tell(up(1, BIG, B_1, dialled=None))
+    assert knows.tell(up(2, BIG, B_1, dialled=None)) == [
         Drop(1, "another link is open"),
-        Welcome(2, ()),
+        welcome(2, ()),
     ]
     assert knows.tell(LinkDown(1)) == []
     assert repr(knows.machine) == "<Connections 11111111 1 links | 1 addresses | 0 members>"
@@ -125,61 +158,61 @@ def test_of_two_links_that_the_same_end_dialled_the_newer_stays() -> None:
 
 def test_a_second_address_of_a_linked_node_is_not_dialled_again_and_again() -> None:
     knows = Knows(BIG)
-    knows.tell(AddressDiscovered(ALIAS_1, True))
-    assert knows.tell(LinkUp(1, SMALL, A_1, dialled=None)) == [Welcome(1, ())]
-    assert knows.tell(LinkUp(2, SMALL, A_1, dialled=ALIAS_1)) == [Drop(2, "another link is open")]
+    knows.tell(found(ALIAS_1, True))
+    assert knows.tell(up(1, SMALL, A_1, dialled=None)) == [welcome(1, ())]
+    assert knows.tell(up(2, SMALL, A_1, dialled=ALIAS_1)) == [Drop(2, "another link is open")]
     assert knows.tell(connections.Tick(), at=60.0) == []
     assert knows.tell(LinkDown(2)) == []
     assert knows.tell(LinkDown(1)) == []
-    assert set(knows.tell(connections.Tick(), at=61.0)) == {Dial(A_1), Dial(ALIAS_1)}
+    assert set(knows.tell(connections.Tick(), at=61.0)) == {dial(A_1), dial(ALIAS_1)}
 
 
 def test_the_own_address_is_dialled_once_and_never_again() -> None:
     knows = Knows()
-    knows.tell(AddressDiscovered(ME_1, True))
-    assert knows.tell(LinkUp(1, SMALL, Address("10.0.0.1:1"), dialled=ME_1)) == [Drop(1, "this is myself")]
-    assert knows.tell(AddressesShared((ME_1,))) == []
-    assert knows.tell(AddressDiscovered(ME_1, True)) == []
+    knows.tell(found(ME_1, True))
+    assert knows.tell(up(1, SMALL, Address("10.0.0.1:1"), dialled=ME_1)) == [Drop(1, "this is myself")]
+    assert knows.tell(shared((ME_1,))) == []
+    assert knows.tell(found(ME_1, True)) == []
 
 
 def test_a_stranger_cannot_have_an_address_taken_for_the_own_one() -> None:
     knows = Knows()
-    knows.tell(AddressDiscovered(SEED_1, True))
+    knows.tell(found(SEED_1, True))
     knows.tell(DialFailed(SEED_1))
-    assert knows.tell(LinkUp(1, SMALL, SEED_1, dialled=None)) == [Drop(1, "this is myself")]
-    assert knows.tell(connections.Tick(), at=60.0) == [Dial(SEED_1)]
+    assert knows.tell(up(1, SMALL, SEED_1, dialled=None)) == [Drop(1, "this is myself")]
+    assert knows.tell(connections.Tick(), at=60.0) == [dial(SEED_1)]
 
 
 def test_the_own_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "OWN_MAX", 2)
     knows = Knows()
     for number, address in enumerate(("me:1", "me:2", "me:3")):
-        knows.tell(LinkUp(number, SMALL, ME_1, dialled=Address(address)))
-    assert knows.tell(AddressesShared((Address("me:3"), Address("me:2")))) == []
-    assert knows.tell(AddressesShared((ME_1,))) == [Dial(ME_1)]
+        knows.tell(up(number, SMALL, ME_1, dialled=Address(address)))
+    assert knows.tell(shared((Address("me:3"), Address("me:2")))) == []
+    assert knows.tell(shared((ME_1,))) == [dial(ME_1)]
 
 
 def test_a_claimed_address_keeps_nobody_from_dialling_what_was_given_by_hand() -> None:
     knows = Knows()
-    knows.tell(AddressDiscovered(SEED_1, True))
+    knows.tell(found(SEED_1, True))
     knows.tell(DialFailed(SEED_1))
-    knows.tell(LinkUp(1, BIG, SEED_1, dialled=None))
+    knows.tell(up(1, BIG, SEED_1, dialled=None))
     assert knows.tell(connections.Tick(), at=0.4) == []
     knows.tell(LinkDown(1))
-    assert knows.tell(LinkUp(2, BIG, SEED_1, dialled=None), at=0.5) == [Welcome(2, ()), Dial(SEED_1)]
+    assert knows.tell(up(2, BIG, SEED_1, dialled=None), at=0.5) == [welcome(2, ()), dial(SEED_1)]
 
 
 def test_a_claimed_address_that_nobody_gave_by_hand_is_not_dialled() -> None:
     knows = Knows()
-    knows.tell(LinkUp(1, BIG, B_1, dialled=None))
-    assert knows.tell(AddressesShared((B_1,)), at=60.0) == []
+    knows.tell(up(1, BIG, B_1, dialled=None))
+    assert knows.tell(shared((B_1,)), at=60.0) == []
 
 
 def test_who_hangs_up_at_once_is_dialled_less_and_less_often_until_a_link_lasts() -> None:
     knows, pauses = Knows(), []
-    knows.tell(AddressDiscovered(B_1, False))
+    knows.tell(found(B_1, False))
     for number in range(8):
-        knows.tell(LinkUp(number, BIG, B_1, dialled=B_1))
+        knows.tell(up(number, BIG, B_1, dialled=B_1))
         knows.tell(LinkDown(number), at=knows.now + connections.BRIEF_S / 2)
         began = knows.now
         while not knows.tell(connections.Tick(), at=knows.now + 0.25):
@@ -188,16 +221,16 @@ def test_who_hangs_up_at_once_is_dialled_less_and_less_often_until_a_link_lasts(
     assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
     assert knows.machine.tried() == ["b:1: hung up at once, 8 times"]
     assert knows.machine.unanswered() == []
-    knows.tell(LinkUp(9, BIG, B_1, dialled=B_1))
+    knows.tell(up(9, BIG, B_1, dialled=B_1))
     knows.tell(LinkDown(9), at=knows.now + connections.BRIEF_S)
     assert knows.machine.tried() == ["b:1: not connected just now"]
-    assert knows.tell(connections.Tick(), at=knows.now + connections.RETRY_FIRST_S) == [Dial(B_1)]
+    assert knows.tell(connections.Tick(), at=knows.now + connections.RETRY_FIRST_S) == [dial(B_1)]
 
 
 def test_a_link_that_gives_way_to_its_twin_has_not_failed() -> None:
     knows = Knows(BIG)
-    knows.tell(LinkUp(1, SMALL, A_1, dialled=A_1))
-    knows.tell(LinkUp(2, SMALL, A_1, dialled=None))
+    knows.tell(up(1, SMALL, A_1, dialled=A_1))
+    knows.tell(up(2, SMALL, A_1, dialled=None))
     knows.tell(LinkDown(1))
     knows.tell(LinkDown(2))
     assert knows.machine.tried() == ["a:1: not connected just now"]
@@ -205,34 +238,34 @@ def test_a_link_that_gives_way_to_its_twin_has_not_failed() -> None:
 
 def test_an_address_that_fails_for_days_is_still_dialled() -> None:
     knows = Knows()
-    knows.tell(AddressDiscovered(B_1, True))
+    knows.tell(found(B_1, True))
     for number in range(2000):
         knows.tell(DialFailed(B_1), at=100.0 * number)
-        assert knows.tell(connections.Tick(), at=100.0 * number + 50.0) == [Dial(B_1)]
+        assert knows.tell(connections.Tick(), at=100.0 * number + 50.0) == [dial(B_1)]
 
 
 def test_a_lost_link_is_dialled_again_after_a_moment() -> None:
     knows = Knows()
-    knows.tell(LinkUp(1, BIG, B_1, dialled=None))
+    knows.tell(up(1, BIG, B_1, dialled=None))
     assert knows.tell(LinkDown(1)) == []
-    assert knows.tell(connections.Tick(), at=connections.RETRY_FIRST_S) == [Dial(B_1)]
+    assert knows.tell(connections.Tick(), at=connections.RETRY_FIRST_S) == [dial(B_1)]
 
 
 def test_one_address_is_enough_to_hear_of_the_others() -> None:
     knows = Knows()
     for number, name in enumerate("bcd"):
-        actions = knows.tell(LinkUp(number, NodeId(name * 16), Address(f"{name}:1"), dialled=None))
-    assert actions == [Welcome(2, (B_1, C_1))]
-    assert knows.tell(AddressesShared((E_1, B_1))) == [Dial(E_1)]
+        actions = knows.tell(up(number, NodeId(name * 16), Address(f"{name}:1"), dialled=None))
+    assert actions == [welcome(2, (B_1, C_1))]
+    assert knows.tell(shared((E_1, B_1))) == [dial(E_1)]
 
 
 def test_links_and_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "LINKS_MAX", 1)
     monkeypatch.setattr(connections, "KNOWN_MAX", 2)
     knows = Knows()
-    knows.tell(LinkUp(1, BIG, B_1, dialled=None))
-    assert knows.tell(LinkUp(2, NodeId("3" * 16), C_1, dialled=None)) == [Drop(2, "too many links")]
-    assert knows.tell(AddressesShared((Address("d:1"), E_1, Address("f:1")))) == []
+    knows.tell(up(1, BIG, B_1, dialled=None))
+    assert knows.tell(up(2, NodeId("3" * 16), C_1, dialled=None)) == [Drop(2, "too many links")]
+    assert knows.tell(shared((Address("d:1"), E_1, Address("f:1")))) == []
     assert repr(knows.machine) == "<Connections 11111111 1 links | 2 addresses | 0 members>"
 
 
@@ -240,7 +273,7 @@ def record(number: int, *, state: State = State.ALIVE, chunks: int | None = None
     """A member of a large swarm that holds so many of 8 chunks, or nothing; its address is `mN:1`."""
     artifacts = () if chunks is None else (Holding(ModelId("org/model"), DIGEST, "checkpoint", chunks, 8, chunks == 8),)
     node = f"{0x30 + number:016x}"
-    return Record(NodeId(node), 0, state, 0, f"m{number}", Address(f"m{number}:1"), Profile(artifacts, host=host))
+    return Record(NodeId(node), 0, state, 0, f"m{number}", (Address(f"m{number}:1"),), Profile(artifacts, host=host))
 
 
 DIGEST = Digest("ab" * 32)
@@ -251,7 +284,7 @@ def large(knows: Knows, *, holding: int = 40, seeds: int = 1, host: str = "", ne
     """Gossip knows of 60 members: `holding` have half, `seeds` of them all, and `near` of them are on this host."""
     for number in range(60):
         chunks = None if number >= holding else 8 if number < seeds else 4
-        knows.tell(MemberUpdated(record(number, chunks=chunks, host=host if number < near else "elsewhere")))
+        knows.tell(updated(record(number, chunks=chunks, host=host if number < near else "elsewhere")))
 
 
 def drops(actions: list[connections.Action]) -> list[str]:
@@ -259,7 +292,7 @@ def drops(actions: list[connections.Action]) -> list[str]:
 
 
 def dialled(actions: list[connections.Action]) -> list[int]:
-    return sorted(int(action.address[1:-2]) for action in actions if isinstance(action, Dial))
+    return sorted(int(action.addresses[0][1:-2]) for action in actions if isinstance(action, Dial))
 
 
 def linked(
@@ -269,15 +302,15 @@ def linked(
     for number in numbers:
         address = Address(f"m{number}:1")
         holds = {DIGEST: chunks == 8} if chunks else {}
-        up = LinkUp(number, record(number).node, address, address if by else None, holds)
-        actions += knows.tell(up)
+        link = up(number, record(number).node, address, address if by else None, holds)
+        actions += knows.tell(link)
     return actions
 
 
 def test_in_a_small_swarm_everybody_that_gossip_names_is_dialled() -> None:
     knows = Knows()
     for number in range(selection.LINKS_WANTED):
-        assert knows.tell(MemberUpdated(record(number))) == []
+        assert knows.tell(updated(record(number))) == []
     assert dialled(knows.tell(connections.Tick())) == list(range(selection.LINKS_WANTED))
     assert knows.tell(connections.Tick(), at=60.0) == []
 
@@ -286,14 +319,14 @@ def test_in_a_large_swarm_nobody_is_dialled_who_wants_nothing() -> None:
     knows = Knows()
     large(knows)
     assert knows.tell(connections.Tick(), at=60.0) == []
-    assert knows.tell(AddressDiscovered(M3_1, False)) == []
-    assert dialled(knows.tell(AddressDiscovered(M3_1, True))) == [3], "but those given by hand are"
+    assert knows.tell(found(M3_1, False)) == []
+    assert dialled(knows.tell(found(M3_1, True))) == [3], "but those given by hand are"
 
 
 def test_an_address_that_gossip_does_not_know_is_dialled_as_if_there_were_none() -> None:
     knows = Knows()
     large(knows)
-    assert knows.tell(AddressDiscovered(STRANGER_1, False)) == [Dial(STRANGER_1)]
+    assert knows.tell(found(STRANGER_1, False)) == [dial(STRANGER_1)]
 
 
 @pytest.mark.parametrize("seeds", [1, 3, 40])
@@ -317,7 +350,7 @@ def test_who_fetches_is_full_to_members_but_not_to_strangers_whom_gossip_may_not
     knows.tell(WANT)
     assert not drops(linked(knows, list(range(selection.LINKS_FULL)), by=None))
     assert drops(linked(knows, [50], by=None)) == ["full while it fetches"]
-    assert not drops(knows.tell(LinkUp(99, NodeId("f" * 16), STRANGER_1, None, {})))
+    assert not drops(knows.tell(up(99, NodeId("f" * 16), STRANGER_1, None, {})))
     knows.tell(Wanted(frozenset()))
     assert not drops(linked(knows, [51], by=None)), "who has everything takes more"
 
@@ -330,7 +363,7 @@ def test_two_fetches_have_links_for_each() -> None:
     other = "cd" * 32
     holding = (Holding(ModelId("org/other"), Digest(other), "checkpoint", 8, 8, True),)
     alone = record(200)
-    knows.tell(MemberUpdated(Record(alone.node, 0, State.ALIVE, 0, "m200", Address("m200:1"), Profile(holding))))
+    knows.tell(updated(Record(alone.node, 0, State.ALIVE, 0, "m200", (Address("m200:1"),), Profile(holding))))
     assert dialled(knows.tell(Wanted(frozenset({DIGEST, Digest(other)})))) == [200]
 
 
@@ -349,7 +382,7 @@ def test_links_of_no_use_give_way() -> None:
     knows = Knows()
     useless = list(range(45, 45 + selection.LINKS_MOST))
     for number in useless:
-        knows.tell(AddressDiscovered(Address(f"m{number}:1"), False))
+        knows.tell(found(Address(f"m{number}:1"), False))
     linked(knows, useless, chunks=0)
     linked(knows, [59], by=None, chunks=0)
     large(knows)
@@ -364,7 +397,7 @@ def test_links_that_nobody_can_use_end_after_a_while() -> None:
     chosen = dialled(knows.tell(WANT))
     linked(knows, chosen[1:], chunks=8)
     linked(knows, chosen[:1], chunks=4)
-    knows.tell(AddressDiscovered(Address(f"m{chosen[1]}:1"), True))
+    knows.tell(found(Address(f"m{chosen[1]}:1"), True))
     knows.tell(Wanted(frozenset()))
     assert knows.tell(connections.Tick(), at=connections.IDLE_S / 2) == []
     ended = [
@@ -376,21 +409,21 @@ def test_links_that_nobody_can_use_end_after_a_while() -> None:
 
 def test_the_dead_are_dropped_and_not_dialled() -> None:
     knows = Knows()
-    knows.tell(MemberUpdated(record(1)))
+    knows.tell(updated(record(1)))
     knows.tell(connections.Tick())
     linked(knows, [1])
-    assert knows.tell(MemberUpdated(record(1, state=State.SUSPECT))) == []
-    assert knows.tell(MemberUpdated(record(1, state=State.DEAD))) == [Drop(1, "gossip says that it is dead")]
+    assert knows.tell(updated(record(1, state=State.SUSPECT))) == []
+    assert knows.tell(updated(record(1, state=State.DEAD))) == [Drop(1, "gossip says that it is dead")]
     assert knows.tell(LinkDown(1)) == []
     assert knows.tell(connections.Tick(), at=60.0) == []
-    knows.tell(MemberUpdated(record(1)))
+    knows.tell(updated(record(1)))
     assert dialled(knows.tell(connections.Tick())) == [1]
 
 
 def test_where_datagrams_do_not_get_through_everybody_is_dialled() -> None:
     knows = Knows()
-    knows.tell(LinkUp(99, BIG, B_1, dialled=None))
-    told = AddressesShared(tuple(Address(f"m{number}:1") for number in range(40)))
+    knows.tell(up(99, BIG, B_1, dialled=None))
+    told = shared(tuple(Address(f"m{number}:1") for number in range(40)))
     assert len(dialled(knows.tell(told))) == selection.LINKS_MOST
     assert len(dialled(knows.tell(connections.Tick(), at=connections.GOSSIP_LATE_S))) == 40 - selection.LINKS_MOST
 
@@ -400,7 +433,7 @@ def test_somebody_who_holds_more_than_it_could_say_is_asked_for_what_nobody_is_k
     large(knows, holding=0)
     full = record(5)
     profile = Profile(omitted=3)
-    knows.tell(MemberUpdated(Record(full.node, 0, State.ALIVE, 1, full.name, full.address, profile)))
+    knows.tell(updated(Record(full.node, 0, State.ALIVE, 1, full.name, full.addresses, profile)))
     assert dialled(knows.tell(Wanted(frozenset(), unresolved=True))) == [5]
 
 
@@ -416,24 +449,24 @@ def test_whatever_happens_the_links_are_few(seed: int) -> None:
             connections.Tick(),
             WANT,
             Wanted(frozenset()),
-            MemberUpdated(somebody),
-            MemberUpdated(record(number, state=State.DEAD)),
-            AddressDiscovered(somebody.address, dice.random() < 0.1),
-            LinkUp(1000 + step, somebody.node, somebody.address, None),
+            updated(somebody),
+            updated(record(number, state=State.DEAD)),
+            found(somebody.address, dice.random() < 0.1),
+            up(1000 + step, somebody.node, somebody.address, None),
         ]
         if dialling and dice.random() < 0.5:
             address = dialling.pop(dice.randrange(len(dialling)))
-            up = LinkUp(
+            answer = up(
                 step, record(int(address[1:-2])).node, Address(address), Address(address), {DIGEST: dice.random() < 0.5}
             )
-            events = [DialFailed(Address(address)), up]
+            events = [DialFailed(Address(address)), answer]
         elif open_ and dice.random() < 0.2:
             events = [LinkDown(open_.pop(dice.choice(list(open_))))]
         event = dice.choice(events)
         actions = knows.tell(event, at=knows.now + dice.random())
         if isinstance(event, LinkUp):
             open_[event.node] = event.link
-        dialling += [action.address for action in actions if isinstance(action, Dial)]
+        dialling += [action.addresses[0] for action in actions if isinstance(action, Dial)]
 
 
 def test_a_membership_refuses_what_is_no_event() -> None:
@@ -446,8 +479,8 @@ def test_members_with_ever_new_artifacts_leave_nothing_behind() -> None:
     for number in range(2000):
         held = Holding(ModelId("m"), Digest(f"{number:064x}"), "checkpoint", 4, 4, True)
         profile = Profile((held,), 0, ("tcp",))
-        record = Record(NodeId("4" * 16), 0, State.ALIVE, number, "m", Address(f"h:{number + 1}"), profile)
-        knows.tell(MemberUpdated(record))
+        record = Record(NodeId("4" * 16), 0, State.ALIVE, number, "m", (Address(f"h:{number + 1}"),), profile)
+        knows.tell(updated(record))
         knows.tell(connections.Tick(), at=knows.now + 1.0)
     assert len(knows.machine._seeds) == 1
     assert len(knows.machine._known) <= connections.KNOWN_MAX

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, cast
 
 import pytest
@@ -29,14 +29,14 @@ HERE, THERE = Address("here:1"), Address("there:1")
 
 
 def hello(node: NodeId = THEM, *, protocol: int = messages.PROTOCOL, name: str = "them") -> Hello:
-    return Hello(protocol, "0.1", node, name, THERE, "cd" * 16, (), (WHOLE,))
+    return Hello(protocol, "0.1", node, name, 0, (THERE,), "cd" * 16, (), (WHOLE,))
 
 
 class FakeLink:
     """A link whose other end is the test: `said` by the node, `say` to the node."""
 
     def __init__(self, *first: AnyMessage, member: str | None = None) -> None:
-        self.remote = "there:1"
+        self.remote, self.local = "there:1", "here:2"
         self.member = member
         self.said: list[Message] = []
         self.closed = False
@@ -112,8 +112,16 @@ class Node:
         self.tasks.append(asyncio.create_task(work, name=name))
         return self.tasks[-1]
 
-    def hello(self, token: str) -> Hello:
-        return Hello(messages.PROTOCOL, "0.1", ME, "me", HERE, token, (), ())
+    def hello(self, token: str, port: int) -> Hello:
+        return Hello(messages.PROTOCOL, "0.1", ME, "me", port, (HERE,), token, (), ())
+
+    def port_at(self, local: str) -> int:
+        return 1
+
+    def reached(
+        self, claimed: Sequence[str], *, remote: str | None = None, port: int = 0, dialled: Address | None = None
+    ) -> tuple[Address, ...]:
+        return tuple(dict.fromkeys([*([dialled] if dialled else []), *map(Address, claimed)]))
 
     def dialled(self, address: Address) -> None:
         self.happened.append(f"dialled {address}")
@@ -127,8 +135,8 @@ class Node:
     def peers_changed(self) -> None:
         """The driver's word for it is in the journal."""
 
-    async def dial(self, address: Address) -> FakeLink:
-        link = self.links[address]
+    async def dial(self, addresses: Sequence[Address]) -> FakeLink:
+        link = self.links[addresses[0]]
         if isinstance(link, PeerError):
             raise link
         return link
@@ -196,7 +204,7 @@ def test_does_each_message_reach_the_handler_of_its_type() -> None:
     async def scenario(node: Node) -> None:
         have = messages.Have(DIGEST, ((0, 1),))
         link = await node.linked()
-        link.say(have, Members((Address("third:1"),)), messages.Announce(()), have)
+        link.say(have, Members(((Address("third:1"),),)), messages.Announce(()), have)
         node.links[Address("third:1")] = PeerUnreachable("third:1", "nobody lives there")
         await node.until(lambda: len(node.handled) == 2)
         assert node.handled == [("them", have)] * 2
@@ -306,11 +314,11 @@ def test_are_messages_of_a_link_that_is_dropped_not_handled() -> None:
 def test_is_a_dialled_node_reported_and_a_failure_recorded() -> None:
     async def scenario(node: Node) -> None:
         link = node.links[THERE] = FakeLink(hello())
-        node.driver.handle(AddressDiscovered(THERE, True))
+        node.driver.handle(AddressDiscovered((THERE,), True))
         await node.until(lambda: THEM in node.peers)
         assert node.happened[0] == "dialled there:1"
         refused = node.links[Address("refuses:1")] = NotAdmitted("refuses:1", "needs a key")
-        node.driver.handle(AddressDiscovered(Address("refuses:1"), True))
+        node.driver.handle(AddressDiscovered((Address("refuses:1"),), True))
         await node.until(lambda: Unreached(Address("refuses:1"), refused) in node.happened)
         assert list(node.driver.warned) == [str(refused)]
         assert not link.closed

@@ -40,7 +40,7 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
 
 
 class NoLink:
-    remote = "nowhere"
+    remote, local = "nowhere", "here"
     member: str | None = None
 
     async def send(self, *several: Message) -> None: ...
@@ -55,7 +55,7 @@ class FakePeer(Peer):
     """Its outbox is a list."""
 
     def __init__(self) -> None:
-        hello = Hello(1, "0", NodeId("0" * 16), "them", Address("127.0.0.1:1"), "cd" * 16, (), ())
+        hello = Hello(1, "0", NodeId("0" * 16), "them", 0, (Address("127.0.0.1:1"),), "cd" * 16, (), ())
         super().__init__(0, NoLink(), hello, token="ef" * 16, transports=())
         self.posted: list[Message] = []
 
@@ -65,7 +65,7 @@ class FakePeer(Peer):
 
 def real_peer() -> Peer:
     """Whose outbox waits for `write`."""
-    hello = Hello(1, "0", NodeId("0" * 16), "them", Address("127.0.0.1:1"), "cd" * 16, (), ())
+    hello = Hello(1, "0", NodeId("0" * 16), "them", 0, (Address("127.0.0.1:1"),), "cd" * 16, (), ())
     return Peer(0, NoLink(), hello, token="ef" * 16, transports=())
 
 

@@ -21,7 +21,7 @@ TOKEN = "cd" * 16
 class FakeLink:
     """Remembers what was sent. With `stuck` its other end reads nothing; with `broken` there is none."""
 
-    remote = "fake"
+    remote, local = "fake", "here"
     member: str | None = None
 
     def __init__(self, *, stuck: bool = False, broken: bool = False) -> None:
@@ -48,7 +48,7 @@ class FakeLink:
 def peer_at(
     link: FakeLink, *offers: Endpoint, transports: tuple[Transport, ...] = (), backlog: Backlog | None = None
 ) -> Peer:
-    hello = Hello(1, "0", NodeId("0" * 16), "them", Address("127.0.0.1:1"), TOKEN, offers, ())
+    hello = Hello(1, "0", NodeId("0" * 16), "them", 0, (Address("127.0.0.1:1"),), TOKEN, offers, ())
     return Peer(0, link, hello, token="ef" * 16, transports=transports, backlog=backlog)
 
 
@@ -266,7 +266,7 @@ def test_which_transport_is_chosen() -> None:
         assert unreachable.scheme == "none"
         with pytest.raises(TransportError, match="no transport"):
             await unreachable.session()
-        assert repr(unreachable) == "<Peer them 127.0.0.1:1 none | 0 artifacts>"
+        assert repr(unreachable) == "<Peer them fake none | 0 artifacts>"
         for transport in (inproc, other, far):
             await transport.close()
 

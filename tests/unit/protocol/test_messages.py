@@ -29,13 +29,13 @@ ARTIFACT_JSON = (
 # A change here is a change of the protocol: `PROTOCOL` counts those.
 GOLDEN: dict[Message, str] = {
     messages.Hello(
-        3, "0.1.0", NODE, "me", Address("127.0.0.1:1"), TOKEN, (Endpoint("tcp", "127.0.0.1:1"),), (ARTIFACT,)
+        3, "0.1.0", NODE, "me", 1, (Address("127.0.0.1:1"),), TOKEN, (Endpoint("tcp", messages.AT_NODE),), (ARTIFACT,)
     ): (
-        f'{{"type":"Hello","protocol":3,"software":"0.1.0","node":"{NODE}","name":"me","address":"127.0.0.1:1",'
-        f'"token":"{TOKEN}","transports":[{{"scheme":"tcp","address":"127.0.0.1:1"}}],"artifacts":[{ARTIFACT_JSON}]}}'
+        f'{{"type":"Hello","protocol":3,"software":"0.1.0","node":"{NODE}","name":"me","port":1,"addresses":["127.0.0.1:1"],'
+        f'"token":"{TOKEN}","transports":[{{"scheme":"tcp","address":"*"}}],"artifacts":[{ARTIFACT_JSON}]}}'
     ),
     messages.Announce((ARTIFACT,)): f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON}]}}',
-    messages.Members((Address("127.0.0.1:1"),)): '{"type":"Members","addresses":["127.0.0.1:1"]}',
+    messages.Members(((Address("127.0.0.1:1"),),)): '{"type":"Members","nodes":[["127.0.0.1:1"]]}',
     messages.ManifestRequest(DIGEST): f'{{"type":"ManifestRequest","digest":"{DIGEST}"}}',
     messages.ManifestPart(DIGEST, 3, 1, b"\x00\xff"): (
         f'{{"type":"ManifestPart","digest":"{DIGEST}","total":3,"offset":1,"data":"AP8="}}'
@@ -78,7 +78,11 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("Hello", "software"): (TEXT, ["x" * 257, 1]),
     ("Hello", "node"): (["0" * 16], ["0" * 15, "0" * 17, "G" * 16, "A" * 16, "0" * 16 + "\n"]),
     ("Hello", "name"): (TEXT, ["x" * 257]),
-    ("Hello", "address"): (TEXT, ["x" * 257]),
+    ("Hello", "port"): ([0, 65535], [-1, 65536]),
+    ("Hello", "addresses"): (
+        [[], [TEXT[0]] * messages.ADDRESSES_OWN_MAX],
+        [["x"] * (messages.ADDRESSES_OWN_MAX + 1), ["x" * 257]],
+    ),
     ("Hello", "token"): (["0" * 32], ["0" * 31, "0" * 33, "0" * 32 + "\n"]),
     ("Hello", "transports"): (
         [[], [{"scheme": "a", "address": ""}] * 16],
@@ -116,9 +120,9 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
             ),
         ],
     ),
-    ("Members", "addresses"): (
-        [[], ["x"] * messages.ADDRESSES_MAX],
-        [["x"] * (messages.ADDRESSES_MAX + 1), ["x" * 257]],
+    ("Members", "nodes"): (
+        [[], [["x"] * messages.ADDRESSES_OWN_MAX] * messages.NODES_MAX, [[]]],
+        [[["x"]] * (messages.NODES_MAX + 1), [["x"] * (messages.ADDRESSES_OWN_MAX + 1)], [["x" * 257]], ["x"]],
     ),
     ("ManifestRequest", "digest"): ([DIGEST], [DIGEST.upper(), DIGEST + "\n", DIGEST[1:], None]),
     ("ManifestPart", "total"): ([0, MANIFEST_BYTES_MAX], [-1, MANIFEST_BYTES_MAX + 1]),

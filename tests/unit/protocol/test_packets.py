@@ -29,7 +29,7 @@ ME, ANN, BEN = ("0" * 15 + digit for digit in "123")
 
 
 def record(node: str, *, profile: Profile | None = None) -> Record:
-    return Record(NodeId(node), 0, State.ALIVE, 0, node[-1:], Address(f"at-{node[-1:]}"), profile or Profile())
+    return Record(NodeId(node), 0, State.ALIVE, 0, node[-1:], (Address(f"at-{node[-1:]}"),), profile or Profile())
 
 
 def holding(chunks: int, *, of: int = 80) -> Holding:
@@ -38,7 +38,7 @@ def holding(chunks: int, *, of: int = 80) -> Holding:
 
 def gossiped(profile: list[object]) -> Profile:
     """What a datagram that says this array of a member is read as."""
-    said = [4, ME, [[2, ANN, 0, 0, 0, "ann", "at-ann", profile]]]
+    said = [4, ME, [[2, ANN, 0, 0, 0, "ann", ["at-ann"], profile]]]
     packet = packets.decode(packets.encode(Ack(1, NodeId(ME), ()))[:4] + msgspec.msgpack.encode(said))
     assert isinstance(packet, packets.Gossip)
     (told,) = packet.rumours

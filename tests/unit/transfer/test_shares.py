@@ -49,6 +49,7 @@ class FakePeer:
     """A peer that keeps the messages sent to it."""
 
     usual_bytes_per_s = 7.0
+    readable = True
 
     def __init__(self, node: NodeId, *announced: Announcement) -> None:
         self.node, self.name = node, f"peer-{node[:2]}"
