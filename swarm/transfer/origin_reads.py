@@ -32,7 +32,8 @@ from swarm.protocol.messages import NodeId
 Mask = npt.NDArray[np.bool_]
 
 RUN_BYTES = 64 << 20
-STEAL_AFTER_S = 1.0  # a rest that arrives sooner is not worth another request
+# A rest that arrives sooner is not worth another request, nor are few bytes of it, unless it lasts long.
+STEAL_AFTER_S, STOLEN_BYTES_MIN, LONG_S = 1.0, 1 << 20, 5.0
 # Without a chunk, before chunks are read that other nodes read or hold; and between nodes in the order of their ranks.
 LATE_S, LATE_NEXT_S = 3.0, 1.0
 STREAMS_MAX = 8  # of all readers together while they are few; from 8 readers on each has one
@@ -209,6 +210,8 @@ class OriginReads:
         if lasts_s < STEAL_AFTER_S:
             return None
         middle = self._at(first, end, rate / (rate + (self._rate or rate)))
+        if lasts_s < LONG_S and self._bytes(middle, end) < STOLEN_BYTES_MIN:
+            return None
         for reading in self.own.values():
             if reading.at < middle < reading.end:
                 reading.end = middle
