@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 from swarm.content.manifest import Digest, ModelId
 from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Received, Resolved
 from swarm.protocol.messages import NodeId
+from swarm.transfer.download import ORIGIN
 from swarm.transfer.download_events import (
     Ask,
     Ban,
@@ -297,7 +298,7 @@ class FetchRecords:
 
     def __init__(self) -> None:
         self.records: dict[Digest, FetchRecord] = {}
-        self._names: dict[NodeId, str] = {}  # of linked peers
+        self._names: dict[NodeId, str] = {ORIGIN: "origin"}  # of linked peers
         self._resolved: dict[Digest, tuple[Resolved, float]] = {}  # by digest, until the fetch starts
 
     @property

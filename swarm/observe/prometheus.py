@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, Received, Sent, Unreached
+from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, OriginRead, Received, Sent, Unreached
 from swarm.transfer.download_events import Ban, ChunkCorrupt, TransferFailed
 
 if TYPE_CHECKING:
@@ -39,10 +39,11 @@ class Metrics:
         self._counts: Counter[type] = Counter()
         self._moved: Counter[type] = Counter()  # bytes, by Received or Sent
         self._ended: Counter[str] = Counter()
+        self._origin_bytes = self._origin_failures = 0
 
     def follow(self, journal: Journal) -> None:
         """Counts the entries that are recorded from now on."""
-        journal.subscribe(self.apply, *_KINDS, Received, Sent, FetchEnded)
+        journal.subscribe(self.apply, *_KINDS, Received, Sent, FetchEnded, OriginRead)
 
     def apply(self, entry: Entry) -> None:
         """Counts an entry."""
@@ -50,6 +51,9 @@ class Metrics:
         self._counts[type(event)] += 1
         if isinstance(event, (Received, Sent)):  # a union would be built again for every chunk
             self._moved[type(event)] += event.size
+        elif isinstance(event, OriginRead):
+            self._origin_bytes += event.size
+            self._origin_failures += event.error is not None
         elif isinstance(event, FetchEnded):
             self._ended["complete" if event.error is None else "failed"] += 1
 
@@ -75,6 +79,12 @@ class Metrics:
             (Sent, "swarm_sent", "Bytes of complete transfers to peers"),
         ):
             yield CounterOf(f"{name}_bytes", about, value=self._moved[moved])
+        for name, about, value in (
+            ("bytes", "Bytes of whole chunks read from origins", self._origin_bytes),
+            ("requests", "Reads of origins", self._counts[OriginRead]),
+            ("failures", "Reads of origins that failed", self._origin_failures),
+        ):
+            yield CounterOf(f"swarm_origin_{name}", about, value=value)
         yield CounterOf("swarm_chunks_verified", "Verified chunks from peers", value=self._counts[Received])
         for kind, (name, about) in _KINDS.items():
             yield CounterOf(name, about, value=self._counts[kind])

@@ -50,10 +50,11 @@ log = logging.getLogger("swarm")
 
 @dataclass(frozen=True)
 class _Sender:
-    """The source of a transfer, and the scheme of the transport that brought it."""
+    """The source of a transfer, and the scheme of the transport or of the origin that brought it."""
 
     node: NodeId
     scheme: str
+    is_origin: bool = False
 
 
 @dataclass
@@ -320,7 +321,7 @@ class DownloadDriver:
     def origin_landed(self, name: str, scheme: str, number: int, landed: Sequence[LandedChunk]) -> None:
         """Chunks from the origin, which is called `name`."""
         self.names[ORIGIN] = name
-        self._landed(_Sender(ORIGIN, scheme), number, landed)
+        self._landed(_Sender(ORIGIN, scheme, is_origin=True), number, landed)
 
     def _landed(self, sender: _Sender, number: int, landed: Sequence[LandedChunk]) -> None:
         if verified := [arrival for arrival in landed if arrival.correct and arrival.spare is None]:
@@ -355,7 +356,7 @@ class DownloadDriver:
         if self.promise:
             for arrival in landed:
                 if arrival.digests:
-                    self.promise.landed(node, arrival.chunk, arrival.digests)
+                    self.promise.landed(None if sender.is_origin else node, arrival.chunk, arrival.digests)
         for chunk in chunks:
             self._host.record(node, Received(node, self.digest, chunk.index, chunk.size))
         self.handle(events.ChunksVerified(node, number, tuple(chunk.index for chunk in chunks)))

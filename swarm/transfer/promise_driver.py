@@ -22,7 +22,6 @@ from swarm.protocol.messages import NodeId
 from swarm.store import RecordingStore, Store
 from swarm.transfer import download_events as events
 from swarm.transfer.claims import BanClaimant, ClaimRun, Claims
-from swarm.transfer.download import ORIGIN
 from swarm.transfer.origin_driver import OriginDownload, OriginDriver, OriginSource
 from swarm.transfer.origin_reads import OriginReads
 from swarm.transfer.proof import FileProver
@@ -128,13 +127,13 @@ class PromiseDriver:
         sender = self._senders.get(transfer)
         return sender is not None and self.claims.expected(sender, chunk.index) == digests
 
-    def landed(self, node: NodeId, chunk: Chunk, digests: Digests) -> None:
-        """A chunk from a peer or the ORIGIN, with these digests, lies in its place."""
-        if node == ORIGIN:
+    def landed(self, peer: NodeId | None, chunk: Chunk, digests: Digests) -> None:
+        """A chunk with these digests lies in its place; `peer` is None for one that this node read from the origin."""
+        if peer is None:
             self.claims.read(chunk.index, digests)
             self._again_at = self._host.now()
         else:
-            self.claims.landed(chunk.index, digests, node)
+            self.claims.landed(chunk.index, digests, peer)
         if isinstance(self._store, RecordingStore):
             claim = self.claims.claim(chunk.index)
             self._store.record(chunk.index, claim.digests.xxh3 + claim.digests.blake3, claim.reader)

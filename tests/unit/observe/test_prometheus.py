@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from swarm.content.manifest import Digest, ModelId
-from swarm.journal import FetchEnded, FetchStarted, Journal, Received, Sent
+from swarm.journal import FetchEnded, FetchStarted, Journal, OriginRead, Received, Sent
 from swarm.observe.prometheus import Metrics
 from swarm.protocol.messages import NodeId
 from swarm.transfer.download_events import Ban, ChunkCorrupt
@@ -55,6 +55,7 @@ def test_are_events_counted_and_the_present_told() -> None:
     told = samples(
         metrics(
             FetchStarted(ModelId("m"), DIGEST, 100, 0), Received(P, DIGEST, 0, 30), Sent(P, DIGEST, 7),
+            OriginRead("hub", "a", 0, 50, 1.0, None), OriginRead("hub", "a", 50, 20, 1.0, "it broke"),
             ChunkCorrupt(Q, 1, 2), Ban(Q, "lies"), FetchEnded(DIGEST, None), FetchEnded(DIGEST, "stalled"),
         )
     )  # fmt: skip
@@ -62,6 +63,7 @@ def test_are_events_counted_and_the_present_told() -> None:
         "swarm_received_bytes_total": 30, "swarm_sent_bytes_total": 7, "swarm_chunks_rejected_total": 1,
         "swarm_bans_total": 1, "swarm_fetches_started_total": 1, "swarm_fetches_ended_total complete": 1,
         "swarm_fetches_ended_total failed": 1, "swarm_members alive": 2, "swarm_links": 1,
+        "swarm_origin_bytes_total": 70, "swarm_origin_requests_total": 2, "swarm_origin_failures_total": 1,
         "swarm_fetches_missing_bytes": 70, "swarm_fetches_stalled": 1, "swarm_warnings stalled": 1,
     }  # fmt: skip
     assert {name: told[name] for name in expected} == expected
