@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from swarm.checkpoint.files import bystander
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.content.promise import Listing, etags, promise
-from swarm.errors import ManifestNotFound, OriginError, SwarmError
+from swarm.errors import ManifestNotFound, OriginDenied, OriginError, SwarmError
 from swarm.node.node import Node
 from swarm.node.resolve import FIND_TIMEOUT_S, resolve
 from swarm.origin import OriginReader
@@ -29,7 +29,7 @@ ASK_AFTER_S = 0.3  # without an announcement of the model
 # From the call on: by then multicast DNS and gossip have found nodes that start at the same time; at the latest while
 # an address has not answered.
 READ_AFTER_S, READ_LATEST_S = 1.0, 2.5
-ANSWER_SOON_S = 3.0  # without any node in sight, after a lasting failure of the origin
+ANSWER_SOON_S = 3.0  # without any node in sight, where the origin demands a token: it has the model
 POLL_S = 0.05
 PAUSE_FIRST_S = 0.5
 WAIT_MAX_S = 600.0  # of what an origin asks to wait before it lists
@@ -91,7 +91,7 @@ async def find(
                 lister.failed(OriginError(at.reader.address, "its files have another digest than the one asked for"))
             if (error := lister.error) and peers.done():
                 return _without(peers, model_id, error, waited_s=elapsed_s)
-            if error and error.lasting and not heard and not node.searching and elapsed_s > ANSWER_SOON_S:
+            if isinstance(error, OriginDenied) and not heard and not node.searching and elapsed_s > ANSWER_SOON_S:
                 raise ManifestNotFound(model_id, tried=[*node.tried(), str(error)], waited_s=elapsed_s)
             await asyncio.wait([peers, *lister.tasks], timeout=POLL_S)
             await asyncio.sleep(0 if not peers.done() else POLL_S)

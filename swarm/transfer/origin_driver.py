@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
+from urllib.parse import urlsplit
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Manifest
@@ -54,7 +55,8 @@ class OriginSource:
     @property
     def name(self) -> str:
         """For status pages and messages."""
-        return f"origin {self.origin.address}"
+        source = self.listing.source
+        return f"origin {urlsplit(source).netloc or source}"
 
 
 class OriginDownload(Protocol):

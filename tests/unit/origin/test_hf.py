@@ -137,7 +137,7 @@ def test_is_a_model_or_revision_that_does_not_exist_named(
 
 @pytest.mark.parametrize("name", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_is_the_hub_not_asked_offline(hub: Hub, name: str) -> None:
-    with pytest.raises(OriginDenied, match=name):
+    with pytest.raises(OriginUnreachable, match=name):
         origin(hub, **{name: "1"}).listing(ID, None)
     assert hub.requests == []
 
