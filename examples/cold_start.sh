@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Eight empty replicas on one machine, each with caches of its own, fill themselves from the hub together:
+#
+#     examples/cold_start.sh Qwen/Qwen2.5-0.5B
+#
+# On eight machines it is one command each, with a key file and the address of any other node:
+#
+#     swarm fetch ORG/MODEL --listen 0.0.0.0:7000 --key-file swarm.key --peer OTHER:7000
+set -euo pipefail
+model=${1:?which model of the hub?}
+place=$(mktemp -d)
+trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$place"' EXIT
+for number in 1 2 3 4 5 6 7 8; do
+  HF_HUB_CACHE="$place/hub$number" SWARM_CACHE="$place/cache$number" \
+    swarm fetch "$model" --json --listen "127.0.0.1:$((7000 + number))" \
+    $(for other in 1 2 3 4 5 6 7 8; do [ "$other" = "$number" ] || echo --peer "127.0.0.1:$((7000 + other))"; done) \
+    > "$place/$number.json" &
+done
+for number in 1 2 3 4 5 6 7 8; do
+  until [ -s "$place/$number.json" ]; do sleep 0.2; done
+  python3 -c "
+import json, sys
+report = json.load(open(sys.argv[1]))
+read = sum(size for name, size in report['sources'].items() if name.startswith('origin '))
+print(f\"replica {sys.argv[2]}: {report['seconds']:.1f} s, {read / report['bytes']:.0%} of it from the hub\")
+" "$place/$number.json" "$number"
+done
