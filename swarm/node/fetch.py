@@ -121,7 +121,8 @@ class Fetches:
                 while own := await self._shares.settled(manifest.digest):
                     if not own.held.common(needed.minus(held)):
                         break
-                    sources[self._host.name] = await self._copy(own, store, held, needed, blake3=blake3)
+                    copied = await self._copy(own, store, held, needed, blake3=blake3)
+                    sources[self._host.name] = sources.get(self._host.name, 0) + copied
                 if not held.covers(needed) or not _proven(share, needed):
                     if own and served is not None:
                         undo, share, joined = own.lend(needed), own, own.wanted
