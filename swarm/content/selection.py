@@ -56,16 +56,6 @@ class Part:
         """Bytes of its chunks."""
         return sum(self.manifest.chunks[index].size for index in self.chunks)
 
-    @cached_property
-    def paths(self) -> frozenset[str]:
-        """Paths of its files."""
-        return frozenset(self.manifest.files[number].path for number in self.files)
-
-    @cached_property
-    def id(self) -> str:
-        """Equal for equal sets of chunks; empty for all chunks."""
-        return part_id(self.chunks)
-
     def covered(self, number: int) -> list[tuple[int, int]]:
         """The ranges of a file's bytes, start and end, that its chunks cover, in order and apart."""
         found = list[tuple[int, int]]()

@@ -202,6 +202,40 @@ def test_does_a_part_say_what_it_wants_and_how_much_of_it_is_here() -> None:
     run(scenario)
 
 
+def test_does_a_fetch_that_will_not_serve_ask_for_all_and_tell_only_seeds_what_arrives() -> None:
+    async def scenario(node: Node) -> None:
+        share, _ = node.fetch()
+        share.wanted, share.sought = Bitfield(CHUNKS, [7]), Bitfield(CHUNKS, [1, 2, 7])
+        newcomer = FakePeer(NodeId("7" * 16))
+        newcomer.interests.add(DIGEST)
+        node.peers[newcomer.node] = cast(Peer, newcomer)
+        node.them.said.clear()
+        node.peer.own_interests.clear()
+        node.shares.show_interest(node.peer)
+        bits, wanted = Bitfield(CHUNKS).pack(), Bitfield(CHUNKS, [1, 2, 7]).pack()
+        assert node.them.said == [messages.Interest(DIGEST, bits, wanted)]
+        part = share.announcement().wanted
+        assert part is not None
+        assert (part.chunks, part.chunks_total) == (0, 1), "what it will serve is what it announces"
+        node.shares.send_have(DIGEST, [1, 2], to_seeds=True)
+        assert node.them.said[1:] == [messages.Have(DIGEST, ((1, 2),))]
+        assert newcomer.said == []
+
+    run(scenario)
+
+
+def test_does_a_share_carry_a_fetch_that_it_does_not_serve() -> None:
+    async def scenario(node: Node) -> None:
+        share = Share(MODEL, Source(), Bitfield(CHUNKS, [3]), None, wanted=Bitfield(CHUNKS, [3]))
+        share.settled.set()
+        undo = share.lend(Bitfield.full(CHUNKS))
+        assert (share.users, share.settled.is_set(), list(share.held)) == (2, False, [3])
+        undo()
+        assert (share.users, share.sought) == (1, None)
+
+    run(scenario)
+
+
 def test_is_the_part_of_a_peer_passed_to_the_super_seeding() -> None:
     async def scenario(node: Node) -> None:
         node.shares.serve(MODEL, Source(), None)
