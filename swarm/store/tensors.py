@@ -18,21 +18,18 @@ Must not know: hash functions, peers, sockets. torch is optional, so functions i
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from swarm.content import safetensors_header
 from swarm.content.manifest import Chunk, Manifest
 from swarm.content.safetensors_header import LENGTH_BYTES, Tensor
 from swarm.content.selection import Part
-from swarm.errors import LocalProtocolError, SettingsError, SourceChanged, StoreConflict, StoreFull
+from swarm.errors import LocalProtocolError, SourceChanged, StoreConflict, StoreFull
 from swarm.store import DeviceView, IsRight, View, cuda
 from swarm.store.casting import Caster, CastView, is_cast, kept_chunks
 from swarm.store.memory import (
@@ -46,27 +43,15 @@ from swarm.store.memory import (
     ranges,
 )
 from swarm.store.targets import count_writes, demand_writable
+from swarm.store.tensor_layout import Identity, identity, plain, refuse_overlaps
+from swarm.store.torch_types import demand_representable, demand_types, header_entry, torch_type
 
 if TYPE_CHECKING:
     import torch
 
 VIRTUAL_PATH = "model.safetensors"  # the file that a fetch of a state dict into a directory makes
 
-# torch lacks the 6-bit types. It packs two F4 elements into a byte, which halves the last dimension.
-_TORCH_NAMES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F4": "float4_e2m1fn_x2", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn",
-    "F8_E8M0": "float8_e8m0fnu", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E4M3FNUZ": "float8_e4m3fnuz", "F16": "float16",
-    "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64",
-}  # fmt: skip
-_SAFETENSORS_NAMES = {f"torch.{theirs}": ours for ours, theirs in _TORCH_NAMES.items()}
-_FOUR_BIT = "F4"
-
-_OVERLAP_WORK_MAX = 10_000  # steps of the exact test of two strided layouts; beyond, they count as overlapping
 _NAMES_SHOWN = 3
-
-# Equal for names of the same tensor: data pointer, dtype, shape, strides.
-_Identity: TypeAlias = "tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]"
 
 
 class MemoryStore(MemoryLanding):
@@ -78,7 +63,7 @@ class MemoryStore(MemoryLanding):
 
     def __init__(self, manifest: Manifest, part: Part | None = None) -> None:
         self._index = TensorIndex(manifest, part)
-        _demand_representable(self._index.owners.values())
+        demand_representable(self._index.owners.values())
         spans = [ranges(manifest, part, number) for number in range(len(manifest.files))]
         demand_room(sum(end - start for of_file in spans for start, end in of_file))
         self.manifest = manifest
@@ -91,7 +76,7 @@ class MemoryStore(MemoryLanding):
     def describe(self, manifest: Manifest, part: Part | None) -> None:
         """The manifest that a promise has become, with its tensors; `part` of it. Raises as the constructor does."""
         self._index = TensorIndex(manifest, part)
-        _demand_representable(self._index.owners.values())
+        demand_representable(self._index.owners.values())
         self.described = manifest
 
     def seal(self, _: IsRight) -> None:
@@ -174,7 +159,7 @@ class SharedTensors(Mapping[str, "torch.Tensor"]):
             owned = [entry for entry in entries if index.owners.get(entry.name) is entry]
             file.lends(entry.offset for entry in owned if entry.size)
             self._entries |= {entry.name: (file, entry) for entry in owned}
-        _demand_types({entry.dtype: entry for _, entry in self._entries.values()}.values())
+        demand_types({entry.dtype: entry for _, entry in self._entries.values()}.values())
         self._names = index.shown({name: name for name in self._entries})  # name -> that of the stored tensor
         self._made: dict[str, torch.Tensor] = {}
         self._lock = threading.Lock()
@@ -222,10 +207,10 @@ class IntoStore(MemoryLanding):
         dtype: torch.dtype | None = None,
     ) -> None:
         index = TensorIndex(manifest, part)
-        _demand_representable(index.owners.values())
-        given = _plain(tensors)
+        demand_representable(index.owners.values())
+        given = plain(tensors)
         holders = _match(index, given, dtype)
-        _refuse_overlaps(given)
+        refuse_overlaps(given)
         demand_writable(given)
         total = manifest.size if part is None else part.size
         demand_room(total - sum(entry.size for entry in index.owners.values()))
@@ -235,7 +220,7 @@ class IntoStore(MemoryLanding):
         self._watches: list[_Watch] = []
         self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (target, landed)
         self._twins: list[tuple[str, torch.Tensor, torch.Tensor]] = []  # (name, landed, landed elsewhere)
-        self._filled: dict[_Identity, torch.Tensor] = {}  # the caller's memory -> the tensor that receives its contents
+        self._filled: dict[Identity, torch.Tensor] = {}  # the caller's memory -> the tensor that receives its contents
         landed = {name: self._place(holder, given[holder]) for name, holder in holders.items()}
         for name, entry in index.owners.items():
             if is_cast(entry, dtype) and entry.size:
@@ -289,8 +274,8 @@ class IntoStore(MemoryLanding):
 
     def _place(self, name: str, target: torch.Tensor) -> tuple[torch.Tensor, Place]:
         """The tensor that receives a tensor of the manifest, and its place."""
-        if target.is_contiguous() and _identity(target) not in self._filled:
-            self._filled[_identity(target)] = target
+        if target.is_contiguous() and identity(target) not in self._filled:
+            self._filled[identity(target)] = target
             self._watches.append(_Watch(name, target))
             return target, Place(_bytes(target), self._watches[-1].check)
         landed = _empty(tuple(target.shape), target.dtype, target.device)
@@ -299,9 +284,9 @@ class IntoStore(MemoryLanding):
 
     def _settle(self, name: str, target: torch.Tensor, landed: torch.Tensor) -> None:
         """Has `seal` copy `landed` to `target`, or compare it if another tensor fills `target` already."""
-        provided = self._filled.get(_identity(target))
+        provided = self._filled.get(identity(target))
         if provided is None:
-            self._filled[_identity(target)] = landed
+            self._filled[identity(target)] = landed
             self._copies.append((target, landed))
         elif provided is not landed:
             self._twins.append((name, provided, landed))
@@ -319,8 +304,8 @@ class OwnStore(IntoStore):
         import torch
 
         index, where = TensorIndex(manifest, part), torch.device(device)
-        _demand_representable(index.owners.values())
-        types = {name: _torch_type(entry, dtype) for name, entry in index.owners.items()}
+        demand_representable(index.owners.values())
+        types = {name: torch_type(entry, dtype) for name, entry in index.owners.items()}
         need_bytes = sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in types.values())
         if where.type == "cpu":
             demand_room(need_bytes)
@@ -418,9 +403,9 @@ class TensorSource(MemorySource):
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        kept, aliases = _untied(_plain(tensors))
+        kept, aliases = _untied(plain(tensors))
         kept.sort(key=lambda pair: (-pair[1].element_size(), pair[0]))
-        entries = [_entry(name, tensor) for name, tensor in kept]
+        entries = [header_entry(name, tensor) for name, tensor in kept]
         # transformers and other readers require the format.
         metadata = {} if "pt" in tensors else {"format": "pt"}
         composed = safetensors_header.compose(entries, metadata | aliases)
@@ -467,13 +452,6 @@ class _Watch:
             raise SourceChanged(self._name, "it was written to")
 
 
-def _demand_representable(entries: Iterable[Tensor]) -> None:
-    for entry in entries:
-        whole = entry.dtype != _FOUR_BIT or (entry.shape and entry.shape[-1] % 2 == 0)
-        if entry.dtype not in _TORCH_NAMES or not whole:
-            raise StoreConflict(entry.name, f"torch cannot hold {entry.dtype} {entry.shape}; fetch into a directory")
-
-
 def _between(ends: Iterable[tuple[int, int]], begin: int, end: int) -> Iterator[tuple[int, Place]]:
     """Own memory for the bytes `[begin, end)` of a file that have a place."""
     for start, stop in ends:
@@ -485,60 +463,13 @@ def _sharing(memory: memoryview, offset: int, entry: Tensor) -> tuple[torch.Tens
     """A tensor on this memory, or on an aligned copy of it, and the flat tensor that it is a view of."""
     import torch
 
-    shape, dtype = _torch_type(entry)
+    shape, dtype = torch_type(entry)
     if not entry.size:  # frombuffer refuses empty memory
         return (tensor := torch.empty(shape, dtype=dtype)), tensor
     raw = torch.frombuffer(memory, dtype=dtype, count=entry.size // dtype.itemsize, offset=offset)
     if raw.data_ptr() % dtype.itemsize:
         raw = torch.frombuffer(memory, dtype=torch.uint8, count=entry.size, offset=offset).clone().view(dtype)
     return raw, raw.view(shape)
-
-
-def _demand_types(entries: Iterable[Tensor]) -> None:
-    """Raises SettingsError without torch, StoreConflict for a dtype that it lacks."""
-    if importlib.util.find_spec("torch") is None:
-        raise SettingsError("torch", "is not installed; install it, or fetch into a directory")
-    for entry in entries:
-        _torch_type(entry)
-
-
-def _torch_type(entry: Tensor, cast: torch.dtype | None = None) -> tuple[tuple[int, ...], torch.dtype]:
-    import torch
-
-    if cast is not None and is_cast(entry, cast):
-        return entry.shape, cast
-    dtype = getattr(torch, _TORCH_NAMES[entry.dtype], None)
-    if dtype is None:
-        raise StoreConflict(entry.name, f"torch {torch.__version__} has no type for {entry.dtype}; install a newer one")
-    *outer, last = entry.shape or (0,)
-    return (*outer, last // 2) if entry.dtype == _FOUR_BIT else entry.shape, dtype
-
-
-def _entry(name: str, tensor: torch.Tensor) -> tuple[str, str, tuple[int, ...], int]:
-    """Name, dtype, shape and size of a tensor in a safetensors header."""
-    dtype, shape = _SAFETENSORS_NAMES.get(str(tensor.dtype)), tuple(tensor.shape)
-    if dtype is None or (dtype == _FOUR_BIT and not shape):
-        raise SettingsError(name, f"{tensor.dtype} {shape} has no safetensors type; convert it or leave it out")
-    if dtype == _FOUR_BIT:
-        shape = (*shape[:-1], 2 * shape[-1])
-    return name, dtype, shape, tensor.numel() * tensor.element_size()
-
-
-def _plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A copy of the mapping. Raises for a value that is no tensor with plain bytes of its own on a CPU or CUDA GPU."""
-    import torch
-
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or name == "__metadata__":
-            raise SettingsError(repr(name), "cannot be the name of a tensor in a safetensors file")
-        if not isinstance(tensor, torch.Tensor):
-            raise SettingsError(name, f"is a {type(tensor).__name__}, not a tensor; leave it out")
-        if tensor.device.type not in ("cpu", "cuda"):
-            raise StoreConflict(name, f"is on {tensor.device}; only tensors of the CPU and of CUDA GPUs are supported")
-        wraps = type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
-        if wraps or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
-            raise StoreConflict(name, "does not hold plain bytes of its own (sparse, quantised, lazy or a wrapper)")
-    return dict(tensors)
 
 
 def _match(index: TensorIndex, given: Mapping[str, torch.Tensor], dtype: torch.dtype | None) -> dict[str, str]:
@@ -548,14 +479,14 @@ def _match(index: TensorIndex, given: Mapping[str, torch.Tensor], dtype: torch.d
         spellings[name].append(alias)
     found = {name: [spelling for spelling in names if spelling in given] for name, names in spellings.items()}
     holders = {name: names[0] for name, names in found.items() if names}
-    tied = {_identity(given[holder]) for holder in holders.values()}
-    types = {spelling: _torch_type(index.owners[name], dtype) for name, names in found.items() for spelling in names}
+    tied = {identity(given[holder]) for holder in holders.values()}
+    types = {spelling: torch_type(index.owners[name], dtype) for name, names in found.items() for spelling in names}
     complaints = {
         "missing": [repr(name) for name in found if name not in holders],
         "unexpected": [
             repr(name)
             for name, tensor in given.items()
-            if name not in index.owners and name not in index.aliases and _identity(tensor) not in tied
+            if name not in index.owners and name not in index.aliases and identity(tensor) not in tied
         ],
         "of another shape": [
             f"{spelling!r} is {list(given[spelling].shape)} and not {list(shape)}"
@@ -574,57 +505,10 @@ def _match(index: TensorIndex, given: Mapping[str, torch.Tensor], dtype: torch.d
     return holders
 
 
-def _identity(tensor: torch.Tensor) -> _Identity:
-    # torch chooses the stride of a dimension of size 1 freely.
-    strides = (stride if n > 1 else 0 for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(strides)
-
-
-def _refuse_overlaps(given: Mapping[str, torch.Tensor]) -> None:
-    """Raises StoreConflict if a write to a tensor would change another tensor, or another element of its own."""
-    distinct = {_identity(tensor): (name, tensor) for name, tensor in given.items() if tensor.numel()}
-    reaching: list[tuple[str, torch.Tensor]] = []
-    for name, tensor in sorted(distinct.values(), key=lambda pair: pair[1].data_ptr()):
-        if any(stride == 0 and n > 1 for stride, n in zip(tensor.stride(), tensor.shape, strict=True)):
-            raise StoreConflict(name, "is expanded: several of its elements share memory")
-        reaching = [(other, earlier) for other, earlier in reaching if _end(earlier) > tensor.data_ptr()]
-        for other, earlier in reaching:
-            if _shares(earlier, tensor):
-                raise StoreConflict(name, f"overlaps {other!r} in memory without being the same tensor")
-        reaching.append((name, tensor))
-
-
-def _end(tensor: torch.Tensor) -> int:
-    steps = sum(stride * (n - 1) for stride, n in zip(tensor.stride(), tensor.shape, strict=True))
-    return tensor.data_ptr() + (steps + 1) * tensor.element_size()
-
-
-def _shares(tensor: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors with overlapping extents share a byte; columns of a matrix share none."""
-    try:
-        return np.shares_memory(_Extent(tensor), _Extent(other), max_work=_OVERLAP_WORK_MAX)  # type: ignore[arg-type]
-    except np.exceptions.TooHardError:
-        return True
-
-
-class _Extent:
-    """A tensor's layout as a numpy array interface, for comparison only: the memory may be a GPU's."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        size = tensor.element_size()
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": f"|V{size}",
-            "data": (tensor.data_ptr(), True),
-            "shape": tuple(tensor.shape),
-            "strides": tuple(stride * size for stride in tensor.stride()),
-        }
-
-
 def _untied(tensors: Mapping[str, torch.Tensor]) -> tuple[list[tuple[str, torch.Tensor]], dict[str, str]]:
     """The tensors to store, and alias -> stored name for the rest."""
-    first: dict[_Identity, str] = {}
-    stored = {n: first.setdefault(_identity(t), n) if t.numel() else n for n, t in sorted(tensors.items())}
+    first: dict[Identity, str] = {}
+    stored = {n: first.setdefault(identity(t), n) if t.numel() else n for n, t in sorted(tensors.items())}
     aliases = {name: kept for name, kept in stored.items() if name != kept}
     return [(name, tensor) for name, tensor in tensors.items() if name not in aliases], aliases
 
