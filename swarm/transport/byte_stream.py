@@ -33,6 +33,9 @@ class ByteStream(Protocol):
     def block(self, poll_s: float) -> None:
         """Begins the phase of threads, whose calls wait for at most `poll_s`."""
 
+    def fill_rooms(self) -> None:
+        """Other threads read other streams beside this one: a read should return seldom, with much."""
+
     def idle(self) -> None:
         """No thread reads for now: the first byte must make the socket readable for the loop."""
 
@@ -72,9 +75,9 @@ class PlainStream(socket.socket):
 
     On a slow link each packet would wake the reading thread. So a thread reads the bytes that are there, and otherwise
     polls until LEAST_BYTES_MAX or all wanted bytes are there (SO_RCVLOWAT). It polls because `recv` counts anew after
-    each packet. On a fast link, where LEAST_BYTES_MAX have arrived since the last read, the kernel fills the whole
-    room (MSG_WAITALL), for as long as that keeps FAST_BYTES_PER_S: each return to Python waits for the interpreter's
-    lock, which all streams share.
+    each packet. After `fill_rooms`, on a fast link, where LEAST_BYTES_MAX have arrived since the last read, the
+    kernel fills the whole room (MSG_WAITALL), for as long as that keeps FAST_BYTES_PER_S: each return to Python waits
+    for the interpreter's lock, which all streams share.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -82,6 +85,7 @@ class PlainStream(socket.socket):
         super().__init__(sock.family, sock.type, sock.proto, fileno=sock.detach())
         self._least_bytes = 1
         self._poll_ms = 0.0
+        self._fills_rooms = False
         self._is_fast = False
         self._arriving = select.poll()
         self._arriving.register(self, select.POLLIN)
@@ -102,6 +106,10 @@ class PlainStream(socket.socket):
         self.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, poll)
         self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, poll)
 
+    def fill_rooms(self) -> None:
+        """Where that needs no wake-up for each packet of a slow link."""
+        self._fills_rooms = True
+
     def idle(self) -> None:
         """Resets SO_RCVLOWAT, which epoll obeys too."""
         self._wake_at(1)
@@ -119,7 +127,7 @@ class PlainStream(socket.socket):
         except BlockingIOError:
             self._await(least)
             return super().recv_into(room, 0, socket.MSG_DONTWAIT)
-        self._is_fast |= got >= LEAST_BYTES_MAX
+        self._is_fast = self._fills_rooms and (self._is_fast or got >= LEAST_BYTES_MAX)
         return got
 
     def recvmsg_into(self, rooms: Sequence[memoryview]) -> tuple[Any, ...]:  # type: ignore[override]
@@ -132,7 +140,7 @@ class PlainStream(socket.socket):
         except BlockingIOError:
             self._await(least)
             return super().recvmsg_into(rooms, 0, socket.MSG_DONTWAIT)
-        self._is_fast |= got >= LEAST_BYTES_MAX
+        self._is_fast = self._fills_rooms and (self._is_fast or got >= LEAST_BYTES_MAX)
         return (got,)
 
     def readable(self) -> bool:

@@ -101,6 +101,10 @@ class SealedStream:
         """As PlainStream."""
         self._sock.block(poll_s)
 
+    def fill_rooms(self) -> None:
+        """As PlainStream."""
+        self._sock.fill_rooms()
+
     def idle(self) -> None:
         """As PlainStream."""
         self._sock.idle()

@@ -160,6 +160,9 @@ class TcpInbound(_Session):
         self._quiet_s = 0.0
         self.received_bytes = 0
         super().__init__(sock, peer=peer, pool=pool, lock=beside._lock if beside else None)
+        if beside:
+            for stream in self._session:
+                stream._sock.fill_rooms()
 
     async def receive(self, transfer: Transfer, views: Iterator[View]) -> None:
         """As Inbound. Raises LocalProtocolError when the id is in use or the views are not `transfer.size` bytes."""

@@ -69,6 +69,10 @@ class TlsStream:
         """As PlainStream."""
         self._sock.block(poll_s)
 
+    def fill_rooms(self) -> None:
+        """As PlainStream."""
+        self._sock.fill_rooms()
+
     def idle(self) -> None:
         """As PlainStream."""
         self._sock.idle()

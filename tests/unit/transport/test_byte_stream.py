@@ -26,6 +26,7 @@ def connected() -> Iterator[tuple[socket.socket, PlainStream]]:
         reader = PlainStream(server.accept()[0])
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 * FAST)
     reader.block(POLL_S)
+    reader.fill_rooms()
     with writer, reader:
         yield writer, reader
 
@@ -74,6 +75,16 @@ def test_does_a_fast_link_fill_the_room_at_once(how: str, monkeypatch: pytest.Mo
             assert reader.recv_least(memoryview(room), LEAST_BYTES_MAX) == size
         assert room == b"x" * size
         thread.join(DEADLINE_S)
+
+
+def test_does_a_lone_stream_return_with_what_is_there() -> None:
+    with connected() as (writer, reader):
+        reader._fills_rooms = False
+        become_fast(writer, reader)
+        writer.sendall(b"x" * FAST)
+        await_bytes(reader, FAST)
+        assert reader.recv_into(memoryview(bytearray(1 << 20))) == FAST
+        assert not reader._is_fast
 
 
 def test_is_a_small_read_of_a_fast_link_not_kept_waiting() -> None:
