@@ -375,7 +375,11 @@ class Shares:
         self._host.record(peer.node, ArtifactsAnnounced(peer.node, message.artifacts))
         for digest in sorted(dropped):
             peer.own_interests.discard(digest)
-            if (share := self.shares.get(digest)) and share.download:
+            peer.interests.discard(digest)  # its fetch has failed: a seed that drains must not wait for it
+            share = self.shares.get(digest)
+            if share and share.superseed:
+                share.superseed.left(peer.node)
+            if share and share.download:
                 share.download.handle(events.PeerLeft(peer.node, "does not serve it any more"))
         self.show_interest(peer)
 

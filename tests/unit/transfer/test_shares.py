@@ -408,6 +408,19 @@ def test_only_here_is_what_a_peer_lacks_and_no_other_node_has() -> None:
     run(scenario)
 
 
+def test_a_newcomer_whose_fetch_failed_keeps_no_seed_from_leaving() -> None:
+    async def scenario(node: Node) -> None:
+        node.shares.serve(MODEL, Source(), None)
+        share = node.shares.shares[DIGEST]
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS, [0]).pack(), b""))
+        assert node.shares.only_here(share)
+        node.shares.on_announce(node.peer, messages.Announce(()))
+        assert node.shares.only_here(share) == set()
+        assert not node.them.interests
+
+    run(scenario)
+
+
 def test_only_here_of_a_fetched_share_is_everything_while_a_peer_fetches() -> None:
     async def scenario(node: Node) -> None:
         share, _ = node.fetch(*range(CHUNKS))
