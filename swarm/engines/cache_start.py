@@ -24,7 +24,7 @@ import msgspec
 from swarm.api import Served
 from swarm.engines import cache_files, compile_caches
 from swarm.engines.compile_caches import InstalledCache
-from swarm.errors import SettingsError, SwarmError
+from swarm.errors import SettingsError
 from swarm.runtime import runtime
 from swarm.settings import Settings
 
@@ -80,7 +80,7 @@ class CacheStart:
             self._fetched = work.result(WAIT_S)
         except concurrent.futures.TimeoutError:
             log.info("compile cache: still arriving after %.0f s; compiling here", WAIT_S)
-        except (SwarmError, OSError, concurrent.futures.CancelledError) as error:
+        except Exception as error:  # a cache is no reason for an engine not to start
             log.info("compile cache: compiling here (%s)", error)
         else:
             log.info("compile cache: %s", self._fetched)

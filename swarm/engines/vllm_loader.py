@@ -128,8 +128,13 @@ def begin(config: VllmConfig) -> None:
     prepare_gpu()
     _caches.clear()
     if loader.node.rank.first_of_host:
-        _caches.append(CacheStart({**loader.fields, "compilation": config.compute_hash()}, loader.settings))
-        _caches[0].begin()
+        try:
+            cache = CacheStart({**loader.fields, "compilation": config.compute_hash()}, loader.settings)
+        except Exception as error:  # of a configuration that vLLM cannot hash; compiling may come to the same error
+            log.info("compile cache: not exchanged (%s)", error)
+        else:
+            _caches.append(cache)
+            cache.begin()
 
 
 def initialised(config: VllmConfig) -> None:

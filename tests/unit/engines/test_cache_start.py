@@ -114,6 +114,22 @@ def test_is_a_cache_that_arrives_slowly_not_waited_for(
     assert again is None
 
 
+def test_does_no_failure_keep_the_engine_from_starting(
+    start: Start, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fetch(*_: object, found: Callable[[], None], **__: object) -> None:
+        found()
+        raise ValueError("an accident")
+
+    caplog.set_level("INFO", "swarm")
+    monkeypatch.setattr(compile_caches, "fetch", fetch)
+    one = start("other")
+    one.begin()
+    until_found(one)
+    one.join()
+    assert "compiling here (an accident)" in caplog.text
+
+
 def test_does_a_machine_that_has_compiled_not_search(start: Start, source: str, tmp_path: Path) -> None:
     again = start("source")
     again.begin()
