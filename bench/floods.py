@@ -536,7 +536,8 @@ def _swarm(command: list[str]) -> list[str]:
 def _environment(root: Path, key: Path | None) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SWARM_")}
     own = {"SWARM_CACHE": str(root / "cache"), "SWARM_NETWORK": "local", "SWARM_CHUNK_BYTES": str(CHUNK_BYTES)}
-    return kept | own | ({"SWARM_KEY_FILE": str(key)} if key else {})
+    patient = {"SWARM_FIND_TIMEOUT_S": "60", "SWARM_STALL_TIMEOUT_S": "60", "SWARM_ORIGIN": "none"}
+    return kept | own | patient | ({"SWARM_KEY_FILE": str(key)} if key else {})
 
 
 @contextlib.contextmanager

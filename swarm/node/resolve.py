@@ -49,6 +49,7 @@ REFUSED_S = 0.5  # while every address that the user named refuses: multicast ma
 PARTS_S = 5.0  # time for holders of parts of a commit to announce the whole
 OTHER_REVISION_S = 2.0  # time for a holder of the revision to be found, once holders of others are known
 LINK_S = 0.5
+ASKED_AHEAD_MAX = 4  # manifests; a peer that announces ever new digests would fill the memory with them
 
 
 async def resolve(
@@ -219,6 +220,8 @@ class _Answers:
         """Requests them, once."""
         key = peer.node, digest
         if key not in self._asked:
+            if len(self._asked) >= ASKED_AHEAD_MAX:
+                _give_up(self._asked.pop(next(iter(self._asked))))
             self._asked[key] = asyncio.create_task(self._ask(peer, digest))
         return self._asked[key]
 
@@ -227,7 +230,7 @@ class _Answers:
         try:
             return await self.ask(peer, digest)
         finally:
-            del self._asked[peer.node, digest]
+            self._asked.pop((peer.node, digest), None)
 
     async def _ask(self, peer: Peer, digest: Digest) -> tuple[Manifest, Origin | None]:
         manifest_requests = self._node.manifest_requests
@@ -244,8 +247,13 @@ class _Answers:
 
     def __exit__(self, *_: object) -> None:
         for task in self._asked.values():
-            if not task.cancel() and not task.cancelled():
-                task.exception()  # requested ahead in vain; this marks the exception as retrieved
+            _give_up(task)
+
+
+def _give_up(task: asyncio.Task[tuple[Manifest, Origin | None]]) -> None:
+    """Ends a request that was made ahead in vain, and marks its exception as retrieved."""
+    if not task.cancel() and not task.cancelled():
+        task.exception()
 
 
 async def _agreed(

@@ -7,6 +7,8 @@ import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -29,6 +31,7 @@ from swarm.net.udp import Hear
 from swarm.node import resolve as resolving
 from swarm.node.node import Node
 from swarm.node.resolve import full_digest, resolve
+from swarm.peers.peer import Peer
 from swarm.protocol.messages import Address, AnyMessage, Message, NodeId, Origin, decode, encode
 from swarm.security import signatures
 from swarm.store.tensors import MemoryStore
@@ -566,3 +569,22 @@ def test_do_first_digits_choose_a_digest_that_is_announced() -> None:
             assert await full_digest(one, MODEL, first.manifest.digest[:6], find_timeout_s=0.1) == found
 
     run(scenario)
+
+
+def test_are_manifests_of_ever_new_digests_not_all_kept() -> None:
+    async def scenario() -> None:
+        async def never(*_: object, **__: object) -> None:
+            await asyncio.Event().wait()
+
+        requests = SimpleNamespace(manifest=never, origin=never)
+        asked = [resolving._Answers(cast(Node, SimpleNamespace(manifest_requests=requests)))]
+        with asked[0] as answers:
+            peer = cast(Peer, SimpleNamespace(node=NodeId("a" * 16)))
+            tasks = [answers.ask(peer, Digest(f"{number:064x}")) for number in range(20)]
+            await asyncio.sleep(0)
+            assert len(answers._asked) == resolving.ASKED_AHEAD_MAX
+            assert answers.ask(peer, Digest(f"{19:064x}")) is tasks[19]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(task.cancelled() for task in tasks)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
