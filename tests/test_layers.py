@@ -39,7 +39,7 @@ ROWS: dict[str, set[str]] = {
         "hashing", "hashing.cpu", "hashing.cuda",
         "hashing.kernels", "net", "net.cards", "net.dialling", "net.discovery", "net.http_pages", "net.link",
         "net.listener", "net.pausing_loop", "net.reclaim", "net.udp", "net.websocket",
-        "origin", "origin.files", "origin.hf", "origin.http", "origin.registry", "origin.web",
+        "origin", "origin.files", "origin.hf", "origin.http", "origin.objects", "origin.registry", "origin.web",
         "security",
         "security.certificates", "security.cluster_key", "security.record_seal", "security.signatures",
         "security.model_signature",
@@ -183,6 +183,7 @@ HOMES: dict[str, set[str]] = {
         "cli.simulate",
     },
     "matplotlib": {"simulation.plot"},
+    "obstore": {"origin.objects"},
     "numpy": {
         "content.bitfield",
         "security.record_seal",
@@ -221,6 +222,7 @@ HOMES: dict[str, set[str]] = {
 }
 LAZY = {
     "matplotlib",
+    "obstore",
     "opentelemetry",
     "prometheus_client",
     "sglang",

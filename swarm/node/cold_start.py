@@ -31,6 +31,7 @@ ASK_AFTER_S = 0.3  # without an announcement of the model
 READ_AFTER_S, READ_LATEST_S = 1.0, 2.5
 ANSWER_SOON_S = 3.0  # without any node in sight, where the origin demands a token: it has the model
 POLL_S = 0.05
+PROMISE_OF_PEERS_S = 5.0  # without an answer of the origin, before the promise that peers announce is believed
 PAUSE_FIRST_S = 0.5
 WAIT_MAX_S = 600.0  # of what an origin asks to wait before it lists
 
@@ -79,6 +80,8 @@ async def find(
             if peers.done() and not peers.exception():
                 manifest, origin = peers.result()
                 if not manifest.promised:
+                    return Found(manifest, origin)
+                if lister.listing is None and elapsed_s > PROMISE_OF_PEERS_S:
                     return Found(manifest, origin)
             heard = bool(node.holders(model_id))
             if peers.done() or node.promised(model_id) or (not heard and elapsed_s > ASK_AFTER_S):

@@ -13,6 +13,7 @@ Must not know: peers, settings of a node.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from swarm.errors import SettingsError
 from swarm.origin import OriginReader
 from swarm.origin.files import FileOrigin
 from swarm.origin.hf import HubOrigin
+from swarm.origin.objects import ObjectOrigin
 from swarm.origin.web import WebOrigin
 
 GROUP = "swarm.origins"
@@ -31,7 +33,13 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]{0,15})://(.+)")
 Factory: TypeAlias = Callable[[], OriginReader]
 """Called on a thread. Raises SettingsError where the origin cannot be used."""
 
-_BUILT_IN: Mapping[str, Factory] = {"hf": HubOrigin, "https": WebOrigin, "http": WebOrigin, "file": FileOrigin}
+_BUILT_IN: Mapping[str, Factory] = {
+    "hf": HubOrigin,
+    "https": WebOrigin,
+    "http": WebOrigin,
+    "file": FileOrigin,
+    **{scheme: functools.partial(ObjectOrigin, scheme) for scheme in ("s3", "gs", "az")},
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,9 @@ class WebOrigin:
             if file is None:
                 raise OriginNotFound(host, f"there is no file {model}")
             return Listing(model, "", (file,))
-        sums = self._text(model + SUMS)
-        if sums is not None:
-            hashes = dict(_sums(sums))
+        text = self._text(model + SUMS)
+        if text is not None:
+            hashes = dict(sums(text))
             files = [self._demanded(model, path, digest) for path, digest in sorted(hashes.items())]
         else:
             index = self._text(model + INDEX)
@@ -114,7 +114,8 @@ def _identity(response: http.Response, size: int) -> str:
     return ETAG + "".join(c for c in text if c.isprintable())[:512]
 
 
-def _sums(text: str) -> Iterable[tuple[str, str]]:
+def sums(text: str) -> Iterable[tuple[str, str]]:
+    """Path and sha256 of each line of `sha256sum`."""
     for line in text.splitlines()[:FILES_MAX]:
         if match := _SUM.fullmatch(line.strip()):
             yield match[2].removeprefix("./"), match[1]

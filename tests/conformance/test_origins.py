@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hub import Hub, Model
@@ -137,6 +138,42 @@ def test_a_file_of_a_web_server(site: str) -> None:
     check_origin(WebOrigin, f"{site}/model/model.safetensors", {"model.safetensors": FILES["model.safetensors"]})
 
 
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A bucket of an S3 server, through boto3's client."""
+    pytest.importorskip("obstore")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = pytest.importorskip("boto3").client("s3", endpoint_url=f"http://{host}:{port}", region_name="us-east-1")
+    client.create_bucket(Bucket="bucket")
+    yield client
+    server.stop()
+
+
+@pytest.mark.parametrize("summed", [False, True])
+def test_an_object_store(bucket: Any, root: Path, summed: bool) -> None:
+    sums(root)
+    for path, data in FILES.items():
+        bucket.put_object(Bucket="bucket", Key=f"models/one/{path}", Body=data)
+    if summed:
+        bucket.put_object(Bucket="bucket", Key="models/one/SHA256SUMS", Body=(root / "SHA256SUMS").read_bytes())
+
+    def change() -> None:
+        bucket.put_object(Bucket="bucket", Key="models/one/model.safetensors", Body=bytes(200_000))
+
+    make = functools.partial(registry.make_origin, "s3")
+    missing, changing = "s3://bucket/models/none", None if summed else change
+    check_origin(make, "s3://bucket/models/one", FILES, missing=missing, change=changing)
+
+
 @pytest.mark.parametrize("path", ["../../etc/passwd", "/etc/passwd", ".swarm/x"])
 def test_are_paths_refused_that_leave_the_directory(site: str, root: Path, path: str) -> None:
     (root / "SHA256SUMS").write_text(f"{'a' * 64}  {path}\n")
@@ -169,7 +206,7 @@ def test_a_plugin(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_is_a_scheme_without_an_origin_named() -> None:
-    with pytest.raises(SettingsError, match="'ftp' is not one of hf, https, http, file"):
+    with pytest.raises(SettingsError, match="'ftp' is not one of hf, https, http, file, s3"):
         registry.make_origin("ftp")
 
 
