@@ -117,7 +117,7 @@ def settings(given: dict[str, Any]) -> Any:
     from swarm.settings import Settings
     from swarm.transport import tcp
 
-    vars(tcp)["streams_most"] = lambda **_: given["streams"]
+    vars(tcp)["streams_most"] = lambda: given["streams"]
     key = {"key_file": given["key"]} if given["key"] else {}
     peers = {"peers": (given["peer"],)} if "peer" in given else {}
     return Settings.load({"mdns": False, **key, **peers})

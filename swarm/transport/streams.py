@@ -26,15 +26,13 @@ from swarm.transport import Transfer
 from swarm.transport.tcp_session import TcpInbound, TcpOutbound
 
 CORES_PER_STREAM = 4  # on fewer cores, more threads wait for each other and for the GIL
-CORES_PER_SEALED_STREAM = 2  # encryption runs outside the GIL
 WINDOW_S = 0.02  # of a rate measurement: 80 MB at the rate of a stream
 GROWTH_MIN = 1.2  # least gain of the rate for twice the streams; below, the number stays
 
 
-def streams_most(*, sealed: bool = False) -> int:
+def streams_most() -> int:
     """Most connections of a session, by the cores that this process may use."""
-    cores = len(os.sched_getaffinity(0))
-    return min(STREAMS_MAX, max(1, cores // (CORES_PER_SEALED_STREAM if sealed else CORES_PER_STREAM)))
+    return min(STREAMS_MAX, max(1, len(os.sched_getaffinity(0)) // CORES_PER_STREAM))
 
 
 class Growth:

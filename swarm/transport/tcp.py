@@ -76,7 +76,7 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
         """`congestion`: name of a TCP congestion control; None: the system's, on loopback LOOPBACK_CONGESTION.
         `streams_max`: connections of a session; None: by the number of cores."""
         super().__init__()
-        self._streams_max = streams_max or streams_most(sealed=identity is not None)
+        self._streams_max = streams_max or streams_most()
         self._identity = identity
         if identity:
             self.scheme = "tls"
