@@ -83,6 +83,8 @@ async def find(
                     return Found(manifest, origin)
                 if lister.listing is None and elapsed_s > PROMISE_OF_PEERS_S:
                     return Found(manifest, origin)
+            if (failure := _failure(peers)) and node.refused and node.named_peers:
+                raise failure  # a wrong key is for the user to correct, not to be gone round
             heard = bool(node.holders(model_id))
             if peers.done() or node.promised(model_id) or (not heard and elapsed_s > ASK_AFTER_S):
                 lister.start()
@@ -110,6 +112,10 @@ def _found(listing: Listing, at: OriginModel) -> Found:
     manifest = promise(Listing(listing.source, listing.commit, files, listing.revisions))
     origin = Origin(listing.commit, etags(manifest), listing.revisions) if listing.commit else None
     return Found(manifest, origin, OriginSource(at.reader, listing, at.limit_bytes_per_s, at.readers_max))
+
+
+def _failure(peers: asyncio.Future[tuple[Manifest, Origin | None]]) -> BaseException | None:
+    return peers.exception() if peers.done() else None
 
 
 def _without(

@@ -154,7 +154,7 @@ async def fetch_all(folder: Path, network: str, seed: str) -> None:
     import swarm.runtime  # noqa: F401
 
     for key, listens, mdns in itertools.product((True, False), (True, False), (True, False)):
-        given: dict[str, object] = {"mdns": mdns, "name": "newcomer"}
+        given: dict[str, object] = {"mdns": mdns, "name": "newcomer", "origin": "none"}
         if key:
             given["key_file"] = folder / "key"
         if listens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from swarm.content.promise import ListedFile, Listing, promise
 from swarm.errors import (
     ManifestConflict,
     ManifestNotFound,
+    NotAdmitted,
     PeerUnreachable,
     RevisionNotFound,
     SettingsError,
@@ -40,6 +42,7 @@ from swarm.transport.inproc import InprocHub, InprocTransport
 
 ORG_OTHER = ModelId("org/other")
 
+OTHER_CLUSTER = "other-cluster"
 DEADLINE_S = 20.0
 MODEL = ModelId("org/model")
 ORIGIN = Origin("ef" * 20, {})
@@ -130,6 +133,8 @@ class QueueWorld:
 
     async def dial(self, addresses: Sequence[Address]) -> Link:
         address = addresses[0]
+        if address == OTHER_CLUSTER:
+            raise NotAdmitted(address, "has another cluster key; give both the same key file")
         if address not in self._street:
             raise PeerUnreachable(address, "nobody lives there")
         near, far = QueueLink(address), QueueLink(self._address)
@@ -253,6 +258,47 @@ def test_does_a_model_that_nobody_serves_say_who_was_asked(knows: list[str]) -> 
             with pytest.raises(ManifestNotFound) as caught:
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=0.01)
             assert caught.value.tried == tuple(words[name] for name in knows)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("find_timeout_s", [None, math.inf])
+def test_does_a_wrong_key_end_the_search_at_once_in_one_line(find_timeout_s: float | None) -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("newcomer", knows=[OTHER_CLUSTER]) as newcomer:
+            with pytest.raises(ManifestNotFound) as caught:
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=find_timeout_s)
+            line = f"{OTHER_CLUSTER}: has another cluster key; give both the same key file"
+            assert caught.value.tried == (line,)
+            assert str(caught.value).count("key file") == 1
+            assert "swarm serve" not in str(caught.value), "that would not help"
+
+    run(scenario)
+
+
+def test_does_a_wrong_key_not_hide_a_node_that_has_the_model() -> None:
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("seed") as seed, street.node("newcomer", knows=[OTHER_CLUSTER, "seed"]) as newcomer:
+            seed.serve(MODEL, source := Zeros())
+            assert (await resolve(newcomer, MODEL, digest=None, find_timeout_s=None))[0] == source.manifest
+
+    run(scenario)
+
+
+def test_is_the_search_short_where_no_node_is_found_and_endless_if_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolving, "NOTHING_FOUND_S", 0.05)
+
+    async def scenario() -> None:
+        street = Street()
+        async with street.node("newcomer") as newcomer:
+            with pytest.raises(ManifestNotFound, match="no peer was found"):
+                await resolve(newcomer, MODEL, digest=None, find_timeout_s=None)
+            waiting = asyncio.create_task(resolve(newcomer, MODEL, digest=None, find_timeout_s=math.inf))
+            async with street.node("seed", knows=["newcomer"]) as seed:
+                seed.serve(MODEL, source := Zeros())
+                assert (await waiting)[0] == source.manifest
 
     run(scenario)
 

@@ -23,10 +23,11 @@ from swarm.peers.connections import (
     LinkDown,
     LinkUp,
     MemberUpdated,
+    ShareNodes,
     Wanted,
     Welcome,
 )
-from swarm.protocol.messages import Address, NodeId
+from swarm.protocol.messages import NODES_MAX, Address, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
 
 A_1 = Address("a:1")
@@ -484,3 +485,78 @@ def test_members_with_ever_new_artifacts_leave_nothing_behind() -> None:
         knows.tell(connections.Tick(), at=knows.now + 1.0)
     assert len(knows.machine._seeds) == 1
     assert len(knows.machine._known) <= connections.KNOWN_MAX
+
+
+TWO = (Address("10.0.0.1:1"), Address("[fd00::1]:1"))
+
+
+def test_a_node_with_several_addresses_is_one_dial() -> None:
+    knows = Knows()
+    assert knows.tell(AddressDiscovered(TWO, False)) == [Dial(TWO)]
+    assert knows.tell(AddressDiscovered(TWO, False)) == []
+    assert knows.machine.unanswered() == [TWO[0]]
+    reached = LinkUp(1, BIG, (TWO[1], TWO[0]), dialled=TWO[0])
+    assert knows.tell(reached) == [Welcome(1, ())]
+    assert knows.machine.tried() == []
+    assert knows.tell(connections.Tick(), at=60.0) == []
+
+
+def test_an_address_of_a_node_that_leads_to_this_one_is_left_out_of_the_next_dial() -> None:
+    knows = Knows()
+    knows.tell(AddressDiscovered(TWO, False))
+    assert knows.tell(LinkUp(1, SMALL, (TWO[1],), dialled=TWO[0])) == [Drop(1, "this is myself"), Dial(TWO[:1])]
+
+
+def test_a_node_that_can_only_dial_is_welcome_and_never_dialled() -> None:
+    knows = Knows()
+    assert knows.tell(LinkUp(1, BIG, (), dialled=None)) == [Welcome(1, ())]
+    assert knows.tell(LinkDown(1), at=60.0) == []
+    assert knows.tell(connections.Tick(), at=120.0) == []
+
+
+def test_a_node_that_gossip_does_not_reach_is_told_of_later_nodes() -> None:
+    knows = Knows()
+    knows.tell(LinkUp(1, BIG, (), dialled=None))
+    knows.tell(up(2, NodeId("3" * 16), B_1))
+    assert ShareNodes(1, ((B_1,),)) in knows.tell(connections.Tick(), at=connections.GOSSIP_LATE_S)
+    assert not [a for a in knows.tell(connections.Tick(), at=60.0) if a == ShareNodes(1, ((B_1,),))], "once"
+
+
+def test_members_are_shared_with_nodes_that_gossip_does_not_reach_alone() -> None:
+    knows = Knows()
+    large(knows, holding=NODES_MAX)
+    (told,) = [a for a in knows.tell(LinkUp(1, BIG, (), dialled=None)) if isinstance(a, Welcome)]
+    assert len(told.nodes) == min(60, NODES_MAX)
+    (told,) = [a for a in knows.tell(up(2, record(1).node, Address("m1:1"))) if isinstance(a, Welcome)]
+    assert told.nodes == ()
+
+
+def test_told_addresses_do_not_make_a_scanner() -> None:
+    knows, dialled_addresses = Knows(), 0
+    for second in range(100):
+        for number in range(64):
+            told = tuple(Address(f"10.{second}.{number}.{host}:22") for host in range(8))
+            actions = knows.tell(AddressesShared((told,)), at=float(second))
+            dials = [action for action in actions if isinstance(action, Dial)]
+            dialled_addresses += sum(len(action.addresses) for action in dials)
+            for action in dials:
+                actions = knows.tell(DialFailed(action.addresses[0]))
+                dialled_addresses += sum(len(a.addresses) for a in actions if isinstance(a, Dial))
+    most = connections.STRANGE_BURST + 100 * connections.STRANGE_PER_S
+    assert dialled_addresses <= most + 8 * connections.LINKS_MAX
+
+
+def test_it_is_known_when_only_a_user_can_change_that_no_node_answers() -> None:
+    knows = Knows()
+    assert knows.machine.alone
+    assert not knows.machine.refused
+    knows.tell(found(B_1, True))
+    assert not knows.machine.alone
+    assert not knows.machine.refused, "no answer yet"
+    knows.tell(DialFailed(B_1, "has another cluster key", final=True))
+    assert knows.machine.refused
+    assert knows.machine.tried() == ["b:1: has another cluster key"]
+    knows.tell(found(C_1, True))
+    assert not knows.machine.refused, "another one may answer"
+    knows.tell(DialFailed(C_1, "no program listens there"))
+    assert not knows.machine.refused, "it may just be starting"
