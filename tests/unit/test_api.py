@@ -43,7 +43,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def here(tmp_path: Path) -> Settings:
     """The seed's settings."""
-    return Settings(name="seed", mdns=False, cache=tmp_path / "cache", find_timeout_s=5, stall_timeout_s=5)
+    cache = tmp_path / "cache"
+    return Settings(name="seed", mdns=False, cache=cache, find_timeout_s=5, stall_timeout_s=5, origin="none")
 
 
 @pytest.fixture
