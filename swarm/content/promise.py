@@ -17,7 +17,7 @@ Must not know: which origin, how it is read, hash functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from swarm.content.manifest import (
@@ -102,9 +102,3 @@ def proven(
     made = Manifest(1, "checkpoint", "", manifest.scheme, manifest.chunk_bytes, tuple(entries))
     made.check()
     return made
-
-
-def matching(manifest: Manifest, files: Iterable[ListedFile]) -> bool:
-    """Whether a promise is that of these files, in any order."""
-    promised = [(file.path, file.size, file.content) for file in manifest.files]
-    return promised == sorted((file.path, file.size, file.content) for file in files)

@@ -43,7 +43,7 @@ class ObjectOrigin:
         """As `OriginReader`; a bucket has no revisions."""
         if revision is not None:
             raise OriginNotFound(model, f"has no revisions, so not {revision!r}")
-        with self._errors(model):
+        with self.errors(model):
             store = self._store(model)
             found = {entry["path"]: entry for batch in self._library.list(store) for entry in batch}
             if not found:
@@ -61,7 +61,7 @@ class ObjectOrigin:
 
     def read(self, listing: Listing, file: ListedFile, offset: int, size: int) -> ObjectStream:
         """As `OriginReader`."""
-        with self._errors(f"{listing.source}/{file.path}"):
+        with self.errors(f"{listing.source}/{file.path}"):
             options = {"range": (offset, offset + size)}
             result = self._library.get(self._store(listing.source), file.path, options=options)
             meta = result.meta
@@ -77,7 +77,7 @@ class ObjectOrigin:
         return self._library.store.from_url(model.rstrip("/"), client_options=client, retry_config=retry)
 
     @contextlib.contextmanager
-    def _errors(self, where: str) -> Iterator[None]:
+    def errors(self, where: str) -> Iterator[None]:
         """Raises the library's errors as errors of origins."""
         kinds = self._library.exceptions
         try:
@@ -92,10 +92,6 @@ class ObjectOrigin:
             raise OriginChanged(where, "changed since it was listed") from error
         except (kinds.BaseError, ValueError, OSError) as error:
             raise OriginUnreachable(where, f"cannot be read ({str(error).splitlines()[0][:200]})") from error
-
-    def stream_errors(self, where: str) -> contextlib.AbstractContextManager[None]:
-        """For its streams."""
-        return self._errors(where)
 
 
 class ObjectStream:
@@ -115,7 +111,7 @@ class ObjectStream:
         if not self._left:
             return 0
         if not self._rest:
-            with self._origin.stream_errors(self._where):
+            with self._origin.errors(self._where):
                 part = next(self._parts, None)
             if part is None:
                 raise OriginUnreachable(self._where, f"ended {self._left} bytes too early")

@@ -200,14 +200,18 @@ class OriginReads:
     def _stolen(self, wanted: Mask, now: float) -> ReadRange | None:
         """The end of the range that would last longest, at its rate so far."""
         rests = []
+        own = [id(taken) for taken in self.own.values()]
         for taken in self._taken():
             left = np.flatnonzero(wanted[taken.at : taken.end])
             if len(left) > 1 and (lasted_s := now - taken.since) > STEAL_AFTER_S:
                 first, end = taken.at + int(left[0]), taken.at + int(left[-1]) + 1
                 done = max(1, self._bytes(taken.first, first))
-                rests.append((self._bytes(first, end) / done * lasted_s, first, end, done / lasted_s))
+                lasts_s = self._bytes(first, end) / done * lasted_s
+                # Streams of one node mostly share a bottleneck, which another stream would not widen.
+                if lasts_s > (LONG_S if id(taken) in own else STEAL_AFTER_S):
+                    rests.append((lasts_s, first, end, done / lasted_s))
         lasts_s, first, end, rate = max(rests, default=(0.0, 0, 0, 0.0))
-        if lasts_s < STEAL_AFTER_S:
+        if not rests:
             return None
         middle = self._at(first, end, rate / (rate + (self._rate or rate)))
         if lasts_s < LONG_S and self._bytes(middle, end) < STOLEN_BYTES_MIN:

@@ -98,11 +98,6 @@ class PromiseDriver:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    @property
-    def reads_origin(self) -> bool:
-        """Whether an origin may bring what no peer holds."""
-        return self._origin is not None
-
     def tick(self) -> None:
         """Ends a fetch for which the origin has been silent for too long."""
         if self._origin:
