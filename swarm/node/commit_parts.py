@@ -131,7 +131,7 @@ class _CommitParts:
         requests = self._node.manifest_requests
         data = await requests.manifest(peer, digest, timeout_s=MANIFEST_TIMEOUT_S)
         manifest = await asyncio.to_thread(lambda: decode(data, digest=digest))
-        return manifest, await requests.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S)
+        return manifest, await requests.answered_origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S)
 
     def _know(self, digest: Digest, manifest: Manifest, origin: Origin | None) -> None:
         of_commit = origin is not None and origin.commit == self._origin.commit and manifest.tier == "checkpoint"

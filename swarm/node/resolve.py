@@ -42,6 +42,7 @@ SETTLE_S, SETTLE_LEAST_S = 0.3, 0.05
 POLL_S = 0.1
 MANIFEST_TIMEOUT_S = 15.0
 ORIGIN_TIMEOUT_S = 2.0
+ORIGINS_ASKED_MAX = 4  # holders of a digest; the first may have been killed
 # Without a limit of the user: as long as a node is known that may still serve it, else shorter.
 FIND_TIMEOUT_S = 10.0
 NOTHING_FOUND_S = 2.5  # multicast finds nodes within 1.7 s
@@ -234,11 +235,14 @@ class _Answers:
 
     async def _ask(self, peer: Peer, digest: Digest) -> tuple[Manifest, Origin | None]:
         manifest_requests = self._node.manifest_requests
-        origin = asyncio.create_task(manifest_requests.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S))
+        timeout_s = MANIFEST_TIMEOUT_S + ORIGIN_TIMEOUT_S  # on a slow link it arrives behind other messages
+        origin = asyncio.create_task(manifest_requests.origin(peer, digest, timeout_s=timeout_s))
         try:
             data = await manifest_requests.manifest(peer, digest, timeout_s=MANIFEST_TIMEOUT_S)
             manifest = await asyncio.get_running_loop().run_in_executor(None, partial(decode, data, digest=digest))
-            return manifest, await origin
+            with contextlib.suppress(TimeoutError):
+                return manifest, await asyncio.wait_for(origin, ORIGIN_TIMEOUT_S)
+            return manifest, None
         finally:
             origin.cancel()
 
@@ -417,20 +421,41 @@ async def _whole(
 
 
 async def _origins(node: Node, holders: Mapping[Digest, list[Holder]]) -> dict[Digest, Origin | None]:
-    """Origins of digests from a linked holder each. Digests without a link are left out, and links to them opened."""
+    """Origins of digests from linked holders. Links are opened for digests without one.
+
+    A digest whose holders do not answer is left out: a killed node says nothing about its revision.
+    """
 
     async def ask(digest: Digest, nodes: list[Holder]) -> tuple[Digest, Origin | None] | None:
         if own := node.described(digest):
             return digest, own[1]
         with node.seeking(digest):
-            peer = next((holder.peer for holder in nodes if holder.peer), None)
-            if peer is None:
+            peers = [holder.peer for holder in nodes if holder.peer][:ORIGINS_ASKED_MAX]
+            if not peers:
                 await node.changed(LINK_S)
-                return None
-            return digest, await node.manifest_requests.origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S)
+            told = await _first_origin(node, peers, digest)
+            return (digest, told[0]) if told else None
 
     answers = await asyncio.gather(*(ask(digest, nodes) for digest, nodes in holders.items()))
     return dict(answer for answer in answers if answer)
+
+
+async def _first_origin(node: Node, peers: Sequence[Peer], digest: Digest) -> list[Origin | None]:
+    """The first origin that one of the peers knows, or None if they know none; empty if none of them answers."""
+    requests = node.manifest_requests
+    asked = [asyncio.create_task(requests.answered_origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S)) for peer in peers]
+    told: list[Origin | None] = []
+    try:
+        for answer in asyncio.as_completed(asked):
+            with contextlib.suppress(PeerError):
+                told = [await answer]
+                if told[0]:
+                    break
+    finally:
+        for task in asked:
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # marks it as retrieved
+    return told
 
 
 def networks(trusted: Sequence[str]) -> list[Network]:

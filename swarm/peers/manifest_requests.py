@@ -47,8 +47,15 @@ class ManifestRequests:
 
     async def origin(self, peer: Peer, digest: Digest, *, timeout_s: float) -> Origin | None:
         """The origin of a checkpoint as a peer sends it; None when the peer does not know it or does not answer."""
-        if peer.why_gone:
+        try:
+            return await self.answered_origin(peer, digest, timeout_s=timeout_s)
+        except PeerError:
             return None
+
+    async def answered_origin(self, peer: Peer, digest: Digest, *, timeout_s: float) -> Origin | None:
+        """The origin of a checkpoint as a peer sends it; None when the peer knows none. Raises PeerError."""
+        if peer.why_gone:
+            raise PeerError(peer.name, peer.why_gone)
         key = peer.node, digest
         if key not in self._origins:
             self._origins[key] = _OpenRequest(partial(self._origins.pop, key))
@@ -56,7 +63,7 @@ class ManifestRequests:
         try:
             return await self._origins[key].answer(timeout_s=timeout_s)
         except TimeoutError:
-            return None
+            raise PeerTimeout(peer.name, f"did not send its origin within {timeout_s:g} s") from None
 
     def on_manifest_request(self, peer: Peer, request: messages.ManifestRequest) -> bool:
         """A peer asks for a manifest; asked again, it gets all parts again. Returns whether to start `send_manifests`.
@@ -121,7 +128,7 @@ class ManifestRequests:
                 manifest.fail(why)
         for (asked, _), origin in self._origins.items():
             if asked == node:
-                origin.succeed(None)
+                origin.end(PeerError("a holder", why))
 
 
 class _OpenRequest(Generic[T]):
@@ -146,6 +153,11 @@ class _OpenRequest(Generic[T]):
     def succeed(self, answer: T) -> None:
         if not self.done.done():
             self.done.set_result(answer)
+
+    def end(self, error: PeerError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+            self.done.exception()  # marks it as retrieved: its callers may have given up
 
 
 class _ManifestRequest(_OpenRequest[bytes]):

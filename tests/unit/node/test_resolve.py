@@ -20,6 +20,7 @@ from swarm.errors import (
     ManifestConflict,
     ManifestNotFound,
     NotAdmitted,
+    PeerTimeout,
     PeerUnreachable,
     RevisionNotFound,
     SettingsError,
@@ -634,3 +635,36 @@ def test_are_manifests_of_ever_new_digests_not_all_kept() -> None:
         assert all(task.cancelled() for task in tasks)
 
     asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+def test_does_a_holder_that_does_not_answer_say_nothing_about_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed node is linked until its heartbeat is missed. Another holder of the same content is asked as well."""
+    monkeypatch.setattr(resolving, "ORIGIN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.3)
+
+    async def scenario() -> None:
+        street = Street()
+        async with (
+            street.node("dumb") as dumb,
+            street.node("other") as other,
+            street.node("newcomer", knows=["dumb", "other"]) as newcomer,
+        ):
+            wanted = Origin("", {}, ("v1",))
+            dumb.serve(MODEL, first := Zeros(4), origin=wanted)
+            other.serve(MODEL, Zeros(8), origin=Origin("", {}, ("v2",)))
+            await until(lambda: len(newcomer.holders(MODEL)) == 2)
+            asked: list[NodeId] = []
+            answered = newcomer.manifest_requests.answered_origin
+
+            async def silent(peer: Peer, digest: Digest, *, timeout_s: float) -> Origin | None:
+                asked.append(peer.node)
+                if peer.node == dumb.id and asked.count(dumb.id) < 4:
+                    raise PeerTimeout(peer.name, "is killed")
+                return await answered(peer, digest, timeout_s=timeout_s)
+
+            monkeypatch.setattr(newcomer.manifest_requests, "answered_origin", silent)
+            found = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision="v1")
+            assert found[0] == first.manifest
+            assert asked.count(dumb.id) >= 4
+
+    run(scenario)
