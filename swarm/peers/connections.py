@@ -195,6 +195,8 @@ class _Known:
     def __str__(self) -> str:
         if self.failures:
             return self.why if self.final or self.failures == 1 else f"{self.why} (tried {self.failures} times)"
+        if self.dialling and not self.brief:
+            return "no answer yet; is the machine on, and does a firewall let its TCP port through?"
         return f"hung up at once, {self.brief} times" if self.brief else "not connected just now"
 
 
