@@ -61,20 +61,42 @@ class Model:
     def commit(self) -> str:
         state = hashlib.sha1(usedforsecurity=False)
         for path, data in sorted(self.files.items()):
-            state.update(path.encode() + hashlib.sha256(data).digest())
+            state.update(path.encode() + sha256(data).encode())
         return state.hexdigest()
 
     def entry(self, path: str) -> dict[str, Any]:
         data = self.files[path]
         found = {"path": path, "type": "file", "size": len(data), "oid": git_sha1(data)}
         if len(data) >= self.lfs_bytes:
-            found["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+            found["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
         return found
+
+
+_known: dict[tuple[str, int], tuple[bytes, str]] = {}  # by kind and identity, with the bytes, which keeps that unique
+
+
+def _once(kind: str, data: bytes, make: Callable[[bytes], str]) -> str:
+    """A hash, made once for each object: a hub does not hash its models for each request."""
+    key = kind, id(data)
+    if key not in _known:
+        _known[key] = data, make(data)
+    return _known[key][1]
+
+
+def sha256(data: bytes) -> str:
+    """The name of a large file's content at the hub."""
+    return _once("sha256", data, lambda given: hashlib.sha256(given).hexdigest())
 
 
 def git_sha1(data: bytes) -> str:
     """The name of a file's content in git."""
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    return _once("git", data, _git_sha1)
+
+
+def _git_sha1(data: bytes) -> str:
+    state = hashlib.sha1(b"blob %d\0" % len(data), usedforsecurity=False)
+    state.update(data)
+    return state.hexdigest()
 
 
 class Shaper:
@@ -285,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._error(403, None)
             return
         data = self.hub.models[model_id].files[path]
-        self._body(asked, data, {"ETag": f'"{hashlib.sha256(data).hexdigest()}"'})
+        self._body(asked, data, {"ETag": f'"{sha256(data)}"'})
 
     def _model(self, model_id: str, revision: str) -> Model | None:
         model = self.hub.models.get(model_id)
