@@ -562,7 +562,7 @@ def fetches(root: Path, address: str, key: Path | None) -> bool:
     )
     environment = _environment(root, key)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=120, check=False)
+        ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, timeout=600, check=False)
         return ended.returncode == 0
     return False
 
