@@ -103,7 +103,7 @@ def play(network: str) -> list[Cell]:
         environment |= {"HOME": folder, "SWARM_CACHE": f"{folder}/cache", "PYTHONPATH": str(ROOT)}
 
         def start(host: str, *arguments: str) -> subprocess.Popen[str]:
-            command = ["ip", "netns", "exec", host, sys.executable, "-m", __spec__.name, *arguments]
+            command = ["ip", "netns", "exec", host, sys.executable, str(Path(__file__).resolve()), *arguments]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             return subprocess.Popen(command, env=environment, cwd=ROOT, text=True, **pipes)  # type: ignore[call-overload,no-any-return]
 
