@@ -653,3 +653,35 @@ def test_presets_differ_as_their_networks_do() -> None:
         assert patient.suspicion_s(32) > hasty.suspicion_s(32)
     for preset in (config.wan(), config.lan(), config.local()):
         assert preset.probe_timeout_s < preset.probe_interval_s
+
+
+NEAR, FAR_AWAY = Address("10.0.0.2:1"), Address("[fd00::2]:1")
+
+
+def test_a_member_with_several_addresses_is_pinged_at_each_until_it_answers_at_one() -> None:
+    me = Member()
+    me.hear(packets.replace(record(ANN), addresses=(NEAR, FAR_AWAY)))
+    pings = sent(me.wait(2 * T.probe_interval_s), Ping)
+    assert {address for address, _ in pings} == {NEAR, FAR_AWAY}
+    for _, ping in pings:
+        assert packets.size(ping) < 100, "little goes to addresses that were only told"
+    (last,) = {ping for _, ping in pings[-2:] if isinstance(ping, Ping)}
+    me.get(Ack(last.sequence, ANN, ()), source=FAR_AWAY)
+    assert sent(me.wait(2 * T.probe_interval_s), Ping)[0][0] == FAR_AWAY
+
+
+def test_a_member_whose_addresses_are_of_no_use_counts_once_it_was_heard() -> None:
+    me = Member()
+    me.machine._usable = lambda addresses: ()
+    me.hear(record(ANN))
+    assert me.state_of(ANN) is None
+    me.get(Sync(1, record(ANN), packets.ID_FIRST, packets.ID_LAST, ()), source=NEAR)
+    assert me.state_of(ANN) is State.ALIVE
+    assert {address for address, _ in sent(me.wait(2 * T.probe_interval_s), Ping)} == {NEAR}
+
+
+def test_new_addresses_of_this_node_are_told() -> None:
+    me = Member(ANN)
+    me.do(swim.AddressesChanged((NEAR,)))
+    (said,) = {r for r in told(me.wait(1.0), ME) if isinstance(r, Record)}
+    assert (said.addresses, said.version) == ((NEAR,), 1)
