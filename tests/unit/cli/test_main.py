@@ -166,6 +166,8 @@ FLAGS = {
     "upload_limit": ["--upload-limit", "8Mbit/s"],
     "timeout_s": ["--timeout", "2.5"],
     "signed_by": ["--signed-by", PUBLISHER],
+    "origin": ["--origin", "none"],
+    "origin_limit": ["--origin-limit", "8Mbit/s"],
 }
 
 
@@ -175,7 +177,8 @@ FLAGS = {
         (command, field)
         for command in ("serve", "fetch")
         for field in dataclasses.fields(Settings)
-        if field.metadata["flag"] and (command, field.name) != ("serve", "timeout_s")  # a seed has no end to wait for
+        if field.metadata["flag"]
+        if command == "fetch" or field.name not in ("timeout_s", "wait")  # a seed has no end, and looks for no seed
     ],
 )
 def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[object]) -> None:
@@ -192,6 +195,8 @@ def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[obj
         "upload_limit": 1e6,
         "timeout_s": 2.5,
         "signed_by": (PUBLISHER,),
+        "origin": "none",
+        "origin_limit": 1e6,
     }
     assert getattr(commands.settings_of(options), setting.name) == wanted[setting.name]
     plain = commands.settings_of(cli._parser().parse_args([command, "x"]))
@@ -250,7 +255,7 @@ def test_what_does_an_error_exit_with(
         (["serve", "empty", "--listen", "a:b:c"], 2, "is not HOST:PORT"),
         (["fetch", "x", "--upload-limit", "fast"], 2, "is not a rate"),
         (["fetch", "x", "--timeout", "0"], 2, "above zero"),
-        (["fetch", "x", "--peer", "nowhere"], 2, "is not HOST:PORT"),
+        (["fetch", "x", "--peer", "a:b:c"], 2, "is not HOST:PORT"),
         (["fetch", "x", "--digest", "abc"], 2, "'abc' is not a digest: 64 digits"),
         (["fetch", "x", "--timeout", "0.05"], 3, "no peer serves 'x'"),
         (["status"], 6, "no node of this user runs on this machine"),
