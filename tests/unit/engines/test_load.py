@@ -188,7 +188,8 @@ def test_does_an_engine_with_files_wait_no_longer_than_it_was_told_for_peers(
 
     async def changed(self: Node, timeout_s: float) -> None:
         if self is not a.node.opened:
-            return await real(self, timeout_s)
+            await real(self, timeout_s)
+            return
         waits.append(timeout_s)
         a.node.opened_at_s -= timeout_s
 
