@@ -102,7 +102,7 @@ def test_serving_stops_while_files_are_hashed(tmp_path: Path, large: Path, numbe
 @pytest.mark.parametrize("number", ENDING)
 def test_serving_stops_without_a_traceback(tmp_path: Path, small: Path, number: signal.Signals) -> None:
     with start(tmp_path, "serve", str(small)) as process:
-        until_line(process, "fetch it with")
+        until_line(process, "only from this machine")
         assert stopped(process, number) == 0
         assert process.stdout is not None
         assert process.stdout.read() == ""
