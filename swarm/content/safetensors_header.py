@@ -122,8 +122,8 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
 def _parse_quickly(header: bytes, start: int) -> tuple[list[Tensor], dict[str, str]] | None:
     """Tensors sorted by offset, and metadata; None for a header that may break a rule, which `parse` then names.
 
-    It checks every rule of an entry. The texts of a header without a backslash are those of its names, so a name or a
-    field that is given twice shows in the count of the fields.
+    It checks every rule of an entry. A decoder keeps the last of two values of a name: a name that is given twice shows
+    in the count of colons, of which an entry has four, and a field that is given twice in the count of its name.
     """
     if b"\\" in header:
         return None
@@ -133,6 +133,9 @@ def _parse_quickly(header: bytes, start: int) -> tuple[list[Tensor], dict[str, s
         metadata = {} if raw is None else json.loads(bytes(raw), object_pairs_hook=_unique)
         entries = _entries_decoder.decode(b"[" + b",".join(table.values()) + b"]")
     except (msgspec.DecodeError, ValueError, RecursionError):
+        return None
+    colons = 4 * len(entries) + (0 if raw is None else 1 + bytes(raw).count(b":"))
+    if header.count(b":") != colons:
         return None
     if any(header.count(f'"{field}"'.encode()) != len(entries) for field in _Entry.__struct_fields__):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from swarm.content import safetensors_header
@@ -216,6 +216,8 @@ ODD_ENTRIES = st.one_of(
 
 
 @given(st.lists(st.tuples(ODD_NAMES, ODD_ENTRIES), max_size=4), st.integers(0, 4))
+@example([("a", {}), ("a", entry(0, 0))], 0)
+@example([("a", []), ("a", entry(0, 0))], 0)
 def test_does_the_quick_way_find_what_the_thorough_way_finds(pairs: list[tuple[str, Any]], data_bytes: int) -> None:
     header = text_of(pairs).encode()
     quick = outcome(header, data_bytes)
