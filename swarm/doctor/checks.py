@@ -21,6 +21,7 @@ from swarm.engines.layout import Fingerprint, is_loaded
 from swarm.engines.start_log import EngineStart
 from swarm.errors import NotAdmitted, SettingsError, VersionSkew
 from swarm.observe.units import count
+from swarm.settings import is_loopback
 
 Level: TypeAlias = Literal["ok", "note", "bad"]
 
@@ -153,8 +154,9 @@ def peers(facts: Facts) -> Results:
 
 def datagrams(facts: Facts) -> Results:
     """Do gossip's datagrams arrive?"""
-    silent = ", ".join(peer.address for peer in facts.linked if not peer.gossips)
-    if silent and facts.loopback:
+    mute = [peer.address for peer in facts.linked if not peer.gossips]
+    silent = ", ".join(mute)
+    if silent and facts.loopback and not any(is_loopback(address.rpartition(":")[0].strip("[]")) for address in mute):
         what = f"no datagrams from {silent}: this node listens on loopback, so it fetches without gossip"
         yield "note", what, "with many newcomers: --listen 0.0.0.0:PORT, so that they feed each other"
     elif silent:

@@ -133,12 +133,15 @@ def test_is_what_another_interrupted_fetch_left_kept(tmp_path: Path, model: Path
     assert files(out) == files(model)
 
 
-def test_does_a_part_in_the_hubs_cache_look_as_the_hub_leaves_it(model: Path, there: Settings) -> None:
+def test_does_a_part_in_the_hubs_cache_look_as_the_hub_leaves_it(tmp_path: Path, model: Path, there: Settings) -> None:
+    cache = tmp_path / "hub" / "hub"  # said to huggingface_hub, which reads HF_HOME at its import
     with swarm.fetch(MODEL, out=HUB_CACHE, settings=there, include=["*.json"]) as weights:
-        found = huggingface_hub.snapshot_download(MODEL, allow_patterns=["*.json"], local_files_only=True)
+        found = huggingface_hub.snapshot_download(
+            MODEL, cache_dir=cache, allow_patterns=["*.json"], local_files_only=True
+        )
         assert Path(found) == weights.path
         assert set(files(Path(found))) == {*PLAIN, INDEX}
-    scanned = huggingface_hub.scan_cache_dir()
+    scanned = huggingface_hub.scan_cache_dir(cache)
     assert not scanned.warnings
     with swarm.fetch(MODEL, out=HUB_CACHE, settings=there, tensors="layers.0.?", include=["*.safetensors"]) as weights:
         assert set(files(Path(found))) == {*PLAIN, INDEX, FIRST}

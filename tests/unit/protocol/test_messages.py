@@ -42,6 +42,12 @@ GOLDEN: dict[Message, str] = {
     ),
     messages.OriginRequest(DIGEST): f'{{"type":"OriginRequest","digest":"{DIGEST}"}}',
     messages.OriginReply(DIGEST, None): f'{{"type":"OriginReply","digest":"{DIGEST}","origin":null}}',
+    messages.ChunkClaims(DIGEST, (messages.ClaimedRun(3, NODE, bytes(48)),)): (
+        f'{{"type":"ChunkClaims","digest":"{DIGEST}","runs":[[3,"{NODE}","{"A" * 64}"]]}}'
+    ),
+    messages.OriginReading(DIGEST, True, ((0, 2), (5, 1))): (
+        f'{{"type":"OriginReading","digest":"{DIGEST}","able":true,"runs":[[0,2],[5,1]]}}'
+    ),
     messages.Interest(DIGEST, b"\xc0", b"\xf0"): (
         f'{{"type":"Interest","digest":"{DIGEST}","bits":"wA==","wanted":"8A=="}}'
     ),
@@ -147,6 +153,15 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
     ("Interest", "bits"): BITS,
     ("Interest", "wanted"): BITS,
     ("Holdings", "bits"): BITS,
+    ("ChunkClaims", "runs"): (
+        [[[CHUNKS_MAX - 1, NODE, "AA=="]], [[0, NODE, "A" * 8]] * 512],
+        [[], [[CHUNKS_MAX, NODE, "AA=="]], [[0, "x", "AA=="]], [[0, NODE, ""]], [[0, NODE, "AA=="]] * 513, [[0, NODE]]],
+    ),
+    ("OriginReading", "able"): ([True, False], [0, None]),
+    ("OriginReading", "runs"): (
+        [[], [[CHUNKS_MAX - 1, 1]], [[0, 1]] * 64],
+        [[[0, 0]], [[CHUNKS_MAX, 1]], [[0, CHUNKS_MAX + 1]], [[0, 1]] * 65, [[0]]],
+    ),
     ("Have", "runs"): (
         [[], RUNS[:-1], [[0, CHUNKS_MAX]], [[CHUNKS_MAX - 1, 1]], [[0, 1], [1, 2], [4, 1]]],
         [
