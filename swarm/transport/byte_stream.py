@@ -1,4 +1,5 @@
-"""The connection of a bulk session: `ByteStream`, and `PlainStream` over a socket. `tls_stream` has the TLS one.
+"""The connection of a bulk session: `ByteStream`, and `PlainStream` over a socket. `tls_stream` and `sealed_stream`
+have the encrypted ones, on the base of `CoveredStream`.
 
 A stream has two phases. On the loop, `async_recv` and `async_sendall` carry the few bytes of the preamble. After
 `block`, threads use it, one at a time: their calls wait for at most `poll_s` and then raise BlockingIOError, so that a
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+KEPT_BYTES_MAX = 64  # a frame's header
 NOW_BYTES_MAX = 4096
 FAST_BYTES_PER_S = 200e6  # below, a wake-up for each packet costs more than returns to Python
 LEAST_BYTES_MAX = 64 << 10  # hashing it takes as long as waking a thread
@@ -185,3 +187,51 @@ class PlainStream(socket.socket):
         if least != self._least_bytes:
             self.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, least)
             self._least_bytes = least
+
+
+class CoveredStream:
+    """What streams have in common that encrypt above a connection, which they own."""
+
+    def __init__(self, sock: PlainStream) -> None:
+        self._sock = sock
+        self._unsent = memoryview(b"")  # encrypted
+        self._accepted = 0  # the caller's bytes in `_unsent`
+        self._kept = b""  # a header, in the clear
+
+    def block(self, poll_s: float) -> None:
+        """As PlainStream."""
+        self._sock.block(poll_s)
+
+    def fill_rooms(self) -> None:
+        """As PlainStream."""
+        self._sock.fill_rooms()
+
+    def idle(self) -> None:
+        """As PlainStream."""
+        self._sock.idle()
+
+    def fileno(self) -> int:
+        """As PlainStream."""
+        return self._sock.fileno()
+
+    def shutdown(self, how: int) -> None:
+        """As PlainStream."""
+        self._sock.shutdown(how)
+
+    def close(self) -> None:
+        """As PlainStream."""
+        self._sock.close()
+
+    def _keeps(self, data: memoryview, flags: int) -> bool:
+        """Keeps a header with MSG_MORE for the next call; returns whether it did."""
+        if not (flags & socket.MSG_MORE and not self._kept and len(data) <= KEPT_BYTES_MAX):
+            return False
+        self._kept = bytes(data)
+        return True
+
+    def _send_rest(self) -> int:
+        """Sends all of `_unsent`, or raises BlockingIOError: the next call must repeat it. Returns what it accepted."""
+        while self._unsent:
+            self._unsent = self._unsent[self._sock.send(self._unsent) :]
+        accepted, self._accepted = self._accepted, 0
+        return accepted

@@ -17,7 +17,6 @@ Must not know: frames, tokens, the contents of certificates.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Sequence
 
 from swarm.errors import TransportError
@@ -35,10 +34,9 @@ from swarm.security.record_seal import (
     secret_of,
     size_of,
 )
-from swarm.transport.byte_stream import ByteStream, PlainStream
+from swarm.transport.byte_stream import KEPT_BYTES_MAX, ByteStream, CoveredStream, PlainStream
 from swarm.transport.tls_stream import TlsStream
 
-KEPT_BYTES_MAX = 64  # a frame's header
 AHEAD_BYTES = 16 + OVERHEAD_BYTES  # a frame's header as a record, which follows the last record of a payload at once
 
 
@@ -65,7 +63,7 @@ async def _read_share(stream: TlsStream) -> bytes:
     return share
 
 
-class SealedStream:
+class SealedStream(CoveredStream):
     """A connection after its TLS, which it owns; it either opens records or seals them, under the given secret.
 
     `ahead`: bytes that came with the end of TLS. Raises ConnectionError where none may follow.
@@ -76,7 +74,7 @@ class SealedStream:
     ) -> None:
         if seals and ahead:
             raise ConnectionError("it said more than was expected")
-        self._sock = sock
+        super().__init__(sock)
         self._opener = RecordOpener(opens) if opens else None
         self._sealer = RecordSealer(seals) if seals else None
         self._cipher = memoryview(bytearray(RECORD_BYTES_MAX + OVERHEAD_BYTES + AHEAD_BYTES if opens else 0))
@@ -85,9 +83,6 @@ class SealedStream:
         self._clear = memoryview(b"")  # of a record that is longer than the reader's room, in `_spare`
         self._spare: memoryview | None = None
         self._out = memoryview(bytearray(RECORD_BYTES_MAX + 2 * OVERHEAD_BYTES + KEPT_BYTES_MAX if seals else 0))
-        self._unsent = self._out[:0]
-        self._accepted = 0  # the caller's bytes in `_unsent`
-        self._kept = b""
 
     async def async_recv(self, most: int) -> bytes:
         """Not in this phase."""
@@ -96,22 +91,6 @@ class SealedStream:
     async def async_sendall(self, data: bytes) -> None:
         """Not in this phase."""
         raise TransportError("records are for threads")
-
-    def block(self, poll_s: float) -> None:
-        """As PlainStream."""
-        self._sock.block(poll_s)
-
-    def fill_rooms(self) -> None:
-        """As PlainStream."""
-        self._sock.fill_rooms()
-
-    def idle(self) -> None:
-        """As PlainStream."""
-        self._sock.idle()
-
-    def fileno(self) -> int:
-        """As PlainStream."""
-        return self._sock.fileno()
 
     def recv_now(self) -> bytes | None:
         """As PlainStream."""
@@ -148,8 +127,7 @@ class SealedStream:
 
     def send(self, data: memoryview, flags: int = 0) -> int:
         """A record. A header with MSG_MORE is kept for the next call."""
-        if flags & socket.MSG_MORE and not self._kept and len(data) <= KEPT_BYTES_MAX:
-            self._kept = bytes(data)
+        if self._keeps(data, flags):
             return len(data)
         return self.sendmsg((data[:0], data))
 
@@ -161,7 +139,7 @@ class SealedStream:
             begin = self._seal(head, at=self._seal(memoryview(self._kept), at=0))
             self._unsent, self._kept = self._out[: self._seal(part, at=begin)], b""
             self._accepted = len(head) + len(part)
-        return self._send()
+        return self._send_rest()
 
     def send_file(self, fd: int, offset: int, size: int) -> int:
         """A record, read into memory and sealed there."""
@@ -173,15 +151,7 @@ class SealedStream:
                 return 0
             self._unsent, self._kept = self._out[: self._seal(room[:read], at=begin)], b""
             self._accepted = read
-        return self._send()
-
-    def shutdown(self, how: int) -> None:
-        """As PlainStream."""
-        self._sock.shutdown(how)
-
-    def close(self) -> None:
-        """As PlainStream."""
-        self._sock.close()
+        return self._send_rest()
 
     def _await_record(self) -> int:
         """The clear bytes of the next record, which is here as a whole; 0 at the end of the connection.
@@ -239,10 +209,3 @@ class SealedStream:
         if sealer is None:
             raise TransportError("this end receives records")
         return at + sealer.seal(clear, self._out[at:]) if clear else at
-
-    def _send(self) -> int:
-        """Sends all of it, or raises BlockingIOError: the next call must repeat it."""
-        while self._unsent:
-            self._unsent = self._unsent[self._sock.send(self._unsent) :]
-        accepted, self._accepted = self._accepted, 0
-        return accepted

@@ -16,24 +16,20 @@ from collections.abc import Sequence
 
 from swarm.security.certificates import alert
 from swarm.security.tls_handshake import part
-from swarm.transport.byte_stream import PlainStream
+from swarm.transport.byte_stream import CoveredStream, PlainStream
 
 RECORD_BYTES = 16 << 10  # most bytes of a TLS record
 PIECE_BYTES = 16 * RECORD_BYTES  # fits the core's cache
-KEPT_BYTES_MAX = 64  # a frame's header
 ALERT = b"\x15"  # the first byte of a TLS alert
 
 
-class TlsStream:
+class TlsStream(CoveredStream):
     """A connection inside TLS. Made by `open`."""
 
     def __init__(self, sock: PlainStream, context: ssl.SSLContext, *, server_side: bool) -> None:
-        self._sock = sock
+        super().__init__(sock)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.connection = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
-        self._unsent = memoryview(b"")  # encrypted
-        self._accepted = 0  # the caller's bytes in `_unsent`
-        self._kept = b""
         self._cipher: memoryview | None = None  # read from the socket
         self._clear: memoryview | None = None  # read from a file
 
@@ -64,22 +60,6 @@ class TlsStream:
         """On the loop."""
         self.connection.write(data)
         await self._sock.async_sendall(self._outgoing.read())
-
-    def block(self, poll_s: float) -> None:
-        """As PlainStream."""
-        self._sock.block(poll_s)
-
-    def fill_rooms(self) -> None:
-        """As PlainStream."""
-        self._sock.fill_rooms()
-
-    def idle(self) -> None:
-        """As PlainStream."""
-        self._sock.idle()
-
-    def fileno(self) -> int:
-        """As PlainStream."""
-        return self._sock.fileno()
 
     def recv_now(self) -> bytes | None:
         """Below TLS: after the handshake an asker sends nothing but an alert."""
@@ -113,8 +93,7 @@ class TlsStream:
 
     def send(self, data: memoryview, flags: int = 0) -> int:
         """Up to PIECE_BYTES. A header with MSG_MORE is kept for the next call."""
-        if flags & socket.MSG_MORE and not self._kept and len(data) <= KEPT_BYTES_MAX:
-            self._kept = bytes(data)
+        if self._keeps(data, flags):
             return len(data)
         return self._send(data[:PIECE_BYTES])
 
@@ -129,14 +108,6 @@ class TlsStream:
             self._clear = memoryview(bytearray(PIECE_BYTES))
         read = 0 if self._accepted else os.preadv(fd, [self._clear[:size]], offset)
         return self._send(self._clear[:read]) if read or self._accepted else 0
-
-    def shutdown(self, how: int) -> None:
-        """As PlainStream."""
-        self._sock.shutdown(how)
-
-    def close(self) -> None:
-        """As PlainStream."""
-        self._sock.close()
 
     def leave(self) -> tuple[PlainStream, bytes]:
         """Ends TLS between two messages: the connection, and received bytes that follow the last TLS record.
@@ -185,7 +156,4 @@ class TlsStream:
             if data:
                 self._accepted += self.connection.write(data)
             self._unsent = memoryview(self._outgoing.read())
-        while self._unsent:
-            self._unsent = self._unsent[self._sock.send(self._unsent) :]
-        accepted, self._accepted = self._accepted, 0
-        return accepted
+        return self._send_rest()
