@@ -339,8 +339,7 @@ def _labelled(origin: Origin | None, revision: str | None) -> Origin | None:
         return origin
     if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f@]{1,256}", revision):
         raise SettingsError("revision", f"{revision!r} is not 1 to 256 printable characters without '@'")
-    known = origin or Origin("", {})
-    return Origin(known.commit, known.etags, (revision,), known.beside)
+    return (origin or Origin("", {})).labelled(revision)
 
 
 def _locate(what: str | Path, revision: str | None) -> Path:

@@ -232,9 +232,8 @@ class Node:
 
         `wanted`: the chunks to fetch, None for all; the store has a place for each of them.
         `abandon_s`: seconds without a linked peer that holds a missing chunk, after which a fetch with an alternative
-        gives up sooner than a stalled fetch. `pinned`: every chunk must also have its
-        BLAKE3 digest; always, where the node checks BLAKE3 or knows publishers.
-        `source`: the origin of a promise, for chunks that no peer holds.
+        gives up sooner than a stalled fetch. `pinned`: every chunk must also have its BLAKE3 digest; always, where the
+        node checks BLAKE3 or knows publishers. `source`: the origin of a promise, for chunks that no peer holds.
 
         Raises FetchError when it gives up, OriginError where only the origin has the rest and fails, StoreError when
         the store fails. The store is closed then; a directory keeps the verified chunks for the next attempt.

@@ -199,6 +199,10 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         short = len(revision) >= SHORT_COMMIT_MIN and self.commit.startswith(revision)
         return short or revision in self.revisions
 
+    def labelled(self, revision: str) -> Origin:
+        """With this as its only name."""
+        return msgspec.structs.replace(self, revisions=(revision,))
+
     def signed(self, signatures: tuple[Signature, ...]) -> Origin:
         """With these signatures."""
         return msgspec.structs.replace(self, signatures=signatures)
