@@ -19,7 +19,8 @@ from swarm.transport.admission import TokenTransport
 from swarm.transport.byte_stream import PlainStream
 from swarm.transport.cuda_ipc import machine_id
 from swarm.transport.registry import TransportConfig
-from swarm.transport.tcp_session import TcpInbound, TcpOutbound
+from swarm.transport.tcp_inbound import TcpInbound
+from swarm.transport.tcp_outbound import TcpOutbound
 
 GREETING_TIMEOUT_S = 1.0
 TOKEN_BYTES = 32  # characters: tokens are 16 bytes in hexadecimal

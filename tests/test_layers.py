@@ -52,7 +52,8 @@ ROWS: dict[str, set[str]] = {
         "transport.admission", "transport.byte_stream", "transport.cuda_ipc", "transport.inproc", "transport.nccl",
         "transport.pace", "transport.paired", "transport.registry", "transport.sealed_stream", "transport.sink",
         "transport.streams",
-        "transport.tcp", "transport.tcp_session", "transport.tls_stream", "transport.torch_distributed",
+        "transport.tcp", "transport.tcp_inbound", "transport.tcp_outbound", "transport.tcp_session",
+        "transport.tls_stream", "transport.torch_distributed",
     },
     "drivers": {
         "checkpoint", "checkpoint.check", "checkpoint.commit_source", "checkpoint.hf_publish", "checkpoint.kept",

@@ -38,7 +38,9 @@ from swarm.transport import Inbound, Pace
 from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import Landing, pieces, span_bytes
 from swarm.transport.tcp import TcpTransport
-from swarm.transport.tcp_session import FRAME_BYTES_MAX, HEADER, Sending, TcpInbound, TcpOutbound
+from swarm.transport.tcp_inbound import TcpInbound
+from swarm.transport.tcp_outbound import Sending, TcpOutbound
+from swarm.transport.tcp_session import FRAME_BYTES_MAX, HEADER
 
 REGION = 4
 FRAME = struct.Struct(f">{cuda.HANDLE_BYTES}sQQ")

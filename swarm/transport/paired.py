@@ -36,7 +36,9 @@ from swarm.transport import Pace
 from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import LOOK_EVERY_S, Landing, read_file
 from swarm.transport.tcp import TcpTransport
-from swarm.transport.tcp_session import END, HEADER, Lost, Sending, TcpInbound, TcpOutbound
+from swarm.transport.tcp_inbound import TcpInbound
+from swarm.transport.tcp_outbound import Lost, Sending, TcpOutbound
+from swarm.transport.tcp_session import END, HEADER
 
 HOLDER, ASKER = 0, 1
 PIECES = 5

@@ -23,7 +23,8 @@ from swarm.errors import TransportError
 from swarm.protocol.messages import STREAMS_MAX
 from swarm.store import AnySpan, View
 from swarm.transport import Transfer
-from swarm.transport.tcp_session import TcpInbound, TcpOutbound
+from swarm.transport.tcp_inbound import TcpInbound
+from swarm.transport.tcp_outbound import TcpOutbound
 
 CORES_PER_STREAM = 4  # on fewer cores, more threads wait for each other and for the GIL
 WINDOW_S = 0.02  # of a rate measurement: 80 MB at the rate of a stream

@@ -36,7 +36,8 @@ from swarm.transport.admission import TokenTransport
 from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.sealed_stream import accept_sealing, ask_to_seal
 from swarm.transport.streams import InboundStreams, OutboundStreams, streams_most
-from swarm.transport.tcp_session import TcpInbound, TcpOutbound
+from swarm.transport.tcp_inbound import TcpInbound
+from swarm.transport.tcp_outbound import TcpOutbound
 from swarm.transport.tls_stream import TlsStream
 
 MAGIC, TLS_MAGIC = b"SWRM", b"SWRT"

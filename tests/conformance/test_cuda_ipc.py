@@ -17,7 +17,7 @@ from swarm.store import View
 from swarm.testing.transports import CHECKS, Check, Pair, outcome, run_check, session, transfer
 from swarm.transport import cuda_ipc
 from swarm.transport.cuda_ipc import CudaIpcOutbound, CudaIpcTransport
-from swarm.transport.tcp_session import Sending
+from swarm.transport.tcp_outbound import Sending
 
 from .fake_gpu import FakeGpu
 from .test_transports import _hang_up

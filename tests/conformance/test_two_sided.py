@@ -29,7 +29,8 @@ from swarm.transport import Inbound, Outbound, paired
 from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.paired import PairedInbound, PairedOutbound
 from swarm.transport.tcp import TcpTransport
-from swarm.transport.tcp_session import TcpInbound, TcpOutbound
+from swarm.transport.tcp_inbound import TcpInbound
+from swarm.transport.tcp_outbound import TcpOutbound
 
 from .fake_gpu import FakeGpu, on_gpu
 from .sample_tensors import KINDS_OF_SAMPLE

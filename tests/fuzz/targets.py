@@ -43,11 +43,12 @@ from swarm.settings import join_address, split_address
 from swarm.store import View, cuda
 from swarm.store.cuda import CudaError
 from swarm.transfer import download_events
-from swarm.transport import Transfer, cuda_ipc, paired, tcp_session, torch_distributed
+from swarm.transport import Transfer, cuda_ipc, paired, tcp_inbound, torch_distributed
 from swarm.transport.byte_stream import ByteStream, PlainStream
 from swarm.transport.sealed_stream import SealedStream
 from swarm.transport.tcp import TcpTransport, preamble_of
-from swarm.transport.tcp_session import ABORT, DATA, END, HEADER, TcpInbound
+from swarm.transport.tcp_inbound import TcpInbound
+from swarm.transport.tcp_session import ABORT, DATA, END, HEADER
 
 ORG_MODEL = ModelId("org/model")
 
@@ -277,7 +278,7 @@ async def _receive(data: bytes, ask: Callable[..., TcpInbound], *rooms: Iterator
     ours, theirs = socket.socketpair()
     bugs: list[BaseException] = []  # an unexpected error ends a session and is reported to the loop
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: bugs.append(context["exception"]))
-    with theirs, mock.patch.object(tcp_session, "UNPOSTED_WAIT_S", 0.0):
+    with theirs, mock.patch.object(tcp_inbound, "UNPOSTED_WAIT_S", 0.0):
         async with asyncio.timeout(DEADLINE_S):
             session = ask(PlainStream(ours), peer="fuzz", pool=_pool)
             waiting = [

@@ -21,7 +21,7 @@ from swarm.net.listener import Listener
 from swarm.security.certificates import LEAF_LIFE_S, Identity
 from swarm.security.cluster_key import ClusterKey, Keyring
 from swarm.store import FileSpan, Span
-from swarm.transport import Inbound, Transfer, tcp, tcp_session
+from swarm.transport import Inbound, Transfer, tcp, tcp_inbound
 from swarm.transport.streams import InboundStreams, OutboundStreams
 from swarm.transport.tcp import ACCEPTED, MAGIC, UNKNOWN_TOKEN, WRONG_VERSION, TcpTransport, preamble_of
 from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER
@@ -140,7 +140,7 @@ def test_does_a_broken_frame_end_the_session(garbage: bytes, why: str) -> None:
 
 
 def test_does_an_unwanted_transfer_end_the_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tcp_session, "UNPOSTED_WAIT_S", 0.1)
+    monkeypatch.setattr(tcp_inbound, "UNPOSTED_WAIT_S", 0.1)
 
     async def scenario() -> None:
         async with asking() as (holder, inbound, receiving, _):
@@ -155,7 +155,7 @@ def test_does_an_unwanted_transfer_end_the_session(monkeypatch: pytest.MonkeyPat
 def unread_bytes(inbound: Inbound) -> int:
     assert isinstance(inbound, InboundStreams)
     (session,) = inbound._streams
-    assert isinstance(session, tcp_session.TcpInbound)
+    assert isinstance(session, tcp_inbound.TcpInbound)
     return int.from_bytes(fcntl.ioctl(session._sock.fileno(), termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
