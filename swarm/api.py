@@ -422,20 +422,21 @@ async def _fetch(want: _Want, seen: ProgressWatch | None = None) -> Weights:
     node = await runtime().acquire(want.settings)
     records = runtime().fetches(want.settings)
     try:
-        fetched, store, path = await fetch_on(
-            node,
-            want.model_id,
-            revision=want.revision,
-            out=want.out,
-            into=want.into,
-            device=want.device,
-            digest=want.digest,
-            timeout_s=want.timeout_s if want.timeout_s is not None else want.settings.timeout_s,
-            settings=want.settings,
-            selection=want.selection,
-            dtype=want.dtype,
-            resolved=partial(seen.resolved, records) if seen else None,
-        )
+        with node.asked_for(want.model_id, "is being fetched"):
+            fetched, store, path = await fetch_on(
+                node,
+                want.model_id,
+                revision=want.revision,
+                out=want.out,
+                into=want.into,
+                device=want.device,
+                digest=want.digest,
+                timeout_s=want.timeout_s if want.timeout_s is not None else want.settings.timeout_s,
+                settings=want.settings,
+                selection=want.selection,
+                dtype=want.dtype,
+                resolved=partial(seen.resolved, records) if seen else None,
+            )
         made = store.tensors() if isinstance(store, MemoryStore | GpuStore | CastStore) else {}
         tensors = dict(want.into) if want.into is not None else made
         files = store.files() if isinstance(store, MemoryStore | IntoStore | CastStore) else {}

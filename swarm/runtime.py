@@ -22,26 +22,24 @@ from swarm import __version__
 from swarm.dashboard.server import Dashboard
 from swarm.membership import config
 from swarm.net.environment import HostEnvironment, machine_label
-from swarm.net.http_pages import Asset, HealthPage
+from swarm.net.http_pages import HEALTH, METRICS, READY, Asset, HealthPage
 from swarm.net.pausing_loop import PausingLoop
 from swarm.node.node import Node
 from swarm.node.status_client import PATH as STATUS_PATH
 from swarm.observe import opentelemetry
 from swarm.observe.fetch_record import FetchRecords
 from swarm.observe.node_report import NodeReport
-from swarm.observe.prometheus import PATH as METRICS_PATH
 from swarm.observe.prometheus import Metrics
 from swarm.settings import Settings, is_loopback, split_address
 
 T = TypeVar("T")
 EXIT_TIMEOUT_S = 2.0
-HEALTH_PATH = "/healthz"
 
 _environments: weakref.WeakKeyDictionary[Node, HostEnvironment] = weakref.WeakKeyDictionary()
 
 
-def new_node(settings: Settings) -> tuple[Node, NodeReport]:
-    """A node of this machine, not open yet, and its status report."""
+def new_node(settings: Settings, *, lenient: bool = False) -> tuple[Node, NodeReport]:
+    """A node of this machine, not open yet, and its status report. `lenient`: as of `HostEnvironment`."""
     report = NodeReport(
         lambda: {
             "version": __version__,
@@ -51,16 +49,18 @@ def new_node(settings: Settings) -> tuple[Node, NodeReport]:
         }
     )
     dashboard = Dashboard(report)
-    metrics = Metrics(lambda: report.report(node.now()), dashboard.view)
+    metrics = Metrics(lambda: report.report(node.now()), dashboard.view, lambda: node.unready)
     metrics_page = Asset("text/plain", metrics.exposition)
     environment = HostEnvironment(
         settings,
         {
             STATUS_PATH: lambda: report.report(node.now()),
-            METRICS_PATH: metrics_page,
-            HEALTH_PATH: HealthPage(lambda: [lost.why for lost in node.lost]),
+            METRICS: metrics_page,
+            HEALTH: HealthPage(lambda: node.broken),
+            READY: HealthPage(lambda: node.unready),
             **dashboard.pages(),
         },
+        lenient=lenient,
     )
     host, _ = split_address("listen", settings.listen, default_port=0)
     network = settings.network or ("local" if is_loopback(host) else "lan")
@@ -145,7 +145,7 @@ class Runtime:
         """An open node with these settings; on the loop only. Raises SettingsError."""
         shared = self._nodes.get(settings)
         if shared is None:
-            node, report = new_node(settings)
+            node, report = new_node(settings, lenient=True)
             shared = self._nodes[settings] = _Shared(node, report, asyncio.ensure_future(node.open()))
         shared.users += 1
         try:

@@ -160,6 +160,14 @@ class Settings:
     congestion: str | None = _setting(
         None, "TCP congestion control for chunks; unset: system default, cubic within a host", flag=False
     )
+    metrics_listen: str | None = _setting(
+        None, "HOST:PORT of a listener for /healthz, /readyz and /metrics alone, open to all that reach it"
+    )
+    metrics_token_file: Path | None = _setting(
+        None,
+        "file with a bearer token that lets programs of other machines read /healthz, /readyz and /metrics",
+        flag=False,
+    )
     transports: tuple[str, ...] = _setting(
         (), "transports preferred between trusted nodes: nccl, gloo, ucc or a plugin; none of them encrypts", flag=False
     )
@@ -233,6 +241,8 @@ class Settings:
             host, _ = split_address("advertise", self.advertise, default_port=0)
             if not is_literal(host):
                 raise SettingsError("advertise", f"{host!r} is not an IP address, and datagrams are not sent to names")
+        if self.metrics_listen is not None:
+            split_address("metrics_listen", self.metrics_listen, least_port=0)
         for publisher in self.signed_by:
             if not re.fullmatch(r"[0-9a-f]{64}", publisher):
                 raise SettingsError(

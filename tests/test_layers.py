@@ -37,8 +37,9 @@ ROWS: dict[str, set[str]] = {
         "checkpoint.hub_tree", "checkpoint.signature_file", "checkpoint.signed_files",
         "checkpoint.weight_files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
-        "hashing.kernels", "net", "net.cards", "net.dialling", "net.discovery", "net.http_pages", "net.link",
-        "net.listener", "net.pausing_loop", "net.reclaim", "net.udp", "net.websocket",
+        "hashing.kernels", "net", "net.cards", "net.dialling", "net.discovery", "net.http_pages",
+        "net.http_server", "net.link",
+        "net.listener", "net.pausing_loop", "net.probe_listener", "net.reclaim", "net.udp", "net.websocket",
         "origin", "origin.files", "origin.hf", "origin.http", "origin.objects", "origin.registry", "origin.web",
         "security",
         "security.certificates", "security.cluster_key", "security.record_seal", "security.signatures",
@@ -139,7 +140,7 @@ VERSION_ONLY = {
 
 # The modules that may import each third-party package.
 HOMES: dict[str, set[str]] = {
-    "aiohttp": {"net.websocket", "net.link", "net.http_pages"},
+    "aiohttp": {"net.websocket", "net.link", "net.http_pages", "net.http_server", "net.probe_listener"},
     "ifaddr": {"net.cards"},
     "cryptography": {
         "security.datagram_seal",

@@ -103,12 +103,15 @@ def serve(options: argparse.Namespace) -> int:
         node, _ = new_node(settings)
         async with contextlib.AsyncExitStack() as open_:
             open_.enter_context(tracing(node.journal, options.trace))
+            unready = open_.enter_context(contextlib.ExitStack())
+            unready.enter_context(node.asked_for(options.model, "its files are being hashed"))
             await open_.enter_async_context(node)
             name, source, origin = await asyncio.to_thread(hashed)
             open_.enter_context(local_nodes.note(settings.cache, node.local_address))
             while True:
                 commit_parts.serve(node, name, source, origin=origin, trusted=settings.trusted)
                 daemon.serves(node)
+                unready.close()
                 manifest, missing = source.manifest, getattr(source, "missing", "")
                 part = "a part of " if missing else ""
                 size = f"{len(manifest.files)} files, {size_text(manifest.size)}"
@@ -150,6 +153,8 @@ def fetch(options: argparse.Namespace) -> int:
         node, status = new_node(settings)
         async with contextlib.AsyncExitStack() as open_:
             open_.enter_context(tracing(node.journal, options.trace))
+            unready = open_.enter_context(contextlib.ExitStack())
+            unready.enter_context(node.asked_for(options.model_id, "is being fetched"))
             await open_.enter_async_context(node)
             with local_nodes.note(settings.cache, node.local_address):
                 async with progress(status.fetches, node.now, quiet=options.json):
@@ -165,6 +170,7 @@ def fetch(options: argparse.Namespace) -> int:
                         selection=selection,
                     )
                 stopped = 0
+                unready.close()
                 if options.json:
                     report = {
                         **dataclasses.asdict(fetched),

@@ -32,10 +32,11 @@ from swarm.net.addresses import (
     multicast_hosts,
     told,
 )
-from swarm.net.http_pages import Page
+from swarm.net.http_pages import PROBES, Bearer, Page
 from swarm.net.link import Link
 from swarm.net.listener import Listener
 from swarm.net.pausing_loop import PausingLoop
+from swarm.net.probe_listener import ProbeListener
 from swarm.net.udp import AeadSeal, Codec, Datagrams, Hear, NoSeal
 from swarm.net.websocket import HttpLinks
 from swarm.protocol.messages import Address, NodeId
@@ -51,6 +52,7 @@ DIAL_TIMEOUT_S = 5.0
 PORTS_TRIED = 16  # when the system chooses: a TCP port is skipped if its UDP port is taken
 RENEW_LOOK_S = 5.0  # a node whose clock was set right is refused for so long at most
 CARDS_LOOK_S = 10.0
+TOKEN_CHARS_MIN = 16  # of the token for probes: 64 bits in hexadecimal
 TLS_RECORD = b"\x16\x03"  # the first bytes of a handshake
 RESOLVE_EVERY_S = 5.0  # a name of the settings may have more addresses later, of replicas that start later
 
@@ -131,18 +133,21 @@ class Environment(Protocol):
 
 
 class HostEnvironment:
-    """This machine."""
+    """This machine. `lenient`: a metrics address that is taken is a warning, as another node of this machine has it."""
 
     transports: Sequence[Transport] = ()
 
-    def __init__(self, settings: Settings, pages: Mapping[str, Page] | None = None) -> None:
+    def __init__(self, settings: Settings, pages: Mapping[str, Page] | None = None, *, lenient: bool = False) -> None:
         self._settings = settings
+        self._lenient = lenient
+        self._bearer = Bearer(_token(settings))
+        self._probes = ProbeListener(pages or {}, self._bearer)
         self._keyring = cluster_key.load(settings.key_file) if settings.key_file else None
         self._identity: Identity | None = None
         self._seal = self._codec()
         self._pace = TokenBucket(settings.upload_limit)
         self._peers = discovery.static(settings.peers)
-        self._links = HttpLinks(pages)
+        self._links = HttpLinks(pages, bearer=self._bearer)
         self._mdns = discovery.Mdns() if settings.mdns else None
         self._browser: discovery.Mdns | None = None  # of a node on loopback that dials other machines
         self._listener: Listener | None = None
@@ -154,7 +159,7 @@ class HostEnvironment:
         self._tasks: list[asyncio.Task[None]] = []
 
     def reload(self, settings: Settings) -> list[str]:
-        """Takes over the upload limit and the contents of the key file; returns what has changed.
+        """Takes over the upload limit, and the contents of key and token file; returns what has changed.
 
         New connections and datagrams use the new keys, open links go on. Raises SettingsError, and changes nothing, for
         a key that cannot be read, or that comes to a node without one, or leaves it.
@@ -162,7 +167,10 @@ class HostEnvironment:
         keyring = cluster_key.load(settings.key_file) if settings.key_file else None
         if (keyring is None) != (self._keyring is None):
             raise SettingsError("key_file", "a node gets or loses its cluster key at a restart only")
+        token = _token(settings)
         changed = []
+        if self._bearer.take(token):
+            changed.append("token for metrics" if token else "no token for metrics")
         if keyring is not None and keyring != self._keyring:
             self._keyring = keyring
             if self._identity:
@@ -211,6 +219,7 @@ class HostEnvironment:
             identity = Identity(self._keyring, node, now_s=time.time()) if self._keyring else None
             self._identity = identity
             self._log_security(identity)
+            await self._open_probes()
             self.transports = self._make_transports(shown, identity)
             routes = {each.opening: each.adopt for each in self.transports if isinstance(each, AdoptingTransport)}
             await self._links.open(accept, identity=identity)
@@ -321,6 +330,7 @@ class HostEnvironment:
         listener, self._listener = self._listener, None
         if listener:
             await listener.close()
+        await self._probes.close()
         await self._links.close()
         for transport in self.transports:
             await transport.close()
@@ -404,6 +414,19 @@ class HostEnvironment:
         )
         return make_transports(settings.transports, config)
 
+    async def _open_probes(self) -> None:
+        wanted = self._settings.metrics_listen
+        if wanted is None:
+            return
+        try:
+            address = await self._probes.open(wanted)
+        except SettingsError as error:
+            if not self._lenient:
+                raise
+            log.warning("%s; this node goes on without", error)
+        else:
+            log.info("%s at http://%s, open to all that reach it", ", ".join(PROBES), address)
+
     def _log_security(self, identity: Identity | None) -> None:
         if identity is None and self.on_loopback:
             log.info("no cluster key: listening on this machine only (--key-file opens the node to members)")
@@ -449,6 +472,20 @@ async def _renew(identity: Identity) -> None:
         await asyncio.sleep(RENEW_LOOK_S)
         if identity.is_due(now_s := time.time()):
             identity.renew(now_s)
+
+
+def _token(settings: Settings) -> str:
+    """The token of `metrics_token_file`; empty without one. Raises SettingsError."""
+    path = settings.metrics_token_file
+    if path is None:
+        return ""
+    data = cluster_key.read_private(path, setting="metrics_token_file", make=f"openssl rand -hex 32 > {path}")
+    token = data.decode("ascii", "replace").strip()
+    if not (token.isascii() and token.isprintable() and " " not in token and len(token) >= TOKEN_CHARS_MIN):
+        raise SettingsError(
+            "metrics_token_file", f"{path} holds no token: one line of {TOKEN_CHARS_MIN} or more ASCII characters"
+        )
+    return token
 
 
 def new_id() -> NodeId:

@@ -1,14 +1,16 @@
 """HTTP pages of a node, over aiohttp: access and delivery.
 
-Pages are for members of the cluster and for programs of this machine. A page is JSON, an asset (bytes known in advance)
-or a stream of server-sent events. No page reads a file named by its path, and web pages of other origins can neither
-read nor frame them. Must not know: the contents of pages, links, TLS.
+Pages are for members of the cluster and for programs of this machine; `PROBES` also for programs elsewhere that have
+the bearer token. A page is JSON, an asset (bytes known in advance) or a stream of server-sent events. No page reads a
+file named by its path, and web pages of other origins can neither read nor frame them. Must not know: the contents of
+pages, links, TLS.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import hmac
 import inspect
 import json
 import ssl
@@ -21,6 +23,7 @@ from aiohttp import web
 from swarm.errors import LocalProtocolError
 from swarm.settings import is_literal, is_loopback, join_address
 
+PROBES = HEALTH, READY, METRICS = "/healthz", "/readyz", "/metrics"
 WATCHERS_MAX = 16  # streams at once; each takes a socket
 ANSWERS_MAX = 8  # pages being made or written at once; the status of thousands of members takes megabytes
 WRITE_TIMEOUT_S = 10.0  # for a browser that does not read; it reconnects by itself
@@ -35,6 +38,29 @@ PAGE_SECURITY = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
+
+
+class Bearer:
+    """The token of programs that read `PROBES` from elsewhere (RFC 6750); without one none is accepted."""
+
+    def __init__(self, token: str = "") -> None:
+        self._token = token
+
+    def take(self, token: str) -> bool:
+        """Replaces the token; returns whether it is another one."""
+        changed, self._token = token != self._token, token
+        return changed
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a token."""
+        return bool(self._token)
+
+    def accepts(self, request: web.Request) -> bool:
+        """Whether the request carries the token. The comparison takes the same time for every wrong one."""
+        kind, _, given = request.headers.get("Authorization", "").partition(" ")
+        right = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._token.encode())
+        return self.known and right and kind.lower() == "bearer"
 
 
 @dataclass(frozen=True)
@@ -65,10 +91,15 @@ Page: TypeAlias = Asset | EventPage | HealthPage | Callable[..., Any]
 
 
 class Pages:
-    """Pages by their paths, in aiohttp's patterns."""
+    """Pages by their paths, in aiohttp's patterns.
 
-    def __init__(self, pages: Mapping[str, Page]) -> None:
+    `open_to_all`: they are for each program that reaches them; with a token in `bearer`, METRICS for its holders alone.
+    """
+
+    def __init__(self, pages: Mapping[str, Page], *, bearer: Bearer | None = None, open_to_all: bool = False) -> None:
         self._pages = dict(pages)
+        self._bearer = bearer or Bearer()
+        self._open_to_all = open_to_all
         self._watching: set[asyncio.Task[Any]] = set()
         self._answering = asyncio.Semaphore(ANSWERS_MAX)
         self._stays: Callable[[web.Request], None] = lambda _: None
@@ -79,10 +110,9 @@ class Pages:
         """Adds a route for each page; calls `arrived` with every request, `stays` with those that become streams."""
         self._stays = stays
 
-        async def answer(page: Page, request: web.Request) -> web.StreamResponse:
+        async def answer(path: str, page: Page, request: web.Request) -> web.StreamResponse:
             arrived(request)
-            if request.transport is None or (ssl_of(request) is None and not _is_local(request)):
-                raise web.HTTPForbidden(text=_refusal(request))
+            self._demand_access(path, request)
             if isinstance(page, EventPage):
                 return await self._stream(request, page.events(**request.match_info))
             if isinstance(page, HealthPage):  # probes do not wait
@@ -91,7 +121,20 @@ class Pages:
                 return await _written(request, await self._answer(request, page))
 
         for path, page in self._pages.items():
-            app.router.add_get(path, functools.partial(answer, page))
+            app.router.add_get(path, functools.partial(answer, path, page))
+
+    def _demand_access(self, path: str, request: web.Request) -> None:
+        """Raises HTTPForbidden, or HTTPUnauthorized where a token is asked for."""
+        if self._open_to_all:
+            if path != METRICS or not self._bearer.known or self._bearer.accepts(request):
+                return
+        elif request.transport and (ssl_of(request) or _is_local(request)):
+            return
+        elif path not in PROBES or not self._bearer.known:
+            raise web.HTTPForbidden(text=_refusal(request))
+        elif self._bearer.accepts(request):
+            return
+        raise web.HTTPUnauthorized(text="needs the token\n", headers={"WWW-Authenticate": 'Bearer realm="swarm"'})
 
     def close(self) -> None:
         """Ends all streams."""
@@ -171,7 +214,9 @@ def _refusal(request: web.Request) -> str:
         f"In a browser elsewhere, forward the port and open http://127.0.0.1:{port}/\n"
         f"    ssh -L {port}:{address} {host}\n\n"
         "In a terminal, with the cluster's key:\n"
-        f"    swarm status --watch --peer {address} --key-file KEY\n"
+        f"    swarm status --watch --peer {address} --key-file KEY\n\n"
+        f"Probes and Prometheus read {', '.join(PROBES)} on an address of their own (--metrics-listen),\n"
+        "or here with a token (metrics_token_file).\n"
     )
 
 

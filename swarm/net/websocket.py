@@ -4,8 +4,7 @@ A link pings, so that a dead peer is noticed. This module also reads pages of ot
 this module import aiohttp.
 
 With an identity links are inside TLS, and both ends prove membership before the first message. Plain HTTP from other
-machines is answered with the demand for a key. A connection without a request within REQUEST_TIMEOUT_S is closed.
-Connections that are neither links nor streams are visitors: beyond VISITORS_MAX the oldest is closed.
+machines is answered with the demand for a key. `http_server` bounds connections that are neither links nor streams.
 
 Must not know: the meaning of messages.
 """
@@ -28,7 +27,6 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 from aiohttp.client_proto import ResponseHandler
-from aiohttp.http import HttpProcessingError
 
 from swarm.errors import (
     NotAdmitted,
@@ -40,10 +38,10 @@ from swarm.errors import (
     SettingsError,
 )
 from swarm.net import dialling, no_answer
-from swarm.net.http_pages import Page, Pages, ssl_of
+from swarm.net.http_pages import Bearer, Page, Pages, ssl_of
+from swarm.net.http_server import HttpServer
 from swarm.net.link import CLOSE_TIMEOUT_S, Link, WebSocketLink
 from swarm.net.no_answer import Fault
-from swarm.net.reclaim import Reclaimer
 from swarm.net.udp import zoned
 from swarm.protocol import messages
 from swarm.security.certificates import Identity, Refusal, node_of, refusal
@@ -56,27 +54,20 @@ HEARTBEAT_S = 5.0  # a peer that answers no ping for this long counts as gone
 HANDSHAKE_TIMEOUT_S = 5.0  # two round trips, on a machine that is busy
 HANDSHAKES_MAX = 64  # at once: asyncio takes 400 KB for each before the peer is known
 PLAIN_ANSWER = b"WebSocket"  # what aiohttp writes to a plain GET of PATH
-REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's header
-VISITORS_MAX = 64  # connections that are no links: a page and its parts take six; each may take 1 MB
-LINE_BYTES_MAX, HEADERS_MAX = 4096, 48  # of a request: browsers send about twenty headers
 
 log = logging.getLogger("swarm")
-_web_log = logging.getLogger("swarm.http")
 
 
 class HttpLinks:
     """Dials links, and accepts them on sockets from the listener; with an identity inside TLS."""
 
-    def __init__(self, pages: Mapping[str, Page] | None = None) -> None:
-        self._pages = Pages(pages or {})
+    def __init__(self, pages: Mapping[str, Page] | None = None, *, bearer: Bearer | None = None) -> None:
+        self._pages = Pages(pages or {}, bearer=bearer)
+        self._server = HttpServer()
         self._identity: Identity | None = None
         self._accept: Callable[[Link], Awaitable[None]] | None = None
-        self._runner: web.AppRunner | None = None
         self._client: aiohttp.ClientSession | None = None
-        self._asked: weakref.WeakKeyDictionary[asyncio.BaseTransport, asyncio.Event] = weakref.WeakKeyDictionary()
         self._encrypted: weakref.WeakSet[asyncio.Transport] = weakref.WeakSet()
-        self._visitors: dict[asyncio.BaseTransport, None] = {}  # oldest first
-        self._reclaimer = Reclaimer()
         self._shaking: dict[asyncio.Task[Any], None] = {}  # oldest first
         self._refusals = LogOnce(log)
 
@@ -86,34 +77,17 @@ class HttpLinks:
         self._identity = identity
         app = web.Application(client_max_size=0)
         app.router.add_get(PATH, self._incoming)
-        self._pages.add_to(app, self._arrived, self._stays)
-        self._runner = web.AppRunner(
-            app,
-            access_log=None,
-            logger=_web_log,
-            handle_signals=False,
-            shutdown_timeout=CLOSE_TIMEOUT_S,
-            keepalive_timeout=REQUEST_TIMEOUT_S,
-            lingering_time=CLOSE_TIMEOUT_S,
-            max_line_size=LINE_BYTES_MAX,
-            max_field_size=LINE_BYTES_MAX,
-            max_headers=HEADERS_MAX,
-        )
-        await self._runner.setup()
+        self._pages.add_to(app, self._server.arrived, self._server.stays)
+        await self._server.open(app)
         self._client = aiohttp.ClientSession(connector=_Connector(self._identity, self._encrypted))
 
     async def adopt(self, sock: socket.socket) -> None:
         """Serves plain HTTP on an accepted socket."""
-        server = self._runner.server if self._runner else None
-        if server is None:
-            sock.close()
-            return
-        transport, _ = await asyncio.get_running_loop().connect_accepted_socket(server, sock)
-        await self._await_request(transport)
+        await self._server.adopt(sock)
 
     async def adopt_tls(self, sock: socket.socket) -> None:
         """Serves HTTP inside TLS on an accepted socket; refuses the peer without an identity."""
-        server = self._runner.server if self._runner else None
+        server = self._server.protocol
         if server is None:
             sock.close()
         elif self._identity is None:
@@ -128,10 +102,10 @@ class HttpLinks:
                     transport, _ = await shake(server, sock, context, server_side=True, timeout_s=HANDSHAKE_TIMEOUT_S)
                 self._encrypted.add(transport)
             except OSError as error:
-                self._reclaimer.count()
+                self._server.reclaimer.count()
                 self._refuse(name, refusal(error) or Refusal.HUNG_UP)
             else:
-                await self._await_request(transport)
+                await self._server.await_request(transport)
 
     async def dial(self, address: str, *, timeout_s: float) -> Link:
         """A link to the node at HOST:PORT. Raises NotAdmitted, NotSwarm, PeerUnreachable or PeerTimeout."""
@@ -209,12 +183,9 @@ class HttpLinks:
     async def close(self) -> None:
         """Closes every link and stops serving."""
         self._pages.close()
-        self._visitors.clear()
-        self._reclaimer.close()
         if self._client:
             await self._client.close()
-        if self._runner:
-            await self._runner.cleanup()
+        await self._server.close()
         # TLS would wait for the peer's goodbye, perhaps beyond the life of the loop.
         for transport in list(self._encrypted):
             transport.abort()
@@ -234,37 +205,8 @@ class HttpLinks:
             if task is not None:
                 self._shaking.pop(task, None)
 
-    async def _await_request(self, transport: asyncio.BaseTransport) -> None:
-        """Returns after the first request; aborts a connection without a request within REQUEST_TIMEOUT_S."""
-        asked = self._asked.setdefault(transport, asyncio.Event())
-        self._visit(transport)
-        try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                await asked.wait()
-        except BaseException as error:
-            if isinstance(transport, asyncio.WriteTransport):
-                transport.abort()
-            if not isinstance(error, TimeoutError):
-                raise
-
-    def _visit(self, transport: asyncio.BaseTransport) -> None:
-        self._visitors[transport] = None
-        self._reclaimer.count()
-        if len(self._visitors) > VISITORS_MAX:
-            self._visitors = {visitor: None for visitor in self._visitors if not visitor.is_closing()}
-        if len(self._visitors) > VISITORS_MAX:
-            oldest = next(iter(self._visitors))
-            del self._visitors[oldest]
-            if isinstance(oldest, asyncio.WriteTransport):
-                oldest.abort()
-
-    def _stays(self, request: web.Request) -> None:
-        """The connection of this request is a link or a stream from now on, which have limits of their own."""
-        if request.transport:
-            self._visitors.pop(request.transport, None)
-
     async def _incoming(self, request: web.Request) -> web.StreamResponse:
-        self._arrived(request)
+        self._server.arrived(request)
         if "Origin" in request.headers:  # only browsers send it, for web pages
             raise web.HTTPForbidden(text="links are for nodes, not for web pages")
         member = None
@@ -283,15 +225,11 @@ class HttpLinks:
             heartbeat=HEARTBEAT_S, max_msg_size=messages.FRAME_BYTES_MAX, compress=False, timeout=CLOSE_TIMEOUT_S
         )
         await socket.prepare(request)
-        self._stays(request)
+        self._server.stays(request)
         if self._accept:
             remote, local = _end(request, "peername"), _end(request, "sockname")
             await self._accept(WebSocketLink(socket, remote, local=local, member=member))
         return socket
-
-    def _arrived(self, request: web.Request) -> None:
-        if request.transport:
-            self._asked.setdefault(request.transport, asyncio.Event()).set()
 
     def _refuse(self, host: str, why: Refusal) -> None:
         level = logging.DEBUG if why is Refusal.HUNG_UP else logging.WARNING  # port scanners hang up too
@@ -352,14 +290,6 @@ def _end(request: web.Request, name: str) -> str:
 
 def _end_of(where: tuple[Any, ...] | None) -> str:
     return join_address(zoned(where), where[1]) if where else "unknown"
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    """False for errors that strangers cause: invalid requests, and connections closed before the answer."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | ConnectionError))
-
-
-_web_log.addFilter(_is_ours)
 
 
 def _member(connection: ssl.SSLObject | None) -> str | None:

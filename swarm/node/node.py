@@ -121,6 +121,10 @@ class Node:
         self._wanted: Counter[Digest | None] = Counter()  # None: the digest of a model id is not known yet
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
+        self._asked_for: Counter[tuple[str, str]] = Counter()  # what is not there yet, and why
+        self._draining = False
+        self.broken: list[str] = []  # its loops that failed: only a restart helps
+        self._loops: list[asyncio.Task[Any]] = []
         self._closing = False
         self._paused_s = 0.0  # that the machines know of
 
@@ -144,14 +148,14 @@ class Node:
         self._swim.open(self.id, self._environment.addresses, self.name, self._profile())
         self._connections.open(self._handlers(self._upload_driver))
         self._paused_s = self._environment.paused_s
-        self.spawn(self._tick(), "ticks")
-        self.spawn(watch_files(self._shares), "watch files")
+        self._loops = [self.spawn(self._tick(), "ticks"), self.spawn(watch_files(self._shares), "watch files")]
 
     async def drain(self, timeout_s: float) -> None:
         """Prepares for `close`: grants only chunks that no other node has, and waits for the transfers that run.
 
         Returns at once if no peer fetches from this node, and after `timeout_s` at the latest.
         """
+        self._draining = True
         uploads = self._upload_driver
         if uploads is None or timeout_s <= 0:
             return
@@ -211,6 +215,23 @@ class Node:
     def lost(self) -> list[Withdrawn]:
         """Models that this node served until their files changed, and does not serve again."""
         return list(self._shares.lost.values())
+
+    @property
+    def unready(self) -> list[str]:
+        """Why not all that was asked for is there and served; empty for a node that is ready."""
+        waiting = [f"{what}: {why}" for what, why in self._asked_for]
+        lost = [lost.why for lost in self.lost]
+        return [*self.broken, *waiting, *lost, *(["it is being stopped"] if self._draining or self._closing else [])]
+
+    @contextlib.contextmanager
+    def asked_for(self, what: str, why: str) -> Iterator[None]:
+        """In the block, `what` was asked for and is not there yet: the node is not ready."""
+        self._asked_for[what, why] += 1
+        try:
+            yield
+        finally:
+            self._asked_for[what, why] -= 1
+            self._asked_for += Counter()  # drops counts of 0
 
     async def until_lost(self, digest: Digest) -> Withdrawn:
         """Waits until an artifact is withdrawn because its source changed or cannot be read."""
@@ -436,6 +457,8 @@ class Node:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("%s failed", task.get_name(), exc_info=error)
+            if task in self._loops:
+                self.broken.append(f"{task.get_name()} failed: {error!r}")
             for download in self._shares.downloads():  # the task may be the only thing that they wait for
                 download.fail(LocalProtocolError(f"{task.get_name()} failed: {error!r}; please report this"))
 

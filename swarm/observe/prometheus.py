@@ -7,7 +7,7 @@ must take less than a microsecond. Labels are bounded: none holds a name, an id 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, OriginRead, Received, Sent, Unreached
@@ -16,7 +16,6 @@ from swarm.transfer.download_events import Ban, ChunkCorrupt, TransferFailed
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
-PATH = "/metrics"
 STATES = ("self", "alive", "suspect", "dead", "left")
 
 View = Callable[[], Mapping[str, Any]]
@@ -31,11 +30,12 @@ _KINDS: dict[type, tuple[str, str]] = {
 
 
 class Metrics:
-    """`follow` a journal; gauges come from `report` (`/status`) and `view` (`/view`)."""
+    """`follow` a journal; gauges come from `report` (`/status`), `view` (`/view`) and `unready` (`/readyz`)."""
 
-    def __init__(self, report: View, view: View) -> None:
+    def __init__(self, report: View, view: View, unready: Callable[[], Sequence[str]]) -> None:
         self._report = report
         self._view = view
+        self._unready = unready
         self._counts: Counter[type] = Counter()
         self._moved: Counter[type] = Counter()  # bytes, by Received or Sent
         self._ended: Counter[str] = Counter()
@@ -95,6 +95,7 @@ class Metrics:
         yield from self._present(report, view, GaugeOf)
 
     def _present(self, report: Mapping[str, Any], view: Mapping[str, Any], gauge: Any) -> Iterator[Metric]:
+        yield gauge("swarm_ready", "1 if all that was asked for is there and served, else 0", value=not self._unready())
         states = Counter(member["state"] for member in report["members"])
         members = gauge("swarm_members", "Members that this node knows, itself included", labels=["state"])
         states["alive"] += states.pop("self", 0)

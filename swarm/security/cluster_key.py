@@ -101,18 +101,26 @@ def create(path: Path) -> ClusterKey:
 
 def load(path: Path) -> Keyring:
     """The keys of a file. Raises SettingsError ('key_file') for an unusable file, or when other users can read it."""
+    return parse(read_private(path, setting="key_file", make=f"swarm keygen {path}"), path)
+
+
+def read_private(path: Path, *, setting: str, make: str) -> bytes:
+    """The bytes of a file with a secret, at most FILE_BYTES_MAX. `make`: the command that makes such a file.
+
+    Raises SettingsError (`setting`) for an unusable file, or when other users can read it.
+    """
     try:
         # O_NONBLOCK: opening a pipe would wait for its writer.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            _check_private(path, os.fstat(file.fileno()))
+            _check_private(path, os.fstat(file.fileno()), setting)
             data = file.read(FILE_BYTES_MAX + 1)
     except FileNotFoundError:
-        raise _unusable(f"{path} does not exist; make one with: swarm keygen {path}") from None
+        raise SettingsError(setting, f"{path} does not exist; make one with: {make}") from None
     except OSError as error:
-        raise _unusable(f"{path} cannot be read: {error.strerror or error}") from error
+        raise SettingsError(setting, f"{path} cannot be read: {error.strerror or error}") from error
     if len(data) > FILE_BYTES_MAX:
-        raise _unusable(f"{path} has more than {FILE_BYTES_MAX} bytes; a key file has one line")
-    return parse(data, path)
+        raise SettingsError(setting, f"{path} has more than {FILE_BYTES_MAX} bytes; a secret has one line")
+    return data
 
 
 def parse(data: bytes, path: Path) -> Keyring:
@@ -140,15 +148,18 @@ def _parse_line(line: str, where: str) -> ClusterKey:
     return ClusterKey(secret)
 
 
-def _check_private(path: Path, found: os.stat_result) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        raise _unusable(f"{path} is not a file")
-    if found.st_uid not in (0, os.geteuid()):
-        raise _unusable(f"{path} belongs to another user (uid {found.st_uid}); run: chown {os.geteuid()} {path}")
+def _check_private(path: Path, found: os.stat_result, setting: str) -> None:
+    why = ""
     # Orchestrators mount secrets as files of root that the group of the process can read.
     allowed = 0o740 if found.st_uid == 0 and os.geteuid() != 0 else 0o700
-    if found.st_mode & 0o777 & ~allowed:
-        raise _unusable(f"{path} can be used by others (mode {found.st_mode & 0o777:04o}); run: chmod 600 {path}")
+    if not stat.S_ISREG(found.st_mode):
+        why = "is not a file"
+    elif found.st_uid not in (0, os.geteuid()):
+        why = f"belongs to another user (uid {found.st_uid}); run: chown {os.geteuid()} {path}"
+    elif found.st_mode & 0o777 & ~allowed:
+        why = f"can be used by others (mode {found.st_mode & 0o777:04o}); run: chmod 600 {path}"
+    if why:
+        raise SettingsError(setting, f"{path} {why}")
 
 
 def _unusable(why: str) -> SettingsError:

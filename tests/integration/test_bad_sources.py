@@ -98,9 +98,9 @@ def change_and_restore_mtime(path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def healthy(node: Process) -> bool:
+def ready(node: Process) -> bool:
     try:
-        with urllib.request.urlopen(f"http://{node.address}/healthz", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{node.address}/readyz", timeout=5) as answer:
             return bool(answer.status == 200)
     except urllib.error.HTTPError as error:
         error.close()
@@ -114,12 +114,12 @@ def test_a_seed_whose_files_changed_serves_the_new_ones(
     machine: Machine, model: Path, out: Path, change: Callable[[Path], None]
 ) -> None:
     seed = machine.serve(model)
-    assert healthy(seed)
+    assert ready(seed)
     change(model / "b.safetensors")
-    wait_until(lambda: not healthy(seed), "the seed to notice")
+    wait_until(lambda: not ready(seed), "the seed to notice")
     assert f"{model / 'b.safetensors'} changed while it was served" in seed.err
     wait_until(lambda: seed.out.count(" ready: ") == 2, "the seed to serve again")
-    assert healthy(seed)
+    assert ready(seed)
     assert machine.run("status", "--peer", seed.address).code == 0
     assert machine.fetch(out, peers=[seed.address]).end().code == 0
     assert contents(out) == contents(model)
@@ -132,14 +132,14 @@ def test_a_seed_whose_files_are_incomplete_is_unhealthy_until_they_are_whole(
     whole = (model / "b.safetensors").read_bytes()
     truncate(model / "b.safetensors")
     newcomer = machine.fetch(out, peers=[seed.address])
-    wait_until(lambda: not healthy(seed), "the seed to notice")
+    wait_until(lambda: not ready(seed), "the seed to notice")
     assert newcomer.end().code in (3, 4)
     assert contents(out) == {}
     assert seed.running
-    assert not healthy(seed)
+    assert not ready(seed)
     assert machine.run("status", "--peer", seed.address).code == 1
     (model / "b.safetensors").write_bytes(whole)
-    wait_until(lambda: healthy(seed), "the seed to serve again")
+    wait_until(lambda: ready(seed), "the seed to serve again")
     assert machine.fetch(out, peers=[seed.address]).end().code == 0
     assert contents(out) == contents(model)
 
@@ -148,7 +148,7 @@ def test_a_seed_whose_files_are_incomplete_is_unhealthy_until_they_are_whole(
 def test_a_seed_whose_directory_is_gone_ends_with_an_error(machine: Machine, model: Path) -> None:
     seed = machine.serve(model)
     shutil.rmtree(model)
-    wait_until(lambda: not healthy(seed), "the seed to notice")
+    wait_until(lambda: not ready(seed), "the seed to notice")
     assert seed.wait_to_end(60)
     assert str(model) in seed.end().err.splitlines()[-1]
     assert seed.end().code != 0

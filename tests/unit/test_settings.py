@@ -54,6 +54,8 @@ TEXTS: dict[str, tuple[str, Any]] = {
     "drain_timeout_s": ("30", 30.0),
     "upload_slots": ("3", 3),
     "congestion": ("cubic", "cubic"),
+    "metrics_listen": ("0.0.0.0:9100", "0.0.0.0:9100"),
+    "metrics_token_file": ("/tmp/token", Path("/tmp/token")),
     "transports": ("gloo, ucc", ("gloo", "ucc")),
     "fsync": ("0", False),
 }

@@ -168,6 +168,7 @@ FLAGS = {
     "signed_by": ["--signed-by", PUBLISHER],
     "origin": ["--origin", "none"],
     "origin_limit": ["--origin-limit", "8Mbit/s"],
+    "metrics_listen": ["--metrics-listen", "0.0.0.0:9100"],
 }
 
 
@@ -197,6 +198,7 @@ def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[obj
         "signed_by": (PUBLISHER,),
         "origin": "none",
         "origin_limit": 1e6,
+        "metrics_listen": "0.0.0.0:9100",
     }
     assert getattr(commands.settings_of(options), setting.name) == wanted[setting.name]
     plain = commands.settings_of(cli._parser().parse_args([command, "x"]))

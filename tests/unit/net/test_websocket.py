@@ -16,7 +16,7 @@ import pytest
 
 from swarm.content.manifest import Digest
 from swarm.errors import NotAdmitted, PeerTimeout, PeerUnreachable, RemoteProtocolError
-from swarm.net import http_pages, link
+from swarm.net import http_pages, http_server, link
 from swarm.net import websocket as links
 from swarm.net.link import Link
 from swarm.net.listener import Listener
@@ -409,7 +409,7 @@ def test_is_a_page_for_members(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_is_one_that_never_finishes_its_request_cut_off(
     says: bytes, keyed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(links, "REQUEST_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(http_server, "REQUEST_TIMEOUT_S", 0.1)
     monkeypatch.setattr(links, "HANDSHAKE_TIMEOUT_S", 0.1)
 
     async def scenario() -> None:
@@ -437,7 +437,7 @@ GET = b"GET /page HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 
 def test_do_connections_that_are_no_links_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kept-alive connections of pages cost memory too; links are not closed for them."""
-    monkeypatch.setattr(links, "VISITORS_MAX", 4)
+    monkeypatch.setattr(http_server, "VISITORS_MAX", 4)
 
     async def scenario() -> None:
         async with opened() as end:

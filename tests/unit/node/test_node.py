@@ -264,3 +264,42 @@ def test_are_links_wanted_while_something_is_sought_only() -> None:
         assert (wanted.digests, wanted.unresolved) == (frozenset(), False)
 
     play(scenario)
+
+
+def test_is_a_node_ready_once_all_that_was_asked_for_is_there() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        node = await swarm.node("a")
+        assert node.unready == []
+        with node.asked_for("org/model", "is being fetched"), node.asked_for("org/model", "is being fetched"):
+            assert node.unready == ["org/model: is being fetched"]
+        assert node.unready == []
+        await node.drain(0.0)
+        assert node.unready == ["it is being stopped"]
+        assert node.broken == []
+
+    play(scenario)
+
+
+def test_is_a_node_broken_whose_loop_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        node = await swarm.node("a")
+        monkeypatch.setattr(node, "_update_mates", lambda: 1 / 0)
+        await swarm.until(lambda: node.broken)
+        assert node.broken == node.unready
+        assert "ticks failed: ZeroDivisionError" in node.broken[0]
+
+    play(scenario)
+
+
+def test_does_a_failed_task_of_a_peer_leave_the_node_alive() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        node = await swarm.node("a")
+
+        async def fail() -> None:
+            raise ValueError
+
+        task = node.spawn(fail(), "a test")
+        await swarm.until(task.done)
+        assert node.broken == []
+
+    play(scenario)

@@ -34,7 +34,7 @@ VIEW: dict[str, Any] = {
 
 
 def metrics(*what: object) -> Metrics:
-    counted = Metrics(lambda: REPORT, lambda: VIEW)
+    counted = Metrics(lambda: REPORT, lambda: VIEW, lambda: ["org/model: is being fetched"])
     journal = Journal()
     counted.follow(journal)
     for one in what:
@@ -61,7 +61,8 @@ def test_are_events_counted_and_the_present_told() -> None:
     )  # fmt: skip
     expected = {
         "swarm_received_bytes_total": 30, "swarm_sent_bytes_total": 7, "swarm_chunks_rejected_total": 1,
-        "swarm_bans_total": 1, "swarm_fetches_started_total": 1, "swarm_fetches_ended_total complete": 1,
+        "swarm_ready": 0, "swarm_bans_total": 1, "swarm_fetches_started_total": 1,
+        "swarm_fetches_ended_total complete": 1,
         "swarm_fetches_ended_total failed": 1, "swarm_members alive": 2, "swarm_links": 1,
         "swarm_origin_bytes_total": 70, "swarm_origin_requests_total": 2, "swarm_origin_failures_total": 1,
         "swarm_fetches_missing_bytes": 70, "swarm_fetches_stalled": 1, "swarm_warnings stalled": 1,
