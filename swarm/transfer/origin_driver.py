@@ -129,6 +129,8 @@ class OriginDriver:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.able = False  # others need not leave a part to this node
+        self._tell()
         for stream in list(self._open.values()):
             stream.close()
         # A thread that still connects writes nothing, and is not waited for.
@@ -174,12 +176,15 @@ class OriginDriver:
                 await self._wait(POLL_S)
                 continue
             self._tell()
+            first = reading.at
             try:
-                await self._read(reading, urgent=reading.at in urgent)
+                await self._read(reading, urgent=first in urgent)
             finally:
                 self._reads.ended(number, self._host.now())
                 if not self._stopped.is_set():
                     self._tell()
+            if reading.at == first:
+                await self._wait(POLL_S)  # another node has it: what it announces next decides
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
@@ -232,6 +237,8 @@ class OriginDriver:
 
     def _fill(self, transfer: int, reading: ReadRange, *, urgent: bool) -> None:
         """Fills the places of a range's chunks, on a thread. Raises OriginError and StoreError."""
+        if not self._is_due(reading, urgent=urgent):
+            return
         chunks = self._manifest.chunks
         first, last = chunks[reading.at], chunks[reading.end - 1]
         file = self._files[self._manifest.files[first.file].path]
@@ -262,13 +269,19 @@ class OriginDriver:
 
     def _going(self, transfer: int, reading: ReadRange, *, urgent: bool) -> Iterator[int]:
         """The chunks of a range, as long as they are to be read."""
-        while reading.at < reading.end and not self._stopped.is_set():
+        while self._is_due(reading, urgent=urgent):
             if urgent:
                 self._verifier.reclaim(reading.at, transfer)
-            elif reading.at in self._held or (not reading.late and self._download.machine.elsewhere[reading.at]):
-                return
             yield reading.at
             reading.at += 1
+
+    def _is_due(self, reading: ReadRange, *, urgent: bool) -> bool:
+        """Whether the next chunk of a range is still to be read."""
+        if reading.at >= reading.end or self._stopped.is_set():
+            return False
+        if urgent:
+            return True
+        return reading.at not in self._held and (reading.late or not self._download.machine.elsewhere[reading.at])
 
 
 def on_daemon(work: Callable[[], T]) -> asyncio.Future[T]:

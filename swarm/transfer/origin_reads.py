@@ -8,7 +8,8 @@ All nodes that fetch a promised artifact read different parts of it, and take th
   the last one ended, then in the largest gap that no node reads, in its middle if another reader comes from below.
 - When no gap is left, the tail is stolen: an idle node takes the end of the range that would last longest, as much as
   lets both end together at their rates so far. The owner of a range that is overlapped from within stops there.
-- A chunk that a peer holds is not read: a member's copy beats the origin.
+- A chunk that a peer holds is not read: a member's copy beats the origin. A stream stops at such a chunk, so what lies
+  behind it in its range is a gap.
 
 `told` and `next` use the ranges that nodes announce to their peers (`messages.ReadRange`). A reader that dies gives its
 range back with its link.
@@ -154,11 +155,22 @@ class OriginReads:
             elif reading.at == first < reading.end and node < self._node:
                 reading.end = reading.at
 
-    def _busy(self) -> Mask:
+    def _busy(self, wanted: Mask) -> Mask:
         busy = np.zeros(len(self._manifest.chunks), dtype=np.bool_)
         for taken in self._taken():
-            busy[taken.at : taken.end] = True
+            first, end = self._rest(taken, wanted)
+            busy[first:end] = True
         return busy
+
+    @staticmethod
+    def _rest(taken: ReadRange, wanted: Mask) -> tuple[int, int]:
+        """The chunks that a stream still reads: from the first that is wanted, to the next that is not."""
+        todo = wanted[taken.at : taken.end]
+        if not todo.any():
+            return taken.end, taken.end
+        first = int(todo.argmax())
+        stop = todo[first:].argmin()  # 0 if all are wanted
+        return taken.at + first, taken.at + first + int(stop) if stop else taken.end
 
     def _taken(self) -> list[ReadRange]:
         return [*self.own.values(), *(span for reader in self._others.values() for span in reader.ranges.values())]
@@ -171,7 +183,7 @@ class OriginReads:
         return self._run(*gaps[0]) if gaps else None
 
     def _gap(self, stream: int, wanted: Mask) -> ReadRange | None:
-        busy = self._busy()
+        busy = self._busy(wanted)
         gaps = self._gaps(wanted & ~busy)
         if not gaps:
             return None
@@ -202,9 +214,8 @@ class OriginReads:
         rests = []
         own = [id(taken) for taken in self.own.values()]
         for taken in self._taken():
-            left = np.flatnonzero(wanted[taken.at : taken.end])
-            if len(left) > 1 and (lasted_s := now - taken.since) > STEAL_AFTER_S:
-                first, end = taken.at + int(left[0]), taken.at + int(left[-1]) + 1
+            first, end = self._rest(taken, wanted)
+            if end - first > 1 and (lasted_s := now - taken.since) > STEAL_AFTER_S:
                 done = max(1, self._bytes(taken.first, first))
                 lasts_s = self._bytes(first, end) / done * lasted_s
                 # Streams of one node mostly share a bottleneck, which another stream would not widen.

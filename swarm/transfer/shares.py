@@ -381,6 +381,8 @@ class Shares:
                 share.superseed.left(peer.node)
             if share and share.download:
                 share.download.handle(events.PeerLeft(peer.node, "does not serve it any more"))
+                if share.download.promise:
+                    share.download.promise.left(peer.node)
         self.show_interest(peer)
 
     def on_interest(self, peer: Peer, message: messages.Interest) -> None:
