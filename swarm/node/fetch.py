@@ -228,7 +228,7 @@ class Fetches:
             transfer_ids=self._transfer_ids,
             transfers=self._transfers,
             rng=self._rng,
-            announce=partial(self._announce, share, store),
+            announce=self._announcer(share, store),
             promise=promise,
         )
         self._shares.show(share)
@@ -239,17 +239,21 @@ class Fetches:
             share.download = None
         return download
 
-    def _announce(self, share: Share, store: Store, chunks: list[int]) -> None:
+    def _announcer(self, share: Share, store: Store) -> Callable[[list[int]], None]:
         """Tells peers of verified chunks, of those that the store does not keep only seeds."""
         digest = share.manifest.digest
-        if not isinstance(store, LossyStore):
-            self._shares.send_have(digest, chunks)
-            return
-        kept = [chunk for chunk in chunks if chunk in store.kept and share.source is store]
-        for chunk in kept:
-            share.held.add(chunk)
-        self._shares.send_have(digest, kept)
-        self._shares.send_have(digest, [chunk for chunk in chunks if chunk not in kept], to_seeds=True)
+        if not isinstance(store, LossyStore):  # asked once: `isinstance` of a protocol costs as much as hashing a chunk
+            return partial(self._shares.send_have, digest)
+        lossy = store
+
+        def announce(chunks: list[int]) -> None:
+            kept = [chunk for chunk in chunks if chunk in lossy.kept and share.source is lossy]
+            for chunk in kept:
+                share.held.add(chunk)
+            self._shares.send_have(digest, kept)
+            self._shares.send_have(digest, [chunk for chunk in chunks if chunk not in kept], to_seeds=True)
+
+        return announce
 
 
 def _proven(share: Share, wanted: Bitfield) -> bool:
