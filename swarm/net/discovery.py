@@ -25,6 +25,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -62,23 +63,69 @@ def static(peers: Sequence[str]) -> list[Address]:
     return list(dict.fromkeys(Address(join_address(*each)) for each in split))
 
 
-async def resolve(address: Address, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
-    """The addresses of a name, each with the port; of a literal itself.
+class Name:
+    """A peer of the settings whose name is looked up again and again: the DNS of a cluster changes its answers.
 
-    Raises SettingsError for a malformed address, PeerUnreachable when the name is unknown, PeerTimeout.
+    One question at a time, on a thread of its own that is left behind at a timeout: a silent resolver blocks the caller
+    for a minute, and the threads of asyncio's executor hash and write files.
     """
-    host, port = split_address("peer", address)
-    if is_literal(host):
-        return [Address(join_address(host, port))]
-    try:
-        async with asyncio.timeout(timeout_s):
-            infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except TimeoutError as error:
-        raise PeerTimeout(address, f"its name was not resolved within {timeout_s:g} s") from error
-    except OSError as error:
-        what = f"this name is not known ({error.strerror or error}); check it, or name an address"
-        raise PeerUnreachable(address, what) from error
-    return list(dict.fromkeys(Address(join_address(str(sockaddr[0]), port)) for *_, sockaddr in infos))
+
+    def __init__(self, address: Address) -> None:
+        """Raises SettingsError for a malformed address."""
+        self.address = address
+        self._host, self._port = split_address("peer", address)
+        self._asked: asyncio.Future[list[Address]] | None = None
+
+    async def resolve(self, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
+        """The addresses of the name, each with the port; of a literal itself. Raises PeerUnreachable, PeerTimeout."""
+        if is_literal(self._host):
+            return [Address(join_address(self._host, self._port))]
+        asked = self._asked = self._asked or self._ask()
+        try:
+            async with asyncio.timeout(timeout_s):
+                known = await asyncio.shield(asked)
+        except TimeoutError as error:  # the next call waits for the same answer
+            raise PeerTimeout(self.address, f"its name was not resolved within {timeout_s:g} s") from error
+        except OSError as error:
+            self._asked = None
+            what = f"this name is not known ({error.strerror or error}); check it, or name an address"
+            raise PeerUnreachable(self.address, what) from error
+        self._asked = None
+        return known
+
+    def _ask(self) -> asyncio.Future[list[Address]]:
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[list[Address]] = loop.create_future()
+        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if no call waits any more
+
+        def tell(known: list[Address], error: OSError | None) -> None:
+            if answer.done():
+                return
+            if error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(known)
+
+        def ask() -> None:
+            known: list[Address] = []
+            failed: OSError | None = None
+            try:
+                infos = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+                known = list(dict.fromkeys(Address(join_address(str(at[0]), self._port)) for *_, at in infos))
+            except OSError as error:
+                failed = error
+            except UnicodeError as error:
+                failed = OSError(f"no name of DNS: {error}")
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(tell, known, failed)
+
+        threading.Thread(target=ask, name=f"swarm-dns {self._host}", daemon=True).start()
+        return answer
+
+
+async def resolve(address: Address, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
+    """As `Name.resolve`, once. Raises SettingsError for a malformed address."""
+    return await Name(address).resolve(timeout_s=timeout_s)
 
 
 class Mdns:

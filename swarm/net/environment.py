@@ -55,6 +55,7 @@ CARDS_LOOK_S = 10.0
 TOKEN_CHARS_MIN = 16  # of the token for probes: 64 bits in hexadecimal
 TLS_RECORD = b"\x16\x03"  # the first bytes of a handshake
 RESOLVE_EVERY_S = 5.0  # a name of the settings may have more addresses later, of replicas that start later
+RESOLVE_SOON_S, RESOLVE_SOON_FOR_S = 1.0, 15.0  # replicas of one rollout start within seconds of each other
 
 Found: TypeAlias = Callable[[tuple[Address, ...], bool], None]  # (addresses of a node, named by the user)
 
@@ -449,21 +450,27 @@ class HostEnvironment:
             log.info("cluster key %s: only members can connect", identity.keyring)
 
     async def _resolve(self, found: Found) -> None:
-        warned: set[Address] = set()
+        async with asyncio.TaskGroup() as names:  # side by side: one resolver may be silent
+            for peer in self._peers:
+                names.create_task(self._follow(peer, found), name=f"swarm-resolve {peer}")
+
+    async def _follow(self, peer: Address, found: Found) -> None:
+        """Reports the addresses of a name, as often as they may have changed."""
+        clock, warned = asyncio.get_running_loop().time, False
+        name, soon_until_s = discovery.Name(peer), clock() + RESOLVE_SOON_FOR_S
         while True:
-            for name in self._peers:
-                try:
-                    known = await discovery.resolve(name)
-                except PeerError as error:
-                    self._unknown[name] = error
-                    if name not in warned:  # it may exist once its first replica runs
-                        log.warning("%s; asking again every %g s", error, RESOLVE_EVERY_S)
-                    warned.add(name)
-                    continue
-                self._unknown.pop(name, None)
+            try:
+                known = await name.resolve()
+            except PeerError as error:
+                self._unknown[peer] = error
+                if not warned:  # it may exist once its first replica runs
+                    log.warning("%s; asking again every %g s", error, RESOLVE_EVERY_S)
+                warned = True
+            else:
+                self._unknown.pop(peer, None)
                 for address in known:
-                    found((address,), address == name)
-            await asyncio.sleep(RESOLVE_EVERY_S)
+                    found((address,), address == peer)
+            await asyncio.sleep(RESOLVE_SOON_S if clock() < soon_until_s else RESOLVE_EVERY_S)
 
 
 async def _renew(identity: Identity) -> None:

@@ -3,13 +3,14 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 from typing import Any
 
 import pytest
 
 from swarm.errors import PeerTimeout, PeerUnreachable, SettingsError
 from swarm.net import discovery
-from swarm.net.discovery import Mdns, resolve, static
+from swarm.net.discovery import Mdns, Name, resolve, static
 from swarm.protocol.messages import Address
 
 
@@ -37,7 +38,7 @@ def test_malformed_address_is_named_with_the_form_it_should_have(text: str) -> N
 
 
 def test_literal_addresses_are_not_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", None)
+    monkeypatch.setattr(socket, "getaddrinfo", None)
     assert asyncio.run(resolve(Address("10.1.2.3:7000"))) == ["10.1.2.3:7000"]
     assert asyncio.run(resolve(Address("[fe80::1]:7000"))) == ["[fe80::1]:7000"]
 
@@ -49,30 +50,61 @@ def test_localhost_resolves_to_loopback() -> None:
 
 
 def test_name_gives_all_its_addresses_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def answer(_loop: Any, _host: str, port: int, **_: Any) -> list[Any]:
+    def answer(_host: str, port: int, **_: Any) -> list[Any]:
         v4 = [(socket.AF_INET, 1, 6, "", (f"10.0.0.{n}", port)) for n in (3, 1, 3)]
         return [*v4, (socket.AF_INET6, 1, 6, "", ("fd00::7", port, 0, 0))]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
     assert asyncio.run(resolve(Address("headless:7000"))) == ["10.0.0.3:7000", "10.0.0.1:7000", "[fd00::7]:7000"]
 
 
 def test_unknown_name_is_an_unreachable_peer(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def answer(*_: Any, **__: Any) -> list[Any]:
+    def answer(*_: Any, **__: Any) -> list[Any]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
     with pytest.raises(PeerUnreachable, match=r"nowhere:7000: .*not known"):
         asyncio.run(resolve(Address("nowhere:7000")))
 
 
-def test_silent_dns_ends_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def answer(*_: Any, **__: Any) -> list[Any]:
-        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+def test_silent_dns_ends_at_the_deadline_and_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    asked: list[str] = []
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", answer)
-    with pytest.raises(PeerTimeout):
-        asyncio.run(resolve(Address("slow:7000"), timeout_s=0.01))
+    def answer(host: str, port: int, **_: Any) -> list[Any]:
+        asked.append(host)
+        answered.wait(10)
+        return [(socket.AF_INET, 1, 6, "", ("10.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", answer)
+
+    async def scenario() -> None:
+        name = Name(Address("slow:7000"))
+        for _ in range(3):
+            with pytest.raises(PeerTimeout, match=r"slow:7000: its name was not resolved within 0.01 s"):
+                await name.resolve(timeout_s=0.01)
+        answered.set()
+        assert await name.resolve() == ["10.0.0.1:7000"]
+        assert asked == ["slow"]
+        assert await name.resolve() == ["10.0.0.1:7000"]
+        assert asked == ["slow", "slow"]
+
+    asyncio.run(scenario())
+
+
+def test_does_a_silent_resolver_take_no_thread_of_the_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing and disks work there; the loop waits for them when it ends."""
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait(10) and [])
+
+    async def scenario() -> None:
+        with pytest.raises(PeerTimeout):
+            await resolve(Address("slow:7000"), timeout_s=0.01)
+        assert asyncio.get_running_loop()._default_executor is None  # type: ignore[attr-defined]
+
+    asyncio.run(scenario())  # ends though the resolver is silent still
+    assert not answered.is_set()
+    answered.set()
 
 
 def test_without_multicast_one_line_says_what_to_do(
