@@ -723,11 +723,16 @@ def bring(model_id: str, revision: str | None, *, settings: Settings) -> Path:
 async def _linger(settings: Settings, digest: Digest) -> None:
     node = await runtime().acquire(settings)
     try:
-        deadline = node.now() + LINGER_S
-        while node.feeds(digest) and node.now() < deadline:
-            await node.changed(TURN_S)
+        await linger_on(node, digest)
     finally:
         await runtime().release(settings)
+
+
+async def linger_on(node: Node, digest: Digest) -> None:
+    """Serves an artifact for up to `LINGER_S`, while other nodes still fetch it: they started at the same time."""
+    deadline = node.now() + LINGER_S
+    while node.feeds(digest) and node.now() < deadline:
+        await node.changed(TURN_S)
 
 
 async def _withdraw(settings: Settings, digest: Digest) -> None:

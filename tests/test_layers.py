@@ -71,7 +71,7 @@ ROWS: dict[str, set[str]] = {
         "", "__main__", "api", "cli", "cli.commands", "cli.daemon", "cli.demo", "cli.kept", "cli.main",
         "cli.progress", "cli.replay",
         "cli.reopen", "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table",
-        "cli.status_watch", "cli.verify",
+        "cli.status_watch", "cli.storage", "cli.verify",
         "dashboard", "dashboard.collector", "dashboard.member_report",
         "dashboard.recording", "dashboard.replay_server", "dashboard.server", "dashboard.sse",
         "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",

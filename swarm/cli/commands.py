@@ -195,6 +195,14 @@ def fetch(options: argparse.Namespace) -> int:
     return _run(fetch(), stopped=lambda: stopped, daemon=daemon)
 
 
+def storage(options: argparse.Namespace) -> int:
+    """Fills directories before a server starts."""
+    from swarm.cli.storage import pairs, storage
+
+    wanted, settings = pairs(options.pairs), settings_of(options)
+    return _run(storage(wanted, settings, os.environ))
+
+
 async def _until_lost(node: Node, digest: Digest) -> None:
     """Returns at a signal: to stop a seed is no failure. Raises StoreError when the files changed: nothing is left."""
     with contextlib.suppress(asyncio.CancelledError):

@@ -165,6 +165,15 @@ def _parser() -> argparse.ArgumentParser:
     fetch.add_argument("--no-seed", action="store_true", help="exit at completion instead of serving the model")
     _add_settings(fetch)
 
+    storage = command(commands.storage, "fill directories before a server starts, as KServe's storage initializer")
+    storage.add_argument(
+        "pairs",
+        nargs="+",
+        metavar="SRC DEST",
+        help="hf://org/model[:REVISION], org/model, s3://, gs://, az://, https://, file:// or a path; and a directory",
+    )
+    _add_settings(storage)
+
     run = command(commands.run, "start an engine that loads its model from peers")
     run.add_argument("--model-id", metavar="ID", help="id in the swarm; by default the name in the command")
     _add_settings(run, without={"wait"})

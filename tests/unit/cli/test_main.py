@@ -26,7 +26,7 @@ from swarm.security import cluster_key
 from swarm.settings import Settings
 from swarm.store.directory import PARTIAL
 
-COMMANDS = ["serve", "fetch", "status", "verify", "ls", "rm", "keygen", "demo", "simulate"]
+COMMANDS = ["serve", "fetch", "status", "storage", "verify", "ls", "rm", "keygen", "demo", "simulate"]
 DEADLINE_S = 60.0
 LOCAL = ["--no-mdns"]
 
