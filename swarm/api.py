@@ -297,12 +297,15 @@ def open_source(
         what, revision = hf_cache.with_revision(what, revision)
     path = _locate(what, revision)
     found = _sayable(model_id or hf_cache.model_id_of(path) or path.resolve().name)
-    origin = _labelled(hf_cache.named_origin(path), revision)
+    origin = hf_cache.named_origin(path)
     source: Source
     if path.is_dir() and hf_cache.model_id_of(path):
         source, skipped = commit_source.snapshot(path, cache_dir=settings.cache, grid=grid)
+    elif path.is_dir() and (local := commit_source.downloaded(path, cache_dir=settings.cache, grid=grid)):
+        source, skipped, origin = local
     else:
         _, source, skipped = manifest_builder.checkpoint(path, cache_dir=settings.cache, **grid)
+    origin = _labelled(origin, revision)
     for entry in skipped:
         log.info("not served: %s (%s)", entry.path, entry.why)
     if signed := signature_file.read(path, source.manifest.digest):

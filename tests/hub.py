@@ -55,6 +55,7 @@ class Model:
     files: dict[str, bytes]
     lfs_bytes: int = 1024
     gated: bool = False
+    xet: bool = False  # names large files for xet too, and serves them by that name at /xet/NAME
     names: dict[str, str] = field(default_factory=lambda: {"main": ""})
 
     @property
@@ -69,6 +70,8 @@ class Model:
         found = {"path": path, "type": "file", "size": len(data), "oid": git_sha1(data)}
         if len(data) >= self.lfs_bytes:
             found["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
+            if self.xet:
+                found["xetHash"] = xet_name(data)
         return found
 
 
@@ -86,6 +89,11 @@ def _once(kind: str, data: bytes, make: Callable[[bytes], str]) -> str:
 def sha256(data: bytes) -> str:
     """The name of a large file's content at the hub."""
     return _once("sha256", data, lambda given: hashlib.sha256(given).hexdigest())
+
+
+def xet_name(data: bytes) -> str:
+    """Stands for the name of a content in xet: another one than its sha256, of the same form."""
+    return sha256(sha256(data).encode())
 
 
 def git_sha1(data: bytes) -> str:
@@ -135,6 +143,7 @@ class Hub:
         token: str | None = None,
         signed: bool = True,
         bare: bool = False,
+        store_host: str | None = None,
     ) -> None:
         self.models = models
         self.token = token
@@ -150,9 +159,10 @@ class Hub:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._hub = _Server((host, port), self, "hub")
-        self._store = _Server((host, 0), self, "store")
+        store_host = store_host or host
+        self._store = _Server((store_host, 0), self, "store")
         self.endpoint = f"http://{host}:{self._hub.server_address[1]}"
-        self.store = f"http://{host}:{self._store.server_address[1]}"
+        self.store = f"http://{store_host}:{self._store.server_address[1]}"
 
     def __enter__(self) -> Hub:
         for server in (self._hub, self._store):
@@ -220,6 +230,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._serve_store()
         elif self.path.startswith("/api/models/"):
             self._serve_api()
+        elif self.path.startswith("/xet/"):
+            self._serve_xet()
         else:
             self._serve_resolve()
 
@@ -282,6 +294,8 @@ class _Handler(BaseHTTPRequestHandler):
         entry = model.entry(path)
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
         headers = {"X-Repo-Commit": model.commit, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
+        if "xetHash" in entry:
+            headers |= {"X-Xet-Hash": entry["xetHash"], "X-Xet-Refresh-Route": f"{self.hub.endpoint}/api/xet-token"}
         if asked.fault == "loop":
             self._redirect(self.path, headers)
         elif "lfs" in entry:
@@ -292,6 +306,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._redirect(where, headers)
         else:
             self._body(asked, model.files[path], {**headers, "ETag": f'"{etag}"'})
+
+    def _serve_xet(self) -> None:
+        name = self.path.removeprefix("/xet/")
+        asked = self._note("store", name)
+        contents = {xet_name(data): data for model in self.hub.models.values() for data in model.files.values()}
+        if name in contents:
+            self._body(asked, contents[name], {})
+        else:
+            self._error(404, None)
 
     def _serve_store(self) -> None:
         parts = urlsplit(self.path)

@@ -34,7 +34,8 @@ ROWS: dict[str, set[str]] = {
     },
     "world": {
         "checkpoint.blob_check", "checkpoint.digest_cache", "checkpoint.files", "checkpoint.hf_cache",
-        "checkpoint.hub_tree", "checkpoint.signature_file", "checkpoint.signed_files",
+        "checkpoint.hub_tree", "checkpoint.local_download", "checkpoint.signature_file",
+        "checkpoint.signed_files",
         "checkpoint.weight_files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
         "hashing.kernels", "net", "net.cards", "net.dialling", "net.discovery", "net.http_pages",

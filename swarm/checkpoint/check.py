@@ -18,15 +18,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.checkpoint import blob_check, digest_cache, hf_cache, hub_tree, manifest_builder, weight_files, weight_index
+from swarm.checkpoint import (
+    blob_check,
+    digest_cache,
+    hf_cache,
+    hub_tree,
+    local_download,
+    manifest_builder,
+    weight_files,
+    weight_index,
+)
 from swarm.checkpoint.files import CheckpointFile, bystander, walk
 from swarm.content.manifest import Manifest
 from swarm.errors import ManifestInvalid
 from swarm.store.disk import Stamp, store_errors
 from swarm.store.part import narrowed
-
-METADATA = ".cache/huggingface/download"  # of a download with `local_dir`; a file's second line is its etag
-METADATA_BYTES_MAX = 4096
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ def model(path: Path, *, cache_dir: Path) -> Checked:
         found, _ = walk(path, dangling=lost)
         problems = [f"{name}: is missing: a link to nowhere" for name in lost]
         problems += _broken(found)
-        names = hf_cache.hub_names(path) or _local_names(path)
+        names = hf_cache.hub_names(path) or local_download.names(path)
         named = [*found, *_others(path, names, found)]
         hub = [file for file in named if file.path in names]
         wrong = set(
@@ -103,18 +109,6 @@ def _others(path: Path, names: Mapping[str, str], found: list[CheckpointFile]) -
 
 def _differences(path: Path, manifest: Manifest) -> list[str]:
     return manifest_builder.verify(path, manifest)
-
-
-def _local_names(path: Path) -> dict[str, str]:
-    """The hub's names of files that `local_dir` downloads brought, as huggingface_hub notes them."""
-    names = {}
-    for file in (path / METADATA).rglob("*.metadata"):
-        with contextlib.suppress(OSError, ValueError):
-            if file.stat().st_size <= METADATA_BYTES_MAX:
-                _, name, *_ = file.read_text(encoding="utf-8").splitlines()
-                if blob_check.is_hub_name(name):
-                    names[file.relative_to(path / METADATA).as_posix().removesuffix(".metadata")] = name
-    return names
 
 
 def _listing_note(path: Path) -> str:

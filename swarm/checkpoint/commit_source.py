@@ -1,4 +1,4 @@
-"""A snapshot of the Hugging Face cache as a source: the whole model, or the part of its commit that is here.
+"""A snapshot of the Hugging Face cache, or a download to a directory, as a source: a model, or a part of its commit.
 
 A snapshot has the files that some program wanted: an interrupted download lacks shards, an engine leaves `.bin` files
 and pictures out. Other members may have the rest. `part_of` describes the files as a part of a larger artifact.
@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swarm.checkpoint import blob_check, hf_cache, manifest_builder, weight_index
+from swarm.checkpoint import blob_check, hf_cache, local_download, manifest_builder, weight_index
 from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
 from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.errors import CheckpointIncomplete, SourceChanged
+from swarm.protocol.messages import Origin
 from swarm.store import FileSpan, IsRight
 from swarm.store.directory import DirectorySource
 from swarm.store.disk import store_errors
@@ -72,6 +73,36 @@ class CommitSource:
 
     def __repr__(self) -> str:
         return f"<CommitSource {self._source!r}{', a part' if self.missing else ''}>"
+
+
+def downloaded(
+    path: Path, *, cache_dir: Path, grid: Mapping[str, Any]
+) -> tuple[CommitSource, list[SkippedPath], Origin] | None:
+    """A source of a directory that huggingface_hub filled with `local_dir`, and its origin (`local_origin`); else None.
+
+    Raises as `snapshot` does.
+    """
+    origin = local_origin(path, cache_dir=cache_dir)
+    return None if origin is None else (*snapshot(path, cache_dir=cache_dir, grid=grid), origin)
+
+
+def local_origin(path: Path, *, cache_dir: Path) -> Origin | None:
+    """The origin of a directory that huggingface_hub filled with `local_dir`.
+
+    None for other directories, and if its files are not as they came, or not of one commit. Blocks while they are
+    hashed. Raises ManifestInvalid, SourceChanged and StoreError.
+    """
+    with store_errors(path):
+        names = local_download.names(path)
+        if not names:
+            return None
+        found, _ = walk(path)
+        commit = local_download.commit(path, found, cache_dir=cache_dir)
+        if commit is None:
+            return None
+        beside = hf_cache.beside(path, names)
+    etags = {file.path: names[file.path] for file in found}
+    return Origin(commit, etags, (), {file: data for file, data in beside.items() if file in names})
 
 
 def snapshot(path: Path, *, cache_dir: Path, grid: Mapping[str, Any]) -> tuple[CommitSource, list[SkippedPath]]:

@@ -21,7 +21,7 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from swarm.checkpoint import hub_tree
@@ -122,7 +122,7 @@ def named_origin(snapshot_dir: Path) -> Origin | None:
     if found is None and any(True for _ in _links(path)):
         return None  # a fetch of swarm, named by its digest
     names = revisions(model_id, root=path.parent.parent.parent).get(path.name, [])[:REVISIONS_MAX]
-    return Origin(path.name, found.etags if found else {}, tuple(names), _beside(path))
+    return Origin(path.name, found.etags if found else {}, tuple(names), beside(path, hub_names(path)))
 
 
 def model_id_of(snapshot_dir: Path) -> str | None:
@@ -162,8 +162,11 @@ def hub_names(snapshot_dir: Path) -> dict[str, str]:
     return names
 
 
-def _beside(path: Path) -> dict[str, bytes]:
-    """The small bystanders of a snapshot that belong to its commit, the smallest first."""
+def beside(path: Path, names: Mapping[str, str]) -> dict[str, bytes]:
+    """The small bystanders of a snapshot or a download that belong to its commit, the smallest first.
+
+    `names`: the hub's names of its files. A file with another content than its name says is left out.
+    """
     found: dict[str, bytes] = {}
     sized = []
     for file in path.rglob("*"):
@@ -171,7 +174,6 @@ def _beside(path: Path) -> dict[str, bytes]:
         with contextlib.suppress(OSError):
             if of_commit(name) and not unsafe_path(name) and file.is_file():
                 sized.append((file.stat().st_size, name))
-    names = hub_names(path)
     left_bytes = BESIDE_BYTES_MAX
     for size, name in sorted(sized)[:BESIDE_MAX]:
         if size > left_bytes:

@@ -255,7 +255,8 @@ class CacheEntry:
             _demand(staged, stamp)
             if not os.path.lexists(blob):
                 self.wrote.append(blob)
-            staged.replace(blob)
+            if not self._mend_shared(staged, blob):
+                staged.replace(blob)
         if link.exists() and os.path.basename(os.readlink(link)) == blob.name:
             return
         link.parent.mkdir(parents=True, exist_ok=True)
@@ -269,6 +270,21 @@ class CacheEntry:
             if error.errno not in _NO_LINKS:
                 raise
             self._place_plain(blob, link)
+
+    def _mend_shared(self, staged: Path, blob: Path) -> bool:
+        """Replaces a damaged file of the cache-wide store; False if the blob is no link to one of the right size.
+
+        Models that are downloaded later get links to that file. huggingface_hub ignores one of another size.
+        """
+        shared = Path(os.path.realpath(blob))
+        if not blob.is_symlink() or shared.parent.parent != Path(os.path.realpath(self.folder.parent / "blobs")):
+            return False
+        with contextlib.suppress(OSError):  # of another user
+            if shared.stat().st_size == staged.stat().st_size:
+                shutil.copymode(shared, staged)
+                staged.replace(shared)
+                return True
+        return False
 
     def _place_beside(self, origin: Origin, target: Path) -> None:
         """Adds the commit's bystanders that the source sent and the snapshot lacks; a wrong one is left out.

@@ -22,7 +22,7 @@ from typing import Any
 import msgspec
 
 from swarm.api import fetch_on
-from swarm.checkpoint import digest_cache, hf_cache, manifest_builder
+from swarm.checkpoint import commit_source, digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest
 from swarm.engines import cache_gc, metadata
 from swarm.engines.layout import metadata_id
@@ -169,7 +169,10 @@ class CheckpointFiles:
 
     def _origin(self) -> Origin | None:
         """Commit and revisions of the files, that of the engine's command included."""
-        found = hf_cache.named_origin(self._directory) if self._directory else None
+        found = None
+        if self._directory:
+            local = commit_source.local_origin(self._directory, cache_dir=self._cache)
+            found = local or hf_cache.named_origin(self._directory)
         if self.revision is None or (found and found.is_revision(self.revision)):
             return found
         found = found or Origin("", {})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from swarm.checkpoint import check, digest_cache, manifest_builder
+from swarm.checkpoint import check, digest_cache, local_download, manifest_builder
 from swarm.errors import ManifestInvalid
 
 from .test_hub_names import FILES, hub_name, lay_out, list_
@@ -39,7 +39,7 @@ def test_is_every_file_with_a_hub_name_compared_with_it(tmp_path: Path, layout: 
     if layout == "local_dir":
         place = plain(tmp_path / "m", files)
         notes = {f"{p}.metadata": f"{'c' * 40}\n{hub_name(p, d)}\n1.0\n".encode() for p, d in files.items()}
-        plain(place / check.METADATA, notes)
+        plain(place / local_download.NOTES, notes)
     else:
         place = lay_out(tmp_path / "hub", files, plain=layout != "links")
         list_(tmp_path / "hub", files)

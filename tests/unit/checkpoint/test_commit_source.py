@@ -5,20 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from swarm.checkpoint import manifest_builder
-from swarm.checkpoint.commit_source import CommitSource, snapshot
+from swarm.api import open_source
+from swarm.checkpoint import local_download, manifest_builder
+from swarm.checkpoint.commit_source import CommitSource, downloaded, snapshot
 from swarm.content.manifest import Manifest
 from swarm.errors import CheckpointIncomplete, ManifestInvalid
+from swarm.settings import Settings
 from swarm.store import FileSpan
 from swarm.store.part import narrowed
 
-from .test_hub_names import lay_out
+from .test_hub_names import COMMIT, hub_name, lay_out
 
 SHARDS = [f"model-0000{number}-of-00003.bin" for number in (1, 2, 3)]
 FILES = {
@@ -109,3 +111,66 @@ def test_is_a_damaged_file_or_a_lost_blob_as_a_missing_one(tmp_path: Path) -> No
         (place / path).resolve().unlink(missing_ok=True)
     with pytest.raises(ManifestInvalid, match="holds no file to serve"):
         snapshot(place, cache_dir=tmp_path / "cache", grid={})
+
+
+DOWNLOADED = {**FILES, "README.md": b"# model"}
+
+
+def local(root: Path, files: Mapping[str, bytes] = DOWNLOADED) -> Path:
+    """A directory as `hf download --local-dir` leaves it."""
+    for path, data in files.items():
+        for place, content in (
+            (root / path, data),
+            (root / local_download.NOTES / f"{path}.metadata", f"{COMMIT}\n{hub_name(path, data)}\n1.5\n".encode()),
+        ):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(content)
+    return root
+
+
+def test_has_a_download_to_a_directory_the_identity_of_its_commit(tmp_path: Path) -> None:
+    found = downloaded(local(tmp_path / "m"), cache_dir=tmp_path / "cache", grid={})
+    assert found is not None
+    source, _, origin = found
+    with closing(source):
+        assert source.missing == ""
+        assert source.manifest == whole(tmp_path)
+        assert origin.commit == COMMIT
+        assert origin.etags == {path: hub_name(path, data) for path, data in FILES.items()}
+        assert origin.beside == {"README.md": b"# model"}
+
+
+def test_is_a_download_without_some_shards_a_part_of_its_commit(tmp_path: Path) -> None:
+    place = local(tmp_path / "m", {path: data for path, data in DOWNLOADED.items() if path != SHARDS[1]})
+    found = downloaded(place, cache_dir=tmp_path / "cache", grid={})
+    assert found is not None
+    with closing(found[0]) as source:
+        assert source.missing.startswith("pytorch_model.bin.index.json: 1 of the files it names are missing")
+        assert source.part_of(whole(tmp_path)) is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("config.json", b'{"architectures": ["Y"]}'),  # changed by the user
+        ("mine.json", b"{}"),  # added
+        (f"{local_download.NOTES}/config.json.metadata", f"{'d' * 40}\n{'0' * 40}\n1\n".encode()),  # renewed
+        (f"{local_download.NOTES}/config.json.metadata", b"\xff\n\n"),
+    ],
+)
+def test_has_a_changed_download_no_commit(tmp_path: Path, path: str, content: bytes) -> None:
+    place = local(tmp_path / "m")
+    (place / path).write_bytes(content)
+    assert downloaded(place, cache_dir=tmp_path / "cache", grid={}) is None
+    name, source, origin = open_source(place, model_id=None, settings=Settings(cache=tmp_path / "cache"))
+    source.close()
+    assert (name, origin) == ("m", None)
+
+
+def test_does_a_changed_bystander_not_come_along(tmp_path: Path) -> None:
+    place = local(tmp_path / "m")
+    (place / "README.md").write_bytes(b"# mine!")
+    found = downloaded(place, cache_dir=tmp_path / "cache", grid={})
+    assert found is not None
+    found[0].close()
+    assert found[2].beside == {}

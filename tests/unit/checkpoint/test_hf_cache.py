@@ -404,8 +404,7 @@ def test_a_damaged_blob_of_the_right_size_is_fetched_again_and_mended(tmp_path: 
     snapshot = lay_out(root, WEIGHTS, layout)
     real = (snapshot / "pytorch_model.bin").resolve()
     real.chmod(0o600)
-    damaged = b"?" + WEIGHTS["pytorch_model.bin"][1:]
-    real.write_bytes(damaged)
+    real.write_bytes(b"?" + WEIGHTS["pytorch_model.bin"][1:])
     manifest, entry = built(tmp_path, WEIGHTS), CacheEntry(MODEL, root=root)
     staged = reused(entry, manifest, origin_of(WEIGHTS))
     assert set(tree(staged)) == {"config.json"}
@@ -413,7 +412,8 @@ def test_a_damaged_blob_of_the_right_size_is_fetched_again_and_mended(tmp_path: 
     entry.publish(manifest, origin_of(WEIGHTS))
     judge(root, WEIGHTS, COMMIT)
     if layout == "shared":
-        assert real.read_bytes() == damaged  # other models' tools own it
+        assert real.read_bytes() == WEIGHTS["pytorch_model.bin"]  # models that come later link to it
+        assert (snapshot / "pytorch_model.bin").resolve() == real
 
 
 def test_a_staged_name_of_a_blob_that_was_damaged_since_is_dropped(tmp_path: Path) -> None:
