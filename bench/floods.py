@@ -405,7 +405,11 @@ async def announcements(attack: Attack) -> str:
         nonlocal sent
         reading = asyncio.create_task(_drain(link))
         for turn in range(attack.count(60)):
-            await link.send(messages.Announce(tuple(_artifact(number, turn, n) for n in range(messages.ANNOUNCED_MAX))))
+            await link.send(
+                messages.Announce(
+                    tuple(_artifact(number, turn, n) for n in range(messages.ANNOUNCED_MAX)), leaving=False
+                )
+            )
             sent += messages.ANNOUNCED_MAX
             await asyncio.sleep(0.05)
         reading.cancel()

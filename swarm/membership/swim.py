@@ -79,7 +79,7 @@ class PacketReceived:
 
 @dataclass(frozen=True)
 class ProfileChanged:
-    """The profile of this node is another one. It is announced after `between_profiles_s`."""
+    """The profile of this node is another one. It is announced after `between_profiles_s`, at once if it leaves."""
 
     profile: Profile
 
@@ -494,7 +494,8 @@ class Swim:
 
     def _change_profile(self, profile: Profile) -> None:
         self._pending = packets.fitted(packets.replace(self._own, profile=packets.quantised(profile))).profile
-        self._publish_at = math.inf if self._pending == self._own.profile else self._quiet_until
+        at = self._clock if profile.leaving else self._quiet_until
+        self._publish_at = math.inf if self._pending == self._own.profile else at
 
     def _publish(self) -> None:
         # Jitter: members that start together would announce together for ever.

@@ -36,6 +36,7 @@ JOIN_TIMEOUT_S = 1.0  # a contact answers in a round trip; without an answer by 
 CONTACTS_WAITING_MAX = 64  # found before `open`; the machine remembers no more either
 # Of an address: a member sends probes and rumours, a few packets a second, and all records to a newcomer.
 DATAGRAMS_PER_S, DATAGRAMS_BURST = 500.0, 5000.0
+SPREAD_ROUNDS = 5  # (1 + 3)^5 is a thousand members
 TIMER_LATE_S = 0.001  # timers may be early, and an early Tick has no effect
 
 log = logging.getLogger("swarm")
@@ -136,6 +137,11 @@ class SwimDriver:
     def member(self, node: NodeId) -> Record | None:
         """The record of another member, alive or dead; None if it is unknown."""
         return self.machine.member(node) if self.machine is not None else None
+
+    @property
+    def spread_s(self) -> float:
+        """Seconds in which news reaches the members: in each round a member tells it `gossip_fanout` more."""
+        return SPREAD_ROUNDS * self._config.gossip_interval_s
 
     @property
     def joining(self) -> bool:

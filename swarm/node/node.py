@@ -43,7 +43,7 @@ from swarm.peers.manifest_requests import ManifestRequests
 from swarm.peers.peer import Peer
 from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, AnyMessage, Endpoint, Hello, NodeId, Origin
-from swarm.protocol.packets import Profile, Record
+from swarm.protocol.packets import Profile, Record, State
 from swarm.store import Source, Store
 from swarm.transfer.download import DISTANCE_MAX, Download
 from swarm.transfer.download_events import Mates
@@ -153,16 +153,21 @@ class Node:
     async def drain(self, timeout_s: float) -> None:
         """Prepares for `close`: grants only chunks that no other node has, and waits for the transfers that run.
 
+        Other holders may drain at the same time. So this node tells that it leaves, counts on no other that does, and
+        leaves chunks to the others only when it would have heard from those that leave.
         Returns at once if no peer fetches from this node, and after `timeout_s` at the latest.
         """
         self._draining = True
         uploads = self._upload_driver
         if uploads is None or timeout_s <= 0:
             return
+        self._shares.leave()
         uploads.drain()
+        heard_at = self.now() + self._swim.spread_s
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while not uploads.drained:  # noqa: ASYNC110 - peers, gossip and transfers end it
+                # Peers, gossip and transfers end it.
+                while not uploads.drained or (self._shares.feeds and self.now() < heard_at):  # noqa: ASYNC110
                     await asyncio.sleep(DRAIN_LOOK_S)
 
     async def close(self, reason: str = "shutting down") -> None:
@@ -435,8 +440,8 @@ class Node:
             self._swim.found(address)
 
     def peer_joined(self, peer: Peer) -> None:
-        """Shows interest in the peer's artifacts."""
-        self._shares.show_interest(peer)
+        """Exchanges holdings with the peer."""
+        self._shares.joined(peer)
 
     def peer_left(self, peer: Peer, why: str) -> None:
         """Ends the transfers and requests of a peer, in both directions."""
@@ -519,7 +524,9 @@ class Node:
         schemes = tuple(transport.scheme for transport in self._environment.transports)
         uploads = self._upload_driver.machine.active if self._upload_driver else 0
         software = __version__[: packets.SOFTWARE_MAX]
-        return Profile(announced, omitted, schemes, self._host, self._rack, uploads, self._upload_slots, software)
+        labels = self._host, self._rack
+        leaving = self._shares.leaving
+        return Profile(announced, omitted, schemes, *labels, uploads, self._upload_slots, software, leaving)
 
     def _update_profile(self) -> None:
         self._swim.announce(self._profile())
@@ -530,8 +537,14 @@ class Node:
         return record.profile.distance(self._host, self._rack) if record else 1
 
     def _complete_elsewhere(self, digest: Digest) -> bool:
-        linked = (peer.artifacts.get(digest) for peer in self.peers.values())
-        gossiped = (held for member in self.members() for held in member.profile.artifacts if held.digest == digest)
+        """Whether a node that stays holds all of an artifact."""
+        linked = (peer.artifacts.get(digest) for peer in self.peers.values() if not peer.leaving)
+        staying = (
+            member
+            for member in self.members()
+            if member.node not in self.peers and member.state is State.ALIVE and not member.profile.leaving
+        )
+        gossiped = (held for member in staying for held in member.profile.artifacts if held.digest == digest)
         return any(held.chunks == held.chunks_total for held in (*linked, *gossiped) if held)
 
     def _update_mates(self) -> None:

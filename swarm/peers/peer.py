@@ -100,6 +100,7 @@ class Peer:
         self.artifacts: dict[Digest, Announcement] = {a.digest: a for a in hello.artifacts}
         self.interests: set[Digest] = set()  # digests of which it wants `Have` messages
         self.own_interests: set[Digest] = set()  # digests of which this node wants `Have` messages
+        self.leaving = False  # it drains: what it holds is not counted on
         self.why_gone: str | None = None  # why the link ends, known before it has ended
         self._outbox: deque[Message] = deque()  # until they are written to the link
         self._posted = asyncio.Event()

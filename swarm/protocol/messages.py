@@ -142,9 +142,10 @@ class Hello(Message, frozen=True):
 
 
 class Announce(Message, frozen=True):
-    """Replaces the artifacts in the Hello of the sender."""
+    """Replaces the artifacts in the Hello of the sender. `leaving`: it drains, and does not hold them for long."""
 
     artifacts: Annotated[tuple[Announcement, ...], msgspec.Meta(max_length=ANNOUNCED_MAX)]
+    leaving: bool
 
 
 class Members(Message, frozen=True):

@@ -88,7 +88,7 @@ class Holding(_Array, frozen=True):
 
 class Profile(_Array, frozen=True):
     """The metadata of a member. `omitted` counts artifacts beyond the size limit; `uploads` of `slots` are in use;
-    `software` is the swarm version."""
+    `software` is the swarm version. `leaving`: it drains, and closes soon."""
 
     artifacts: Annotated[tuple[Holding, ...], msgspec.Meta(max_length=ARTIFACTS_MAX)] = ()
     omitted: Count = 0
@@ -98,6 +98,7 @@ class Profile(_Array, frozen=True):
     uploads: Count = 0
     slots: Count = 0
     software: Software = ""
+    leaving: bool = False
 
     def distance(self, host: str, rack: str) -> int:
         """Distance to a node with these labels: 0 on the same host, 1 in the same rack, 2 elsewhere."""

@@ -407,7 +407,7 @@ class Crowd:
         superseeds = member.superseed is not None
         total = member.held.length
         held = Announcement(MODEL, DIGEST, "checkpoint", self.burst.copy_bytes, len(member.held), total, superseeds)
-        self._send(messages.Announce((held,)), member, *self._linked(member))
+        self._send(messages.Announce((held,), leaving=False), member, *self._linked(member))
         if member.fetches:
             self._clock.after(ANNOUNCE_EVERY_S, self._announce_progress, member)
 

@@ -159,6 +159,7 @@ class Shares:
         self._stop_uploads = stop_uploads
         self._complete_elsewhere = complete_elsewhere
         self.lost: dict[Digest, Withdrawn] = {}  # until the model is served again or released
+        self.leaving = False  # the node drains: peers do not count on its chunks
         self._waiting: dict[Digest, list[asyncio.Future[Withdrawn]]] = {}
         self._withdrawn: list[Share] = []  # until they are closed
         self._announced_at = 0.0
@@ -285,15 +286,28 @@ class Shares:
             await share.settled.wait()
         return share
 
+    def leave(self) -> None:
+        """Tells others that this node leaves: those that leave too do not count on its chunks."""
+        self.leaving = True
+        self.announce()
+
     def only_here(self, share: Share) -> frozenset[int]:
-        """The chunks of a complete share that a linked peer lacks, and that no other node is known to hold."""
+        """The chunks of a complete share that a linked peer lacks, and that no node is known to hold that stays."""
         digest = share.manifest.digest
         if not share.settled.is_set() or self._complete_elsewhere(digest):
             return frozenset()
         if share.superseed:
-            return share.superseed.only_here()
-        fetching = any(digest in peer.interests for peer in self._host.peers.values())
-        return frozenset(share.held) if fetching else frozenset()
+            return share.superseed.only_here({node for node, peer in self._host.peers.items() if peer.leaving})
+        return frozenset(share.held) if self._feeds(digest) else frozenset()
+
+    @property
+    def feeds(self) -> bool:
+        """Whether a linked peer still lacks chunks of an artifact that this node holds."""
+        return any(share.settled.is_set() and self._feeds(digest) for digest, share in self.shares.items())
+
+    def _feeds(self, digest: Digest) -> bool:
+        fetching = (peer.artifacts.get(digest) for peer in self._host.peers.values() if digest in peer.interests)
+        return any(announced is None or not announced.fetched for announced in fetching)
 
     def downloads(self) -> list[DownloadDriver]:
         """All running fetches."""
@@ -310,13 +324,19 @@ class Shares:
         """The first `ANNOUNCED_MAX` shares: a message holds no more."""
         return tuple(share.announcement() for share in self.shares.values())[: messages.ANNOUNCED_MAX]
 
+    def joined(self, peer: Peer) -> None:
+        """A link to this peer is open; its Hello had the artifacts."""
+        if self.leaving:
+            peer.post(messages.Announce(self.announcements(), leaving=True))
+        self.show_interest(peer)
+
     def announce(self) -> None:
         """Sends `Announce` to every peer."""
         self._announced_at = self._host.now()
         artifacts = self.announcements()
         self._host.record("node", ArtifactsAnnounced(self._host.id, artifacts))
         for peer in self._host.peers.values():
-            peer.post(messages.Announce(artifacts))
+            peer.post(messages.Announce(artifacts, leaving=self.leaving))
         self._changed()
 
     def show_interest(self, peer: Peer) -> None:
@@ -372,6 +392,7 @@ class Shares:
         """Keeps a peer's artifacts, and shows interest in those that this node fetches."""
         dropped = peer.artifacts.keys() - {announced.digest for announced in message.artifacts}
         peer.artifacts = {announced.digest: announced for announced in message.artifacts}
+        peer.leaving = message.leaving
         self._host.record(peer.node, ArtifactsAnnounced(peer.node, message.artifacts))
         for digest in sorted(dropped):
             peer.own_interests.discard(digest)

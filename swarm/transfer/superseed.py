@@ -11,7 +11,7 @@ Must not know: sockets, clocks.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,12 +86,14 @@ class Superseed:
         newcomer.starved = not chunks and (starving or newcomer.starved)
         return chunks
 
-    def only_here(self) -> frozenset[int]:
-        """The chunks that a newcomer still wants and that none is known to hold."""
-        wanted = np.zeros(len(self._held), dtype=np.bool_)
-        for newcomer in self._newcomers.values():
+    def only_here(self, leaving: Collection[NodeId] = ()) -> frozenset[int]:
+        """The chunks that a newcomer still wants and that none is known to hold, but those that are `leaving`."""
+        wanted, held = np.zeros(len(self._held), dtype=np.bool_), self._held.copy()
+        for name, newcomer in self._newcomers.items():
             wanted |= newcomer.wants.mask & ~newcomer.holds.mask
-        return frozenset(np.flatnonzero(wanted & (self._held == 0)).tolist())
+            if name in leaving:
+                held -= newcomer.holds.mask
+        return frozenset(np.flatnonzero(wanted & (held == 0)).tolist())
 
     def _territory(self, rank: int, seeds: int) -> scheduler.Mask:
         if self._own[:2] != (rank, seeds):

@@ -185,9 +185,7 @@ class UploadDriver:
         if share.superseed is None:
             return ()
         rank, seeds = self._rank(request.digest)
-        among = None
-        if self._draining:
-            rank, seeds, among = 0, 1, self._only_here(share)  # no other seed has them
+        among = self._only_here(share) if self._draining else None
         return share.superseed.choose(
             peer.node, request.count, starving=request.starving, rank=rank, seeds=seeds, among=among
         )

@@ -78,7 +78,7 @@ def _messages() -> list[bytes]:
         messages.Hello(
             messages.PROTOCOL, "0.1.0", ANN, "node", 7000, (Address("10.0.0.1:7000"),), TOKEN, offers, artifacts
         ),
-        messages.Announce(artifacts),
+        messages.Announce(artifacts, leaving=True),
         messages.Members(((Address("10.0.0.1:7000"), Address("[::1]:7000")), ())),
         messages.ManifestRequest(DIGEST),
         messages.ManifestPart(DIGEST, 100, 10, b"some of it"),

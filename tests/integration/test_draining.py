@@ -54,6 +54,19 @@ def test_one_of_two_holders_leaves_the_rest_to_the_other(machine: Machine, tmp_p
     assert contents(out) == contents(model)
 
 
+def test_two_seeds_that_end_together_hand_over_what_only_they_have(machine: Machine, big: Path, out: Path) -> None:
+    copy = shutil.copytree(big, big.with_name("copy"))
+    one = seed_of(machine, big)
+    other = seed_of(machine, copy, "--peer", one.address)
+    newcomer = machine.fetch(out, peers=[one.address, other.address])
+    wait_until(lambda: begun(out), "some bytes")
+    one.send(signal.SIGTERM)
+    other.send(signal.SIGTERM)
+    assert newcomer.end().report["bytes"] > SIZE
+    assert [one.end().code, other.end().code] == [0, 0]
+    assert contents(out) == contents(big)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_a_drain(machine: Machine, big: Path, out: Path, number: signal.Signals) -> None:
     seed = seed_of(machine, big)

@@ -218,6 +218,16 @@ class Cluster:
             await asyncio.sleep(2 * self.setup.delay_s)  # its peers' systems answer first
             await member.node.close()
 
+    async def leave(self, *names: str, within_s: float = 10.0, apart_s: float = 0.0) -> None:
+        """Ends these nodes as SIGTERM does, one `apart_s` after the other: they drain, then close."""
+
+        async def one(number: int, node: Node) -> None:
+            await asyncio.sleep(number * apart_s)
+            await node.drain(within_s)
+            await node.close()
+
+        await asyncio.gather(*(one(number, self.members[name].node) for number, name in enumerate(names)))
+
     async def pause(self, *names: str, seconds: float) -> None:
         """Stops the processes of these nodes, and lets them go on after a while."""
         for name in names:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 Scenario: TypeAlias = "Callable[[Cluster], Coroutine[Any, Any, None]]"
 
 SEED, FIRST, LATE = "seed-0", "newcomer-0", "newcomer-late"
+LONG_S = 60.0
 PAUSES_S = (2.0, 20.0)  # newcomers wait for 30 s
 
 
@@ -39,6 +40,13 @@ async def seed_falls_silent(cluster: Cluster) -> None:
     """The first seed's machine vanishes once the newcomers together hold everything; nobody is told."""
     await cluster.until(lambda: cluster.spread() == 1.0)
     await cluster.kill(SEED, silent=True)
+
+
+async def seeds_leave_together(cluster: Cluster) -> None:
+    """All seeds are told to end at a quarter, within a second."""
+    await cluster.until(lambda: cluster.fetched(FIRST) >= 0.25)
+    seeds = [name for name, member in cluster.members.items() if not member.fetch]
+    await cluster.leave(*seeds, within_s=LONG_S, apart_s=cluster.dice.choice((0.0, cluster.dice.uniform(0, 1))))
 
 
 async def newcomer_falls_silent(cluster: Cluster) -> None:
@@ -109,6 +117,7 @@ _ALL: dict[str, Scenario] = {
         seed_dies,
         seed_dies_early,
         seed_falls_silent,
+        seeds_leave_together,
         newcomer_falls_silent,
         newcomer_dies,
         newcomer_is_late,

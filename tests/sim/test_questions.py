@@ -100,6 +100,15 @@ def test_is_a_seed_as_good_as_new_when_a_burst_has_come_and_gone(seed: int) -> N
     assert max(late) <= 1.4 * report.bound_s
 
 
+@seeds
+@pytest.mark.parametrize("known", ["one", "all"])
+def test_do_seeds_that_leave_together_hand_over_what_only_they_have(seed: int, known: str) -> None:
+    """Each left the rest to the other: the newcomer was alone with a part."""
+    setup = replace(BURST, seed=seed, seeds=2 + seed % 2, newcomers=seed, scenario="seeds_leave_together")
+    report = played(replace(setup, known="all" if known == "all" else "one"))
+    assert everyone_is_right(report, newcomers=seed)
+
+
 class Flaky:
     """A source of which every n-th chunk is wrong the first time it is sent."""
 

@@ -292,6 +292,17 @@ def test_no_version_is_too_late_for_new_contents() -> None:
     assert me.machine.own.profile.host == "h"
 
 
+def test_that_a_member_leaves_is_told_at_once() -> None:
+    me = Member(ANN)
+    me.do(ProfileChanged(Profile(host="a")))
+    me.wait(0.3)
+    me.do(ProfileChanged(Profile(host="b")))
+    assert me.machine.own.profile.host == "a", "profiles are told now and then"
+    me.do(ProfileChanged(Profile(host="b", leaving=True)))
+    assert me.machine.own.profile.leaving
+    assert any(isinstance(rumour, Record) and rumour.profile.leaving for rumour in told(me.wait(0.3), ME))
+
+
 @given(st.integers(0, LAST), st.lists(st.integers(0, LAST), max_size=4))
 def test_the_next_number_comes_after_all_that_were_claimed_one_after_the_other(own: int, claims: list[int]) -> None:
     for claim in claims:

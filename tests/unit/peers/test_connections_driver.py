@@ -204,7 +204,7 @@ def test_does_each_message_reach_the_handler_of_its_type() -> None:
     async def scenario(node: Node) -> None:
         have = messages.Have(DIGEST, ((0, 1),))
         link = await node.linked()
-        link.say(have, Members(((Address("third:1"),),)), messages.Announce(()), have)
+        link.say(have, Members(((Address("third:1"),),)), messages.Announce((), leaving=False), have)
         node.links[Address("third:1")] = PeerUnreachable("third:1", "nobody lives there")
         await node.until(lambda: len(node.handled) == 2)
         assert node.handled == [("them", have)] * 2

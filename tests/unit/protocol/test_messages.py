@@ -34,7 +34,9 @@ GOLDEN: dict[Message, str] = {
         f'{{"type":"Hello","protocol":3,"software":"0.1.0","node":"{NODE}","name":"me","port":1,"addresses":["127.0.0.1:1"],'
         f'"token":"{TOKEN}","transports":[{{"scheme":"tcp","address":"*"}}],"artifacts":[{ARTIFACT_JSON}]}}'
     ),
-    messages.Announce((ARTIFACT,)): f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON}]}}',
+    messages.Announce(
+        (ARTIFACT,), leaving=False
+    ): f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON}],"leaving":false}}',
     messages.Members(((Address("127.0.0.1:1"),),)): '{"type":"Members","nodes":[["127.0.0.1:1"]]}',
     messages.ManifestRequest(DIGEST): f'{{"type":"ManifestRequest","digest":"{DIGEST}"}}',
     messages.ManifestPart(DIGEST, 3, 1, b"\x00\xff"): (
@@ -51,8 +53,9 @@ GOLDEN: dict[Message, str] = {
     messages.Interest(DIGEST, b"\xc0", b"\xf0"): (
         f'{{"type":"Interest","digest":"{DIGEST}","bits":"wA==","wanted":"8A=="}}'
     ),
-    messages.Announce((PART,)): (
-        f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON[:-1]},"wanted":["0123456789abcdef",1,1]}}]}}'
+    messages.Announce((), leaving=True): '{"type":"Announce","artifacts":[],"leaving":true}',
+    messages.Announce((PART,), leaving=False): (
+        f'{{"type":"Announce","artifacts":[{ARTIFACT_JSON[:-1]},"wanted":["0123456789abcdef",1,1]}}],"leaving":false}}'
     ),
     messages.Holdings(DIGEST, b"\xc0"): f'{{"type":"Holdings","digest":"{DIGEST}","bits":"wA=="}}',
     messages.Have(DIGEST, ((0, 2), (5, 1))): f'{{"type":"Have","digest":"{DIGEST}","runs":[[0,2],[5,1]]}}',
@@ -126,6 +129,7 @@ BOUNDS: dict[tuple[str, str], tuple[list[Any], list[Any]]] = {
             ),
         ],
     ),
+    ("Announce", "leaving"): ([True, False], [0, "", None]),
     ("Members", "nodes"): (
         [[], [["x"] * messages.ADDRESSES_OWN_MAX] * messages.NODES_MAX, [[]]],
         [[["x"]] * (messages.NODES_MAX + 1), [["x"] * (messages.ADDRESSES_OWN_MAX + 1)], [["x" * 257]], ["x"]],

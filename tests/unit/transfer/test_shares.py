@@ -31,7 +31,12 @@ MODEL, OTHER = ModelId("org/model"), ModelId("org/other")
 CONTENT = Content.random(0, chunks=CHUNKS, chunk_bytes=64)
 OTHER_CONTENT = Content.random(1, chunks=CHUNKS, chunk_bytes=64)
 DIGEST = CONTENT.manifest.digest
-ME, THEM = NodeId("5" * 16), NodeId("6" * 16)
+ME, THEM, OTHER_NODE = NodeId("5" * 16), NodeId("6" * 16), NodeId("7" * 16)
+
+
+def announced(*, chunks: int) -> Announcement:
+    """The artifact as a newcomer announces it."""
+    return Announcement(MODEL, DIGEST, "checkpoint", 512, chunks, CHUNKS, False)
 
 
 class Source(BytesStore):
@@ -57,6 +62,7 @@ class FakePeer:
         self.artifacts = {announcement.digest: announcement for announcement in announced}
         self.interests: set[Digest] = set()
         self.own_interests: set[Digest] = set()
+        self.leaving = False
 
     def post(self, message: messages.Message) -> None:
         self.said.append(message)
@@ -141,7 +147,7 @@ def test_is_a_served_artifact_announced_to_peers_and_to_gossip() -> None:
     async def scenario(node: Node) -> None:
         node.shares.serve(MODEL, Source(), None)
         announced = Announcement(MODEL, DIGEST, "checkpoint", CONTENT.manifest.size, CHUNKS, CHUNKS, True)
-        assert node.them.said == [messages.Announce((announced,))]
+        assert node.them.said == [messages.Announce((announced,), leaving=False)]
         assert node.shares.announcements() == (announced,)
         assert node.changes == 1
         holding = node.shares.shares[DIGEST].holding()
@@ -363,10 +369,10 @@ def test_does_a_peer_that_serves_it_no_more_leave_the_fetch_and_may_come_back() 
     async def scenario(node: Node) -> None:
         _, download = node.fetch()
         whole = tuple(node.them.artifacts.values())
-        node.shares.on_announce(node.peer, messages.Announce(()))
+        node.shares.on_announce(node.peer, messages.Announce((), leaving=False))
         assert download.handled == [events.PeerLeft(THEM, "does not serve it any more")]
         node.them.said.clear()
-        node.shares.on_announce(node.peer, messages.Announce(whole))
+        node.shares.on_announce(node.peer, messages.Announce(whole, leaving=False))
         assert [type(message) for message in node.them.said] == [messages.Interest]
         node.shares.peer_left(node.peer, "closed the link")
         assert download.handled[1:] == [events.PeerLeft(THEM, "closed the link")]
@@ -384,7 +390,7 @@ def test_is_an_artifact_served_until_its_last_user_releases_it() -> None:
         node.may_stop.clear()
         node.shares.release(DIGEST)
         await asyncio.sleep(0)
-        assert node.them.said[-1] == messages.Announce(())
+        assert node.them.said[-1] == messages.Announce((), leaving=False)
         assert not first.closed, "an upload reads it"
         node.may_stop.set()
         await asyncio.gather(*node.tasks)
@@ -408,13 +414,45 @@ def test_only_here_is_what_a_peer_lacks_and_no_other_node_has() -> None:
     run(scenario)
 
 
+def test_chunks_of_a_peer_that_leaves_are_not_counted_on() -> None:
+    async def scenario(node: Node) -> None:
+        node.shares.serve(MODEL, Source(), None)
+        share = node.shares.shares[DIGEST]
+        other = FakePeer(OTHER_NODE)
+        node.peers[OTHER_NODE] = cast(Peer, other)
+        node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS, [0, 1]).pack(), b""))
+        node.shares.on_interest(cast(Peer, other), messages.Interest(DIGEST, Bitfield(CHUNKS, [2]).pack(), b""))
+        assert node.shares.only_here(share) == {3, 4, 5, 6, 7}
+        node.shares.on_announce(node.peer, messages.Announce((announced(chunks=2),), leaving=True))
+        assert node.them.leaving
+        assert node.shares.only_here(share) == {0, 1, 3, 4, 5, 6, 7}
+
+    run(scenario)
+
+
+def test_a_node_that_leaves_tells_its_peers_and_those_that_come() -> None:
+    async def scenario(node: Node) -> None:
+        node.shares.serve(MODEL, Source(), None)
+        node.shares.joined(node.peer)
+        assert not any(isinstance(said, messages.Announce) and said.leaving for said in node.them.said)
+        changes = node.changes
+        node.shares.leave()
+        assert node.changes == changes + 1, "gossip tells it too"
+        assert node.them.said[-1] == messages.Announce(node.shares.announcements(), leaving=True)
+        late = FakePeer(OTHER_NODE)
+        node.shares.joined(cast(Peer, late))
+        assert late.said == [node.them.said[-1]]
+
+    run(scenario)
+
+
 def test_a_newcomer_whose_fetch_failed_keeps_no_seed_from_leaving() -> None:
     async def scenario(node: Node) -> None:
         node.shares.serve(MODEL, Source(), None)
         share = node.shares.shares[DIGEST]
         node.shares.on_interest(node.peer, messages.Interest(DIGEST, Bitfield(CHUNKS, [0]).pack(), b""))
         assert node.shares.only_here(share)
-        node.shares.on_announce(node.peer, messages.Announce(()))
+        node.shares.on_announce(node.peer, messages.Announce((), leaving=False))
         assert node.shares.only_here(share) == set()
         assert not node.them.interests
 
@@ -428,9 +466,12 @@ def test_only_here_of_a_fetched_share_is_everything_while_a_peer_fetches() -> No
         assert node.shares.only_here(share) == set(), "a fetch that runs is no seed"
         share.download = None
         share.settled.set()
+        node.shares.on_announce(node.peer, messages.Announce((announced(chunks=1),), leaving=False))
+        assert node.shares.feeds
         assert node.shares.only_here(share) == set(range(CHUNKS))
-        node.them.interests.clear()
-        assert node.shares.only_here(share) == set()
+        node.shares.on_announce(node.peer, messages.Announce((announced(chunks=CHUNKS),), leaving=True))
+        assert not node.shares.feeds
+        assert node.shares.only_here(share) == set(), "it was a newcomer, and leaves complete"
 
     run(scenario)
 

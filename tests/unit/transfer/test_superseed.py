@@ -251,6 +251,8 @@ def test_what_only_the_seed_has_is_what_newcomers_want_and_none_holds() -> None:
     assert seed.superseed.only_here() == {0, 1, 2, 3}
     seed.has("a", 0, 1)
     assert seed.superseed.only_here() == {2, 3}
+    assert seed.superseed.only_here({NodeId("b")}) == {2, 3}
+    assert seed.superseed.only_here({NodeId("a")}) == {0, 1, 2, 3}, "what leaves is not counted on"
     seed.left("a")
     assert seed.superseed.only_here() == {0, 1, 2, 3}
     seed.has("b", 0, 1, 2, 3)
