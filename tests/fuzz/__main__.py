@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path, PurePath
 
 from .mutation import inputs
-from .targets import TARGETS, Target
+from .target import Target
+from .targets import TARGETS
 
 BATCH = 10_000
 SLOW_S = 1.0  # an input of at most 4 KiB that keeps a node busy for so long is a finding

@@ -10,9 +10,8 @@ import random
 import socket
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from unittest import mock
 
@@ -50,6 +49,9 @@ from swarm.transport.tcp import TcpTransport, preamble_of
 from swarm.transport.tcp_inbound import TcpInbound
 from swarm.transport.tcp_session import ABORT, DATA, END, HEADER
 
+from .file_targets import FILE_TARGETS
+from .target import Target
+
 ORG_MODEL = ModelId("org/model")
 
 NOW = 1_800_000_000.0
@@ -60,20 +62,11 @@ DEADLINE_S = 20.0
 WANTED = 40, 8  # bytes of the transfers that a holder was asked for
 
 
-@dataclass(frozen=True)
-class Target:
-    """A decoder. `feed` returns whether it accepted an input, and raises for whatever it should not have done."""
-
-    name: str
-    seeds: Sequence[bytes]
-    feed: Callable[[bytes], bool]
-    share: float  # of all inputs: those that need sockets are slower
-
-
 def _messages() -> list[bytes]:
     offers = (Endpoint("tcp", messages.AT_NODE), Endpoint("inproc", "inproc://ab/0"))
     part = messages.HeldPart("ab" * 8, 1, 2)
     artifacts = (Announcement(ORG_MODEL, DIGEST, "checkpoint", 1 << 40, 3, 80, False, part),)
+    signature = messages.Signature(ORG_MODEL, "v1", "d" * 64, "e" * 128)
     said = (
         messages.Hello(
             messages.PROTOCOL, "0.1.0", ANN, "node", 7000, (Address("10.0.0.1:7000"),), TOKEN, offers, artifacts
@@ -83,7 +76,11 @@ def _messages() -> list[bytes]:
         messages.ManifestRequest(DIGEST),
         messages.ManifestPart(DIGEST, 100, 10, b"some of it"),
         messages.OriginRequest(DIGEST),
-        messages.OriginReply(DIGEST, Origin("a" * 40, {"config.json": "b" * 40}, ("main",), {"README.md": b"# model"})),
+        messages.OriginReply(
+            DIGEST, Origin("a" * 40, {"config.json": "b" * 40}, ("main",), {"README.md": b"# model"}, (signature,))
+        ),
+        messages.ChunkClaims(DIGEST, (messages.ClaimedRun(0, ANN, b"\x01" * 96),)),
+        messages.OriginReading(DIGEST, True, ((0, 2), (5, 1))),
         messages.Interest(DIGEST, b"\xf0", b"\x30"),
         messages.Holdings(DIGEST, b"\xf0\x80"),
         messages.Have(DIGEST, ((0, 2), (5, 1))),
@@ -201,6 +198,11 @@ def _manifests() -> list[bytes]:
     made = [Manifest(1, "checkpoint", "", HashScheme(), 1 << 10, files[:count]) for count in (0, 1, 2)]
     pinnable = (FileEntry("config.json", 4, "", (ChunkEntry(4, "01" * 16),), blake3=("01" * 32,)),)
     made.append(Manifest(1, "checkpoint", "", HashScheme(), 1 << 10, pinnable))
+    listed = (
+        FileEntry("config.json", 6, "", (), content="git-sha1:" + "b" * 40),
+        FileEntry("model.safetensors", 5000, "", (), content="sha256:" + "a" * 64),
+    )
+    made.append(Manifest(1, "promised", "", HashScheme(), 1 << 10, listed))
     return [each.encoded for each in made]
 
 
@@ -544,9 +546,9 @@ def feed_trace(data: bytes) -> bool:
 
 
 TARGETS = [
-    Target("messages", _messages(), feed_message, 0.322),
-    Target("gossip", _packets(), feed_gossip, 0.2),
-    Target("sealed", _sealed, feed_sealed, 0.12),
+    Target("messages", _messages(), feed_message, 0.272),
+    Target("gossip", _packets(), feed_gossip, 0.17),
+    Target("sealed", _sealed, feed_sealed, 0.09),
     Target("safetensors", _headers(), feed_header, 0.14),
     Target("manifest", _manifests(), feed_manifest, 0.12),
     Target("reports", _reports(), feed_report, 0.005),
@@ -559,4 +561,5 @@ TARGETS = [
     Target("pieces", _pieces(), feed_pieces, 0.001),
     Target("stored", _stored(), feed_stored, 0.002),
     Target("preamble", [PREAMBLE], feed_preamble, 0.001),
+    *FILE_TARGETS,
 ]

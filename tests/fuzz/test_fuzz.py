@@ -10,7 +10,8 @@ import pytest
 
 from .__main__ import main
 from .mutation import inputs
-from .targets import TARGETS, Target
+from .target import Target
+from .targets import TARGETS
 
 INPUTS = 100_000  # over all targets
 
