@@ -164,6 +164,21 @@ class Unpinnable(ManifestError):
         self.digest = digest
 
 
+class NotOfCommit(ManifestError):
+    """Peers serve files as a commit that are not those that the origin lists for it."""
+
+    def __init__(self, model_id: str, digest: str, commit: str, origin: str, why: str) -> None:
+        super().__init__(
+            f"{model_id!r}: what members serve as commit {commit[:12]} ({digest[:12]}…) is not what {origin} lists "
+            f"for it ({why}); a member lies, or has damaged files: check the nodes that serve it with `swarm verify`"
+        )
+        self.model_id = model_id
+        self.digest = digest
+        self.commit = commit
+        self.origin = origin
+        self.why = why
+
+
 class Unsigned(ManifestNotFound):
     """Peers serve the model, and none of its contents is signed by a publisher that this node trusts."""
 
@@ -304,11 +319,12 @@ class OriginError(SwarmError):
     exit_code = 7
     lasting = False
 
-    def __init__(self, origin: str, why: str, *, retry_s: float = 0.0) -> None:
+    def __init__(self, origin: str, why: str, *, retry_s: float = 0.0, lasting: bool = False) -> None:
         super().__init__(f"{origin}: {why}")
         self.origin = origin
         self.why = why
         self.retry_s = retry_s
+        self.lasting = self.lasting or lasting
 
 
 class OriginUnreachable(OriginError):

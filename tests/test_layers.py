@@ -34,7 +34,7 @@ ROWS: dict[str, set[str]] = {
     },
     "world": {
         "checkpoint.blob_check", "checkpoint.digest_cache", "checkpoint.files", "checkpoint.hf_cache",
-        "checkpoint.hub_tree", "checkpoint.local_download", "checkpoint.signature_file",
+        "checkpoint.hub_tree", "checkpoint.local_download", "checkpoint.proven", "checkpoint.signature_file",
         "checkpoint.signed_files",
         "checkpoint.weight_files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
@@ -61,7 +61,7 @@ ROWS: dict[str, set[str]] = {
         "checkpoint", "checkpoint.check", "checkpoint.commit_source", "checkpoint.hf_publish", "checkpoint.kept",
         "checkpoint.manifest_builder",
         "checkpoint.promised", "membership", "node.cold_start", "transfer.origin_driver", "transfer.promise_driver",
-        "transfer.proof",
+        "transfer.proof", "transfer.commit_proof",
         "membership.swim_driver", "net.environment", "node",
         "node.commit_parts", "node.fetch", "node.holders", "node.node", "node.resolve", "peers",
         "peers.connections_driver", "peers.host", "peers.manifest_requests", "peers.peer", "transfer",
@@ -69,7 +69,8 @@ ROWS: dict[str, set[str]] = {
         "transfer.upload_driver", "transfer.verify",
     },
     "faces": {
-        "", "__main__", "api", "cli", "cli.commands", "cli.daemon", "cli.demo", "cli.kept", "cli.main",
+        "", "__main__", "api", "api.bring", "api.calls", "api.fetching", "api.handles", "api.landing", "api.serving",
+        "api.want", "cli", "cli.commands", "cli.daemon", "cli.demo", "cli.kept", "cli.main",
         "cli.progress", "cli.replay",
         "cli.reopen", "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table",
         "cli.status_watch", "cli.storage", "cli.verify",
@@ -131,7 +132,7 @@ FOLDERS: dict[str, set[str]] = {
     "testing": {"content", "hashing", "net", "origin", "store", "transport"},
 }  # fmt: skip
 COMMON = {"errors", "settings"}
-FLAT = {"", "__main__", "api", "errors", "journal", "runtime", "settings"}
+FLAT = {"", "__main__", "errors", "journal", "runtime", "settings"}
 VERSION_ONLY = {
     "origin.http",
     "doctor.examine",
@@ -154,7 +155,7 @@ HOMES: dict[str, set[str]] = {
     "xxhash": {"hashing.cpu", "hashing.cuda"},
     "blake3": {"hashing.cpu"},
     "torch": {
-        "api",
+        "api.want",
         "store.cuda",
         "engines.compile_caches",
         "engines.snapshot",
@@ -203,6 +204,7 @@ HOMES: dict[str, set[str]] = {
     "msgspec": {
         "checkpoint.blob_check",
         "checkpoint.kept",
+        "checkpoint.proven",
         "content.commit",
         "content.manifest",
         "store.part",

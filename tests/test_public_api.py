@@ -43,7 +43,7 @@ FETCH = {
 EXIT_CODES = {
     "SwarmError": 1, "SettingsError": 2, "ManifestError": 3, "ManifestNotFound": 3,
     "RevisionNotFound": 3,
-    "CheckpointIncomplete": 3, "Unpinnable": 3, "Unsigned": 3, "ManifestInvalid": 3,
+    "CheckpointIncomplete": 3, "NotOfCommit": 3, "Unpinnable": 3, "Unsigned": 3, "ManifestInvalid": 3,
     "ManifestConflict": 3, "FetchError": 4, "Stalled": 4, "FetchTimeout": 4, "StoreError": 5, "StoreFull": 5,
     "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6, "NotAdmitted": 6,
     "NotSwarm": 6,

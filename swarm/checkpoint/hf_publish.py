@@ -111,11 +111,13 @@ class CacheEntry:
         *,
         stamps: Mapping[str, Stamp] = MappingProxyType({}),
         part: Part | None = None,
+        proven: bool = False,
     ) -> Path:
         """Moves the verified files out of `staging`, removes it, and returns the snapshot.
 
         With `part` only its files, as the hub's tools do with `allow_patterns`; unfinished files of others stay staged.
         The ref of `revision` names it afterwards, `main` without one. `stamps`: of the files when they were verified.
+        `proven`: they were compared with their etags then.
 
         Blocks while files with etags are hashed. Files stay on their file system, so open files are served on. Raises
         StoreError, also if a file no longer has its stamp, and StoreConflict if a file does not match its etag or the
@@ -127,7 +129,7 @@ class CacheEntry:
         commit = origin.commit if origin else manifest.digest[:40]
         target = self.folder / "snapshots" / commit
         files = _files(manifest, part)
-        names = self._blob_names(manifest, files, origin, staged)
+        names = self._blob_names(manifest, files, origin, staged, proven=proven or manifest.promised)
         with store_errors(self.folder):
             for file in files:
                 self._check_place(file, staged=staged, target=target, blob=self._blob(names[file.path]), origin=origin)
@@ -145,6 +147,11 @@ class CacheEntry:
             with contextlib.suppress(OSError):  # not empty during another fetch
                 staged.parent.rmdir()
         return target
+
+    def discard(self, manifest: Manifest) -> None:
+        """Removes what was fetched of an artifact that is refused. Raises StoreError."""
+        with store_errors(self.folder):
+            shutil.rmtree(self._staged(manifest), ignore_errors=True)
 
     def _staged(self, manifest: Manifest) -> Path:
         return self._incoming / manifest.digest[:16]
@@ -192,7 +199,7 @@ class CacheEntry:
                     yield real
 
     def _blob_names(
-        self, manifest: Manifest, files: Sequence[FileEntry], origin: Origin | None, staged: Path
+        self, manifest: Manifest, files: Sequence[FileEntry], origin: Origin | None, staged: Path, *, proven: bool
     ) -> dict[str, str]:
         etags = origin.etags if origin else {}
 
@@ -205,8 +212,7 @@ class CacheEntry:
                 etag = etags.get(file.path)
                 if etag is None:
                     return _own_name(manifest, file)
-                # The files of a promise were fetched by these names, and proven.
-                if not manifest.promised and content_name(path, like=etag, size=size) != etag:
+                if not proven and content_name(path, like=etag, size=size) != etag:
                     raise StoreConflict(
                         path,
                         f"its content does not have the name {etag} that its source says the hub gave it; "

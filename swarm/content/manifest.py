@@ -301,8 +301,8 @@ def unsafe_path(path: str) -> str | None:
         return "is absolute"
     if len(path.encode("utf-8", "replace")) > PATH_BYTES_MAX:
         return f"has more than {PATH_BYTES_MAX} bytes"
-    if "\0" in path or "\\" in path or any(ord(c) < 32 for c in path):
-        return "holds a backslash or a control character"
+    if "\0" in path or "\\" in path or any(ord(c) < 32 or "\ud800" <= c <= "\udfff" for c in path):
+        return "holds a backslash, a control character or half a character"
     parts = path.split("/")
     if len(parts) > DEPTH_MAX + 1:
         return f"is more than {DEPTH_MAX} directories deep"

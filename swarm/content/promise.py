@@ -30,6 +30,7 @@ from swarm.content.manifest import (
     Manifest,
     decode,
     default_chunk_bytes,
+    unsafe_path,
 )
 from swarm.errors import ManifestInvalid
 
@@ -68,6 +69,9 @@ def promise(listing: Listing) -> Manifest:
     chunks = sum(-(-file.size // chunk_bytes) for file in listing.files)
     if chunks > CHUNKS_MAX:
         raise ManifestInvalid(listing.source, f"makes {chunks} chunks; at most {CHUNKS_MAX} are allowed")
+    for file in listing.files:
+        if why := unsafe_path(file.path):
+            raise ManifestInvalid(listing.source, f"lists {file.path!r}, which {why}")
     files = sorted(listing.files, key=lambda file: file.path)
     entries = tuple(FileEntry(file.path, file.size, "", (), content=file.content) for file in files)
     weak = any(file.content.startswith(ETAG) for file in files)

@@ -6,6 +6,9 @@
 
 The own listing pins a promise: a file counts when its content is the one that the origin lists, whatever peers say. A
 node that cannot ask the origin believes the promise that all peers announce, as it believes a manifest.
+
+For a pinned commit the caller asks the origin from the first moment on, beside the peers: its listing proves what they
+serve (`transfer.commit_proof`).
 """
 
 from __future__ import annotations
@@ -57,6 +60,11 @@ class OriginModel:
     limit_bytes_per_s: float | None = None
     readers_max: int | None = None
 
+    @property
+    def where(self) -> str:
+        """The address of the model at its origin."""
+        return f"{self.reader.address}/{self.model}"
+
 
 async def find(
     node: Node,
@@ -67,30 +75,34 @@ async def find(
     find_timeout_s: float | None,
     trusted: Sequence[str],
     revision: str | None,
+    lister: Lister | None = None,
 ) -> Found:
-    """The artifact of a model id. Raises as `resolve` does, with the failure of the origin in its line."""
+    """The artifact of a model id. `lister`: of a pinned commit; else one is made when it is needed.
+
+    Raises as `resolve` does, with the failure of the origin in its line.
+    """
     began = node.now()
     peers = asyncio.ensure_future(
         resolve(node, model_id, digest=digest, find_timeout_s=find_timeout_s, trusted=trusted, revision=revision)
     )
-    lister = _Lister(node, at, deadline=began + (FIND_TIMEOUT_S if find_timeout_s is None else find_timeout_s))
+    given, reading = lister, False
+    lister = given or Lister(node, at, find_timeout_s=find_timeout_s)
     try:
         while True:
             elapsed_s = node.now() - began
             if peers.done() and not peers.exception():
                 manifest, origin = peers.result()
-                if not manifest.promised:
-                    return Found(manifest, origin)
-                if lister.listing is None and elapsed_s > PROMISE_OF_PEERS_S:
+                if not manifest.promised or (lister.listing is None and elapsed_s > PROMISE_OF_PEERS_S):
                     return Found(manifest, origin)
             if (failure := _failure(peers)) and node.refused and node.named_peers:
                 raise failure  # a wrong key is for the user to correct, not to be gone round
             heard = bool(node.holders(model_id))
             if peers.done() or node.promised(model_id) or (not heard and elapsed_s > ASK_AFTER_S):
+                reading = True
                 lister.start()
             met = elapsed_s > (READ_LATEST_S if node.searching else READ_AFTER_S)
-            if (listing := lister.listing) and (met or node.promised(model_id)):
-                found = _found(listing, at)
+            if reading and (listing := lister.listing) and (met or node.promised(model_id)):
+                found = of_listing(listing, at)
                 if digest in (None, found.manifest.digest):
                     return found
                 lister.failed(OriginError(at.reader.address, "its files have another digest than the one asked for"))
@@ -103,10 +115,11 @@ async def find(
     finally:
         peers.cancel()
         await asyncio.gather(peers, return_exceptions=True)
-        lister.stop()
+        if given is None:
+            lister.stop()
 
 
-def _found(listing: Listing, at: OriginModel) -> Found:
+def of_listing(listing: Listing, at: OriginModel) -> Found:
     """The promise of a listing without bystanders."""
     files = tuple(file for file in listing.files if not bystander(file.path))
     manifest = promise(Listing(listing.source, listing.commit, files, listing.revisions))
@@ -131,17 +144,22 @@ def _without(
     raise failure
 
 
-class _Lister:
-    """The listing of an origin, asked for once: retried while the origin is not reachable, until the deadline."""
+class Lister:
+    """The listing of an origin, asked for once: retried while the origin is not reachable, until the deadline.
 
-    def __init__(self, node: Node, at: OriginModel, *, deadline: float) -> None:
+    `error`: for good; `last`: of the last request, of `failures`.
+    """
+
+    def __init__(self, node: Node, at: OriginModel, *, find_timeout_s: float | None) -> None:
+        self.address = at.reader.address
         self.listing: Listing | None = None
-        self.error: OriginError | None = None  # for good
+        self.error: OriginError | None = None
+        self.last: OriginError | None = None
+        self.failures = 0
         self.tasks: list[asyncio.Task[None]] = []
         self._node = node
         self._at = at
-        self._deadline = deadline
-        self._last: OriginError | None = None
+        self._deadline = node.now() + (FIND_TIMEOUT_S if find_timeout_s is None else find_timeout_s)
 
     def start(self) -> None:
         """Begins to ask; idempotent."""
@@ -163,16 +181,17 @@ class _Lister:
         while self.listing is None and self.error is None:
             left_s = self._deadline - self._node.now()
             if left_s <= 0:
-                self.failed(self._last or OriginError(name, "did not answer in time"))
+                self.failed(self.last or OriginError(name, "did not answer in time"))
                 return
             try:
                 # A thread that resolves a name cannot be stopped; it is left behind.
                 async with asyncio.timeout(left_s):
                     self.listing = await on_daemon(lambda: self._at.reader.listing(self._at.model, self._at.revision))
             except TimeoutError:
-                self._last = OriginError(name, "did not answer in time")
+                self.last = OriginError(name, "did not answer in time")
             except OriginError as error:
-                self._last = error
+                self.last = error
+                self.failures += 1
                 if error.lasting:
                     self.failed(error)
                     return

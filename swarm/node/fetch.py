@@ -28,6 +28,7 @@ from swarm.protocol import messages
 from swarm.protocol.messages import NodeId, Origin
 from swarm.store import LossyStore, RecordingStore, Store
 from swarm.transfer.claims import Claims
+from swarm.transfer.commit_proof import CommitProof, PinnedCommit
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.origin_driver import OriginSource
 from swarm.transfer.promise_driver import PromiseDriver
@@ -42,7 +43,8 @@ _NODE = re.compile("[0-9a-f]{16}")
 class Fetched:
     """A finished fetch of `bytes`, those of the wanted part.
 
-    `sources`: bytes by the peer's name; `transports`: the schemes that brought them.
+    `sources`: bytes by the peer's name; `transports`: the schemes that brought them. `proven`: whether the files are
+    those of the pinned commit by the listing of its origin, with `unproven`, the reason if not; None without one.
     """
 
     model_id: ModelId
@@ -53,6 +55,8 @@ class Fetched:
     rejected_chunks: int
     resumed_bytes: int
     transports: tuple[str, ...] = ()
+    proven: bool | None = None
+    unproven: str = ""
 
     @property
     def rate_bytes_per_s(self) -> float:
@@ -93,6 +97,7 @@ class Fetches:
         wanted: Bitfield | None,
         blake3: bool,
         source: OriginSource | None = None,
+        pinned: PinnedCommit | None = None,
     ) -> Fetched:
         """See `Node.fetch`."""
         began, manifest = self._host.now(), store.manifest
@@ -111,9 +116,12 @@ class Fetches:
         sources: dict[str, int] = {}
         transports: tuple[str, ...] = ()
         rejected_chunks = 0
+        proof = CommitProof(pinned, model_id, store, held, needed, host=self._host) if pinned else None
         try:
             async with asyncio.timeout(timeout_s):
                 resumed = await _resume(store, held, needed, share.claims, blake3=blake3)
+                if proof:
+                    proof.begin(lambda error: share.download.fail(error) if share.download else None)
                 kept = tuple(runs(list(held)))
                 started = FetchStarted(model_id, manifest.digest, size, resumed, held.length, kept)
                 self._host.record("node", started)
@@ -133,10 +141,14 @@ class Fetches:
                     sources |= download.sources()
                     transports = tuple(sorted(download.transports))
                     rejected_chunks = download.machine.rejected_chunks
+                if proof:
+                    await proof.conclude()
             await asyncio.to_thread(
                 store.seal, lambda chunk: is_right(store, chunk, blake3=blake3, known=share.known(chunk))
             )
         except BaseException as error:
+            if proof:
+                await proof.end()
             self._host.record("node", FetchEnded(manifest.digest, str(error) or type(error).__name__))
             done = held.common(needed) / max(1, len(needed))
             if undo:
@@ -158,7 +170,19 @@ class Fetches:
         else:
             self._shares.add(share)
         seconds = self._host.now() - began
-        return Fetched(model_id, manifest.digest, size, seconds, sources, rejected_chunks, resumed, transports)
+        proven, unproven = (not proof.unproven, proof.unproven) if proof else (None, "")
+        return Fetched(
+            model_id,
+            manifest.digest,
+            size,
+            seconds,
+            sources,
+            rejected_chunks,
+            resumed,
+            transports,
+            proven,
+            unproven,
+        )
 
     def on_grant(self, peer: Peer, grant: messages.Grant) -> None:
         """Passes a grant to the download of its transfer."""

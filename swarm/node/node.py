@@ -45,6 +45,7 @@ from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, AnyMessage, Endpoint, Hello, NodeId, Origin
 from swarm.protocol.packets import Profile, Record, State
 from swarm.store import Source, Store
+from swarm.transfer.commit_proof import PinnedCommit
 from swarm.transfer.download import DISTANCE_MAX, Download
 from swarm.transfer.download_events import Mates
 from swarm.transfer.file_watch import watch_files
@@ -253,6 +254,7 @@ class Node:
         wanted: Bitfield | None = None,
         pinned: bool = False,
         source: OriginSource | None = None,
+        commit: PinnedCommit | None = None,
     ) -> Fetched:
         """Fills a store from all peers that hold chunks of its artifact, seals it, and serves it.
 
@@ -260,9 +262,11 @@ class Node:
         `abandon_s`: seconds without a linked peer that holds a missing chunk, after which a fetch with an alternative
         gives up sooner than a stalled fetch. `pinned`: every chunk must also have its BLAKE3 digest; always, where the
         node checks BLAKE3 or knows publishers. `source`: the origin of a promise, for chunks that no peer holds.
+        `commit`: what the files must be, by the listing of its origin; the result says whether that was proven.
 
-        Raises FetchError when it gives up, OriginError where only the origin has the rest and fails, StoreError when
-        the store fails. The store is closed then; a directory keeps the verified chunks for the next attempt.
+        Raises FetchError when it gives up, OriginError where only the origin has the rest and fails, NotOfCommit,
+        StoreError when the store fails. The store is closed then; a directory keeps the verified chunks for the next
+        attempt.
         """
         return await self._fetches.fetch(
             model_id,
@@ -273,6 +277,7 @@ class Node:
             wanted=wanted,
             blake3=pinned or self._check_blake3,
             source=source,
+            pinned=commit,
         )
 
     @contextlib.contextmanager

@@ -47,7 +47,8 @@ class HubOrigin:
     def listing(self, model: str, revision: str | None) -> Listing:
         """As `OriginReader`."""
         if any(_is_true(self._environment.get(name)) for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
-            raise OriginUnreachable(self._name, "is not asked, as HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set")
+            why = "is not asked, as HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+            raise OriginUnreachable(self._name, why, lasting=True)
         asked = revision or "main"
         answer: Any = self._json(
             f"/api/models/{quote(model)}/revision/{quote(asked, safe='')}?blobs=true", model, asked

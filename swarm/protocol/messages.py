@@ -208,6 +208,10 @@ class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         """With these signatures."""
         return msgspec.structs.replace(self, signatures=signatures)
 
+    def proven(self, commit: str, *, etags: dict[str, str], beside: dict[str, bytes]) -> Origin:
+        """Of proven files: what a listing says in place of what a member says."""
+        return msgspec.structs.replace(self, commit=commit, etags=etags, beside=beside)
+
     def alone(self) -> Origin:
         """Without the files beside the artifact."""
         return msgspec.structs.replace(self, beside={})

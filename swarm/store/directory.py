@@ -567,6 +567,15 @@ class DirectoryStore:
         return f"<DirectoryStore {self.out} {final} of {len(self._files)} files final, {self.manifest.size} bytes>"
 
 
+def discard(out: Path, manifest: Manifest) -> None:
+    """Removes what fetches of an artifact left unfinished in a directory. Raises StoreError."""
+    with store_errors(out), contextlib.suppress(FileNotFoundError), ExitStack() as held:
+        final = held.enter_context(contextlib.closing(ConfinedDirectory.open(out)))
+        partials = held.enter_context(contextlib.closing(final.enter(PARTIAL)))
+        partials.remove_tree(manifest.digest[:16])
+        final.remove_if_empty(PARTIAL)
+
+
 def _demand_right(path: Path, chunks: Sequence[Chunk], is_right: IsRight) -> None:
     if not all(map(is_right, chunks)):
         raise SourceChanged(path, "it was written to, and its modification time set back")

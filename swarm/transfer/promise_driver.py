@@ -73,7 +73,8 @@ class PromiseDriver:
                 tell=self._tell_reading,
                 rng=rng,
             )
-        self._prover = FileProver(store, lambda chunk: chunk in held and chunk not in claims.must_read)
+        contents = [file.content for file in store.manifest.files]
+        self._prover = FileProver(store, lambda chunk: chunk in held and chunk not in claims.must_read, contents)
         self._hashers = asyncio.Semaphore(min(HASHERS_MAX, os.cpu_count() or 1))
         self._proving: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()

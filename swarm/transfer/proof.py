@@ -1,4 +1,4 @@
-"""Proof of the files of a promise: hashes each file as its beginning grows, and compares it with the listed content.
+"""Proof of files: hashes each file as its beginning grows, and compares it with the content that an origin lists.
 
 A file is hashed in order, from the store. The state after every chunk is kept, so a chunk that is read again costs the
 hashing of what follows it, not of the whole file.
@@ -9,11 +9,10 @@ Blocks; a file is advanced by one thread at a time. Must not know: peers, claims
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from swarm.content.manifest import FileEntry
 from swarm.content.promise import GIT_SHA1, SHA256
 from swarm.store import Store
 
@@ -26,13 +25,18 @@ class _Progress:
 
 
 class FileProver:
-    """The files of a promise in `store`. `ready(chunk)`: whether a chunk lies there and is not to be read again."""
+    """The files in `store`. `ready(chunk)`: whether a chunk lies there and is not to be read again.
 
-    def __init__(self, store: Store, ready: Callable[[int], bool]) -> None:
+    `contents`: what is listed, by file, as in `FileEntry`.
+    """
+
+    def __init__(self, store: Store, ready: Callable[[int], bool], contents: Sequence[str]) -> None:
         self._store = store
         self._manifest = store.manifest
         self._ready = ready
-        self._files = [_Progress([_hasher(file)]) for file in self._manifest.files]
+        self._contents = contents
+        sizes = (file.size for file in self._manifest.files)
+        self._files = [_Progress([_hasher(content, size)]) for content, size in zip(contents, sizes, strict=True)]
 
     def advances(self, file: int) -> bool:
         """Whether the next chunk of a file can be hashed."""
@@ -60,7 +64,7 @@ class FileProver:
     def right(self, file: int) -> bool:
         """Whether a complete file has the listed content; not for files that are listed by ETag."""
         found: str = self._files[file].states[-1].hexdigest()
-        return found == self._manifest.files[file].content.partition(":")[2]
+        return found == self._contents[file].partition(":")[2]
 
     def again(self, chunk: int) -> None:
         """A chunk is replaced: its file is hashed again from there on."""
@@ -81,9 +85,9 @@ class _Unhashed:
         return ""
 
 
-def _hasher(file: FileEntry) -> Any:
-    if file.content.startswith(SHA256):
+def _hasher(content: str, size: int) -> Any:
+    if content.startswith(SHA256):
         return hashlib.sha256()
-    if file.content.startswith(GIT_SHA1):
-        return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    if content.startswith(GIT_SHA1):
+        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     return _Unhashed()

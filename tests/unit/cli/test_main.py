@@ -340,7 +340,7 @@ def test_is_a_served_model_shown_and_fetched(
     assert report["sources"] == {"seed": 1000}
     assert report.keys() == {
         "model_id", "digest", "bytes", "seconds", "rate_bytes_per_s", "sources", "rejected_chunks", "resumed_bytes",
-        "out", "transports",
+        "out", "transports", "proven", "unproven",
     }  # fmt: skip
     assert (tmp_path / "out" / "config.json").read_bytes() == (model / "config.json").read_bytes()
     assert main(fetch) == 0

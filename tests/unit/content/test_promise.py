@@ -66,6 +66,7 @@ def test_do_chunks_cover_every_file(sizes: list[int]) -> None:
         (),
         (ListedFile("/etc/passwd", 1, SHA),),
         (ListedFile("../x", 1, SHA),),
+        (ListedFile("x\ud800", 1, SHA),),
         (ListedFile("x", 1, SHA), ListedFile("x", 1, SHA)),
         (ListedFile("x", 1, SHA), ListedFile("x/y", 1, SHA)),
         (ListedFile("x", 1, "sha256:12"),),

@@ -1,0 +1,49 @@
+"""Fetches for programs that read the Hugging Face cache by themselves.
+
+Must not know: engines.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from swarm.api.calls import fetch
+from swarm.api.handles import HUB_CACHE
+from swarm.api.landing import TURN_S
+from swarm.content.manifest import Digest
+from swarm.errors import StoreError
+from swarm.node.node import Node
+from swarm.runtime import runtime
+from swarm.settings import Settings
+
+BRING_FIND_S, LINGER_S = 3.0, 10.0
+
+
+def bring(model_id: str, revision: str | None, *, settings: Settings) -> Path:
+    """Fetches a model of the hub into the Hugging Face cache for a program that reads it there; returns its snapshot.
+
+    Looks for peers and the hub for at most `BRING_FIND_S`, because that program can download by itself. Then serves the
+    model for up to `LINGER_S`, while other nodes still fetch it: they started at the same time. Raises as `fetch` does.
+    """
+    quick = dataclasses.replace(settings, find_timeout_s=min(settings.find_timeout_s or BRING_FIND_S, BRING_FIND_S))
+    with fetch(model_id, out=HUB_CACHE, settings=quick, revision=revision) as weights:
+        runtime().run(_linger(quick, weights.digest))
+    if weights.path is None:
+        raise StoreError(f"{model_id}: the Hugging Face cache has no directory of it")
+    return weights.path
+
+
+async def _linger(settings: Settings, digest: Digest) -> None:
+    node = await runtime().acquire(settings)
+    try:
+        await linger_on(node, digest)
+    finally:
+        await runtime().release(settings)
+
+
+async def linger_on(node: Node, digest: Digest) -> None:
+    """Serves an artifact for up to `LINGER_S`, while other nodes still fetch it: they started at the same time."""
+    deadline = node.now() + LINGER_S
+    while node.feeds(digest) and node.now() < deadline:
+        await node.changed(TURN_S)
