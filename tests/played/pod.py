@@ -34,7 +34,7 @@ _CLONE_NEWNET = 0x40000000
 _UNITS = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "k": 10**3, "M": 10**6, "G": 10**9}
 
 # $1: the container's directory, $2 its hostname; standard input has a line for each mount: KIND SOURCE TARGET [OPTION].
-_RUNTIME = r"""
+RUNTIME = r"""
 set -eu
 d=$1; hostname "$2"; shift 2
 mount -t overlay overlay -o "lowerdir=/,upperdir=$d/upper,workdir=$d/work" "$d/root"
@@ -377,7 +377,7 @@ class Pod:
         command = [
             "nsenter", f"--net=/run/netns/{self.place.namespace}",
             "unshare", "--mount", "--propagation", "private", "--pid", "--uts", "--fork", "--kill-child",
-            "sh", "-c", _RUNTIME, "runtime", str(directory), self.name,
+            "sh", "-c", RUNTIME, "runtime", str(directory), self.name,
             "setpriv", f"--reuid={user}", f"--regid={group}", groups, *privileges, *dropped,
             "env", "-i", *(f"{name}={value}" for name, value in environment.items()),
             *(_expanded(str(word), environment) for word in words),
