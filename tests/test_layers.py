@@ -27,7 +27,7 @@ ROWS: dict[str, set[str]] = {
     },
     "policy": {"transfer.scheduler", "peers.selection", "net.addresses", "net.no_answer"},
     "machines": {
-        "transfer.claims", "transfer.download", "transfer.download_events", "transfer.origin_reads",
+        "transfer.claims", "transfer.download", "transfer.download_events", "transfer.offers", "transfer.origin_reads",
         "transfer.upload", "transfer.superseed",
         "peers.connections", "membership.swim",
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",

@@ -22,23 +22,20 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from swarm.content.manifest import Digests, Manifest
 from swarm.content.promise import ETAG
 from swarm.errors import LocalProtocolError
 from swarm.protocol.messages import NodeId
+from swarm.transfer.offers import Claim, Offers
+
+T = TypeVar("T")
 
 XXH3_BYTES, CLAIM_BYTES = 16, 48  # of the first digest, and of both
 RELAYED_MAX = 3  # readers whose wrong claims a relay may pass on, before it counts as their author
 SAMPLE_EVERY = 64
-
-
-class Claim(NamedTuple):
-    """The digests of a chunk, XXH3 and BLAKE3, as `reader` claims to have read it from the origin."""
-
-    digests: Digests
-    reader: NodeId
+CULPRITS_MAX = 4096  # readers and relays that were wrong: beyond that the oldest are forgotten
 
 
 class ClaimRun(NamedTuple):
@@ -73,12 +70,12 @@ class Claims:
         self.manifest = manifest
         self.must_read: set[int] = set()  # held chunks to be read from the origin again, by this node itself
         self.proven: set[int] = set()  # file numbers
-        self.banned: set[NodeId] = set()
+        self.banned: dict[NodeId, None] = {}
         self._node = node
         self._rng = rng
         self._held: dict[int, Claim] = {}  # of the chunks in the store
-        self._offers: dict[NodeId, dict[int, Claim]] = {}
-        self._distrusted: set[NodeId] = set()  # readers that were wrong, as relays tell
+        self._offers = Offers(len(manifest.chunks))  # of chunks of files that are not proven
+        self._distrusted: dict[NodeId, None] = {}  # readers that were wrong, as relays tell
         self._relayed: dict[NodeId, set[NodeId]] = {}  # by relay: such readers
         self._doubts: dict[int, _Doubt] = {}
         self._sampled: set[int] = set()
@@ -91,35 +88,36 @@ class Claims:
         bans: list[BanClaimant] = []
         if peer in self.banned:
             return usable, bans
-        offers = self._offers.setdefault(peer, {})
         for run in runs:
             for chunk, digests in enumerate(run.digests, run.first):
-                if chunk >= len(self.manifest.chunks):
+                if chunk >= len(self.manifest.chunks) or peer in self.banned:
                     break
                 if run.reader in self._distrusted and run.reader != peer:
-                    offers.pop(chunk, None)
+                    self._offers.drop(peer, chunk)
                     continue
-                offers[chunk] = Claim(digests, run.reader)
-                if self.manifest.chunks[chunk].file in self.proven:
-                    bans += self._judge(peer, chunk)
-                if chunk in offers:
+                claim = Claim(digests, run.reader)
+                if self._is_proven(chunk):
+                    bans += self._judge(peer, chunk, claim)
+                elif self._offers.put(peer, chunk, claim):
                     usable.append(chunk)
         return usable, bans
 
     def left(self, peer: NodeId) -> None:
         """The link to a peer is gone."""
-        self._offers.pop(peer, None)
+        self._offers.left(peer)
 
     def expected(self, peer: NodeId, chunk: int) -> Digests | None:
-        """The digests that a peer claims of a chunk; None without a claim."""
-        offer = self._offers.get(peer, {}).get(chunk)
+        """The digests that a chunk from this peer must have: proven ones, or those that it claims; None without."""
+        if self._is_proven(chunk):
+            return self._held[chunk].digests
+        offer = self._offers.get(peer, chunk)
         return offer.digests if offer else None
 
     # Chunks of this node
 
     def landed(self, chunk: int, digests: Digests, peer: NodeId) -> None:
         """A chunk from a peer lies in the store, with these digests."""
-        offer = self._offers.get(peer, {}).get(chunk)
+        offer = self._offers.get(peer, chunk)
         self._held[chunk] = offer if offer and offer.digests == digests else Claim(digests, peer)
 
     def read(self, chunk: int, digests: Digests, *, reader: NodeId | None = None) -> None:
@@ -141,9 +139,8 @@ class Claims:
         return self._held[chunk]
 
     def offered(self, peer: NodeId, chunks: Iterable[int]) -> list[int]:
-        """Those of the chunks that a peer has claimed the digests of."""
-        offers = self._offers.get(peer, {})
-        return [chunk for chunk in chunks if chunk in offers]
+        """Those of the chunks whose digests are known: proven, or claimed by this peer."""
+        return [chunk for chunk in chunks if self._is_proven(chunk) or self._offers.get(peer, chunk)]
 
     def runs(self, chunks: Iterable[int]) -> Iterator[ClaimRun]:
         """The claims of these held chunks, ascending, for peers."""
@@ -160,10 +157,10 @@ class Claims:
         self.proven.add(file)
         self._doubts.pop(file, None)
         bans: list[BanClaimant] = []
-        for peer in sorted(self._offers):
-            for chunk in self._chunks(file):
-                if peer not in self.banned and chunk in self._offers[peer]:
-                    bans += self._judge(peer, chunk)
+        for chunk in self._chunks(file):
+            for peer, offer in self._offers.of(chunk):
+                bans += self._judge(peer, chunk, offer)
+        self._offers.settle(self._chunks(file))
         return bans
 
     def disproved(self, file: int) -> list[int]:
@@ -215,25 +212,26 @@ class Claims:
 
     def _disputed(self, chunk: int) -> bool:
         own = self._held[chunk].digests
-        return any(chunk in offers and offers[chunk].digests != own for offers in self._offers.values())
+        return any(offer.digests != own for _, offer in self._offers.of(chunk))
 
     def _chunks(self, file: int) -> range:
         return range(*self.manifest.first_chunks[file : file + 2])
 
-    def _judge(self, peer: NodeId, chunk: int) -> list[BanClaimant]:
+    def _is_proven(self, chunk: int) -> bool:
+        return self.manifest.chunks[chunk].file in self.proven
+
+    def _judge(self, peer: NodeId, chunk: int, offer: Claim) -> list[BanClaimant]:
         """Compares a peer's claim of a proven chunk."""
-        offer = self._offers[peer][chunk]
         if offer.digests == self._held[chunk].digests:
             return []
-        del self._offers[peer][chunk]
         if offer.reader != peer:
-            self._distrusted.add(offer.reader)
-            relayed = self._relayed.setdefault(peer, set())
-            relayed.add(offer.reader)
+            _keep(self._distrusted, offer.reader, None)
+            relayed = self._relayed.get(peer, set()) | {offer.reader}
+            _keep(self._relayed, peer, relayed)
             if len(relayed) < RELAYED_MAX:
                 return []
-        self.banned.add(peer)
-        self._offers[peer] = {}
+        _keep(self.banned, peer, None)
+        self._offers.left(peer)
         return [BanClaimant(peer, f"claimed a wrong digest of chunk {chunk}")]
 
     def check(self) -> None:
@@ -248,3 +246,11 @@ class Claims:
             f"<Claims {self.manifest.digest[:8]} {len(self._held)} held, {len(self.proven)} of "
             f"{len(self.manifest.files)} files proven, {len(self.must_read)} to read again>"
         )
+
+
+def _keep(culprits: dict[NodeId, T], node: NodeId, value: T) -> None:
+    """Remembers a culprit; beyond CULPRITS_MAX forgets the oldest."""
+    culprits.pop(node, None)
+    culprits[node] = value
+    if len(culprits) > CULPRITS_MAX:
+        del culprits[next(iter(culprits))]

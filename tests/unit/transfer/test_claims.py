@@ -9,6 +9,7 @@ import pytest
 from swarm.content.manifest import Digests, Manifest
 from swarm.content.promise import ListedFile, Listing, promise
 from swarm.protocol.messages import NodeId
+from swarm.transfer import claims
 from swarm.transfer.claims import RELAYED_MAX, BanClaimant, ClaimRun, Claims
 
 OWN, A, B, C = (NodeId(letter * 16) for letter in "0abc")
@@ -218,3 +219,31 @@ def test_does_every_file_get_right_whoever_lies(seed: int) -> None:
         node for node in nodes if len(fetch.claims._relayed.get(node, ())) >= RELAYED_MAX
     }
     assert fetch.is_right()
+
+
+def test_are_claims_of_proven_files_judged_and_not_kept() -> None:
+    fetch = Fetch()
+    fetch.takes(A, run(A, *range(CHUNKS + 2)))
+    fetch.reads(*range(CHUNKS))
+    assert fetch.claims.proved(0) == []
+    assert len(fetch.claims._offers) == 2, "of the other file"
+    assert fetch.takes(B, run(B, *range(CHUNKS))) == []
+    assert len(fetch.claims._offers) == 2
+    assert fetch.claims.expected(C, 3) == right(3), "what is proven needs no claim"
+    assert fetch.claims.offered(C, [3, CHUNKS]) == [3]
+
+
+def test_are_liars_under_ever_new_ids_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims, "CULPRITS_MAX", 8)
+    fetch = Fetch()
+    fetch.reads(*range(CHUNKS))
+    fetch.claims.proved(0)
+    for number in range(100):
+        peer, reader = (NodeId(f"{digit}{number:015x}") for digit in "de")
+        fetch.takes(peer, run(reader, 1, lies=(1,)))
+        [ban] = fetch.takes(peer, run(peer, 1, lies=(1,)))
+        assert ban.peer == peer
+        fetch.claims.left(peer)
+    known = fetch.claims.banned, fetch.claims._relayed, fetch.claims._distrusted
+    assert [len(each) for each in known] == [8, 8, 8]
+    assert len(fetch.claims._offers) == 0
