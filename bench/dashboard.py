@@ -132,7 +132,7 @@ class Crowd:
             "nodes": nodes,
         }  # fmt: skip
         node = {"id": self.ids[0], "name": "replica-1", "address": "10.0.0.1:7000"}
-        return {"node": node, "members": members, "artifacts": [artifact], "transfers": []}
+        return {"node": node, "members": members, "artifacts": [artifact], "origins": [], "transfers": []}
 
 
 class Server:

@@ -133,15 +133,35 @@ class Received:
 
 
 @dataclass(frozen=True)
-class OriginRead:
-    """A read of `path` from `offset` on ended, after `size` bytes of whole chunks; `error` if it failed."""
+class OriginNode:
+    """An origin as a node of its own. `node` is made from scheme and address: every node of a swarm names it alike."""
 
-    origin: str
+    node: NodeId
+    name: str
+    scheme: str
+
+
+@dataclass(frozen=True)
+class OriginListed:
+    """An origin was asked for the files of a model; `error` if it failed, and is asked again unless `lasting`."""
+
+    origin: OriginNode
+    seconds: float
+    error: str | None
+    lasting: bool = False
+
+
+@dataclass(frozen=True)
+class OriginRead:
+    """A read of `path` from `offset` on ended, after `size` bytes of whole chunks; `error` and `lasting` as above."""
+
+    origin: OriginNode
     path: str
     offset: int
     size: int
     seconds: float
     error: str | None
+    lasting: bool = False
 
 
 @dataclass(frozen=True)

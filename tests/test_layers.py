@@ -85,7 +85,7 @@ ROWS: dict[str, set[str]] = {
         "engines.vllm", "engines.vllm_loader", "engines.vllm_modelinfos", "node.local_nodes", "node.status_client",
         "observe",
         "observe.budget", "observe.fetch_record", "observe.node_report", "observe.progress", "observe.opentelemetry",
-        "observe.prometheus", "observe.trace",
+        "observe.origin_record", "observe.prometheus", "observe.rate", "observe.trace",
         "observe.units", "runtime", "simulation", "simulation.crowd", "simulation.plot", "simulation.report",
         "simulation.setup", "simulation.wire",
     },

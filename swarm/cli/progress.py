@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from swarm.errors import clean
 from swarm.observe.fetch_record import FetchRecord, FetchRecords
 from swarm.observe.units import count, size_text
 
@@ -61,5 +62,7 @@ async def _lines(fetches: FetchRecords, clock: Callable[[], float]) -> None:
 def _words(fetch: FetchRecord, now: float) -> str:
     eta_s = fetch.eta_s(now)
     left = "waiting for sources" if eta_s is None else f"{eta_s:.0f} s left"
-    sources = sum(source.linked and source.chunks > 0 for source in fetch.sources.values())
-    return f"{size_text(fetch.rate.at(now))}/s, {left}, {count(sources, 'source')}"
+    sent = [source for source in fetch.sources.values() if source.linked and source.chunks > 0]
+    origins = [clean(source.name) for source in sent if source.origin]
+    sources = ", ".join([*origins, count(len(sent) - len(origins), "source" if not origins else "peer")])
+    return f"{size_text(fetch.rate.at(now))}/s, {left}, {sources}"

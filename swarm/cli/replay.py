@@ -35,7 +35,8 @@ def replay(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     reports = [fetch.report(last_s) for fetch in fetches]
     for report in reports:
         report["sources"].sort(key=lambda source: -source["bytes"])
-    return {"fetches": reports, "left_out_entries": left_out}
+    origins = [record.report(last_s) for record in records.origins.records.values()]
+    return {"fetches": reports, "origins": origins, "left_out_entries": left_out}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -69,6 +70,13 @@ def show(replayed: Mapping[str, Any]) -> None:
                 clean(source["banned"] or ""),
             )  # fmt: skip
         console.print(sources)
+    if replayed["origins"]:
+        origins = Table("origin", "scheme", "received", "requests", "retries", "last error")
+        for origin in replayed["origins"]:
+            counts = (str(origin["requests"]), str(origin["retries"]))
+            words = (clean(origin["name"]), clean(origin["scheme"]), size_text(origin["bytes"]))
+            origins.add_row(*words, *counts, clean(origin["error"] or ""))
+        console.print(origins)
     if not replayed["fetches"]:
         console.print("no fetch in this trace")
     if replayed["left_out_entries"]:

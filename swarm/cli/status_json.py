@@ -12,12 +12,17 @@ from typing import Any, TypeAlias
 Json: TypeAlias = dict[str, Any]
 
 SCHEMA = 1
+ORIGIN = "origin"  # the state of an origin among the members of a view
 OF_VIEW = ("version", "up_bytes_per_s", "down_bytes_per_s", "slow", "wrong_chunks", "banned_by")
 
 
 def swarm_status(report: Mapping[str, Any], view: Mapping[str, Any] | None) -> Json:
     """The join of `/status` and `/view`; without a view its fields are null or empty."""
-    viewed = view["members"] if view else {}
+    everything = view["members"] if view else {}
+    viewed = {node: member for node, member in everything.items() if member["state"] != ORIGIN}
+    origins = [_origin(node, member) for node, member in everything.items() if member["state"] == ORIGIN]
+    if not view:
+        origins = [_own_origin(row, report["node"]["id"]) for row in report.get("origins", ())]
     known = {member["id"]: member for member in report["members"]}
     members = [_member(member, viewed.get(node)) for node, member in known.items()]
     members += [
@@ -25,12 +30,13 @@ def swarm_status(report: Mapping[str, Any], view: Mapping[str, Any] | None) -> J
         for node, m in viewed.items()
         if node not in known
     ]
-    names = {member["id"]: member["name"] for member in members}
+    names = {each["id"]: each["name"] for each in (*origins, *members)}
     links = [_named(link, names) for link in view["links"].values()] if view else []
     return {
         "schema": SCHEMA,
         **report,
         "members": members,
+        "origins": origins,
         "fetches": [
             _fetch(node, digest, fetch, names, links)
             for node, member in viewed.items()
@@ -52,6 +58,17 @@ def _member(member: Json, viewed: Mapping[str, Any] | None) -> Json:
         return {**dict.fromkeys(OF_VIEW), **member}
     placed = {key: viewed[key] for key in ("state", "host", "rack") if viewed.get(key) is not None}
     return {**member, **placed, **_of_view(viewed)}
+
+
+def _origin(node: str, member: Mapping[str, Any]) -> Json:
+    rate = member["up_bytes_per_s"]
+    return {"id": node, "name": member["name"], **member[ORIGIN], "rate_bytes_per_s": rate}
+
+
+def _own_origin(row: Mapping[str, Any], node: str) -> Json:
+    """What the node that answers has read; its view, which adds up all members, is missing."""
+    errors = {node: row["error"]} if row["error"] else {}
+    return {**{key: value for key, value in row.items() if key != "error"}, "errors": errors}
 
 
 def _of_view(viewed: Mapping[str, Any]) -> Json:

@@ -49,6 +49,7 @@ def line(swarm: Mapping[str, Any]) -> str:
     if running:
         done, size = (sum(fetch[key] for fetch in running) for key in ("done_bytes", "bytes"))
         parts.append(f"{count(len(running), 'fetch')} at {done / max(1, size):.0%}, {size_text(rate)}/s")
+    parts += [f"{origin['name']}: {size_text(origin['bytes'])} read" for origin in swarm["origins"]]
     parts += [f"{warning['level']}: {warning['what']}" for warning in swarm["warnings"]]
     return _printable("; ".join(parts)).replace("\n", " ")
 
@@ -230,7 +231,20 @@ def _members(swarm: Mapping[str, Any]) -> _Rows:
                 Text(_rate(member.get("down_bytes_per_s"))),
             )
         )
+    rows += [_origin(origin) for origin in swarm["origins"]]
     return _Rows(columns, rows)
+
+
+def _origin(origin: Mapping[str, Any]) -> tuple[Text, ...]:
+    """The row of an origin among the members."""
+    words = [f"{size_text(origin['bytes'])} read", count(origin["requests"], "request")]
+    words += [count(origin["retries"], "retry")] if origin["retries"] else []
+    state = Text("failing", "yellow") if origin["errors"] else Text("origin")
+    of_members = Text("-")
+    return (
+        _words(origin["name"]), of_members, state, of_members, of_members, _words(origin["scheme"]), of_members,
+        _words(", ".join(words)), Text(_rate(origin["rate_bytes_per_s"])), of_members,
+    )  # fmt: skip
 
 
 def _fetches(fetches: Sequence[Mapping[str, Any]]) -> _Rows:

@@ -16,6 +16,7 @@ from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import CHUNKS_MAX, Digest, ModelId
 from swarm.observe import budget
 from swarm.observe.fetch_record import FetchRecord, FetchRecords
+from swarm.observe.origin_record import ORIGINS_MAX
 from swarm.protocol.messages import NodeId, Text
 from swarm.protocol.packets import Label
 
@@ -83,6 +84,18 @@ class Held(msgspec.Struct, frozen=True):
     cells: Cells
 
 
+class ReadOrigin(msgspec.Struct, frozen=True):
+    """What this node has read from an origin: see `observe.origin_record`. Its `node` is a source in `flows`."""
+
+    node: NodeId
+    name: Text
+    scheme: Annotated[str, msgspec.Meta(max_length=16)]
+    bytes: Size
+    requests: Size
+    retries: Size
+    error: Words | None = None
+
+
 class KnownPeer(msgspec.Struct, frozen=True):
     """Name and address of a node in `flows` or `rejected`: the reader may not know it."""
 
@@ -103,6 +116,7 @@ class MemberReport(msgspec.Struct, frozen=True):
     held: Annotated[tuple[Held, ...], msgspec.Meta(max_length=HELD_MAX)]
     rejected: Annotated[tuple[Rejected, ...], msgspec.Meta(max_length=FLOWS_MAX)]
     version: Annotated[str, msgspec.Meta(max_length=64)] | None = None
+    origins: Annotated[tuple[ReadOrigin, ...], msgspec.Meta(max_length=ORIGINS_MAX)] = ()
 
 
 _decoder = msgspec.json.Decoder(MemberReport)
@@ -174,7 +188,14 @@ def _member_report(
         tuple(Held(d, len(bits), bits.length, cells(bits)) for d, bits in list(held.items())[: min(most, HELD_MAX)]),
         tuple(rejected),
         report["node"].get("version"),
+        tuple(_read(origin) for origin in report["origins"][-most:]),
     )
+
+
+def _read(origin: Mapping[str, Any]) -> ReadOrigin:
+    size, requests, retries = (origin[key] for key in ("bytes", "requests", "retries"))
+    name = origin["name"][:TEXT_CHARS_MAX]
+    return ReadOrigin(origin["id"], name, origin["scheme"], size, requests, retries, origin["error"])
 
 
 def _summary(fetch: FetchRecord, now: float) -> FetchSummary:

@@ -2,6 +2,9 @@
 
 Pure. The view holds objects only, keyed by node id, digest or link, so that the difference between two views is a JSON
 merge patch (RFC 7396): changed values, and null for removed ones. docs/dashboard.md has its fields.
+
+An origin that members read is among the members, with the state `origin`, so that links start there. Its numbers are
+the sums of what the members tell.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ SLOW_AFTER_S = 3.0  # of its fetch: earlier rates vary too much
 # Of a view: readers accept 16 MiB (`node.status_client`), and reports of members say more than anyone reads.
 MEMBERS_BYTES_MAX, LINKS_BYTES_MAX, ARTIFACTS_BYTES_MAX, WARNINGS_BYTES_MAX = 8 << 20, 2 << 20, 2 << 20, 1 << 20
 GONE = ("dead", "left")
+ORIGIN = "origin"
 GONE_SHOWN_S = 90.0
 
 
@@ -39,6 +43,7 @@ class SwarmView:
         reports = {node: answer.report for node, answer in answers.items() if answer.report and node not in gone}
         reports[own.node] = own
         members = self._members(status, own.node, reports, answers, now)
+        _add_origins(reports, members)
         links = _links(reports, members)
         for link in links.values():
             members[link["source"]]["up_bytes_per_s"] += link["rate_bytes_per_s"]
@@ -101,8 +106,9 @@ class SwarmView:
 
 
 def _attention(member: Json) -> tuple[bool, bool, bool, bool]:
-    """This node first, then members that fetch, have a link or tell of themselves."""
-    return not member["self"], not member["fetches"], not member["link"], not member["reports"]
+    """This node first, then origins and members that fetch, have a link or tell of themselves."""
+    busy = member["fetches"] or member["state"] == ORIGIN
+    return not member["self"], not busy, not member["link"], not member["reports"]
 
 
 def _member(name: str, address: str, state: str) -> Json:
@@ -110,6 +116,21 @@ def _member(name: str, address: str, state: str) -> Json:
     rates = {"up_bytes_per_s": 0, "down_bytes_per_s": 0, "slow": False, "wrong_chunks": 0}
     by_key: Json = {"wrong_to": {}, "banned_by": {}, "holds": {}, "fetches": {}}
     return {"name": name, "address": address, "state": state, "self": False, "reports": False} | absent | rates | by_key
+
+
+def _add_origins(reports: Mapping[str, MemberReport], members: Json) -> None:
+    """Puts the origins that members read into `members`. A report cannot change another member this way."""
+    for node, report in reports.items():
+        for read in report.origins:
+            if read.node not in members:
+                counts: Json = {"scheme": read.scheme, "bytes": 0, "requests": 0, "retries": 0, "errors": {}}
+                members[read.node] = _member(read.name, "", ORIGIN) | {ORIGIN: counts}
+            if (counts := members[read.node].get(ORIGIN)) is None:
+                continue
+            for name in ("bytes", "requests", "retries"):
+                counts[name] += getattr(read, name)
+            if read.error:
+                counts["errors"][node] = read.error
 
 
 def _links(reports: Mapping[str, MemberReport], members: Json) -> Json:

@@ -27,6 +27,7 @@ URGENCY = {
     "gossip-deaf": 3,
     "mdns": 3,
     "no-key": 3,
+    "origin": 3,
     "slow": 4,
     "version-skew": 4,
 }
@@ -119,6 +120,14 @@ def _versions(report: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator
 
 def _of_member(node: str, member: Mapping[str, Any], members: Mapping[str, Any]) -> Iterator[Warn]:
     name = member["name"]
+    if member["state"] == "origin":
+        failing = {reader: why for reader, why in member["origin"]["errors"].items() if _fetches(members.get(reader))}
+        if failing:
+            readers = listed(members[reader]["name"] for reader in failing)
+            what = f"{name} fails for {readers}: {next(iter(failing.values()))}"
+            do = "It is asked again, and members that it answers pass on what they read. See docs/origins.md."
+            yield Warn("origin", "warn", node, node, what, do)
+        return
     if member["wrong_chunks"]:
         what = f"{name} sent {count(member['wrong_chunks'], 'wrong chunk')} to {_banned(member, members)}"
         do = f"They were dropped and requested elsewhere. Stop it ({_where(member)}), and check its disk and memory."
@@ -142,6 +151,10 @@ def _of_member(node: str, member: Mapping[str, Any], members: Mapping[str, Any])
             what = f"{name} is slow: {size_text(fetch['rate_bytes_per_s'])}/s, less than half of the median"
             do = "Check its network and its disk. Only its own fetch is delayed."
             yield Warn("slow", "warn", node, about, what, do)
+
+
+def _fetches(member: Mapping[str, Any] | None) -> bool:
+    return member is not None and any(fetch["running"] for fetch in member["fetches"].values())
 
 
 def _banned(member: Mapping[str, Any], members: Mapping[str, Any]) -> str:

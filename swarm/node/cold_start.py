@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from swarm.checkpoint.files import bystander
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.content.promise import Listing, etags, promise
-from swarm.errors import ManifestNotFound, OriginDenied, OriginError, SwarmError
+from swarm.errors import ManifestNotFound, OriginDenied, OriginError, OriginNotFound, SwarmError
+from swarm.journal import OriginListed, OriginNode, Resolved
 from swarm.node.node import Node
 from swarm.node.resolve import FIND_TIMEOUT_S, resolve
 from swarm.origin import OriginReader
 from swarm.protocol.messages import Origin
-from swarm.transfer.origin_driver import OriginSource, on_daemon
+from swarm.transfer.origin_driver import OriginSource, on_daemon, origin_node
 
 ASK_AFTER_S = 0.3  # without an announcement of the model
 # From the call on: by then multicast DNS and gossip have found nodes that start at the same time; at the latest while
@@ -64,6 +65,12 @@ class OriginModel:
     def where(self) -> str:
         """The address of the model at its origin."""
         return f"{self.reader.address}/{self.model}"
+
+    @property
+    def node(self) -> OriginNode:
+        """For the journal, alike before and after the listing."""
+        address = self.model if "://" in self.model else f"{self.reader.address}/{self.model}"
+        return origin_node(self.reader.scheme, address)
 
 
 async def find(
@@ -104,6 +111,8 @@ async def find(
             if reading and (listing := lister.listing) and (met or node.promised(model_id)):
                 found = of_listing(listing, at)
                 if digest in (None, found.manifest.digest):
+                    listed = Resolved(model_id, found.manifest.digest, began, node.now(), None)
+                    node.record("node", listed)
                     return found
                 lister.failed(OriginError(at.reader.address, "its files have another digest than the one asked for"))
             if (error := lister.error) and peers.done():
@@ -178,30 +187,37 @@ class Lister:
     async def _list(self) -> None:
         pause_s = PAUSE_FIRST_S
         name = self._at.reader.address
+        node = self._at.node
         while self.listing is None and self.error is None:
             left_s = self._deadline - self._node.now()
             if left_s <= 0:
                 self.failed(self.last or OriginError(name, "did not answer in time"))
                 return
+            asked_at_s = self._node.now()
+            failure: OriginError | None = None
             try:
                 # A thread that resolves a name cannot be stopped; it is left behind.
                 async with asyncio.timeout(left_s):
                     self.listing = await on_daemon(lambda: self._at.reader.listing(self._at.model, self._at.revision))
             except TimeoutError:
-                self.last = OriginError(name, "did not answer in time")
+                failure = OriginError(name, "did not answer in time")
             except OriginError as error:
-                self.last = error
-                self.failures += 1
-                if error.lasting:
-                    self.failed(error)
-                    return
-                if error.retry_s:
-                    wait_s = min(error.retry_s, WAIT_MAX_S)
-                    log.info("%s; asks again in %.0f s", error, wait_s)
-                    self._deadline = max(self._deadline, self._node.now() + wait_s + PAUSE_FIRST_S)
-                    await asyncio.sleep(wait_s)
-                else:
-                    await asyncio.sleep(max(0.0, min(pause_s, self._deadline - self._node.now())))
-                    pause_s *= 2
-            except SwarmError as error:
-                self.failed(OriginError(name, str(error)))
+                failure = error
+            except SwarmError as error:  # a listing that cannot be an artifact
+                failure = OriginNotFound(name, str(error))
+            seconds, lasting = self._node.now() - asked_at_s, failure is not None and failure.lasting
+            self._node.record("node", OriginListed(node, seconds, str(failure) if failure else None, lasting))
+            if failure is None:
+                return
+            self.last = failure
+            self.failures += 1
+            if lasting:
+                self.failed(failure)
+            elif failure.retry_s:
+                wait_s = min(failure.retry_s, WAIT_MAX_S)
+                log.info("%s; asks again in %.0f s", failure, wait_s)
+                self._deadline = max(self._deadline, self._node.now() + wait_s + PAUSE_FIRST_S)
+                await asyncio.sleep(wait_s)
+            else:
+                await asyncio.sleep(max(0.0, min(pause_s, self._deadline - self._node.now())))
+                pause_s *= 2

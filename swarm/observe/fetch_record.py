@@ -16,14 +16,25 @@ the records of the fetches that ended first are dropped.
 from __future__ import annotations
 
 from array import array
-from collections import deque
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from swarm.content.manifest import Digest, ModelId
-from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Left, Received, Resolved
+from swarm.journal import (
+    Entry,
+    FetchEnded,
+    FetchStarted,
+    Joined,
+    Journal,
+    Left,
+    OriginListed,
+    OriginRead,
+    Received,
+    Resolved,
+)
+from swarm.observe.origin_record import OriginRecords
+from swarm.observe.rate import Rate
 from swarm.protocol.messages import NodeId
-from swarm.transfer.download import ORIGIN
 from swarm.transfer.download_events import (
     Ask,
     Ban,
@@ -40,47 +51,15 @@ FETCHES_KEPT = 16
 SOURCES_MAX = 4096  # of a fetch; further nodes count as one
 CHUNKS_KEPT = 1 << 20  # of all fetches together, 14 bytes each
 BUCKETS = 120  # of a timeline: a lane is some hundred pixels wide
-RATE_WINDOW_S = 5.0  # chunks arrive in bursts: over a shorter window a slow member looks fast now and then
-RATE_LEAST_S = 0.2
-
 OTHERS = NodeId("0" * 16)  # of the source that stands for the nodes beyond SOURCES_MAX
 
 TransferEvent: TypeAlias = Ask | Granted | Refused | Cancel | TransferEnded | TransferFailed | ChunkCorrupt | Ban
 TRANSFER_EVENTS = (Ask, Granted, Refused, Cancel, TransferEnded, TransferFailed, ChunkCorrupt, Ban)
 
 
-class Rate:
-    """Bytes per second over the last `RATE_WINDOW_S`, or since `since_s` if that is less.
-
-    A fetch and its links use the same window, so that the rates of the links add up to the rate of the fetch.
-    """
-
-    def __init__(self, since_s: float = float("-inf")) -> None:
-        self._since_s = since_s
-        self._window: deque[tuple[float, int]] = deque()
-        self._bytes = 0
-
-    def add(self, at_s: float, size: int) -> None:
-        """Counts bytes that arrived or left at a time."""
-        self._window.append((at_s, size))
-        self._bytes += size
-        self._forget(at_s)
-
-    def at(self, now: float) -> float:
-        """The rate now."""
-        self._forget(now)
-        if not self._window:
-            return 0.0
-        return self._bytes / min(RATE_WINDOW_S, max(RATE_LEAST_S, now - self._since_s))
-
-    def _forget(self, now: float) -> None:
-        while self._window and self._window[0][0] < now - RATE_WINDOW_S:
-            self._bytes -= self._window.popleft()[1]
-
-
 @dataclass
 class FetchSource:
-    """The part of a peer in a fetch."""
+    """The part of a peer in a fetch, or of an `origin`."""
 
     node: NodeId
     name: str
@@ -93,6 +72,7 @@ class FetchSource:
     transfer_s: float = 0.0  # from grant to end, of all transfers together
     banned: str | None = None
     linked: bool = True
+    origin: bool = False
 
 
 @dataclass
@@ -165,12 +145,12 @@ class FetchRecord:
             return None
         return list(self.sources)[self._source_numbers[found]], round(self._seconds[found], 3)
 
-    def source(self, node: NodeId, name: str, at_s: float) -> FetchSource:
+    def source(self, node: NodeId, name: str, at_s: float, *, origin: bool = False) -> FetchSource:
         """The source with this node id, made at its first event."""
         if node not in self.sources and len(self.sources) >= SOURCES_MAX:
             node, name = OTHERS, f"more than {SOURCES_MAX} nodes"
         if (source := self.sources.get(node)) is None:
-            source = self.sources[node] = FetchSource(node, name, at_s)
+            source = self.sources[node] = FetchSource(node, name, at_s, origin=origin)
         source.heard_at_s = at_s
         return source
 
@@ -292,13 +272,14 @@ class FetchRecord:
 
 
 class FetchRecords:
-    """`follow` a journal; `records` are by digest, the latest begun last."""
+    """`follow` a journal; `records` are by digest, the latest begun last. `origins`: what was read from each."""
 
-    KINDS = (Received, FetchStarted, FetchEnded, Resolved, Joined, Left, *TRANSFER_EVENTS)
+    KINDS = (Received, FetchStarted, FetchEnded, Resolved, Joined, Left, OriginListed, OriginRead, *TRANSFER_EVENTS)
 
     def __init__(self) -> None:
         self.records: dict[Digest, FetchRecord] = {}
-        self._names: dict[NodeId, str] = {ORIGIN: "origin"}  # of linked peers
+        self.origins = OriginRecords()
+        self._names: dict[NodeId, str] = {}  # of linked peers
         self._resolved: dict[Digest, tuple[Resolved, float]] = {}  # by digest, until the fetch starts
 
     @property
@@ -316,6 +297,10 @@ class FetchRecords:
             case Received(node, digest, chunk, size):  # first, because there are as many as chunks
                 if fetch := self._running(digest):
                     fetch.receive(self._source(fetch, node, entry.at_s), entry.at_s, chunk, size)
+                if self.origins.records:
+                    self.origins.apply(entry)
+            case OriginListed() | OriginRead():
+                self.origins.apply(entry)
             case FetchStarted(model_id, digest, size, resumed_bytes):
                 resolved, manifest_at_s = self._resolved.pop(digest, (None, entry.at_s))
                 began_at_s = resolved.began_at_s if resolved else entry.at_s
@@ -348,6 +333,8 @@ class FetchRecords:
         return fetch if fetch and fetch.running else None
 
     def _source(self, fetch: FetchRecord, node: NodeId, at_s: float) -> FetchSource:
+        if origin := self.origins.records.get(node):
+            return fetch.source(node, origin.origin.name, at_s, origin=True)
         return fetch.source(node, self._names.get(node, node), at_s)
 
     def _forget(self) -> None:

@@ -14,7 +14,8 @@ from swarm.content.manifest import Digest
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Journal, Left, Opened, Received, Sent
 from swarm.membership.swim import MemberChanged
 from swarm.observe import budget
-from swarm.observe.fetch_record import FetchRecords, Rate
+from swarm.observe.fetch_record import FetchRecords
+from swarm.observe.rate import Rate
 from swarm.protocol.messages import Address, Announcement, NodeId
 from swarm.protocol.packets import Holding, Record, State
 
@@ -161,7 +162,7 @@ class NodeReport:
                     member.artifacts = {announced.digest: announced for announced in artifacts}
 
     def report(self, now: float) -> dict[str, Any]:
-        """The JSON of `/status`: `node`, `members`, `artifacts`, `transfers`, `omitted` (docs/status.md)."""
+        """The JSON of `/status`: `node`, `members`, `artifacts`, `origins`, `transfers`, `omitted` (docs/status.md)."""
         names = self._names()
         members = [{"id": node, "name": names[node], **member.report(now)} for node, member in self._members.items()]
         artifacts, transfers = self._artifacts(names), self._transfers(names, now)
@@ -175,7 +176,8 @@ class NodeReport:
         }
         everything = {"members": members, "artifacts": artifacts, "transfers": transfers}
         omitted = {name: len(everything[name]) - len(rows) for name, rows in shown.items()}
-        return {"node": {**self._node, **self._condition()}, **shown, "omitted": omitted}
+        origins = [record.report(now) for record in self.fetches.origins.records.values()]
+        return {"node": {**self._node, **self._condition()}, **shown, "origins": origins, "omitted": omitted}
 
     def timeline(self, digest: Digest, now: float) -> dict[str, Any] | None:
         """The JSON of `/timeline/DIGEST`: the last fetch of an artifact by this node; None if it fetched none."""
@@ -191,7 +193,8 @@ class NodeReport:
     def _names(self) -> dict[str, str]:
         """Distinct names by node id; members that are here choose first."""
         here_first = sorted(self._members.items(), key=lambda item: not item[1].here)
-        return distinct_names((node, member.name, member.address) for node, member in here_first)
+        named = distinct_names((node, member.name, member.address) for node, member in here_first)
+        return {**{node: read.origin.name for node, read in self.fetches.origins.records.items()}, **named}
 
     def _artifacts(self, names: dict[str, str]) -> list[dict[str, Any]]:
         found: dict[tuple[str, str], dict[str, Any]] = {}

@@ -18,7 +18,8 @@ from typing import TypeAlias
 
 from swarm.content.manifest import Digest
 from swarm.errors import clean
-from swarm.observe.fetch_record import FetchRecords, Rate
+from swarm.observe.fetch_record import FetchRecords
+from swarm.observe.rate import Rate
 from swarm.observe.units import count, size_text
 
 LOOK_EVERY_S = 0.1
@@ -32,7 +33,8 @@ class Progress:
 
     `bytes_total`: bytes of the wanted part, 0 until the model is found. `bytes_done`: those verified, with those that
     were here before. `rate_bytes_per_s`: over the last 5 s. `peers`: the number that sent a chunk. `eta_s`: seconds
-    left at this rate, None while nothing arrives. `done`: in the last call, after the fetch has succeeded.
+    left at this rate, None while nothing arrives. `done`: in the last call, after the fetch has succeeded. `origin`:
+    the name of the origin that chunks were read from, empty for none.
     """
 
     model_id: str
@@ -42,6 +44,13 @@ class Progress:
     peers: int = 0
     eta_s: float | None = None
     done: bool = False
+    origin: str = ""
+
+    @property
+    def sources(self) -> str:
+        """Peers and origin, in words."""
+        peers = [count(self.peers, "peer")] if self.peers or not self.origin else []
+        return " and ".join([*([self.origin] if self.origin else []), *peers])
 
 
 ShowProgress: TypeAlias = "Callable[[Progress], object] | bool | None"
@@ -84,8 +93,10 @@ class ProgressWatch:
         self._done_bytes = received
         here = size if done else min(size, record.resumed_bytes + received)
         rate = self._rate.at(now)
-        peers = sum(source.chunks > 0 for source in list(record.sources.values()))
-        return Progress(self._model_id, here, size, rate, peers, (size - here) / rate if rate > 0 else None, done)
+        sent = [source for source in list(record.sources.values()) if source.chunks > 0]
+        peers, origin = sum(not source.origin for source in sent), next((s.name for s in sent if s.origin), "")
+        eta_s = (size - here) / rate if rate > 0 else None
+        return Progress(self._model_id, here, size, rate, peers, eta_s, done, clean(origin))
 
 
 def watch(model_id: str, show: ShowProgress) -> ProgressWatch | None:
@@ -133,7 +144,7 @@ class Bar:
     def _line(self, progress: Progress) -> str:
         name = clean(progress.model_id, chars_max=40)
         if progress.done:
-            return f"{name}: {size_text(progress.bytes_total)}, verified, from {count(progress.peers, 'peer')}"
+            return f"{name}: {size_text(progress.bytes_total)}, verified, from {progress.sources}"
         if not progress.bytes_total:
             return f"{name}: looking for peers"
         part = progress.bytes_done / progress.bytes_total
@@ -141,4 +152,4 @@ class Bar:
         left = "waiting" if progress.eta_s is None else f"{progress.eta_s:.0f} s left"
         sizes = f"{size_text(progress.bytes_done)} of {size_text(progress.bytes_total)}"
         rate = f"{size_text(progress.rate_bytes_per_s)}/s"
-        return f"{name}: [{bar:-<{BAR_CELLS}}] {part:4.0%} {sizes}, {rate}, {count(progress.peers, 'peer')}, {left}"
+        return f"{name}: [{bar:-<{BAR_CELLS}}] {part:4.0%} {sizes}, {rate}, {progress.sources}, {left}"

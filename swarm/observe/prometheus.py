@@ -1,7 +1,8 @@
 """`/metrics`: counters and gauges of a node, for Prometheus.
 
 Journal entries become plain numbers, and metrics only on request: there are entries for each chunk, and counting them
-must take less than a microsecond. Labels are bounded: none holds a name, an id or an address.
+must take less than a microsecond. Labels are bounded: none holds a name, an id or an address. Origins are counted by
+scheme.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, OriginRead, Received, Sent, Unreached
+from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, Received, Sent, Unreached
+from swarm.observe.origin_record import OriginRecords
 from swarm.transfer.download_events import Ban, ChunkCorrupt, TransferFailed
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
+COMMON = "hf"  # the scheme whose counters are there before its first request
 STATES = ("self", "alive", "suspect", "dead", "left")
 
 View = Callable[[], Mapping[str, Any]]
@@ -39,11 +42,12 @@ class Metrics:
         self._counts: Counter[type] = Counter()
         self._moved: Counter[type] = Counter()  # bytes, by Received or Sent
         self._ended: Counter[str] = Counter()
-        self._origin_bytes = self._origin_failures = 0
+        self._origins = OriginRecords()
 
     def follow(self, journal: Journal) -> None:
         """Counts the entries that are recorded from now on."""
-        journal.subscribe(self.apply, *_KINDS, Received, Sent, FetchEnded, OriginRead)
+        journal.subscribe(self.apply, *_KINDS, Received, Sent, FetchEnded)
+        self._origins.follow(journal)
 
     def apply(self, entry: Entry) -> None:
         """Counts an entry."""
@@ -51,9 +55,6 @@ class Metrics:
         self._counts[type(event)] += 1
         if isinstance(event, (Received, Sent)):  # a union would be built again for every chunk
             self._moved[type(event)] += event.size
-        elif isinstance(event, OriginRead):
-            self._origin_bytes += event.size
-            self._origin_failures += event.error is not None
         elif isinstance(event, FetchEnded):
             self._ended["complete" if event.error is None else "failed"] += 1
 
@@ -79,12 +80,15 @@ class Metrics:
             (Sent, "swarm_sent", "Bytes of complete transfers to peers"),
         ):
             yield CounterOf(f"{name}_bytes", about, value=self._moved[moved])
-        for name, about, value in (
-            ("bytes", "Bytes of whole chunks read from origins", self._origin_bytes),
-            ("requests", "Reads of origins", self._counts[OriginRead]),
-            ("failures", "Reads of origins that failed", self._origin_failures),
+        for name, about, counts in (
+            ("bytes", "Bytes of verified chunks from origins", self._origins.bytes),
+            ("requests", "Listings and ranges that origins were asked for", self._origins.requests),
+            ("retries", "Requests to origins that failed and were sent again", self._origins.retries),
         ):
-            yield CounterOf(f"swarm_origin_{name}", about, value=value)
+            counter = CounterOf(f"swarm_origin_{name}", about, labels=["origin"])
+            for scheme in sorted({COMMON, *self._origins.requests}):
+                counter.add_metric([scheme], counts[scheme])
+            yield counter
         yield CounterOf("swarm_chunks_verified", "Verified chunks from peers", value=self._counts[Received])
         for kind, (name, about) in _KINDS.items():
             yield CounterOf(name, about, value=self._counts[kind])

@@ -27,6 +27,8 @@ from swarm.journal import (
     Journal,
     Left,
     Opened,
+    OriginListed,
+    OriginRead,
     Received,
     Resolved,
     Sent,
@@ -45,8 +47,8 @@ WRITE_EVERY_S = 0.5
 _REPLAYED: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        ArtifactsAnnounced, FetchEnded, FetchStarted, Joined, Left, MemberChanged, Opened, PeerHas, PeerJoined,
-        PeerLeft, Received, Resolved, Sent, *TRANSFER_EVENTS,
+        ArtifactsAnnounced, FetchEnded, FetchStarted, Joined, Left, MemberChanged, Opened, OriginListed, OriginRead,
+        PeerHas, PeerJoined, PeerLeft, Received, Resolved, Sent, *TRANSFER_EVENTS,
     )
 }  # fmt: skip
 

@@ -13,6 +13,6 @@ def size_text(size: float) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """A number with its noun: '1 node', '2 nodes', '3 fetches'."""
-    plural = f"{noun}es" if noun.endswith("h") else f"{noun}s"
+    """A number with its noun: '1 node', '2 nodes', '3 fetches', '4 retries'."""
+    plural = f"{noun}es" if noun.endswith("h") else f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
     return f"{number} {noun if number == 1 else plural}"

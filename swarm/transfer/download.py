@@ -74,7 +74,6 @@ GRANT_PATIENCE_S = 10.0
 REST_FIRST_S, REST_LONGEST_S = 0.25, 8.0  # rest after a failure, doubling with each in a row
 NOTHING_TO_GIVE_REST_S = 0.1  # the least rest of a seed, however short a time it names
 DISTANCE_MAX = 2  # 0 same host, 1 same rack, 2 else
-ORIGIN = NodeId(f"{1:016x}")  # in journals, the source of chunks that this node reads from the origin
 DUE_EARLY_S = 1e-6  # a timer may fire so early, by the rounding of its clock: not to be set again for the rest
 SIDE_BY_SIDE_MEASURE_S = 0.005
 RATE_SMOOTHING = 0.3  # weight of the newest transfer in a peer's measured rate
@@ -232,8 +231,8 @@ class Download:
                 return self._ban(peer, why)
             case Proven():
                 self._proven = True
-            case OriginFailed(why, wait_s):
-                self._last_words[ORIGIN] = why
+            case OriginFailed(origin, why, wait_s):
+                self._last_words[origin] = why
                 self._excused_until = max(self._excused_until, self._now + wait_s)
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")

@@ -30,14 +30,14 @@ from swarm.errors import (
     SwarmError,
     TransportError,
 )
-from swarm.journal import Received
+from swarm.journal import OriginNode, Received
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
 from swarm.protocol import messages
 from swarm.protocol.messages import NodeId, RefusalReason
 from swarm.store import Store, View
 from swarm.transfer import download_events as events
-from swarm.transfer.download import ORIGIN, Download
+from swarm.transfer.download import Download
 from swarm.transfer.promise_driver import PromiseDriver
 from swarm.transfer.verify import LandedChunk, Verifier
 from swarm.transport import Inbound, Transfer
@@ -318,10 +318,9 @@ class DownloadDriver:
             self._preparing = self._loop.run_in_executor(None, self._verifier.prepare)
         await asyncio.shield(self._preparing)
 
-    def origin_landed(self, name: str, scheme: str, number: int, landed: Sequence[LandedChunk]) -> None:
-        """Chunks from the origin, which is called `name`."""
-        self.names[ORIGIN] = name
-        self._landed(_Sender(ORIGIN, scheme, is_origin=True), number, landed)
+    def origin_landed(self, origin: OriginNode, number: int, landed: Sequence[LandedChunk]) -> None:
+        """Chunks from the origin."""
+        self._landed(_Sender(origin.node, origin.scheme, is_origin=True), number, landed)
 
     def _landed(self, sender: _Sender, number: int, landed: Sequence[LandedChunk]) -> None:
         if verified := [arrival for arrival in landed if arrival.correct and arrival.spare is None]:

@@ -156,8 +156,9 @@ class Proven:
 
 @dataclass(frozen=True)
 class OriginFailed:
-    """A read of the origin failed. `wait_s`: seconds that the origin itself asks to wait, in which nothing stalls."""
+    """A read of an origin failed. `wait_s`: seconds that the origin itself asks to wait, in which nothing stalls."""
 
+    origin: NodeId
     why: str
     wait_s: float
 

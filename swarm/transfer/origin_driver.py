@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import random
 import threading
 import time
@@ -24,9 +25,10 @@ from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Manifest
 from swarm.content.promise import Listing
 from swarm.errors import OriginError, OriginUnreachable, StoreError, SwarmError
-from swarm.journal import OriginRead
+from swarm.journal import OriginNode, OriginRead
 from swarm.origin import OriginReader, OriginStream
 from swarm.peers.host import Host
+from swarm.protocol.messages import NodeId
 from swarm.transfer import download_events as events
 from swarm.transfer.download import Download
 from swarm.transfer.origin_reads import STREAMS_MAX, OriginReads, ReadRange
@@ -39,6 +41,7 @@ FAILURES_TOLD = 3  # in a row, before other nodes are told that this one cannot 
 ALONE_S = 2.0  # without a peer, before a fetch with a lasting failure of the origin ends
 GREET_S = 1.5  # for peers that announce chunks to tell which, before the first read
 POLL_S = 0.25
+NAME_CHARS_MAX = 200
 
 T = TypeVar("T")
 
@@ -53,16 +56,32 @@ class OriginSource:
     readers_max: int | None = None
 
     @property
+    def node(self) -> OriginNode:
+        """For the journal."""
+        return origin_node(self.origin.scheme, self.listing.source)
+
+    @property
     def name(self) -> str:
-        """For status pages and messages."""
-        source = self.listing.source
-        return f"origin {urlsplit(source).netloc or source}"
+        """For messages."""
+        return self.node.name
+
+
+def origin_node(scheme: str, address: str) -> OriginNode:
+    """The origin of a model's address as a node: its host, bucket or directory, without user and password."""
+    host, parts = "", None
+    with contextlib.suppress(ValueError):  # an address that is no URL
+        parts = urlsplit(address)
+        host = parts.netloc.rpartition("@")[2]
+    place = host if host and parts and parts.scheme in ("http", "https") else f"{scheme}://{host}" if host else address
+    node = hashlib.sha256(f"{scheme} {place}".encode("utf-8", "replace")).hexdigest()[:16]
+    return OriginNode(NodeId(node), f"origin {place}"[:NAME_CHARS_MAX], scheme)
 
 
 class OriginDownload(Protocol):
     """The download that the chunks belong to."""
 
     machine: Download
+    names: dict[NodeId, str]
 
     def handle(self, event: events.Event) -> None:
         """Passes an event to the machine."""
@@ -70,7 +89,7 @@ class OriginDownload(Protocol):
     def fail(self, error: SwarmError) -> None:
         """Ends the fetch."""
 
-    def origin_landed(self, name: str, scheme: str, number: int, landed: Sequence[LandedChunk]) -> None:
+    def origin_landed(self, origin: OriginNode, number: int, landed: Sequence[LandedChunk]) -> None:
         """Chunks from the origin."""
 
 
@@ -91,6 +110,7 @@ class OriginDriver:
         rng: random.Random,
     ) -> None:
         self.source = source
+        self._node = source.node
         self.able = True
         self.transfers: set[int] = set()  # of the reads that run
         self._manifest = manifest
@@ -119,6 +139,7 @@ class OriginDriver:
     def begin(self, download: OriginDownload, verifier: Verifier) -> None:
         """Starts to read."""
         self._download, self._verifier = download, verifier
+        download.names[self._node.node] = self._node.name
         self._tasks = [
             self._host.spawn(self._stream(number), f"origin stream {number}") for number in range(STREAMS_MAX)
         ]
@@ -212,9 +233,8 @@ class OriginDriver:
             chunk = self._manifest.chunks[first]
             path, size = self._manifest.files[chunk.file].path, sum(c.size for c in chunks)
             seconds = self._host.now() - began
-            name = self.source.origin.address
-            why = str(error) if error else None
-            self._host.record("node", OriginRead(name, path, chunk.offset, size, seconds, why))
+            why, lasting = (str(error) if error else None), isinstance(error, OriginError) and error.lasting
+            self._host.record("node", OriginRead(self._node, path, chunk.offset, size, seconds, why, lasting))
         if reading.at > first:
             self._failures = 0
         if isinstance(error, OriginError):
@@ -233,7 +253,7 @@ class OriginDriver:
         if self.able and (error.lasting or wait_s or self._failures >= FAILURES_TOLD):
             self.able = False
             self._tell()
-        self._download.handle(events.OriginFailed(error.why, wait_s))
+        self._download.handle(events.OriginFailed(self._node.node, error.why, wait_s))
 
     def _fill(self, transfer: int, reading: ReadRange, *, urgent: bool) -> None:
         """Fills the places of a range's chunks, on a thread. Raises OriginError and StoreError."""
@@ -260,10 +280,8 @@ class OriginDriver:
             del self._open[transfer]
 
     def _report(self, transfer: int) -> Callable[[Sequence[LandedChunk]], None]:
-        name, scheme = self.source.name, self.source.origin.scheme
-
         def report(landed: Sequence[LandedChunk]) -> None:
-            self._mailbox.post(lambda: self._download.origin_landed(name, scheme, transfer, landed))
+            self._mailbox.post(lambda: self._download.origin_landed(self._node, transfer, landed))
 
         return report
 

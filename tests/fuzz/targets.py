@@ -486,7 +486,8 @@ async def _adopt(data: bytes) -> bool:
 
 
 def _reports() -> list[bytes]:
-    status = {"node": {"id": ME}, "members": [], "transfers": [], "artifacts": []}
+    read = {"id": BEN, "name": "origin hub", "scheme": "hf", "bytes": 9, "requests": 2, "retries": 1, "error": "429"}
+    status = {"node": {"id": ME}, "members": [], "origins": [read], "transfers": [], "artifacts": []}
     bits = {DIGEST: Bitfield(77, [1, 2, 3])}
     flow = member_report.PeerFlow(DIGEST, "down", ANN, 5, 7)
     own = member_report.member_report(status, FetchRecords(), bits, NOW, place=("host", "rack"))
@@ -500,7 +501,7 @@ def feed_report(data: bytes) -> bool:
         report = member_report.decode(data)
     except ValueError:
         return False
-    status = {"node": {"id": BEN, "name": "ben"}, "members": [], "transfers": [], "artifacts": []}
+    status = {"node": {"id": BEN, "name": "ben"}, "members": [], "origins": [], "transfers": [], "artifacts": []}
     own = member_report.member_report(status, FetchRecords(), {}, NOW, place=("", ""))
     answers = {str(report.node): MemberAnswer(report, NOW)}
     view = SwarmView().view(status, own, answers, NOW)

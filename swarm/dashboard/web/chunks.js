@@ -130,7 +130,8 @@ export function draw(view, { digest, chunk, onChunk }) {
   unknown.hidden = known;
   heldInPart.hidden = total <= count;
   write(heldInPart.lastChild, `held in part (a column is ${Math.ceil(total / Math.max(1, count))} chunks)`);
-  warnOfSingleCopies(known ? only.filter(Boolean) : [], total, count);
+  const atOrigin = artifact?.tier === "promised"; // which can be read again
+  warnOfSingleCopies(known && !atOrigin ? only.filter(Boolean) : [], total, count);
   wanted.forEach(([, box], n) => { if (maps.children[n] !== box) maps.insertBefore(box, maps.children[n] ?? null); });
   while (maps.children.length > wanted.length) maps.lastChild.remove();
   const present = new Set(wanted.map(([key]) => key));

@@ -46,7 +46,7 @@ function mostWanted() {
 }
 
 function head() {
-  const all = Object.values(view.members);
+  const all = Object.values(view.members).filter((m) => !m.origin);
   const here = all.filter((m) => !["dead", "left"].includes(m.state));
   const fetching = here.filter((m) => words.running(m));
   const moving = Object.values(view.links).reduce((sum, link) => sum + link.rate_bytes_per_s, 0);

@@ -68,15 +68,16 @@ export function draw(view, { digest, selected, chosen }) {
     const [head, state, holds, ready, down, up, place] = tr.children;
     tr.className = `is-${condition}${selected === id ? " selected" : ""}`;
     write(head.firstChild, member.name);
-    write(head.children[1], member.address);
+    write(head.children[1], member.origin ? words.asked(member.origin) : member.address);
     head.firstChild.setAttribute("aria-pressed", String(selected === id));
     write(state.firstChild, words.STATES[condition]);
     write(head.lastChild, words.STATES[condition]);
     write(place, [member.rack, member.host].filter(Boolean).join(", ") || "–");
+    holds.firstChild.hidden = Boolean(member.origin);
     const part = fetch ? fetch.done_bytes / Math.max(1, fetch.bytes) : words.fraction(member, digest);
     const width = `${(part * 100).toFixed(1)}%`;
     if (holds.firstChild.firstChild.style.width !== width) holds.firstChild.firstChild.style.width = width;
-    write(holds.lastChild, words.percent(part));
+    write(holds.lastChild, member.origin ? `${words.bytes(member.origin.bytes)} read` : words.percent(part));
     write(ready, fetch ? words.seconds(fetch.eta_s) : condition === "seed" || condition === "wanted" ? "ready" : "–");
     write(down, words.rate(member.down_bytes_per_s));
     write(up, words.rate(member.up_bytes_per_s));

@@ -8,7 +8,7 @@ const NAMED_MAX = 24; // with more members only marked ones show their names
 const LINKS_MAX = 250; // the fastest first: more are unreadable; the table has them
 const RATES_MAX = 6; // only the fastest links show their rates, if there is room
 const SIGNS = {
-  slow: "M-.3-.5H.3L-.3.5H.3z", dead: "M-.5-.5.5.5M.5-.5-.5.5", left: "M-.5-.5.5.5M.5-.5-.5.5", wrong: "M0-.6V.1M0 .5V.55",
+  origin: "M0-.55V.4M-.4 0 0 .4.4 0", slow: "M-.3-.5H.3L-.3.5H.3z", dead: "M-.5-.5.5.5M.5-.5-.5.5", left: "M-.5-.5.5.5M.5-.5-.5.5", wrong: "M0-.6V.1M0 .5V.55",
 };
 
 const svg = document.getElementById("ring");
@@ -190,6 +190,7 @@ export function note(member, short = false) {
     case "slow": return short ? `slow · ${words.soon(fetch?.eta_s)}` : `slow · ${done} · ${fetch?.eta_s == null ? left : `ready in ${words.soon(fetch.eta_s)}`}`;
     case "fetching": return progress;
     case "unknown": return "reported by others";
+    case "origin": return short ? words.bytes(member.origin.bytes) : `${words.bytes(member.origin.bytes)} read · ${words.asked(member.origin)}`;
     case "wanted": return `has its part: ${words.percent(words.fraction(member))} of all`;
     case "part": return `has ${words.percent(words.fraction(member))}`;
     case "idle": return "holds nothing";
@@ -210,10 +211,11 @@ function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
     "aria-label": `${member.name}: ${words.STATES[condition]}, ${note(member)}, ${words.place(member)}, receives ${words.rate(member.down_bytes_per_s)}, sends ${words.rate(member.up_bytes_per_s)}`,
   });
   const whole = part >= 1 && condition !== "dead";
-  set(made.plate, { d: condition === "wrong" ? `M0${-r * 1.35} ${r * 1.35} 0 0 ${r * 1.35} ${-r * 1.35} 0z` : "" });
-  set(made.rim, { r: condition === "wrong" ? 0 : r });
+  const plates = { wrong: `M0${-r * 1.35} ${r * 1.35} 0 0 ${r * 1.35} ${-r * 1.35} 0z`, origin: `M${-r} ${-r}H${r}V${r}H${-r}z` };
+  set(made.plate, { d: plates[condition] ?? "" });
+  set(made.rim, { r: plates[condition] ? 0 : r });
   set(made.disc, { r: whole && condition !== "wrong" ? r : 0 });
-  set(made.arc, { d: condition === "wrong" || whole ? "" : ring(part, r), "stroke-width": Math.max(2, r * 0.26) });
+  set(made.arc, { d: plates[condition] || whole ? "" : ring(part, r), "stroke-width": Math.max(2, r * 0.26) });
   set(made.core, { r: whole && condition !== "wrong" ? r * 0.42 : 0 });
   set(made.sign, { d: SIGNS[condition] ?? "", transform: `scale(${r})` });
   const matters = ["wrong", "dead", "silent", "slow"].includes(condition) || selected === id || roving === id && crowd;

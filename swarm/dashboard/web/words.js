@@ -35,6 +35,7 @@ export function fraction(member, digest) {
 
 // The state to show, most urgent first.
 export function condition(member) {
+  if (member.origin) return "origin";
   if (member.state === "dead") return "dead";
   if (member.wrong_chunks) return "wrong"; // must be stopped, even without a link to it
   if (member.state === "left") return "left";
@@ -50,8 +51,14 @@ export function condition(member) {
 
 export const STATES = {
   dead: "dead", left: "left", wrong: "wrong chunks", silent: "lost: no answer", slow: "slow", fetching: "fetching",
-  unknown: "reported by others", seed: "seed", wanted: "has what it wants", part: "has a part", idle: "holds nothing",
+  unknown: "reported by others", origin: "origin", seed: "seed", wanted: "has what it wants", part: "has a part", idle: "holds nothing",
 };
+
+// How often members have asked an origin.
+export function asked({ requests, retries }) {
+  const again = retries ? ` · ${retries} ${retries === 1 ? "retry" : "retries"}` : "";
+  return `${requests} request${requests === 1 ? "" : "s"}${again}`;
+}
 
 export function place(member) {
   return [member.rack && `rack ${member.rack}`, member.host && `host ${member.host}`].filter(Boolean).join(", ") || "–";

@@ -348,7 +348,10 @@ def test_is_a_served_model_shown_and_fetched(
     assert main(["verify", "out"]) == 0
 
 
-FIELDS = ["schema", "node", "members", "artifacts", "transfers", "omitted", "fetches", "links", "warnings", "asked"]
+FIELDS = [
+    "schema", "node", "members", "artifacts", "transfers", "origins", "omitted", "fetches", "links", "warnings",
+    "asked",
+]  # fmt: skip
 
 LIGHT = """
 import sys

@@ -13,7 +13,17 @@ from swarm.cli.replay import read, replay, show
 from swarm.content.manifest import CHUNKS_MAX, Digest, ModelId
 from swarm.dashboard.replay_server import ReplayServer
 from swarm.errors import StoreError
-from swarm.journal import Entry, FetchEnded, FetchStarted, Joined, Journal, Received
+from swarm.journal import (
+    Entry,
+    FetchEnded,
+    FetchStarted,
+    Joined,
+    Journal,
+    OriginListed,
+    OriginNode,
+    OriginRead,
+    Received,
+)
 from swarm.observe import trace
 from swarm.observe.fetch_record import PHASES
 from swarm.observe.trace import event, tracing
@@ -48,6 +58,25 @@ def test_do_the_phases_add_up() -> None:
     pat, liar = fetch["sources"]
     assert (pat["name"], pat["bytes"], pat["waited_s"], pat["transfer_s"]) == ("pat", 30, 1.0, 2.0)
     assert (liar["rejected_chunks"], liar["banned"]) == (1, "it lies")
+
+
+def test_is_an_origin_a_source_by_name_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    hub = OriginNode(Q, "origin hub", "hf")
+    story = (
+        Entry(9.0, "node", OriginListed(hub, 0.2, "hub: 503")),
+        Entry(9.9, "node", OriginListed(hub, 0.2, None)),
+        *STORY[1:2],
+        Entry(12.0, Q, Received(Q, DIGEST, 0, 30)),
+        Entry(12.5, "node", OriginRead(hub, "a", 0, 30, 2.0, None)),
+        *STORY[-1:],
+    )
+    told = replay(map(event, story))
+    (source,) = told["fetches"][0]["sources"]
+    assert (source["name"], source["bytes"], source["origin"]) == ("origin hub", 30, True)
+    (origin,) = told["origins"]
+    assert (origin["bytes"], origin["requests"], origin["retries"], origin["error"]) == (30, 3, 1, None)
+    show(told)
+    assert "origin hub" in capsys.readouterr().out
 
 
 def test_is_a_trace_that_was_cut_short_told() -> None:

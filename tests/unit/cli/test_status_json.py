@@ -15,7 +15,7 @@ from swarm.cli import status_table, status_watch
 from swarm.cli.status_json import SCHEMA, Json, healthy, swarm_status
 from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard.collector import MemberAnswer
-from swarm.dashboard.member_report import FetchSummary, KnownPeer, MemberReport, PeerFlow, Rejected
+from swarm.dashboard.member_report import FetchSummary, KnownPeer, MemberReport, PeerFlow, ReadOrigin, Rejected
 from swarm.dashboard.swarm_view import SwarmView
 from swarm.errors import PeerUnreachable
 from swarm.node import status_client
@@ -37,6 +37,7 @@ def report(*members: Json, node: dict[str, Any] | None = None, artifacts: tuple[
         "node": here,
         "members": [member(ME, "me", transport="self"), *members],
         "artifacts": list(artifacts),
+        "origins": [],
         "transfers": [],
     }
 
@@ -65,6 +66,31 @@ def codes(known: Json, own: MemberReport | None = None, **told: MemberReport) ->
     return [warning["code"] for warning in swarm(known, own, **told)["warnings"]]
 
 
+HUB = NodeId("e" * 16)
+
+
+def test_is_an_origin_told_and_drawn_as_a_node() -> None:
+    read = ReadOrigin(HUB, "origin hub", "hf", 105_000_000, 14, 2, "hub: 429")
+    own = msgspec.structs.replace(fetching(), origins=(read,), flows=(PeerFlow(DIGEST, "down", HUB, 7, 3_000_000),))
+    told = swarm(ALL, own)
+    (origin,) = told["origins"]
+    assert origin == {
+        "id": HUB, "name": "origin hub", "scheme": "hf", "bytes": 105_000_000, "requests": 14, "retries": 2,
+        "errors": {ME: "hub: 429"}, "rate_bytes_per_s": 3_000_000,
+    }  # fmt: skip
+    assert HUB not in {each["id"] for each in told["members"]}
+    assert told["fetches"][0]["fed_by"] == [{"node": HUB, "name": "origin hub", "rate_bytes_per_s": 3_000_000}]
+    row = r"origin hub +│ - +│ failing .*│ hf .*│ 105 MB read, 14 requests, 2 retries │ +3 MB/s"
+    assert re.search(row, drawn(told))
+    assert "origin hub: 105 MB read" in status_table.line(told)
+
+
+def test_is_the_origin_of_the_asked_node_told_without_a_view() -> None:
+    row = {"id": HUB, "name": "origin hub", "scheme": "hf", "bytes": 1, "rate_bytes_per_s": 2, "requests": 3}
+    (origin,) = swarm_status({**ALL, "origins": [{**row, "retries": 0, "error": None}]}, None)["origins"]
+    assert origin == {**row, "retries": 0, "errors": {}}
+
+
 ALL = report(member(A, "ann"), member(LIAR, "liar"))
 
 
@@ -87,6 +113,7 @@ def test_are_the_fields_of_the_json_those_that_are_documented() -> None:
         "node",
         "members",
         "artifacts",
+        "origins",
         "transfers",
         "fetches",
         "links",

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Digest, ModelId
 from swarm.dashboard.collector import MemberAnswer
-from swarm.dashboard.member_report import FetchSummary, Held, KnownPeer, MemberReport, PeerFlow, Rejected, cells, decode
+from swarm.dashboard.member_report import (
+    FetchSummary,
+    Held,
+    KnownPeer,
+    MemberReport,
+    PeerFlow,
+    ReadOrigin,
+    Rejected,
+    cells,
+    decode,
+)
 from swarm.dashboard.swarm_view import GONE_SHOWN_S, Json, SwarmView, patch
 from swarm.protocol.messages import NodeId
 
@@ -33,6 +43,7 @@ def report(*members: tuple[str, str, str | None]) -> dict[str, Any]:
             {"id": node, "name": node[0], "state": state, "transport": link, **facts} for node, state, link in members
         ],
         "artifacts": [],
+        "origins": [],
         "transfers": [],
     }
 
@@ -60,6 +71,37 @@ def test_is_a_link_counted_once_and_as_its_target_says() -> None:
 def test_is_a_link_shown_of_which_the_source_alone_tells() -> None:
     seen = view(ALL, told(A, flows=(PeerFlow(DIGEST, "up", B, 90, 9000),)))
     assert seen["links"][f"{A}>{B}"]["bytes"] == 90
+
+
+HUB = NodeId("e" * 16)
+
+
+def reading(size: int, error: str | None = None) -> ReadOrigin:
+    return ReadOrigin(HUB, "origin hub", "hf", size, 3, 1, error)
+
+
+def test_is_an_origin_a_node_with_the_sums_of_its_readers() -> None:
+    down = PeerFlow(DIGEST, "down", HUB, 70, 7000)
+    seen = view(ALL, told(A, flows=(down,), origins=(reading(70),)), told(B, origins=(reading(30),)))
+    hub = seen["members"][HUB]
+    assert (hub["state"], hub["name"], hub["up_bytes_per_s"]) == ("origin", "origin hub", 7000)
+    assert hub["origin"] == {"scheme": "hf", "bytes": 100, "requests": 6, "retries": 2, "errors": {}}
+    assert seen["links"] == {f"{HUB}>{A}": {"source": HUB, "target": A, "bytes": 70, "rate_bytes_per_s": 7000}}
+    assert seen["warnings"] == {}
+
+
+def test_does_a_failing_origin_warn_as_long_as_a_reader_fetches() -> None:
+    broken = (reading(0, "hub: 429 Too Many Requests"),)
+    seen = view(ALL, told(A, fetches=(fetch(0),), origins=broken), told(B, origins=broken))
+    assert [warning["what"] for warning in seen["warnings"].values()] == [
+        "origin hub fails for a: hub: 429 Too Many Requests"
+    ]
+    assert view(ALL, told(B, origins=broken))["warnings"] == {}
+
+
+def test_does_an_origin_with_the_id_of_a_member_change_nothing_of_it() -> None:
+    seen = view(ALL, told(B, origins=(ReadOrigin(A, "evil", "hf", 1, 1, 0),)))
+    assert seen["members"][A] == view(ALL, told(B))["members"][A]
 
 
 def test_who_is_slow() -> None:

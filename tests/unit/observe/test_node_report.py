@@ -26,8 +26,8 @@ from swarm.journal import (
 from swarm.membership.swim import MemberChanged
 from swarm.node import status_client
 from swarm.observe import budget, node_report
-from swarm.observe.fetch_record import RATE_WINDOW_S, Rate
 from swarm.observe.node_report import NodeReport, distinct_names
+from swarm.observe.rate import RATE_WINDOW_S, Rate
 from swarm.protocol.messages import Address, Announcement, HeldPart, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
 
@@ -62,6 +62,7 @@ def test_what_does_an_empty_journal_show() -> None:
         "node": {"id": "", "name": "", "address": ""},
         "members": [],
         "artifacts": [],
+        "origins": [],
         "transfers": [],
         "omitted": {"members": 0, "artifacts": 0, "transfers": 0},
     }

@@ -13,12 +13,14 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from swarm.content.manifest import Digest, ModelId
-from swarm.journal import FetchEnded, FetchStarted, Journal, OriginRead, Received, Sent
+from swarm.journal import FetchEnded, FetchStarted, Journal, OriginListed, OriginNode, OriginRead, Received, Sent
 from swarm.observe.prometheus import Metrics
 from swarm.protocol.messages import NodeId
 from swarm.transfer.download_events import Ban, ChunkCorrupt
 
 P, Q = NodeId("p"), NodeId("q")
+HUB = OriginNode(NodeId("a" * 16), "origin hub", "hf")
+BUCKET = OriginNode(NodeId("b" * 16), "origin s3://bucket", "s3")
 
 MONITORING = Path(__file__).parents[3] / "examples" / "monitoring"
 DIGEST = Digest("d" * 64)
@@ -55,16 +57,18 @@ def test_are_events_counted_and_the_present_told() -> None:
     told = samples(
         metrics(
             FetchStarted(ModelId("m"), DIGEST, 100, 0), Received(P, DIGEST, 0, 30), Sent(P, DIGEST, 7),
-            OriginRead("hub", "a", 0, 50, 1.0, None), OriginRead("hub", "a", 50, 20, 1.0, "it broke"),
+            OriginListed(HUB, 0.5, None), Received(HUB.node, DIGEST, 1, 50), OriginRead(HUB, "a", 0, 50, 1.0, None),
+            OriginRead(HUB, "a", 50, 0, 1.0, "it broke"), OriginRead(BUCKET, "a", 50, 0, 1.0, "gone", lasting=True),
             ChunkCorrupt(Q, 1, 2), Ban(Q, "lies"), FetchEnded(DIGEST, None), FetchEnded(DIGEST, "stalled"),
         )
     )  # fmt: skip
     expected = {
-        "swarm_received_bytes_total": 30, "swarm_sent_bytes_total": 7, "swarm_chunks_rejected_total": 1,
+        "swarm_received_bytes_total": 80, "swarm_sent_bytes_total": 7, "swarm_chunks_rejected_total": 1,
         "swarm_ready": 0, "swarm_bans_total": 1, "swarm_fetches_started_total": 1,
         "swarm_fetches_ended_total complete": 1,
         "swarm_fetches_ended_total failed": 1, "swarm_members alive": 2, "swarm_links": 1,
-        "swarm_origin_bytes_total": 70, "swarm_origin_requests_total": 2, "swarm_origin_failures_total": 1,
+        "swarm_origin_bytes_total hf": 50, "swarm_origin_requests_total hf": 3, "swarm_origin_retries_total hf": 1,
+        "swarm_origin_requests_total s3": 1, "swarm_origin_retries_total s3": 0,
         "swarm_fetches_missing_bytes": 70, "swarm_fetches_stalled": 1, "swarm_warnings stalled": 1,
     }  # fmt: skip
     assert {name: told[name] for name in expected} == expected
