@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from swarm.api.handles import HubCache
-from swarm.checkpoint import digest_cache, hf_publish, kept, signature_file
+from swarm.checkpoint import commit_source, digest_cache, hf_publish, kept, signature_file
 from swarm.checkpoint.blob_check import git_name
 from swarm.checkpoint.promised import described
 from swarm.content import promise
@@ -23,6 +23,7 @@ from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Digest, Digests, Manifest, ModelId
 from swarm.content.selection import Part, Selection
 from swarm.errors import FetchTimeout, NotOfCommit, StoreConflict, StoreError
+from swarm.node import commit_parts
 from swarm.node.cold_start import Found
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
@@ -32,6 +33,7 @@ from swarm.store import Store
 from swarm.store.casting import casts
 from swarm.store.directory import Claimed, DirectoryStore, discard
 from swarm.store.memory import PromisedSource
+from swarm.store.part import narrowed
 from swarm.store.tensors import CastStore, GpuStore, IntoStore, MemoryStore
 from swarm.transfer.commit_proof import PinnedCommit
 from swarm.transfer.verify import copy, is_right
@@ -97,9 +99,10 @@ class FetchTarget:
             if path is not None:
                 await asyncio.to_thread(discard, path, manifest)
             raise
-        if path is not None and part is None:
+        if path is not None:
             cache, kept_as = self._settings.cache, path
-            await _finished(node, fetched, lambda: _remember(cache, kept_as, _proven(node, manifest), origin))
+            await _finished(node, fetched, lambda: _remember(node, cache, kept_as, manifest, origin, part))
+            self._join_commit(store, path, origin, part)
         return fetched, store, path
 
     async def _to_hub_cache(
@@ -125,13 +128,21 @@ class FetchTarget:
                 lambda: entry.publish(manifest, origin, self._revision, stamps=stamps, part=part, proven=by_listing),
             )
             kept.record(cache, self._left.model_id, manifest.digest, snapshot, wrote=entry.wrote)
-            if part is None:
-                await _finished(node, fetched, lambda: _remember(cache, snapshot, _proven(node, manifest), origin))
+            await _finished(node, fetched, lambda: _remember(node, cache, snapshot, manifest, origin, part))
             if isinstance(store, DirectoryStore):
                 store.moved(snapshot)
+            self._join_commit(store, snapshot, origin, part)
         finally:
             entry.unclaim(manifest, lock)
         return fetched, store, snapshot
+
+    def _join_commit(self, store: Store, path: Path, origin: Origin | None, part: Part | None) -> None:
+        """Serves the fetched files as a part of their commit too, of which other nodes may have more files."""
+        if part is not None or not isinstance(store, DirectoryStore) or store.manifest.promised:
+            return
+        if origin and origin.commit and (source := commit_source.fetched(path, store.manifest, store.stamps())):
+            model_id = ModelId(self._left.model_id)
+            commit_parts.join(self._node, model_id, source, origin=origin, trusted=self._settings.trusted)
 
     async def _opened(self, manifest: Manifest, part: Part | None) -> tuple[Store, Path | None]:
         """The store. Waits while another fetch writes the same artifact there; its files then count as fetched."""
@@ -268,11 +279,19 @@ async def _finished(node: Node, fetched: Fetched, work: Callable[[], T]) -> T:
         raise
 
 
-def _remember(cache: Path, path: Path, manifest: Manifest, origin: Origin | None) -> None:
+def _remember(
+    node: Node, cache: Path, path: Path, manifest: Manifest, origin: Origin | None, part: Part | None
+) -> None:
     try:
+        proven = _proven(node, manifest)
+        if part is not None:
+            of = digest_cache.PartOf(manifest.digest, len(manifest.files))
+            here = narrowed(proven, {manifest.files[number].path for number in part.files})
+            digest_cache.remember_part(cache, path, here, of=of)
+            return
         if origin and origin.signatures:
-            signature_file.add(path, manifest.digest, origin.signatures)
-        digest_cache.remember(cache, path, manifest)
+            signature_file.add(path, proven.digest, origin.signatures)
+        digest_cache.remember(cache, path, proven)
     except StoreError as error:
         log.warning("%s; the fetch is complete, but `swarm verify %s` will know nothing of it", error, path)
 

@@ -30,7 +30,7 @@ from swarm.checkpoint import (
 )
 from swarm.checkpoint.files import CheckpointFile, bystander, walk
 from swarm.content.manifest import Manifest
-from swarm.errors import ManifestInvalid
+from swarm.errors import CheckpointIncomplete, ManifestInvalid
 from swarm.store.disk import Stamp, store_errors
 from swarm.store.part import narrowed
 
@@ -52,7 +52,11 @@ def model(path: Path, *, cache_dir: Path) -> Checked:
         lost: list[str] = []
         found, _ = walk(path, dangling=lost)
         problems = [f"{name}: is missing: a link to nowhere" for name in lost]
-        problems += _broken(found)
+        fetched, part_of = digest_cache.recall_files(cache_dir, path) or (None, None)
+        if fetched:
+            gone = {file.path for file in fetched.files} - {file.path for file in found} - set(lost)
+            problems += [f"{name}: is missing; fetch the model again" for name in gone]
+        problems += _broken(found, whole=part_of is None)
         names = hf_cache.hub_names(path) or local_download.names(path)
         named = [*found, *_others(path, names, found)]
         hub = [file for file in named if file.path in names]
@@ -63,7 +67,7 @@ def model(path: Path, *, cache_dir: Path) -> Checked:
         rest = {file.path for file in found if file.path not in names}
         compared = {"the hub's names": len(hub)}
         records = {
-            "the manifest of its fetch": digest_cache.recall(cache_dir, path),
+            "the manifest of its fetch": fetched,
             "the manifest of its last serving": digest_cache.last_served(cache_dir, path),
         }
         for what, manifest in records.items():
@@ -72,7 +76,8 @@ def model(path: Path, *, cache_dir: Path) -> Checked:
                 problems += _differences(path, narrowed(manifest, known))
                 compared[what] = len(known)
                 rest -= known
-    notes = [_listing_note(path), f"{len(rest)} without anything to compare with" if rest else ""]
+    part = f"a part, {len(fetched.files)} of {part_of.files} files" if fetched and part_of else ""
+    notes = [part or _listing_note(path), f"{len(rest)} without anything to compare with" if rest else ""]
     return Checked(
         sorted(problems),
         len(named),
@@ -82,7 +87,8 @@ def model(path: Path, *, cache_dir: Path) -> Checked:
     )
 
 
-def _broken(found: list[CheckpointFile]) -> list[str]:
+def _broken(found: list[CheckpointFile], *, whole: bool) -> list[str]:
+    """Problems of formats and, if the files were to be a whole model, of what is missing."""
     problems = []
     for file in found:
         try:
@@ -91,6 +97,8 @@ def _broken(found: list[CheckpointFile]) -> list[str]:
             problems.append(str(error))
     try:
         weight_index.indexes(found)
+    except CheckpointIncomplete as error:
+        problems += [str(error)] if whole else []
     except ManifestInvalid as error:
         problems.append(str(error))
     return problems

@@ -8,6 +8,8 @@ Must not know: peers, which members there are.
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,14 @@ from typing import Any
 from swarm.checkpoint import blob_check, hf_cache, local_download, manifest_builder, weight_index
 from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
 from swarm.content.manifest import Chunk, FileEntry, Manifest
-from swarm.errors import CheckpointIncomplete, SourceChanged
+from swarm.errors import CheckpointIncomplete, ManifestInvalid, SourceChanged
 from swarm.protocol.messages import Origin
 from swarm.store import FileSpan, IsRight
 from swarm.store.directory import DirectorySource
-from swarm.store.disk import store_errors
+from swarm.store.disk import Stamp, store_errors
 from swarm.store.part import PartSource, narrowed
+
+log = logging.getLogger("swarm")
 
 
 class CommitSource:
@@ -50,7 +54,10 @@ class CommitSource:
 
     def would_be_whole(self, paths: Iterable[str]) -> bool:
         """Whether the model would lack nothing with files at all these paths, as far as its files here say."""
-        return weight_index.would_be_whole(paths, list(self._found.values()))
+        try:
+            return weight_index.would_be_whole(paths, list(self._found.values()))
+        except OSError:  # an index is gone, or cannot be read now
+            return False
 
     def part_of(self, whole: Manifest) -> PartSource | None:
         """Its files as a part of `whole`; None if they have other contents there. Blocks while they are hashed."""
@@ -73,6 +80,24 @@ class CommitSource:
 
     def __repr__(self) -> str:
         return f"<CommitSource {self._source!r}{', a part' if self.missing else ''}>"
+
+
+def fetched(path: Path, manifest: Manifest, stamps: Mapping[str, Stamp]) -> CommitSource | None:
+    """A source of all files of a fetch, which are at `path` now. `stamps`: of the files when they were verified.
+
+    None if they changed since, or have an index that is none.
+    """
+    found = [
+        CheckpointFile(file.path, Path(os.path.realpath(path / file.path)), stamps[file.path])
+        for file in manifest.files
+    ]
+    try:
+        weight_index.indexes(found)
+        source = DirectorySource(path, manifest, paths=[file.real for file in found], stamps=[f.stamp for f in found])
+    except (ManifestInvalid, SourceChanged, OSError) as error:
+        log.debug("%s: is no part of its commit: %s", path, error)
+        return None
+    return CommitSource(source, found, missing="")
 
 
 def downloaded(

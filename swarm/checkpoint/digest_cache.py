@@ -36,13 +36,21 @@ RACY_NS = 2_000_000_000  # resolution of FAT, the coarsest in use
 log = logging.getLogger("swarm")
 
 
+class PartOf(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What some files are a part of: the digest of the artifact (or promise) that was fetched, and its files."""
+
+    digest: Digest
+    files: int
+
+
 class _Record(msgspec.Struct, forbid_unknown_fields=True):
-    """A manifest, and the trusted stamps of its files by path."""
+    """A manifest, and the trusted stamps of its files by path. `part_of`: the manifest has fetched files alone."""
 
     digest: Digest
     manifest: str
     stamps: dict[str, Stamp]
     version: Literal[2] = 2
+    part_of: PartOf | None = None
 
 
 _decoder = msgspec.json.Decoder(_Record)
@@ -59,10 +67,11 @@ class DigestCache:
         self._last = _last(cache_dir, path)
         self._stamps = {file.path: file.stamp for file in files}
         self.known: dict[str, FileEntry] = {}
-        manifest, stamps = _read(self._record) or (None, {})
-        if manifest is not None and (manifest.chunk_bytes, manifest.scheme) == (chunk_bytes, scheme):
+        record = _read(self._record)
+        if record and (record[0].chunk_bytes, record[0].scheme) == (chunk_bytes, scheme):
+            manifest, of = record
             for entry in manifest.files:
-                stamp = stamps.get(entry.path)
+                stamp = of.stamps.get(entry.path)
                 fresh = stamp and stamp == self._stamps.get(entry.path) and stamp.size == entry.size
                 if fresh and len(entry.blake3) == len(entry.chunks):
                     self.known[entry.path] = entry
@@ -88,10 +97,35 @@ def remember(cache_dir: Path, directory: Path, manifest: Manifest) -> None:
         _write(_place(cache_dir / "fetched", directory), manifest, {})
 
 
+def remember_part(cache_dir: Path, directory: Path, fetched: Manifest, *, of: PartOf) -> None:
+    """Records that the files of `fetched` were fetched into `directory`, beside those of earlier fetches of the same.
+
+    Raises StoreError.
+    """
+    place = _place(cache_dir / "fetched", directory)
+    files = {file.path: file for file in fetched.files}
+    if known := _read(place):
+        manifest, record = known
+        if record.part_of is None and files.items() <= {file.path: file for file in manifest.files}.items():
+            return  # they were there
+        if record.part_of == of:
+            files = {file.path: file for file in manifest.files} | files
+    whole = len(files) == of.files
+    entries = tuple(file for _, file in sorted(files.items()))
+    with store_errors(cache_dir):
+        _write(place, msgspec.structs.replace(fetched, files=entries), {}, part_of=None if whole else of)
+
+
 def recall(cache_dir: Path, directory: Path) -> Manifest | None:
-    """The manifest of the last fetch into `directory`; None without a readable record."""
+    """The manifest of the last fetch into `directory`; None without a readable record, and for a part."""
     record = _read(_place(cache_dir / "fetched", directory))
-    return record[0] if record else None
+    return record[0] if record and record[1].part_of is None else None
+
+
+def recall_files(cache_dir: Path, directory: Path) -> tuple[Manifest, PartOf | None] | None:
+    """The manifest of the files that were fetched into `directory`, and what they are a part of; None without one."""
+    record = _read(_place(cache_dir / "fetched", directory))
+    return (record[0], record[1].part_of) if record else None
 
 
 def last_served(cache_dir: Path, directory: Path) -> Manifest | None:
@@ -108,10 +142,10 @@ def _place(folder: Path, path: Path, suffix: str = "") -> Path:
     return folder / f"{hashlib.sha256(os.fsencode(os.path.realpath(path) + suffix)).hexdigest()}.json"
 
 
-def _read(file: Path) -> tuple[Manifest, dict[str, Stamp]] | None:
+def _read(file: Path) -> tuple[Manifest, _Record] | None:
     try:
         record = _decoder.decode(read_own(file, bytes_max=RECORD_BYTES_MAX))
-        return decode(record.manifest.encode(), digest=record.digest), record.stamps
+        return decode(record.manifest.encode(), digest=record.digest), record
     except FileNotFoundError:
         return None
     except (OSError, ValueError, msgspec.DecodeError, RecursionError, ManifestError) as error:
@@ -119,8 +153,9 @@ def _read(file: Path) -> tuple[Manifest, dict[str, Stamp]] | None:
         return None
 
 
-def _write(file: Path, manifest: Manifest, stamps: dict[str, Stamp]) -> None:
+def _write(file: Path, manifest: Manifest, stamps: dict[str, Stamp], *, part_of: PartOf | None = None) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with replacing(file) as draft:
         draft.touch(0o600)
-        draft.write_bytes(msgspec.json.encode(_Record(manifest.digest, manifest.encoded.decode(), stamps)))
+        record = _Record(manifest.digest, manifest.encoded.decode(), stamps, part_of=part_of)
+        draft.write_bytes(msgspec.json.encode(record))

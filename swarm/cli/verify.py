@@ -24,13 +24,15 @@ def verify(what: str, *, revision: str | None, digest: str | None, settings: Set
         raise SettingsError("digest", f"{digest!r} is neither a digest nor the first 6 or more of its digits")
     if (path / PARTIAL).exists():
         raise StoreError(f"{path}: a fetch into it is unfinished; run that fetch again")
-    fetched = digest_cache.recall(settings.cache, path)
+    fetched, part_of = digest_cache.recall_files(settings.cache, path) or (None, None)
     is_snapshot = hf_cache.model_id_of(path) is not None
     if fetched is not None and not is_snapshot:
-        if digest is not None and not fetched.digest.startswith(digest):
-            raise StoreError(f"{path}: fetched as {fetched.digest}, which is not the digest asked for")
+        whole = part_of.digest if part_of else fetched.digest
+        if digest is not None and not whole.startswith(digest):
+            raise StoreError(f"{path}: fetched as {whole}, which is not the digest asked for")
         problems = manifest_builder.verify(path, fetched)
-        said = f"{len(fetched.files)} files, {fetched.size} bytes, as fetched ({fetched.digest[:16]})"
+        files = f"a part, {len(fetched.files)} of {part_of.files} files" if part_of else f"{len(fetched.files)} files"
+        said = f"{files}, {fetched.size} bytes, as fetched ({whole[:16]})"
     else:
         checked = check.model(path, cache_dir=settings.cache)
         problems = list(checked.problems)
@@ -38,7 +40,7 @@ def verify(what: str, *, revision: str | None, digest: str | None, settings: Set
         notes = "; ".join(note for note in (compared and f"{compared}: right", checked.note) if note)
         said = f"{checked.files} files, {size_text(checked.size)}; {notes}"
         if not problems and (digest is not None or not checked.compared):
-            found = _digest(path, settings)
+            found = part_of.digest if part_of else _digest(path, settings)
             said += f"; digest {found}"
             if digest is not None and not found.startswith(digest):
                 problems.append(f"{path}: has the digest {found}, not {digest}")

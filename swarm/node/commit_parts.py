@@ -42,7 +42,9 @@ log = logging.getLogger("swarm")
 class PartialSource(Source, Protocol):
     """A source of some chunks of an artifact."""
 
-    held: Bitfield
+    @property
+    def held(self) -> Bitfield:
+        """The chunks that it has."""
 
 
 @runtime_checkable
@@ -66,6 +68,19 @@ def serve(node: Node, model_id: ModelId, source: Source, *, origin: Origin | Non
     node.serve(part_name(model_id) if source.missing else model_id, source, origin=origin)
     parts = _CommitParts(node, model_id, source, origin=origin, trusted=trusted)
     node.spawn(parts.run(), f"parts of {model_id}")
+
+
+def join(node: Node, model_id: ModelId, source: PartOfCommit, *, origin: Origin, trusted: Sequence[str] = ()) -> None:
+    """Serves the files of an artifact that this node has fetched as a part of their commit too. It owns `source`."""
+    parts = _CommitParts(node, model_id, source, origin=origin, trusted=trusted)
+
+    async def run() -> None:
+        try:
+            await parts.run()
+        finally:
+            source.close()
+
+    node.spawn(run(), f"parts of {model_id}")
 
 
 class _CommitParts:
@@ -147,7 +162,9 @@ class _CommitParts:
             return
         if not self._node.described(target.digest) and not await self._share_part(target, known):
             return
-        complete = {a.digest for a in others if a.complete}
+        # A node that has not announced the target has no part in it: one that holds its fetch in memory never will.
+        joined = {a.holder.node for a in others if a.digest == target.digest}
+        complete = {a.digest for a in others if a.complete and a.holder.node in joined}
         there = {file.path for d, (manifest, _) in known.items() if d in complete for file in manifest.files}
         there |= {file.path for file in self._own.files}
         named = any(a.digest == target.digest and a.model_id == self._id for a in others)

@@ -47,7 +47,7 @@ ORIGINS_ASKED_MAX = 4  # holders of a digest; the first may have been killed
 FIND_TIMEOUT_S = 10.0
 NOTHING_FOUND_S = 2.5  # multicast finds nodes within 1.7 s
 REFUSED_S = 0.5  # while every address that the user named refuses: multicast may find another node
-PARTS_S = 5.0  # time for holders of parts of a commit to announce the whole
+PARTS_S = 5.0  # time for holders of parts of a commit to announce the whole, and to link to a holder
 OTHER_REVISION_S = 2.0  # time for a holder of the revision to be found, once holders of others are known
 LINK_S = 0.5
 ASKED_AHEAD_MAX = 4  # manifests; a peer that announces ever new digests would fill the memory with them
@@ -294,9 +294,13 @@ async def _agreed(
                     origins |= await _origins(node, {d: n for d, n in holders.items() if d not in origins})
                 served = holders
                 holders = await _wanted(node, answers, holders, origins, revision=revision, signed=signed)
-                if len(holders) > 1 and now - first_seen < PARTS_S and _of_one_commit(holders, origins):
-                    await node.changed(POLL_S)  # their holders are about to see that they hold parts of one artifact
+                reached = {d: nodes for d, nodes in holders.items() if d in origins or any(h.peer for h in nodes)}
+                # Either they see soon that they hold parts of one artifact, or gossip of a killed node is out of date.
+                undecided = len(reached) == 1 or _of_one_commit(reached, origins)
+                if len(holders) > 1 and now - first_seen < PARTS_S and undecided:
+                    await node.changed(POLL_S)
                     continue
+                holders = reached if len(holders) > 1 and reached else holders
                 if len(holders) > 1:
                     names = {str(d): o.shown() for d, o in origins.items() if o}
                     raise ManifestConflict(model_id, {d: _names(nodes) for d, nodes in holders.items()}, names)

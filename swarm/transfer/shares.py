@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from swarm.content.bitfield import Bitfield, runs
+from swarm.content.commit import PART
 from swarm.content.manifest import Chunk, Digest, Digests, Manifest, ModelId
 from swarm.content.selection import part_id
 from swarm.errors import RemoteProtocolError, SettingsError, SwarmError
@@ -173,7 +174,7 @@ class Shares:
         if why := messages.unsayable(model_id):
             raise SettingsError("model_id", why)
         known = self.shares.get(source.manifest.digest)
-        if known and known.model_id != model_id:
+        if known and known.model_id.removesuffix(PART) != model_id.removesuffix(PART):
             raise SettingsError("model_id", f"the same content is offered as {known.model_id!r} by this node already")
         if known and not known.settled.is_set():
             raise SettingsError("model_id", f"this node is fetching {model_id!r}; it serves it by itself as it arrives")

@@ -217,3 +217,35 @@ def test_does_the_command_fetch_a_part(
     assert report["bytes"] == size_of(model, "config.json", INDEX, FIRST)
     assert main([*command, "--out", str(tmp_path / "other"), "--tensors", "lm_head"]) == SettingsError.exit_code
     assert "no tensor 'lm_head'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["directory", "cache"])
+def test_does_verify_check_a_part_as_a_part(
+    tmp_path: Path, there: Settings, cached: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWARM_CACHE", str(there.cache))
+
+    def verified(*options: str) -> tuple[int, str]:
+        code = main(["verify", MODEL if cached else "out", *options])
+        return code, capsys.readouterr().out
+
+    out: Any = HUB_CACHE if cached else "out"
+    with swarm.fetch(MODEL, out=out, settings=there, include="*.json") as weights:
+        place = weights.path or Path()
+    code, said = verified()
+    assert (code, "a part, 3 of 6 files" in said) == (0, True), said
+    with swarm.fetch(MODEL, out=out, settings=there, tensors="embed"):
+        code, said = verified()
+    assert (code, "a part, 4 of 6 files" in said) == (0, True), said
+    if not cached:
+        assert verified("--digest", weights.digest[:9])[0] == 0
+    whole = (place / FIRST).read_bytes()
+    (place / FIRST).write_bytes(whole[:-1] + b"?")
+    code, said = verified()
+    assert (code, said.startswith(f"{FIRST}: 1 of ")) == (1, True), said
+    (place / FIRST).unlink()
+    code, said = verified()
+    assert (code, said.startswith(f"{FIRST}: ") and "missing" in said) == (1, True), said
+    with swarm.fetch(MODEL, out=out, settings=there):
+        code, said = verified()
+    assert (code, "part" in said) == (0, False), said

@@ -9,10 +9,11 @@ import msgspec
 import pytest
 
 from swarm.checkpoint import digest_cache
-from swarm.checkpoint.digest_cache import DigestCache
+from swarm.checkpoint.digest_cache import DigestCache, PartOf
 from swarm.checkpoint.files import walk
-from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
+from swarm.content.manifest import ChunkEntry, Digest, FileEntry, HashScheme, Manifest
 from swarm.errors import StoreError
+from swarm.store.part import narrowed
 
 SCHEME = HashScheme(leaf_bytes=1024)
 CHUNK = 8192
@@ -106,6 +107,21 @@ def test_is_what_was_fetched_remembered(model: Path, manifest: Manifest, tmp_pat
     (kept,) = (cache / "fetched").iterdir()
     kept.write_bytes(b"damaged")
     assert digest_cache.recall(cache, model) is None
+
+
+def test_are_fetched_parts_of_one_artifact_remembered_together(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    cache, paths = tmp_path / "cache", [file.path for file in manifest.files]
+    of = PartOf(Digest("d" * 64), len(paths))
+    assert len(paths) > 1
+    digest_cache.remember_part(cache, model, narrowed(manifest, {paths[0]}), of=PartOf(Digest("e" * 64), 9))
+    for count in range(1, len(paths)):
+        digest_cache.remember_part(cache, model, narrowed(manifest, {paths[count - 1]}), of=of)
+        assert digest_cache.recall_files(cache, model) == (narrowed(manifest, set(paths[:count])), of)
+        assert digest_cache.recall(cache, model) is None
+    for part in (paths[-1], paths[0]):
+        digest_cache.remember_part(cache, model, narrowed(manifest, {part}), of=of)
+        assert digest_cache.recall_files(cache, model) == (manifest, None)
+        assert digest_cache.recall(cache, model) == manifest
 
 
 def test_does_remembering_say_when_it_cannot(model: Path, manifest: Manifest, tmp_path: Path) -> None:

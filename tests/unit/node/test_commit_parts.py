@@ -226,3 +226,24 @@ def test_is_nothing_left_when_a_part_is_withdrawn() -> None:
         await swarm.until(lambda: not ids(some))
 
     play(scenario)
+
+
+@pytest.mark.parametrize("joins", [False, True], ids=["in memory", "in files"])
+def test_does_a_node_that_fetched_a_model_count_as_a_holder_of_its_files(joins: bool) -> None:
+    async def scenario(swarm: Swarm) -> None:
+        seed, some, other = await swarm.node("seed"), await swarm.node("some"), await swarm.node("other")
+        give(seed, files := Files(NEEDED))
+        assert await fetched(some) == {path: FILES[path] for path in NEEDED}
+        if joins:
+            commit_parts.join(some, MODEL, Files(NEEDED), origin=ORIGIN)
+        await seed.close()
+        give(other, Files(["c.bin", "config.json"]))
+        await swarm.until(lambda: len(ids(other)) == 2)  # its own files, and the whole of both
+        if joins:
+            await swarm.until(lambda: named(some) == named(other) != [files.manifest.digest])
+        wanted = FILES if joins else {path: FILES[path] for path in NEEDED}
+        assert await fetched(await swarm.node("newcomer")) == wanted
+        some.release(files.manifest.digest)
+        await swarm.until(lambda: not ids(some))
+
+    play(scenario)
