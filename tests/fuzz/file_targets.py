@@ -140,7 +140,10 @@ def feed_signatures(data: bytes) -> bool:
 def _records() -> list[bytes]:
     stamps = {"config.json": Stamp(4, 1, 2, 3)}
     record = digest_cache._Record(_MANIFEST.digest, _MANIFEST.encoded.decode(), stamps)
-    return [msgspec.json.encode(record)]
+    part = digest_cache._Record(
+        _MANIFEST.digest, _MANIFEST.encoded.decode(), {}, part_of=digest_cache.PartOf(Digest(SHA256), 9)
+    )
+    return [msgspec.json.encode(record), msgspec.json.encode(part)]
 
 
 def feed_record(data: bytes) -> bool:
@@ -149,9 +152,9 @@ def feed_record(data: bytes) -> bool:
         found = digest_cache._read(place)
     if found is None:
         return False
-    manifest, stamps = found
+    manifest, record = found
     assert hashlib.sha256(manifest.encoded).hexdigest() == manifest.digest
-    assert all(isinstance(stamp, Stamp) for stamp in stamps.values())
+    assert all(isinstance(stamp, Stamp) for stamp in record.stamps.values())
     return True
 
 
