@@ -9,6 +9,7 @@
       PeerError                node: a peer failed; becomes an event and a journal entry
         PeerUnreachable · PeerTimeout · NotAdmitted · NotSwarm · RemoteProtocolError · VersionSkew
       TransportError           node: a transfer failed; its chunks are requested from another peer
+      AgentError               user: what the agent of this machine says
       LocalProtocolError       developer: a bug in swarm
 
 Each exception has typed fields. Its text is a single line: the event, its place, and the next step. Text of peers and
@@ -307,6 +308,14 @@ class VersionSkew(PeerError):
         super().__init__(peer, f"speaks protocol {theirs} (swarm {software}), this node speaks {ours}; upgrade {older}")
         self.theirs = theirs
         self.ours = ours
+
+
+class AgentError(SwarmError):
+    """The agent of this machine did not do what it was asked; its own line and exit code."""
+
+    def __init__(self, why: str, *, exit_code: int = 1) -> None:
+        super().__init__(why)
+        self.exit_code = exit_code
 
 
 class TransportError(SwarmError):

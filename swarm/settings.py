@@ -116,6 +116,11 @@ class Settings:
         None, "maximum number of nodes that read an origin at once; unset: all that fetch", flag=False
     )
     upload_limit: float | None = _setting(None, "maximum upload rate to all peers together, e.g. 150MB/s")
+    upload_hours: tuple[str, ...] = _setting(
+        (),
+        "upload limits by the hour, e.g. Mon-Fri 08:00-18:00=100MB/s; the first that holds replaces `upload_limit`",
+        flag=False,
+    )
     timeout_s: float | None = _setting(None, "maximum seconds for a fetch; unset: unlimited while chunks arrive")
     chunk_bytes: int | None = _setting(
         None,
@@ -159,6 +164,19 @@ class Settings:
     )
     congestion: str | None = _setting(
         None, "TCP congestion control for chunks; unset: system default, cubic within a host", flag=False
+    )
+    agent: bool = _setting(True, "fetch through the agent of this machine where it runs (`swarm agent`)", flag=False)
+    hub_listen: str = _setting(
+        "127.0.0.1:7080", "HOST:PORT where the agent answers as the Hugging Face hub does (HF_ENDPOINT)", flag=False
+    )
+    hub_limit_gb: float | None = _setting(
+        None,
+        "GB of models that the agent keeps in the Hugging Face cache, of those that swarm wrote; the least recently "
+        "used are evicted; unset: no limit",
+        flag=False,
+    )
+    hold: tuple[str, ...] = _setting(
+        (), "models that the agent fetches at its start and keeps, as ID or ID@REVISION", flag=False
     )
     metrics_listen: str | None = _setting(
         None, "HOST:PORT of a listener for /healthz, /readyz and /metrics alone, open to all that reach it"
@@ -214,6 +232,7 @@ class Settings:
             )
         for name in (
             "upload_limit",
+            "hub_limit_gb",
             "origin_limit",
             "origin_readers",
             "timeout_s",
@@ -241,6 +260,7 @@ class Settings:
             host, _ = split_address("advertise", self.advertise, default_port=0)
             if not is_literal(host):
                 raise SettingsError("advertise", f"{host!r} is not an IP address, and datagrams are not sent to names")
+        split_address("hub_listen", self.hub_listen, least_port=0)
         if self.metrics_listen is not None:
             split_address("metrics_listen", self.metrics_listen, least_port=0)
         for publisher in self.signed_by:

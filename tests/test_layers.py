@@ -23,10 +23,11 @@ ROWS: dict[str, set[str]] = {
     "nouns": {
         "content", "content.bitfield", "content.commit", "content.manifest", "content.promise",
         "content.safetensors_header", "content.selection", "journal", "membership.config",
-        "protocol", "protocol.messages", "protocol.packets",
+        "protocol", "protocol.agent_messages", "protocol.messages", "protocol.packets",
     },
-    "policy": {"transfer.scheduler", "peers.selection", "net.addresses", "net.no_answer"},
+    "policy": {"transfer.scheduler", "peers.selection", "net.addresses", "net.no_answer", "net.timetable"},
     "machines": {
+        "agent.eviction",
         "transfer.claims", "transfer.download", "transfer.download_events", "transfer.offers", "transfer.origin_reads",
         "transfer.upload", "transfer.superseed",
         "peers.connections", "membership.swim",
@@ -69,8 +70,10 @@ ROWS: dict[str, set[str]] = {
         "transfer.upload_driver", "transfer.verify",
     },
     "faces": {
-        "", "__main__", "api", "api.bring", "api.calls", "api.fetching", "api.handles", "api.landing", "api.serving",
-        "api.want", "cli", "cli.commands", "cli.daemon", "cli.demo", "cli.kept", "cli.main",
+        "", "__main__", "agent", "agent.agent", "agent.artifact", "agent.cache", "agent.control", "agent.face",
+        "agent.hub_api", "agent.hub_files", "agent.local_models", "agent.revisions", "api", "api.bring", "api.calls",
+        "api.fetching", "api.handles", "api.landing", "api.serving", "api.want", "cli", "cli.agent", "cli.commands",
+        "cli.daemon", "cli.demo", "cli.kept", "cli.main",
         "cli.progress", "cli.replay",
         "cli.reopen", "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table",
         "cli.status_watch", "cli.storage", "cli.verify",
@@ -82,7 +85,8 @@ ROWS: dict[str, set[str]] = {
         "engines.compile_caches", "engines.hooks", "engines.launch", "engines.layout", "engines.load",
         "engines.metadata", "engines.rank", "engines.serve_loaded", "engines.sglang",
         "engines.sglang_loader", "engines.snapshot", "engines.start_log", "engines.tiers", "engines.transformers",
-        "engines.vllm", "engines.vllm_loader", "engines.vllm_modelinfos", "node.local_nodes", "node.status_client",
+        "engines.vllm", "engines.vllm_loader", "engines.vllm_modelinfos", "node.agent_client",
+        "node.agent_reach", "node.local_nodes", "node.status_client",
         "observe",
         "observe.budget", "observe.fetch_record", "observe.node_report", "observe.progress", "observe.opentelemetry",
         "observe.origin_record", "observe.prometheus", "observe.rate", "observe.trace",
@@ -118,6 +122,9 @@ FOLDERS: dict[str, set[str]] = {
     "api": {
         "checkpoint", "content", "node", "observe", "origin", "protocol", "runtime", "security", "store", "transfer",
     },
+    "agent": {
+        "api", "checkpoint", "content", "net", "node", "observe", "origin", "protocol", "store", "transfer",
+    },
     "engines": {"api", "checkpoint", "content", "hashing", "node", "observe", "protocol", "runtime", "store"},
     "doctor": {
         "checkpoint", "content", "engines", "journal", "net", "node", "observe", "protocol", "runtime", "security",
@@ -125,8 +132,8 @@ FOLDERS: dict[str, set[str]] = {
     "simulation": {"content", "node", "peers", "protocol", "transfer"},
     "": {"api", "engines"},  # the package itself, which imports these two on first use of their names
     "cli": {
-        "", "api", "checkpoint", "content", "dashboard", "doctor", "engines", "journal", "net", "node", "observe",
-        "protocol", "runtime", "security", "simulation", "store", "transfer",
+        "", "agent", "api", "checkpoint", "content", "dashboard", "doctor", "engines", "journal", "net", "node",
+        "observe", "protocol", "runtime", "security", "simulation", "store", "transfer",
     },
     "__main__": {"cli"},
     "testing": {"content", "hashing", "net", "origin", "store", "transport"},
@@ -136,13 +143,14 @@ FLAT = {"", "__main__", "errors", "journal", "runtime", "settings"}
 VERSION_ONLY = {
     "origin.http",
     "doctor.examine",
+    "node.agent_reach",
     "node.node",
     "runtime",
 }  # may import `__version__` from the package itself
 
 # The modules that may import each third-party package.
 HOMES: dict[str, set[str]] = {
-    "aiohttp": {"net.websocket", "net.link", "net.http_pages", "net.http_server", "net.probe_listener"},
+    "aiohttp": {"net.websocket", "net.link", "net.http_pages", "net.http_server", "net.probe_listener", "agent.face"},
     "ifaddr": {"net.cards"},
     "cryptography": {
         "security.datagram_seal",
@@ -176,6 +184,7 @@ HOMES: dict[str, set[str]] = {
     "prometheus_client": {"observe.prometheus"},
     "opentelemetry": {"observe.opentelemetry"},
     "rich": {
+        "cli.agent",
         "cli.kept",
         "doctor.show",
         "cli.replay",
@@ -202,6 +211,9 @@ HOMES: dict[str, set[str]] = {
         "cli.demo",
     },
     "msgspec": {
+        "agent.cache",
+        "agent.face",
+        "protocol.agent_messages",
         "checkpoint.blob_check",
         "checkpoint.kept",
         "checkpoint.proven",
@@ -243,6 +255,7 @@ INSIDE = {
 }  # imported by an engine, which has imported these packages
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
 TIME_OF_DAY = {
+    "agent.cache", "cli.agent",
     "checkpoint.blob_check", "checkpoint.digest_cache", "engines.cache_gc", "net.environment", "observe.opentelemetry",
     "security.certificates",
 }  # fmt: skip

@@ -47,7 +47,7 @@ EXIT_CODES = {
     "ManifestConflict": 3, "FetchError": 4, "Stalled": 4, "FetchTimeout": 4, "StoreError": 5, "StoreFull": 5,
     "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6, "NotAdmitted": 6,
     "NotSwarm": 6,
-    "RemoteProtocolError": 6, "VersionSkew": 6, "TransportError": 1,
+    "RemoteProtocolError": 6, "VersionSkew": 6, "TransportError": 1, "AgentError": 1,
     "OriginError": 7, "OriginUnreachable": 7, "OriginDenied": 7, "OriginNotFound": 7, "OriginChanged": 7,
     "LocalProtocolError": 70,
 }  # fmt: skip

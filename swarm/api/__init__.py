@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from swarm.api.bring import BRING_FIND_S, bring, linger_on
 from swarm.api.calls import fetch, fetch_async, serve
-from swarm.api.fetching import CommitOf, fetch_on, is_commit
+from swarm.api.fetching import CommitOf, fetch_on, find_on, is_commit
 from swarm.api.handles import HUB_CACHE, Served, Weights
+from swarm.api.landing import part_of
 from swarm.api.serving import open_source, serve_source, sign
 from swarm.observe.progress import Progress
 
 __all__ = [
     "BRING_FIND_S", "HUB_CACHE", "CommitOf", "Progress", "Served", "Weights", "bring", "fetch", "fetch_async",
-    "fetch_on", "is_commit", "linger_on", "open_source", "serve", "serve_source", "sign",
+    "fetch_on", "find_on", "is_commit", "linger_on", "open_source", "part_of", "serve", "serve_source", "sign",
 ]  # fmt: skip

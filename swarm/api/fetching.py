@@ -73,6 +73,7 @@ async def fetch_on(
     dtype: torch.dtype | None = None,
     resolved: Resolved | None = None,
     commit: CommitOf | None = None,
+    found: Found | None = None,
 ) -> Landed:
     """Fetches `ID` or `ID@REVISION`, or a part of it, on an open node.
 
@@ -81,7 +82,8 @@ async def fetch_on(
 
     A revision that is a whole commit pins, unless a digest or a publisher does: the files are compared with the hub's
     listing, where it can be had. If they are others, the fetch reads those of the hub. `commit`: pins beside `digest`,
-    and an artifact with other files raises NotOfCommit.
+    and an artifact with other files raises NotOfCommit. `found`: the artifact, if the caller has found it and proves it
+    of its revision.
     """
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise SettingsError(
@@ -93,7 +95,7 @@ async def fetch_on(
     limits = [limit for limit in (settings.find_timeout_s, timeout_s) if limit is not None]
     find_timeout_s = min(limits, default=math.inf if settings.wait else None)
     pinned = digest is not None and len(digest) == DIGEST_DIGITS
-    if commit is None and not pinned and not settings.signed_by and is_commit(revision):
+    if commit is None and found is None and not pinned and not settings.signed_by and is_commit(revision):
         commit = CommitOf(model_id, revision or "")
     target = FetchTarget(
         node,
@@ -112,19 +114,12 @@ async def fetch_on(
     try:
         try:
             async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
-                whole = digest
-                if digest is not None and not pinned:
-                    whole = await full_digest(node, name, digest, find_timeout_s=find_timeout_s)
-                how: dict[str, Any] = {
-                    "digest": None if whole is None else Digest(whole),
-                    "find_timeout_s": find_timeout_s,
-                    "trusted": settings.trusted,
-                    "revision": revision,
-                }
-                if at:
-                    found = await find(node, name, at, **how, lister=proof.lister if proof else None)
-                else:
-                    found = Found(*await resolve(node, name, **how))
+                if found is None:
+                    lister = proof.lister if proof else None
+                    found = await find_on(
+                        node, model_id, revision=revision, digest=digest, settings=settings,
+                        find_timeout_s=find_timeout_s, lister=lister,
+                    )  # fmt: skip
         except TimeoutError:
             raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
         if proof is None:
@@ -133,6 +128,32 @@ async def fetch_on(
     finally:
         if proof:
             proof.end()
+
+
+async def find_on(
+    node: Node,
+    model_id: str,
+    *,
+    revision: str | None,
+    digest: str | None,
+    settings: Settings,
+    find_timeout_s: float | None,
+    lister: Lister | None = None,
+) -> Found:
+    """The artifact of a model id, with peers first and at its origin then. Raises as `resolve` and `find` do."""
+    name, at = origin_of(model_id, revision, settings)
+    whole = digest
+    if digest is not None and len(digest) < DIGEST_DIGITS:
+        whole = await full_digest(node, name, digest, find_timeout_s=find_timeout_s)
+    how: dict[str, Any] = {
+        "digest": None if whole is None else Digest(whole),
+        "find_timeout_s": find_timeout_s,
+        "trusted": settings.trusted,
+        "revision": revision,
+    }
+    if at:
+        return await find(node, name, at, **how, lister=lister)
+    return Found(*await resolve(node, name, **how))
 
 
 class _Pin:

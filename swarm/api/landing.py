@@ -85,7 +85,7 @@ class FetchTarget:
         manifest, origin, node, out = found.manifest, found.origin, self._node, self._out
         part = None
         if self._selection is not None:
-            part = _part(self._selection, manifest, whole_files=out is not None or manifest.promised)
+            part = part_of(self._selection, manifest, whole_files=out is not None or manifest.promised)
         if resolved:
             resolved(manifest.digest, manifest.size if part is None else part.size)
         if manifest.promised and out is None:
@@ -164,7 +164,7 @@ class FetchTarget:
         New tensors on the CPU share that memory.
         """
         promised, selection, node, dtype = found.manifest, self._selection, self._node, self._dtype
-        files = None if selection is None else _part(selection, promised, whole_files=True)
+        files = None if selection is None else part_of(selection, promised, whole_files=True)
         store = await asyncio.get_running_loop().run_in_executor(None, MemoryStore, promised, files)
         fetched = await self._filled(store, found, commit, files)
 
@@ -250,7 +250,7 @@ async def _claimed(left: Deadline, entry: hf_publish.CacheEntry, manifest: Manif
     return lock
 
 
-def _part(selection: Selection, manifest: Manifest, *, whole_files: bool) -> Part | None:
+def part_of(selection: Selection, manifest: Manifest, *, whole_files: bool) -> Part | None:
     """The part of an artifact. A promise has no tensors yet: all files come in which they may be."""
     if manifest.promised:
         selection = dataclasses.replace(selection, tensors=None)

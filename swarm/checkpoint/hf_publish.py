@@ -153,6 +153,25 @@ class CacheEntry:
         with store_errors(self.folder):
             shutil.rmtree(self._staged(manifest), ignore_errors=True)
 
+    def draft(self, name: str) -> Path:
+        """Where a file may be written before `add`. Raises StoreError."""
+        with store_errors(self._incoming):
+            self._incoming.mkdir(parents=True, exist_ok=True)
+            (self.folder / "snapshots").mkdir(exist_ok=True)
+        return self._incoming / f"draft-{name}"
+
+    def add(self, commit: str, path: str, *, name: str, draft: Path) -> Path:
+        """Moves a draft into the snapshot of a commit; the caller has compared it with its name of the hub.
+
+        Returns its place. Raises StoreError.
+        """
+        place = self.folder / "snapshots" / commit / path
+        with store_errors(place):
+            self._place(draft, place, self._blob(name), None)
+            with contextlib.suppress(OSError):  # not empty during a fetch
+                self._incoming.rmdir()
+        return place
+
     def _staged(self, manifest: Manifest) -> Path:
         return self._incoming / manifest.digest[:16]
 

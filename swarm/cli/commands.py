@@ -41,6 +41,7 @@ log = logging.getLogger("swarm")
 def settings_of(options: argparse.Namespace) -> Settings:
     """Settings with the flags of a command. Raises SettingsError."""
     names = [setting.name for setting in dataclasses.fields(Settings) if setting.metadata["flag"]]
+    names += getattr(options, "further", ())
     return Settings.load({name: getattr(options, name, None) for name in names})
 
 
@@ -228,6 +229,45 @@ async def _until_stopped() -> None:
         await asyncio.Event().wait()
 
 
+def agent(options: argparse.Namespace) -> int:
+    """Runs the agent of this machine until it is stopped."""
+    from swarm.cli import agent
+
+    settings = settings_of(options)
+    daemon = Daemon(lambda: settings_of(options), drain_timeout_s=settings.drain_timeout_s, seeds=True)
+
+    async def until_stopped() -> int:
+        with contextlib.suppress(asyncio.CancelledError):
+            return await agent.run(settings, daemon=daemon, trace=options.trace)
+        return 0
+
+    return _run(until_stopped(), stopped=lambda: 0, daemon=daemon)
+
+
+def pull(options: argparse.Namespace) -> int:
+    """Has the agent fetch a model."""
+    from swarm.cli import agent
+    from swarm.protocol.agent_messages import Pull
+
+    request = Pull(
+        options.model_id,
+        options.revision,
+        options.digest,
+        tuple(options.include) if options.include else None,
+        tuple(options.exclude or ()),
+        pin=options.pin,
+        timeout_s=options.timeout,
+    )
+    return agent.pull(request, Settings.load(), as_json=options.json)
+
+
+def pin(options: argparse.Namespace) -> int:
+    """Keeps a model in the cache of the agent, or not any more."""
+    from swarm.cli import agent
+
+    return agent.pin(options.model_id, options.revision, Settings.load(), pinned=not options.remove)
+
+
 def run(options: argparse.Namespace) -> int:
     """Replaces this process by an engine that loads its model from peers."""
     from swarm.engines.launch import prepare
@@ -339,11 +379,16 @@ def ls(options: argparse.Namespace) -> int:
     from swarm.cli import kept
 
     settings = Settings.load({"key_file": options.key_file})
+    from swarm.cli import agent
+
     found = kept.listed(kept.report_of(options.peer, settings), settings, options.model_id)
+    models = None if options.peer else agent.models(settings)
     if options.json:
-        print(kept.as_json(found), flush=True)
+        print(kept.as_json({**found, "agent": agent.as_json(models) if models else None}), flush=True)
     else:
         kept.show(found)
+        if models:
+            agent.show(models, options.model_id)
     return 0
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from swarm.checkpoint import hf_cache, kept
+from swarm.cli import agent
 from swarm.content.commit import PART
 from swarm.errors import PeerUnreachable, SettingsError, StoreError, clean
 from swarm.observe.units import size_text
@@ -92,6 +93,8 @@ def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) ->
     if not yes and not _confirmed():
         return 1
     freed = 0
+    if (through := agent.remove(model_id, revision, settings) if _is_id(chosen, model_id) else None) is not None:
+        return through  # it stops serving the files first
     for found in chosen:
         with store_errors(found.folder):
             freed += kept.remove(settings.cache, found)
@@ -103,6 +106,11 @@ def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) ->
                 print(clean(f"{place} stays: a fetch uses it"))
     print(f"removed: {size_text(freed)} are free again; other revisions and files of other programs are as they were")
     return 0
+
+
+def _is_id(chosen: Sequence[kept.Kept], model_id: str) -> bool:
+    """Whether the models were chosen by their id, and not by a digest."""
+    return any(found.model_id == model_id for found in chosen)
 
 
 def _confirmed() -> bool:

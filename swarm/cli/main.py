@@ -181,6 +181,32 @@ def _parser() -> argparse.ArgumentParser:
         "command", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="for example: -- vllm serve org/model"
     )
 
+    agent = command(commands.agent, "run the agent of this machine: one node for all its programs", traced)
+    agent.add_argument(
+        "--hold", action="append", metavar="ID", help="model to fetch at the start and to keep, also ID@REVISION"
+    )
+    agent.add_argument(
+        "--hub-listen", metavar="HOST:PORT", help="where to answer as the Hugging Face hub; by default 127.0.0.1:7080"
+    )
+    agent.add_argument("--hub-limit-gb", metavar="GB", help="maximum size of the models that it keeps; unset: no limit")
+    agent.set_defaults(further=("hold", "hub_listen", "hub_limit_gb"))
+    _add_settings(agent, without={"timeout_s", "wait"})
+
+    pull = command(commands.pull, "have the agent of this machine fetch a model")
+    pull.add_argument("model_id", metavar="MODEL_ID", help="model id, also MODEL_ID@REVISION")
+    pull.add_argument("--revision", metavar="R", help="branch, tag, label or commit")
+    pull.add_argument("--digest", metavar="D", help="accept only the artifact with this digest")
+    pull.add_argument("--include", action="append", metavar="PATTERN", help="fetch only files that match")
+    pull.add_argument("--exclude", action="append", metavar="PATTERN", help="fetch no files that match")
+    pull.add_argument("--pin", action="store_true", help="keep it whatever else comes")
+    pull.add_argument("--timeout", type=float, metavar="SECONDS", help="maximum seconds; unset: unlimited")
+    pull.add_argument("--json", action="store_true", help="print one JSON object at completion")
+
+    pin = command(commands.pin, "keep a model in the cache of the agent whatever else comes")
+    pin.add_argument("model_id", metavar="MODEL_ID", help="model id, also MODEL_ID@REVISION")
+    pin.add_argument("--revision", metavar="R", help="only this revision")
+    pin.add_argument("--remove", action="store_true", help="keep it no longer: it may be evicted")
+
     status = command(commands.status, "show the swarm as a running node sees it")
     status.add_argument(
         "--peer", metavar="HOST:PORT", help="node to ask; by default a node of this machine, else one found by mDNS"

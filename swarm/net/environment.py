@@ -19,10 +19,11 @@ import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Protocol, TypeAlias
 
 from swarm.errors import PeerError, SettingsError
-from swarm.net import addresses, cards, dialling, discovery
+from swarm.net import addresses, cards, dialling, discovery, timetable
 from swarm.net.addresses import (
     Machine,
     announced,
@@ -52,6 +53,7 @@ DIAL_TIMEOUT_S = 5.0
 PORTS_TRIED = 16  # when the system chooses: a TCP port is skipped if its UDP port is taken
 RENEW_LOOK_S = 5.0  # a node whose clock was set right is refused for so long at most
 CARDS_LOOK_S = 10.0
+HOURS_LOOK_S = 10.0
 TOKEN_CHARS_MIN = 16  # of the token for probes: 64 bits in hexadecimal
 TLS_RECORD = b"\x16\x03"  # the first bytes of a handshake
 RESOLVE_EVERY_S = 5.0  # a name of the settings may have more addresses later, of replicas that start later
@@ -146,7 +148,8 @@ class HostEnvironment:
         self._keyring = cluster_key.load(settings.key_file) if settings.key_file else None
         self._identity: Identity | None = None
         self._seal = self._codec()
-        self._pace = TokenBucket(settings.upload_limit)
+        self._hours = timetable.read(settings.upload_hours)
+        self._pace = TokenBucket(self._limit())
         self._peers = discovery.static(settings.peers)
         self._links = HttpLinks(pages, bearer=self._bearer)
         self._mdns = discovery.Mdns() if settings.mdns else None
@@ -168,7 +171,7 @@ class HostEnvironment:
         keyring = cluster_key.load(settings.key_file) if settings.key_file else None
         if (keyring is None) != (self._keyring is None):
             raise SettingsError("key_file", "a node gets or loses its cluster key at a restart only")
-        token = _token(settings)
+        token, hours = _token(settings), timetable.read(settings.upload_hours)
         changed = []
         if self._bearer.take(token):
             changed.append("token for metrics" if token else "no token for metrics")
@@ -179,12 +182,19 @@ class HostEnvironment:
             if isinstance(self._seal, AeadSeal):
                 self._seal.take(keyring.seal_keys)
             changed.append(f"cluster key {keyring}")
-        if settings.upload_limit != self._settings.upload_limit:
-            self._pace.change(settings.upload_limit)
-            limit = settings.upload_limit
+        if (settings.upload_limit, hours) != (self._settings.upload_limit, self._hours):
+            self._hours = hours
+            self._settings = dataclasses.replace(
+                self._settings, upload_limit=settings.upload_limit, upload_hours=settings.upload_hours
+            )
+            limit = self._limit()
+            self._pace.change(limit)
             changed.append("no upload limit" if limit is None else f"upload limit {limit / 1e6:g} MB/s")
-            self._settings = dataclasses.replace(self._settings, upload_limit=limit)
         return changed
+
+    def _limit(self) -> float | None:
+        """The upload limit at this time of the day."""
+        return timetable.limit(self._hours, self._settings.upload_limit, datetime.now())
 
     @property
     def open_to_all(self) -> bool:
@@ -227,6 +237,7 @@ class HostEnvironment:
             self._listener.serve({TLS_RECORD: self._links.adopt_tls, **routes}, self._links.adopt)
             self._tasks.append(asyncio.create_task(self._resolve(found), name="swarm-resolve"))
             self._tasks.append(asyncio.create_task(self._look_at_cards(), name="swarm-cards"))
+            self._tasks.append(asyncio.create_task(self._keep_hours(), name="swarm-hours"))
             if identity:
                 self._tasks.append(asyncio.create_task(_renew(identity), name="swarm-renew"))
             if self._mdns:
@@ -414,6 +425,11 @@ class HostEnvironment:
             encrypted=identity is not None and settings.data_encryption != "none",
         )
         return make_transports(settings.transports, config)
+
+    async def _keep_hours(self) -> None:
+        while True:
+            self._pace.change(self._limit())
+            await asyncio.sleep(HOURS_LOOK_S)
 
     async def _open_probes(self) -> None:
         wanted = self._settings.metrics_listen

@@ -28,10 +28,14 @@ _web_log = logging.getLogger("swarm.http")
 
 
 class HttpServer:
-    """Serves an application from `open` to `close`. `visitors_max`: connections at once; None for VISITORS_MAX."""
+    """Serves an application from `open` to `close`.
 
-    def __init__(self, *, visitors_max: int | None = None) -> None:
+    `visitors_max`: connections at once; None for VISITORS_MAX. `keep_s`: how long an idle one is kept.
+    """
+
+    def __init__(self, *, visitors_max: int | None = None, keep_s: float = REQUEST_TIMEOUT_S) -> None:
         self._visitors_max = visitors_max
+        self._keep_s = keep_s
         self._runner: web.AppRunner | None = None
         self._asked: weakref.WeakKeyDictionary[asyncio.BaseTransport, asyncio.Event] = weakref.WeakKeyDictionary()
         self._visitors: dict[asyncio.BaseTransport, None] = {}  # oldest first
@@ -45,7 +49,7 @@ class HttpServer:
             logger=_web_log,
             handle_signals=False,
             shutdown_timeout=CLOSE_TIMEOUT_S,
-            keepalive_timeout=REQUEST_TIMEOUT_S,
+            keepalive_timeout=self._keep_s,
             lingering_time=CLOSE_TIMEOUT_S,
             max_line_size=LINE_BYTES_MAX,
             max_field_size=LINE_BYTES_MAX,

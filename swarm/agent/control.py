@@ -1,0 +1,140 @@
+"""The control socket of the agent: a Unix socket in its cache directory, for programs of its user.
+
+Mode 0600 in a directory of mode 0700; a connection of another user than this one or root is closed. At most
+CONNECTIONS_MAX connections at once, each with one request, which must come within REQUEST_TIMEOUT_S.
+
+A lock beside the socket tells whether an agent runs: the socket of a killed one is replaced.
+
+Must not know: what requests mean.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+from swarm.errors import SettingsError, SwarmError
+from swarm.node.agent_client import at, peer_uid
+from swarm.protocol import agent_messages as messages
+from swarm.protocol.agent_messages import Answer, Failed, Greeting, PullProgress, Request
+from swarm.store.disk import open_locked, store_errors
+
+CONNECTIONS_MAX = 64
+REQUEST_TIMEOUT_S = 5.0
+PROGRESS_EVERY_S = 1.0  # also without progress: a program takes silence for a dead agent
+BACKLOG = 64
+
+log = logging.getLogger("swarm")
+
+Handle = Callable[[Request], AsyncGenerator[Answer]]
+
+
+class Control:
+    """Listens from `open` to `close`; `handle(request)` yields the lines of an answer, or raises SwarmError."""
+
+    def __init__(self, cache: Path, handle: Handle) -> None:
+        self._cache = cache
+        self._handle = handle
+        self._server: asyncio.Server | None = None
+        self._lock: int | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def claim(self) -> None:
+        """Makes this process the agent of the cache directory. Raises SettingsError while another one is."""
+        folder = self._cache / messages.FOLDER
+        with store_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                self._lock = open_locked(folder / "lock", timeout_s=0)
+            except BlockingIOError:
+                raise SettingsError("cache", f"an agent runs here already, with {folder}; one is enough") from None
+
+    async def open(self, greeting: Greeting) -> None:
+        """Listens, after `claim`. Raises StoreError."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with store_errors(self._cache), at(self._cache) as path:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            sock.bind(path)
+            os.chmod(path, 0o600)
+        sock.listen(BACKLOG)
+        line = messages.encode(greeting)
+
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if len(self._tasks) >= CONNECTIONS_MAX:
+                writer.close()
+                return
+            task = asyncio.create_task(serve(reader, writer), name="swarm-control")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                await self._serve(line, reader, writer)
+            finally:
+                writer.close()
+
+        self._server = await asyncio.start_unix_server(accept, sock=sock, limit=messages.LINE_BYTES_MAX)
+
+    async def close(self) -> None:
+        """Ends all connections; idempotent."""
+        if self._server:
+            self._server.close()
+            with contextlib.suppress(OSError), at(self._cache) as path:
+                os.unlink(path)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    async def _serve(self, greeting: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if peer_uid(writer.get_extra_info("socket")) not in (0, os.geteuid()):
+            return
+        try:
+            writer.write(greeting)
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                request = messages.decode_request(await reader.readuntil())
+        except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
+            if not isinstance(error, EOFError | TimeoutError):  # the program only wanted the greeting
+                await _say(writer, Failed(f"the agent does not understand this: {error}", 1))
+            return
+        work = asyncio.ensure_future(self._answer(request, writer))
+        gone = asyncio.ensure_future(reader.read(1))  # a program that hangs up wants nothing any more
+        try:
+            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (work, gone):
+                task.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with contextlib.aclosing(self._handle(request)) as answers:
+                async for answer in answers:
+                    await _say(writer, answer)
+        except SwarmError as error:
+            await _say(writer, Failed(str(error), error.exit_code))
+        except (ConnectionError, TimeoutError):
+            pass  # it hung up, or does not read
+        except Exception as error:
+            log.exception("the agent failed at %s", request)
+            await _say(writer, Failed(f"the agent failed: {error!r}; its log has more", 70))
+
+
+async def _say(writer: asyncio.StreamWriter, answer: Answer) -> None:
+    with contextlib.suppress(ConnectionError):
+        writer.write(messages.encode(answer))
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            await writer.drain()
+
+
+def nothing_yet() -> PullProgress:
+    """The line that only says that the agent works on it."""
+    return PullProgress(0, 0, 0.0)
