@@ -197,7 +197,7 @@ def feed_description(data: bytes) -> bool:
 
 
 FILE_TARGETS = [
-    Target("listings", _listings(), feed_listing, 0.04),
+    Target("listings", _listings(), feed_listing, 0.01),
     Target("bundles", _bundles(), feed_bundle, 0.03),
     Target("signatures", _signatures(), feed_signatures, 0.01),
     Target("cached", _records(), feed_record, 0.01),

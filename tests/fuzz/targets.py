@@ -547,7 +547,7 @@ def feed_trace(data: bytes) -> bool:
 
 
 TARGETS = [
-    Target("messages", _messages(), feed_message, 0.272),
+    Target("messages", _messages(), feed_message, 0.302),
     Target("gossip", _packets(), feed_gossip, 0.17),
     Target("sealed", _sealed, feed_sealed, 0.09),
     Target("safetensors", _headers(), feed_header, 0.14),
