@@ -83,7 +83,7 @@ ROWS: dict[str, set[str]] = {
         "doctor.facts", "doctor.show", "engines", "engines.cache_files", "engines.cache_gc",
         "engines.cache_start", "engines.checkpoint_files",
         "engines.compile_caches", "engines.hooks", "engines.launch", "engines.layout", "engines.load",
-        "engines.metadata", "engines.rank", "engines.serve_loaded", "engines.sglang",
+        "engines.metadata", "engines.pin", "engines.rank", "engines.serve_loaded", "engines.sglang",
         "engines.sglang_loader", "engines.snapshot", "engines.start_log", "engines.tiers", "engines.transformers",
         "engines.vllm", "engines.vllm_loader", "engines.vllm_modelinfos", "node.agent_client",
         "node.agent_reach", "node.local_nodes", "node.status_client",

@@ -11,9 +11,9 @@ bring      fetches for programs that read the Hugging Face cache by themselves
 
 from __future__ import annotations
 
-from swarm.api.bring import BRING_FIND_S, bring, linger_on
+from swarm.api.bring import BRING_FIND_S, bring, fetch_of_commit, linger_on, manifest_of
 from swarm.api.calls import fetch, fetch_async, serve
-from swarm.api.fetching import CommitOf, fetch_on, find_on, is_commit
+from swarm.api.fetching import CommitOf, fetch_on, find_on, is_commit, is_proven
 from swarm.api.handles import HUB_CACHE, Served, Weights
 from swarm.api.landing import part_of
 from swarm.api.serving import open_source, serve_source, sign
@@ -21,5 +21,6 @@ from swarm.observe.progress import Progress
 
 __all__ = [
     "BRING_FIND_S", "HUB_CACHE", "CommitOf", "Progress", "Served", "Weights", "bring", "fetch", "fetch_async",
-    "fetch_on", "find_on", "is_commit", "linger_on", "open_source", "part_of", "serve", "serve_source", "sign",
+    "fetch_of_commit", "fetch_on", "find_on", "is_commit", "is_proven", "linger_on", "manifest_of", "open_source",
+    "part_of", "serve", "serve_source", "sign",
 ]  # fmt: skip

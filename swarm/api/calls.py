@@ -70,9 +70,9 @@ def fetch(
         said = "swarm.fetch blocks the event loop that runs in this thread; there, use `await swarm.fetch_async(...)`"
         warnings.warn(said, RuntimeWarning, stacklevel=2)
     if (seen := watch(model_id, progress)) is None:
-        return runtime().run(_fetch(want))
+        return runtime().run(fetch_wanted(want))
     try:
-        weights = runtime().run(_fetch(want, seen), look=seen.look, look_every_s=LOOK_EVERY_S)
+        weights = runtime().run(fetch_wanted(want, seen), look=seen.look, look_every_s=LOOK_EVERY_S)
         seen.look(done=True)
     finally:
         seen.end()
@@ -99,8 +99,8 @@ async def fetch_async(
     selection = Selection.read(include=include, exclude=exclude, tensors=tensors)
     want = Want(model_id, out, into, device, digest, timeout_s, settings or Settings.load(), revision, selection, dtype)
     if (seen := watch(model_id, progress)) is None:
-        return await asyncio.wrap_future(runtime().submit(_fetch(want)))
-    future = asyncio.wrap_future(runtime().submit(_fetch(want, seen)))
+        return await asyncio.wrap_future(runtime().submit(fetch_wanted(want)))
+    future = asyncio.wrap_future(runtime().submit(fetch_wanted(want, seen)))
     try:
         while not (await asyncio.wait([future], timeout=LOOK_EVERY_S))[0]:
             seen.look()
@@ -139,7 +139,8 @@ def serve(
     return serve_source(name, source, origin, settings=settings)
 
 
-async def _fetch(want: Want, seen: ProgressWatch | None = None) -> Weights:
+async def fetch_wanted(want: Want, seen: ProgressWatch | None = None) -> Weights:
+    """A fetch by a node of this process, on the loop of `runtime`. Raises as `fetch` does."""
     node = await runtime().acquire(want.settings)
     records = runtime().fetches(want.settings)
     try:
@@ -157,6 +158,7 @@ async def _fetch(want: Want, seen: ProgressWatch | None = None) -> Weights:
                 selection=want.selection,
                 dtype=want.dtype,
                 resolved=partial(seen.resolved, records) if seen else None,
+                commit=want.commit,
             )
         made = store.tensors() if isinstance(store, MemoryStore | GpuStore | CastStore) else {}
         tensors = dict(want.into) if want.into is not None else made

@@ -209,6 +209,12 @@ def _as_proven(landed: Landed) -> Landed:
     return dataclasses.replace(fetched, proven=True), store, path
 
 
+def is_proven(commit: CommitOf, digest: Digest, settings: Settings) -> bool:
+    """Whether it is recorded here that the artifact is the commit's."""
+    at = origin_of(commit.model_id, commit.commit, settings)[1]
+    return at is not None and proven.known(settings.cache, at.where, commit.commit, digest)
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether a revision names one commit for ever."""
     return _COMMIT.fullmatch(revision or "") is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from swarm.api.fetching import CommitOf
 from swarm.api.handles import HUB_CACHE, HubCache
 from swarm.checkpoint import hf_cache
 from swarm.content.selection import Selection
@@ -36,6 +37,7 @@ class Want:
     revision: str | None = None
     selection: Selection | None = None
     dtype: Any = None
+    commit: CommitOf | None = None
 
     def __post_init__(self) -> None:
         if not _DEVICE.fullmatch(self.device):

@@ -165,7 +165,7 @@ def fetch(options: argparse.Namespace) -> int:
                         revision=options.revision,
                         out=options.out or HUB_CACHE,
                         into=None,
-                        digest=options.digest,
+                        digest=options.digest or os.environ.get("SWARM_DIGEST") or None,
                         timeout_s=settings.timeout_s,
                         settings=settings,
                         selection=selection,

@@ -11,24 +11,27 @@ Must not know: engines, tensors.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from swarm.api import fetch_on
+from swarm.api import fetch_on, is_proven
 from swarm.checkpoint import commit_source, digest_cache, hf_cache, manifest_builder
 from swarm.content.manifest import Digest, Manifest
 from swarm.engines import cache_gc, metadata
 from swarm.engines.layout import metadata_id
+from swarm.engines.pin import VARIABLE, EnginePin
 from swarm.engines.rank import RankNode
 from swarm.engines.tiers import Local
-from swarm.errors import ManifestInvalid, SettingsError, StoreConflict, StoreError
+from swarm.errors import ManifestInvalid, NotOfCommit, SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import REVISIONS_MAX, Origin
 from swarm.runtime import runtime
 from swarm.store.directory import DirectorySource
@@ -45,11 +48,13 @@ class CheckpointFiles:
     `revision`: that of the engine's command, None if it names none. Files and metadata are served under it.
 
     `content`: its digest, None while unknown. `description`: its headers, if known. `local`: the part on this machine.
-    `hash_unknown`: reads files that were not hashed before. Raises ManifestInvalid, StoreError.
+    `hash_unknown`: reads files that were not hashed before. Raises ManifestInvalid, and StoreError, also for
+    files on this machine that are not those of the pin.
     """
 
-    def __init__(self, node: RankNode, model: str, revision: str | None, *, hash_unknown: bool) -> None:
+    def __init__(self, node: RankNode, model: str, revision: str | None, *, hash_unknown: bool, pin: EnginePin) -> None:
         self.revision = revision
+        self._pin = pin
         self.content: Digest | None = None
         self.description: metadata.CheckpointDescription | None = None
         self.local: Local = "config"
@@ -73,9 +78,12 @@ class CheckpointFiles:
                 with contextlib.closing(self._hash(directory)) as source:
                     known = source.manifest
             self.content = known.digest if known else None
+            if known:
+                pin.demand(known.digest, directory)
         elif (directory / metadata.DESCRIPTION).is_file():
             self.description = metadata.read(directory)
             self.local, self.content = "headers", self.description.content
+            pin.demand(self.content, directory)
 
     def look_again(self) -> None:
         """The engine's own loader brought files that were not on this machine, such as a download from the hub.
@@ -88,6 +96,20 @@ class CheckpointFiles:
                 if directory is not None and metadata.is_whole(directory):
                     self._use(directory)
                     return
+
+    def demand_pinned(self) -> None:
+        """Raises StoreConflict unless the files that the engine's own loader reads have the digest of the pin."""
+        if self._pin.digest is None or (self.local == "whole" and self.content == self._pin.digest):
+            return
+        directory = self._locate()
+        if directory is None or not metadata.is_whole(directory):
+            raise StoreConflict(
+                self._node.model_id,
+                f"is not on this machine with the digest {self._pin.digest[:16]}… that {VARIABLE} pins, and what the "
+                "engine downloads by itself has no digest: serve it on a node that this one reaches",
+            )
+        with contextlib.closing(self._hash(directory)) as source:
+            self._pin.demand(source.manifest.digest, directory)
 
     def _use(self, directory: Path) -> None:
         self._directory, self._stamps = directory, _stamps(directory)
@@ -106,7 +128,8 @@ class CheckpointFiles:
         missing_bytes = max(0, size - cache_gc.size_bytes(place))
         cache_gc.prune(self._cache, self._node.settings.cache_limit_bytes, need_bytes=missing_bytes)
         with _locked(place):
-            if not self._complete(place):
+            commit, settings = self._pin.commit_of(), self._node.settings
+            if not self._complete(place) or (commit and not is_proven(commit, self.content, settings)):
                 runtime().run(self._fetch(place, self.content, abandon_s))
             manifest = digest_cache.recall(self._cache, place)
             if manifest is None:
@@ -126,10 +149,16 @@ class CheckpointFiles:
 
     async def _fetch(self, place: Path, content: Digest, abandon_s: float) -> None:
         settings = self._node.settings
-        fetched, _, _ = await fetch_on(
-            await self._node.open(), self._node.model_id, out=place, into=None, digest=content,
-            timeout_s=settings.timeout_s, settings=settings, abandon_s=abandon_s,
-        )  # fmt: skip
+        try:
+            fetched, _, _ = await fetch_on(
+                await self._node.open(), self._node.model_id, out=place, into=None, digest=content,
+                timeout_s=settings.timeout_s, settings=settings, abandon_s=abandon_s, commit=self._pin.commit_of(),
+            )  # fmt: skip
+        except NotOfCommit:
+            await asyncio.to_thread(
+                shutil.rmtree, place, ignore_errors=True
+            )  # of an earlier fetch, which pinned nothing
+            raise
         self._node.log_fetch(fetched)
 
     def serve(self) -> None:

@@ -13,17 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from swarm.api import BRING_FIND_S, bring, fetch
+from swarm.api import BRING_FIND_S, bring, fetch_of_commit, manifest_of
 from swarm.checkpoint import hf_cache
 from swarm.engines import cache_gc, metadata, vllm_modelinfos
 from swarm.engines.layout import metadata_id
-from swarm.errors import ManifestNotFound, SettingsError, SwarmError
+from swarm.engines.pin import EnginePin, digest_of
+from swarm.errors import ManifestNotFound, NotOfCommit, SettingsError, SwarmError
 from swarm.settings import Settings
 
 MODEL_FLAGS = ("--model", "--model-path")
@@ -50,6 +52,8 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     revision = _value(command, "--revision")
     here = Path(word) if Path(word).is_dir() else hf_cache.snapshot(word, revision=revision or "main")
     name = model_id or _name(word, here)
+    pin = EnginePin.of(name, digest=digest_of(os.environ), revision=revision)
+    settings = pin.settings(settings)
     environment = _environment(settings, name)
     if here is not None and (metadata.is_whole(here) or (here / metadata.DESCRIPTION).is_file()):
         log.info("%s: is on this machine, at %s", name, here)
@@ -61,8 +65,8 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
         find_timeout_s = min(find_timeout_s or BRING_FIND_S, BRING_FIND_S)
     looking = dataclasses.replace(settings, find_timeout_s=find_timeout_s)
     try:
-        directory = _fetch_metadata(name, looking, revision, for_vllm=_takes_vllm_flags(command))
-    except ManifestNotFound as error:
+        directory = _fetch_metadata(name, looking, revision, pin, for_vllm=_takes_vllm_flags(command))
+    except (ManifestNotFound, NotOfCommit) as error:
         if not from_hub and not (here is not None and (here / "config.json").is_file()):
             raise
         if from_hub and _brought(word, settings, revision):
@@ -90,19 +94,22 @@ def _brought(model_id: str, settings: Settings, revision: str | None) -> bool:
     return True
 
 
-def _fetch_metadata(model_id: str, settings: Settings, revision: str | None, *, for_vllm: bool) -> Path:
+def _fetch_metadata(model_id: str, settings: Settings, revision: str | None, pin: EnginePin, *, for_vllm: bool) -> Path:
     """The laid-out model directory; for vLLM also the descriptions of its classes."""
     settings.cache.mkdir(parents=True, exist_ok=True)
     incoming = Path(tempfile.mkdtemp(dir=settings.cache, prefix=".metadata-"))
     try:
         unsynced = dataclasses.replace(settings, fsync=False)
-        with fetch(metadata_id(model_id), out=incoming, settings=unsynced, revision=revision):
-            adopted = metadata.adopt(settings.cache, incoming)
+        commit, proven = pin.commit_of(metadata.DESCRIPTION), bool(pin.commit or pin.digest)
+        with fetch_of_commit(metadata_id(model_id), out=incoming, commit=commit, settings=unsynced, revision=revision):
+            if pin.digest:
+                metadata.demand(incoming, manifest_of(model_id, pin.digest, settings=unsynced))
+            adopted = metadata.adopt(settings.cache, incoming, proven=proven)
             if for_vllm:
                 vllm_modelinfos.install(adopted, unsynced)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
-    directory = metadata.lay_out(settings.cache, model_id, adopted)
+    directory = metadata.lay_out(settings.cache, model_id, adopted, proven=proven)
     cache_gc.hold(directory, through_exec=True)
     cache_gc.prune(settings.cache, settings.cache_limit_bytes)
     return directory

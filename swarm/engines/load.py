@@ -29,6 +29,7 @@ from swarm.content.manifest import Digest, FileEntry, Manifest, ModelId
 from swarm.engines import metadata
 from swarm.engines.checkpoint_files import CheckpointFiles, model_id_of
 from swarm.engines.layout import CONTENT, WEIGHT_VERSION, Fingerprint, TensorLayout, is_loaded
+from swarm.engines.pin import EnginePin
 from swarm.engines.rank import LOOK_BESIDE_FILES_S, LOOK_S, TIERS, LoadOptions, Rank, RankNode
 from swarm.engines.serve_loaded import TENSORS, TensorServer
 from swarm.engines.start_log import REASON_MAX, EngineStart, TierAttempt, record
@@ -74,10 +75,12 @@ class RankLoader:
         options: LoadOptions,
     ) -> None:
         self.model_id = ModelId(options.model_id or model_id_of(model))
-        self.node = RankNode(self.model_id, rank, options.settings)
+        self.pin = EnginePin.of(self.model_id, digest=options.digest, revision=revision)
+        self.node = RankNode(self.model_id, rank, self.pin.settings(options.settings))
         self.settings = self.node.settings
         # A weight version belongs to a content, so that must be known.
-        self.files = CheckpointFiles(self.node, model, revision, hash_unknown=bool(options.weight_version))
+        hash_unknown = bool(options.weight_version or options.digest)
+        self.files = CheckpointFiles(self.node, model, revision, hash_unknown=hash_unknown, pin=self.pin)
         self.options = options
         self.fingerprint: Fingerprint | None = None
         self.server = TensorServer(
@@ -145,11 +148,12 @@ class RankLoader:
             if not choice.wanted:
                 self._decide(choice.tier, False, choice.why)
                 continue
-            if choice.tier == "disk":
-                self._bring()
             began = time.monotonic()
             self._abandon_s = ABANDON_S if choice.alternative else math.inf
             try:
+                if choice.tier == "disk":
+                    self._bring()
+                    self.files.demand_pinned()
                 ways[choice.tier]()
             except Exception as error:
                 self._decide(choice.tier, False, f"failed: {error}", time.monotonic() - began, failed=True)
@@ -206,7 +210,7 @@ class RankLoader:
         await self._settle(node)
         files, holders, unseen = self.files, node.holders(self.model_id), ""
         if files.content is None and files.local == "config" and unread is not None and holders:
-            manifest = await self._resolve(node, self.model_id, revision=files.revision)
+            manifest = await self._resolve(node, self.model_id, revision=files.revision, digest=self.pin.digest)
             files.description, files.content = metadata.describe(manifest), manifest.digest
             unseen = unread(files.description)
             await self._settle(node)
@@ -241,12 +245,14 @@ class RankLoader:
                 return
             await node.changed(POLL_S)
 
-    async def _resolve(self, node: Node, artifact: ModelId, revision: str | None = None) -> Manifest:
+    async def _resolve(
+        self, node: Node, artifact: ModelId, revision: str | None = None, digest: Digest | None = None
+    ) -> Manifest:
         """The manifest that peers agree on. Raises as `resolve` does."""
         manifest, _ = await resolve(
             node,
             artifact,
-            digest=None,
+            digest=digest,
             find_timeout_s=OTHER_TIMEOUT_S,
             trusted=self.settings.trusted,
             revision=revision,

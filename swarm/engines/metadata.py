@@ -14,6 +14,7 @@ Must not know: nodes, engines.
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ import msgspec
 
 from swarm.checkpoint import manifest_builder
 from swarm.content import safetensors_header
-from swarm.content.manifest import FILE_BYTES_MAX, Digest, Manifest, unsafe_path
+from swarm.content.manifest import FILE_BYTES_MAX, Digest, FileEntry, Manifest, unsafe_path
 from swarm.engines import cache_gc
 from swarm.errors import ManifestInvalid, SourceChanged
 from swarm.store.disk import store_errors
@@ -69,14 +70,13 @@ def stage(cache: Path, root: Path, manifest: Manifest) -> Path:
 
     Raises SourceChanged for a file that is not the manifest's any more, StoreError when the disk fails.
     """
-    small = tuple(file for file in manifest.files if not is_weights(file.path) and file.size <= SMALL_BYTES_MAX)
+    small = _small(manifest)
 
     def fill(fresh: Path) -> None:
         for file in small:
             (fresh / file.path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(root / file.path, fresh / file.path)
-        copied = Manifest(1, "checkpoint", "", manifest.scheme, manifest.chunk_bytes, small)
-        if problems := manifest_builder.verify(fresh, copied):
+        if problems := manifest_builder.verify(fresh, _part(manifest, small)):
             raise SourceChanged(root, problems[0])
         (fresh / DESCRIPTION).write_bytes(msgspec.json.encode(describe(manifest), order="sorted"))
 
@@ -92,13 +92,37 @@ def staged(cache: Path, content: str) -> Path | None:
     return place if (place / DESCRIPTION).is_file() else None
 
 
-def adopt(cache: Path, fetched: Path) -> Path:
-    """Copies a fetched directory to where `staged` finds it. Raises ManifestInvalid, StoreError."""
-    return _make(_staged(cache, read(fetched).content), lambda fresh: _copy_all(fetched, fresh))
+def adopt(cache: Path, fetched: Path, *, proven: bool = False) -> Path:
+    """Copies a fetched directory to where `staged` finds it. Raises ManifestInvalid, StoreError.
+
+    `proven`: what lies there of an earlier fetch has to be the same, or is replaced.
+    """
+    return _make(_staged(cache, read(fetched).content), lambda fresh: _copy_all(fetched, fresh), again=proven)
 
 
-def lay_out(cache: Path, model_id: str, fetched: Path) -> Path:
+def demand(directory: Path, manifest: Manifest) -> None:
+    """Raises ManifestInvalid unless a directory has small files, headers and digest of this checkpoint alone."""
+    said, small = read(directory), _small(manifest)
+    there = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    there = {path for path in there if not path.startswith(".swarm/")}
+    if said != describe(manifest) or there != {file.path for file in small} | {DESCRIPTION}:
+        raise ManifestInvalid(str(directory), f"does not describe the checkpoint {manifest.digest[:16]}…")
+    if problems := manifest_builder.verify(directory, _part(manifest, small)):
+        raise ManifestInvalid(str(directory), f"is not of the checkpoint {manifest.digest[:16]}…: {problems[0]}")
+
+
+def _small(manifest: Manifest) -> tuple[FileEntry, ...]:
+    return tuple(file for file in manifest.files if not is_weights(file.path) and file.size <= SMALL_BYTES_MAX)
+
+
+def _part(manifest: Manifest, files: tuple[FileEntry, ...]) -> Manifest:
+    return Manifest(1, "checkpoint", "", manifest.scheme, manifest.chunk_bytes, files)
+
+
+def lay_out(cache: Path, model_id: str, fetched: Path, *, proven: bool = False) -> Path:
     """A model directory for an engine: the fetched files, and each safetensors file as its header alone.
+
+    `proven`: as in `adopt`.
 
     Raises ManifestInvalid for a wrong description, StoreError when the disk fails.
     """
@@ -113,7 +137,7 @@ def lay_out(cache: Path, model_id: str, fetched: Path) -> Path:
             (fresh / path).write_bytes(len(text).to_bytes(safetensors_header.LENGTH_BYTES, "little") + text)
 
     name = hashlib.sha256(model_id.encode()).hexdigest()[:16]
-    return _make(cache / "models" / f"{described.content[:16]}-{name}", fill)
+    return _make(cache / "models" / f"{described.content[:16]}-{name}", fill, again=proven)
 
 
 def read(directory: Path) -> CheckpointDescription:
@@ -177,16 +201,21 @@ def _staged(cache: Path, content: str) -> Path:
     return cache / "metadata" / content[:16]
 
 
-def _make(place: Path, fill: Callable[[Path], None]) -> Path:
-    """`place`, held; if missing, it is filled aside and renamed when complete. Raises StoreError."""
+def _make(place: Path, fill: Callable[[Path], None], *, again: bool = False) -> Path:
+    """`place`, held; if missing, it is filled aside and renamed when complete. Raises StoreError.
+
+    `again`: it is filled in any case, and replaced if something else lies there.
+    """
     cache_gc.hold(place)
     with store_errors(place):
-        if place.is_dir():
+        if place.is_dir() and not again:
             return place
         fresh = place.parent / f".new-{secrets.token_hex(8)}"
         fresh.mkdir(parents=True)
         try:
             fill(fresh)
+            if again and place.is_dir() and not _same(fresh, place):
+                shutil.rmtree(place)
             try:
                 os.rename(fresh, place)
             except OSError:
@@ -195,6 +224,16 @@ def _make(place: Path, fill: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return place
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two directories have the same files with the same bytes."""
+
+    def files(of: Path) -> set[str]:
+        return {path.relative_to(of).as_posix() for path in of.rglob("*") if not path.is_dir()}
+
+    names = files(one)
+    return names == files(other) and not any(filecmp.cmpfiles(one, other, sorted(names), shallow=False)[1:])
 
 
 def _copy_all(source: Path, target: Path) -> None:

@@ -63,8 +63,9 @@ class LoadOptions:
     """Options of engines, beside the node's `settings`; docs/engines.md describes each.
 
     Read from the mapping that the engine gives its loader, else from SWARM_MODEL_ID, SWARM_LOOK_S, SWARM_TIERS,
-    SWARM_SERVE and SWARM_WEIGHT_VERSION. `look_s`: seconds to look for peers, None for LOOK_S or LOOK_BESIDE_FILES_S. A
-    `weight_version` is loaded from a peer that serves exactly this version, or loading fails.
+    SWARM_SERVE, SWARM_WEIGHT_VERSION and SWARM_DIGEST (`pin.EnginePin`). `look_s`: seconds to look for peers, None for
+    LOOK_S or LOOK_BESIDE_FILES_S. A `weight_version` is loaded from a peer that serves exactly this version, or loading
+    fails.
     """
 
     settings: Settings
@@ -73,6 +74,7 @@ class LoadOptions:
     tiers: tuple[str, ...] = TIERS
     serve: bool = True
     weight_version: str | None = None
+    digest: str | None = None
 
     @classmethod
     def read(cls, given: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> LoadOptions:
@@ -95,7 +97,13 @@ class LoadOptions:
         serve = str(values.get("serve", True)).lower() not in ("0", "false", "no", "off")
         model_id, version = values.get("model_id"), values.get("weight_version")
         return cls(
-            settings, None if model_id is None else str(model_id), look_s, tiers, serve, str(version or "") or None
+            settings,
+            None if model_id is None else str(model_id),
+            look_s,
+            tiers,
+            serve,
+            str(version or "") or None,
+            str(values.get("digest") or "") or None,
         )
 
 
