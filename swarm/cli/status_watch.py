@@ -41,24 +41,24 @@ class Asker:
 
     def __call__(self) -> dict[str, Any]:
         """The JSON of `swarm status --json`. Raises PeerUnreachable."""
+        context = self._context if self._proven else None
+        until = time.monotonic() + status_client.ANSWER_TIMEOUT_S  # for all of it
         try:
-            address, report = status_client.ask_any(self._addresses, self._context if self._proven else None)
-            context = self._context if self._proven else None
+            within_s = status_client.ANSWER_TIMEOUT_S / 2
+            address, report = status_client.ask_any(self._addresses, context, within_s=within_s)
         except PeerUnreachable as error:
-            address, report = self._ask_others(error)
+            address, report = self._ask_others(error, within_s=(until - time.monotonic()) / 2)
             context = self._context
-        swarm = swarm_status(report, status_client.view(address, context))
+        swarm = swarm_status(report, status_client.view(address, context, within_s=until - time.monotonic()))
         others = [m["address"] for m in swarm["members"] if m["state"] == "alive" and m["address"] != address]
         self._others = others[:FALLBACKS_MAX] or self._others
         return swarm
 
-    def _ask_others(self, error: PeerUnreachable) -> tuple[str, dict[str, Any]]:
-        for address in self._others:
-            try:
-                return address, status_client.ask(address, self._context)
-            except PeerUnreachable:
-                continue
-        raise error
+    def _ask_others(self, error: PeerUnreachable, *, within_s: float) -> tuple[str, dict[str, Any]]:
+        try:
+            return status_client.ask_any(self._others, self._context, within_s=within_s)
+        except PeerUnreachable:
+            raise error from None
 
 
 def watch(ask: Ask) -> int:

@@ -14,7 +14,6 @@ Must not know: how connections are opened, the contents of transfers.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -62,6 +61,10 @@ class Growth:
                 self._most = self.wanted
             self._rate, self._window = rate, None
         return self.wanted
+
+    def stop(self, streams: int) -> None:
+        """No more than these can be had."""
+        self.wanted = self._most = streams
 
 
 class InboundStreams:
@@ -125,8 +128,9 @@ class InboundStreams:
 
     async def _open(self, wanted: int) -> None:
         try:
-            with contextlib.suppress(TransportError):  # the connections that are open go on
-                await self.open(wanted)
+            await self.open(wanted)
+        except TransportError:  # the connections that are open go on
+            self._growth.stop(self.streams)
         finally:
             self._dialling = None
 

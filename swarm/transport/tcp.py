@@ -45,10 +45,11 @@ VERSION = 4
 TOKEN_BYTES, PROOF_BYTES = 16, 16
 COUNTS = struct.Struct(">QQ")
 PREAMBLE_BYTES = len(MAGIC) + 1 + COUNTS.size + PROOF_BYTES
-ACCEPTED, UNKNOWN_TOKEN, WRONG_VERSION = b"\0", b"\1", b"\2"
+ACCEPTED, UNKNOWN_TOKEN, WRONG_VERSION, FULL = b"\0", b"\1", b"\2", b"\3"
 
 PREAMBLE_TIMEOUT_S = 5.0  # one round trip is enough; a silent stranger must not keep a connection
 LOOPBACK_CONGESTION = "cubic"  # bbr, some systems' default, paces and costs a quarter or more of the rate on loopback
+CONNECTIONS_MAX = 128  # of all sessions of a node; beyond that none gets a connection beside its first
 THREADS_MAX = 64  # of two pools, for askers and holders: a full pool never waits for the other
 
 # A vanished peer is noticed after 2 + 3 * 1 = 5 s, also by the asker, which never writes.
@@ -117,6 +118,8 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
         if self.parallel:
 
             async def dial(beside: TcpInbound) -> TcpInbound:
+                if sum(each.streams for each in self._inbound if isinstance(each, InboundStreams)) >= CONNECTIONS_MAX:
+                    raise TransportError(f"tcp to {address}: this node has {CONNECTIONS_MAX} connections")
                 preamble = preamble_of(secret, next(self._count), beside=count, magic=self.magic)
                 return await self._connect(address, preamble, timeout_s=timeout_s, beside=beside)
 
@@ -245,11 +248,17 @@ class TcpTransport(TokenTransport[OutboundStreams | TcpOutbound]):
         count, beside = counts_of(preamble)
         for token, admission in self._admitted.items():
             if hmac.compare_digest(preamble_of(_token_bytes(token), count, beside=beside, magic=self.magic), preamble):
-                if admission.count < count:  # else it is a replay
-                    admission.count = count
-                    return token, ACCEPTED
-                break
+                if admission.count >= count:  # a replay
+                    break
+                admission.count = count
+                return ("", FULL) if beside and self.connections >= CONNECTIONS_MAX else (token, ACCEPTED)
         return "", UNKNOWN_TOKEN
+
+    @property
+    def connections(self) -> int:
+        """Connections of the sessions that others have opened."""
+        sessions = (session for admission in self._admitted.values() for session in admission.sessions)
+        return sum(each.streams if isinstance(each, OutboundStreams) else 1 for each in sessions)
 
     def _join(self, token: str, first: int, stream: TcpOutbound) -> bool:
         """Adds a connection to the session whose first connection has this count; False where there is none."""
@@ -267,6 +276,7 @@ def _check_verdict(verdict: bytes, *, peer: str) -> None:
     why = {
         UNKNOWN_TOKEN: "it does not know the token",
         WRONG_VERSION: f"it does not speak version {VERSION} of the bulk protocol",
+        FULL: "it has as many connections as it takes",
         b"": "it closed the connection without a verdict",
     }.get(verdict, f"unknown verdict {verdict!r}")
     raise TransportError(f"tcp to {peer}: {why}")

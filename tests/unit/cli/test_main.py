@@ -235,7 +235,7 @@ ERRORS = [
 def test_what_does_an_error_exit_with(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(addresses: object, context: object) -> None:
+    def fail(addresses: object, context: object, *, within_s: float) -> None:
         raise error
 
     monkeypatch.setattr(status_client, "ask_any", fail)

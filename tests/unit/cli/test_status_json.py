@@ -301,9 +301,9 @@ class Cluster:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.alive = {"1:1", "2:2"}
         monkeypatch.setattr(status_client, "ask", self.ask)
-        monkeypatch.setattr(status_client, "view", lambda address, context: None)
+        monkeypatch.setattr(status_client, "view", lambda address, context, within_s: None)
 
-    def ask(self, address: str, context: object = None) -> Json:
+    def ask(self, address: str, context: object = None, *, within_s: float = 0.0) -> Json:
         if address not in self.alive:
             raise PeerUnreachable(address, "is gone")
         return report(member(A, "ann", address="2:2"), node={"address": address})

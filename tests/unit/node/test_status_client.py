@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -107,6 +110,42 @@ def test_is_an_endless_answer_cut(server: Answering, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(status_client, "REPORT_BYTES_MAX", 10)
     with pytest.raises(PeerUnreachable):
         status_client.ask(server.address)
+
+
+class _Dripping(socketserver.BaseRequestHandler):
+    """A header without end, a byte at a time: each byte is in time."""
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):
+            self.request.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+            while True:
+                self.request.sendall(b"x")
+                time.sleep(0.01)
+
+
+class Dripping(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+
+@pytest.fixture
+def dripping() -> Iterator[str]:
+    with Dripping(("127.0.0.1", 0), _Dripping) as serving:
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"127.0.0.1:{serving.server_address[1]}"
+        serving.shutdown()
+        thread.join()
+
+
+def test_an_answer_that_drips_has_a_deadline(server: Answering, dripping: str) -> None:
+    with pytest.raises(PeerUnreachable, match="not complete after"):
+        status_client.ask(dripping, within_s=0.2)
+    assert status_client.view(dripping, within_s=0.2) is None
+    assert status_client.ask_any([server.address, dripping], within_s=2.0) == (server.address, REPORT)
+    asking = [thread for thread in threading.enumerate() if thread.name == "swarm asks"]
+    for thread in asking:
+        thread.join(10.0)
+    assert not any(thread.is_alive() for thread in asking)
 
 
 def test_does_nobody_answer(nobody: str) -> None:

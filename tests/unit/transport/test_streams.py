@@ -13,11 +13,11 @@ import pytest
 from swarm.errors import TransportError
 from swarm.net.listener import Listener
 from swarm.protocol.messages import STREAMS_MAX
-from swarm.transport import Transfer
+from swarm.transport import Transfer, tcp
 from swarm.transport.streams import GROWTH_MIN, WINDOW_S, Growth, InboundStreams, OutboundStreams
 from swarm.transport.tcp import TcpTransport
 
-TOKEN = "0123456789abcdef" * 2
+TOKEN, OTHER_TOKEN = "0123456789abcdef" * 2, "fedcba9876543210" * 2
 DEADLINE_S = 20.0
 
 
@@ -124,6 +124,30 @@ def test_is_a_connection_of_an_unknown_session_closed() -> None:
             (token,) = holder._admitted
             assert not holder._join(token, 99, outbound._streams[0])
             assert inbound.alive
+
+    asyncio.run(scenario())
+
+
+def test_are_the_connections_of_all_sessions_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with session(2) as (_, _outbound, holder):
+            monkeypatch.setattr(tcp, "CONNECTIONS_MAX", 3)
+            other = TcpTransport("127.0.0.1", 1)
+            holder.admit(OTHER_TOKEN)
+            inbound = await other.connect(holder.address, OTHER_TOKEN, timeout_s=5)
+            assert isinstance(inbound, InboundStreams)
+            await holder.accept(OTHER_TOKEN, timeout_s=5)
+            assert holder.connections == 3, "a first connection is always taken"
+            with pytest.raises(TransportError, match="as many connections as it takes"):
+                await inbound.open(2)
+            assert inbound.alive
+            monkeypatch.setattr(tcp, "CONNECTIONS_MAX", 1)
+            with pytest.raises(TransportError, match="this node has 1 connections"):
+                await inbound.open(2)
+            await inbound._open(2)  # as a session does that grows
+            looks = [inbound._growth.look(now=n, received_bytes=n << 30, streams=1, outstanding=9) for n in range(3)]
+            assert looks == [1, 1, 1], "it does not try again for each transfer"
+            await other.close()
 
     asyncio.run(scenario())
 
