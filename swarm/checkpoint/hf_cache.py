@@ -108,8 +108,9 @@ def revisions(model_id: str, *, root: Path | None = None) -> dict[str, list[str]
     for ref in sorted((folder / "refs").rglob("*")):
         name = ref.relative_to(folder / "refs").as_posix()
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            if ref.is_file() and not _COMMIT.fullmatch(name):
-                found.get(ref.read_text(), []).append(name)
+            # A fetch of a short commit leaves a ref of that name, as huggingface_hub does: it is no branch.
+            if ref.is_file() and not (commit := ref.read_text()).startswith(name):
+                found.get(commit, []).append(name)
     return found
 
 

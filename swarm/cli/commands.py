@@ -386,7 +386,7 @@ def ls(options: argparse.Namespace) -> int:
     if options.json:
         print(kept.as_json({**found, "agent": agent.as_json(models) if models else None}), flush=True)
     else:
-        kept.show(found)
+        kept.show(found, options.model_id)
         if models:
             agent.show(models, options.model_id)
     return 0

@@ -5,6 +5,7 @@ Must not know: how files are removed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from swarm.cli import agent
 from swarm.content.commit import PART
 from swarm.errors import PeerUnreachable, SettingsError, StoreError, clean
 from swarm.observe.units import size_text
+from swarm.protocol.messages import SHORT_COMMIT_MIN
 from swarm.settings import Settings
 from swarm.store.disk import store_errors
 
@@ -27,6 +29,7 @@ REVISIONS_SHOWN = 3
 
 def listed(report: Mapping[str, Any] | None, settings: Settings, model_id: str | None) -> dict[str, Any]:
     """The JSON of `swarm ls --json`: `swarm` by a node's report, None without one, and `here`."""
+    model_id, revision = (None, None) if model_id is None else hf_cache.with_revision(model_id)
     artifacts = None if report is None else [_artifact(row) for row in report["artifacts"] if row["members"]]
     here = [
         {
@@ -43,18 +46,18 @@ def listed(report: Mapping[str, Any] | None, settings: Settings, model_id: str |
     ]
     return {
         "schema": SCHEMA,
-        "swarm": None if artifacts is None else [row for row in artifacts if _is_of(row, model_id)],
-        "here": [row for row in here if _is_of(row, model_id)],
+        "swarm": None if artifacts is None else [row for row in artifacts if _is_of(row, model_id, revision)],
+        "here": [row for row in here if _is_of(row, model_id, revision)],
     }
 
 
-def show(found: Mapping[str, Any]) -> None:
+def show(found: Mapping[str, Any], model_id: str | None = None) -> None:
     """Prints the tables of `swarm ls`."""
     console = Console(markup=False, highlight=False)
     if found["swarm"] is None:
         console.print("no node of this user runs on this machine; name one with --peer HOST:PORT to see the swarm")
     elif not found["swarm"]:
-        console.print("no member serves a model")
+        console.print(f"no member serves {model_id or 'a model'}")
     else:
         table = _table("in the swarm", "id", "revisions", "size", "holders", "digest")
         for row in found["swarm"]:
@@ -78,8 +81,10 @@ def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) ->
     everything = kept.all_kept(settings.cache)
     chosen = kept.chosen(everything, model_id, revision)
     if len({found.model_id for found in chosen}) > 1:
+        one_digest = len({found.digest for found in chosen}) == 1
         shown = ", ".join(f"{found.digest} ({found.model_id})" for found in chosen)
-        raise SettingsError("digest", f"{what!r} begins more than one: {shown}; say more digits")
+        advice = "say the model id" if one_digest else "say more digits"
+        raise SettingsError("digest", f"{what!r} begins more than one: {shown}; {advice}")
     staged = kept.unfinished(model_id) if revision is None else {}
     if not chosen and not staged:
         known = ", ".join(sorted({f"{found.model_id}@{found.commit[:12]}" for found in everything})) or "nothing"
@@ -104,13 +109,29 @@ def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) ->
                 freed += size
             else:
                 print(clean(f"{place} stays: a fetch uses it"))
-    print(f"removed: {size_text(freed)} are free again; other revisions and files of other programs are as they were")
+    for address in _serving({found.digest for found in chosen}, settings):
+        print(clean(f"the node at {address} has the files open and serves on: their space is free when it ends"))
+    print(f"removed: {size_text(freed)}; other revisions and files of other programs are as they were")
     return 0
 
 
 def _is_id(chosen: Sequence[kept.Kept], model_id: str) -> bool:
     """Whether the models were chosen by their id, and not by a digest."""
     return any(found.model_id == model_id for found in chosen)
+
+
+def _serving(digests: set[str], settings: Settings) -> list[str]:
+    """Addresses of the nodes of this machine that hold chunks of these artifacts."""
+    from swarm.node import local_nodes, status_client
+
+    found = []
+    for address in local_nodes.addresses(settings.cache) if digests else ():
+        with contextlib.suppress(PeerUnreachable):
+            report = status_client.ask(address)
+            own = report["node"]["id"]
+            if any(row["digest"] in digests and row["nodes"].get(own) for row in report["artifacts"]):
+                found.append(address)
+    return found
 
 
 def _confirmed() -> bool:
@@ -134,10 +155,18 @@ def _artifact(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _is_of(row: Mapping[str, Any], model_id: str | None) -> bool:
+def _is_of(row: Mapping[str, Any], model_id: str | None, revision: str | None) -> bool:
     if model_id is None:
         return True
+    names: Sequence[str] = row["revisions"]
+    if revision is not None and not any(_is_revision(name, revision) for name in names):
+        return False
     return row["model_id"].removesuffix(PART) == model_id or (len(model_id) >= 6 and row["digest"].startswith(model_id))
+
+
+def _is_revision(name: str, revision: str) -> bool:
+    short = len(name) == 40 and len(revision) >= SHORT_COMMIT_MIN
+    return name == revision or (short and name.startswith(revision))
 
 
 def _table(title: str, *columns: str) -> Table:

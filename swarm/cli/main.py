@@ -240,7 +240,12 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--revision", metavar="R", help="revision of the cached model; also MODEL_ID@R")
 
     ls = command(commands.ls, "list models: in the swarm, and what swarm keeps on this machine")
-    ls.add_argument("model_id", nargs="?", metavar="MODEL_ID", help="only this model; also the digits of a digest")
+    ls.add_argument(
+        "model_id",
+        nargs="?",
+        metavar="MODEL_ID",
+        help="only this model, also MODEL_ID@REVISION; or the digits of a digest",
+    )
     ls.add_argument("--peer", metavar="HOST:PORT", help="node to ask; by default a node of this machine")
     ls.add_argument("--key-file", metavar="PATH", help="cluster key, to ask nodes of other machines")
     ls.add_argument("--json", action="store_true", help="print one JSON object")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from swarm.checkpoint import check, digest_cache, hf_cache, manifest_builder
+from swarm.checkpoint import check, digest_cache, hf_cache, kept, manifest_builder
 from swarm.content.manifest import Digest
 from swarm.errors import SettingsError, StoreError, clean
 from swarm.observe.units import size_text
@@ -19,7 +19,7 @@ PROBLEMS_FOUND = 1
 
 def verify(what: str, *, revision: str | None, digest: str | None, settings: Settings) -> int:
     """Prints problems, or what was compared; 1 if there are problems. Raises SettingsError, StoreError."""
-    path = _locate(what, revision)
+    path = _locate(what, revision, settings.cache)
     if digest is not None and not is_digest(digest):
         raise SettingsError("digest", f"{digest!r} is neither a digest nor the first 6 or more of its digits")
     if (path / PARTIAL).exists():
@@ -64,13 +64,18 @@ def _digest(path: Path, settings: Settings) -> Digest:
     return manifest.digest
 
 
-def _locate(what: str, revision: str | None) -> Path:
+def _locate(what: str, revision: str | None, cache: Path) -> Path:
     path = Path(what)
     if path.is_dir():
         return path
     if path.exists():
         raise StoreError(f"{path}: is no directory; name a directory, or a model id of the Hugging Face cache")
     name, revision = hf_cache.with_revision(what, revision)
+    if is_digest(name) and (found := {k.place for k in kept.chosen(kept.all_kept(cache), name, revision)}):
+        if len(found) > 1:
+            shown = ", ".join(str(place) for place in sorted(found))
+            raise SettingsError("digest", f"{name!r} begins the digests of {shown}; say more digits, or the directory")
+        return found.pop()
     if not hf_cache.is_model_id(name) or not (known := hf_cache.revisions(name)):
         raise StoreError(
             f"{what}: does not exist; name a directory that `swarm fetch --out DIR` filled, or a model id of the "
@@ -78,8 +83,8 @@ def _locate(what: str, revision: str | None) -> Path:
         )
     if revision is None and len(known) == 1:
         revision = next(iter(known))
-    found = hf_cache.snapshot(name, revision=revision or "main")
-    if found is None:
+    snapshot = hf_cache.snapshot(name, revision=revision or "main")
+    if snapshot is None:
         shown = "; ".join(" = ".join([*names, commit]) for commit, names in known.items())
         raise SettingsError("revision", f"the cache has no revision {revision or 'main'!r} of {name}; there is {shown}")
-    return found
+    return snapshot

@@ -97,17 +97,20 @@ async def resolve(
 
 
 async def full_digest(node: Node, model_id: ModelId, first: str, *, find_timeout_s: float | None) -> Digest:
-    """The only announced digest that begins with these digits. Only a whole digest pins: digits choose.
+    """The only announced digest of a model id that begins with these digits. Only a whole digest pins: digits choose.
 
-    Raises SettingsError if several begin with them, ManifestNotFound if none is announced in time.
+    Raises SettingsError if several begin with them, or those of other ids alone; ManifestNotFound if none is announced
+    in time.
     """
     limit_s = FIND_TIMEOUT_S if find_timeout_s is None else find_timeout_s
     deadline, first_seen = node.now() + limit_s, None
     with node.seeking(None):
         while True:
-            announced = {a.digest for a in node.announced()} | node.holdings().keys()
-            found = sorted(digest for digest in announced if digest.startswith(first))
-            if found and first_seen is None:
+            ids = {model_id, commit.part_name(model_id)}
+            announced = {a.digest: a.model_id for a in node.announced() if a.digest.startswith(first)}
+            own = {digest for digest in node.holdings() if digest.startswith(first)}
+            found = sorted(own | {digest for digest, of in announced.items() if of in ids})
+            if (found or announced) and first_seen is None:
                 first_seen = node.now()
             settled = first_seen is not None and node.now() - first_seen >= (
                 SETTLE_S if node.searching else SETTLE_LEAST_S
@@ -116,6 +119,10 @@ async def full_digest(node: Node, model_id: ModelId, first: str, *, find_timeout
                 raise SettingsError("digest", f"{first!r} begins {', '.join(found)}; say more digits of one")
             if found and settled:
                 return found[0]
+            if not found and announced and settled:
+                digest, other = next(iter(announced.items()))
+                why = f"{first!r} begins a digest of {other}, and none of {model_id}; fetch {other}, or say {digest}"
+                raise SettingsError("digest", why)
             if not found and node.now() >= deadline:
                 raise ManifestNotFound(model_id, tried=node.tried(), waited_s=limit_s)
             await node.changed(SETTLE_LEAST_S if found else POLL_S)

@@ -188,12 +188,18 @@ def test_does_ls_show_what_there_is_and_rm_free_it(machine: Machine, tmp_path: P
     assert list(served_["holders"].values()) == [1.0]
     assert served_["digest"] == here["digest"] == seed.digest
     assert here["bytes"] == sum(len(data) for data in COMMITTED.values())
-    shown = machine.run("ls", "org/model", "--peer", seed.address, environment=home).out
-    assert "org/model" in shown
+    for revision, count in (("", 1), ("@main", 1), (f"@{COMMIT[:7]}", 1), ("@main2", 0), (f"@{COMMIT[:6]}", 0)):
+        found = machine.run("ls", f"org/model{revision}", "--json", "--peer", seed.address, environment=home).report
+        assert len(found["here"]) == len(found["swarm"]) == count
+    assert "no member serves org/no" in machine.run("ls", "org/no", "--peer", seed.address, environment=home).out
+    assert "by the hub's names: right" in machine.run("verify", seed.digest[:6], environment=home).out
     assert "say --yes" in machine.run("rm", "org/model", environment=home).error(5)
     verified = machine.run("verify", f"org/model@{COMMIT[:7]}", "--digest", seed.digest[:8], environment=home)
     assert f"{len(COMMITTED)} by the hub's names: right; digest {seed.digest}" in verified.out
+    fetch = ("fetch", "org/model", "--no-mdns", "--peer", seed.address)
+    machine.start(*fetch, environment={**QUICK, **home}).wait_for("serving it on at")
     removed = machine.run("rm", f"org/model@{COMMIT[:9]}", "--yes", environment=home)
     assert removed.code == 0
+    assert "has the files open and serves on" in removed.out
     assert [path.name for path in (tmp_path / "ours" / "hub").iterdir()] == ["models--org--other"]
     assert machine.run("ls", "--json", "--peer", seed.address, environment=home).report["here"] == []

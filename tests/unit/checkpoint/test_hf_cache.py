@@ -307,6 +307,8 @@ def test_revisions_are_branches_tags_and_short_commits(tmp_path: Path) -> None:
     target = publish(tmp_path, FILES, origin_of(FILES))
     entry = CacheEntry(MODEL, root=tmp_path)
     other = entry.publish(stage(entry, FILES), origin_of(FILES, commit="c0ffee1" + "0" * 33), "feature/x")
+    for name in (other.name, other.name[:9]):
+        (other.parent.parent / "refs" / name).write_text(other.name)
     assert hf_cache.revisions(MODEL, root=tmp_path) == {COMMIT: ["main"], other.name: ["feature/x"]}
     for revision, place in (("main", target), ("feature/x", other), ("c0ffee0", target), ("c0ffee10", other)):
         assert hf_cache.snapshot(MODEL, root=tmp_path, revision=revision) == place

@@ -613,6 +613,8 @@ def test_do_first_digits_choose_a_digest_that_is_announced() -> None:
                 await full_digest(newcomer, MODEL, "", find_timeout_s=DEADLINE_S)
             with pytest.raises(ManifestNotFound, match="one at one serves org/model"):
                 await full_digest(newcomer, MODEL, "not digits", find_timeout_s=0.1)
+            with pytest.raises(SettingsError, match=rf"of org/model, and none of org/other; .* say {found}$"):
+                await full_digest(newcomer, ModelId("org/other"), found[:6], find_timeout_s=DEADLINE_S)
             assert await full_digest(one, MODEL, first.manifest.digest[:6], find_timeout_s=0.1) == found
 
     run(scenario)
