@@ -73,7 +73,7 @@ ROWS: dict[str, set[str]] = {
         "", "__main__", "agent", "agent.agent", "agent.artifact", "agent.cache", "agent.control", "agent.face",
         "agent.hub_api", "agent.hub_files", "agent.local_models", "agent.revisions", "api", "api.bring", "api.calls",
         "api.fetching", "api.handles", "api.landing", "api.serving", "api.want", "cli", "cli.agent", "cli.commands",
-        "cli.daemon", "cli.demo", "cli.kept", "cli.main",
+        "cli.daemon", "cli.demo", "cli.kept", "cli.main", "cli.next_step", "cli.origin_seed",
         "cli.progress", "cli.replay",
         "cli.reopen", "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table",
         "cli.status_watch", "cli.storage", "cli.verify",
@@ -133,7 +133,7 @@ FOLDERS: dict[str, set[str]] = {
     "": {"api", "engines"},  # the package itself, which imports these two on first use of their names
     "cli": {
         "", "agent", "api", "checkpoint", "content", "dashboard", "doctor", "engines", "journal", "net", "node",
-        "observe", "protocol", "runtime", "security", "simulation", "store", "transfer",
+        "observe", "origin", "protocol", "runtime", "security", "simulation", "store", "transfer",
     },
     "__main__": {"cli"},
     "testing": {"content", "hashing", "net", "origin", "store", "transport"},

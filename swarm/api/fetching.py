@@ -74,6 +74,7 @@ async def fetch_on(
     resolved: Resolved | None = None,
     commit: CommitOf | None = None,
     found: Found | None = None,
+    served_as: ModelId | None = None,
 ) -> Landed:
     """Fetches `ID` or `ID@REVISION`, or a part of it, on an open node.
 
@@ -83,7 +84,7 @@ async def fetch_on(
     A revision that is a whole commit pins, unless a digest or a publisher does: the files are compared with the hub's
     listing, where it can be had. If they are others, the fetch reads those of the hub. `commit`: pins beside `digest`,
     and an artifact with other files raises NotOfCommit. `found`: the artifact, if the caller has found it and proves it
-    of its revision.
+    of its revision. `served_as`: the id under which peers have it and get it, in place of the one of the address.
     """
     if digest is not None and not _DIGEST.fullmatch(digest):
         raise SettingsError(
@@ -92,6 +93,7 @@ async def fetch_on(
     model_id, revision = hf_cache.with_revision(model_id, revision)
     began = node.now()
     name, at = origin_of(model_id, revision, settings)
+    name = served_as or name
     limits = [limit for limit in (settings.find_timeout_s, timeout_s) if limit is not None]
     find_timeout_s = min(limits, default=math.inf if settings.wait else None)
     pinned = digest is not None and len(digest) == DIGEST_DIGITS

@@ -16,6 +16,7 @@ from swarm.checkpoint import commit_source, hf_cache, manifest_builder, signatur
 from swarm.content.manifest import Digest, ModelId
 from swarm.errors import SettingsError
 from swarm.node import commit_parts
+from swarm.origin import registry
 from swarm.protocol.messages import Origin, Signature, unsayable
 from swarm.runtime import runtime
 from swarm.security import signatures
@@ -133,4 +134,6 @@ def _locate(what: str | Path, revision: str | None) -> Path:
                 f"choose one: swarm serve {what}@{names[0] if names else commit}",
             )
         raise SettingsError("path", f"{what!r} is neither a path here nor a model in the local Hugging Face cache")
+    if registry.parse(str(what)):
+        raise SettingsError("path", f"{what} is the address of an origin; say swarm serve --origin {what}")
     raise SettingsError("path", f"{path} does not exist")

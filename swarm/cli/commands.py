@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from swarm.cli import signals, stdio
 from swarm.cli.daemon import Daemon
+from swarm.cli.next_step import fetch_command, listening
 from swarm.errors import SettingsError, StoreError, clean
-from swarm.settings import DEFAULT_PORT, Settings
+from swarm.settings import Settings
 from swarm.simulation.setup import Burst
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ def serve(options: argparse.Namespace) -> int:
 
     settings = settings_of(options)
     daemon = Daemon(lambda: settings_of(options), drain_timeout_s=settings.drain_timeout_s, seeds=True)
+    if options.source:
+        from swarm.cli.origin_seed import serve_origin
+
+        seed = serve_origin(options, settings, serves=daemon.serves)
+        return _run(seed, stopped=lambda: 0, daemon=daemon)
+    if options.model is None:
+        options.parser.error("the following arguments are required: PATH|MODEL_ID, or --origin ADDRESS")
 
     def hashed() -> tuple[ModelId, Source, Origin | None]:
         return open_source(options.model, model_id=options.model_id, settings=settings, revision=options.revision)
@@ -119,9 +127,9 @@ def serve(options: argparse.Namespace) -> int:
                 print(f"{node.address} ready: {part}{name}, {size}, digest {manifest.digest}", flush=True)
                 if missing:
                     log.warning("%s: %s (this part is served as soon as members announce the rest)", name, missing)
-                log.info("fetch it with: %s", _fetch_command(name, node.address, settings))
+                log.info("fetch it with: %s", fetch_command(name, node.address, settings))
                 if node.on_loopback:
-                    log.info("only from this machine; for others serve it with %s", _listening(settings))
+                    log.info("only from this machine; for others serve it with %s", listening(settings))
                 await node.until_lost(manifest.digest)
                 log.info("%s: hashing its files again once they are complete and quiet", name)
                 name, source, origin = await reopened(hashed)
@@ -188,7 +196,7 @@ def fetch(options: argparse.Namespace) -> int:
                 if not options.no_seed:
                     log.info("serving it on at %s; Ctrl-C to stop", node.address)
                     if node.on_loopback and settings.reaches_out:
-                        log.info("only to this machine; to serve it to others fetch with %s", _listening(settings))
+                        log.info("only to this machine; to serve it to others fetch with %s", listening(settings))
                     daemon.serves(node)
                     await _until_lost(node, fetched.digest)
         return 0
@@ -208,19 +216,6 @@ async def _until_lost(node: Node, digest: Digest) -> None:
     """Returns at a signal: to stop a seed is no failure. Raises StoreError when the files changed: nothing is left."""
     with contextlib.suppress(asyncio.CancelledError):
         raise StoreError((await node.until_lost(digest)).why)
-
-
-def _fetch_command(model_id: str, address: str, settings: Settings) -> str:
-    """The command that fetches the model elsewhere, as it is typed there; the key file has to be copied."""
-    key = ["--key-file", str(settings.key_file)] if settings.key_file else []
-    opened = ["--insecure"] if settings.insecure else []
-    return shlex.join(["swarm", "fetch", model_id, "--peer", address, *key, *opened])
-
-
-def _listening(settings: Settings) -> str:
-    """The flags that let other machines reach a node."""
-    key = "" if settings.reaches_out else " --key-file KEY (made by `swarm keygen KEY`, a copy on every machine)"
-    return f"--listen 0.0.0.0:{DEFAULT_PORT}{key}"
 
 
 async def _until_stopped() -> None:

@@ -139,12 +139,23 @@ def _parser() -> argparse.ArgumentParser:
         return made
 
     serve = command(commands.serve, "serve a model to peers", traced)
-    serve.add_argument("model", metavar="PATH|MODEL_ID", help="model directory, or model of the Hugging Face cache")
+    serve.add_argument(
+        "model",
+        nargs="?",
+        metavar="PATH|MODEL_ID",
+        help="model directory, or model of the Hugging Face cache; with --origin the directory to fill",
+    )
+    serve.add_argument(
+        "--origin",
+        dest="source",
+        metavar="ADDRESS",
+        help="read the model from there: org/model, hf://, https://, s3://, gs://, az://, file:///",
+    )
     serve.add_argument(
         "--model-id", metavar="ID", help="id in the swarm; by default the hub's id or the directory name"
     )
     serve.add_argument("--revision", metavar="R", help="revision of the cached model, or a label for a directory")
-    _add_settings(serve, without={"timeout_s", "wait"})
+    _add_settings(serve, without={"timeout_s", "wait", "origin"})
 
     fetch = command(commands.fetch, "fetch a model from peers", traced)
     fetch.add_argument("model_id", metavar="MODEL_ID")

@@ -179,7 +179,8 @@ FLAGS = {
         for command in ("serve", "fetch")
         for field in dataclasses.fields(Settings)
         if field.metadata["flag"]
-        if command == "fetch" or field.name not in ("timeout_s", "wait")  # a seed has no end, and looks for no seed
+        # A seed has no end and looks for no seed, and its --origin is an address to read.
+        if command == "fetch" or field.name not in ("timeout_s", "wait", "origin")
     ],
 )
 def test_has_every_setting_its_flag(command: str, setting: dataclasses.Field[object]) -> None:
