@@ -56,6 +56,7 @@ class Model:
     lfs_bytes: int = 1024
     gated: bool = False
     xet: bool = False  # names large files for xet too, and serves them by that name at /xet/NAME
+    xet_names: dict[str, str] = field(default_factory=dict)  # of files in a real storage, by path
     names: dict[str, str] = field(default_factory=lambda: {"main": ""})
 
     @property
@@ -71,7 +72,7 @@ class Model:
         if len(data) >= self.lfs_bytes:
             found["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 134}
             if self.xet:
-                found["xetHash"] = xet_name(data)
+                found["xetHash"] = self.xet_names.get(path) or xet_name(data)
         return found
 
 
@@ -148,6 +149,8 @@ class Hub:
         self.models = models
         self.token = token
         self.signed = signed
+        self.xet_storage = ""  # that tokens of xet are for
+        self.xet_tokens = ""  # their address, where it is not the usual one
         self.bare = bare  # `revision` tells no sizes, as older hubs do
         self.signed_s = 60.0
         self.requests: list[Asked] = []
@@ -230,6 +233,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._serve_store()
         elif self.path.startswith("/api/models/"):
             self._serve_api()
+        elif self.path == "/api/xet-token":
+            self._serve_xet_token()
         elif self.path.startswith("/xet/"):
             self._serve_xet()
         else:
@@ -295,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
         headers = {"X-Repo-Commit": model.commit, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
         if "xetHash" in entry:
-            headers |= {"X-Xet-Hash": entry["xetHash"], "X-Xet-Refresh-Route": f"{self.hub.endpoint}/api/xet-token"}
+            headers |= {"X-Xet-Hash": entry["xetHash"], "X-Xet-Refresh-Route": self._xet_tokens()}
         if asked.fault == "loop":
             self._redirect(self.path, headers)
         elif "lfs" in entry:
@@ -306,6 +311,15 @@ class _Handler(BaseHTTPRequestHandler):
             self._redirect(where, headers)
         else:
             self._body(asked, model.files[path], {**headers, "ETag": f'"{etag}"'})
+
+    def _xet_tokens(self) -> str:
+        return self.hub.xet_tokens or f"{self.hub.endpoint}/api/xet-token"
+
+    def _serve_xet_token(self) -> None:
+        asked = self._note("xet token", self.path)
+        if not self._failed(asked):
+            until = int(time.time()) + 3600
+            self._json({"accessToken": "of-xet", "exp": until, "casUrl": self.hub.xet_storage})
 
     def _serve_xet(self) -> None:
         name = self.path.removeprefix("/xet/")

@@ -43,6 +43,7 @@ ROWS: dict[str, set[str]] = {
         "net.http_server", "net.link",
         "net.listener", "net.pausing_loop", "net.probe_listener", "net.reclaim", "net.udp", "net.websocket",
         "origin", "origin.files", "origin.hf", "origin.http", "origin.objects", "origin.registry", "origin.web",
+        "origin.xet",
         "security",
         "security.certificates", "security.cluster_key", "security.record_seal", "security.signatures",
         "security.model_signature",
@@ -197,6 +198,7 @@ HOMES: dict[str, set[str]] = {
     },
     "matplotlib": {"simulation.plot"},
     "obstore": {"origin.objects"},
+    "hf_xet": {"origin.xet"},
     "numpy": {
         "content.bitfield",
         "security.record_seal",
@@ -238,6 +240,7 @@ HOMES: dict[str, set[str]] = {
     },
 }
 LAZY = {
+    "hf_xet",
     "matplotlib",
     "obstore",
     "opentelemetry",
@@ -257,7 +260,7 @@ WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concur
 TIME_OF_DAY = {
     "agent.cache", "cli.agent",
     "checkpoint.blob_check", "checkpoint.digest_cache", "engines.cache_gc", "net.environment", "observe.opentelemetry",
-    "security.certificates",
+    "origin.xet", "security.certificates",
 }  # fmt: skip
 ALLOWED_ANYWAY = {("settings", "os")}  # the environment is one of its sources
 
@@ -368,7 +371,7 @@ def test_does_nothing_depend_on_global_randomness_or_on_the_time_of_day(module: 
     if ROW_OF[module] not in ("world", "drivers", "faces"):
         assert "time" not in packages(imported(statements(tree)))
     # manifest_builder and cache_gc compare times of files with the clock that made them; certificates, seals and spans
-    # carry the time of day
+    # carry the time of day, as tokens of xet do
     if module not in TIME_OF_DAY:
         assert not {"time", "time_ns"} & used(tree, "time")
     if module.startswith("simulation"):

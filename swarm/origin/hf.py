@@ -3,6 +3,7 @@
     GET {endpoint}/api/models/{model}/revision/{revision}?blobs=true     commit, and files with sizes and hashes
     GET {endpoint}/api/models/{model}/tree/{commit}?recursive=true       the same, where the first answer lacks them
     GET {endpoint}/{model}/resolve/{commit}/{path}                       with Range; redirects to a store
+    hf_xet, where it is installed                                        ranges of large files instead: see `xet`
 
 Endpoint, token, token file and offline mode are those of huggingface_hub, from the same environment variables. The
 redirect of `resolve` is signed, maybe for that very range, so each range is resolved anew; a refused signature is
@@ -24,7 +25,7 @@ from urllib.parse import quote, urljoin, urlsplit
 from swarm.content.manifest import FILES_MAX
 from swarm.content.promise import GIT_SHA1, SHA256, ListedFile, Listing
 from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginNotFound, OriginUnreachable
-from swarm.origin import http
+from swarm.origin import OriginStream, http, xet
 
 ENDPOINT = "https://huggingface.co"
 ANSWER_BYTES_MAX = 64 << 20
@@ -43,6 +44,7 @@ class HubOrigin:
         self._environment = os.environ if environment is None else environment
         self.address = (self._environment.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
         self._name = urlsplit(self.address).netloc or self.address
+        self._xet = xet.XetStorage(self.address, self._ask) if xet.usable(self._environment) else None
 
     def listing(self, model: str, revision: str | None) -> Listing:
         """As `OriginReader`."""
@@ -66,12 +68,14 @@ class HubOrigin:
         names = (asked,) if asked != commit else ()
         return Listing(f"{self.address}/{model}", commit, listed, names)
 
-    def read(self, listing: Listing, file: ListedFile, offset: int, size: int) -> http.RangeStream:
+    def read(self, listing: Listing, file: ListedFile, offset: int, size: int) -> OriginStream:
         """As `OriginReader`."""
+        if self._xet and (stream := self._xet.open(listing, file, offset, size)):
+            return stream
         url = f"{listing.source}/resolve/{listing.commit}/{quote(file.path)}"
         headers = {"Range": f"bytes={offset}-{offset + size - 1}"}
         for _ in range(SIGNATURES_MAX):
-            response = http.request(url, headers=headers, authorization=self._authorization())
+            response = self._ask(url, headers=headers)
             signed = urlsplit(response.url).netloc != urlsplit(url).netloc
             if response.status not in (400, 401, 403) or not signed:
                 break
@@ -115,7 +119,7 @@ class HubOrigin:
 
     def _get(self, path: str, model: str, revision: str) -> http.Response:
         url = path if path.startswith(("http://", "https://")) else f"{self.address}{path}"
-        response = http.request(url, authorization=self._authorization())
+        response = self._ask(url)
         self._demand(response, model, revision, "")
         return response
 
@@ -151,6 +155,9 @@ class HubOrigin:
             http.demand(response, what)
         except OriginError as error:
             raise type(error)(self._name, error.why, retry_s=error.retry_s) from None
+
+    def _ask(self, url: str, **how: Any) -> http.Response:
+        return http.request(url, authorization=self._authorization(), **how)
 
     def _authorization(self) -> str | None:
         token = self._token()

@@ -110,7 +110,12 @@ class RangeStream:
 
 
 def request(
-    url: str, *, method: str = "GET", headers: Mapping[str, str] | None = None, authorization: str | None = None
+    url: str,
+    *,
+    method: str = "GET",
+    headers: Mapping[str, str] | None = None,
+    authorization: str | None = None,
+    follow: bool = True,
 ) -> Response:
     """Sends a request and follows its redirects. Raises OriginUnreachable; any other status is the caller's."""
     first = _host_of(urlsplit(url))
@@ -121,7 +126,7 @@ def request(
         secret = {"Authorization": authorization} if authorization and _host_of(parts) == first else {}
         response = _once(url, parts, method, {**sent, **secret}, hops)
         where = response.headers.get("Location")
-        if response.status not in _REDIRECTS or where is None:
+        if response.status not in _REDIRECTS or where is None or not follow:
             return response
         hops.append(response.headers)
         response.close()
