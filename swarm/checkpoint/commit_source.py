@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from swarm.checkpoint import blob_check, hf_cache, local_download, manifest_builder, weight_index
+from swarm.checkpoint import blob_check, hf_cache, hub_tree, local_download, manifest_builder, weight_index
 from swarm.checkpoint.files import CheckpointFile, SkippedPath, walk
 from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.errors import CheckpointIncomplete, ManifestInvalid, SourceChanged
@@ -133,15 +133,19 @@ def local_origin(path: Path, *, cache_dir: Path) -> Origin | None:
 def snapshot(path: Path, *, cache_dir: Path, grid: Mapping[str, Any]) -> tuple[CommitSource, list[SkippedPath]]:
     """A source of a snapshot directory, and the skipped paths. `grid`: as for `manifest_builder.checkpoint`.
 
-    Damaged files and links to missing blobs count as missing. Raises as `manifest_builder.checkpoint` does, except
-    CheckpointIncomplete.
+    Damaged files and links to missing blobs count as missing; with the hub's listing, other files are left out. Raises
+    as `manifest_builder.checkpoint` does, except CheckpointIncomplete.
     """
     with store_errors(path):
         lost: list[str] = []
         found, skipped = walk(path, dangling=lost)
         names = hf_cache.hub_names(path)
         damaged = blob_check.damaged(found, names, folder=path.absolute().parent.parent, cache_dir=cache_dir)
-        found = [file for file in found if file.path not in damaged]
+        listed = hub_tree.read(path.parent.parent, path.name) if hf_cache.model_id_of(path) else None
+        added = [file.path for file in found if listed is not None and file.path not in listed]
+        damaged += [f.path for f in found if listed and f.path in listed and f.stamp.size != listed[f.path].size]
+        skipped += [SkippedPath(added_path, "is no file of the commit") for added_path in added]
+        found = [file for file in found if file.path not in damaged and file.path not in added]
         missing = _named(damaged, "damaged") or _named(lost, "missing")
         try:
             weight_index.indexes(found)
@@ -152,7 +156,7 @@ def snapshot(path: Path, *, cache_dir: Path, grid: Mapping[str, Any]) -> tuple[C
         if missing:
             source = manifest_builder.part(path, found, cache_dir=cache_dir, **grid)
         else:
-            _, source, _ = manifest_builder.checkpoint(path, cache_dir=cache_dir, **grid)
+            _, source, _ = manifest_builder.checkpoint(path, cache_dir=cache_dir, **grid, without=added)
     return CommitSource(source, found, missing=missing), skipped
 
 

@@ -326,7 +326,7 @@ class CacheEntry:
             with contextlib.suppress(OSError):  # something else lies in its place
                 draft = self._incoming / f"beside-{name}"
                 draft.write_bytes(data)
-                if content_name(draft, like=name, size=len(data)) == name and not os.path.lexists(target / path):
+                if content_name(draft, like=name, size=len(data)) == name and _lacks(target / path, name):
                     self._place(draft, target / path, self._blob(name), None)
                 draft.unlink(missing_ok=True)
         missing = [path for path in listed or () if not (target / path).exists()]
@@ -350,6 +350,11 @@ class CacheEntry:
             file.write(commit)  # no newline: the hub's tools compare the whole file
             file.flush()
             os.fsync(file.fileno())
+
+
+def _lacks(link: Path, name: str) -> bool:
+    """Whether a snapshot lacks a file: there is nothing, or a link to its lost blob."""
+    return not os.path.lexists(link) or (not link.exists() and os.path.basename(os.readlink(link)) == name)
 
 
 def _files(manifest: Manifest, part: Part | None) -> Sequence[FileEntry]:

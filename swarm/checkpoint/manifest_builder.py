@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -70,15 +70,18 @@ def checkpoint(
     leaf_bytes: int | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
+    without: Collection[str] = (),
 ) -> tuple[Manifest, DirectorySource, list[SkippedPath]]:
     """The manifest of a model directory or a safetensors file, a source that serves it, and the skipped paths.
 
-    `progress(done_bytes, total_bytes)` is called on this thread. `threads` defaults to the number of cores. Raises
-    ManifestInvalid if the files cannot be an artifact, are incomplete (`weight_index`) or damaged (`blob_check`),
-    SettingsError for sizes out of bounds, SourceChanged if a file changes meanwhile, StoreError if it cannot be read.
+    `without`: paths to leave out. `progress(done_bytes, total_bytes)` is called on this thread. `threads` defaults to
+    the number of cores. Raises ManifestInvalid if the files cannot be an artifact, are incomplete (`weight_index`) or
+    damaged (`blob_check`), SettingsError for sizes out of bounds, SourceChanged if a file changes meanwhile, StoreError
+    if it cannot be read.
     """
     with store_errors(path):
         found, skipped = walk(path)
+        found = [file for file in found if file.path not in without]
         grid = _grid(_size(found), chunk_bytes, leaf_bytes)
         maps = weight_index.indexes(found)
         names = hf_cache.hub_names(path)

@@ -22,6 +22,7 @@ from swarm.checkpoint.files import CheckpointFile
 from swarm.errors import ManifestInvalid
 
 POINTER_BYTES_MAX = 1024  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+PAGE_BYTES = 256  # of the beginning
 GGUF_HEADER_BYTES_MAX = 256 << 20  # a vocabulary of a million tokens takes 30 MB
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
@@ -30,6 +31,7 @@ _OTHER_WEIGHTS = (".ckpt", ".h5", ".msgpack", ".onnx", ".tflite", ".npz", ".ot",
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
 _ZIP, _ZIP_END, _ZIP_TAIL_BYTES = b"PK\x03\x04", b"PK\x05\x06", 22 + (1 << 16)  # the longest comment
 _GGUF = b"GGUF"
+_PAGES = b"<!doctype html", b"<html"  # what a download leaves that was answered by a login or an error
 _DEMAND = "finish the download, then serve its directory again"
 
 
@@ -39,13 +41,16 @@ def is_weights(path: str) -> bool:
 
 
 def refuse_broken(file: CheckpointFile) -> None:
-    """Raises ManifestInvalid for a git-lfs pointer, and for a file of weights that is empty or truncated."""
+    """Raises ManifestInvalid for a git-lfs pointer, and for weights that are empty, truncated or a web page."""
     refuse_pointer(file)
     if not file.path.endswith(WEIGHTS):
         return
     if not file.stamp.size:
         raise ManifestInvalid(file.path, f"is empty; {_DEMAND}")
     with file.real.open("rb") as stream:
+        if stream.read(PAGE_BYTES).lstrip().lower().startswith(_PAGES):
+            raise ManifestInvalid(file.path, "is a web page in place of weights; download the file again")
+        stream.seek(0)
         magic = stream.read(4)
         if magic == _ZIP and file.path.endswith((".bin", ".pt", ".pth")):
             stream.seek(max(0, file.stamp.size - _ZIP_TAIL_BYTES))

@@ -20,7 +20,7 @@ from swarm.settings import Settings
 from swarm.store import FileSpan
 from swarm.store.part import narrowed
 
-from .test_hub_names import COMMIT, hub_name, lay_out
+from .test_hub_names import COMMIT, hub_name, lay_out, list_
 
 SHARDS = [f"model-0000{number}-of-00003.bin" for number in (1, 2, 3)]
 FILES = {
@@ -174,3 +174,18 @@ def test_does_a_changed_bystander_not_come_along(tmp_path: Path) -> None:
     assert found is not None
     found[0].close()
     assert found[2].beside == {}
+
+
+def test_does_the_listing_of_a_commit_say_which_files_are_of_it(tmp_path: Path) -> None:
+    place = lay_out(tmp_path / "hub", FILES, plain=True)
+    list_(tmp_path / "hub", {path: data for path, data in FILES.items() if path != SHARDS[1]} | {SHARDS[1]: b"longer"})
+    (place / "mine.json").write_bytes(b"{}")
+    source, skipped = snapshot(place, cache_dir=tmp_path / "cache", grid={})
+    with closing(source):
+        assert {file.path for file in source.manifest.files} == FILES.keys() - {SHARDS[1]}
+        assert source.missing == f"{SHARDS[1]}: damaged in the Hugging Face cache"
+    assert [(path.path, path.why) for path in skipped] == [("mine.json", "is no file of the commit")]
+    list_(tmp_path / "hub", FILES)
+    source, _ = snapshot(place, cache_dir=tmp_path / "cache", grid={})
+    with closing(source):
+        assert source.manifest == whole(tmp_path)

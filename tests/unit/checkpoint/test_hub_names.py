@@ -182,6 +182,15 @@ def test_is_a_snapshot_with_a_listing_complete_to_the_hubs_tools(tmp_path: Path)
     assert hub_tree.place(snapshot.parent.parent, COMMIT).exists()
 
 
+@pytest.mark.parametrize("lost", [b"# model", b"# of another name"])
+def test_is_a_lost_bystander_mended_if_it_has_its_name(tmp_path: Path, lost: bytes) -> None:
+    origin = hf_cache.named_origin(lay_out(tmp_path / "theirs", FILES | BESIDE))
+    snapshot = lay_out(tmp_path / "ours", {"README.md": lost})
+    (snapshot / "README.md").resolve().unlink()
+    assert published(tmp_path / "ours", origin, cache=tmp_path / "cache") == snapshot
+    assert (snapshot / "README.md").exists() == (lost == BESIDE["README.md"])
+
+
 def test_is_a_snapshot_complete_whose_bystanders_are_nowhere(tmp_path: Path) -> None:
     origin = hf_cache.named_origin(lay_out(tmp_path / "theirs", FILES))
     list_(tmp_path / "ours", FILES | BESIDE)

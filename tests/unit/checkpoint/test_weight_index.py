@@ -155,6 +155,8 @@ def test_does_a_new_index_count_for_files_that_are_hashed_already(tmp_path: Path
         ({"m.gguf": gguf()[:-1]}, r"m\.gguf: is truncated: \d+ bytes of at least \d+"),
         ({"m.gguf": gguf()[:40]}, r"m\.gguf: is truncated: 40 bytes"),
         ({"model.safetensors": weights("a"), "model.safetensors.aria2": b"x"}, "unfinished download of model.safet"),
+        ({"m.gguf": b"<!DOCTYPE html><html>"}, r"m\.gguf: is a web page"),
+        ({"pytorch_model.bin": b"\n<HTML><head>"}, r"pytorch_model\.bin: is a web page"),
         ({"m.gguf.part": b"x"}, r"unfinished download of m\.gguf"),
         ({"config.json": b'{"architectures": ["LlamaForCausalLM"]}'}, "is of LlamaForCausalLM, and no weights"),
         ({"vae/config.json": b'{"architectures": ["Vae"]}', "model.safetensors": weights("a")}, "vae/config.json: "),
