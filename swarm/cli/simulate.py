@@ -111,9 +111,13 @@ def measures(report: BurstReport) -> dict[str, tuple[float, str]]:
     found = {
         "last newcomer, times its lower bound": (report.last_ratio, "{:.3f}"),
         "mean newcomer, times its lower bound": (report.mean_ratio, "{:.3f}"),
-        "seeds sent, copies of the model": (report.seed_models, "{:.2f}"),
-        "control messages, part of the payload": (report.control_part, "{:.3%}"),
     }
+    if burst.origin_bytes_per_s:
+        found["origin sent, copies of the model"] = (report.origin_models, "{:.2f}")
+        found["requests at the origin"] = (report.origin_requests, "{:.0f}")
+    if burst.seeds:
+        found["seeds sent, copies of the model"] = (report.seed_models, "{:.2f}")
+    found["control messages, part of the payload"] = (report.control_part, "{:.3%}")
     if burst.corrupt or burst.liars:
         found["rejected chunks"] = (report.rejected_chunks, "{:.0f}")
     if burst.racks > 1:
@@ -176,6 +180,8 @@ def as_plain(outcome: Outcome) -> dict[str, Any]:
         "last_ratio": outcome.last_ratio,
         "mean_ratio": outcome.mean_ratio,
         "seed_models": outcome.seed_models,
+        "origin_models": outcome.origin_models,
+        "origin_requests": outcome.origin_requests,
         "control_part": outcome.control_part,
         "crossed_models": outcome.crossed_models,
         "entered_models": outcome.entered_models,
@@ -197,7 +203,9 @@ def _finite(value: Any) -> Any:
 
 
 def _head(burst: Burst, console: Console) -> None:
-    seeds = "one seed" if burst.seeds == 1 else f"{burst.seeds} seeds"
+    seeds = "one seed" if burst.seeds == 1 else f"{burst.seeds or 'no'} seeds"
+    if burst.origin_bytes_per_s:
+        seeds += f", an origin of {size_text(burst.origin_bytes_per_s)}/s"
     model = f"{size_text(burst.model_bytes)} in {burst.chunks} chunks, links of {size_text(burst.rate_bytes_per_s)}/s"
     console.print(
         f"{burst.newcomers} newcomers, {seeds}, {model}: one copy takes {seconds_text(burst.copy_s)}", highlight=False

@@ -1,10 +1,10 @@
 """A simulated burst: members as pure machines and their messages, under a virtual clock in a single process.
 
-Each member runs the machines of a node: `Connections`, `Download`, `Upload` and `Superseed`. The crowd carries out
-their actions: it opens links, delivers messages after a delay and moves chunks over a `Wire`. Nothing stands for
-sockets, tasks, stores and hashes: a random generator decides which chunks are corrupt. Gossip tells every member of
-joins and deaths at once, and of loads every second. `tests/sim` runs whole nodes with their drivers; the crowd shows
-how a burst of a thousand scales.
+Each member runs the machines of a node: `Connections`, `Download`, `Upload`, `Superseed` and `OriginReads`. The crowd
+carries out their actions: it opens links, delivers messages after a delay and moves chunks over a `Wire`. Nothing
+stands for sockets, tasks, stores, hashes and claims: a random generator decides which chunks are corrupt. Gossip tells
+every member of joins and deaths at once, and of loads every second. `tests/sim` runs whole nodes with their drivers;
+the crowd shows how a burst of a thousand scales.
 
 A run is a function of its `Burst`. An observer sees every event and action, except gossip.
 
@@ -19,6 +19,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from swarm.content.bitfield import Bitfield, runs
@@ -30,6 +31,7 @@ from swarm.peers.connections import Connections
 from swarm.protocol import messages
 from swarm.protocol.messages import Address, Announcement, Message, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
+from swarm.simulation.origin import SimulatedOrigin
 from swarm.simulation.report import BurstReport
 from swarm.simulation.setup import SLOWER, Burst
 from swarm.simulation.wire import ChunkFlow, Clock, Domain, Nic, Trunk, Wire
@@ -39,6 +41,7 @@ from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload import Upload
 from swarm.transfer.upload_driver import NOTHING_RETRY_S, REFUSED_RETRY_S
 
+ORIGIN = NodeId("origin")  # the source of what newcomers read from it
 DIGEST, MODEL, SCHEME = Digest("0" * 64), ModelId("simulated"), "simulated"
 FRAME_BYTES = 8  # around each message
 UPLOAD_SLOTS = 8
@@ -136,6 +139,9 @@ class Crowd:
         self._banned: dict[str, list[str]] = {}
         self._lost_chunks = 0  # without a living holder
         self._mates_due = False
+        self._origin = (
+            SimulatedOrigin(burst, self._manifest, self._clock, self._wire) if burst.origin_bytes_per_s else None
+        )
 
     def run(self, *, limit_s: float | None = None) -> BurstReport:
         """Runs until every newcomer that is not killed is done, a chunk has no holder left, or `limit_s` is over.
@@ -144,7 +150,7 @@ class Crowd:
         """
         burst = self.burst
         for number, name in enumerate(self._seeds):
-            self._add(name, machine=number, whole=True)
+            self._clock.at(burst.seeds_at * burst.copy_s, self._serve, name, number)
         for number, name in enumerate(self._names):
             at_s = self._rng.uniform(0, BURST_S) + burst.spread * burst.copy_s * number / burst.newcomers
             at_s += burst.copy_s / 2 if name in self._late else 0.0
@@ -166,7 +172,8 @@ class Crowd:
     def check(self) -> None:
         """Raises LocalProtocolError when a member's machine breaks an invariant."""
         for member in self._members.values():
-            for machine in (member.connections, member.upload, member.download, member.superseed):
+            reads = self._origin.reads_of(member.name) if self._origin else None
+            for machine in (member.connections, member.upload, member.download, member.superseed, reads):
                 if machine:
                     machine.check()
 
@@ -192,7 +199,9 @@ class Crowd:
             slow=self._slow,
             liars=self._liars,
             lost_chunks=self._lost_chunks,
-            seed_bytes=sum(member.nic.sent_bytes for member in members.values() if member.superseed),
+            seed_bytes=sum(members[name].nic.sent_bytes for name in self._seeds if name in members),
+            origin_bytes=self._origin.sent_bytes if self._origin else 0.0,
+            origin_requests=self._origin.requests if self._origin else 0,
             control_bytes={name: member.control_bytes for name, member in members.items()},
             rejected_chunks=sum(m.download.rejected_chunks for m in newcomers if m.download),
             banned={name: tuple(peers) for name, peers in self._banned.items()},
@@ -233,6 +242,9 @@ class Crowd:
         self._tick(member)
         return member
 
+    def _serve(self, name: NodeId, number: int) -> None:
+        self._add(name, machine=number, whole=True)
+
     def _ask(self, name: NodeId, number: int) -> None:
         burst = self.burst
         member = self._add(name, machine=burst.seeds + number // burst.per_machine)
@@ -246,6 +258,14 @@ class Crowd:
             transfer_ids=itertools.count(),
             rng=member.rng,
         )
+        if self._origin:
+            self._origin.begin(
+                name,
+                member.nic,
+                member.download,
+                tell=lambda: self._tell_reading(member),
+                landed=partial(self._read, member),
+            )
         self._note(member, Asked())
         self._connect(member, connections.Wanted(frozenset({DIGEST})))
         self._clock.after(ANNOUNCE_EVERY_S, self._announce_progress, member)
@@ -255,8 +275,11 @@ class Crowd:
         member = self._members[name]
         self._note(member, Died())
         self._wire.kill(member.nic)
+        if self._origin:
+            self._origin.end(name)
         living = [member.held for member in self._members.values() if member.nic.alive]
-        self._lost_chunks = sum(not any(chunk in held for held in living) for chunk in range(self.burst.chunks))
+        if not self._origin:
+            self._lost_chunks = sum(not any(chunk in held for held in living) for chunk in range(self.burst.chunks))
         noticed_s = self.burst.noticed_s + self.burst.delay_s
         for number, other in member.open.items():
             self._clock.after(noticed_s, self._close, other, number, "the connection was reset")
@@ -284,14 +307,17 @@ class Crowd:
         self._clock.after(GOSSIP_EVERY_S, self._gossip_loads)
 
     def _schedule_mates(self) -> None:
-        if (self.burst.per_machine > 1 or self._racks) and not self._mates_due:
+        if (self.burst.per_machine > 1 or self._racks or self._origin) and not self._mates_due:
             self._mates_due = True
             self._clock.after(selection.SETTLE_S, self._update_mates)
 
     def _update_mates(self) -> None:
         self._mates_due = False
         fetching = [member for member in self._members.values() if member.fetches]
+        names = frozenset(member.name for member in fetching)
         for member in fetching:
+            if self._origin:
+                self._origin.met(member.name, names)
             on_host = frozenset(m.name for m in fetching if m.machine == member.machine and m is not member)
             in_rack = frozenset(m.name for m in fetching if m.rack == member.rack and m is not member)
             self._download(member, download_events.Mates(on_host, in_rack if self._racks else frozenset()))
@@ -341,6 +367,8 @@ class Crowd:
             self._send(messages.Members(nodes), member, other)
         if member.fetches:
             self._send(messages.Interest(DIGEST, member.held.pack(), b""), member, other)
+            if reading := self._reading(member):
+                self._send(reading, member, other)
 
     def _close(self, member: _Member, number: int, why: str) -> None:
         """The other end of a link has closed it, or is dead."""
@@ -356,6 +384,8 @@ class Crowd:
             del member.receiving[transfer]
         self._upload(member, upload.PeerLeft(name))
         self._download(member, download_events.PeerLeft(name, why))
+        if self._origin:
+            self._origin.left(member.name, name)
         if member.superseed:
             member.superseed.left(name)
 
@@ -386,11 +416,8 @@ class Crowd:
                 holds_chunks = Bitfield.unpack(bits, member.held.length)
                 superseeds, distance = peer.superseed is not None, member.distance(peer)
                 self._download(member, download_events.PeerJoined(peer.name, holds_chunks, superseeds, distance))
-            case messages.Have(_, spans):
-                chunks = tuple(index for first, count in spans for index in range(first, first + count))
-                if member.superseed:
-                    member.superseed.has(peer.name, chunks)
-                self._download(member, download_events.PeerHas(peer.name, chunks))
+            case messages.Have() | messages.OriginReading():
+                self._heard(member, peer, message)
             case messages.Request():
                 self._requested(member, peer, message)
             case messages.Grant(number, _, chunks):
@@ -402,6 +429,16 @@ class Crowd:
             case messages.Cancel(number):
                 member.requests.pop((peer.name, number), None)
                 self._upload(member, upload.Cancelled(peer.name, number))
+
+    def _heard(self, member: _Member, peer: _Member, message: messages.Have | messages.OriginReading) -> None:
+        """A peer has chunks, or reads some."""
+        if isinstance(message, messages.Have):
+            chunks = tuple(index for first, count in message.runs for index in range(first, first + count))
+            if member.superseed:
+                member.superseed.has(peer.name, chunks)
+            self._download(member, download_events.PeerHas(peer.name, chunks))
+        elif self._origin:
+            self._origin.told(member.name, peer.name, message.runs, able=message.able)
 
     def _announce_progress(self, member: _Member) -> None:
         superseeds = member.superseed is not None
@@ -485,6 +522,21 @@ class Crowd:
         if member.receiving.pop(number, None):
             self._download(member, download_events.TransferEnded(source.name, number))
 
+    def _reading(self, member: _Member) -> messages.OriginReading | None:
+        reads = self._origin.reads_of(member.name) if self._origin else None
+        return messages.OriginReading(DIGEST, True, tuple(reads.ranges())) if reads else None
+
+    def _tell_reading(self, member: _Member) -> None:
+        if member.nic.alive:
+            reading = self._reading(member) or messages.OriginReading(DIGEST, False, ())
+            self._send(reading, member, *self._linked(member))
+
+    def _read(self, member: _Member, transfer: int, chunk: int, goes_on: bool) -> None:
+        """A chunk from the origin."""
+        self._download(member, download_events.ChunksVerified(ORIGIN, transfer, (chunk,)))
+        if not goes_on:
+            self._download(member, download_events.OriginReadEnded())
+
     def _download(self, member: _Member, event: download_events.Event) -> None:
         machine = member.download
         if machine is None or not member.fetches:
@@ -492,6 +544,8 @@ class Crowd:
         self._note(member, event)
         actions = machine.handle(event, self._clock.now)
         self._check(machine)
+        if self._origin and isinstance(event, download_events.ChunksVerified):
+            self._origin.progressed(member.name)
         for action in actions:
             self._note(member, action)
             match action:
@@ -509,6 +563,8 @@ class Crowd:
                 case download_events.Complete():
                     member.ended_at = self._clock.now
                     self._awaited.discard(member.name)
+                    if self._origin:
+                        self._origin.end(member.name)
                     self._connect(member, connections.Wanted(frozenset()))
                     self._announce_progress(member)
                     self._schedule_mates()
@@ -522,6 +578,8 @@ class Crowd:
         if member.nic.alive:
             self._connect(member, connections.Tick())
             self._download(member, download_events.Tick(dict(member.received_bytes)))
+            if self._origin:
+                self._origin.look(member.name)
             self._clock.after(TICK_S, self._tick, member)
 
     def _come_due(self, member: _Member) -> None:

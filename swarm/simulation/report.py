@@ -26,6 +26,8 @@ class BurstReport:
     liars: frozenset[str]
     lost_chunks: int  # without a living holder at the end
     seed_bytes: float
+    origin_bytes: float
+    origin_requests: int
     control_bytes: Mapping[str, int]  # by member
     rejected_chunks: int
     banned: Mapping[str, tuple[str, ...]]  # by newcomer, the members that it banned
@@ -44,12 +46,15 @@ class BurstReport:
 
     @property
     def star_s(self) -> list[float]:
-        """Times of the same newcomers, ascending, if seeds sent each of them the whole model in sequence."""
-        free_at_s = [0.0] * self.burst.seeds
+        """Times of the same newcomers, ascending, if seeds sent each of them the whole model in sequence.
+
+        Without seeds the origin does.
+        """
+        free_at_s = [0.0] * max(1, self.burst.seeds)
         times_s = []
         for name, asked_at_s in sorted(self.asked_at_s.items(), key=lambda item: item[1]):
             if name not in self.killed:
-                done_at_s = max(free_at_s[0], asked_at_s) + self._copy_s(name)
+                done_at_s = max(free_at_s[0], asked_at_s) + max(self._copy_s(name), self._origin_s)
                 heapq.heapreplace(free_at_s, done_at_s)
                 times_s.append(done_at_s - asked_at_s)
         return sorted(times_s)
@@ -79,6 +84,11 @@ class BurstReport:
         return self.seed_bytes / self.burst.copy_bytes
 
     @property
+    def origin_models(self) -> float:
+        """Bytes that the origin sent, in copies of the model."""
+        return self.origin_bytes / self.burst.copy_bytes
+
+    @property
     def crossed_models(self) -> float:
         """Bytes that left racks, in copies of the model per rack."""
         return self.crossed_bytes / self.burst.copy_bytes / self.burst.racks
@@ -101,6 +111,11 @@ class BurstReport:
     def _time_s(self, name: str) -> float:
         time_s = self.times_s[name]
         return math.inf if time_s is None else time_s
+
+    @property
+    def _origin_s(self) -> float:
+        rate = None if self.burst.seeds else self.burst.origin_bytes_per_s
+        return self.burst.copy_bytes / rate if rate else 0.0
 
     def _copy_s(self, name: str) -> float:
         return self.burst.copy_s * (SLOWER if name in self.slow else 1)

@@ -100,6 +100,17 @@ class Burst:
     delay_s: float = _flag(
         0.0005, "MS", "one-way delay, with the time that both ends need, e.g. 0.5ms", read=_milliseconds, name="delay"
     )
+    origin_bytes_per_s: float | None = _flag(
+        None,
+        "RATE",
+        "rate of an origin that newcomers read from, all streams together",
+        read=parse_rate,
+        name="origin-rate",
+    )
+    origin_each_bytes_per_s: float | None = _flag(
+        None, "RATE", "rate of each stream from the origin, at most", read=parse_rate, name="origin-each"
+    )
+    seeds_at: float = _flag(0.0, "PART", "part of the time after which the seeds appear", read=_part)
     rng_seed: int = _flag(0, "n", "seed of the random generator: the same seed gives the same run", read=_count)
     kill_newcomers: float = _flag(0.0, "PART", "part of the newcomers that dies, at random times", read=_part)
     kill_seed_at: float | None = _flag(None, "PART", "part of the time after which the first seed dies", read=_part)
@@ -116,10 +127,11 @@ class Burst:
     def __post_init__(self) -> None:
         from swarm.content.manifest import CHUNK_BYTES_MAX
 
-        for name in ("newcomers", "seeds", "chunks", "model_bytes", "rate_bytes_per_s", "per_machine", "racks"):
+        for name in ("newcomers", "chunks", "model_bytes", "rate_bytes_per_s", "per_machine", "racks"):
             if not 1 <= getattr(self, name) < math.inf:  # which excludes NaN
                 raise SettingsError(_name(name), f"{getattr(self, name)}; at least 1 is needed")
-        for name in ("kill_newcomers", "kill_seed_at", "slow", "late", "spread", "corrupt"):
+        self._check_sources()
+        for name in ("kill_newcomers", "kill_seed_at", "seeds_at", "slow", "late", "spread", "corrupt"):
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise SettingsError(_name(name), f"{getattr(self, name)} is not a part between 0 and 1")
         for name in ("delay_s", "noticed_s"):
@@ -137,6 +149,20 @@ class Burst:
         if not least <= self.chunks <= self.model_bytes:
             why = f"{self.chunks} for {self.model_bytes} bytes: it takes at least {least}, of a byte or more"
             raise SettingsError("chunks", why)
+
+    def _check_sources(self) -> None:
+        origin, each, killed_at = self.origin_bytes_per_s, self.origin_each_bytes_per_s, self.kill_seed_at
+        for name, rate in {"origin-rate": origin, "origin-each": each}.items():
+            if rate is not None and not 1 <= rate < math.inf:
+                raise SettingsError(name, f"{rate}; at least 1 is needed")
+        if not (0 if origin else 1) <= self.seeds < math.inf:
+            raise SettingsError("seeds", f"{self.seeds}; at least 1 is needed, or none and an --origin-rate")
+        if (each or self.seeds_at) and not origin:
+            raise SettingsError("origin-each" if each else "seeds-at", "there is no origin; name its --origin-rate")
+        if (killed_at is not None or self.seeds_at) and not self.seeds:
+            raise SettingsError("seeds-at" if self.seeds_at else "kill-seed-at", "there are no seeds")
+        if killed_at is not None and killed_at < self.seeds_at:
+            raise SettingsError("kill-seed-at", f"{killed_at} is before the seeds appear, at {self.seeds_at}")
 
     @classmethod
     def read(cls, given: Mapping[str, str | None]) -> Burst:
@@ -180,11 +206,15 @@ class Burst:
 
         (K - 1 + ceil(log2(M / S))) / K copies for M machines (Mundinger, Weber and Weiss, 2008): newcomers of a
         machine could share each chunk. A rack without a seed takes in a copy as well. All links have the same rate, so
-        the fluid bound (Kumar and Ross, 2006) is a copy through a link, which is less.
+        the fluid bound (Kumar and Ross, 2006) is a copy through a link, which is less. An origin counts as so many
+        seeds as its rate has links, and all bytes leave it or the seeds.
         """
-        rounds = math.ceil(math.log2(self.machines / self.seeds))
-        whole_s = (self.chunks - 1 + rounds) / self.chunks * self.copy_s
-        return max(whole_s, self.copy_bytes / self.rack_bytes_per_s if self.seeds < self.racks else 0.0)
+        origin = self.origin_bytes_per_s or 0.0
+        first = self.seeds if not self.seeds_at else 0
+        rounds = math.ceil(math.log2(self.machines / max(1.0, first + origin / self.rate_bytes_per_s)))
+        whole_s = (self.chunks - 1 + max(0, rounds)) / self.chunks * self.copy_s
+        out_s = 0.0 if self.seeds else self.copy_bytes / origin
+        return max(whole_s, out_s, self.copy_bytes / self.rack_bytes_per_s if self.seeds < self.racks else 0.0)
 
     @property
     def rack_bytes_per_s(self) -> float:

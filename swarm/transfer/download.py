@@ -52,6 +52,7 @@ from swarm.transfer.download_events import (
     Granted,
     Mates,
     OriginFailed,
+    OriginReadEnded,
     PeerHas,
     PeerJoined,
     PeerLeft,
@@ -234,6 +235,8 @@ class Download:
             case OriginFailed(origin, why, wait_s):
                 self._last_words[origin] = why
                 self._excused_until = max(self._excused_until, self._now + wait_s)
+            case OriginReadEnded():
+                return self._announce(at_once=True)
             case _:
                 raise LocalProtocolError(f"download cannot handle {event!r}")
         return []

@@ -164,6 +164,11 @@ class OriginFailed:
 
 
 @dataclass(frozen=True)
+class OriginReadEnded:
+    """This node reads a range of the origin no more. Peers hear of its chunks first, and read none of them."""
+
+
+@dataclass(frozen=True)
 class Tick:
     """Time passed. `received_bytes`: the bytes that each peer's session has received since it was opened."""
 
@@ -265,6 +270,7 @@ Event: TypeAlias = (
     | ClaimDisproved
     | Proven
     | OriginFailed
+    | OriginReadEnded
     | Tick
     | Paused
 )

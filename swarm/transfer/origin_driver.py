@@ -183,29 +183,38 @@ class OriginDriver:
     async def _stream(self, number: int) -> None:
         while self._expects_peers():
             await self._wait(POLL_S / 10)
+        reading: ReadRange | None = None
         while True:
-            pause_s = self._paused_until - self._host.now()
-            if self._over or pause_s > 0 or number >= self._reads.streams:
+            before, reading = reading, self._next(number)
+            if reading or before:
+                self._tell()  # once for the end of a range and its successor: peers see no gap between them
+            if reading is None:
+                pause_s = self._paused_until - self._host.now()
                 await self._wait(pause_s if pause_s > 0 else POLL_S)
                 continue
-            machine, urgent = self._download.machine, self._urgent()
-            missing, elsewhere = machine.missing, machine.elsewhere
-            reading = self._reads.next(number, self._host.now(), missing=missing, elsewhere=elsewhere, urgent=urgent)
-            if reading is None and number == 0:
-                reading = self._reads.late(number, self._host.now() - self._progress_at, missing)
-            if reading is None:
-                await self._wait(POLL_S)
-                continue
-            self._tell()
             first = reading.at
             try:
-                await self._read(reading, urgent=first in urgent)
+                await self._read(reading, urgent=first in self._urgent())
+                self._download.handle(events.OriginReadEnded())
             finally:
                 self._reads.ended(number, self._host.now())
-                if not self._stopped.is_set():
-                    self._tell()
             if reading.at == first:
+                reading = None
+                self._tell()
                 await self._wait(POLL_S)  # another node has it: what it announces next decides
+
+    def _next(self, number: int) -> ReadRange | None:
+        machine, now, urgent, found = self._download.machine, self._host.now(), self._urgent(), None
+        missing, elsewhere = machine.missing, machine.elsewhere
+        if self._over or now < self._paused_until:
+            return None
+        if number < self._reads.streams:
+            found = self._reads.next(number, now, missing=missing, elsewhere=elsewhere, urgent=urgent)
+        elif urgent and not number:
+            found = self._reads.next(number, now, missing=missing & False, elsewhere=elsewhere, urgent=urgent)
+        if found is None and not number and not self._reads.limited:
+            found = self._reads.late(number, now - self._progress_at, missing)
+        return found
 
     async def _wait(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

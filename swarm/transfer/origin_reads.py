@@ -4,10 +4,14 @@ All nodes that fetch a promised artifact read different parts of it, and take th
 
 - A node starts at its rank among the readers, so that their parts are disjoint before any of them has said a word. A
   node that knows no other reader starts anywhere: two that have not met yet should not read the same.
-- A read is one range of one file, at most `RUN_BYTES` long: each is a rate-limited request at a hub. It goes on where
-  the last one ended, then in the largest gap that no node reads, in its middle if another reader comes from below.
+- A model has parts of `PART_CHUNKS` chunks, and each reader has at least one: with more readers all chunks would be
+  complete only at the end, and their exchange would begin there. Nodes of higher ranks read when no chunk comes.
+- A read is one range of one file, about `RUN_BYTES` long: each is a rate-limited request at a hub. It goes on where
+  the last one ended, then in the largest gap that no node reads, in its middle if another reader comes from below. A
+  part is left to its reader if that reads it and will end soon, or has no link to this node: nothing is known of it.
 - When no gap is left, the tail is stolen: an idle node takes the end of the range that would last longest, as much as
   lets both end together at their rates so far. The owner of a range that is overlapped from within stops there.
+- Streams that are idle at the same time choose in the order of their nodes, so that they choose different chunks.
 - A chunk that a peer holds is not read: a member's copy beats the origin. A stream stops at such a chunk, so what lies
   behind it in its range is a gap.
 
@@ -20,6 +24,7 @@ Must not know: sockets, clocks, files, claims.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -39,6 +44,7 @@ STEAL_AFTER_S, STOLEN_BYTES_MIN, LONG_S = 1.0, 1 << 20, 5.0
 LATE_S, LATE_NEXT_S = 3.0, 1.0
 STREAMS_MAX = 8  # of all readers together while they are few; from 8 readers on each has one
 STREAM_BYTES_MIN = 8 << 20  # fewer bytes are not divided over another stream
+PART_CHUNKS = 8
 
 
 @dataclass
@@ -74,6 +80,9 @@ class OriginReads:
         self._readers_max = readers_max
         self._others: dict[NodeId, _Reader] = {}
         self._members: frozenset[NodeId] = frozenset()  # that fetch the artifact, as gossip tells
+        self._readers: list[NodeId] = []  # by rank; empty when a node has come or gone since
+        self._parts: list[int] = []  # where their parts begin, and the end
+        self._unheard: Mask = np.zeros(0, dtype=np.bool_)  # in the parts of readers without a link
         self._ends: dict[int, int] = {}  # by stream: where its last read ended
         self._rate = 0.0  # bytes per second of the last read
         total = len(manifest.chunks)
@@ -85,6 +94,8 @@ class OriginReads:
         """A linked node announces the (first, count) ranges that it reads; `able`: whether the origin answers it."""
         known, reader = self._others.get(node), _Reader(able)
         self._others[node] = reader
+        if known is None or known.able != able:
+            self._readers = []
         for first, count in ranges:
             end = min(first + count, len(self._manifest.chunks))
             if first < end:
@@ -96,26 +107,42 @@ class OriginReads:
     def left(self, node: NodeId) -> None:
         """The link to a node is gone."""
         self._others.pop(node, None)
+        self._readers = []
 
     def met(self, members: Collection[NodeId]) -> None:
         """The nodes that fetch the artifact, linked or not."""
         self._members = frozenset(members)
+        self._readers = []
 
     @property
     def ranks(self) -> list[NodeId]:
-        """All readers by id, with this node."""
+        """All nodes that can read by id, with this node."""
         unable = {node for node, reader in self._others.items() if not reader.able}
         return sorted({self._node, *self._others, *self._members} - unable)
 
     @property
     def streams(self) -> int:
         """The streams that this node should read with now; 0 while others do."""
-        ranks = self.ranks
-        if self._readers_max is not None:
-            if ranks.index(self._node) >= self._readers_max:
-                return 0
-            ranks = ranks[: self._readers_max]
-        return self._streams_of(len(ranks))
+        readers = self._of_ranks()
+        return self._streams_of(len(readers)) if self._node in readers else 0
+
+    @property
+    def limited(self) -> bool:
+        """Whether this node must not read while others do, also when no chunk comes."""
+        return self._readers_max is not None and not self.streams
+
+    def _of_ranks(self) -> list[NodeId]:
+        """The readers by rank; divides the chunks among them."""
+        if not self._readers:
+            total, chunks = int(self._starts[-1]), len(self._sizes)
+            most = max(1, total // max(STREAM_BYTES_MIN, PART_CHUNKS * self._manifest.chunk_bytes))
+            readers = self._readers = self.ranks[: min(most, self._readers_max or most)]
+            self._parts = [self._chunk_at(total * rank // len(readers)) for rank in range(len(readers))] + [chunks]
+            self._unheard = np.zeros(chunks, dtype=np.bool_)
+            for rank, node in enumerate(readers):
+                if node != self._node and node not in self._others:
+                    self._unheard[self._parts[rank] : self._parts[rank + 1]] = True
+        return self._readers
 
     def _streams_of(self, readers: int) -> int:
         part = int(self._starts[-1]) // readers
@@ -130,7 +157,8 @@ class OriginReads:
         others hold: see `claims`.
         """
         wanted = missing & ~elsewhere
-        found = self._urgent(urgent) or self._gap(stream, wanted) or self._stolen(wanted, now)
+        self._of_ranks()
+        found = self._urgent(urgent) or self._gap(stream, wanted, now) or self._stolen(stream, wanted, now)
         if found is not None:
             found.since = now
             self.own[stream] = found
@@ -182,9 +210,9 @@ class OriginReads:
         gaps = self._gaps(rest)
         return self._run(*gaps[0]) if gaps else None
 
-    def _gap(self, stream: int, wanted: Mask) -> ReadRange | None:
+    def _gap(self, stream: int, wanted: Mask, now: float) -> ReadRange | None:
         busy = self._busy(wanted)
-        gaps = self._gaps(wanted & ~busy)
+        gaps = self._gaps(wanted & ~busy & ~self._left_to_others(wanted, now))
         if not gaps:
             return None
         place = self._ends.get(stream)
@@ -196,20 +224,62 @@ class OriginReads:
         for first, end in gaps:
             if first <= place < end:
                 return self._run(place, end)
-        first, end = max(gaps, key=lambda gap: self._bytes(*gap))
-        if first and busy[first - 1] and self._file_of[first - 1] == self._file_of[first]:
-            first = self._at(first, end, 0.5)  # another stream comes from below
-        return self._run(first, end)
+        gaps.sort(key=lambda gap: self._bytes(*gap), reverse=True)
+        if own := [gap for gap in gaps if self._part_of(gap[0]) == self._node]:
+            return self._run(*own[0])
+        order = self._order(stream)
+        first, end = gaps[order % len(gaps)]
+        from_below = first and busy[first - 1] and self._file_of[first - 1] == self._file_of[first]
+        before = order // len(gaps) + bool(from_below)  # streams that begin earlier in this gap
+        return self._run(self._at(first, end, before / (before + 1)) if before else first, end)
+
+    def _left_to_others(self, wanted: Mask, now: float) -> Mask:
+        """The chunks in the parts of other readers that are not to be taken over now."""
+        left = self._unheard.copy()
+        for rank, node in enumerate(self._readers):
+            first, end = self._parts[rank : rank + 2]
+            ranges = self._others[node].ranges.values() if node in self._others else ()
+            rates = [self._rate_of(taken, wanted, now) for taken in ranges if first <= taken.at < end]
+            rest = int(self._sizes[first:end] @ wanted[first:end])
+            if rates and rest <= self._patience_s * (sum(rates) or rest):
+                left[first:end] = True
+        return left
+
+    @property
+    def _patience_s(self) -> float:
+        """What a rest may last before others help. Helpers without links among them would choose the same chunks."""
+        return LONG_S if self._unheard.any() else STEAL_AFTER_S
+
+    def _rate_of(self, taken: ReadRange, wanted: Mask, now: float) -> float:
+        """Bytes per second of a range so far; 0 while it is too new to tell."""
+        lasted_s = now - taken.since
+        return self._bytes(taken.first, self._rest(taken, wanted)[0]) / lasted_s if lasted_s > STEAL_AFTER_S else 0.0
+
+    def _part_of(self, chunk: int) -> NodeId:
+        """The reader of a chunk, until others take it over."""
+        return self._readers[int(np.searchsorted(self._parts, chunk, "right")) - 1]
+
+    def _order(self, stream: int) -> int:
+        """How many idle streams choose before this one."""
+        each = self._streams_of(len(self._readers))
+        lower = (self._others[node] for node in self._readers if node < self._node and node in self._others)
+        idle = sum(max(0, each - len(reader.ranges)) for reader in lower)
+        return idle + sum(number not in self.own for number in range(stream))
 
     def _first_place(self, stream: int) -> int:
         """The chunk where a stream begins: the streams of all readers divide the bytes evenly."""
-        ranks = self.ranks
-        streams = self._streams_of(len(ranks))
-        place = ranks.index(self._node) if len(ranks) > 1 else int(self._node, 16) / (1 << 64)
-        part = (place * streams + min(stream, streams - 1)) / (len(ranks) * streams) % 1.0
-        return min(int(np.searchsorted(self._starts, part * self._starts[-1], "right")) - 1, len(self._sizes) - 1)
+        readers = self._readers
+        streams = self._streams_of(len(readers))
+        alone = len(readers) == 1 or self._node not in readers
+        place = _anywhere(self._node) if alone else readers.index(self._node)
+        part = (place * streams + min(stream, streams - 1)) / (len(readers) * streams) % 1.0
+        return self._chunk_at(int(part * self._starts[-1]))
 
-    def _stolen(self, wanted: Mask, now: float) -> ReadRange | None:
+    def _chunk_at(self, place: int) -> int:
+        """The chunk of a byte."""
+        return min(int(np.searchsorted(self._starts, place, "right")) - 1, len(self._sizes) - 1)
+
+    def _stolen(self, stream: int, wanted: Mask, now: float) -> ReadRange | None:
         """The end of the range that would last longest, at its rate so far."""
         rests = []
         own = [id(taken) for taken in self.own.values()]
@@ -219,12 +289,16 @@ class OriginReads:
                 done = max(1, self._bytes(taken.first, first))
                 lasts_s = self._bytes(first, end) / done * lasted_s
                 # Streams of one node mostly share a bottleneck, which another stream would not widen.
-                if lasts_s > (LONG_S if id(taken) in own else STEAL_AFTER_S):
+                if lasts_s > (LONG_S if id(taken) in own else self._patience_s):
                     rests.append((lasts_s, first, end, done / lasted_s))
-        lasts_s, first, end, rate = max(rests, default=(0.0, 0, 0, 0.0))
         if not rests:
             return None
-        middle = self._at(first, end, rate / (rate + (self._rate or rate)))
+        rests.sort(reverse=True)
+        order = self._order(stream)
+        lasts_s, first, end, rate = rests[order % len(rests)]
+        helpers = order // len(rests)  # that take over some of this range at the same time
+        part = (rate + helpers * self._rate) / (rate + (helpers + 1) * (self._rate or rate))
+        middle = self._at(first, end, part)
         if lasts_s < LONG_S and self._bytes(middle, end) < STOLEN_BYTES_MIN:
             return None
         for reading in self.own.values():
@@ -238,6 +312,7 @@ class OriginReads:
         Nodes come to it one after another, and to different chunks.
         """
         rank = self.ranks.index(self._node)
+        self._of_ranks()
         gaps = self._gaps(missing)
         if not gaps or waited_s < LATE_S + LATE_NEXT_S * rank:
             return None
@@ -246,11 +321,14 @@ class OriginReads:
         return found
 
     def _run(self, first: int, end: int) -> ReadRange:
-        readers = len(self.ranks)
+        readers = len(self._readers)
         part = int(self._starts[-1]) // (readers * self._streams_of(readers))
         most = min(self._run_bytes, max(part, STREAM_BYTES_MIN))
         within = int(np.searchsorted(self._starts, self._starts[first] + most, "right")) - 1
-        return ReadRange(first, max(first + 1, min(end, within)), first)
+        end = min(end, *(edge for edge in self._parts if edge > first))
+        if within >= end or 2 * self._bytes(within, end) < most:  # a rest is not worth a request of its own
+            within = end
+        return ReadRange(first, max(first + 1, within), first)
 
     def _gaps(self, free: Mask) -> list[tuple[int, int]]:
         """The free chunks as (first, end), each within one file."""
@@ -276,4 +354,9 @@ class OriginReads:
             raise LocalProtocolError(f"{self!r}: a read crosses into another file")
 
     def __repr__(self) -> str:
-        return f"<OriginReads {self._manifest.digest[:8]} {self.ranges()} | {len(self.ranks)} readers>"
+        return f"<OriginReads {self._manifest.digest[:8]} {self.ranges()} | {len(self._readers)} readers>"
+
+
+def _anywhere(node: NodeId) -> float:
+    """A place from 0 to 1 for a node that knows no other."""
+    return int.from_bytes(hashlib.sha256(node.encode()).digest()[:8], "big") / (1 << 64)

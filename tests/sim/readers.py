@@ -119,12 +119,13 @@ class Play:
         if reader.slow <= 0:
             return
         elsewhere = self._has(reader, now) & ~reader.held
-        for number in range(min(STREAMS_MAX, reader.reads.streams)):
+        for number in range(STREAMS_MAX):
             if number in reader.reads.own:
                 continue
-            missing = ~reader.held
-            span = reader.reads.next(number, now, missing=missing, elsewhere=elsewhere)
-            if span is None and number == 0:
+            missing, span = ~reader.held, None
+            if number < reader.reads.streams:
+                span = reader.reads.next(number, now, missing=missing, elsewhere=elsewhere)
+            if span is None and number == 0 and not reader.reads.limited:
                 span = reader.reads.late(0, now - max(reader.progress_s, reader.starts_s), missing & ~elsewhere)
             if span is not None:
                 self.requests += 1

@@ -176,3 +176,42 @@ def test_what_would_a_star_take() -> None:
 
 def test_what_is_the_repr_of_a_crowd() -> None:
     assert repr(Crowd(BURST)) == "<Crowd 8 newcomers, 8 awaited | 1 seeds | 0 dead | 0.000 s>"
+
+
+# Without a seed: an origin
+
+GIGABIT = 125e6
+COLD = Burst(
+    newcomers=8, seeds=0, chunks=100, model_bytes=1_600_000_000, rate_bytes_per_s=GIGABIT, origin_bytes_per_s=GIGABIT
+)
+RUN_BYTES = 64 << 20
+
+
+@pytest.mark.parametrize(("newcomers", "links"), [(8, 0.25), (8, 1.0), (8, 8.0), (64, 8.0)])
+def test_do_newcomers_without_a_seed_split_one_read(newcomers: int, links: float) -> None:
+    report = played(replace(COLD, newcomers=newcomers, origin_bytes_per_s=links * GIGABIT))
+    assert report.last_ratio <= (1.2 if newcomers == 8 else 1.4)  # 1 s of 12.8 s is for meeting; chunks are large
+    assert report.origin_models <= 1.1  # a chunk is 0.01
+    assert report.origin_requests <= 1.2 * (COLD.copy_bytes / RUN_BYTES + 1) + min(newcomers, 12)
+
+
+def test_do_streams_add_up_where_each_is_limited() -> None:
+    burst = replace(COLD, origin_bytes_per_s=100 * GIGABIT, origin_each_bytes_per_s=GIGABIT / 16)
+    assert played(burst).last_ratio <= 2 * 1.15  # 8 streams of a sixteenth
+
+
+@each_seed
+def test_does_a_seed_that_appears_late_help(rng_seed: int) -> None:
+    slow = replace(COLD, chunks=32, origin_bytes_per_s=GIGABIT / 4, rng_seed=rng_seed)
+    helped = played(replace(slow, seeds=1, seeds_at=1.0))
+    assert max(helped.lived_s) <= 0.75 * slow.bound_s
+    assert helped.origin_models <= 0.5
+
+
+@each_seed
+def test_does_everybody_end_without_a_seed_whatever_happens(rng_seed: int) -> None:
+    burst = replace(
+        EVERYTHING, seeds=0, origin_bytes_per_s=1e9, chunks=64, model_bytes=4_000_000_000, rng_seed=rng_seed
+    )
+    report = played(burst, checked=True)
+    assert report.origin_models <= 3.0  # the dead, the slow and the corrupt have read in vain

@@ -29,6 +29,7 @@ from swarm.transfer.download_events import (
     Connect,
     GiveUp,
     Granted,
+    OriginReadEnded,
     PeerHas,
     PeerJoined,
     PeerLeft,
@@ -282,6 +283,14 @@ def test_the_first_chunk_is_announced_at_once_and_what_follows_when_it_is_due() 
     assert not any(isinstance(action, Announce) for action in fetch.tell(Tick(), at=due_at - 0.001))
     assert fetch.tell(Tick(), at=due_at)[0] == Announce((2, 3))
     assert fetch.machine.due_at == math.inf
+
+
+def test_do_peers_hear_of_the_chunks_of_a_range_before_its_end() -> None:
+    fetch = Fetch(4)
+    assert fetch.tell(ChunksVerified(A, 0, (1,)), at=1.0)[0] == Announce((1,))
+    assert not any(isinstance(a, Announce) for a in fetch.tell(ChunksVerified(A, 0, (2,))))
+    assert fetch.tell(OriginReadEnded()) == [Announce((2,))]
+    assert fetch.tell(OriginReadEnded()) == []
 
 
 @pytest.mark.parametrize("how", ["complete", "stalled", "stopped"])
