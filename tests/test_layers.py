@@ -346,7 +346,7 @@ def test_does_each_third_party_package_live_in_one_room(module: str) -> None:
     assert outside <= {package for package, homes in HOMES.items() if module in homes}
 
 
-@pytest.mark.parametrize("package", LAZY)
+@pytest.mark.parametrize("package", sorted(LAZY))
 def test_are_heavy_packages_imported_when_they_are_needed_only(package: str) -> None:
     for module in HOMES[package] - INSIDE:
         top = (node for node in tree_of(module).body if isinstance(node, ast.Import | ast.ImportFrom))
@@ -354,7 +354,7 @@ def test_are_heavy_packages_imported_when_they_are_needed_only(package: str) -> 
         assert package in packages(imported(statements(tree_of(module))))
 
 
-@pytest.mark.parametrize("module", [module for row in PURE for module in ROWS[row]])
+@pytest.mark.parametrize("module", [module for row in PURE for module in sorted(ROWS[row])])
 def test_is_the_core_pure(module: str) -> None:
     tree = tree_of(module)
     worldly = packages(imported(statements(tree))) & WORLDLY

@@ -48,6 +48,7 @@ def test_is_a_healthy_swarm_healthy(machine: Machine, model: Path, tmp_path: Pat
     assert ended.err == ""
 
 
+@pytest.mark.xdist_group("mdns")
 def test_is_a_seed_found_by_multicast(machine: Machine, model: Path) -> None:
     seed = machine.start("serve", model, "--model-id", MODEL)
     seed.wait_for(" ready: ")

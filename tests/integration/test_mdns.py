@@ -15,7 +15,7 @@ import pytest
 
 from swarm.net.discovery import Mdns
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.xdist_group("mdns")]
 
 DEADLINE_S = 20
 

@@ -50,6 +50,7 @@ def test_is_a_fetch_watched_from_its_beginning_to_where_its_time_went(machine: M
     assert sent.samples[0].value > 0
 
 
+@pytest.mark.xdist_group("mdns")
 def test_is_a_node_found_by_mdns_where_none_of_this_user_runs(machine: Machine) -> None:
     model = write_model(machine.root / "model", size=1000)
     seed = machine.start("serve", model, "--model-id", "org/model")

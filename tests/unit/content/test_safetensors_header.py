@@ -226,11 +226,14 @@ def test_does_the_quick_way_find_what_the_thorough_way_finds(pairs: list[tuple[s
         assert quick == outcome(header, data_bytes)
 
 
+FIELDS = ("dtype", "shape", "data_offsets")
+
+
 @given(TENSORS)
 def test_is_what_the_reference_library_writes_parsed_quickly(drawn: list[tuple[str, str, list[int]]]) -> None:
     tensors = [(name, dtype, shape, sized(dtype, shape)) for name, dtype, shape in drawn if "\\" not in name]
     header = compose(tensors, {"format": "pt"})
-    if b"\\" not in header and not any(name in ("dtype", "shape", "data_offsets") for name, *_ in tensors):
+    if b"\\" not in header and not any(name in FIELDS or ":" in name for name, *_ in tensors):
         assert safetensors_header._parse_quickly(header, LENGTH_BYTES + len(header)) is not None
 
 

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.errors import LocalProtocolError
@@ -115,7 +115,6 @@ def test_is_a_datagram_without_a_seal_named_as_such(opener: Opener) -> None:
         packets.decode(Sealer(ONE, random_bytes()).seal(plain, NOW))
 
 
-@settings(deadline=None)
 @given(st.permutations(range(WINDOW_MAX)))
 def test_may_datagrams_overtake_each_other_within_the_window(order: list[int]) -> None:
     sealer, opener = Sealer(ONE, random_bytes()), Opener([ONE])
@@ -131,7 +130,6 @@ def test_is_what_comes_after_a_whole_window_refused(sealer: Sealer, opener: Open
     assert opener.open(late, NOW) is Unopened.REPLAYED
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 400), st.floats(0, 60)), max_size=60))
 def test_is_nothing_ever_opened_twice(events: list[tuple[int, int, float]]) -> None:
     """Four processes send, and everything ever sent is played again at any time."""

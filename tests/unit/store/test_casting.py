@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from swarm.content.bitfield import Bitfield
@@ -48,7 +48,6 @@ def fill(store: CastStore, files: Any, *, seed: int = 0) -> None:
     cuts=st.lists(st.integers(0, 400), max_size=8),
     seed=st.integers(0, 2**32),
 )
-@settings(deadline=None)
 def test_are_pieces_in_any_order_cast_as_the_whole_is(kind: str, to: str, cuts: list[int], seed: int) -> None:
     source = torch.randn(50, generator=torch.Generator().manual_seed(seed)).to(KINDS[kind])
     data = source.view(torch.uint8).numpy().tobytes()

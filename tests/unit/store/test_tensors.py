@@ -132,7 +132,7 @@ def stored(tensors: Mapping[str, torch.Tensor], *, chunk_bytes: int = CHUNK_BYTE
 # MemoryStore
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(kinds_of_tensors, st.integers(0, 1 << 30))
 def test_memory_holds_what_the_reference_library_saved(kinds: list[Any], seed: int) -> None:
     tensors = {f"t{n}": filled(dtype, shape, seed + n) for n, (dtype, shape) in enumerate(kinds)}
@@ -306,7 +306,7 @@ def test_spans_cannot_be_written_to() -> None:
 # IntoStore
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(kinds_of_tensors, st.integers(0, 1 << 30))
 def test_given_tensors_end_up_with_the_models_bits(kinds: list[Any], seed: int) -> None:
     tensors = {f"t{n}": filled(dtype, shape, seed + n) for n, (dtype, shape) in enumerate(kinds)}
@@ -530,7 +530,7 @@ def test_type_without_a_safetensors_name_is_named(value: torch.Tensor) -> None:
 # TensorSource
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(kinds_of_tensors, st.integers(0, 1 << 30))
 def test_the_virtual_file_is_what_the_reference_library_reads(kinds: list[Any], seed: int) -> None:
     tensors = {f"t{n}": filled(dtype, shape, seed + n) for n, (dtype, shape) in enumerate(kinds)}

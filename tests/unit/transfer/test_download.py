@@ -506,7 +506,7 @@ def test_check_sees_a_count_that_is_off() -> None:
 
 
 @given(seed=st.integers(0, 2**32), steps=st.lists(st.integers(0, 8), max_size=60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_happens_an_honest_peer_completes_it(seed: int, steps: list[int]) -> None:
     fetch, dice = Fetch(9, seed=seed), random.Random(seed)
     completed = 0
@@ -650,7 +650,7 @@ def test_a_part_with_an_alternative_gives_up_when_no_peer_holds_a_chunk_of_it() 
 
 
 @given(seed=st.integers(0, 2**32), wanted=st.sets(st.integers(0, 15), min_size=1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_the_part_it_ends_with_exactly_its_chunks(seed: int, wanted: set[int]) -> None:
     fetch, dice = Fetch(16, seed=seed, wanted=sorted(wanted)), random.Random(seed)
     todo = [*fetch.joined("a"), *asks(fetch.tell(PeerJoined(B, Bitfield(16, dice.sample(range(16), 8)))))]

@@ -152,7 +152,7 @@ def views(draw: st.DrawFn) -> DownloadView:
 
 
 @given(seen=views(), seed=st.integers(0, 1000))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_plan_never_asks_for_what_it_should_not(seen: DownloadView, seed: int) -> None:
     peers = {peer.name: peer for peer in seen.peers}
     outstanding = {peer.name: peer.outstanding for peer in seen.peers}
@@ -182,7 +182,7 @@ def test_plan_never_asks_for_what_it_should_not(seen: DownloadView, seed: int) -
 
 
 @given(seen=views(), seed=st.integers(0, 1000))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_plan_leaves_nobody_idle_who_could_help(seen: DownloadView, seed: int) -> None:
     asked = plan(seen, random.Random(seed))
     taken = {chunk for ask in asked for chunk in ask.chunks}

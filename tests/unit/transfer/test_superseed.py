@@ -294,7 +294,7 @@ def test_does_check_see_a_count_that_is_off() -> None:
 
 
 @given(seed=st.integers(0, 2**32), seeds=st.integers(1, 3))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_whatever_happens_counts_add_up_and_nobody_is_given_what_it_has(seed: int, seeds: int) -> None:
     dice = random.Random(seed)
     giver = Seed(seeds=seeds)
@@ -333,7 +333,7 @@ def test_whatever_happens_counts_add_up_and_nobody_is_given_what_it_has(seed: in
 
 
 @given(seed=st.integers(0, 2**32), names=st.sampled_from(["ab", "abcde"]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_whoever_asks_whenever_no_chunk_is_given_twice_before_all_are_once(seed: int, names: str) -> None:
     dice, giver, times = random.Random(seed), Seed(*names), Counter[int]()
     while len(times) < CHUNKS:

@@ -203,7 +203,7 @@ def test_who_leaves_is_stopped_and_the_others_go_on() -> None:
 
 
 @given(seed=st.integers(0, 2**32), slots=st.integers(1, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_everything_asked_for_is_granted_once_and_in_order(seed: int, slots: int) -> None:
     machine, dice = Upload(slots=slots), random.Random(seed)
     wanted = {peer: list(range(dice.randrange(upload.QUEUED_PER_PEER_MAX))) for peer in "abcde"}

@@ -15,6 +15,8 @@ import swarm
 from swarm.cli import stdio
 from swarm.settings import Settings
 
+pytestmark = pytest.mark.integration
+
 SOURCE = str(Path(swarm.__file__).parent.parent)
 TIMEOUT_S = 60.0
 
