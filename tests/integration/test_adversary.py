@@ -15,7 +15,7 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import aiohttp
@@ -23,18 +23,16 @@ import pytest
 
 from swarm.content.manifest import Digest
 from swarm.errors import NotAdmitted, SwarmError
-from swarm.net.link import Link
-from swarm.net.websocket import PATH, HttpLinks
+from swarm.net.websocket import PATH
 from swarm.protocol import messages, packets
-from swarm.protocol.messages import Address, Endpoint, Hello, NodeId
+from swarm.protocol.messages import Address, Hello, NodeId
 from swarm.protocol.packets import Profile, Record, State
 from swarm.security import cluster_key
-from swarm.security.certificates import Identity, Refusal
+from swarm.security.certificates import Refusal
 from swarm.security.cluster_key import Keyring
-from swarm.security.datagram_seal import Sealer
-from swarm.settings import split_address
 from swarm.transport.tcp import MAGIC, TLS_MAGIC, VERSION
 
+from .hostile import Hostile, hello, read_on
 from .processes import DEADLINE_S, Machine, Process, contents, wait_until
 
 pytestmark = pytest.mark.integration
@@ -45,15 +43,14 @@ CONNECTIONS = 10_000
 MEMBERS = 1000
 
 
-class Target:
+class Target(Hostile):
     """A seed with a key that members on this machine can reach, and how it was before an attack."""
 
     def __init__(self, machine: Machine, model: Path, key: Path, out: Path) -> None:
-        self.keyring = cluster_key.load(key)
         self._machine, self._model, self._out = machine, model, out
         self._environment = {"SWARM_KEY_FILE": str(key), "SWARM_NETWORK": "local"}
         self.seed: Process = machine.serve(model, environment=self._environment)
-        self.host, self.port = split_address("peer", self.seed.address)
+        super().__init__(self.seed.address, cluster_key.load(key))
         self._serve_newcomer("before")
         self._handles = self.seed.handles
         self._memory_bytes = self.seed.memory_bytes
@@ -65,9 +62,6 @@ class Target:
         self._serve_newcomer("after")
         wait_until(lambda: self.seed.handles <= self._handles + HANDLES_SLACK, "handles to be closed")
         wait_until(lambda: self.seed.memory_bytes < self._memory_bytes + MEMORY_SLACK_BYTES, "memory to come back")
-
-    def identity(self, *, keyring: Keyring | None = None, node: str | None = None) -> Identity:
-        return Identity(keyring or self.keyring, node or secrets.token_hex(8), now_s=time.time())
 
     def _serve_newcomer(self, name: str) -> None:
         fetch = self._machine.fetch(self._out / name, peers=[self.seed.address], environment=self._environment)
@@ -103,46 +97,6 @@ async def answer(target: Target, said: bytes) -> bytes:
         writer.close()
 
 
-@contextlib.asynccontextmanager
-async def linked(target: Target, identity: Identity) -> AsyncIterator[Link]:
-    """A link of a member."""
-    links = HttpLinks()
-
-    async def unwelcome(link: Link) -> None:
-        await link.close()
-
-    await links.open(unwelcome, identity=identity)
-    try:
-        link = await links.dial(target.seed.address, timeout_s=DEADLINE_S)
-        try:
-            yield link
-        finally:
-            await link.close()
-    finally:
-        await links.close()
-
-
-def hello(node: str, *, address: str = "127.0.0.1:9", name: str = "mallory") -> Hello:
-    token = secrets.token_hex(16)
-    return Hello(
-        messages.PROTOCOL,
-        "9.9",
-        NodeId(node),
-        name,
-        0,
-        (Address(address),),
-        token,
-        (Endpoint("tls", messages.AT_NODE),),
-        (),
-    )
-
-
-async def read_on(link: Link) -> None:
-    """Raises SwarmError once the node has ended the link."""
-    while True:
-        await link.receive()
-
-
 # Strangers
 
 
@@ -168,7 +122,7 @@ def test_wrong_key(target: Target) -> None:
         mallory = target.identity(keyring=Keyring((cluster_key.generate(),)))
         mallory.client.verify_mode = ssl.CERT_NONE  # she does not care who answers
         with pytest.raises(NotAdmitted, match="does not accept this node's key"):
-            async with linked(target, mallory):
+            async with target.linked(mallory):
                 pass
 
     run(attack)
@@ -226,12 +180,11 @@ def test_10000_half_open_connections(target: Target, said: bytes) -> None:
 
 def test_replayed_datagrams(target: Target) -> None:
     """What a member says of a third one is taken once: played again, it does not bring that one back to life."""
-    sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
     ghost = secrets.token_hex(8)
     record = Record(NodeId(ghost), 0, State.ALIVE, 0, "ghost", (Address("127.0.0.1:9"),), Profile())
     gone = packets.Status(NodeId(ghost), 1, State.LEFT, 0)
-    said = [sealer.seal(packets.encode(packets.Gossip(NodeId(ghost), (each,))), time.time()) for each in (record, gone)]
-    unsaid = sealer.seal(packets.encode(packets.Gossip(NodeId(ghost), (record,))), time.time())
+    said = [target.seal(packets.Gossip(NodeId(ghost), (each,))) for each in (record, gone)]
+    unsaid = target.seal(packets.Gossip(NodeId(ghost), (record,)))
     forged = unsaid[:-1] + bytes([unsaid[-1] ^ 1])
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for datagram in said * 1000:
@@ -245,9 +198,10 @@ def test_replayed_datagrams(target: Target) -> None:
 
 
 def test_datagrams_of_strangers(target: Target) -> None:
-    plain = packets.encode(packets.Gossip(NodeId(secrets.token_hex(8)), ()))
-    other = Sealer(Keyring((cluster_key.generate(),)).seal_keys[0], secrets.token_bytes).seal(plain, time.time())
-    old = Sealer(target.keyring.seal_keys[0], secrets.token_bytes).seal(plain, time.time() - 3600)
+    said = packets.Gossip(NodeId(secrets.token_hex(8)), ())
+    plain = packets.encode(said)
+    other = Hostile(target.target, Keyring((cluster_key.generate(),))).seal(said)
+    old = target.seal(said, at_s=time.time() - 3600)
     dice = random.Random(1)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _ in range(10_000):
@@ -273,10 +227,10 @@ def test_stolen_id(target: Target) -> None:
 
     async def attack() -> None:
         good, bad = target.identity(), target.identity()
-        async with linked(target, good) as victim:
+        async with target.linked(good) as victim:
             await victim.send(hello(good.node, name="victim"))
             assert isinstance(await victim.receive(), Hello)
-            async with linked(target, bad) as thief:
+            async with target.linked(bad) as thief:
                 await thief.send(hello(good.node, name="thief"))
                 with pytest.raises(SwarmError):
                     await read_on(thief)
@@ -292,7 +246,6 @@ def test_stolen_id(target: Target) -> None:
 
 def test_sybil_flood_of_1000_claimed_members(target: Target) -> None:
     """One member claims a thousand others. They are probed, not believed for ever, and newcomers find the real one."""
-    sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for number in range(0, MEMBERS, 5):
             claimed = tuple(
@@ -307,15 +260,14 @@ def test_sybil_flood_of_1000_claimed_members(target: Target) -> None:
                 )
                 for n in range(number, number + 5)
             )
-            packet = packets.encode(packets.Gossip(claimed[0].node, claimed))
-            sock.sendto(sealer.seal(packet, time.time()), (target.host, target.port))
+            sock.sendto(target.seal(packets.Gossip(claimed[0].node, claimed)), (target.host, target.port))
 
 
 @pytest.mark.parametrize("what", ["requests", "manifests", "nonsense", "half a frame"])
 def test_member_that_floods(target: Target, what: str) -> None:
     async def attack() -> None:
         mallory = target.identity()
-        async with linked(target, mallory) as link:
+        async with target.linked(mallory) as link:
             await link.send(hello(mallory.node))
             assert isinstance(await link.receive(), Hello)
             digest = target.seed.digest
@@ -339,7 +291,7 @@ def test_member_that_floods_is_muted_and_named(target: Target) -> None:
 
     async def attack() -> None:
         mallory = target.identity()
-        async with linked(target, mallory) as link:
+        async with target.linked(mallory) as link:
             await link.send(hello(mallory.node))
             assert isinstance(await link.receive(), Hello)
             with contextlib.suppress(SwarmError):
@@ -347,7 +299,7 @@ def test_member_that_floods_is_muted_and_named(target: Target) -> None:
                     await link.send(*[messages.Members(((Address("127.0.0.1:9"),),))] * 256)
             with pytest.raises(SwarmError):
                 await read_on(link)
-        async with linked(target, mallory) as again:
+        async with target.linked(mallory) as again:
             await again.send(hello(mallory.node))
             assert isinstance(await again.receive(), Hello)
             with pytest.raises(SwarmError):
@@ -358,15 +310,14 @@ def test_member_that_floods_is_muted_and_named(target: Target) -> None:
 
 
 def test_member_that_floods_with_datagrams_is_muted_and_named(target: Target) -> None:
-    sealer = Sealer(target.keyring.seal_keys[0], secrets.token_bytes)
-    packet = packets.encode(packets.Gossip(NodeId(secrets.token_hex(8)), ()))
+    packet = packets.Gossip(NodeId(secrets.token_hex(8)), ())
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         own = "{}:{}".format(*sock.getsockname())
 
         def named() -> bool:
             for _ in range(1000):
-                sock.sendto(sealer.seal(packet, time.time()), (target.host, target.port))
+                sock.sendto(target.seal(packet), (target.host, target.port))
             return f"{own} floods this node with datagrams: it is muted for 30 s" in target.seed.err
 
         wait_until(named, "a flood to be named")

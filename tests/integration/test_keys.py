@@ -13,7 +13,7 @@ import pytest
 
 from swarm.security import cluster_key
 
-from .processes import MODEL, Machine, contents
+from .processes import MODEL, Machine, Process, contents
 
 
 def own_address() -> str:
@@ -98,13 +98,18 @@ def test_is_a_key_exchanged_while_everything_runs(
 ) -> None:
     """One node after the other gets both keys, then the new one first, then it alone; each is fed by the one before."""
     steps = [key, joined(tmp_path, "both", key, other), joined(tmp_path, "swapped", other, key), other]
-    seeds = [machine.serve(model, environment=keyed(step)) for step in steps]
-    for number in range(len(steps) - 1):
-        for holder, asker in ((number, number + 1), (number + 1, number)):
-            target = out / f"{holder}-{asker}"
-            fetch = machine.fetch(target, peers=[seeds[holder].address], environment=keyed(steps[asker]))
-            assert fetch.end().report["digest"] == seeds[0].digest
-    late = machine.fetch(out / "late", peers=[seeds[3].address], environment=keyed(key))
+    serve = ("serve", model, "--model-id", MODEL, "--no-mdns")
+    seeds = [machine.start(*serve, environment=keyed(step)) for step in steps]
+    for seed in seeds:
+        seed.wait_for(" ready: ")
+
+    def fetch(holder: int, asker: int) -> Process:
+        target = out / f"{holder}-{asker}"
+        return machine.fetch(target, peers=[seeds[holder].address], environment=keyed(steps[asker]))
+
+    late = fetch(3, 0)
+    for newcomer in [fetch(*pair) for number in range(3) for pair in ((number, number + 1), (number + 1, number))]:
+        assert newcomer.end().report["digest"] == seeds[0].digest
     assert "another cluster key" in late.end().error(3)
 
 
