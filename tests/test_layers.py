@@ -86,8 +86,8 @@ ROWS: dict[str, set[str]] = {
         "engines.compile_caches", "engines.hooks", "engines.launch", "engines.layout", "engines.load",
         "engines.metadata", "engines.pin", "engines.rank", "engines.serve_loaded", "engines.sglang",
         "engines.sglang_loader", "engines.snapshot", "engines.start_log", "engines.tiers", "engines.transformers",
-        "engines.vllm", "engines.vllm_loader", "engines.vllm_modelinfos", "node.agent_client",
-        "node.agent_reach", "node.local_nodes", "node.status_client",
+        "engines.ray", "engines.ray_serve", "engines.vllm", "engines.vllm_loader", "engines.vllm_modelinfos",
+        "node.agent_client", "node.agent_reach", "node.local_nodes", "node.status_client",
         "observe",
         "observe.budget", "observe.fetch_record", "observe.node_report", "observe.progress", "observe.opentelemetry",
         "observe.origin_record", "observe.prometheus", "observe.rate", "observe.trace",
@@ -180,6 +180,7 @@ HOMES: dict[str, set[str]] = {
         "transport.torch_distributed",
     },
     "transformers": {"engines.transformers"},
+    "ray": {"engines.ray", "engines.ray_serve"},
     "vllm": {"engines.vllm", "engines.vllm_loader"},
     "sglang": {"engines.sglang", "engines.sglang_loader"},
     "prometheus_client": {"observe.prometheus"},
@@ -245,6 +246,7 @@ LAZY = {
     "obstore",
     "opentelemetry",
     "prometheus_client",
+    "ray",
     "sglang",
     "torch",
     "transformers",
@@ -255,6 +257,7 @@ INSIDE = {
     "engines.snapshot",
     "engines.sglang_loader",
     "engines.vllm_loader",
+    "engines.ray_serve",
 }  # imported by an engine, which has imported these packages
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
 TIME_OF_DAY = {

@@ -54,7 +54,7 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     name = model_id or _name(word, here)
     pin = EnginePin.of(name, digest=digest_of(os.environ), revision=revision)
     settings = pin.settings(settings)
-    environment = _environment(settings, name)
+    environment = {"SWARM_MODEL_ID": name, **environment_of(settings)}
     if here is not None and (metadata.is_whole(here) or (here / metadata.DESCRIPTION).is_file()):
         log.info("%s: is on this machine, at %s", name, here)
         return LaunchCommand(_with_format(command), environment)
@@ -162,9 +162,9 @@ def _value(command: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def _environment(settings: Settings, model_id: str) -> dict[str, str]:
-    """SWARM_* variables that give the engine's workers the settings of this process."""
-    changed = {"SWARM_MODEL_ID": model_id}
+def environment_of(settings: Settings) -> dict[str, str]:
+    """SWARM_* variables that give other processes, such as an engine's workers, these settings."""
+    changed = {}
     defaults = Settings()
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)

@@ -23,6 +23,7 @@ VERSION = "1.37"
 CHANGED = (
     "--set", "port=7100,metricsPort=7200,agent.hostPath=/var/lib/swarm,originSecret=hub,revision=v2,user=1000",
     "--set", "settings.SWARM_RACK=rack-1,settings.SWARM_UPLOAD_LIMIT=150MB/s,imagePullSecrets[0].name=registry",
+    "--set", "agent.hubPort=7091,agent.hold={org/other@v1}",
     "--set", "vllm.args={--max-model-len,4096},lws.args={--max-model-len,4096}", "--set", "server.command={/server}",
 )  # fmt: skip
 # Kinds of other projects: the fields that are used here, as their definitions have them, beside the pods in them.

@@ -80,7 +80,7 @@ def test_do_the_machines_of_a_job_fetch_one_copy_onto_their_own_disks(tmp_path: 
                 "PLAYED_DISKS": str(disks),
             }
             program = "import json,os,sys; print(json.dumps([sys.argv[1], sorted(os.listdir(sys.argv[1]))]))"
-            command = ["bash", SCRIPT, "org/model", sys.executable, "-c", program, "$MODEL_DIR"]
+            command = ["bash", str(SCRIPT), "org/model", sys.executable, "-c", program, "$MODEL_DIR"]
             done = subprocess.run(
                 command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False
             )

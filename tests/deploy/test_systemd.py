@@ -49,7 +49,7 @@ def test_does_systemd_find_nothing_wrong_with_the_unit(tmp_path: Path) -> None:
 
 @analyzed
 def test_is_the_unit_hardened() -> None:
-    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", UNIT]
+    command = ["systemd-analyze", "security", "--offline=yes", "--no-pager", str(UNIT)]
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout
     (level,) = re.findall(r"exposure level for swarm\.service: ([0-9.]+)", said)
     assert float(level) <= EXPOSURE_MAX, said

@@ -20,6 +20,8 @@ from .pod import LOOK_EVERY_S, Place, Pod, inside
 sys.path.insert(0, str(ROOT / "bench"))
 import hosts
 
+__all__ = ["Cluster", "hosts", "lacking"]
+
 T = TypeVar("T")
 
 NAMESPACE = "swarm"
