@@ -107,9 +107,10 @@ def test_is_a_key_exchanged_while_everything_runs(
         target = out / f"{holder}-{asker}"
         return machine.fetch(target, peers=[seeds[holder].address], environment=keyed(steps[asker]))
 
+    for number in range(3):
+        for newcomer in (fetch(number, number + 1), fetch(number + 1, number)):
+            assert newcomer.end().report["digest"] == seeds[0].digest
     late = fetch(3, 0)
-    for newcomer in [fetch(*pair) for number in range(3) for pair in ((number, number + 1), (number + 1, number))]:
-        assert newcomer.end().report["digest"] == seeds[0].digest
     assert "another cluster key" in late.end().error(3)
 
 
