@@ -37,7 +37,7 @@ ANSWER_SOON_S = 3.0  # without any node in sight, where the origin demands a tok
 POLL_S = 0.05
 PROMISE_OF_PEERS_S = 5.0  # without an answer of the origin, before the promise that peers announce is believed
 PAUSE_FIRST_S = 0.5
-WAIT_MAX_S = 600.0  # of what an origin asks to wait before it lists
+WAIT_MAX_S = 600.0  # for an origin that asks to wait before it lists, in all
 
 log = logging.getLogger("swarm")
 
@@ -169,6 +169,8 @@ class Lister:
         self._node = node
         self._at = at
         self._deadline = node.now() + (FIND_TIMEOUT_S if find_timeout_s is None else find_timeout_s)
+        # An origin that asks to wait is waited for, unless the user has said how long to look.
+        self._latest = node.now() + WAIT_MAX_S if find_timeout_s is None else self._deadline
 
     def start(self) -> None:
         """Begins to ask; idempotent."""
@@ -215,8 +217,12 @@ class Lister:
                 self.failed(failure)
             elif failure.retry_s:
                 wait_s = min(failure.retry_s, WAIT_MAX_S)
+                again_at_s = self._node.now() + wait_s
+                if again_at_s > self._latest:
+                    self.failed(failure)
+                    return
                 log.info("%s; asks again in %.0f s", failure, wait_s)
-                self._deadline = max(self._deadline, self._node.now() + wait_s + PAUSE_FIRST_S)
+                self._deadline = max(self._deadline, again_at_s + PAUSE_FIRST_S)
                 await asyncio.sleep(wait_s)
             else:
                 await asyncio.sleep(max(0.0, min(pause_s, self._deadline - self._node.now())))

@@ -262,7 +262,8 @@ class OriginDriver:
         if self.able and (error.lasting or wait_s or self._failures >= FAILURES_TOLD):
             self.able = False
             self._tell()
-        self._download.handle(events.OriginFailed(self._node.node, error.why, wait_s))
+        patient = self._host.now() - self._progress_at < WAIT_MAX_S  # without a chunk; then a fetch may stall
+        self._download.handle(events.OriginFailed(self._node.node, error.why, wait_s if patient else 0.0))
 
     def _fill(self, transfer: int, reading: ReadRange, *, urgent: bool) -> None:
         """Fills the places of a range's chunks, on a thread. Raises OriginError and StoreError."""

@@ -73,8 +73,8 @@ class Share:
         return chunk < self.held.length and chunk in self.held and not (self.claims and chunk in self.claims.must_read)
 
     def known(self, chunk: Chunk) -> Digests | None:
-        """The digests of a held chunk of a promise; None where the manifest has them."""
-        return self.claims.claim(chunk.index).digests if self.claims else None
+        """The digests of a held chunk of a promise; None of other chunks, and where the manifest has them."""
+        return self.claims.claim(chunk.index).digests if self.claims and chunk.index in self.claims else None
 
     def announcement(self) -> Announcement:
         """The artifact as links announce it."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from hub import Hub, Model, read_files
 
@@ -44,6 +46,33 @@ def test_is_a_model_of_the_hub_served_while_it_arrives_and_not_read_again(
     hub.sent_bytes = 0
     machine.start("serve", "--origin", f"hf://{MODEL}", "--no-mdns", environment=reaches).wait_for(" ready: org/model")
     assert hub.sent_bytes == 0
+
+
+def test_does_the_hubs_own_client_accept_the_caches_that_three_nodes_filled_together(
+    machine: Machine, hub: Hub, original: Path, tmp_path: Path
+) -> None:
+    hub.shaper.total = 2e6
+
+    def home(number: int) -> dict[str, str]:
+        own = {"HF_HOME": str(tmp_path / f"hf{number}"), "SWARM_CACHE": str(tmp_path / f"cache{number}")}
+        return {"HF_ENDPOINT": hub.endpoint, **own}
+
+    seed = machine.start("serve", "--origin", MODEL, "--no-mdns", environment=home(0))
+    wait_until(lambda: "fetch it with" in seed.err, "the address of the seed")
+    flags = ("--peer", seed.err.partition("--peer ")[2].split()[0], "--no-mdns", "--json")
+    others = [machine.start("fetch", MODEL, *flags, environment=home(number)) for number in (1, 2)]
+    for node in others:
+        node.wait_for('"sources"')
+    reports = [node.out for node in others]
+    seed.wait_for(" ready: ")
+    assert {len(json.loads(report)["sources"]) for report in reports} != {1}, "none of them took part in the other's"
+    assert hub.copies() < 2
+    for number in range(3):
+        cache = tmp_path / f"hf{number}" / "hub"
+        assert not huggingface_hub.scan_cache_dir(cache).warnings
+        found = huggingface_hub.snapshot_download(MODEL, cache_dir=cache, local_files_only=True)
+        assert Path(found).name == hub.models[MODEL].commit
+        assert contents(Path(found)) == contents(original)
 
 
 def test_is_a_directory_filled_from_an_address_and_served_under_a_name(

@@ -249,3 +249,12 @@ def test_does_verify_check_a_part_as_a_part(
     with swarm.fetch(MODEL, out=out, settings=there):
         code, said = verified()
     assert (code, "part" in said) == (0, False), said
+
+
+def test_is_a_part_read_from_an_origin(model: Path, tmp_path: Path) -> None:
+    origin, alone = f"file://{model}", settings(tmp_path, "alone")
+    with swarm.fetch(origin, include="*.json", out=tmp_path / "out", settings=alone):
+        assert sorted(path.name for path in (tmp_path / "out").glob("*.*")) == sorted([INDEX, *PLAIN])
+    with swarm.fetch(origin, tensors="norm", settings=alone) as weights:
+        assert list(weights) == ["norm"]
+        assert torch.equal(weights["norm"], STATE["norm"])

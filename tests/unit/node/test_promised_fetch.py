@@ -14,6 +14,7 @@ from swarm.content.manifest import Manifest
 from swarm.content.promise import ListedFile, Listing, promise
 from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginUnreachable, Stalled
 from swarm.hashing.cpu import chunk_digests
+from swarm.node import cold_start
 from swarm.node.node import Node
 from swarm.store.tensors import MemoryStore
 from swarm.transfer.claims import Claims
@@ -99,6 +100,30 @@ def lie(node: Node, manifest: Manifest, data: dict[str, bytes], *, every: int) -
     share = Share(MODEL, store, Bitfield.full(len(manifest.chunks)), None, claims=claims)
     share.settled.set()
     node._shares.add(share)
+
+
+@pytest.mark.parametrize("find_timeout_s", [0.4, None])
+def test_is_an_origin_that_always_asks_to_wait_given_up(
+    find_timeout_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the time that the user gives to the search; without one in ten minutes, here 0.4 s."""
+    monkeypatch.setattr(cold_start, "WAIT_MAX_S", 0.4)
+
+    class Busy(MemoryOrigin):
+        def listing(self, model: str, revision: str | None) -> Listing:
+            self.reads += 1
+            raise OriginUnreachable("memory", "429", retry_s=0.1)
+
+    async def scenario() -> None:
+        async with Street().node("one") as one:
+            origin = Busy(DATA)
+            lister = cold_start.Lister(one, cold_start.OriginModel(origin, "m", None), find_timeout_s=find_timeout_s)
+            lister.start()
+            await until(lambda: lister.error is not None)
+            assert origin.reads > 1
+            assert "429" in str(lister.error)
+
+    run(scenario)
 
 
 @pytest.mark.parametrize("weak", [False, True])
