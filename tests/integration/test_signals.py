@@ -45,7 +45,11 @@ def small(tmp_path: Path) -> Path:
 
 
 def start(
-    tmp_path: Path, *arguments: str, before: Callable[[], object] | None = None, inherited: tuple[int, ...] = ()
+    tmp_path: Path,
+    *arguments: str,
+    before: Callable[[], object] | None = None,
+    inherited: tuple[int, ...] = (),
+    output: int = subprocess.PIPE,
 ) -> subprocess.Popen[str]:
     environment = os.environ | {
         "PYTHONPATH": str(Path(swarm.__file__).parent.parent),
@@ -54,7 +58,7 @@ def start(
     }
     return subprocess.Popen(
         [sys.executable, "-u", "-m", "swarm", *arguments],
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
@@ -213,3 +217,26 @@ def test_a_replay_on_the_web_stops(tmp_path: Path, small: Path, number: signal.S
     with start(tmp_path, "replay", str(tmp_path / "trace"), "--web") as process:
         until_line(process, "shows it again")
         assert stopped(process, number) == 0
+
+
+def test_a_watched_status_ends_as_its_last_answer(tmp_path: Path, small: Path) -> None:
+    """In a terminal and in a pipe."""
+    with seed_of(tmp_path, small) as address:
+        watching = []
+        for number in ALL:
+            ours, theirs = os.openpty()
+            process = start(tmp_path, "status", "--watch", "--peer", address, output=theirs)
+            os.close(theirs)
+            watching.append((number, process, ours))
+        for number, process, ours in watching:
+            with process:
+                deadline = time.monotonic() + START_S
+                said = b""
+                while b"small" not in said:
+                    assert time.monotonic() < deadline
+                    said += os.read(ours, 4096)
+                assert stopped(process, number) == 0
+            os.close(ours)
+        with start(tmp_path, "status", "--watch", "--peer", address) as process:
+            until_line(process, "1 member")
+            assert stopped(process, signal.SIGTERM) == 0

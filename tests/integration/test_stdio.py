@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,23 @@ def test_a_complete_fetch_is_a_success_whatever_becomes_of_its_output(
     assert said in ended.stderr
     assert b"Traceback" not in ended.stderr
     assert (tmp_path / "out" / "naïve.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("end", ["> >(true)", "> /dev/full", ">&- 2>&-"])
+def test_a_seed_goes_on_whatever_becomes_of_its_output(tmp_path: Path, end: str) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "a.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    own = f"export SWARM_CACHE={tmp_path / 'cache'} SWARM_MDNS=false"
+    ended = run(
+        f"cd {tmp_path}; {own}; (exec $SWARM serve m --model-id org/m --listen 127.0.0.1:{port} {end}) & seed=$!; "
+        f"$SWARM fetch org/m --peer 127.0.0.1:{port} --wait --timeout {TIMEOUT_S / 2} --no-seed --out out; fetched=$?; "
+        "kill $seed; wait $seed; echo fetch $fetched seed $?"
+    )
+    assert ended.stdout.endswith(b"fetch 0 seed 0\n"), ended
+    assert b"Traceback" not in ended.stderr
+    assert (tmp_path / "out" / "a.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize(
