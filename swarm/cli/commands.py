@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from swarm.cli import signals, stdio
 from swarm.cli.daemon import Daemon
 from swarm.cli.next_step import fetch_command, listening
-from swarm.errors import SettingsError, StoreError, clean
-from swarm.settings import Settings
+from swarm.errors import LINE_CHARS_MAX, SettingsError, StoreError, clean
+from swarm.settings import DEFAULT_PORT, Settings, join_address, split_address
 from swarm.simulation.setup import Burst
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def fetch(options: argparse.Namespace) -> int:
             unready.enter_context(node.asked_for(options.model_id, "is being fetched"))
             await open_.enter_async_context(node)
             with local_nodes.note(settings.cache, node.local_address):
-                async with progress(status.fetches, node.now, quiet=options.json):
+                async with progress(status.fetches, node.now, quiet=options.json or options.quiet):
                     fetched, _, path = await fetch_on(
                         node,
                         options.model_id,
@@ -192,7 +192,8 @@ def fetch(options: argparse.Namespace) -> int:
                     rate = f"{size_text(fetched.bytes)} in {fetched.seconds:.2f} s, verified"
                     kept = f", {size_text(fetched.resumed_bytes)} kept from before" if fetched.resumed_bytes else ""
                     came = f", from {sources}" if sources else ""
-                    print(f"{clean(fetched.model_id)}: {rate}{kept}{came} -> {path}", flush=True)
+                    shown = clean(path, chars_max=stdio.PATH_CHARS_MAX)
+                    print(f"{clean(fetched.model_id)}: {rate}{kept}{came} -> {shown}", flush=True)
                 if not options.no_seed:
                     log.info("serving it on at %s; Ctrl-C to stop", node.address)
                     if node.on_loopback and settings.reaches_out:
@@ -209,7 +210,7 @@ def storage(options: argparse.Namespace) -> int:
     from swarm.cli.storage import pairs, storage
 
     wanted, settings = pairs(options.pairs), settings_of(options)
-    return _run(storage(wanted, settings, os.environ))
+    return _run(storage(wanted, settings, os.environ, quiet=options.quiet))
 
 
 async def _until_lost(node: Node, digest: Digest) -> None:
@@ -293,7 +294,7 @@ def status(options: argparse.Namespace) -> int:
 
         context = visitor(cluster_key.load(settings.key_file))
     here = [] if options.peer else local_nodes.addresses(settings.cache)
-    given = [options.peer] if options.peer else here or _discovered(settings)
+    given = [named_peer(options.peer)] if options.peer else here or _discovered(settings)
     ask = status_watch.Asker(given, context, proven=not here)
     if options.watch and not options.json:
         return status_watch.watch(ask)
@@ -306,6 +307,20 @@ def status(options: argparse.Namespace) -> int:
         if not options.watch or stdio.ended():
             return 0 if healthy(swarm) else PROBLEMS_FOUND
         time.sleep(status_watch.EVERY_S)
+
+
+def named_peer(text: str) -> str:
+    """The address of a node that is named as HOST or HOST:PORT. Raises SettingsError."""
+    return join_address(*split_address("peer", text, default_port=DEFAULT_PORT, least_port=1))
+
+
+def cached_ids() -> list[str]:
+    """The ids of the models in the Hugging Face cache, complete or not; none if it cannot be read."""
+    from swarm.checkpoint.hf_cache import cache_root
+
+    with contextlib.suppress(OSError):
+        return sorted(place.name[8:].replace("--", "/", 1) for place in cache_root().glob("models--*--*"))
+    return []
 
 
 def replay(options: argparse.Namespace) -> int:
@@ -376,7 +391,7 @@ def ls(options: argparse.Namespace) -> int:
     settings = Settings.load({"key_file": options.key_file})
     from swarm.cli import agent
 
-    found = kept.listed(kept.report_of(options.peer, settings), settings, options.model_id)
+    found = kept.listed(kept.report_of(options.peer and named_peer(options.peer), settings), settings, options.model_id)
     models = None if options.peer else agent.models(settings)
     if options.json:
         print(kept.as_json({**found, "agent": agent.as_json(models) if models else None}), flush=True)
@@ -408,7 +423,7 @@ def _verify_signed(directory: Path, key: Path) -> int:
     for problem in found:
         print(clean(problem))
     if not found:
-        print(f"{directory}: {len(signed)} files, as signed with {key}")
+        print(clean(f"{directory}: {len(signed)} files, as signed with {key}", chars_max=LINE_CHARS_MAX))
     return PROBLEMS_FOUND if found else 0
 
 

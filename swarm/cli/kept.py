@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from swarm.checkpoint import hf_cache, kept
-from swarm.cli import agent
+from swarm.cli import agent, stdio
 from swarm.content.commit import PART
-from swarm.errors import PeerUnreachable, SettingsError, StoreError, clean
+from swarm.errors import LINE_CHARS_MAX, PeerUnreachable, SettingsError, StoreError, clean
 from swarm.observe.units import size_text
 from swarm.protocol.messages import SHORT_COMMIT_MIN
 from swarm.settings import Settings
@@ -55,7 +55,7 @@ def show(found: Mapping[str, Any], model_id: str | None = None) -> None:
     """Prints the tables of `swarm ls`."""
     console = Console(markup=False, highlight=False)
     if found["swarm"] is None:
-        console.print("no node of this user runs on this machine; name one with --peer HOST:PORT to see the swarm")
+        console.print("no node of this user runs on this machine; name one with --peer HOST to see the swarm")
     elif not found["swarm"]:
         console.print(f"no member serves {model_id or 'a model'}")
     else:
@@ -66,10 +66,12 @@ def show(found: Mapping[str, Any], model_id: str | None = None) -> None:
             table.add_row(row["model_id"], _revisions(row), size, holders, row["digest"][:12])
         console.print(table)
     if found["here"]:
-        table = _table("kept on this machine", "id", "revisions", "size", "digest", "path")
+        table = _table("kept on this machine", "id", "revisions", "size", "digest")
         for row in found["here"]:
-            table.add_row(row["model_id"], _revisions(row), size_text(row["bytes"]), row["digest"][:12], row["path"])
+            table.add_row(row["model_id"], _revisions(row), size_text(row["bytes"]), row["digest"][:12])
         console.print(table)
+        for row in found["here"]:  # outside the table, which would break a path in two: it could not be copied
+            print(f"{row['digest'][:12]} {clean(row['path'], chars_max=stdio.PATH_CHARS_MAX)}")
 
 
 def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) -> int:
@@ -92,9 +94,14 @@ def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) ->
             "model_id", f"swarm wrote nothing of {what!r} into the cache here; it keeps {known}; files of others stay"
         )
     for found in chosen:
-        print(clean(f"{found.model_id}@{found.commit[:12]}: {size_text(found.size)} in {found.snapshot}"))
+        print(
+            clean(
+                f"{found.model_id}@{found.commit[:12]}: {size_text(found.size)} in {found.snapshot}",
+                chars_max=LINE_CHARS_MAX,
+            )
+        )
     for place, size in staged.items():
-        print(clean(f"{model_id}: {size_text(size)} of an unfinished fetch in {place}"))
+        print(clean(f"{model_id}: {size_text(size)} of an unfinished fetch in {place}", chars_max=LINE_CHARS_MAX))
     if not yes and not _confirmed():
         return 1
     freed = 0
@@ -108,7 +115,7 @@ def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) ->
             if kept.remove_unfinished(place):
                 freed += size
             else:
-                print(clean(f"{place} stays: a fetch uses it"))
+                print(clean(f"{place} stays: a fetch uses it", chars_max=LINE_CHARS_MAX))
     for address in _serving({found.digest for found in chosen}, settings):
         print(clean(f"the node at {address} has the files open and serves on: their space is free when it ends"))
     print(f"removed: {size_text(freed)}; other revisions and files of other programs are as they were")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swarm import __version__
-from swarm.cli import commands, signals, stdio
+from swarm.cli import commands, completion, manual, signals, stdio
 from swarm.errors import LINE_CHARS_MAX, SwarmError, clean
 from swarm.settings import NEAR, Settings
 from swarm.simulation.setup import Burst, flag_of
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_JsonLines() if options.log_json else _Lines())
         logging.basicConfig(level=logging.WARNING, handlers=[handler])
-        logging.getLogger("swarm").setLevel(logging.DEBUG if options.verbose else logging.INFO)
+        logging.getLogger("swarm").setLevel(_level(options))
         code = _run(options)
         output.flush()
         if lost := stdio.complaint(output):
@@ -58,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is not None:
         signals.disarm()
     return code
+
+
+def _level(options: argparse.Namespace) -> int:
+    return logging.DEBUG if options.verbose else logging.WARNING if options.quiet else logging.INFO
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -125,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("swarm", description="Peer-to-peer distribution of model weights.")
     parser.add_argument("--version", action="version", version=f"swarm {__version__}")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--verbose", action="store_true", help="log in detail")
+    common.add_argument("-v", "--verbose", action="store_true", help="log in detail")
+    common.add_argument("-q", "--quiet", action="store_true", help="log warnings only, and show no progress")
     common.add_argument("--log-json", action="store_true", help="log JSON objects, one a line")
     traced = argparse.ArgumentParser(add_help=False)
     traced.add_argument("--trace", type=Path, metavar="FILE", help="write the journal of the node as JSON lines")
@@ -134,7 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     def command(
         run: Callable[[argparse.Namespace], int | None], about: str, *parents: argparse.ArgumentParser, name: str = ""
     ) -> argparse.ArgumentParser:
-        made = subparsers.add_parser(name or run.__name__, parents=[common, *parents], help=about)
+        made = subparsers.add_parser(
+            name or run.__name__, parents=[common, *parents], help=about, description=_sentence(about)
+        )
         made.set_defaults(run=run, parser=made)
         return made
 
@@ -220,11 +227,11 @@ def _parser() -> argparse.ArgumentParser:
 
     status = command(commands.status, "show the swarm as a running node sees it")
     status.add_argument(
-        "--peer", metavar="HOST:PORT", help="node to ask; by default a node of this machine, else one found by mDNS"
+        "--peer", metavar="HOST[:PORT]", help="node to ask; by default a node of this machine, else one found by mDNS"
     )
     status.add_argument("--key-file", metavar="PATH", help="cluster key, to ask nodes of other machines")
     status.add_argument("--json", action="store_true", help="print one JSON object")
-    status.add_argument("--watch", action="store_true", help="redraw every second")
+    status.add_argument("--watch", action="store_true", help="redraw every second, until q or Ctrl-C")
 
     replay = command(commands.replay, "show the phases and sources of a traced fetch")
     replay.add_argument("trace", type=Path, metavar="FILE", help="file written by --trace")
@@ -257,7 +264,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="MODEL_ID",
         help="only this model, also MODEL_ID@REVISION; or the digits of a digest",
     )
-    ls.add_argument("--peer", metavar="HOST:PORT", help="node to ask; by default a node of this machine")
+    ls.add_argument("--peer", metavar="HOST[:PORT]", help="node to ask; by default a node of this machine")
     ls.add_argument("--key-file", metavar="PATH", help="cluster key, to ask nodes of other machines")
     ls.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -298,11 +305,29 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     def show_help(options: argparse.Namespace) -> None:
-        (_commands(parser)[options.topic] if options.topic else parser).print_help()
+        if options.man:
+            print(manual.page(parser, _commands(parser), version=__version__), end="")
+        else:
+            (_commands(parser)[options.topic] if options.topic else parser).print_help()
 
+    def complete(options: argparse.Namespace) -> None:
+        words = options.words[options.words[:1] == ["--"] :]
+        lines = completion.answer(_commands(parser), words, commands.cached_ids())
+        print("\n".join(lines) if options.words else completion.SCRIPTS[options.shell])
+
+    shells = command(complete, "print what makes a shell complete commands, flags and models", name="completion")
+    shells.add_argument("shell", choices=[*completion.SCRIPTS])
+    shells.add_argument(
+        "words", nargs=argparse.REMAINDER, metavar="-- WORDS", help="print what may stand for the last of these words"
+    )
     topics = command(show_help, "show the help of a command, or this help", name="help")
-    topics.add_argument("topic", nargs="?", choices=[*_commands(parser)], metavar="COMMAND")
+    topics.add_argument("topic", nargs="?", choices=[*_commands(parser), "help"], metavar="COMMAND")
+    topics.add_argument("--man", action="store_true", help="print the manual page, for `man -l`")
     return parser
+
+
+def _sentence(about: str) -> str:
+    return f"{about[:1].upper()}{about[1:]}."
 
 
 def _add_settings(parser: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:

@@ -1,13 +1,20 @@
 """`swarm status --watch`: asks a node every second, redraws the screen on a terminal, prints a line elsewhere.
 
+`q` ends it as Ctrl-C does. Keys are read only where this process owns the terminal of standard input.
+
 If the asked node dies, a member that it had reported is asked instead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import sys
+import termios
 import time
-from collections.abc import Callable, Mapping, Sequence
+import tty
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from ssl import SSLContext
 from typing import Any, TypeAlias
 
@@ -71,8 +78,8 @@ def watch(ask: Ask) -> int:
     if not console.is_terminal:
         return _lines(ask, swarm)
     try:
-        with Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
-            for drawn in _again(ask, swarm):
+        with _keys() as keys, Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+            for drawn in _again(ask, swarm, keys):
                 live.update(
                     drawn if isinstance(drawn, Text) else status_table.screen(swarm := drawn, in_place=True),
                     refresh=True,
@@ -93,12 +100,44 @@ def _lines(ask: Ask, swarm: Mapping[str, Any]) -> int:
     return 0 if healthy(swarm) else 1
 
 
-def _again(ask: Ask, swarm: Mapping[str, Any]) -> Any:
+@contextlib.contextmanager
+def _keys() -> Iterator[int | None]:
+    """The descriptor of a terminal that hands over each key as it is typed, unseen; None without such a terminal."""
+    try:
+        keys = sys.stdin.fileno()
+        before = termios.tcgetattr(keys)
+        if os.tcgetpgrp(keys) != os.getpgrp():  # in the background: setting the terminal would stop this process
+            raise OSError
+    except (AttributeError, OSError, ValueError, termios.error):
+        yield None
+        return
+    try:
+        tty.setcbreak(keys, termios.TCSANOW)
+        yield keys
+    finally:
+        with contextlib.suppress(termios.error):
+            termios.tcsetattr(keys, termios.TCSANOW, before)
+
+
+def _wait(keys: int | None) -> None:
+    """Returns after EVERY_S. Raises KeyboardInterrupt once `q` is typed."""
+    until_s = time.monotonic() + EVERY_S
+    while (left_s := until_s - time.monotonic()) > 0:
+        if keys is None:
+            time.sleep(left_s)
+        elif select.select([keys], [], [], left_s)[0]:
+            typed = os.read(keys, 64)
+            if b"q" in typed:
+                raise KeyboardInterrupt
+            keys = keys if typed else None  # the terminal is gone
+
+
+def _again(ask: Ask, swarm: Mapping[str, Any], keys: int | None = None) -> Any:
     """`swarm`, then an answer of `ask` every second; a text if no node answers."""
     yield swarm
     answered_at_s = time.monotonic()
     while not stdio.ended():
-        time.sleep(EVERY_S)
+        _wait(keys)
         try:
             swarm = ask()
         except PeerUnreachable as error:

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+PATH_CHARS_MAX = 4096  # of a path in a line: the bound of the kernel, so that what is printed can be copied
+
 
 class Output:
     """A text stream that keeps the error of a failed write instead of raising it."""

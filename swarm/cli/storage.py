@@ -64,7 +64,9 @@ def patterns(environment: Mapping[str, str], name: str) -> list[str] | None:
     return [stripped for word in words if (stripped := word.strip())] or None
 
 
-async def storage(wanted: Sequence[tuple[str, Path]], settings: Settings, environment: Mapping[str, str]) -> int:
+async def storage(
+    wanted: Sequence[tuple[str, Path]], settings: Settings, environment: Mapping[str, str], *, quiet: bool = False
+) -> int:
     """Fills the directories in turn. Raises as `fetch` does."""
     selection = Selection.read(
         include=patterns(environment, ALLOW), exclude=patterns(environment, IGNORE), tensors=None
@@ -73,7 +75,7 @@ async def storage(wanted: Sequence[tuple[str, Path]], settings: Settings, enviro
     async with contextlib.AsyncExitStack() as open_:
         await open_.enter_async_context(node)
         open_.enter_context(local_nodes.note(settings.cache, node.local_address))
-        await open_.enter_async_context(progress(status.fetches, node.now))
+        await open_.enter_async_context(progress(status.fetches, node.now, quiet=quiet))
         fetched = []
         for source, directory in wanted:
             log.info("%s -> %s: looking for peers, then for its origin", clean(source), directory)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from swarm.checkpoint import check, digest_cache, hf_cache, kept, manifest_builder
 from swarm.content.manifest import Digest
-from swarm.errors import SettingsError, StoreError, clean
+from swarm.errors import LINE_CHARS_MAX, SettingsError, StoreError, clean
 from swarm.observe.units import size_text
 from swarm.settings import Settings
 from swarm.store.directory import PARTIAL
@@ -45,9 +45,9 @@ def verify(what: str, *, revision: str | None, digest: str | None, settings: Set
             if digest is not None and not found.startswith(digest):
                 problems.append(f"{path}: has the digest {found}, not {digest}")
     for problem in problems:
-        print(clean(problem))
+        print(clean(problem, chars_max=LINE_CHARS_MAX))
     if not problems:
-        print(clean(f"{what}: {said}"))
+        print(clean(f"{what}: {said}", chars_max=LINE_CHARS_MAX))
     return PROBLEMS_FOUND if problems else 0
 
 

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shlex
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from .processes import wait_until
 from .stage import SLOW, Stage, staged
+from .terminal import Terminal
 
 pytestmark = [
     pytest.mark.integration,
@@ -26,44 +24,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed"),
 ]
 KILLED = 2
-SHOWN_S = 60.0
-
-
-class Terminal:
-    """One command in a terminal of its own."""
-
-    def __init__(self, command: str, *, cwd: Path) -> None:
-        self._server = f"swarm-{secrets.token_hex(4)}"
-        self._tmux("new-session", "-d", "-s", "it", "-c", str(cwd), command)
-        self.resize(132, 44)
-
-    def resize(self, width: int, height: int) -> None:
-        self._tmux("resize-window", "-t", "it", "-x", str(width), "-y", str(height))
-
-    def press(self, key: str) -> None:
-        self._tmux("send-keys", "-t", "it", key)
-
-    @property
-    def screen(self) -> str:
-        return "\n".join(line.rstrip() for line in self._tmux("capture-pane", "-p", "-t", "it").rstrip().splitlines())
-
-    def until(self, true: Callable[[str], object], what: str) -> str:
-        """The screen once that is true of it."""
-
-        def found() -> str | None:
-            return shown if true(shown := self.screen) else None
-
-        try:
-            return wait_until(found, what, deadline_s=SHOWN_S) or ""
-        except pytest.fail.Exception as failure:
-            pytest.fail(f"{failure} in a terminal that shows:\n{self.screen}")
-
-    def close(self) -> None:
-        self._tmux("kill-server")
-
-    def _tmux(self, *arguments: str) -> str:
-        command = ["tmux", "-u", "-f", os.devnull, "-L", self._server, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
 
 
 @pytest.fixture

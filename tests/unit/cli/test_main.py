@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import swarm
 from swarm import errors
 from swarm.checkpoint.digest_cache import remember
 from swarm.checkpoint.manifest_builder import checkpoint
-from swarm.cli import commands
+from swarm.cli import commands, kept
 from swarm.cli import main as cli
 from swarm.cli.main import main
 from swarm.node import status_client
@@ -262,12 +263,13 @@ def test_what_does_an_error_exit_with(
         (["fetch", "x", "--digest", "abc"], 2, "'abc' is not a digest: 64 digits"),
         (["fetch", "x", "--timeout", "0.05"], 3, "no peer serves 'x'"),
         (["status"], 6, "no node of this user runs on this machine"),
-        (["status", "--peer", "nowhere"], 2, "needs a port"),
+        (["status", "--peer", "127.0.0.1:0"], 2, "needs a port"),
+        (["status", "--peer", "nowhere.invalid"], 6, "nowhere.invalid:7000: "),
         (["verify", "empty"], 3, "holds no file to serve"),
         (["verify", "empty", "--digest", "abc"], 2, "'abc' is neither a digest nor the first 6"),
         (["verify", "org/model"], 5, "org/model: does not exist; name a directory"),
         (["rm", "org/model", "--yes"], 2, "swarm wrote nothing of 'org/model' into the cache here; it keeps nothing"),
-        (["ls", "--peer", "nowhere"], 2, "needs a port"),
+        (["ls", "--peer", "nowhere.invalid"], 6, "nowhere.invalid:7000: "),
         (["verify", "missing"], 5, "missing: does not exist; name a directory that `swarm fetch --out DIR` filled"),
         (["verify", "unfinished"], 5, "unfinished: a fetch into it is unfinished; run that fetch again"),
     ],
@@ -388,3 +390,21 @@ def test_does_it_start_light(statement: str, allowed: set[str], tmp_path: Path) 
     )
     assert found.returncode == 0, found.stderr
     assert set(found.stdout.splitlines()[-1].split()) <= allowed
+
+
+@pytest.mark.parametrize(
+    ("flags", "level"), [([], "INFO"), (["-v"], "DEBUG"), (["--verbose"], "DEBUG"), (["-q"], "WARNING")]
+)
+def test_how_much_is_logged(flags: list[str], level: str) -> None:
+    assert main(["help", *flags]) == 0
+    assert logging.getLevelName(logging.getLogger("swarm").level) == level
+
+
+def test_are_paths_on_one_line_however_narrow_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    path = f"/models/{'deep/' * 40}snapshot"
+    row = {"model_id": "org/model", "revisions": ["main"], "digest": "ab" * 32, "bytes": 10**6, "path": path}
+    kept.show({"swarm": [], "here": [row]})
+    assert f"abababababab {path}" in printed(capsys)[0].splitlines()
