@@ -1,11 +1,12 @@
 """Replicas that start with nothing: `swarm` beside the hub's own client and a seed-first start, on shaped links.
 
-    python bench/coldstart.py [--newcomers 1,2,4,8] [--systems swarm,hub,first] [--rate 100mbit] [--origin 100mbit]
-        [--each RATE] [--mib 96] [--repeat 1]
+    python bench/coldstart.py [--newcomers 1,2,4,8] [--systems swarm,hub,first,aria2] [--rate 100mbit]
+        [--origin 100mbit] [--each RATE] [--mib 96] [--repeat 1]
 
     swarm    every node calls swarm.fetch(id, out=HUB_CACHE) at the same time
     hub      every node calls huggingface_hub.snapshot_download
     first    one node does, then serves; the others fetch from it
+    aria2    every node downloads the files with aria2c, 8 connections, without a look at their content
 
 Every host is a network namespace with a link of its own (hosts.py), so it needs root. The origin is tests/hub.py on a
 host of its own, with a cap for all connections together (`--origin`) and one for each (`--each`). Every node is a warm
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +41,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = "org/model"
 PORT = 7000
 DEADLINE_S = 600.0
-SYSTEMS = ("swarm", "hub", "first")
+SYSTEMS = ("swarm", "hub", "first", "aria2")
+ARIA2 = ("aria2c", "--no-conf", "--quiet", "--split=8", "--max-connection-per-server=8", "--min-split-size=8M")
 TMPFS = Path("/dev/shm")
 
 
@@ -220,10 +223,14 @@ def _work(system: str) -> int:
     """A node, on its host: says `ready`, waits for a line, and says where the snapshot is."""
     if system in ("hub", "hub-then-serve"):
         import huggingface_hub
-    if system != "hub":
+    if system not in ("hub", "aria2"):
         import swarm.api
     print("ready", flush=True)
     sys.stdin.readline()
+    if system == "aria2":
+        print(_aria2(os.environ["HF_ENDPOINT"], Path(os.environ["HOME"]) / "aria2"), flush=True)
+        sys.stdin.readline()
+        return 0
     if system in ("hub", "hub-then-serve"):
         path = huggingface_hub.snapshot_download(MODEL)
         if system == "hub-then-serve":
@@ -238,6 +245,14 @@ def _work(system: str) -> int:
     print(path, flush=True)
     sys.stdin.readline()
     return 0
+
+
+def _aria2(endpoint: str, out: Path) -> Path:
+    with urllib.request.urlopen(f"{endpoint}/api/models/{MODEL}/revision/main") as answer:
+        names = [sibling["rfilename"] for sibling in json.load(answer)["siblings"]]
+    listed = "".join(f"{endpoint}/{MODEL}/resolve/main/{name}\n  out={name}\n" for name in names)
+    subprocess.run([*ARIA2, f"--dir={out}", "--input-file=-"], input=listed, text=True, check=True)
+    return out
 
 
 def _options() -> argparse.Namespace:

@@ -65,7 +65,7 @@ ROWS: dict[str, set[str]] = {
         "checkpoint.promised", "membership", "node.cold_start", "transfer.origin_driver", "transfer.promise_driver",
         "transfer.proof", "transfer.commit_proof",
         "membership.swim_driver", "net.environment", "node",
-        "node.commit_parts", "node.fetch", "node.holders", "node.node", "node.resolve", "peers",
+        "node.commit_parts", "node.fetch", "node.holders", "node.node", "node.promised_seed", "node.resolve", "peers",
         "peers.connections_driver", "peers.host", "peers.manifest_requests", "peers.peer", "transfer",
         "transfer.download_driver", "transfer.file_watch", "transfer.shares",
         "transfer.upload_driver", "transfer.verify",

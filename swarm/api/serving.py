@@ -15,7 +15,7 @@ from swarm.api.handles import Served
 from swarm.checkpoint import commit_source, hf_cache, manifest_builder, signature_file
 from swarm.content.manifest import Digest, ModelId
 from swarm.errors import SettingsError
-from swarm.node import commit_parts
+from swarm.node import commit_parts, promised_seed
 from swarm.origin import registry
 from swarm.protocol.messages import Origin, Signature, unsayable
 from swarm.runtime import runtime
@@ -37,6 +37,7 @@ def serve_source(name: ModelId, source: Source, origin: Origin | None, *, settin
             node = await runtime().acquire(settings)
             try:
                 commit_parts.serve(node, name, source, origin=origin, trusted=settings.trusted)
+                promised_seed.follow(node, name, source)
             except BaseException:
                 await runtime().release(settings)
                 raise

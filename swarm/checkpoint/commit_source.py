@@ -52,6 +52,10 @@ class CommitSource:
         """See Source."""
         self._source.close()
 
+    def promised(self, promise: Manifest) -> DirectorySource | None:
+        """The files as a source of a promise; None if that has other paths or sizes."""
+        return self._source.promised(promise)
+
     def would_be_whole(self, paths: Iterable[str]) -> bool:
         """Whether the model would lack nothing with files at all these paths, as far as its files here say."""
         try:

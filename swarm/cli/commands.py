@@ -90,7 +90,7 @@ def serve(options: argparse.Namespace) -> int:
     """Serves a model until it is stopped."""
     from swarm.api import open_source
     from swarm.cli.reopen import reopened
-    from swarm.node import commit_parts, local_nodes
+    from swarm.node import commit_parts, local_nodes, promised_seed
     from swarm.observe.trace import tracing
     from swarm.observe.units import size_text
     from swarm.runtime import new_node
@@ -119,6 +119,7 @@ def serve(options: argparse.Namespace) -> int:
             open_.enter_context(local_nodes.note(settings.cache, node.local_address))
             while True:
                 commit_parts.serve(node, name, source, origin=origin, trusted=settings.trusted)
+                promised_seed.follow(node, name, source)
                 daemon.serves(node)
                 unready.close()
                 manifest, missing = source.manifest, getattr(source, "missing", "")

@@ -45,6 +45,7 @@ from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, AnyMessage, Endpoint, Hello, NodeId, Origin
 from swarm.protocol.packets import Profile, Record, State
 from swarm.store import Source, Store
+from swarm.transfer.claims import Claims
 from swarm.transfer.commit_proof import PinnedCommit
 from swarm.transfer.download import DISTANCE_MAX, Download
 from swarm.transfer.download_events import Mates
@@ -204,6 +205,14 @@ class Node:
     def serve_part(self, model_id: ModelId, source: Source, held: Bitfield, *, origin: Origin | None) -> None:
         """Serves the chunks `held` of an artifact that this node does not share yet, until `release`."""
         self._shares.serve_part(model_id, source, held, origin)
+
+    def serve_promise(self, model_id: ModelId, source: Source, claims: Claims, *, origin: Origin | None) -> None:
+        """Serves a promise that was not fetched: of its chunks those that `grown` names, until `release`."""
+        self._shares.serve_promise(model_id, source, claims, origin)
+
+    def grown(self, digest: Digest, chunks: Sequence[int]) -> None:
+        """More chunks of such a promise can be read, and have claims."""
+        self._shares.grown(digest, chunks)
 
     def rename(self, digest: Digest, model_id: ModelId) -> None:
         """Announces an artifact under another model id from now on."""

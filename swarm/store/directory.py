@@ -114,6 +114,15 @@ class DirectorySource:
                 _demand_right(path, [chunk for chunk in self.manifest.chunks if chunk.file == number], is_right)
                 self._stamps[number] = found
 
+    def promised(self, promise: Manifest) -> DirectorySource | None:
+        """The same files as a source of a promise; None if that has other paths or sizes. Raises as the constructor."""
+        own = {file.path: number for number, file in enumerate(self.manifest.files)}
+        if {file.path: file.size for file in promise.files} != {file.path: file.size for file in self.manifest.files}:
+            return None
+        numbers = [own[file.path] for file in promise.files]
+        paths, stamps = [self._paths[number] for number in numbers], [self._stamps[number] for number in numbers]
+        return DirectorySource(self.root, promise, paths=paths, stamps=stamps)
+
     def close(self) -> None:
         """Closes the files and so ends all spans."""
         self._closed = True

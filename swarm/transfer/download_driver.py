@@ -339,6 +339,8 @@ class DownloadDriver:
             slow.peer.post(messages.Cancel(first))
             await self._stop(slow)
             self.handle(events.TransferBroke(slow.peer.node, first, "another peer was faster"))
+        elif first is not None and self.promise:
+            await self.promise.stop_read(first)
         job = self._loop.run_in_executor(None, self._verifier.settle, landed, number)
         try:
             await asyncio.wait([job])

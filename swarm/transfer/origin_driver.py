@@ -125,6 +125,7 @@ class OriginDriver:
         self._changed = asyncio.Event()
         self._files = {file.path: file for file in source.listing.files}
         self._open: dict[int, OriginStream] = {}  # by transfer
+        self._stopping: set[int] = set()  # transfers that end early, which is no failure of the origin
         self._running: dict[int, asyncio.Future[None]] = {}  # by transfer: done when its thread is
         self._stopped = threading.Event()
         self._failures = 0
@@ -166,6 +167,14 @@ class OriginDriver:
     def progressed(self) -> None:
         """A chunk is verified."""
         self._progress_at = self._host.now()
+
+    async def stop(self, transfer: int) -> None:
+        """Ends a read that another source was faster than; returns when its thread writes no more."""
+        stream, running = self._open.get(transfer), self._running.get(transfer)
+        if stream and running:
+            self._stopping.add(transfer)
+            stream.close()
+            await asyncio.wait([running])
 
     def tick(self) -> None:
         """Ends a fetch that only the origin could serve, after its lasting failure."""
@@ -232,12 +241,13 @@ class OriginDriver:
             await asyncio.wait([done])  # not cancelled with this task: `end` waits for it
             done.result()
         except OriginError as failure:
-            error = failure
+            error = None if transfer in self._stopping else failure
         except StoreError as failure:
             error = failure
             self._download.fail(failure)
         finally:
             self.transfers.discard(transfer)
+            self._stopping.discard(transfer)
             chunks = self._manifest.chunks[first : reading.at]
             chunk = self._manifest.chunks[first]
             path, size = self._manifest.files[chunk.file].path, sum(c.size for c in chunks)

@@ -134,6 +134,11 @@ class PromiseDriver:
             claim = self.claims.claim(chunk.index)
             self._store.record(chunk.index, claim.digests.xxh3 + claim.digests.blake3, claim.reader)
 
+    async def stop_read(self, transfer: int) -> None:
+        """Ends a transfer from the origin that another one was faster than."""
+        if self._origin:
+            await self._origin.stop(transfer)
+
     def held(self, chunk: Chunk) -> None:
         """The download knows a chunk that has landed."""
         if self._origin:

@@ -9,14 +9,23 @@ Blocks; a file is advanced by one thread at a time. Must not know: peers, claims
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from swarm.content.manifest import Chunk, Manifest
 from swarm.content.promise import GIT_SHA1, SHA256
-from swarm.store import Store
 
 BATCH_BYTES = 64 << 20  # hashed by one call, which cannot be cancelled
+
+
+class ReadableChunks(Protocol):
+    """Where the files lie."""
+
+    manifest: Manifest
+
+    def read(self, chunk: Chunk) -> Iterator[memoryview]:
+        """As in Store."""
 
 
 @dataclass
@@ -30,7 +39,7 @@ class FileProver:
     `contents`: what is listed, by file, as in `FileEntry`.
     """
 
-    def __init__(self, store: Store, ready: Callable[[int], bool], contents: Sequence[str]) -> None:
+    def __init__(self, store: ReadableChunks, ready: Callable[[int], bool], contents: Sequence[str]) -> None:
         self._store = store
         self._manifest = store.manifest
         self._ready = ready

@@ -189,6 +189,20 @@ class Shares:
         share.settled.set()
         self.add(share)
 
+    def serve_promise(self, model_id: ModelId, source: Source, claims: Claims, origin: Origin | None) -> None:
+        """Shares a promise of which no chunk is known yet."""
+        share = Share(model_id, source, Bitfield(len(source.manifest.chunks)), origin, claims=claims)
+        share.settled.set()
+        self.add(share)
+
+    def grown(self, digest: Digest, chunks: Sequence[int]) -> None:
+        """Adds chunks to a share that is not fetched, and tells peers of them."""
+        if share := self.shares.get(digest):
+            for chunk in chunks:
+                share.held.add(chunk)
+            self.send_have(digest, list(chunks))
+            self.announce()
+
     def rename(self, digest: Digest, model_id: ModelId) -> None:
         """Announces a share under another model id from now on; its transfers go on."""
         share = self.shares.get(digest)
