@@ -311,11 +311,12 @@ class VersionSkew(PeerError):
 
 
 class AgentError(SwarmError):
-    """The agent of this machine did not do what it was asked; its own line and exit code."""
+    """The agent of this machine did not do what it was asked; its own line and exit code. `gone`: it broke off."""
 
-    def __init__(self, why: str, *, exit_code: int = 1) -> None:
+    def __init__(self, why: str, *, exit_code: int = 1, gone: bool = False) -> None:
         super().__init__(why)
         self.exit_code = exit_code
+        self.gone = gone
 
 
 class TransportError(SwarmError):

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ from swarm.node.status_client import PATH as STATUS_PATH
 from swarm.observe import opentelemetry
 from swarm.observe.fetch_record import FetchRecords
 from swarm.observe.node_report import NodeReport
-from swarm.observe.prometheus import Metrics
+from swarm.observe.prometheus import Figure, Metrics
 from swarm.settings import Settings, is_loopback, split_address
 
 T = TypeVar("T")
@@ -38,8 +38,13 @@ EXIT_TIMEOUT_S = 2.0
 _environments: weakref.WeakKeyDictionary[Node, HostEnvironment] = weakref.WeakKeyDictionary()
 
 
-def new_node(settings: Settings, *, lenient: bool = False) -> tuple[Node, NodeReport]:
-    """A node of this machine, not open yet, and its status report. `lenient`: as of `HostEnvironment`."""
+def new_node(
+    settings: Settings, *, lenient: bool = False, figures: Callable[[], Iterable[Figure]] = tuple
+) -> tuple[Node, NodeReport]:
+    """A node of this machine, not open yet, and its status report.
+
+    `lenient`: as of `HostEnvironment`; `figures`: further metrics of the process.
+    """
     report = NodeReport(
         lambda: {
             "version": __version__,
@@ -49,7 +54,7 @@ def new_node(settings: Settings, *, lenient: bool = False) -> tuple[Node, NodeRe
         }
     )
     dashboard = Dashboard(report)
-    metrics = Metrics(lambda: report.report(node.now()), dashboard.view, lambda: node.unready)
+    metrics = Metrics(lambda: report.report(node.now()), dashboard.view, lambda: node.unready, figures)
     metrics_page = Asset("text/plain", metrics.exposition)
     environment = HostEnvironment(
         settings,

@@ -18,6 +18,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from swarm.agent.artifact import Artifact
 from swarm.agent.cache import Cache, CachedModel, key_of, snapshots
@@ -52,6 +53,10 @@ from swarm.settings import Settings
 HOLD_AGAIN_S = 30.0  # after a model of `hold` could not be fetched
 LOOK_EVERY_S = 60.0  # at what other programs removed
 
+FOUND_S, FOUND_MAX = 30.0, 1000  # pulls of the same model by several programs look for it once
+
+_Answer: TypeAlias = tuple[Found, Mapping[str, str], str]
+
 log = logging.getLogger("swarm")
 
 
@@ -68,6 +73,7 @@ class Agent:
         self.revisions = Revisions(node, settings)
         self._records = records
         self._artifacts: dict[Digest, Artifact] = {}
+        self._found: dict[tuple[str, str | None, str | None], tuple[float, _Answer]] = {}  # oldest first
 
     async def run(self) -> None:
         """Fetches what is to be held, serves what the cache has, and looks after it, until it is cancelled."""
@@ -133,54 +139,65 @@ class Agent:
             raise SettingsError("model_id", f"{model_id!r} is no model id of the hub; the agent keeps only such models")
         began = self.node.now()
         deadline = math.inf if pull.timeout_s is None else began + pull.timeout_s
-        finding = asyncio.ensure_future(self._find(model_id.removeprefix("hf://"), revision, pull))
-        async for line in self._until(finding, pull, deadline, None, 0):
-            yield line
-        found, names = await finding
         name = ModelId(model_id.removeprefix("hf://"))
+        key = name, revision, pull.digest
+        until, answer = self._found.get(key, (0.0, None))
+        if answer is None or self.node.now() > until or answer[0].manifest.digest not in self._artifacts:
+            finding = asyncio.ensure_future(self._find(name, revision, pull))
+            async for line in self._until(finding, pull, deadline, None, 0):
+                yield line
+            answer = await finding
+            self._found.pop(key, None)
+            self._found[key] = self.node.now() + FOUND_S, answer
+            while len(self._found) > FOUND_MAX:
+                del self._found[next(iter(self._found))]
+        found, names, unproven = answer
         artifact = self.artifact(name, found, revision, names=names)
         paths = _chosen(pull, found)
         size = sum(artifact.entries[path].size for path in paths)
         if pull.pin:
             self.cache.pin(artifact.key, pinned=True)
-        getting = asyncio.ensure_future(artifact.ensure(paths))
-        async for line in self._until(getting, pull, deadline, artifact, size):
-            yield line
-        await getting
-        self.cache.used(artifact.key)
-        last = artifact.last
-        files = []
-        for path in paths:
-            stamp = artifact.files[path].stamp
-            files.append(messages.PulledFile(path, stamp.size, stamp.mtime_ns, stamp.ctime_ns, stamp.inode))
-        yield Pulled(
-            name, found.manifest.digest, artifact.commit, str(self._place(artifact)), size, self.node.now() - began,
-            last.resumed_bytes if last else size, last.sources if last else {}, tuple(files),
-        )  # fmt: skip
+        here = all(path in artifact.files and artifact.files[path].is_as_it_was() for path in paths)
+        with self.cache.in_use(artifact.key):  # until the program has taken the files
+            getting = asyncio.ensure_future(artifact.ensure(paths))
+            async for line in self._until(getting, pull, deadline, artifact, size):
+                yield line
+            await getting
+            last = None if here else artifact.last
+            files = []
+            for path in paths:
+                stamp = artifact.files[path].stamp
+                files.append(messages.PulledFile(path, stamp.size, stamp.mtime_ns, stamp.ctime_ns, stamp.inode))
+            yield Pulled(
+                name, found.manifest.digest, artifact.commit, str(self._place(artifact)), size,
+                self.node.now() - began, last.resumed_bytes if last else size, last.sources if last else {},
+                tuple(files), unproven,
+            )  # fmt: skip
 
-    async def _find(self, model_id: str, revision: str | None, pull: Pull) -> tuple[Found, Mapping[str, str]]:
-        """The artifact, and the hub's names of its files if a commit is asked for: they bind peers.
+    async def _find(self, model_id: ModelId, revision: str | None, pull: Pull) -> _Answer:
+        """The artifact, and the hub's names of its files if a commit is asked for: they bind peers; or why there are
+        none.
 
         A snapshot that is here already is served first, so that this node finds it with itself.
         """
         here = hf_cache.snapshot(model_id, root=self.cache.root, revision=revision or "main")
         if here:
             with contextlib.suppress(SwarmError):
-                await self.local.serve(CachedModel(ModelId(model_id), here.name, here))
+                await self.local.serve(CachedModel(model_id, here.name, here))
         if is_commit(revision) and revision and pull.digest is None:
-            listed = await self.revisions.get(ModelId(model_id), revision, None)
-            return await self.revisions.artifact_of(listed), listed.names
+            listed = await self.revisions.get(model_id, revision, None)
+            unproven = "" if listed.listing else "the hub was not asked, or did not answer"
+            return await self.revisions.artifact_of(listed), listed.names if listed.listing else {}, unproven
         limits = [limit for limit in (self.settings.find_timeout_s, pull.timeout_s) if limit is not None]
         found = await find_on(
             self.node, model_id, revision=revision, digest=pull.digest, settings=self.settings,
             find_timeout_s=min(limits, default=math.inf if self.settings.wait else None),
         )  # fmt: skip
-        return found, {}
+        return found, {}, ""
 
     async def _until(
-        self, task: asyncio.Future[object] | asyncio.Future[tuple[Found, Mapping[str, str]]] | asyncio.Future[None],
-        pull: Pull, deadline: float, artifact: Artifact | None, size: int,
-    ) -> AsyncGenerator[Answer]:  # fmt: skip
+        self, task: asyncio.Future[Any], pull: Pull, deadline: float, artifact: Artifact | None, size: int
+    ) -> AsyncGenerator[Answer]:
         """PullProgress until the task is done; it is cancelled with the caller. Raises FetchTimeout at the deadline."""
         try:
             while True:

@@ -22,7 +22,7 @@ from swarm.api import HUB_CACHE, fetch_on
 from swarm.checkpoint.blob_check import content_name, is_hub_name
 from swarm.content.manifest import FileEntry, ModelId
 from swarm.content.selection import WEIGHTS, Selection
-from swarm.errors import SettingsError, SourceChanged
+from swarm.errors import SettingsError, SourceChanged, StoreFull
 from swarm.node.cold_start import Found
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
@@ -31,6 +31,7 @@ from swarm.store.directory import DirectoryStore
 from swarm.store.disk import Stamp
 
 BATCH_BYTES = 256 << 20  # large enough for the parts of a fetch that take a fixed time, about 0.1 s
+ROOM_WAIT_S, ROOM_LOOK_S = 60.0, 0.1
 SMALL_BYTES, COMPANIONS_BYTES = 4 << 20, 32 << 20
 
 log = logging.getLogger("swarm")
@@ -110,8 +111,8 @@ class Artifact:
         if self._queue and self._running is None:
             self._running = self._node.spawn(self._run(), f"fetch files of {self.model_id}")
         waiting = [asyncio.shield(future) for path in lacking if (future := self._waiting.get(path))]
-        with self._cache.in_use(self.key):
-            await asyncio.gather(*waiting)
+        await asyncio.gather(*waiting)
+        self._cache.used(self.key)
 
     def forget(self) -> None:
         """Its files were removed."""
@@ -172,7 +173,7 @@ class Artifact:
     async def _fetch(self, batch: Sequence[str]) -> None:
         whole = len(batch) == len(self._entries)
         selection = None if whole else Selection(include=tuple(map(glob.escape, batch)))
-        self._cache.room(self.key, sum(self._entries[path].size for path in batch if not self._here(path)))
+        await self._make_room(batch)
         try:
             fetched, store, snapshot = await fetch_on(
                 self._node, self.model_id, out=HUB_CACHE, into=None, digest=None, timeout_s=None,
@@ -188,6 +189,20 @@ class Artifact:
         for path in made.keys() & self._unproven.keys():
             await asyncio.to_thread(_demand_name, made[path], self._unproven[path])
         self.files |= made
+
+    async def _make_room(self, batch: Sequence[str]) -> None:
+        """Waits while what is being read or arriving takes the room. Raises StoreFull after ROOM_WAIT_S, or at once
+        if it could never fit."""
+        deadline = self._node.now() + ROOM_WAIT_S
+        while True:
+            # Each time: while it waits, its own files may be evicted.
+            more = sum(self._entries[path].size for path in batch if not self._here(path))
+            try:
+                return self._cache.room(self.key, more)
+            except StoreFull:
+                if not self._cache.would_fit(self.key, more) or self._node.now() > deadline:
+                    raise
+            await asyncio.sleep(ROOM_LOOK_S)
 
     def _here(self, path: str) -> bool:
         """Whether the cache has a file of that name and size, which is hashed before it counts."""

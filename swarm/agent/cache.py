@@ -14,7 +14,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,6 +25,7 @@ from swarm.agent.eviction import Eviction, NoRoom
 from swarm.checkpoint import hf_cache, kept
 from swarm.content.manifest import ModelId
 from swarm.errors import StoreFull, SwarmError
+from swarm.observe.prometheus import Figure
 from swarm.observe.units import size_text
 from swarm.protocol.agent_messages import FOLDER, MODELS_MAX
 from swarm.store.disk import read_own, replacing
@@ -124,6 +125,10 @@ class Cache:
         for each in gone:
             self._evict(each)
 
+    def would_fit(self, key: str, more: int) -> bool:
+        """Whether `room` may succeed later."""
+        return self.policy.would_fit(key, more)
+
     def arrived(self, key: str) -> None:
         """The bytes for which room was made are there, or as many of them as were written."""
         self.policy.failed(key)
@@ -182,6 +187,20 @@ class Cache:
         self._uses.pop(key, None)
         self.save()
         return sum(kept.remove(self._dir, each) for each in kept.all_kept(self._dir) if self._key(each) == key)
+
+    def figures(self) -> Iterable[Figure]:
+        """The metrics of the cache."""
+        kept = self.policy.kept
+        counts = {
+            "pinned": float(sum(model.pinned for model in kept.values())),
+            "in use": float(sum(self.policy.leased(key) for key in kept)),
+            "other": float(sum(not (model.pinned or self.policy.leased(key)) for key, model in kept.items())),
+        }
+        yield Figure("gauge", "swarm_cache_models", "Models that swarm keeps in the hub's cache", counts, "kept")
+        yield Figure("gauge", "swarm_cache_bytes", "Their bytes, with those arriving", {"": self.policy.bytes})
+        yield Figure("gauge", "swarm_cache_limit_bytes", "The limit", {"": self.policy.limit_bytes})
+        yield Figure("counter", "swarm_cache_evictions", "Models that were evicted", {"": self.evicted})
+        yield Figure("counter", "swarm_cache_evicted_bytes", "Their bytes", {"": self.evicted_bytes})
 
     def save(self) -> None:
         """Writes uses and pins. A failure is logged only."""

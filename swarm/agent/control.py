@@ -21,11 +21,12 @@ from pathlib import Path
 from swarm.errors import SettingsError, SwarmError
 from swarm.node.agent_client import at, peer_uid
 from swarm.protocol import agent_messages as messages
-from swarm.protocol.agent_messages import Answer, Failed, Greeting, PullProgress, Request
+from swarm.protocol.agent_messages import Answer, Failed, Greeting, Pulled, PullProgress, Request
 from swarm.store.disk import open_locked, store_errors
 
 CONNECTIONS_MAX = 64
 REQUEST_TIMEOUT_S = 5.0
+TAKE_TIMEOUT_S = 600.0  # for a copy of the files to another disk
 PROGRESS_EVERY_S = 1.0  # also without progress: a program takes silence for a dead agent
 BACKLOG = 64
 
@@ -105,8 +106,8 @@ class Control:
             if not isinstance(error, EOFError | TimeoutError):  # the program only wanted the greeting
                 await _say(writer, Failed(f"the agent does not understand this: {error}", 1))
             return
-        work = asyncio.ensure_future(self._answer(request, writer))
         gone = asyncio.ensure_future(reader.read(1))  # a program that hangs up wants nothing any more
+        work = asyncio.ensure_future(self._answer(request, writer, gone))
         try:
             await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -114,11 +115,13 @@ class Control:
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _answer(self, request: Request, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, request: Request, writer: asyncio.StreamWriter, gone: asyncio.Future[bytes]) -> None:
         try:
             async with contextlib.aclosing(self._handle(request)) as answers:
                 async for answer in answers:
                     await _say(writer, answer)
+                    if isinstance(answer, Pulled):  # `_handle` keeps the files until the program has them
+                        await asyncio.wait([gone], timeout=TAKE_TIMEOUT_S)
         except SwarmError as error:
             await _say(writer, Failed(str(error), error.exit_code))
         except (ConnectionError, TimeoutError):

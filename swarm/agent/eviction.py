@@ -109,6 +109,11 @@ class Eviction:
         """A reservation is void."""
         self._arriving.pop(key, None)
 
+    def would_fit(self, key: str, more: int) -> bool:
+        """Whether there is room for it beside what is pinned, once all that is read or arriving has gone."""
+        fixed = sum(model.size for name, model in self._kept.items() if model.pinned or name == key)
+        return fixed + more <= self.limit_bytes
+
     def overdue(self) -> list[str]:
         """Models to evict because the limit shrank, or others count more than before; they count as gone."""
         try:

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -44,12 +45,14 @@ from swarm.errors import (
 )
 from swarm.net.http_server import HttpServer
 from swarm.net.listener import Listener
+from swarm.observe.prometheus import Figure
 from swarm.settings import is_literal, is_loopback, join_address, split_address
 
 CONNECTIONS_MAX = 1024
 STREAMS_MAX = 512  # files that are being sent or waited for
 KEEP_S = 3.0
 IDLE_S = 60.0  # clients keep their connections for further files
+ATTEMPTS = 3
 PIECE_BYTES = 8 << 20
 PIECE_TIMEOUT_S = 120.0  # a client that takes less than 70 kB/s is let go
 PATHS_BYTES_MAX = 1 << 20
@@ -94,6 +97,13 @@ class Face:
         if listener:
             await listener.close()
         await self._server.close()
+
+    def figures(self) -> Iterable[Figure]:
+        """The metrics of the face."""
+        statuses = {str(status): float(count) for status, count in sorted(self.answered.items())}
+        yield Figure("counter", "swarm_hub_answers", "Answers of the face, by status", statuses, "status")
+        yield Figure("counter", "swarm_hub_sent_bytes", "Bytes of files that left by the face", {"": self.sent_bytes})
+        yield Figure("gauge", "swarm_hub_streams", "Files that are sent or waited for", {"": self._streams})
 
     async def _answer(self, request: web.Request) -> web.StreamResponse:
         self._server.arrived(request)
@@ -164,9 +174,16 @@ class Face:
         self._streams += 1
         self._server.stays(request)
         try:
-            with self._agent.cache.in_use(key_of(revision.model_id, revision.commit)):
-                found = await self._waited(request, revision, file)
-                await self._send(request, response, found, first, end)
+            for attempt in range(ATTEMPTS):
+                try:
+                    found = await self._waited(request, revision, file)
+                    with self._agent.cache.in_use(key_of(revision.model_id, revision.commit)):
+                        await self._send(request, response, found, first, end)
+                except SourceChanged:  # evicted, or changed, before it was opened: it comes again
+                    if response.prepared or attempt == ATTEMPTS - 1:
+                        raise
+                else:
+                    break
         finally:
             self._streams -= 1
         return response
@@ -224,7 +241,7 @@ class Face:
 
 
 @contextlib.contextmanager
-def _opened(found: VerifiedFile) -> Any:
+def _opened(found: VerifiedFile) -> Iterator[Any]:
     """The verified file, open. Raises SourceChanged if another one has its place."""
     try:
         fd = os.open(found.place, os.O_RDONLY | os.O_CLOEXEC)

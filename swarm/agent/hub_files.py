@@ -79,7 +79,9 @@ class HubFiles:
         if any(entry.path == file.path for entry in found.manifest.files):
             artifact = self._agent.artifact(revision.model_id, found, revision.asked, names=revision.names)
             await artifact.ensure([file.path])
-            return artifact.files[file.path]
+            if made := artifact.files.get(file.path):
+                return made
+            raise SourceChanged(place, "it was evicted at once")
         return await self._beside(revision, file)
 
     def _cached(self, revision: Revision, file: HubFile, place: Path) -> VerifiedFile | None:

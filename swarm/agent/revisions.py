@@ -22,12 +22,20 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from swarm.api import find_on
+from swarm.api import find_on, is_commit
 from swarm.checkpoint import hf_cache
 from swarm.checkpoint.blob_check import is_hub_name
 from swarm.content.manifest import ModelId
 from swarm.content.promise import ListedFile, Listing, etags
-from swarm.errors import ManifestNotFound, OriginDenied, OriginError, OriginNotFound, OriginUnreachable, SwarmError
+from swarm.errors import (
+    ManifestNotFound,
+    OriginDenied,
+    OriginError,
+    OriginNotFound,
+    OriginUnreachable,
+    RevisionNotFound,
+    SwarmError,
+)
 from swarm.node.cold_start import Found, OriginModel, find, of_listing
 from swarm.node.node import Node
 from swarm.origin import OriginReader
@@ -121,8 +129,10 @@ class Revisions:
                 while len(self._missing) > KNOWN_MAX:
                     del self._missing[next(iter(self._missing))]
             return
-        self._known.pop(key, None)
-        self._known[key] = self._node.now() + KNOWN_S, task.result()
+        model_id, _, token = key
+        for each in (key, (model_id, task.result().commit, token)):  # programs go on with the commit
+            self._known.pop(each, None)
+            self._known[each] = self._node.now() + KNOWN_S, task.result()
         while len(self._known) > KNOWN_MAX:
             del self._known[next(iter(self._known))]
 
@@ -158,9 +168,17 @@ class Revisions:
         revision = None if asked == "main" else asked
         settings = replace(self._settings, origin="none", wait=False)
         timeout_s = FIND_S if self._node.holders(model_id) else FIND_UNHEARD_S
-        found = await find_on(
-            self._node, model_id, revision=revision, digest=None, settings=settings, find_timeout_s=timeout_s
-        )
+        try:
+            found = await find_on(
+                self._node, model_id, revision=revision, digest=None, settings=settings, find_timeout_s=timeout_s
+            )
+        except RevisionNotFound:
+            if not is_commit(asked):
+                raise
+            # The commit of an artifact without one is the start of its digest.
+            found = await find_on(
+                self._node, model_id, revision=None, digest=asked, settings=settings, find_timeout_s=FIND_UNHEARD_S
+            )
         return _described(model_id, asked, found)
 
     def _here(self, model_id: ModelId, asked: str) -> Revision | None:

@@ -10,6 +10,7 @@ Must not know: where bytes go (`landing`), the arguments of users.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import math
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from swarm.api import through_agent
 from swarm.api.handles import HubCache
 from swarm.api.landing import Deadline, FetchTarget
 from swarm.checkpoint import hf_cache, proven
@@ -42,7 +44,7 @@ RESOLVE_GRACE_S = 1.0  # resolution ends before the timeout: its error names the
 _DIGEST = re.compile("[0-9a-f]{6,64}")
 _COMMIT = re.compile("[0-9a-f]{40}")
 
-Landed: TypeAlias = tuple[Fetched, Store, Path | None]
+Landed: TypeAlias = tuple[Fetched, Store | None, Path | None]
 Resolved: TypeAlias = Callable[[Digest, int], object]
 
 log = logging.getLogger("swarm")
@@ -79,7 +81,8 @@ async def fetch_on(
     """Fetches `ID` or `ID@REVISION`, or a part of it, on an open node.
 
     Returns result and store, and the directory if there is one. In a directory files are whole. `resolved` is called
-    with the digest and the bytes of the part once they are known.
+    with the digest and the bytes of the part once they are known. Where an agent of this machine fetched the files,
+    there is no store: the agent serves them.
 
     A revision that is a whole commit pins, unless a digest or a publisher does: the files are compared with the hub's
     listing, where it can be had. If they are others, the fetch reads those of the hub. `commit`: pins beside `digest`,
@@ -92,6 +95,9 @@ async def fetch_on(
         )
     model_id, revision = hf_cache.with_revision(model_id, revision)
     began = node.now()
+    pull = None
+    if found is None and commit is None and served_as is None:
+        pull = through_agent.pull_of(model_id, revision, digest, selection, timeout_s)
     name, at = origin_of(model_id, revision, settings)
     name = served_as or name
     limits = [limit for limit in (settings.find_timeout_s, timeout_s) if limit is not None]
@@ -113,7 +119,11 @@ async def fetch_on(
         blake3=pinned or commit is not None,
     )
     proof = _Pin(node, commit, settings, find_timeout_s=find_timeout_s) if commit else None
-    try:
+    async with contextlib.AsyncExitStack() as open_:
+        if proof:
+            open_.callback(proof.end)
+        if pull and (done := await through_agent.files(open_, node, pull, out=out, settings=settings)):
+            return done[0], None, done[1]
         try:
             async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
                 if found is None:
@@ -127,9 +137,6 @@ async def fetch_on(
         if proof is None:
             return await target.land(found, None, resolved)
         return await proof.land(target, found, resolved, whole=selection is None, instead=None if digest else at)
-    finally:
-        if proof:
-            proof.end()
 
 
 async def find_on(

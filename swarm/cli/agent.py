@@ -39,7 +39,7 @@ async def run(settings: Settings, *, daemon: Daemon, trace: Path | None) -> int:
     from swarm.observe.trace import tracing
     from swarm.runtime import new_node
 
-    node, report = new_node(settings)
+    node, report = new_node(settings, figures=lambda: (*agent.cache.figures(), *face.figures()))
     agent = Agent(node, report.fetches, settings)
     control = Control(settings.cache, agent.handle)
     face = Face(agent)

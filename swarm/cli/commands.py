@@ -195,7 +195,9 @@ def fetch(options: argparse.Namespace) -> int:
                     came = f", from {sources}" if sources else ""
                     shown = clean(path, chars_max=stdio.PATH_CHARS_MAX)
                     print(f"{clean(fetched.model_id)}: {rate}{kept}{came} -> {shown}", flush=True)
-                if not options.no_seed:
+                if node.described(fetched.digest) is None:
+                    log.info("the agent of this machine serves it on")
+                elif not options.no_seed:
                     log.info("serving it on at %s; Ctrl-C to stop", node.address)
                     if node.on_loopback and settings.reaches_out:
                         log.info("only to this machine; to serve it to others fetch with %s", listening(settings))

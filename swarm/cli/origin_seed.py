@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from swarm.cli.next_step import fetch_command, listening
-from swarm.errors import SettingsError
+from swarm.errors import LocalProtocolError, SettingsError
 from swarm.settings import Settings
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ async def serve_origin(options: argparse.Namespace, settings: Settings, *, serve
                         settings=settings,
                         served_as=ModelId(name),
                     )
+                if store is None:
+                    raise LocalProtocolError("the agent has the files of an address; please report this")
                 unready.close()
                 size = f"{len(store.manifest.files)} files, {size_text(store.manifest.size)}"
                 print(f"{node.address} ready: {name}, {size}, digest {fetched.digest}", flush=True)

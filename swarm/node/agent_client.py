@@ -56,9 +56,11 @@ class AgentLink:
                     case _:
                         return answer
         except TimeoutError:
-            raise AgentError(f"the agent (process {self.greeting.pid}) says nothing for {SILENCE_MAX_S:g} s") from None
+            why = f"the agent (process {self.greeting.pid}) says nothing for {SILENCE_MAX_S:g} s"
+            raise AgentError(why, gone=True) from None
         except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
-            raise AgentError(f"the agent (process {self.greeting.pid}) broke off: {error or 'it ended'}") from error
+            why = f"the agent (process {self.greeting.pid}) broke off: {error or 'it ended'}"
+            raise AgentError(why, gone=True) from error
 
 
 @contextlib.asynccontextmanager

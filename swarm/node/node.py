@@ -231,6 +231,11 @@ class Node:
         """Models that this node served until their files changed, and does not serve again."""
         return list(self._shares.lost.values())
 
+    def meet(self, address: Address) -> None:
+        """A node of this machine that the user's programs share is at this address."""
+        if address not in self._environment.addresses and address != self.local_address:
+            self._discovered((address,), True)
+
     @property
     def unready(self) -> list[str]:
         """Why not all that was asked for is there and served; empty for a node that is ready."""

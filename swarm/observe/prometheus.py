@@ -8,8 +8,9 @@ scheme.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from swarm.journal import Entry, FetchEnded, FetchStarted, Journal, Received, Sent, Unreached
 from swarm.observe.origin_record import OriginRecords
@@ -32,13 +33,31 @@ _KINDS: dict[type, tuple[str, str]] = {
 }
 
 
+@dataclass(frozen=True)
+class Figure:
+    """A metric of another part of the process: its values by the value of `label`, or one under ''."""
+
+    kind: Literal["counter", "gauge"]
+    name: str
+    about: str
+    values: Mapping[str, float]
+    label: str = ""
+
+
 class Metrics:
     """`follow` a journal; gauges come from `report` (`/status`), `view` (`/view`) and `unready` (`/readyz`)."""
 
-    def __init__(self, report: View, view: View, unready: Callable[[], Sequence[str]]) -> None:
+    def __init__(
+        self,
+        report: View,
+        view: View,
+        unready: Callable[[], Sequence[str]],
+        figures: Callable[[], Iterable[Figure]] = tuple,
+    ) -> None:
         self._report = report
         self._view = view
         self._unready = unready
+        self._figures = figures
         self._counts: Counter[type] = Counter()
         self._moved: Counter[type] = Counter()  # bytes, by Received or Sent
         self._ended: Counter[str] = Counter()
@@ -97,6 +116,12 @@ class Metrics:
             ended.add_metric([result], self._ended[result])
         yield ended
         yield from self._present(report, view, GaugeOf)
+        for figure in self._figures():
+            family = CounterOf if figure.kind == "counter" else GaugeOf
+            found = family(figure.name, figure.about, labels=[figure.label] if figure.label else [])
+            for value, number in figure.values.items():
+                found.add_metric([value] if figure.label else [], number)
+            yield found
 
     def _present(self, report: Mapping[str, Any], view: Mapping[str, Any], gauge: Any) -> Iterator[Metric]:
         yield gauge("swarm_ready", "1 if all that was asked for is there and served, else 0", value=not self._unready())

@@ -103,6 +103,7 @@ class Pulled(msgspec.Struct, frozen=True, tag="pulled"):
     resumed_bytes: int
     sources: dict[str, int]
     files: tuple[PulledFile, ...]
+    unproven: str = ""  # why the files of a commit that was asked for are not proven to be of it
 
 
 class Row(msgspec.Struct, frozen=True):

@@ -6,12 +6,15 @@ import json
 import re
 import shutil
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from swarm.agent.cache import Cache
+from swarm.agent.face import Face
 from swarm.content.manifest import Digest, ModelId
 from swarm.journal import FetchEnded, FetchStarted, Journal, OriginListed, OriginNode, OriginRead, Received, Sent
 from swarm.observe.prometheus import Metrics
@@ -81,8 +84,18 @@ def test_are_labels_bounded() -> None:
     assert samples(few).keys() == samples(many).keys()
 
 
-def test_are_the_names_of_dashboard_and_alerts_those_that_there_are() -> None:
-    there = {name.split()[0] for name in samples(metrics())}
+def of_agents(tmp_path: Path) -> set[str]:
+    """The names that an agent adds."""
+    cache = Cache(tmp_path, tmp_path, limit_bytes=1.0, withdraw=lambda _: None)
+    face = Face.__new__(Face)
+    face.answered, face.sent_bytes, face._streams = Counter({200: 1}), 1, 0
+    figures = [*cache.figures(), *face.figures()]
+    counted = Metrics(lambda: REPORT, lambda: VIEW, list, lambda: figures)
+    return {name.split()[0] for name in samples(counted)}
+
+
+def test_are_the_names_of_dashboard_and_alerts_those_that_there_are(tmp_path: Path) -> None:
+    there = {name.split()[0] for name in samples(metrics())} | of_agents(tmp_path)
     board = json.loads((MONITORING / "grafana.json").read_text())
     asked = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
     asked += re.findall(r"expr: (.*)", (MONITORING / "alerts.yml").read_text())
