@@ -28,15 +28,19 @@ NOT_SERVED = {
     ".svn": "belongs to Subversion",
     ".swarm": "belongs to swarm",
     ".cache": "belongs to the hub's download cache",
+    ".huggingface": "belongs to the hub's download cache",
     ".locks": "belongs to the hub's download cache",
     "__pycache__": "holds Python's byte code",
     ".ipynb_checkpoints": "belongs to Jupyter",
     ".idea": "belongs to an editor",
     ".vscode": "belongs to an editor",
     "__MACOSX": "belongs to the desktop",
+    ".venv": "holds a Python environment",
+    "lost+found": "belongs to the file system",
+    ".snapshot": "belongs to the file system",
 }
 # Patterns of file names, in any case; loaders open none of these files.
-_OF_COMMITS = 3  # the first are in commits, the others on machines
+_OF_COMMITS = 4  # the first are in commits, the others on machines
 _BYSTANDERS = [
     (re.compile(pattern, re.IGNORECASE), why)
     for pattern, why in (
@@ -47,9 +51,11 @@ _BYSTANDERS = [
             r"|(ACCEPTABLE_)?USE_POLICY)([._-].*)?(?<!\.py)(?<!\.json)(?<!\.safetensors)(?<!\.bin)(?<!\.gguf)",
             "is documentation",
         ),
+        (r".*\.(md|markdown|rst)", "is documentation"),
         (r"\.DS_Store|\._.*|Thumbs\.db|desktop\.ini", "belongs to the desktop"),
         (r".*\.py[co]", "holds Python's byte code"),
-        (r".*~|\.#.*|#.*#|\..*\.sw[a-p]", "belongs to an editor"),
+        (r".*~|\.#.*|#.*#|\..*\.sw[a-p]|.*\.(orig|rej|bak)", "belongs to an editor"),
+        (r"\.nfs[0-9a-f]+|\.fuse_hidden[0-9a-f]+", "belongs to the file system"),
         (r".*\.(lock|incomplete)", "belongs to a program that runs or was interrupted"),
         (r"(.*\.)?swarm-signatures\.json", "has signatures of publishers"),
     )

@@ -30,6 +30,7 @@ _NUMBERED = re.compile(
     r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})"
     r"(?P<ending>(\.[\w-]+)?\.(?P<kind>safetensors|bin|gguf|h5|msgpack|pt|pth))"
 )
+_MODEL = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 # Configs of models and adapters, and the field of each that only a model with weights has.
 _CONFIGS = {"config.json": "architectures", "adapter_config.json": "peft_type"}
 _CONTROL = (".aria2", ".part", ".partial", ".crdownload", ".download")  # beside or in place of an unfinished download
@@ -84,10 +85,18 @@ def would_be_whole(paths: Iterable[str], found: Sequence[CheckpointFile]) -> boo
 
 
 def no_tensors(found: Sequence[CheckpointFile], maps: Mapping[str, Mapping[str, str]]) -> set[str]:
-    """Paths of the safetensors files beside an index that does not name them."""
+    """Paths of the safetensors files that hold no tensors of the model, as loaders see it.
+
+    Those beside or below an index that does not name them, unless they have an index of their own; and
+    `consolidated*.safetensors` beside `model.safetensors` or its shards: the same weights for another library.
+    """
     folders = {_folder(path) for path in maps}
     named = {shard for table in maps.values() for shard in table.values()}
-    return {f.path for f in found if f.path.endswith(".safetensors") and _folder(f.path) in folders} - named
+    paths = [file.path for file in found if file.path.endswith(".safetensors")]
+    indexed = {path for path in paths if folders & _above(path)} - named
+    whole = {_folder(path) for path in paths if _MODEL.fullmatch(PurePosixPath(path).name)}
+    others = {path for path in paths if PurePosixPath(path).name.startswith("consolidated") and _folder(path) in whole}
+    return indexed | (others - named)
 
 
 def unused(headers: Mapping[str, set[str]], maps: Mapping[str, Mapping[str, str]]) -> dict[str, tuple[str, ...]]:
@@ -181,6 +190,11 @@ def _read(index: CheckpointFile) -> dict[str, str]:
         raise ManifestInvalid(index.path, "holds no weight_map from tensor names to file names")
     folder = PurePosixPath(index.path).parent
     return {tensor: str(folder / name) for tensor, name in shards.items()}
+
+
+def _above(path: str) -> set[str]:
+    """The folder of a path, and those that it is in."""
+    return {str(parent) for parent in PurePosixPath(path).parents}
 
 
 def _folder(path: str) -> str:

@@ -41,6 +41,8 @@ async def connect(address: str) -> socket.socket:
         if isinstance(error, socket.gaierror):
             raise PeerUnreachable(address, f"this name is not known ({error.strerror})") from error
         raise PeerUnreachable(address, await _why(error, address)) from error
+    except RuntimeError as error:  # the interpreter ends, and takes no more work for threads
+        raise PeerUnreachable(address, f"is not dialled: {error}") from error
     except BaseException:
         if sock:
             sock.close()

@@ -152,7 +152,9 @@ def test_is_nothing_to_serve_an_error(tmp_path: Path) -> None:
         (".gitattributes", False), (".gitignore", False), (".git/HEAD", False), ("x/.git", False), (".hg/store", False),
         ("__pycache__/m.cpython-311.pyc", False), ("m.pyc", False), (".config.json.swp", False),
         ("config.json~", False), (".#config.json", False), ("#config.json#", False), (".DS_Store", False),
-        (".idea/x.xml", False),
+        (".idea/x.xml", False), ("SECURITY.md", False), ("docs/usage.rst", False), ("config.json.orig", False),
+        (".nfs00000000012a", False), (".nfs.json", True), ("lost+found/x", False), (".huggingface/x", False),
+        (".venv/pyvenv.cfg", False), ("md", True), ("x.md.json", True),
         ("model.safetensors.lock", False), ("blob.incomplete", False), (".cache/huggingface/x.metadata", False),
     ],
 )  # fmt: skip

@@ -113,6 +113,24 @@ TWO = {"s-1.safetensors": weights("a"), "s-2.safetensors": weights("b")}
             {"a": "unet/m.safetensors", "v": "vae/m.safetensors"},
             id="index of a folder",
         ),
+        pytest.param(
+            TWO
+            | {"model.safetensors.index.json": index(a="s-1.safetensors", b="s-2.safetensors")}
+            | {"original/consolidated.safetensors": weights("a"), "vae/m.safetensors": weights("v")}
+            | {"vae/m.safetensors.index.json": index(v="m.safetensors")},
+            {"a": "s-1.safetensors", "b": "s-2.safetensors", "v": "vae/m.safetensors"},
+            id="files below the index",
+        ),
+        pytest.param(
+            {
+                "model.safetensors": weights("a"),
+                "consolidated.safetensors": weights("l.a"),
+                "x.safetensors": weights("x"),
+            },
+            {"a": "model.safetensors", "x": "x.safetensors"},
+            id="the same weights for another library",
+        ),
+        pytest.param({"consolidated.safetensors": weights("a")}, {"a": "consolidated.safetensors"}, id="only that"),
     ],
 )
 def test_are_tensors_those_of_the_files_that_the_index_names(

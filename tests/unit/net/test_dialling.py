@@ -189,3 +189,13 @@ def test_a_redirect_leads_nowhere_else() -> None:
 
 def test_the_time_between_attempts_is_that_of_happy_eyeballs() -> None:
     assert dialling.STAGGER_S == 0.25
+
+
+def test_is_a_dial_while_the_interpreter_ends_no_failure_of_the_node() -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        await loop.shutdown_default_executor()
+        with pytest.raises(PeerUnreachable, match=r"^127\.0\.0\.1:1: is not dialled: "):
+            await dialling.connect("127.0.0.1:1")
+
+    asyncio.run(scenario())
