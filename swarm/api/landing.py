@@ -22,11 +22,12 @@ from swarm.content import promise
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Digest, Digests, Manifest, ModelId
 from swarm.content.selection import Part, Selection
-from swarm.errors import FetchTimeout, NotOfCommit, StoreConflict, StoreError
+from swarm.errors import FetchTimeout, ManifestInvalid, NotOfCommit, OriginError, StoreConflict, StoreError
 from swarm.node import commit_parts
 from swarm.node.cold_start import Found
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
+from swarm.origin.tensor_names import tensor_names
 from swarm.protocol.messages import Origin
 from swarm.settings import Settings
 from swarm.store import Store
@@ -36,11 +37,13 @@ from swarm.store.memory import PromisedSource
 from swarm.store.part import narrowed
 from swarm.store.tensors import CastStore, GpuStore, IntoStore, MemoryStore
 from swarm.transfer.commit_proof import PinnedCommit
+from swarm.transfer.origin_driver import on_daemon
 from swarm.transfer.verify import copy, is_right
 
 if TYPE_CHECKING:
     import torch
 
+NAMES_TIMEOUT_S = 60.0  # for names of tensors, which spare reads and are not needed
 TURN_S = 0.1  # between two looks at a place that another fetch fills
 
 T = TypeVar("T")
@@ -84,12 +87,12 @@ class FetchTarget:
         """Fetches the artifact, or the selected part; a refused one leaves nothing behind."""
         manifest, origin, node, out = found.manifest, found.origin, self._node, self._out
         part = None
-        if self._selection is not None:
-            part = part_of(self._selection, manifest, whole_files=out is not None or manifest.promised)
+        if (selection := await self._narrowed(found)) is not None:
+            part = part_of(selection, manifest, whole_files=out is not None or manifest.promised)
         if resolved:
             resolved(manifest.digest, manifest.size if part is None else part.size)
         if manifest.promised and out is None:
-            return await self._promised_in_memory(found, commit)
+            return await self._promised_in_memory(found, commit, part)
         if isinstance(out, HubCache):
             return await self._to_hub_cache(found, commit, part)
         store, path = await self._opened(manifest, part)
@@ -158,13 +161,30 @@ class FetchTarget:
                     waiting = True
                 await self._left.turn()
 
-    async def _promised_in_memory(self, found: Found, commit: PinnedCommit | None) -> tuple[Fetched, Store, None]:
+    async def _narrowed(self, found: Found) -> Selection | None:
+        """The selection; of a promise, without tensors yet, as the files that hold them, if the origin tells."""
+        selection, source = self._selection, found.source
+        if selection is None or selection.tensors is None or not found.manifest.promised or source is None:
+            return selection
+        paths = [file.path for file in found.manifest.files]
+        candidates = selection.files(paths)
+        try:
+            async with asyncio.timeout(min(NAMES_TIMEOUT_S, self._left.left_s() or NAMES_TIMEOUT_S)):
+                names = await on_daemon(lambda: tensor_names(source.origin, source.listing, candidates))
+        except (OriginError, ManifestInvalid, TimeoutError) as error:
+            why = str(error) or "no names of tensors in time"
+            log.info("%s: %s; all files are read that may hold the tensors", self._left.model_id, why)
+            return selection
+        return selection.with_names(names, paths)
+
+    async def _promised_in_memory(
+        self, found: Found, commit: PinnedCommit | None, files: Part | None
+    ) -> tuple[Fetched, Store, None]:
         """Fetches a promise into tensors. Host memory holds its bytes until they are proven; only then they move on.
 
         New tensors on the CPU share that memory.
         """
         promised, selection, node, dtype = found.manifest, self._selection, self._node, self._dtype
-        files = None if selection is None else part_of(selection, promised, whole_files=True)
         store = await asyncio.get_running_loop().run_in_executor(None, MemoryStore, promised, files)
         fetched = await self._filled(store, found, commit, files)
 
@@ -251,7 +271,10 @@ async def _claimed(left: Deadline, entry: hf_publish.CacheEntry, manifest: Manif
 
 
 def part_of(selection: Selection, manifest: Manifest, *, whole_files: bool) -> Part | None:
-    """The part of an artifact. A promise has no tensors yet: all files come in which they may be."""
+    """The part of an artifact. A promise has no tensors yet: all files come in which they may be.
+
+    `FetchTarget` narrows the selection before, where the origin tells the names.
+    """
     if manifest.promised:
         selection = dataclasses.replace(selection, tensors=None)
     return selection.part(manifest, whole_files=whole_files)

@@ -16,9 +16,10 @@ Must not know: stores, peers. Pure.
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -97,6 +98,23 @@ class Selection:
             () if exclude is None else _patterns("exclude", exclude),
             tensors if tensors is None or callable(tensors) else _patterns("tensors", tensors),
         )
+
+    def files(self, paths: Iterable[str]) -> list[str]:
+        """Those of the paths that it takes, if they hold what it wants."""
+        return [path for path in paths if self._takes(path)]
+
+    def with_names(self, names: Mapping[str, set[str]], paths: Iterable[str]) -> Selection:
+        """The files of these `paths` that hold wanted tensors, and files beside them; `names` are those in each file.
+
+        For an artifact whose tensors are not described yet. Raises SettingsError as `part` does.
+        """
+        wanted = self._matching(dict.fromkeys(name for held in names.values() for name in held))
+        kept = [
+            path
+            for path in self.files(paths)
+            if (not wanted.isdisjoint(names[path]) if path in names else self._takes_beside(path))
+        ]
+        return Selection(include=tuple(map(glob.escape, kept)))
 
     def part(self, manifest: Manifest, *, whole_files: bool) -> Part | None:
         """The part of an artifact, None if it is everything. `whole_files`: for a disk, where no file has gaps.

@@ -19,6 +19,7 @@ from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginNotFoun
 from swarm.origin.web import LIST_BYTES_MAX, SUMS, sums
 
 PART_BYTES = 1 << 20
+NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")  # S3, Azure, GCS
 RETRIES, RETRY_S = 1, 10  # of the library; `transfer.origin_driver` retries in the swarm's way
 
 
@@ -91,6 +92,8 @@ class ObjectOrigin:
         except kinds.PreconditionError as error:
             raise OriginChanged(where, "changed since it was listed") from error
         except (kinds.BaseError, ValueError, OSError) as error:
+            if any(code in str(error) for code in NO_BUCKET):
+                raise OriginNotFound(where, "there is no such bucket") from error
             raise OriginUnreachable(where, f"cannot be read ({str(error).splitlines()[0][:200]})") from error
 
 

@@ -158,6 +158,12 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server.stop()
 
 
+@pytest.mark.usefixtures("bucket")
+def test_is_a_bucket_that_does_not_exist_one_line() -> None:
+    with pytest.raises(OriginNotFound, match="s3://nowhere/model: there is no such bucket"):
+        registry.make_origin("s3").listing("s3://nowhere/model", None)
+
+
 @pytest.mark.parametrize("summed", [False, True])
 def test_an_object_store(bucket: Any, root: Path, summed: bool) -> None:
     sums(root)

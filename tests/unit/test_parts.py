@@ -258,3 +258,21 @@ def test_is_a_part_read_from_an_origin(model: Path, tmp_path: Path) -> None:
     with swarm.fetch(origin, tensors="norm", settings=alone) as weights:
         assert list(weights) == ["norm"]
         assert torch.equal(weights["norm"], STATE["norm"])
+        assert weights.fetched.bytes == size_of(model, SECOND, INDEX, *PLAIN), "the first shard is not read"
+
+
+@pytest.mark.parametrize("told", ["by an index", "by headers", "not at all"])
+def test_are_only_files_read_from_an_origin_that_hold_chosen_tensors(
+    model: Path, tmp_path: Path, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if told == "by headers":
+        (model / INDEX).unlink()
+    elif told == "not at all":
+        monkeypatch.setattr("swarm.origin.tensor_names.INDEX_BYTES_MAX", 0)
+    out, alone = tmp_path / "out", settings(tmp_path, "alone")
+    with swarm.fetch(f"file://{model}", tensors="layers.1.*", out=out, settings=alone):
+        shards = {path.name for path in out.glob("*.safetensors")}
+        assert shards == ({FIRST, SECOND} if told == "not at all" else {SECOND})
+        assert (out / "config.json").exists()
+    with pytest.raises(SettingsError, match=r"layers\.9\.w"):
+        swarm.fetch(f"file://{model}", tensors="layers.9.w", settings=alone)
