@@ -50,6 +50,10 @@ def prepare(command: Sequence[str], settings: Settings, *, model_id: str | None 
     """
     place, word = _model(command, model_id)
     revision = _value(command, "--revision")
+    alone, tail = hf_cache.with_revision(word)
+    if tail is not None and not Path(word).exists():
+        why = f"{word!r} is no model of an engine, which takes the revision by itself: say {alone} --revision {tail}"
+        raise SettingsError("command", why)
     here = Path(word) if Path(word).is_dir() else hf_cache.snapshot(word, revision=revision or "main")
     name = model_id or _name(word, here)
     pin = EnginePin.of(name, digest=digest_of(os.environ), revision=revision)

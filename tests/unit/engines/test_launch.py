@@ -143,3 +143,8 @@ def test_are_descriptions_of_model_classes_fetched_for_the_same_vllm(
     with offered, serve_source(metadata_id(MODEL), staged, None, settings=theirs) as served:
         prepare(["vllm", "serve", MODEL], dataclasses.replace(ours, peers=(served.address,)))
     assert fetched.is_file() == (version == "1.0")
+
+
+def test_is_a_revision_in_the_id_refused_with_what_engines_take(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"say org/model --revision release/v1$"):
+        prepare(["vllm", "serve", "org/model@release/v1"], settings(tmp_path, "127.0.0.1:1"))
