@@ -94,7 +94,7 @@ class Clients:
             with self._lock:
                 if answer.status != 200:
                     self.failed += 1
-                    key = f"{answer.status} {answer.headers.get('X-Error-Message', '')[:80]}"
+                    key = f"{answer.status} {answer.headers.get('X-Error-Message', '').partition(' ')[2][:60]}"
                     self.errors[key] = self.errors.get(key, 0) + 1
                 else:
                     self.wrong += (size, state.digest()) != self._truth[number, name]
@@ -187,8 +187,9 @@ def many(options: argparse.Namespace) -> dict[str, object]:
             room = f"disk {most_disk / 1e6:.0f} of {limit / 1e6:.0f} MB"
             print(f"{memory[-1][0]:6.0f} s  {told}; {used}; {room}", flush=True)
         clients.over.set()
+        deadline = time.monotonic() + 60
         for thread in threads:
-            thread.join(130)
+            thread.join(max(0.0, deadline - time.monotonic()))
         metrics = http.client.HTTPConnection(machine_address(machine), timeout=10)
         metrics.request("GET", "/metrics")
         text = metrics.getresponse().read().decode()

@@ -284,7 +284,8 @@ class Agent:
         for digest, artifact in list(self._artifacts.items()):
             if artifact.key == key:
                 artifact.forget()
-                del self._artifacts[digest]
+                if not artifact.busy:  # else it goes on: a second one for the same files would fetch beside it
+                    del self._artifacts[digest]
                 self.node.withdraw(digest, "its files are removed")
 
     def _fetched_keys(self) -> set[str]:

@@ -31,6 +31,7 @@ from swarm.store.directory import DirectoryStore
 from swarm.store.disk import Stamp
 
 BATCH_BYTES = 256 << 20  # large enough for the parts of a fetch that take a fixed time, about 0.1 s
+TAKE_S = 2.0  # from the fetch until the programs that wait for it read it
 ROOM_WAIT_S, ROOM_LOOK_S = 60.0, 0.1
 SMALL_BYTES, COMPANIONS_BYTES = 4 << 20, 32 << 20
 
@@ -114,6 +115,11 @@ class Artifact:
         await asyncio.gather(*waiting)
         self._cache.used(self.key)
 
+    @property
+    def busy(self) -> bool:
+        """Whether files are on their way, or asked for."""
+        return self._running is not None
+
     def forget(self) -> None:
         """Its files were removed."""
         self.files.clear()
@@ -131,6 +137,7 @@ class Artifact:
                     if not isinstance(error, Exception):
                         raise
                 else:
+                    self._cache.hold(self.key, TAKE_S)
                     self._settle(batch, None)
         finally:
             self._running = None
@@ -173,14 +180,14 @@ class Artifact:
     async def _fetch(self, batch: Sequence[str]) -> None:
         whole = len(batch) == len(self._entries)
         selection = None if whole else Selection(include=tuple(map(glob.escape, batch)))
-        await self._make_room(batch)
+        more = await self._make_room(batch)
         try:
             fetched, store, snapshot = await fetch_on(
                 self._node, self.model_id, out=HUB_CACHE, into=None, digest=None, timeout_s=None,
                 settings=self._settings, revision=self._revision, selection=selection, found=self.found,
             )  # fmt: skip
         finally:
-            self._cache.arrived(self.key)
+            self._cache.arrived(self.key, more)
         if not isinstance(store, DirectoryStore) or snapshot is None:
             raise SettingsError("out", "the Hugging Face cache is no directory")
         self.last = fetched
@@ -190,19 +197,22 @@ class Artifact:
             await asyncio.to_thread(_demand_name, made[path], self._unproven[path])
         self.files |= made
 
-    async def _make_room(self, batch: Sequence[str]) -> None:
-        """Waits while what is being read or arriving takes the room. Raises StoreFull after ROOM_WAIT_S, or at once
-        if it could never fit."""
-        deadline = self._node.now() + ROOM_WAIT_S
-        while True:
-            # Each time: while it waits, its own files may be evicted.
-            more = sum(self._entries[path].size for path in batch if not self._here(path))
-            try:
-                return self._cache.room(self.key, more)
-            except StoreFull:
-                if not self._cache.would_fit(self.key, more) or self._node.now() > deadline:
-                    raise
-            await asyncio.sleep(ROOM_LOOK_S)
+    async def _make_room(self, batch: Sequence[str]) -> int:
+        """The bytes for which there is room now. Waits its turn, and while what is being read or arriving takes the
+        room. Raises StoreFull ROOM_WAIT_S after its turn came, or at once if it could never fit."""
+        async with self._cache.turn:
+            deadline = self._node.now() + ROOM_WAIT_S
+            while True:
+                # Each time: while it waits, its own files may be evicted.
+                more = sum(self._entries[path].size for path in batch if not self._here(path))
+                try:
+                    self._cache.room(self.key, more)
+                except StoreFull:
+                    if not self._cache.would_fit(self.key, more) or self._node.now() > deadline:
+                        raise
+                    await asyncio.sleep(ROOM_LOOK_S)
+                else:
+                    return more
 
     def _here(self, path: str) -> bool:
         """Whether the cache has a file of that name and size, which is hashed before it counts."""

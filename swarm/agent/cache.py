@@ -10,6 +10,7 @@ Must not know: nodes; `withdraw` is called for each model before its files are r
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -99,6 +100,7 @@ class Cache:
         self._place = cache_dir / FOLDER / "models.json"
         self._uses = dict(self._read())
         self._saved_at = now()
+        self.turn = asyncio.Lock()  # for who waits for room: the first in line gets it
 
     def look(self) -> None:
         """Counts what is there, which other programs may have removed, and evicts what exceeds the limit."""
@@ -129,12 +131,12 @@ class Cache:
         """Whether `room` may succeed later."""
         return self.policy.would_fit(key, more)
 
-    def arrived(self, key: str) -> None:
-        """The bytes for which room was made are there, or as many of them as were written."""
-        self.policy.failed(key)
+    def arrived(self, key: str, more: int) -> None:
+        """The `more` bytes for which room was made are there, or as many of them as were written."""
+        self.policy.settle(key, more)
         found = next((each for each in kept.all_kept(self._dir) if self._key(each) == key), None)
         if found:
-            self.policy.arrived(key, found.size, self._now())
+            self.policy.add(key, found.size, used_at=self._now())
             use = self._uses.get(key)
             self._uses[key] = _Use(self._now(), pinned=use.pinned if use else False)
             self.policy.pin(key, pinned=self._uses[key].pinned)
@@ -149,6 +151,11 @@ class Cache:
         finally:
             self.policy.release(key)
             self.used(key)
+
+    def hold(self, key: str, seconds: float) -> None:
+        """Keeps a model for so long: the programs that wait for it have not begun to read it."""
+        self.policy.lease(key)
+        asyncio.get_running_loop().call_later(seconds, self.policy.release, key)
 
     def used(self, key: str) -> None:
         """A model is used."""

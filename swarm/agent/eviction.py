@@ -1,7 +1,6 @@
 """Which models leave a bounded cache: the least recently used, without those that are pinned or in use.
 
-    absent ──reserve──> arriving ──arrived──> kept ──evict──> absent
-                           └──────failed────────────────────────┘
+    absent ──reserve──> arriving ──settle──> absent, or kept after `add` ──reserve of others──> absent
 
 Bytes of arriving models count from their reservation on, so that two pulls never promise the same room. A model that
 does not fit is refused before a byte is fetched. `limit_bytes` may be infinite.
@@ -39,7 +38,7 @@ class Eviction:
     def __init__(self, limit_bytes: float) -> None:
         self.limit_bytes = limit_bytes
         self._kept: dict[str, KeptModel] = {}
-        self._arriving: dict[str, int] = {}  # bytes that are reserved beyond those that are kept
+        self._arriving: dict[str, list[int]] = {}  # reservations of bytes beyond those that are kept
         self._leases: Counter[str] = Counter()
 
     @property
@@ -50,7 +49,7 @@ class Eviction:
     @property
     def bytes(self) -> int:
         """Bytes that are there or arriving."""
-        return sum(model.size for model in self._kept.values()) + sum(self._arriving.values())
+        return sum(model.size for model in self._kept.values()) + sum(map(sum, self._arriving.values()))
 
     def add(self, key: str, size: int, *, used_at: float, pinned: bool = False) -> None:
         """A model that is there already, or has another size now."""
@@ -97,17 +96,14 @@ class Eviction:
             raise self._no_room(key, more)
         for candidate in chosen:
             del self._kept[candidate]
-        self._arriving[key] = self._arriving.get(key, 0) + more
+        self._arriving.setdefault(key, []).append(more)
         return chosen
 
-    def arrived(self, key: str, size: int, now: float) -> None:
-        """A reservation has become `size` bytes in all, of what was there before and what came."""
-        self._arriving.pop(key, None)
-        self.add(key, size, used_at=now)
-
-    def failed(self, key: str) -> None:
-        """A reservation is void."""
-        self._arriving.pop(key, None)
+    def settle(self, key: str, more: int) -> None:
+        """Ends a reservation of `more` bytes: `add` tells what has come of it."""
+        self._arriving[key].remove(more)
+        if not self._arriving[key]:
+            del self._arriving[key]
 
     def would_fit(self, key: str, more: int) -> bool:
         """Whether there is room for it beside what is pinned, once all that is read or arriving has gone."""
@@ -129,7 +125,7 @@ class Eviction:
     def check(self) -> None:
         """Asserts what always holds."""
         leases = min(self._leases.values(), default=1)
-        sizes = min([*self._arriving.values(), *(model.size for model in self._kept.values())], default=0)
+        sizes = min([*map(sum, self._arriving.values()), *(model.size for model in self._kept.values())], default=0)
         assert leases > 0, self._leases
         assert sizes >= 0, (self._arriving, self._kept)
 

@@ -123,7 +123,7 @@ class HubFiles:
         finally:
             with contextlib.suppress(OSError):
                 draft.unlink()
-            self._agent.cache.arrived(key)
+            self._agent.cache.arrived(key, file.size)
         cached = await asyncio.to_thread(self._cached, revision, file, place)
         if cached is None:
             raise SourceChanged(place, "it is not what was read")

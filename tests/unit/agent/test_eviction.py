@@ -22,7 +22,8 @@ def test_does_the_least_recently_used_go_first() -> None:
     made = cache(100, a=40, b=40)
     made.use("a", 10.0)
     assert made.reserve("c", 30) == ["b"]
-    made.arrived("c", 30, 11.0)
+    made.settle("c", 30)
+    made.add("c", 30, used_at=11.0)
     assert (set(made.kept), made.bytes) == ({"a", "c"}, 70)
     assert repr(made) == "<Eviction 70 of 100 bytes | 2 models, 0 pinned | 0 in use | 0 arriving>"
 
@@ -42,7 +43,7 @@ def test_stay_pinned_and_leased_and_arriving_ones() -> None:
     assert set(made.kept) == {"a", "b", "c", "d"}, "nothing goes for what does not fit"
     assert made.reserve("e", 20) == ["d"]
     made.release("b")
-    made.failed("c")
+    made.settle("c", 20)
     assert made.reserve("f", 40) == ["b"]
 
 
@@ -51,7 +52,7 @@ def test_is_room_promised_once() -> None:
     made.reserve("a", 60)
     with pytest.raises(NoRoom, match="0 pinned and 60 in use"):
         made.reserve("b", 60)
-    made.failed("a")
+    made.settle("a", 60)
     assert made.reserve("b", 60) == []
 
 
@@ -61,7 +62,8 @@ def test_does_a_model_never_make_room_for_itself() -> None:
     with pytest.raises(NoRoom):
         made.reserve("a", 60)
     assert made.reserve("a", 40) == []
-    made.arrived("a", 100, 5.0)
+    made.settle("a", 40)
+    made.add("a", 100, used_at=5.0)
     assert made.kept["a"].size == 100
 
 
@@ -86,7 +88,7 @@ def test_what_goes_when_the_limit_shrinks() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_is_the_limit_kept_whatever_happens(seed: int) -> None:
     rng = random.Random(seed)
-    made, leased, arriving = Eviction(1000), list[str](), dict[str, int]()
+    made, leased, arriving = Eviction(1000), list[str](), list[tuple[str, int]]()
     for now in range(400):
         key = f"m{rng.randrange(30)}"
         match rng.randrange(6):
@@ -98,12 +100,13 @@ def test_is_the_limit_kept_whatever_happens(seed: int) -> None:
                 except NoRoom:
                     assert set(made.kept) == before
                 else:
-                    assert not set(gone) & ({key, *leased, *arriving} | pinned)
-                    arriving[key] = arriving.get(key, 0) + size
+                    assert not set(gone) & ({key, *leased, *(name for name, _ in arriving)} | pinned)
+                    arriving.append((key, size))
             case 2 if arriving:
-                key, size = arriving.popitem()
+                key, size = arriving.pop(rng.randrange(len(arriving)))
                 there = made.kept[key].size if key in made.kept else 0
-                made.arrived(key, there + size, float(now))
+                made.settle(key, size)
+                made.add(key, there + size, used_at=float(now))
             case 3 if key in made.kept:
                 made.pin(key, pinned=rng.random() < 0.2)
             case 4 if key in made.kept:
@@ -113,3 +116,14 @@ def test_is_the_limit_kept_whatever_happens(seed: int) -> None:
                 made.release(leased.pop())
         made.check()
         assert made.bytes <= 1000
+
+
+def test_do_two_reservations_of_a_model_end_apart() -> None:
+    made = cache(100)
+    made.reserve("a", 30)
+    made.reserve("a", 40)
+    made.settle("a", 30)
+    assert made.bytes == 40
+    assert made.leased("a")
+    made.settle("a", 40)
+    assert not made.leased("a")
