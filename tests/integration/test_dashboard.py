@@ -18,7 +18,12 @@ from typing import Any
 
 import pytest
 
-from .processes import wait_until
+from swarm.content.manifest import Digest, ModelId
+from swarm.journal import FetchStarted, Journal, Opened, OriginListed, OriginNode, Received
+from swarm.observe.trace import tracing
+from swarm.protocol.messages import Address, NodeId
+
+from .processes import Machine, wait_until
 from .stage import SLOW, TRACED, Stage, staged
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -247,6 +252,33 @@ def test_is_a_trace_shown_again_in_the_same_page(browser: Any, stage: Stage) -> 
         assert faults(page) == []
         seek(page, 0)
         page.wait_for_selector(f"{node('Liar')}.is-wrong", state="detached")
+    replay.send(signal.SIGTERM)
+    assert replay.end().code == 0
+
+
+def test_is_an_origin_a_node_of_its_own(browser: Any, machine: Machine, tmp_path: Path) -> None:
+    me, hub, digest = NodeId("1" * 16), OriginNode(NodeId("a" * 16), "origin huggingface.co", "hf"), Digest("d" * 64)
+    journal, path = Journal(), tmp_path / "trace"
+    with tracing(journal, path):
+        journal.record(1.0, "node", Opened(me, "replica-0", Address("127.0.0.1:7000")))
+        journal.record(1.5, "node", OriginListed(hub, 0.2, "huggingface.co: 503 Service Unavailable"))
+        journal.record(2.0, "node", OriginListed(hub, 0.2, None))
+        journal.record(2.0, "node", FetchStarted(ModelId("org/model"), digest, 8_000_000, 0, 4))
+        for chunk in range(3):
+            journal.record(3.0 + chunk, hub.node, Received(hub.node, digest, chunk, 2_000_000))
+    replay = machine.start("replay", path, "--web")
+    replay.wait_for(" shows it again")
+    with opened_at(browser, re.findall(r"http://\S+", replay.out)[0]) as page:
+        page.click("#replay-play")
+        seek(page, 4)
+        origin = page.wait_for_selector(f"{node(hub.name)}.is-origin")
+        assert re.search(r"MB read · 2 requests · 1 retry", origin.get_attribute("aria-label"))
+        page.wait_for_selector(".link .line")
+        assert "2 requests · 1 retry" in page.inner_text("#rows tr.is-origin")
+        assert page.inner_text("#sums div:first-child dd") == "1", "an origin is no member"
+        assert "did not" not in page.inner_text("#asked"), "it is not asked for a report"
+        page.wait_for_selector(f"#lanes text:text('{hub.name[:12]}')")
+        assert faults(page) == []
     replay.send(signal.SIGTERM)
     assert replay.end().code == 0
 
