@@ -53,6 +53,7 @@ from swarm.settings import Settings
 HOLD_AGAIN_S = 30.0  # after a model of `hold` could not be fetched
 LOOK_EVERY_S = 60.0  # at what other programs removed
 
+ARTIFACTS_MAX = 1000
 FOUND_S, FOUND_MAX = 30.0, 1000  # pulls of the same model by several programs look for it once
 
 _Answer: TypeAlias = tuple[Found, Mapping[str, str], str]
@@ -103,11 +104,20 @@ class Agent:
         """The artifact of this agent, the same one for all programs. `names`: as of `Artifact.bind`."""
         digest = found.manifest.digest
         if digest not in self._artifacts:
+            self._make_space()
             self._artifacts[digest] = Artifact(
                 self.node, model_id, found, revision=revision, settings=self.settings, cache=self.cache
             )
         self._artifacts[digest].bind(names or {})
         return self._artifacts[digest]
+
+    def _make_space(self) -> None:
+        """Forgets the oldest artifact that is neither shared nor on its way, beyond ARTIFACTS_MAX."""
+        if len(self._artifacts) >= ARTIFACTS_MAX:
+            held = self.node.holdings()
+            idle = (digest for digest, each in self._artifacts.items() if not each.busy and digest not in held)
+            if (oldest := next(idle, None)) is not None:
+                del self._artifacts[oldest]
 
     async def models(self) -> Models:
         """What the cache has, the last used first."""
