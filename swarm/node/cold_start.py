@@ -30,9 +30,9 @@ from swarm.protocol.messages import Origin
 from swarm.transfer.origin_driver import OriginSource, on_daemon, origin_node
 
 ASK_AFTER_S = 0.3  # without an announcement of the model
-# From the call on: by then multicast DNS and gossip have found nodes that start at the same time; at the latest while
-# an address has not answered.
-READ_AFTER_S, READ_LATEST_S = 1.0, 2.5
+# From the call on: by then, and in `GATHER_S` of the driver after it, multicast DNS and gossip have found nodes that
+# start at the same time; at the latest while an address has not answered.
+READ_AFTER_S, READ_LATEST_S = 0.5, 2.0
 ANSWER_SOON_S = 3.0  # without any node in sight, where the origin demands a token: it has the model
 POLL_S = 0.05
 PROMISE_OF_PEERS_S = 5.0  # without an answer of the origin, before the promise that peers announce is believed

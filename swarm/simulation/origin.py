@@ -18,6 +18,7 @@ from swarm.protocol.messages import NodeId
 from swarm.simulation.setup import Burst
 from swarm.simulation.wire import ChunkFlow, Clock, Domain, Nic, Trunk, Wire
 from swarm.transfer.download import Download
+from swarm.transfer.origin_driver import GATHER_S
 from swarm.transfer.origin_reads import STREAMS_MAX, OriginReads, ReadRange
 
 ROUND_TRIPS = 4  # to the hub and to its store, each with a connection of its own
@@ -71,7 +72,7 @@ class SimulatedOrigin:
     ) -> None:
         """A newcomer may read; it begins when it had time to meet others."""
         reads, now = OriginReads(self._manifest, node=node), self._clock.now
-        begins_s = now + READ_AFTER_S
+        begins_s = now + READ_AFTER_S + GATHER_S
         self._readers[node] = _Reader(nic, download, reads, tell, landed, begins_s, begins_s)
         self._clock.at(begins_s, self.look, node)
 

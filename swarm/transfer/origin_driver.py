@@ -40,6 +40,7 @@ WAIT_MAX_S = 600.0  # of what an origin asks to wait
 FAILURES_TOLD = 3  # in a row, before other nodes are told that this one cannot read
 ALONE_S = 2.0  # without a peer, before a fetch with a lasting failure of the origin ends
 GREET_S = 1.5  # for peers that announce chunks to tell which, before the first read
+GATHER_S = 0.5  # for nodes that start at the same time to say so: the chunks are divided among those that are known
 POLL_S = 0.25
 NAME_CHARS_MAX = 200
 
@@ -182,6 +183,13 @@ class OriginDriver:
         if self._over and alone and self._host.now() - self._progress_at > ALONE_S:
             self._download.fail(self._over)
 
+    def _gathers(self) -> bool:
+        """Whether a node that starts at the same time may not have said yet that it fetches the same."""
+        if self._host.now() - self._began > GATHER_S or self._download.machine.elsewhere.any():
+            return False
+        peers = self._host.peers
+        return not peers or any(not self._reads.knows(node) for node in peers)
+
     def _expects_peers(self) -> bool:
         """Whether a peer announces chunks and has not told yet which: nothing that it holds is to be read."""
         if self._host.now() - self._began > GREET_S or self._download.machine.elsewhere.any():
@@ -190,7 +198,7 @@ class OriginDriver:
         return any(artifact and artifact.chunks for artifact in announced)
 
     async def _stream(self, number: int) -> None:
-        while self._expects_peers():
+        while self._gathers() or self._expects_peers():
             await self._wait(POLL_S / 10)
         reading: ReadRange | None = None
         while True:

@@ -111,8 +111,13 @@ class OriginReads:
 
     def met(self, members: Collection[NodeId]) -> None:
         """The nodes that fetch the artifact, linked or not."""
-        self._members = frozenset(members)
-        self._readers = []
+        if members != self._members:
+            self._members = frozenset(members)
+            self._readers = []
+
+    def knows(self, node: NodeId) -> bool:
+        """Whether a node has told what it reads."""
+        return node in self._others
 
     @property
     def ranks(self) -> list[NodeId]:
@@ -129,7 +134,7 @@ class OriginReads:
     @property
     def limited(self) -> bool:
         """Whether this node must not read while others do, also when no chunk comes."""
-        return self._readers_max is not None and not self.streams
+        return self._readers_max is not None and self._node not in self._of_ranks()
 
     def _of_ranks(self) -> list[NodeId]:
         """The readers by rank; divides the chunks among them."""
@@ -138,6 +143,9 @@ class OriginReads:
             most = max(1, total // max(STREAM_BYTES_MIN, PART_CHUNKS * self._manifest.chunk_bytes))
             readers = self._readers = self.ranks[: min(most, self._readers_max or most)]
             self._parts = [self._chunk_at(total * rank // len(readers)) for rank in range(len(readers))] + [chunks]
+            if self.limited:
+                for reading in self.own.values():
+                    reading.end = min(reading.end, reading.at + 1)
             self._unheard = np.zeros(chunks, dtype=np.bool_)
             for rank, node in enumerate(readers):
                 if node != self._node and node not in self._others:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,17 @@ def test_is_an_unreachable_hub_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ManifestNotFound, match=r"127.0.0.1:9: the connection failed"):
         swarm.fetch(MODEL, out=tmp_path / "out", settings=Settings(mdns=False, cache=tmp_path, find_timeout_s=1.0))
+
+
+def test_are_the_limits_of_reads_kept(replicas: Callable[[int], Replicas], hub: Hub, files: dict[str, bytes]) -> None:
+    rate = 8e6
+    two = replicas(2)
+    limits = {"SWARM_ORIGIN_LIMIT": "8MB/s", "SWARM_ORIGIN_READERS": "1"}
+    reports = [two.report(node) for node in [two.start(number, environment=limits) for number in range(2)]]
+    took_s = time.time() - hub.asked("store")[0].at
+    assert took_s > 0.8 * SIZE / rate
+    assert all(two.snapshot(number) == served(files) for number in range(2))
+    assert sum("origin" in str(report["sources"]) for report in reports) == 1
 
 
 def test_does_a_seed_that_appears_late_help(

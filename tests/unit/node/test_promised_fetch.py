@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -155,6 +155,28 @@ def test_do_nodes_that_know_each_other_share_one_read() -> None:
             await asyncio.gather(*work)
             assert all(contents(store) == DATA for store in stores)
             assert origin.read_bytes < 3 * sum(map(len, DATA.values()))
+
+    run(scenario)
+
+
+def test_do_only_so_many_nodes_read_as_may() -> None:
+    async def scenario() -> None:
+        street, origin = Street(), MemoryOrigin(DATA)
+        async with (
+            street.node("one") as one,
+            street.node("two", knows=["one"]) as two,
+            street.node("three", knows=["one", "two"]) as three,
+        ):
+            nodes = [one, two, three]
+            await until(lambda: all(len(node.peers) == 2 for node in nodes))
+            stores = [MemoryStore(promise(listing_of(DATA))) for _ in nodes]
+            source = replace(source_of(origin), readers_max=1)
+            fetched = await asyncio.gather(
+                *(n.fetch(MODEL, s, source=source) for n, s in zip(nodes, stores, strict=True))
+            )
+            assert all(contents(store) == DATA for store in stores)
+            assert sum("origin memory" in one.sources for one in fetched) == 1
+            assert origin.read_bytes == sum(map(len, DATA.values()))
 
     run(scenario)
 
