@@ -384,6 +384,8 @@ def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
             raise SettingsError("config", f"{path} does not exist") from None
         return {}
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        if isinstance(error, PermissionError) and not required and not os.access(path.parent, os.X_OK):
+            return {}  # a container whose user may not enter its working directory
         raise SettingsError(str(path), f"cannot be read: {error}") from error
     return {_known(name, f"key in {path}"): _parse(name, value, _kinds()[name]) for name, value in table.items()}
 

@@ -33,6 +33,7 @@ from swarm.settings import Settings
 from swarm.store import Store
 from swarm.store.casting import casts
 from swarm.store.directory import Claimed, DirectoryStore, discard
+from swarm.store.disk import store_errors
 from swarm.store.memory import PromisedSource
 from swarm.store.part import narrowed
 from swarm.store.tensors import CastStore, GpuStore, IntoStore, MemoryStore
@@ -234,7 +235,9 @@ class FetchTarget:
         if out is None:
             return MemoryStore(manifest, part) if device == "cpu" else GpuStore(manifest, device, part), None
         path = hf_publish.CacheEntry(self._left.model_id).staging(manifest) if isinstance(out, HubCache) else Path(out)
-        if path.exists() and not path.is_dir():
+        with store_errors(path):
+            is_taken = path.exists() and not path.is_dir()
+        if is_taken:
             raise StoreConflict(path, "is not a directory; fetch to another place")
         return DirectoryStore(path, manifest, fsync=self._settings.fsync, part=part), path
 

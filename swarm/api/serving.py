@@ -5,6 +5,7 @@ Chooses the source and its origin, hashes it, and gives it to a node. Must not k
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from swarm.runtime import runtime
 from swarm.security import signatures
 from swarm.settings import Settings
 from swarm.store import Source
+from swarm.store.disk import store_errors
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +59,13 @@ def open_source(
     revision: str | None = None,
 ) -> tuple[ModelId, Source, Origin | None]:
     """Model id, source and origin of the argument of `serve`, hashed. Raises as `serve` does."""
+    with contextlib.nullcontext() if isinstance(what, Mapping) else store_errors(Path(what)):
+        return _open_source(what, model_id=model_id, settings=settings, revision=revision)
+
+
+def _open_source(
+    what: str | Path | Mapping[str, torch.Tensor], *, model_id: str | None, settings: Settings, revision: str | None
+) -> tuple[ModelId, Source, Origin | None]:
     grid: dict[str, Any] = {name: getattr(settings, name) for name in ("chunk_bytes", "leaf_bytes")}
     if isinstance(what, Mapping):
         if model_id is None:
@@ -92,7 +101,8 @@ def sign(
     Raises as `serve` does, and SettingsError for a key that cannot be used.
     """
     private = signatures.read_key(key)
-    path = Path(what) if Path(what).exists() else _locate(*hf_cache.with_revision(str(what), revision))
+    with store_errors(Path(what)):
+        path = Path(what) if Path(what).exists() else _locate(*hf_cache.with_revision(str(what), revision))
     name, source, origin = open_source(path, model_id=model_id, settings=settings, revision=revision)
     source.close()
     digest = source.manifest.digest

@@ -13,12 +13,18 @@ from swarm.errors import LINE_CHARS_MAX, SettingsError, StoreError, clean
 from swarm.observe.units import size_text
 from swarm.settings import Settings
 from swarm.store.directory import PARTIAL
+from swarm.store.disk import store_errors
 
 PROBLEMS_FOUND = 1
 
 
 def verify(what: str, *, revision: str | None, digest: str | None, settings: Settings) -> int:
     """Prints problems, or what was compared; 1 if there are problems. Raises SettingsError, StoreError."""
+    with store_errors(Path(what)):
+        return _verify(what, revision=revision, digest=digest, settings=settings)
+
+
+def _verify(what: str, *, revision: str | None, digest: str | None, settings: Settings) -> int:
     path = _locate(what, revision, settings.cache)
     if digest is not None and not is_digest(digest):
         raise SettingsError("digest", f"{digest!r} is neither a digest nor the first 6 or more of its digits")

@@ -17,6 +17,7 @@ import swarm
 from swarm import Settings
 from swarm.api import HUB_CACHE
 from swarm.checkpoint import digest_cache
+from swarm.cli.verify import verify
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import (
     FetchTimeout,
@@ -283,6 +284,18 @@ def test_is_a_file_in_place_of_the_directory_kept(tmp_path: Path, there: Setting
     with pytest.raises(StoreConflict, match="is not a directory"):
         swarm.fetch(MODEL, out=tmp_path / "out", settings=there)
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_path_that_cannot_be_looked_at_is_an_error_with_its_name(there: Settings, tmp_path: Path) -> None:
+    """Too long for any file system; a directory that the user may not enter is the same to `stat`."""
+    path = str(tmp_path / ("x" * 300))
+    for attempt in (
+        lambda: swarm.serve(path, model_id=MODEL, settings=there),
+        lambda: swarm.fetch(MODEL, out=path, settings=there),
+        lambda: verify(path, revision=None, digest=None, settings=there),
+    ):
+        with pytest.raises(StoreError, match="xxx: File name too long"):
+            attempt()
 
 
 def test_does_a_cache_that_cannot_be_written_to_spoil_nothing(

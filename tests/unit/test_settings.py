@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +195,19 @@ def test_is_a_file_that_was_asked_for_and_is_missing_an_error(elsewhere: Path) -
     (elsewhere / "directory.toml").mkdir()
     with pytest.raises(SettingsError, match="cannot be read"):
         Settings.load(environment={}, file=elsewhere / "directory.toml")
+
+
+@pytest.mark.parametrize("may_enter", [False, True])
+def test_a_working_directory_that_may_not_be_entered_has_no_settings(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, *, may_enter: bool
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(os, "access", lambda *_: may_enter)
+    with pytest.raises(SettingsError, match="cannot be read") if may_enter else contextlib.nullcontext():
+        assert load() == Settings()
 
 
 def test_does_an_unknown_key_name_the_nearest_one(elsewhere: Path) -> None:
