@@ -14,7 +14,7 @@ import struct
 import torch
 
 from swarm.checkpoint import manifest_builder
-from swarm.store.tensors import TensorSource
+from swarm.store.tensor_source import TensorSource
 
 BLOCK_BYTES = 1024
 STRIPES, LANES = 16, 8

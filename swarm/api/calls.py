@@ -21,7 +21,8 @@ from swarm.content.selection import Patterns, Selection, TensorChoice
 from swarm.observe.progress import LOOK_EVERY_S, ProgressWatch, ShowProgress, in_notebook, watch
 from swarm.runtime import runtime
 from swarm.settings import Settings
-from swarm.store.tensors import CastStore, GpuStore, IntoStore, MemoryStore
+from swarm.store.memory_store import MemoryStore
+from swarm.store.tensors import CastStore, GpuStore, IntoStore
 
 if TYPE_CHECKING:
     import torch

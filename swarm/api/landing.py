@@ -35,8 +35,9 @@ from swarm.store.casting import casts
 from swarm.store.directory import Claimed, DirectoryStore, discard
 from swarm.store.disk import store_errors
 from swarm.store.memory import PromisedSource
+from swarm.store.memory_store import MemoryStore
 from swarm.store.part import narrowed
-from swarm.store.tensors import CastStore, GpuStore, IntoStore, MemoryStore
+from swarm.store.tensors import CastStore, GpuStore, IntoStore
 from swarm.transfer.commit_proof import PinnedCommit
 from swarm.transfer.origin_driver import on_daemon
 from swarm.transfer.verify import copy, is_right

@@ -49,7 +49,7 @@ from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
 from swarm.store.directory import DirectorySource
 from swarm.store.disk import Stamp, store_errors
-from swarm.store.tensors import VIRTUAL_PATH, TensorSource
+from swarm.store.tensor_source import VIRTUAL_PATH, TensorSource
 
 if TYPE_CHECKING:
     import torch

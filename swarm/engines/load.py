@@ -40,7 +40,8 @@ from swarm.node.holders import Holder
 from swarm.node.node import Node
 from swarm.node.resolve import resolve
 from swarm.runtime import runtime
-from swarm.store.tensors import VIRTUAL_PATH, IntoStore, TensorSource
+from swarm.store.tensor_source import VIRTUAL_PATH, TensorSource
+from swarm.store.tensors import IntoStore
 
 if TYPE_CHECKING:
     import torch

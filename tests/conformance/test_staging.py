@@ -12,9 +12,10 @@ from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Manifest
 from swarm.errors import SourceChanged, TransportError
 from swarm.hashing import cuda as hashing_cuda
-from swarm.store import DeviceView, View, cuda, staging, tensors
+from swarm.store import DeviceView, View, cuda, staging, tensor_source, tensors
 from swarm.store.staging import LANDING_BYTES, PART_BYTES, incoming, outgoing
-from swarm.store.tensors import IntoStore, TensorSource
+from swarm.store.tensor_source import TensorSource, flat_bytes
+from swarm.store.tensors import IntoStore
 from swarm.testing.stores import check_store, content, sample
 from swarm.transfer.verify import LandedChunk, Verifier
 
@@ -28,7 +29,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = FakeGpu()
     monkeypatch.setattr(cuda, "gpu", lambda index: gpu)
     monkeypatch.setattr(staging, "_idle", {})
-    monkeypatch.setattr(tensors, "_bytes", lambda tensor: on_gpu(tensors._flat(tensor)))
+    for module in (tensors, tensor_source):
+        monkeypatch.setattr(module, "bytes_of", lambda tensor: on_gpu(flat_bytes(tensor)))
     monkeypatch.setattr(hashing_cuda, "_kernels", lambda device: None)
     return gpu
 

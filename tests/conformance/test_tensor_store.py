@@ -8,7 +8,8 @@ import torch
 from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import StoreError
 from swarm.store import IsRight
-from swarm.store.tensors import IntoStore, MemoryStore
+from swarm.store.memory_store import MemoryStore
+from swarm.store.tensors import IntoStore
 from swarm.testing import check_store
 
 from .sample_tensors import KINDS_OF_SAMPLE

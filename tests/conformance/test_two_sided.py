@@ -21,8 +21,9 @@ from swarm.content.bitfield import Bitfield
 from swarm.errors import StoreError, TransportError
 from swarm.hashing import cuda as hashing_cuda
 from swarm.net.listener import Listener
-from swarm.store import DeviceView, View, cuda, staging, tensors
-from swarm.store.tensors import IntoStore, TensorSource
+from swarm.store import DeviceView, View, cuda, staging, tensor_source, tensors
+from swarm.store.tensor_source import TensorSource, flat_bytes
+from swarm.store.tensors import IntoStore
 from swarm.testing.transports import CHECKS, Check, MakePair, Pair, run_check, session, transfer
 from swarm.transfer.verify import LandedChunk, Verifier
 from swarm.transport import Inbound, Outbound, paired
@@ -209,7 +210,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     gpu = FakeGpu()
     monkeypatch.setattr(cuda, "gpu", lambda index: gpu)
     monkeypatch.setattr(staging, "_idle", {})
-    monkeypatch.setattr(tensors, "_bytes", lambda tensor: on_gpu(tensors._flat(tensor)))
+    for module in (tensors, tensor_source):
+        monkeypatch.setattr(module, "bytes_of", lambda tensor: on_gpu(flat_bytes(tensor)))
     monkeypatch.setattr(hashing_cuda, "_kernels", lambda device: None)
     monkeypatch.setattr(PutOffTransport, "wires", collections.defaultdict(queue.Queue))
     monkeypatch.setattr(PutOffTransport, "lanes", [])

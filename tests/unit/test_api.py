@@ -369,7 +369,7 @@ def test_is_the_source_closed_when_the_node_cannot_open(
     here: Settings, served: swarm.Served, state: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     closed: list[object] = []
-    monkeypatch.setattr("swarm.store.tensors.TensorSource.close", lambda self: closed.append(self))
+    monkeypatch.setattr("swarm.store.tensor_source.TensorSource.close", lambda self: closed.append(self))
     with pytest.raises(SettingsError, match="in use"):
         swarm.serve(state, model_id=MODEL, settings=Settings(mdns=False, cache=here.cache, listen=served.address))
     assert len(closed) == 1

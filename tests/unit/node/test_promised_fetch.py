@@ -16,7 +16,7 @@ from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginUnreach
 from swarm.hashing.cpu import chunk_digests
 from swarm.node import cold_start
 from swarm.node.node import Node
-from swarm.store.tensors import MemoryStore
+from swarm.store.memory_store import MemoryStore
 from swarm.transfer.claims import Claims
 from swarm.transfer.download_events import Ban
 from swarm.transfer.origin_driver import OriginSource

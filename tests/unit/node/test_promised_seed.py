@@ -14,7 +14,7 @@ from swarm.content.promise import ListedFile, Listing, promise
 from swarm.hashing.cpu import chunk_digests
 from swarm.node import promised_seed
 from swarm.store.directory import DirectorySource
-from swarm.store.tensors import MemoryStore
+from swarm.store.memory_store import MemoryStore
 
 from .test_promised_fetch import DATA, MemoryOrigin, MemoryStream, contents, listing_of, source_of
 from .test_resolve import MODEL, Street, run, until

@@ -37,7 +37,7 @@ from swarm.node.resolve import full_digest, resolve
 from swarm.peers.peer import Peer
 from swarm.protocol.messages import Address, AnyMessage, Message, NodeId, Origin, decode, encode
 from swarm.security import signatures
-from swarm.store.tensors import MemoryStore
+from swarm.store.memory_store import MemoryStore
 from swarm.transport import Transport
 from swarm.transport.inproc import InprocHub, InprocTransport
 

@@ -25,8 +25,10 @@ from swarm.content import manifest as manifests
 from swarm.content import safetensors_header
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import LocalProtocolError, ManifestInvalid, SettingsError, SourceChanged, StoreConflict, StoreFull
+from swarm.store.memory_store import MemoryStore
 from swarm.store.staging import LANDING_BYTES
-from swarm.store.tensors import VIRTUAL_PATH, IntoStore, MemoryStore, TensorSource
+from swarm.store.tensor_source import VIRTUAL_PATH, TensorSource
+from swarm.store.tensors import IntoStore
 
 CHUNK_BYTES = 64  # small, so that chunks straddle headers and tensors
 

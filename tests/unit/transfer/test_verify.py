@@ -15,7 +15,7 @@ from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Man
 from swarm.errors import LocalProtocolError, SourceChanged, StoreFull
 from swarm.hashing.cpu import chunk_digests
 from swarm.store import FileSpan, Span
-from swarm.store.tensors import MemoryStore
+from swarm.store.memory_store import MemoryStore
 from swarm.transfer.verify import LandedChunk, Verifier, copy
 
 DATA = bytes(range(30))
