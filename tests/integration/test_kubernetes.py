@@ -22,18 +22,19 @@ from played.pod import Pod, inside
 
 pytestmark = [
     pytest.mark.integration,
-    pytest.mark.skipif(bool(why := manifests.lacking("kubectl")), reason=str(why)),
+    pytest.mark.skipif(bool(why := manifests.lacking("kubectl", "helm")), reason=str(why)),
     pytest.mark.skipif(bool(why := played.cluster.lacking()), reason=str(why)),
 ]
 
 MODEL = "org/model"
 SIZE = 16_000_000
+STORAGE = "ClusterStorageContainer"
 HERE = Path(__file__).parents[1] / "played"
 IMAGES = {
     "registry.example.com/swarm-weights": [sys.executable, "-m", "swarm"],
     "registry.example.com/server": [sys.executable, "-I", str(HERE / "file_server.py")],
 }
-SERVER, AGENT = "swarm-server", "swarm-agent"
+SERVER, AGENT, PREDICTOR = "swarm-server", "swarm-agent", "kserve-predictor"
 
 
 def made_up(number: int) -> dict[str, bytes]:
@@ -55,6 +56,30 @@ def revised(objects: list[Object], revision: str, replicas: int) -> list[Object]
             container = each["spec"]["template"]["spec"]["containers"][0]
             container["args"][container["args"].index(MODEL)] = f"{MODEL}@{revision}"
     return objects
+
+
+def predictor(container: Object, source: str) -> Object:
+    """A server as KServe's webhook makes it: the storage container gets arguments and a volume."""
+    volume = {"name": "kserve-provision-location", "mountPath": "/mnt/models"}
+    labels = {"app.kubernetes.io/name": PREDICTOR}
+    spec = {
+        "securityContext": {"runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 1000, "runAsNonRoot": True},
+        "initContainers": [{**container, "args": [source, "/mnt/models"], "volumeMounts": [volume]}],
+        "containers": [
+            {
+                "name": "kserve-container",
+                "image": "registry.example.com/server:1",
+                "args": ["/mnt/models"],
+                "ports": [{"name": "http", "containerPort": 8000}],
+                "readinessProbe": {"httpGet": {"path": "/health", "port": "http"}, "periodSeconds": 1},
+                "securityContext": container["securityContext"],
+                "volumeMounts": [{**volume, "readOnly": True}],
+            }
+        ],
+        "volumes": [{"name": volume["name"], "emptyDir": {}}],
+    }
+    template = {"metadata": {"labels": labels}, "spec": spec}
+    return {"kind": "Deployment", "metadata": {"name": PREDICTOR}, "spec": {"replicas": 1, "template": template}}
 
 
 def files_of(cluster: Cluster, pod: Pod) -> dict[str, str]:
@@ -102,6 +127,13 @@ def test_do_replicas_fill_themselves_roll_over_and_survive_a_lost_machine(cluste
         cluster.wait(rolled, "v2", deadline_s=90)
         ended = [pod for pod in cluster.pods if pod.gone and pod.labels["app.kubernetes.io/name"] == SERVER]
         assert [pod.exit_codes[-1] for pod in ended] == [("server", 0)] * 3
+        (storage,) = (each for each in manifests.chart("--set", "kserve.enabled=true") if each["kind"] == STORAGE)
+        sent = hub.sent_bytes
+        cluster.apply([predictor(storage["spec"]["container"], f"hf://{MODEL}:v2")])
+        cluster.wait(lambda: cluster.ready(PREDICTOR), "the server of KServe", deadline_s=90)
+        assert files_of(cluster, cluster.ready(PREDICTOR)[0]) == hashes(second)
+        assert hub.sent_bytes - sent < SIZE / 2, "agents have it"
+        cluster.drop("Deployment", PREDICTOR)
         # A machine is lost while a fourth replica starts: what is left feeds the replacements.
         cluster.scale(SERVER, 4)
         lost = cluster.lose("machine-0")

@@ -343,7 +343,8 @@ class Pod:
             path.chmod(0o2777)
 
     def _environment(self, spec: Object) -> dict[str, str]:
-        values = {"PATH": os.environ["PATH"], "HOSTNAME": self.name, "PYTHONPATH": str(ROOT), **self._extra}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # with the swarm of this environment
+        values = {"PATH": path, "HOSTNAME": self.name, "PYTHONPATH": str(ROOT), **self._extra}
         for each in spec.get("env", []):
             source = each.get("valueFrom", {})
             if "fieldRef" in source:
