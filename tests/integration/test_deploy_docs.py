@@ -17,7 +17,7 @@ PAGE = (Path(__file__).parents[2] / "docs/deploy.md").read_text()
 
 def section(title: str) -> str:
     (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
-    return text
+    return str(text)
 
 
 def commands(title: str) -> list[list[str]]:
