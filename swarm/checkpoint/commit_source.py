@@ -20,7 +20,7 @@ from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.errors import CheckpointIncomplete, ManifestInvalid, SourceChanged
 from swarm.protocol.messages import Origin
 from swarm.store import FileSpan, IsRight
-from swarm.store.directory import DirectorySource
+from swarm.store.directory_source import DirectorySource
 from swarm.store.disk import Stamp, store_errors
 from swarm.store.part import PartSource, narrowed
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from swarm.content.manifest import Manifest
 from swarm.node import local_nodes
-from swarm.store.directory import DirectorySource
+from swarm.store.directory_source import DirectorySource
 from swarm.store.disk import ConfinedDirectory, store_errors
 
 COPY_BYTES_MAX = 2 << 30  # of the newest files: a cache directory may hold the output of years

@@ -34,7 +34,7 @@ from swarm.engines.tiers import Local
 from swarm.errors import ManifestInvalid, NotOfCommit, SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import REVISIONS_MAX, Origin
 from swarm.runtime import runtime
-from swarm.store.directory import DirectorySource
+from swarm.store.directory_source import DirectorySource
 from swarm.store.disk import Stamp, open_locked, store_errors
 
 LOCK_TIMEOUT_S = 3600.0  # while another rank of this host fetches or hashes the same files

@@ -1,4 +1,4 @@
-"""Directories as stores: `DirectorySource` serves files where they lie, `DirectoryStore` fetches into a directory.
+"""A directory as a store: `DirectoryStore` fetches into it. `directory_source` serves files where they lie.
 
     out/.swarm/<digest[:16]>/.swarm     lock file with the id of the fetching process; no artifact has this path
     out/.swarm/<digest[:16]>/<path>     an unfinished file, at its full size from the start
@@ -27,12 +27,11 @@ Must not know: hash functions, peers, transports; verification is the caller's.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.content.selection import Part
 from swarm.errors import LocalProtocolError, SourceChanged, StoreConflict, StoreError
 from swarm.store import FileSpan, IsRight
+from swarm.store.directory_source import SCRATCH_BYTES, demand_right, read_spans
 from swarm.store.disk import (
     ConfinedDirectory,
     OpenFiles,
@@ -57,7 +57,6 @@ from swarm.store.lease import SoleUse
 
 PARTIAL = ".swarm"
 RECORD_BYTES_MAX = 256 << 20
-SCRATCH_BYTES = 2 << 20  # buffer of a chunk that is read or written: fits a core's cache
 SCRATCHES_KEPT = 16  # as many as a session has threads that receive
 CLAIM_ATTEMPTS = 10  # an attempt fails only if another fetch ends in the same moment
 CLOSE_TIMEOUT_S = 60.0
@@ -68,79 +67,6 @@ _scratches: deque[bytearray] = deque(maxlen=SCRATCHES_KEPT)
 
 class Claimed(StoreConflict):
     """Another fetch writes this artifact there: it can be waited for."""
-
-
-class DirectorySource:
-    """Complete files; `paths[i]` holds the bytes of `manifest.files[i]`.
-
-    `stamps` were taken before the files were hashed; default: now. Raises SourceChanged when a file no longer has its
-    stamp, here and on each read.
-    """
-
-    def __init__(
-        self, root: Path, manifest: Manifest, *, paths: Sequence[Path], stamps: Sequence[Stamp] | None = None
-    ) -> None:
-        self.root = root
-        self.manifest = manifest
-        self._paths = tuple(paths)
-        self._stamps = list(stamps) if stamps is not None else [Stamp.at(path) for path in paths]
-        for path, stamp, entry in zip(self._paths, self._stamps, manifest.files, strict=True):
-            if stamp.size != entry.size:
-                raise SourceChanged(path, f"{entry.size} bytes became {stamp.size}")
-        self._files = OpenFiles(self._open)
-        self._closed = False
-        reserve_descriptors(len(self._paths))
-
-    def spans(self, chunk: Chunk) -> Iterator[FileSpan]:
-        """The chunk's bytes. Raises SourceChanged, before or after the span is used, if the file changed."""
-        path, stamp = self._paths[chunk.file], self._stamps[chunk.file]
-        if self._closed:
-            raise StoreError(f"{self.root} is not served any more")
-        with self._files.lend(chunk.file) as fd:
-            stamp.check(path, fd)
-            yield FileSpan(fd, chunk.offset, chunk.size)
-            stamp.check(path, fd)
-
-    def read(self, chunk: Chunk) -> Iterator[memoryview]:
-        """The chunk's bytes; a view is valid until the next. Raises StoreError, and as `spans` does."""
-        return _read(self.spans(chunk), chunk.size, self._paths[chunk.file])
-
-    def demand_unchanged(self, is_right: IsRight) -> None:
-        """As WatchedSource: compares the stamps, and hashes a file if its time of change alone moved."""
-        for number, path in enumerate(self._paths):
-            stamp, found = self._stamps[number], Stamp.at(path)
-            if found != stamp:
-                stamp.demand(path, found)
-                _demand_right(path, [chunk for chunk in self.manifest.chunks if chunk.file == number], is_right)
-                self._stamps[number] = found
-
-    def promised(self, promise: Manifest) -> DirectorySource | None:
-        """The same files as a source of a promise; None if that has other paths or sizes. Raises as the constructor."""
-        own = {file.path: number for number, file in enumerate(self.manifest.files)}
-        if {file.path: file.size for file in promise.files} != {file.path: file.size for file in self.manifest.files}:
-            return None
-        numbers = [own[file.path] for file in promise.files]
-        paths, stamps = [self._paths[number] for number in numbers], [self._stamps[number] for number in numbers]
-        return DirectorySource(self.root, promise, paths=paths, stamps=stamps)
-
-    def close(self) -> None:
-        """Closes the files and so ends all spans."""
-        self._closed = True
-        self._files.close()
-
-    def _open(self, number: int) -> int:
-        path = self._paths[number]
-        try:
-            return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except FileNotFoundError as error:
-            raise SourceChanged(path, "it is gone") from error
-        except OSError as error:
-            if error.errno == errno.EMFILE:
-                raise
-            raise StoreError(f"{path}: {error.strerror}") from error
-
-    def __repr__(self) -> str:
-        return f"<DirectorySource {self.root} {len(self._paths)} files, {self.manifest.size} bytes>"
 
 
 @dataclass(slots=True)
@@ -219,7 +145,7 @@ class DirectoryStore:
 
     def read(self, chunk: Chunk) -> Iterator[memoryview]:
         """The chunk's bytes; a view is valid until the next. Raises StoreError, and as `spans` does."""
-        return _read(self.spans(chunk), chunk.size, self._file(chunk).path)
+        return read_spans(self.spans(chunk), chunk.size, self._file(chunk).path)
 
     def landing(self, chunk: Chunk) -> Iterator[memoryview]:
         """Scratch views, each written to the file when the next is requested.
@@ -286,7 +212,7 @@ class DirectoryStore:
                 found = Stamp.of(os.fstat(fd))
             if found != file.stamp:
                 file.stamp.demand(file.path, found)
-                _demand_right(file.path, [chunk for chunk in self.manifest.chunks if chunk.file == number], is_right)
+                demand_right(file.path, [chunk for chunk in self.manifest.chunks if chunk.file == number], is_right)
                 file.stamp = found
 
     def stamps(self) -> dict[str, Stamp]:
@@ -585,11 +511,6 @@ def discard(out: Path, manifest: Manifest) -> None:
         final.remove_if_empty(PARTIAL)
 
 
-def _demand_right(path: Path, chunks: Sequence[Chunk], is_right: IsRight) -> None:
-    if not all(map(is_right, chunks)):
-        raise SourceChanged(path, "it was written to, and its modification time set back")
-
-
 def _lock(fd: int, directory: Path) -> None:
     """Locks a partial directory by its lock file and writes this process's id there. Raises StoreConflict."""
     try:
@@ -613,20 +534,6 @@ def _scratch() -> Iterator[memoryview]:
         yield memoryview(scratch)
     finally:
         _scratches.append(scratch)
-
-
-def _read(spans: Iterator[FileSpan], size: int, subject: object) -> Iterator[memoryview]:
-    scratch = memoryview(bytearray(min(size, SCRATCH_BYTES)))
-    for span in spans:
-        for position in range(0, span.size, len(scratch)):
-            view = scratch[: span.size - position]
-            try:
-                filled = os.preadv(span.fd, [view], span.offset + position)
-            except OSError as error:
-                raise StoreError(f"{subject}: cannot be read at {span.offset + position}: {error.strerror}") from error
-            if filled != len(view):
-                raise SourceChanged(str(subject), f"it ends before byte {span.offset + position + len(view)}")
-            yield view
 
 
 def _appeared(file: _File) -> StoreConflict:

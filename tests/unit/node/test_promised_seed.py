@@ -13,7 +13,7 @@ from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.content.promise import ListedFile, Listing, promise
 from swarm.hashing.cpu import chunk_digests
 from swarm.node import promised_seed
-from swarm.store.directory import DirectorySource
+from swarm.store.directory_source import DirectorySource
 from swarm.store.memory_store import MemoryStore
 
 from .test_promised_fetch import DATA, MemoryOrigin, MemoryStream, contents, listing_of, source_of

@@ -16,7 +16,8 @@ from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Man
 from swarm.errors import SourceChanged, StoreConflict, StoreError, StoreFull
 from swarm.hashing.cpu import chunk_digests
 from swarm.store import IsRight
-from swarm.store.directory import DirectorySource, DirectoryStore
+from swarm.store.directory import DirectoryStore
+from swarm.store.directory_source import DirectorySource
 from swarm.store.disk import reserve_descriptors
 from swarm.testing.stores import is_right
 
