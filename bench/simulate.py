@@ -1,7 +1,8 @@
 """How close a simulated burst comes to its lower bound: `python bench/simulate.py [--large] [--plot]`.
 
-Two tables: 32 newcomers and 2048 chunks, 1 and 2 seeds, under each disturbance; and bursts of 64 and 256 newcomers
-(`--large`: of 1024 with 4096 chunks too, which takes an hour of CPU), 1 and 4 seeds. Times are virtual and every run is
+Three tables: 32 newcomers and 2048 chunks, 1 and 2 seeds, under each disturbance; and bursts of 64 and 256 newcomers
+(`--large`: of 1024 with 4096 chunks too, which takes an hour of CPU), 1 and 4 seeds; and bursts without a seed
+(`--cold 64,1024`), whose origin has a quarter of a link or 8 links. Times are virtual and every run is
 a function of its burst, so the machine does not matter. Raw numbers go to bench/results/.
 """
 
@@ -28,6 +29,8 @@ from swarm.simulation.setup import Burst
 
 RESULTS = Path(__file__).parent / "results"
 LARGE = 1024, 4096
+ORIGIN_LINKS = 0.25, 8.0
+COLD_CHUNKS = 256
 
 
 def disturbed(newcomers: int, chunks: int) -> Iterator[tuple[str, Burst]]:
@@ -45,15 +48,25 @@ def scaled(newcomers: list[int], chunks: int, *, large: bool) -> Iterator[tuple[
             yield f"{count} newcomers", Burst(newcomers=count, chunks=parts, seeds=seeds)
 
 
+def cold(newcomers: list[int], chunks: int) -> Iterator[tuple[str, Burst]]:
+    """Bursts without a seed, with a slow and a fast origin."""
+    for count in newcomers:
+        for links in ORIGIN_LINKS:
+            rate = links * Burst.rate_bytes_per_s
+            burst = Burst(newcomers=count, chunks=chunks, seeds=0, origin_bytes_per_s=rate)
+            yield f"{count} newcomers, an origin of {links:g} links", burst
+
+
 def row(words: str, outcome: Outcome) -> str:
     """A line of the table."""
     if not isinstance(outcome, BurstReport) or outcome.unfinished:
-        return f"| {words} | | | failed: {failure(outcome)} | | | | |"
+        return f"| {words} | | | failed: {failure(outcome)} | | | | | |"
     burst = outcome.burst
     crossed = outcome.crossed_models if burst.racks > 1 else outcome.entered_models
+    sent, requests = outcome.seed_models + outcome.origin_models, outcome.origin_requests
     return (
         f"| {words} | {burst.seeds} | {burst.chunks} | {outcome.last_ratio:.3f} | {outcome.mean_ratio:.3f} "
-        f"| {outcome.seed_models:.2f} | {outcome.control_part:.3%} | {f'{crossed:.2f}' if crossed else ''} |"
+        f"| {sent:.2f} | {requests or ''} | {outcome.control_part:.3%} | {f'{crossed:.2f}' if crossed else ''} |"
     )
 
 
@@ -82,6 +95,7 @@ def main() -> int:
     parser.add_argument("--newcomers", default="64,256", metavar="N,N", help="of the bursts of the second table")
     parser.add_argument("--chunks", type=int, default=2048, help="of the model, in both tables")
     parser.add_argument("--disturbed", type=int, default=32, metavar="N", help="newcomers of the first table; 0: none")
+    parser.add_argument("--cold", default="", metavar="N,N", help="newcomers of bursts without a seed, e.g. 64,1024")
     parser.add_argument("--rng-seed", type=int, default=0)
     parser.add_argument("--large", action="store_true", help="a burst of 1024 with 4096 chunks too")
     parser.add_argument("--plot", action="store_true", help="draw it beside the numbers; needs matplotlib")
@@ -91,9 +105,12 @@ def main() -> int:
     asked = [
         *(disturbed(given.disturbed, given.chunks) if given.disturbed else ()),
         *scaled(counts, given.chunks, large=given.large),
+        *cold([int(count) for count in given.cold.split(",") if count], COLD_CHUNKS),
     ]
-    print("| | seeds | chunks | last | mean | seeds sent | control | crossed, entered |", flush=True)
-    print("| --- " * 8 + "|", flush=True)
+    print(
+        "| | seeds | chunks | last | mean | seeds or origin sent | requests | control | crossed, entered |", flush=True
+    )
+    print("| --- " * 9 + "|", flush=True)
     played: list[tuple[str, Outcome]] = []
     for (words, _), outcome in zip(
         asked, play_each([replace(burst, rng_seed=given.rng_seed) for _, burst in asked]), strict=True

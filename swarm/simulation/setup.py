@@ -212,9 +212,10 @@ class Burst:
         origin = self.origin_bytes_per_s or 0.0
         first = self.seeds if not self.seeds_at else 0
         rounds = math.ceil(math.log2(self.machines / max(1.0, first + origin / self.rate_bytes_per_s)))
-        whole_s = (self.chunks - 1 + max(0, rounds)) / self.chunks * self.copy_s
+        whole_s = (self.chunks - 1 + max(1, rounds)) / self.chunks * self.copy_s
         out_s = 0.0 if self.seeds else self.copy_bytes / origin
-        return max(whole_s, out_s, self.copy_bytes / self.rack_bytes_per_s if self.seeds < self.racks else 0.0)
+        in_s = self.copy_bytes / self.rack_bytes_per_s if self.racks > 1 and self.seeds < self.racks else 0.0
+        return max(whole_s, out_s, in_s)
 
     @property
     def rack_bytes_per_s(self) -> float:

@@ -215,3 +215,9 @@ def test_does_everybody_end_without_a_seed_whatever_happens(rng_seed: int) -> No
     )
     report = played(burst, checked=True)
     assert report.origin_models <= 3.0  # the dead, the slow and the corrupt have read in vain
+
+
+@pytest.mark.parametrize(("newcomers", "links", "copies"), [(2, 8.0, 1.0), (2, 0.25, 4.0), (8, 1.0, 1.02)])
+def test_how_fast_can_a_burst_without_a_seed_be(newcomers: int, links: float, copies: float) -> None:
+    burst = replace(COLD, newcomers=newcomers, origin_bytes_per_s=links * GIGABIT)
+    assert burst.bound_s == pytest.approx(copies * burst.copy_s)
