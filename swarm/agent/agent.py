@@ -20,7 +20,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from swarm.agent.artifact import Artifact
+from swarm.agent.artifact import TAKE_S, Artifact
 from swarm.agent.cache import Cache, CachedModel, key_of, snapshots
 from swarm.agent.control import PROGRESS_EVERY_S
 from swarm.agent.local_models import LocalModels
@@ -54,6 +54,7 @@ HOLD_AGAIN_S = 30.0  # after a model of `hold` could not be fetched
 LOOK_EVERY_S = 60.0  # at what other programs removed
 
 ARTIFACTS_MAX = 1000
+REMOVE_WAIT_S, REMOVE_LOOK_S = TAKE_S + 1.0, 0.1
 FOUND_S, FOUND_MAX = 30.0, 1000  # pulls of the same model by several programs look for it once
 
 _Answer: TypeAlias = tuple[Found, Mapping[str, str], str]
@@ -67,9 +68,8 @@ class Agent:
     def __init__(self, node: Node, records: FetchRecords, settings: Settings) -> None:
         self.settings = settings
         self.node = node
-        limit = math.inf if settings.hub_limit_gb is None else settings.hub_limit_gb * 1e9
         root = hf_cache.cache_root()
-        self.cache = Cache(settings.cache, root, limit_bytes=limit, withdraw=self._withdraw)
+        self.cache = Cache(settings.cache, root, limit_bytes=_limit(settings), withdraw=self._withdraw)
         self.local = LocalModels(node, root, settings=settings, fetched=self._fetched_keys)
         self.revisions = Revisions(node, settings)
         self._records = records
@@ -84,6 +84,14 @@ class Agent:
                 tasks.create_task(self._hold(model), name=f"hold {model}")
             tasks.create_task(self.local.run(), name="serve the cache")
             tasks.create_task(self._look(), name="look at the cache")
+
+    def reload(self, settings: Settings) -> list[str]:
+        """Takes over the limit of the cache, and evicts what exceeds it; returns what has changed."""
+        if (limit := _limit(settings)) == self.cache.policy.limit_bytes:
+            return []
+        self.cache.policy.limit_bytes = limit
+        self.cache.look()
+        return ["no limit of the cache" if math.isinf(limit) else f"limit of the cache {size_text(limit)}"]
 
     async def handle(self, request: Request) -> AsyncGenerator[Answer]:
         """The lines that answer a request. Raises SwarmError."""
@@ -260,7 +268,7 @@ class Agent:
     async def _remove(self, remove: Remove) -> Answer:
         lines = []
         for each in self._chosen(remove.model_id, remove.revision):
-            if self.cache.policy.leased(each.key):
+            if not await self._unread(each.key):
                 raise AgentError(f"{each.key} is being read; try again when the programs that load it are done")
             try:
                 freed = self.cache.remove(each.key)
@@ -269,6 +277,13 @@ class Agent:
             rest = "; files of other programs stay" if each.place.exists() else ""
             lines.append(f"{each.key}: removed, {size_text(freed)} are free again{rest}")
         return Done(tuple(lines))
+
+    async def _unread(self, key: str) -> bool:
+        """Whether nothing reads a model, soon: one that has just arrived is kept for its readers for a moment."""
+        deadline = self.node.now() + REMOVE_WAIT_S
+        while self.cache.policy.leased(key) and self.node.now() < deadline:  # noqa: ASYNC110 - leases end it
+            await asyncio.sleep(REMOVE_LOOK_S)
+        return not self.cache.policy.leased(key)
 
     def _chosen(self, model_id: str, revision: str | None) -> Sequence[CachedModel]:
         """Snapshots of a model, of one revision if it is named. Raises AgentError without any."""
@@ -308,6 +323,11 @@ class Agent:
 
     def __repr__(self) -> str:
         return f"<Agent {self.node!r} | {self.cache!r} | {len(self.local.served)} served from disk>"
+
+
+def _limit(settings: Settings) -> float:
+    """The limit of the cache in bytes, maybe infinite."""
+    return math.inf if settings.hub_limit_gb is None else settings.hub_limit_gb * 1e9
 
 
 def _chosen(pull: Pull, found: Found) -> list[str]:

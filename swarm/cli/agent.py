@@ -54,6 +54,7 @@ async def run(settings: Settings, *, daemon: Daemon, trace: Path | None) -> int:
         hub, root = face.address, agent.cache.root
         await control.open(agent_reach.greeting(settings, node=node.local_address, hub=hub, hub_cache=root))
         daemon.serves(node)
+        daemon.also = agent.reload
         print(f"{node.address} ready: agent of {root}, HF_ENDPOINT=http://{hub}", flush=True)
         with contextlib.suppress(asyncio.CancelledError):
             await agent.run()

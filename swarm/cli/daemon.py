@@ -35,6 +35,7 @@ class Daemon:
 
     def __init__(self, read: Callable[[], Settings], *, drain_timeout_s: float, seeds: bool) -> None:
         self.node: Node | None = None
+        self.also: Callable[[Settings], list[str]] = lambda _: []  # what else changes with the settings, and how
         self._read = read
         self._drain_timeout_s = drain_timeout_s
         self._seeds = seeds
@@ -70,7 +71,7 @@ class Daemon:
 
         try:
             settings = self._read()
-            changed = reload(self.node, settings) if self.node else []
+            changed = [*(reload(self.node, settings) if self.node else []), *self.also(settings)]
         except SwarmError as error:
             log.error("%s; the settings of before stay", error)
         else:

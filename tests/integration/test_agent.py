@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import urllib.error
@@ -175,6 +176,9 @@ def test_is_the_limit_kept_and_what_is_pinned_stays(machine: Machine, tmp_path: 
         said = json.loads(agent.swarm("ls", "--json"))["agent"]
         assert {row["model_id"]: row["pinned"] for row in said["models"]} == {"org/m0": True, "org/m3": False}
         assert said["bytes"] <= said["limit_bytes"]
+        (machine.cwd / "swarm.toml").write_text('upload_hours = ["00:00-24:00=1MB/s"]')
+        agent.process.send(signal.SIGHUP)
+        agent.process.wait_for("settings are read again: upload limit 1 MB/s")
         agent.swarm("pin", "org/m0", "--remove")
         agent.swarm("pull", "org/m1")
         assert "org/m0" not in {row["model_id"] for row in json.loads(agent.swarm("ls", "--json"))["agent"]["models"]}

@@ -1,0 +1,29 @@
+"""The agent: what changes while it runs?"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from swarm.agent.agent import Agent
+from swarm.settings import Settings
+
+
+@pytest.fixture
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    node: Any = SimpleNamespace(holdings=dict, now=lambda: 0.0)
+    records: Any = SimpleNamespace(records={})
+    return Agent(node, records, Settings(cache=tmp_path / "cache", hub_limit_gb=1.0))
+
+
+def test_is_the_limit_of_the_cache_read_again(agent: Agent) -> None:
+    assert agent.cache.policy.limit_bytes == 1e9
+    assert agent.reload(agent.settings) == []
+    assert agent.reload(Settings(hub_limit_gb=0.5)) == ["limit of the cache 500 MB"]
+    assert agent.reload(Settings()) == ["no limit of the cache"]
+    assert agent.cache.policy.limit_bytes == math.inf
