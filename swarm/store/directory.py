@@ -12,7 +12,8 @@
   hashed again. A record could disagree with the disk after a crash. A promise has no digests to compare with, so those
   of its chunks are recorded after they are written, and hashed again all the same.
 - **Verified bytes stay verified.** A staged file is leased (`lease`): as long as no other program opens it, it holds
-  the hashed bytes. `seal` hashes every other file again, just before it gets its final name.
+  the hashed bytes. `seal` hashes every other file again, just before it gets its final name. An entry in the place of
+  the open file gets none.
 - **Files stay open as long as the process may have them open** (`disk.OpenFiles`). A lent descriptor stays open: closed
   too early, its number may already name another file. The soft limit of open files is raised if needed; a file above
   the hard limit is opened again when it is needed, and must be the same file.
@@ -446,12 +447,24 @@ class DirectoryStore:
         with self._open_files.lend(number) as fd:
             if self._sole_use.exposed(number, fd):
                 self._prove(number, fd, is_right)
+            self._demand_same(file, fd, self._partial)
             try:
                 self._partial.move(file.entry.path, self._final)
             except FileExistsError as error:
                 raise _appeared(file) from error
+            self._demand_same(file, fd, self._final)  # exchanged since the first look
             file.stamp = Stamp.of(os.fstat(fd))
             self._sole_use.give_up(number, fd)
+
+    def _demand_same(self, file: _File, fd: int, where: ConfinedDirectory) -> None:
+        """Removes an entry that another program put in the place of the open file. Raises StoreError."""
+        found = where.lstat(file.entry.path)
+        if found is None or not os.path.samestat(found, os.fstat(fd)):
+            where.unlink(file.entry.path)
+            raise StoreError(
+                f"{file.path}: another program exchanged the staged file for another entry; "
+                "run the same fetch again, the rest is kept"
+            )
 
     def _check_final(self, number: int, file: _File, is_right: IsRight) -> None:
         """Hashes a file again that had its final name before the fetch, if it may have changed since."""

@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -430,6 +431,44 @@ def test_is_what_appears_in_the_last_moment_never_overwritten(tmp_path: Path, mo
     (tmp_path / "weights.bin").unlink()
     with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
         assert list(store.present()) == list(MANIFEST.chunks)
+        store.seal(right(store))
+    assert tree(tmp_path) == CONTENTS
+
+
+def exchange(path: Path, how: str) -> None:
+    path.unlink()
+    match how:
+        case "link":
+            path.symlink_to("/etc/passwd")
+        case "file":
+            path.write_bytes(b"forged")
+
+
+@pytest.mark.parametrize("how", ["link", "file", "nothing"])
+@pytest.mark.parametrize("late", [False, True])
+def test_an_entry_in_the_place_of_a_staged_file_gets_no_final_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, *, late: bool
+) -> None:
+    staged = tmp_path / ".swarm" / MANIFEST.digest[:16] / "weights.bin"
+    link = os.link
+
+    def exchange_first(name: str, *names: str, **where: Any) -> None:
+        if name == "weights.bin":
+            exchange(staged, how)
+        link(name, *names, **where)
+
+    with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
+        land(store, *MANIFEST.chunks)
+        if late:
+            monkeypatch.setattr(os, "link", exchange_first)
+        else:
+            exchange(staged, how)
+        with pytest.raises(StoreError):
+            store.seal(right(store))
+    monkeypatch.undo()
+    assert not os.path.lexists(tmp_path / "weights.bin")
+    with closing(DirectoryStore(tmp_path, MANIFEST)) as store:
+        land(store, *(chunk for chunk in MANIFEST.chunks if MANIFEST.files[chunk.file].path == "weights.bin"))
         store.seal(right(store))
     assert tree(tmp_path) == CONTENTS
 
