@@ -55,7 +55,9 @@ if TYPE_CHECKING:
     import torch
 
 JOB_BYTES = 16 << 20  # hashed by a thread at a time: hides the cost of a job, and a single file uses all threads
-SCRATCH_BYTES = 1 << 20
+SCRATCH_BYTES = (
+    512 << 10
+)  # both hashes read it out of a core's cache: 2.98 GB/s of processor time; 1 MiB 2.72, 4 MiB 2.40
 
 Progress = Callable[[int, int], None]
 J = TypeVar("J")
@@ -364,6 +366,8 @@ def _hash(job: _Job, *, scheme: HashScheme, blake3: bool) -> list[Digests]:
     try:
         if job.stamp is not None:
             job.stamp.check_open(job.path, fd)
+        # The disk reads this run and the next, which another thread begins soon, while this one is hashed.
+        os.posix_fadvise(fd, job.offset, 2 * sum(job.sizes), os.POSIX_FADV_WILLNEED)
         scratch = memoryview(bytearray(min(SCRATCH_BYTES, max(job.sizes))))
         offset, digests = job.offset, []
         for size in job.sizes:

@@ -27,9 +27,11 @@ from swarm.engines.compile_caches import InstalledCache
 from swarm.errors import SettingsError
 from swarm.runtime import runtime
 from swarm.settings import Settings
+from swarm.store.disk import read_regular, replacing
 
 WAIT_S = 10.0  # for a cache that arrives; less than compiling takes
 HERE = "compiled-here"  # below the cache directory: records of what engines have compiled on this machine
+RECORD_BYTES_MAX = 1 << 20
 SEARCH_S = 600.0  # at most, for an engine that never comes to `join`
 
 log = logging.getLogger("swarm")
@@ -91,7 +93,8 @@ class CacheStart:
             return None
         with contextlib.suppress(OSError):  # then the next start looks for a cache again
             self._record.parent.mkdir(parents=True, exist_ok=True)
-            self._record.write_bytes(msgspec.json.encode(self._counts()))
+            with replacing(self._record) as draft:
+                draft.write_bytes(msgspec.json.encode(self._counts()))
         if self._fetched is not None:
             return self._fetched.served
         served = compile_caches.offer(self._wanted, self._settings, places=self._places)
@@ -102,7 +105,7 @@ class CacheStart:
     def _is_warm(self) -> bool:
         """Whether an engine with this key has started here, and the compilers' directories have what it left there."""
         try:
-            left = _record.decode(self._record.read_bytes())
+            left = _record.decode(read_regular(self._record, bytes_max=RECORD_BYTES_MAX))
         except (OSError, msgspec.DecodeError):
             return False
         now = self._counts()

@@ -35,7 +35,7 @@ from swarm.errors import ManifestInvalid, NotOfCommit, SettingsError, StoreConfl
 from swarm.protocol.messages import REVISIONS_MAX, Origin
 from swarm.runtime import runtime
 from swarm.store.directory_source import DirectorySource
-from swarm.store.disk import Stamp, open_locked, store_errors
+from swarm.store.disk import Stamp, demand_own, open_locked, store_errors
 
 LOCK_TIMEOUT_S = 3600.0  # while another rank of this host fetches or hashes the same files
 
@@ -141,6 +141,8 @@ class CheckpointFiles:
 
     def _complete(self, place: Path) -> bool:
         manifest = digest_cache.recall(self._cache, place)
+        if os.path.lexists(place):
+            demand_own(place)
         return (
             manifest is not None
             and manifest.digest == self.content

@@ -30,7 +30,7 @@ from swarm.content import safetensors_header
 from swarm.content.manifest import FILE_BYTES_MAX, Digest, FileEntry, Manifest, unsafe_path
 from swarm.engines import cache_gc
 from swarm.errors import ManifestInvalid, SourceChanged
-from swarm.store.disk import store_errors
+from swarm.store.disk import demand_own, store_errors
 
 DESCRIPTION = "swarm_checkpoint.json"
 NAME = "swarm_model_id.txt"  # holds the model id of a directory that `lay_out` made
@@ -89,6 +89,7 @@ def staged(cache: Path, content: str) -> Path | None:
     if not (place / DESCRIPTION).is_file():
         return None
     cache_gc.hold(place)
+    demand_own(place)
     return place if (place / DESCRIPTION).is_file() else None
 
 
@@ -209,6 +210,7 @@ def _make(place: Path, fill: Callable[[Path], None], *, again: bool = False) -> 
     cache_gc.hold(place)
     with store_errors(place):
         if place.is_dir() and not again:
+            demand_own(place)
             return place
         fresh = place.parent / f".new-{secrets.token_hex(8)}"
         fresh.mkdir(parents=True)

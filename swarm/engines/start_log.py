@@ -18,7 +18,7 @@ from typing import Annotated
 
 import msgspec
 
-from swarm.store.disk import replacing
+from swarm.store.disk import read_regular, replacing
 
 FOLDER = "starts"
 KEPT = 64
@@ -82,8 +82,7 @@ def recall(cache: Path) -> list[tuple[float, EngineStart]]:
     found = []
     for mtime_ns, path in _newest_first(cache / FOLDER):
         try:
-            with path.open("rb") as file:
-                found.append((mtime_ns / 1e9, _decoder.decode(file.read(FILE_BYTES_MAX))))
+            found.append((mtime_ns / 1e9, _decoder.decode(read_regular(path, bytes_max=FILE_BYTES_MAX))))
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             log.warning("%s is ignored: %s", path, error)
     return found

@@ -20,9 +20,11 @@ from pathlib import Path
 
 from swarm.errors import SettingsError
 from swarm.settings import split_address
+from swarm.store.disk import read_regular, replacing
 
 ELSEWHERE_MAX = 32  # notes of other spaces that are tried, the youngest; a killed container leaves its notes
 CONNECT_TIMEOUT_S = 0.5
+NOTE_BYTES_MAX = 4096
 
 
 @contextlib.contextmanager
@@ -31,7 +33,8 @@ def note(cache: Path, address: str) -> Iterator[None]:
     path = _folder(cache) / f"{process()}-{address.rpartition(':')[2]}"
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(address, encoding="utf-8")
+        with replacing(path) as draft:  # follows no link that lies in its place
+            draft.write_text(address, encoding="utf-8")
     try:
         yield
     finally:
@@ -49,7 +52,7 @@ def addresses(cache: Path) -> list[str]:
             continue
         # A node may write or remove its note at this very moment.
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            if address := path.read_text(encoding="utf-8").strip():
+            if address := read_regular(path, bytes_max=NOTE_BYTES_MAX).decode().strip():
                 known = here if name.startswith(f"{_space()}.") else elsewhere
                 known.append((path.stat().st_mtime_ns, address))
     own = [address for _, address in sorted(here)]

@@ -394,7 +394,7 @@ def lock_file(fd: int, path: Path, *, shared: bool = False, timeout_s: float | N
 def open_locked(path: Path, *, shared: bool = False, timeout_s: float | None = None) -> int:
     """Opens the file at `path`, made if missing, locks it as `lock_file` does, and returns its descriptor."""
     while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             lock_file(fd, path, shared=shared, timeout_s=timeout_s)
         except BaseException as error:
@@ -426,10 +426,34 @@ def read_own(path: Path, *, bytes_max: int) -> bytes:
 
     Raises PermissionError for a file of another user or one that others may write, and OSError.
     """
+    return _read_regular(path, bytes_max, own=True)
+
+
+def read_regular(path: Path, *, bytes_max: int) -> bytes:
+    """The content of a file, whoever wrote it: it may lie where others can put a link, a pipe or an endless file.
+
+    Raises OSError for anything else than a file of at most `bytes_max` bytes.
+    """
+    return _read_regular(path, bytes_max, own=False)
+
+
+def demand_own(path: Path) -> None:
+    """Raises StoreError for an entry that another user, unless that is root, owns or may write, and for a link."""
+    with store_errors(path):
+        status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) or _is_foreign(status):
+        raise StoreError(f"{path}: another user can change it; remove it, or set SWARM_CACHE to a place of your own")
+
+
+def _is_foreign(status: os.stat_result) -> bool:
+    return status.st_uid not in (0, os.geteuid()) or bool(status.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+
+
+def _read_regular(path: Path, bytes_max: int, *, own: bool) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         status = os.fstat(fd)
-        if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if own and _is_foreign(status):
             raise PermissionError(errno.EPERM, "another user can have written it")
         if not stat.S_ISREG(status.st_mode) or status.st_size > bytes_max:
             raise OSError(errno.EFBIG, f"it is not a file of at most {bytes_max} bytes")
