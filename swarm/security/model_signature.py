@@ -3,8 +3,10 @@
     model.sig = Sigstore bundle (JSON) > DSSE envelope > in-toto statement > resources: path, sha256 of the file
     signature = ECDSA over "DSSEv1" SP length(type) SP type SP length(payload) SP payload     (secure-systems-lab/dsse)
 
-Only signatures with a key are verified here. Those with an identity need Sigstore's trust root, from the network: for
-them there is the program `model_signing`. Must not know: the files on the disk.
+Only signatures with a key are verified here. Those with an identity need Sigstore's trust root, which changes and comes
+from the network: for them there is the program `model_signing`, and a line says so.
+
+Must not know: the files on the disk.
 """
 
 from __future__ import annotations
@@ -38,8 +40,16 @@ class _Envelope(msgspec.Struct, rename="camel"):
     signatures: Annotated[list[_Signature], msgspec.Meta(min_length=1, max_length=1)]
 
 
+class _Material(msgspec.Struct, rename="camel", frozen=True):
+    """What the signer gives for the verification: a key, or a certificate of an identity."""
+
+    certificate: object = None
+    chain: object = msgspec.field(default=None, name="x509CertificateChain")
+
+
 class _Bundle(msgspec.Struct, rename="camel"):
     dsse_envelope: _Envelope
+    verification_material: _Material = _Material()
 
 
 class _Resource(msgspec.Struct):
@@ -76,11 +86,18 @@ def public_key(pem: bytes) -> ec.EllipticCurvePublicKey:
 def signed_files(bundle: bytes, key: ec.EllipticCurvePublicKey) -> dict[str, str]:
     """sha256 of each file by path, as the signer says. Raises ManifestInvalid unless the signature is this key's."""
     try:
-        envelope = _bundles.decode(bundle).dsse_envelope
+        found = _bundles.decode(bundle)
+        envelope, material = found.dsse_envelope, found.verification_material
         payload = base64.b64decode(envelope.payload, validate=True)
         signature = base64.b64decode(envelope.signatures[0].sig, validate=True)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, binascii.Error) as error:
         raise ManifestInvalid(FILE_NAME, f"is not a signature of OpenSSF Model Signing: {error}") from error
+    if material.certificate or material.chain:
+        raise ManifestInvalid(
+            FILE_NAME,
+            "is signed with a certificate of an identity (keyless Sigstore, or an authority of your own) and without a "
+            "key: its trust root is not here; use `model_signing verify sigstore`, or `verify certificate`",
+        )
     try:
         key.verify(signature, _encoded(envelope.payload_type, payload), ec.ECDSA(_HASHES[key.curve.key_size]))
     except InvalidSignature:

@@ -193,3 +193,21 @@ def test_is_a_crafted_line_one_error(tmp_path: Path, line: dict[str, object]) ->
     for reader in (read, ReplayServer):
         with contextlib.suppress(StoreError):  # any other error is a traceback for the user
             reader(path)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        Joined(NodeId("<img src=x onerror=hit()>"), "pat", Address("127.0.0.1:1"), "tcp"),
+        FetchStarted(ModelId("org/m"), Digest("'] , *:not(['"), 30, 0),
+        FetchStarted(ModelId("\x1b]0;owned\x07"), DIGEST, 30, 0),
+        Ask(NodeId("__proto__"), 1, (0, 1), "first"),
+    ],
+    ids=["node", "digest", "model id", "peer"],
+)
+def test_are_ids_that_no_node_has_refused(tmp_path: Path, made: object) -> None:
+    """They are parts of addresses and selectors in the page."""
+    path = tmp_path / "trace"
+    path.write_text("".join(json.dumps(event(entry)) + "\n" for entry in (*STORY[:2], Entry(11.0, HERE, made))))
+    with pytest.raises(StoreError, match=r"is no trace of swarm \(Expected"):
+        read(path)

@@ -89,6 +89,17 @@ def test_what_is_no_signature(bundle: bytes) -> None:
         signed_files(bundle, public_key(KEY))
 
 
+@pytest.mark.parametrize(
+    "material",
+    [{"certificate": {"rawBytes": "AAAA"}, "tlogEntries": []}, {"x509CertificateChain": {"certificates": []}}],
+    ids=["keyless", "chain"],
+)
+def test_is_a_signature_without_a_key_told_from_a_wrong_one(material: dict[str, Any]) -> None:
+    bundle = json.dumps({**json.loads(BUNDLE), "verificationMaterial": material}).encode()
+    with pytest.raises(ManifestInvalid, match=r"an identity \(keyless Sigstore, .*model_signing verify sigstore"):
+        signed_files(bundle, public_key(KEY))
+
+
 def test_what_is_no_key() -> None:
     with pytest.raises(SettingsError, match="not a public key in PEM"):
         public_key(b"ssh-ed25519 AAAA")
