@@ -430,7 +430,7 @@ def read_own(path: Path, *, bytes_max: int) -> bytes:
 
 
 def read_regular(path: Path, *, bytes_max: int) -> bytes:
-    """The content of a file, whoever wrote it: it may lie where others can put a link, a pipe or an endless file.
+    """The content of a file, by any user: it may lie where others can put a link, a pipe or an endless file.
 
     Raises OSError for anything else than a file of at most `bytes_max` bytes.
     """

@@ -82,7 +82,15 @@ def test_is_another_statement_under_the_signature_refused() -> None:
 
 @pytest.mark.parametrize(
     "bundle",
-    [b"", b"{}", b"[" * 100_000, changed(payloadType="text/plain"), changed(payload="?"), changed(signatures=[])],
+    [
+        b"",
+        b"{}",
+        b"[" * 100_000,
+        changed(payloadType="text/plain"),
+        changed(payload="?"),
+        changed(payload="\u1000"),
+        changed(signatures=[]),
+    ],
 )
 def test_what_is_no_signature(bundle: bytes) -> None:
     with pytest.raises(ManifestInvalid, match=r"model.sig: is not a signature of OpenSSF Model Signing"):
