@@ -60,7 +60,7 @@ def serve(tmp_path: Path, commit: str) -> Iterator[Callable[[Path], Settings]]:
         opened.append(serve_source(name, source, Origin(commit, {}), settings=seed))
         return Settings(
             name="newcomer", mdns=False, cache=tmp_path / "cache", peers=(opened[-1].address,), find_timeout_s=5,
-            stall_timeout_s=5,
+            stall_timeout_s=20,
         )  # fmt: skip
 
     yield start

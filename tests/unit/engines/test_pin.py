@@ -60,6 +60,7 @@ class Swarm:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.addresses: list[str] = []
+        self.stall_timeout_s = 20.0
         self._open: list[swarm.Served] = []
         self._ranks: list[RankLoader] = []
 
@@ -85,7 +86,7 @@ class Swarm:
     def settings(self, **more: object) -> Settings:
         return Settings(
             name="engine", mdns=False, cache=self.root / "engine", peers=tuple(self.addresses), fsync=False,
-            find_timeout_s=5, stall_timeout_s=2, **more,  # type: ignore[arg-type]
+            find_timeout_s=5, stall_timeout_s=self.stall_timeout_s, **more,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def rank(self, model: Path | str, *, digest: str | None = None, revision: str | None = None) -> RankLoader:
@@ -186,6 +187,7 @@ def test_are_files_on_this_machine_hashed_before_they_are_loaded_under_a_digest(
 @pytest.mark.parametrize("pin", ["digest", "commit"])
 def test_are_forged_tensors_of_a_twin_refused(pin: str, members: Swarm, model: Path) -> None:
     """Other bytes under the right XXH3 digests."""
+    members.stall_timeout_s = 2.0
     right = hashed(model, members.root / "x")
     rank_fields = Fingerprint({**FIELDS, CONTENT: right.digest})
     evil = forging_source(torch.randint(0, 256, (8 << 20,), dtype=torch.uint8))
