@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from swarm import __version__
+from swarm.checkpoint.hf_cache import cache_root
+from swarm.dashboard.disk_room import DiskRoom
 from swarm.dashboard.server import Dashboard
 from swarm.membership import config
 from swarm.net.environment import HostEnvironment, machine_label
@@ -53,7 +55,7 @@ def new_node(
             "withdrawn": {lost.model_id: lost.why for lost in node.lost},
         }
     )
-    dashboard = Dashboard(report)
+    dashboard = Dashboard(report, room=DiskRoom(cache_root))
     metrics = Metrics(lambda: report.report(node.now()), dashboard.view, lambda: node.unready, figures)
     metrics_page = Asset("text/plain", metrics.exposition)
     environment = HostEnvironment(

@@ -80,7 +80,7 @@ ROWS: dict[str, set[str]] = {
         "cli.progress", "cli.replay",
         "cli.reopen", "cli.signals", "cli.simulate", "cli.status_json", "cli.stdio", "cli.status_table",
         "cli.status_watch", "cli.storage", "cli.verify",
-        "dashboard", "dashboard.collector", "dashboard.member_report",
+        "dashboard", "dashboard.collector", "dashboard.disk_room", "dashboard.member_report",
         "dashboard.recording", "dashboard.replay_server", "dashboard.server", "dashboard.sse",
         "dashboard.swarm_view", "dashboard.warnings", "doctor", "doctor.checks", "doctor.examine",
         "doctor.facts", "doctor.show", "engines", "engines.cache_files", "engines.cache_gc",
@@ -121,7 +121,7 @@ FOLDERS: dict[str, set[str]] = {
     },
     "observe": {"content", "journal", "membership", "protocol", "transfer"},
     "dashboard": {"content", "journal", "net", "observe", "protocol", "transfer"},
-    "runtime": {"dashboard", "membership", "net", "node", "observe"},
+    "runtime": {"checkpoint", "dashboard", "membership", "net", "node", "observe"},
     "api": {
         "checkpoint", "content", "node", "observe", "origin", "protocol", "runtime", "security", "store", "transfer",
     },

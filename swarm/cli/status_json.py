@@ -13,7 +13,16 @@ Json: TypeAlias = dict[str, Any]
 
 SCHEMA = 1
 ORIGIN = "origin"  # the state of an origin among the members of a view
-OF_VIEW = ("version", "up_bytes_per_s", "down_bytes_per_s", "slow", "wrong_chunks", "banned_by")
+OF_VIEW = (
+    "version",
+    "up_bytes_per_s",
+    "down_bytes_per_s",
+    "slow",
+    "wrong_chunks",
+    "banned_by",
+    "disk_free_bytes",
+    "disk_bytes",
+)
 
 
 def swarm_status(report: Mapping[str, Any], view: Mapping[str, Any] | None) -> Json:

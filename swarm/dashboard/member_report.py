@@ -104,6 +104,13 @@ class KnownPeer(msgspec.Struct, frozen=True):
     address: Text
 
 
+class Room(msgspec.Struct, frozen=True):
+    """Bytes of the file system on which fetches land."""
+
+    free: Size
+    total: Size
+
+
 class MemberReport(msgspec.Struct, frozen=True):
     """The whole report. `version` is that of swarm."""
 
@@ -117,6 +124,7 @@ class MemberReport(msgspec.Struct, frozen=True):
     rejected: Annotated[tuple[Rejected, ...], msgspec.Meta(max_length=FLOWS_MAX)]
     version: Annotated[str, msgspec.Meta(max_length=64)] | None = None
     origins: Annotated[tuple[ReadOrigin, ...], msgspec.Meta(max_length=ORIGINS_MAX)] = ()
+    room: Room | None = None
 
 
 _decoder = msgspec.json.Decoder(MemberReport)
@@ -137,13 +145,15 @@ def member_report(
     now: float,
     *,
     place: tuple[str, str],
+    room: tuple[int, int] | None = None,
 ) -> MemberReport:
     """The report of a node with this `report` at `/status`, these fetches and held chunks (by digest). `place`: its
-    labels of host and rack. Readers refuse more than REPORT_BYTES_MAX: slow flows and old fetches are left out."""
+    labels of host and rack; `room`: free and total bytes of its disk. Readers refuse more than REPORT_BYTES_MAX: slow
+    flows and old fetches are left out."""
     most = FLOWS_MAX
     while budget.size(found := _member_report(report, fetches, held, now, place=place, most=most)) > REPORT_BYTES_MAX:
         most //= 2
-    return found
+    return msgspec.structs.replace(found, room=Room(*room)) if room else found
 
 
 def _member_report(

@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import importlib.resources
+from collections.abc import Callable
 from typing import Annotated, Protocol, TypeVar
 
 import msgspec
@@ -41,7 +42,17 @@ ASSETS = {
     "index.html": "text/html",
     "style.css": "text/css",
     **dict.fromkeys(
-        ("main.js", "stream.js", "swarm.js", "members.js", "chunks.js", "timeline.js", "replay.js", "words.js"),
+        (
+            "main.js",
+            "stream.js",
+            "swarm.js",
+            "members.js",
+            "chunks.js",
+            "timeline.js",
+            "history.js",
+            "replay.js",
+            "words.js",
+        ),
         "text/javascript",
     ),
     "icon.svg": "image/svg+xml",
@@ -125,10 +136,11 @@ class Watched(Protocol):
 
 
 class Dashboard:
-    """Call `attach` before the first request."""
+    """Call `attach` before the first request. `room`: free and total bytes of this node's disk, if known."""
 
-    def __init__(self, report: NodeReport) -> None:
+    def __init__(self, report: NodeReport, *, room: Callable[[], tuple[int, int] | None] = lambda: None) -> None:
         self._report = report
+        self._room = room
         self._viewer = SwarmView()
         self._events = EventStream(self.view, lambda: self._collector.run())
 
@@ -225,7 +237,7 @@ class Dashboard:
 
     def _own(self, status: Json) -> MemberReport:
         held, now = self._node.holdings(), self._node.now()
-        return member_report(status, self._report.fetches, held, now, place=self._node.place)
+        return member_report(status, self._report.fetches, held, now, place=self._node.place, room=self._room())
 
     def _edge(self, digest: Digest, index: int) -> _Edge | None:
         held = self._node.holdings().get(digest)

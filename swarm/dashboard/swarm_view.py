@@ -27,6 +27,7 @@ MEMBERS_BYTES_MAX, LINKS_BYTES_MAX, ARTIFACTS_BYTES_MAX, WARNINGS_BYTES_MAX = 8 
 GONE = ("dead", "left")
 ORIGIN = "origin"
 GONE_SHOWN_S = 90.0
+ABSENT = ("link", "host", "rack", "uploads", "slots", "version", "disk_free_bytes", "disk_bytes", "failure")
 
 
 class SwarmView:
@@ -94,6 +95,8 @@ class SwarmView:
                 "slots": known["slots"],
                 "version": (report and report.version) or known.get("version"),
                 "reports": report is not None,
+                "disk_free_bytes": report.room.free if report and report.room else None,
+                "disk_bytes": report.room.total if report and report.room else None,
                 "failure": answer.failure if answer else None,
             }
         self._gone_at_s = {node: at_s for node, at_s in self._gone_at_s.items() if node in members}
@@ -112,7 +115,7 @@ def _attention(member: Json) -> tuple[bool, bool, bool, bool]:
 
 
 def _member(name: str, address: str, state: str) -> Json:
-    absent = dict.fromkeys(("link", "host", "rack", "uploads", "slots", "version", "failure"))
+    absent = dict.fromkeys(ABSENT)
     rates = {"up_bytes_per_s": 0, "down_bytes_per_s": 0, "slow": False, "wrong_chunks": 0}
     by_key: Json = {"wrong_to": {}, "banned_by": {}, "holds": {}, "fetches": {}}
     return {"name": name, "address": address, "state": state, "self": False, "reports": False} | absent | rates | by_key
@@ -158,7 +161,7 @@ def _artifacts(status: Mapping[str, Any], reports: Mapping[str, MemberReport], m
     for known in status["artifacts"]:
         digest = known["digest"]
         artifact = artifacts.setdefault(
-            digest, {"model_id": known["model_id"], "tier": known["tier"], "bytes": None, "chunks_total": None}
+            digest, _artifact(known["model_id"], tier=known["tier"], revisions=known.get("revisions", []))
         )
         artifact["bytes"] = known["bytes"] or artifact["bytes"]
         for node, fraction in known["nodes"].items():
@@ -195,10 +198,14 @@ def _artifacts(status: Mapping[str, Any], reports: Mapping[str, MemberReport], m
             }
             artifact = artifacts.setdefault(
                 fetch.digest,
-                {"model_id": fetch.model_id, "tier": None, "bytes": fetch.bytes, "chunks_total": None},
+                _artifact(fetch.model_id, bytes=fetch.bytes),
             )
             artifact["bytes"] = artifact["bytes"] or fetch.bytes
     return artifacts
+
+
+def _artifact(model_id: str, **known: Any) -> Json:
+    return {"model_id": model_id, "tier": None, "bytes": None, "chunks_total": None, "revisions": []} | known
 
 
 def _mark_slow(members: Json, reports: Mapping[str, MemberReport]) -> None:

@@ -84,6 +84,21 @@ BEYOND_THE_RING = """() => {
 }"""
 
 
+CUT_HEADLINES = """() => [...document.querySelectorAll("#sums dd, #sums dt")]
+  .filter((each) => each.scrollWidth > each.clientWidth || each.getBoundingClientRect().right > innerWidth)
+  .map((each) => each.textContent)"""
+
+
+OVERLAPPING_NAMES = """() => {
+  const boxes = [...document.querySelectorAll("#ring .name, #ring .note")].filter((text) => text.textContent)
+    .map((text) => [text.parentNode, text.textContent, text.getBoundingClientRect()]);
+  return boxes.flatMap(([node, name, a]) => boxes
+    .filter(([other, , b]) => node !== other && a.left < b.right - 2 && b.left < a.right - 2)
+    .filter(([, , b]) => a.top < b.bottom - 2 && b.top < a.bottom - 2)
+    .map(([, other]) => `${name} / ${other}`));
+}"""
+
+
 # In one look, since both go on.
 SAYS_THE_WARNING_WHAT_THE_TABLE_SAYS = """(name) => {
   const rows = [...document.querySelectorAll("#rows tr")];
@@ -173,6 +188,7 @@ def test_shows_the_page_the_way_of_a_chunk_in_the_dark(page: Any, stage: Stage) 
 def test_works_the_page_by_keyboard_alone(page: Any) -> None:
     page.wait_for_selector("#rows tr:nth-child(8)")
     page.focus("#ring .node[tabindex='0']")
+    page.keyboard.press("Home")  # members that came later may stand before it
     first = page.evaluate("document.activeElement.dataset.node")
     page.keyboard.press("ArrowRight")
     second = page.evaluate("document.activeElement.dataset.node")
@@ -192,8 +208,84 @@ def test_does_the_page_fit_a_narrow_screen(page: Any) -> None:
     assert page.evaluate("[...document.querySelectorAll('.scroll')].every((box) => box.scrollWidth <= box.clientWidth)")
     written = page.evaluate(BEYOND_THE_RING)
     assert written == []
+    page.set_viewport_size({"width": 400, "height": 844})
+    assert page.evaluate(CUT_HEADLINES) == []
+    assert page.evaluate(OVERLAPPING_NAMES) == []
     picture(page, "narrow")
     assert faults(page) == []
+
+
+def names(page: Any) -> list[str]:
+    """Of the members in the table, in its order."""
+    found: list[str] = page.evaluate(
+        "[...document.querySelectorAll('#rows th button')].map((name) => name.textContent)"
+    )
+    return found
+
+
+def test_does_the_table_filter_and_sort(page: Any) -> None:
+    page.wait_for_selector("#rows tr:nth-child(9)")
+    as_in_the_picture = names(page)
+    page.fill("#filter", f"replica-{SLOW} swarm")
+    page.wait_for_selector("#rows tr:nth-child(2)", state="detached")
+    assert names(page) == [f"replica-{SLOW}"]
+    assert page.inner_text("#filtered") == "1 of 9"
+    page.fill("#filter", "")
+    page.click("[data-sort=member]")
+    page.wait_for_selector("th[aria-sort=ascending]")
+    wait_until(lambda: names(page) == sorted(as_in_the_picture, key=str.lower), "names in order")
+    page.click("[data-sort=member]")
+    wait_until(lambda: names(page) == sorted(as_in_the_picture, key=str.lower, reverse=True), "names backwards")
+    page.click("[data-sort=member]")
+    wait_until(lambda: names(page) == as_in_the_picture, "the order of the picture")
+
+
+def test_does_the_page_show_room_version_and_content_of_a_member(page: Any, stage: Stage) -> None:
+    row = "#rows tr:has(button:text-is('seed-0'))"
+    wait_until(lambda: re.search(r"\d [kMGT]?B", page.inner_text(f"{row} .room")), "room on the disk")
+    said = page.inner_text(f"{row} .what-runs")
+    assert stage.seed.digest[:12] in said
+    assert re.search(r"^swarm \d", said)
+
+
+def test_does_the_page_keep_throughput_and_events(page: Any) -> None:
+    page.wait_for_selector("#throughput .flow-line", state="attached")
+    assert re.search(r"at most .*B/s", page.inner_text("#throughput-now"))
+    member = {"name": "m", "state": "alive", "banned_by": {}, "fetches": {}}
+    fetch = {"model_id": "org/model", "running": True, "error": None, "seconds": None}
+    done = {**fetch, "running": False, "seconds": 3.0}
+    views = [
+        {"members": {}, "warnings": {}},
+        {"members": {"a": member}, "warnings": {}},
+        {"members": {"a": {**member, "fetches": {"d": fetch}}}, "warnings": {}},
+        {"members": {"a": {**member, "fetches": {"d": done}}}, "warnings": {}},
+        {"members": {"a": {**member, "state": "dead", "fetches": {"d": done}}}, "warnings": {}},
+    ]
+    said = page.evaluate(
+        """async (views) => {
+          const { changes } = await import("/web/history.js");
+          return views.slice(1).flatMap((view, n) => changes(views[n], view)).map((event) => event.text);
+        }""",
+        views,
+    )
+    assert said == ["m joined", "m fetches org/model", "m has org/model after 3.0 s", "m is dead"]
+
+
+def test_is_the_seed_of_another_model_no_seed_of_this(page: Any) -> None:
+    seed = {"state": "alive", "holds": {"b": {"fraction": 1}}, "fetches": {}}
+    fetching = {
+        **seed,
+        "fetches": {"c": {"running": True, "model_id": "org/c", "eta_s": 1, "bytes": 1, "done_bytes": 0}},
+    }
+    said = page.evaluate(
+        """async ([seed, fetching]) => {
+          const { condition } = await import("/web/words.js");
+          const asked = [[seed, "a"], [seed, "b"], [seed, null], [fetching, "a"], [fetching, "c"]];
+          return asked.map(([member, digest]) => condition(member, digest));
+        }""",
+        [seed, fetching],
+    )
+    assert said == ["other", "seed", "seed", "other", "fetching"]
 
 
 def test_goes_the_theme_where_it_is_told_to_and_stays(page: Any) -> None:

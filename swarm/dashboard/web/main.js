@@ -1,6 +1,7 @@
 // Joins the parts: passes each view to them, and keeps the choices of the user.
 
 import * as chunks from "./chunks.js";
+import * as history from "./history.js";
 import * as members from "./members.js";
 import * as replay from "./replay.js";
 import { follow } from "./stream.js";
@@ -31,6 +32,11 @@ function draw() {
   chunks.draw(view, { digest: chosen.digest, chunk: chosen.chunk, onChunk: (chunk) => { element("chunk").value = chunk; showTree(); } });
   head();
   replay.draw(view.replay);
+  history.follow(view, select);
+  const models = Object.keys(view.artifacts);
+  element("model").hidden = models.length < 2;
+  const of = view.artifacts[chosen.digest]?.model_id ?? "";
+  if (element("chunks-of").textContent !== of) element("chunks-of").textContent = of;
   options(element("artifact"), Object.entries(view.artifacts).map(([digest, a]) => [digest, `${a.model_id} (${words.bytes(a.bytes)})`]), chosen.digest);
   fetches();
 }
@@ -151,6 +157,7 @@ element("chunk-close").addEventListener("click", closeTree);
 element("artifact").addEventListener("change", (event) => { chosen.digest = event.target.value; closeTree(); });
 element("fetch").addEventListener("change", (event) => showTimeline(event.target.value));
 element("links-twin").addEventListener("toggle", redraw);
+members.onOrder(redraw);
 element("links-more").addEventListener("click", () => { members.toggleLinks(); redraw(); });
 addEventListener("keydown", (event) => { if (event.key === "Escape" && chosen.tree) closeTree(); });
 
@@ -165,6 +172,7 @@ function theme() {
 element("theme").addEventListener("change", (event) => { localStorage.setItem("theme", event.target.value); theme(); });
 dark.addEventListener("change", theme);
 new ResizeObserver(redraw).observe(element("ring"));
+new ResizeObserver(history.draw).observe(element("throughput"));
 let lanesWidth = 0;
 new ResizeObserver(([entry]) => {
   if (entry.contentRect.width === lanesWidth) return;
@@ -176,6 +184,7 @@ theme();
 let leave = null;
 function watch(url) {
   leave?.();
+  history.forget();
   leave = follow(url, (changed) => { view = changed; redraw(); }, (connected) => {
     const place = element("connection");
     place.textContent = connected ? "live" : "not connected; trying again";

@@ -8,6 +8,8 @@ const warningList = document.getElementById("warnings-list");
 const announcement = document.getElementById("announcement");
 const linksMore = document.getElementById("links-more");
 const LINKS_MAX = 200, LINKS_FIRST = 5;
+const LITTLE_ROOM = 0.05; // of a disk
+const order = { by: null, backwards: false, filter: "" };
 let allLinks = false;
 let announced = new Set();
 
@@ -54,18 +56,66 @@ function row(chosen) {
     const holds = made("td", "holds", tr);
     made("i", "", made("span", "bar", holds));
     made("span", "part", holds);
-    for (const kind of ["number ready", "number", "number"]) made("td", kind, tr);
-    made("td", "place", tr);
+    for (const kind of ["number ready", "number", "number", "number room", "place", "what-runs"]) made("td", kind, tr);
     return tr;
   };
 }
 
+// What a column is sorted by: numbers the greatest first, words from the beginning of the alphabet.
+const KEYS = {
+  member: (m) => m.name, state: (m, digest) => words.STATES[words.condition(m, digest)], holds: (m, digest) => part(m, digest),
+  ready: (m, digest) => -(words.running(m, digest)?.eta_s ?? -1), down: (m) => m.down_bytes_per_s, up: (m) => m.up_bytes_per_s,
+  room: (m) => -(m.disk_free_bytes ?? Infinity), place: (m) => `${m.rack ?? "~"} ${m.host ?? "~"}`, version: (m, _, view) => words.contents(m, view.artifacts).join(" "),
+};
+const { compare } = new Intl.Collator("en", { numeric: true });
+
+function part(member, digest) {
+  const fetch = words.running(member, digest);
+  return fetch ? fetch.done_bytes / Math.max(1, fetch.bytes) : words.fraction(member, digest);
+}
+
+function sorted(view, ids, digest) {
+  if (!order.by) return ids;
+  const values = new Map(ids.map((id) => [id, KEYS[order.by](view.members[id], digest, view)]));
+  const by = (a, b) => (typeof values.get(a) === "string" ? compare(values.get(a), values.get(b)) : values.get(b) - values.get(a));
+  return [...ids].sort((a, b) => (order.backwards ? -1 : 1) * by(a, b));
+}
+
+// Every word must be in what the row says.
+function matching(view, ids, digest) {
+  const wanted = order.filter.toLowerCase().split(/\s+/).filter(Boolean);
+  if (!wanted.length) return ids;
+  return ids.filter((id) => {
+    const m = view.members[id];
+    const text = [m.name, m.address, words.place(m), words.STATES[words.condition(m, digest)], ...words.contents(m, view.artifacts)].join(" ").toLowerCase();
+    return wanted.every((word) => text.includes(word));
+  });
+}
+
+export function onOrder(changed) {
+  document.getElementById("filter").addEventListener("input", (event) => { order.filter = event.target.value; changed(); });
+  for (const button of document.querySelectorAll("[data-sort]")) {
+    button.addEventListener("click", () => {
+      const by = button.dataset.sort;
+      if (order.by !== by) Object.assign(order, { by, backwards: false });
+      else if (!order.backwards) order.backwards = true;
+      else order.by = null; // as in the picture again
+      for (const other of document.querySelectorAll("[data-sort]")) {
+        other.closest("th").setAttribute("aria-sort", other.dataset.sort !== order.by ? "none" : order.backwards ? "descending" : "ascending");
+      }
+      changed();
+    });
+  }
+}
+
 export function draw(view, { digest, selected, chosen }) {
-  keyed(rows, view.order, row(chosen), (tr, id) => {
+  const shown = sorted(view, matching(view, view.order, digest), digest);
+  write(document.getElementById("filtered"), shown.length === view.order.length ? "" : `${shown.length} of ${view.order.length}`);
+  keyed(rows, shown, row(chosen), (tr, id) => {
     const member = view.members[id];
-    const condition = words.condition(member);
-    const fetch = words.running(member);
-    const [head, state, holds, ready, down, up, place] = tr.children;
+    const condition = words.condition(member, digest);
+    const fetch = words.running(member, digest);
+    const [head, state, holds, ready, down, up, room, place, runs] = tr.children;
     tr.className = `is-${condition}${selected === id ? " selected" : ""}`;
     write(head.firstChild, member.name);
     write(head.children[1], member.origin ? words.asked(member.origin) : member.address);
@@ -74,10 +124,16 @@ export function draw(view, { digest, selected, chosen }) {
     write(head.lastChild, words.STATES[condition]);
     write(place, [member.rack, member.host].filter(Boolean).join(", ") || "–");
     holds.firstChild.hidden = Boolean(member.origin);
-    const part = fetch ? fetch.done_bytes / Math.max(1, fetch.bytes) : words.fraction(member, digest);
-    const width = `${(part * 100).toFixed(1)}%`;
+    const has = part(member, digest);
+    const width = `${(has * 100).toFixed(1)}%`;
     if (holds.firstChild.firstChild.style.width !== width) holds.firstChild.firstChild.style.width = width;
-    write(holds.lastChild, member.origin ? `${words.bytes(member.origin.bytes)} read` : words.percent(part));
+    const none = condition === "other" || condition === "idle";
+    write(holds.lastChild, member.origin ? `${words.bytes(member.origin.bytes)} read` : none ? "–" : words.percent(has));
+    write(room, words.bytes(member.disk_free_bytes));
+    tr.classList.toggle("full", Boolean(member.disk_bytes) && member.disk_free_bytes < LITTLE_ROOM * member.disk_bytes);
+    const contents = words.contents(member, view.artifacts);
+    write(runs, contents.slice(0, 3).join("\n") + (contents.length > 3 ? `\n${contents.length - 3} more` : ""));
+    if (runs.title !== contents.join("\n")) runs.title = contents.join("\n");
     write(ready, fetch ? words.seconds(fetch.eta_s) : condition === "seed" || condition === "wanted" ? "ready" : "–");
     write(down, words.rate(member.down_bytes_per_s));
     write(up, words.rate(member.up_bytes_per_s));

@@ -19,6 +19,7 @@ let places = new Map(); // id -> {x, y, angle, r}
 let arrangement = "";
 let centre = { x: 0, y: 0 };
 let taken = []; // places of labels that do not move
+let named = []; // boxes of the names of members in this picture
 let roving = null;
 
 function add(parent, name, kind, attributes = {}) {
@@ -73,7 +74,7 @@ function arrange(view, ids) {
   const last = view.members[ids.at(-1)];
   at += ids.length > 1 && first.rack !== last?.rack ? 1.1 : ids.length > 1 && first.host !== last?.host ? 0.45 : 0;
   const narrow = width < 560;
-  const margin = ids.length <= NAMED_MAX ? { x: narrow ? 106 : Math.min(218, width * 0.3), y: 74 } : { x: narrow ? 40 : 120, y: 44 };
+  const margin = ids.length <= NAMED_MAX ? { x: narrow ? 106 : Math.min(218, width * 0.3), y: 74 } : { x: narrow ? 40 : 150, y: 44 };
   const rx = Math.max(60, width / 2 - margin.x);
   const ry = Math.max(60, height / 2 - margin.y);
   centre = { x: width / 2, y: height / 2 };
@@ -175,9 +176,9 @@ function ring(part, r) {
 }
 
 // The line below a name.
-export function note(member, short = false) {
-  const condition = words.condition(member);
-  const fetch = words.running(member);
+export function note(member, digest, short = false) {
+  const condition = words.condition(member, digest);
+  const fetch = words.running(member, digest);
   const done = fetch ? words.percent(fetch.bytes ? fetch.done_bytes / fetch.bytes : 1) : "";
   const left = fetch?.eta_s == null ? "nothing arrives" : `ready in ${words.seconds(fetch.eta_s)}`;
   const progress = short ? `${done} · ${words.soon(fetch?.eta_s)}` : `${done} · ${left}`;
@@ -191,8 +192,9 @@ export function note(member, short = false) {
     case "fetching": return progress;
     case "unknown": return "reported by others";
     case "origin": return short ? words.bytes(member.origin.bytes) : `${words.bytes(member.origin.bytes)} read · ${words.asked(member.origin)}`;
-    case "wanted": return `has its part: ${words.percent(words.fraction(member))} of all`;
-    case "part": return `has ${words.percent(words.fraction(member))}`;
+    case "wanted": return `has its part: ${words.percent(words.fraction(member, digest))} of all`;
+    case "part": return `has ${words.percent(words.fraction(member, digest))}`;
+    case "other": return short ? "other content" : words.running(member) ? `fetches ${words.running(member).model_id}` : "has other content";
     case "idle": return "holds nothing";
     default: return member.up_bytes_per_s && short ? words.rate(member.up_bytes_per_s) : member.up_bytes_per_s ? `has all · sends ${words.rate(member.up_bytes_per_s)}` : "has all";
   }
@@ -201,14 +203,14 @@ export function note(member, short = false) {
 function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
   const { x, y, angle, r } = places.get(id);
   const made = node(id, chosen);
-  const condition = words.condition(member);
-  const fetch = words.running(member);
+  const condition = words.condition(member, digest);
+  const fetch = words.running(member, digest);
   const part = fetch ? fetch.done_bytes / Math.max(1, fetch.bytes) : words.fraction(member, digest);
   set(made.group, {
     transform: `translate(${x.toFixed(1)} ${y.toFixed(1)})`,
     class: `node is-${condition}${selected === id ? " selected" : ""}${member.self ? " self" : ""}${dim ? " dim" : ""}`,
     "aria-pressed": String(selected === id),
-    "aria-label": `${member.name}: ${words.STATES[condition]}, ${note(member)}, ${words.place(member)}, receives ${words.rate(member.down_bytes_per_s)}, sends ${words.rate(member.up_bytes_per_s)}`,
+    "aria-label": `${member.name}: ${words.STATES[condition]}, ${note(member, digest)}, ${words.place(member)}, receives ${words.rate(member.down_bytes_per_s)}, sends ${words.rate(member.up_bytes_per_s)}`,
   });
   const whole = part >= 1 && condition !== "dead";
   const plates = { wrong: `M0${-r * 1.35} ${r * 1.35} 0 0 ${r * 1.35} ${-r * 1.35} 0z`, origin: `M${-r} ${-r}H${r}V${r}H${-r}z` };
@@ -219,16 +221,40 @@ function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
   set(made.core, { r: whole && condition !== "wrong" ? r * 0.42 : 0 });
   set(made.sign, { d: SIGNS[condition] ?? "", transform: `scale(${r})` });
   const matters = ["wrong", "dead", "silent", "slow"].includes(condition) || selected === id || roving === id && crowd;
-  const named = !crowd || matters;
+  const shown = !crowd || matters;
   const narrow = svg.clientWidth < 560;
   const side = Math.abs(Math.cos(angle)) < 0.25 ? "middle" : Math.cos(angle) > 0 ? "start" : "end";
   const away = r + (condition === "wrong" ? 14 : 9);
   const tx = side === "middle" ? 0 : Math.sign(Math.cos(angle)) * away;
-  const up = side === "middle" ? (Math.sin(angle) < 0 ? -away - 17 : away + 12) : -3;
-  set(made.name, { x: tx, y: up, "text-anchor": side });
-  set(made.note, { x: tx, y: up + 15, "text-anchor": side });
-  write(made.name, named ? shortened(member.name, narrow ? 11 : 26) : "");
-  write(made.note, named ? note(member, narrow) : "");
+  const name = shown ? shortened(member.name, narrow ? 11 : 26) : "";
+  const said = shown ? note(member, digest, narrow || crowd) : "";
+  const width = 7.4 * Math.max(name.length, said.length);
+  made.shown = shown;
+  const into = inwards(x + tx, side, width);
+  const beside = side === "middle" ? (Math.sin(angle) < 0 ? -away - 17 : away + 12) : into ? away + 12 : -3;
+  const up = apart({ x: x + into, y, tx, side, width }, beside);
+  set(made.name, { x: tx + into, y: up, "text-anchor": side });
+  set(made.note, { x: tx + into, y: up + 15, "text-anchor": side });
+  write(made.name, name);
+  write(made.note, said);
+}
+
+const leftOf = (x, side, width) => x - { start: 0, middle: width / 2, end: width }[side];
+
+// How far a label has to be moved so that none of it is beyond the picture.
+function inwards(x, side, width) {
+  const left = leftOf(x, side, width);
+  return Math.min(0, svg.clientWidth - 2 - (left + width)) + Math.max(0, 2 - left);
+}
+
+// Where the lines of a label begin, as near to `up` as no other label is in the way. Labels of two lines are 32 high.
+function apart({ x, y, tx, side, width }, up) {
+  if (!width) return up;
+  const left = leftOf(x + tx, side, width);
+  const free = (at) => named.every((box) => box.left >= left + width || box.left + box.width <= left || Math.abs(box.top - (y + at)) >= 32);
+  const found = [0, 1, -1, 2, -2, 3, -3, 4, -4].map((step) => up + 11 * step).find(free) ?? up;
+  named.push({ left, width, top: y + found });
+  return found;
 }
 
 const shortened = (name, most) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
@@ -271,7 +297,8 @@ function drawLinks(wanted, selected) {
   const thin = Math.min(1, Math.sqrt(60 / Math.max(1, wanted.length))); // many must not hide each other
   const few = svg.clientWidth < 560 ? 3 : RATES_MAX;
   const discs = [...places.values()];
-  const clear = (p) => written.every((q) => Math.abs(p.x - q.x) > 60 || Math.abs(p.y - q.y) > 17) && discs.every((q) => Math.abs(p.x - q.x) > q.r + 28 || Math.abs(p.y - q.y) > q.r + 9);
+  const off = (p) => named.every((box) => p.x + 30 < box.left || p.x - 30 > box.left + box.width || Math.abs(p.y - box.top - 4) > 26);
+  const clear = (p) => off(p) && written.every((q) => Math.abs(p.x - q.x) > 60 || Math.abs(p.y - q.y) > 20) && discs.every((q) => Math.abs(p.x - q.x) > q.r + 28 || Math.abs(p.y - q.y) > q.r + 9);
   const present = new Set(wanted.map((link) => link.key));
   for (const [key, made] of links) {
     if (!present.has(key)) {
@@ -313,6 +340,16 @@ function drawLinks(wanted, selected) {
   }
 }
 
+// Puts members with a label above the discs of their neighbours, once each.
+function raise() {
+  for (const made of nodes.values()) {
+    if (made.shown && !made.raised && document.activeElement !== made.group) {
+      layers.nodes.append(made.group);
+      made.raised = true;
+    }
+  }
+}
+
 // `tree`: {node: {source, at_s}} of a chosen chunk, instead of the links.
 export function draw(view, { digest, selected, tree, chosen }) {
   const ids = view.order;
@@ -341,9 +378,11 @@ export function draw(view, { digest, selected, tree, chosen }) {
       }
     }
   }
+  named = [];
   for (const id of ids) {
     drawNode(id, view.members[id], { digest, selected, crowd, chosen, dim: Boolean(tree) && !tree[id] });
   }
+  if (crowd) raise();
   if (!roving || !nodes.has(roving)) rove(ids[0]);
   if (wanted.length > LINKS_MAX) wanted.sort((a, b) => b.weight - a.weight);
   drawLinks(wanted.slice(0, LINKS_MAX), tree ? null : selected);

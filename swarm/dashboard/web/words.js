@@ -24,7 +24,8 @@ export const soon = (s) => (s >= 100 && s < 5400 ? `${Math.round(s / 60)} min` :
 // Rounded down: only a complete artifact has 100 %.
 export const percent = (fraction) => `${Math.floor(fraction * 100)} %`;
 
-export const running = (member) => Object.values(member.fetches).find((fetch) => fetch.running);
+// The running fetch of this artifact; without `digest` of any.
+export const running = (member, digest) => Object.entries(member.fetches).find(([of, fetch]) => fetch.running && (!digest || of === digest))?.[1];
 
 // The fraction of an artifact that a member holds; without `digest` the least of all its artifacts.
 export function fraction(member, digest) {
@@ -33,31 +34,42 @@ export function fraction(member, digest) {
   return held.length ? Math.min(...held) : 0;
 }
 
-// The state to show, most urgent first.
-export function condition(member) {
+// The state to show, most urgent first: what the member is to the artifact `digest`, since a seed of one model is none
+// of another.
+export function condition(member, digest) {
   if (member.origin) return "origin";
   if (member.state === "dead") return "dead";
   if (member.wrong_chunks) return "wrong"; // must be stopped, even without a link to it
   if (member.state === "left") return "left";
   if (member.state === "suspect" || member.state === "silent") return "silent";
-  if (member.slow && running(member)) return "slow";
-  if (running(member)) return "fetching";
+  if (member.slow && running(member, digest)) return "slow";
+  if (running(member, digest)) return "fetching";
   if (member.state === "unknown") return "unknown";
-  const holds = Object.values(member.holds);
-  if (!holds.length) return "idle";
+  const holds = Object.entries(member.holds).filter(([of]) => !digest || of === digest).map(([, hold]) => hold);
+  if (!holds.length) return Object.keys(member.holds).length || running(member) ? "other" : "idle";
   if (holds.every((hold) => hold.fraction >= 1)) return "seed";
   return holds.every((hold) => hold.fraction >= 1 || hold.wanted >= 1) ? "wanted" : "part"; // may be fetching without a report
 }
 
 export const STATES = {
   dead: "dead", left: "left", wrong: "wrong chunks", silent: "lost: no answer", slow: "slow", fetching: "fetching",
-  unknown: "reported by others", origin: "origin", seed: "seed", wanted: "has what it wants", part: "has a part", idle: "holds nothing",
+  unknown: "reported by others", origin: "origin", seed: "seed", wanted: "has what it wants", part: "has a part", other: "other content", idle: "holds nothing",
 };
 
 // How often members have asked an origin.
 export function asked({ requests, retries }) {
   const again = retries ? ` · ${retries} ${retries === 1 ? "retry" : "retries"}` : "";
   return `${requests} request${requests === 1 ? "" : "s"}${again}`;
+}
+
+// What a member runs and holds: the version of swarm, then each artifact by revision and the first digits of its digest.
+export function contents(member, artifacts) {
+  const held = Object.keys({ ...member.holds, ...member.fetches }).map((digest) => {
+    const { model_id, revisions } = artifacts[digest] ?? {};
+    const revision = revisions?.[0];
+    return `${model_id ?? "?"}${revision ? `@${revision.length === 40 ? revision.slice(0, 12) : revision}` : ""} ${digest.slice(0, 12)}`;
+  });
+  return [member.version && `swarm ${member.version}`, ...held].filter(Boolean);
 }
 
 export function place(member) {

@@ -273,7 +273,7 @@ def test_does_watching_fit_the_screen_and_leave_all_of_it_behind(monkeypatch: py
     assert behind.count("member-19") == 2
 
 
-def interrupted(ask: object, swarm: Json) -> Iterator[Json]:
+def interrupted(ask: object, swarm: Json, keys: int | None = None) -> Iterator[Json]:
     yield swarm
     raise KeyboardInterrupt
 

@@ -282,8 +282,8 @@ def test_is_a_checkpoint_that_is_not_the_commit_refused(
     evil = members.serve_model(evil_weights(model), commit=commit)
     if before:
         unpinned = members.rank(config)
-        ways = {"checkpoint": unpinned.fetch_checkpoint, "disk": nowhere}
-        assert unpinned.load(ways, unread=lambda _: "") == "checkpoint"
+        tier = unpinned.load({"checkpoint": unpinned.fetch_checkpoint, "disk": nowhere}, unread=lambda _: "")
+        assert tier == "checkpoint"
     rank = members.rank(config, revision=commit)
     with pytest.raises(StoreError, match="there are no files"):
         rank.load({"checkpoint": rank.fetch_checkpoint, "disk": nowhere}, unread=lambda _: "")
