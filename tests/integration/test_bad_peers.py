@@ -433,7 +433,7 @@ def test_does_a_seed_refuse_what_it_does_not_hold_or_would_not_give(machine: Mac
 # Nobody, or two
 
 
-def test_is_a_model_that_nobody_has_an_error_that_names_what_was_tried(
+def test_is_a_model_without_holders_an_error_that_names_what_was_tried(
     machine: Machine, model: Path, out: Path
 ) -> None:
     seed = machine.serve(model, "--name", "other-seed")
@@ -466,7 +466,7 @@ def test_are_two_contents_under_one_id_an_error_until_one_is_chosen(
     assert contents(other) in found
 
 
-def test_is_a_digest_that_nobody_could_have_refused_at_once(machine: Machine, out: Path) -> None:
+def test_is_an_impossible_digest_refused_at_once(machine: Machine, out: Path) -> None:
     line = machine.fetch(out, "--digest", "abc", peers=[]).end().error(2)
     assert "digest: 'abc'" in line
 

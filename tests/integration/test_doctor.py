@@ -92,7 +92,7 @@ def test_are_blocked_datagrams_and_a_closed_port_seen(
     assert bad(findings)["peers"].startswith("127.0.0.1:1: ")
 
 
-def test_are_a_taken_port_and_a_name_that_nobody_knows_seen(machine: Machine) -> None:
+def test_are_a_taken_port_and_an_unknown_name_seen(machine: Machine) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -41,7 +41,7 @@ def test_does_it_stop_anyone_that_one_of_two_seeds_dies_at_half_time(rng_seed: i
 
 
 @each_seed
-def test_is_a_liar_banned_by_all_who_took_from_it_and_nobody_honest(rng_seed: int) -> None:
+def test_is_a_liar_banned_by_all_that_took_from_it_and_no_honest_peer(rng_seed: int) -> None:
     wrong = Counter[tuple[str, str]]()
 
     def observe(_: float, node: str, what: object) -> None:
@@ -209,7 +209,7 @@ def test_does_a_seed_that_appears_late_help(rng_seed: int) -> None:
 
 
 @each_seed
-def test_does_everybody_end_without_a_seed_whatever_happens(rng_seed: int) -> None:
+def test_does_every_newcomer_end_without_a_seed_whatever_happens(rng_seed: int) -> None:
     burst = replace(
         EVERYTHING, seeds=0, origin_bytes_per_s=1e9, chunks=64, model_bytes=4_000_000_000, rng_seed=rng_seed
     )

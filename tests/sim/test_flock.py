@@ -76,7 +76,7 @@ def test_is_a_goodbye_heard_at_once_and_without_suspicion() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_does_lost_traffic_kill_nobody(seed: int) -> None:
+def test_does_lost_traffic_kill_no_member(seed: int) -> None:
     found = flock(24, seed=seed, loss=0.1)
     found.run(120.0)
     assert not seen(found, State.DEAD)
@@ -137,7 +137,7 @@ def test_are_two_nodes_with_one_id_told() -> None:
 
 
 @pytest.mark.parametrize("skew_s", [0.0, 3600.0, -3600.0])
-def test_does_a_clock_that_jumps_hurt_nobody(skew_s: float) -> None:
+def test_does_a_clock_that_jumps_hurt_no_member(skew_s: float) -> None:
     found = flock(12)
     found.seen.clear()
     found.wake("m4", skew_s=skew_s)

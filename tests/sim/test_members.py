@@ -183,7 +183,7 @@ def test_are_two_nodes_of_one_host_told_to_be_near() -> None:
 
 
 @pytest.mark.parametrize("skew_s", [3600.0, -3600.0])
-def test_does_a_clock_that_jumps_blame_nobody(skew_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_does_a_clock_that_jumps_blame_no_member(skew_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(cluster: Cluster) -> None:
         members = await crowd(cluster, 5)
         await cluster.until(all_know(cluster, 5))

@@ -204,7 +204,7 @@ def test_does_a_silent_seed_only_delay_when_another_one_lives(seed: int) -> None
 
 
 @seeds
-def test_does_a_slow_newcomer_hold_up_nobody_else(seed: int) -> None:
+def test_does_a_slow_newcomer_hold_up_no_other(seed: int) -> None:
     report = played(replace(BURST, seed=seed, scenario="newcomer_is_slow"))
     assert everyone_is_right(report)
     others = [seconds for name, seconds in report.finished_s.items() if name != scenarios.FIRST]
@@ -239,7 +239,7 @@ def test_does_a_partition_heal(seed: int) -> None:
 
 @seeds
 @pytest.mark.parametrize("slots", [1, 2])
-def test_does_nobody_wait_for_ever_in_an_upload_queue(seed: int, slots: int) -> None:
+def test_does_no_peer_wait_for_ever_in_an_upload_queue(seed: int, slots: int) -> None:
     report = played(replace(BURST, seed=seed, upload_slots=slots))
     assert everyone_is_right(report)
     assert report.longest_wait_s < download.GRANT_PATIENCE_S / 2

@@ -325,7 +325,7 @@ async def _users(name: str) -> list[int]:
     return [share.users for node in found for share in node._shares.shares.values()]
 
 
-def test_does_the_callers_deadline_hold_while_nobody_is_found(here: Settings) -> None:
+def test_does_the_callers_deadline_hold_while_no_peer_is_found(here: Settings) -> None:
     with pytest.raises(ManifestNotFound, match="no peer was found"):
         swarm.fetch(MODEL, timeout_s=0.05, settings=here)
     assert nodes() == 0

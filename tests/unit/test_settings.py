@@ -248,7 +248,7 @@ def test_is_a_variable_that_is_nearly_a_setting_an_error(variable: str, meant: s
 @pytest.mark.parametrize(
     "variable", ["SWARM_PORT", "SWARM_SERVICE_HOST", "SWARM_SERVICE_PORT", "SWARM_PORT_7000_TCP", "SWARM_", "NAME"]
 )
-def test_is_a_variable_of_somebody_else_left_alone(variable: str) -> None:
+def test_is_a_variable_of_another_program_left_alone(variable: str) -> None:
     assert Settings.load(environment={variable: "tcp://10.0.0.1:7000"}) == load()
 
 
@@ -368,7 +368,7 @@ def test_does_garbage_only_ever_raise_settings_error(text: str) -> None:
         ("192.168.0.1", False), ("localhost.example.org", False), ("127.0.0.1.example.org", False),
     ],
 )  # fmt: skip
-def test_can_nobody_else_reach_it(host: str, loopback: bool) -> None:
+def test_can_no_other_machine_reach_it(host: str, loopback: bool) -> None:
     assert is_loopback(host) == loopback
 
 

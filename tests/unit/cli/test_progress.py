@@ -67,7 +67,7 @@ def test_are_there_lines_where_there_is_no_terminal(
     assert caplog.messages[-1] == "org/model: 50 %, 1 MB/s, 2 s left, 1 source"
 
 
-def test_does_it_say_that_nobody_is_there(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_does_it_say_that_no_source_is_there(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(progresses, "LINE_EVERY_S", 0.001)
     caplog.set_level(logging.INFO, "swarm")
 

@@ -174,7 +174,7 @@ def test_is_a_bug_told_with_what_replays_it(
     assert "broken; replay it with: swarm simulate --newcomers 4 --chunks 16 --model 1GB\n" in printed(capsys)[1]
 
 
-def test_what_is_said_when_all_chunks_are_there_and_somebody_did_not_finish() -> None:
+def test_what_is_said_when_all_chunks_are_there_and_a_newcomer_did_not_finish() -> None:
     report = Crowd(Burst(newcomers=2, chunks=16, model_bytes=10**9)).run(limit_s=0.5)
     assert "although every chunk has a holder, which is a bug in swarm; replay" in (failure(report) or "")
 

@@ -196,7 +196,7 @@ def test_is_a_part_shown_apart_from_the_whole() -> None:
     assert swarm(known)["artifacts"][0]["wanted"] == {A: 1.0, ME: 0.4}
 
 
-def test_is_a_liar_in_the_table_with_its_address_whom_no_link_leads_to() -> None:
+def test_is_a_liar_without_a_link_in_the_table_with_its_address() -> None:
     own = msgspec.structs.replace(fetching(), peers=(KnownPeer(LIAR, "liar", "127.0.0.1:9"),))
     shown = drawn(swarm(report(member(A, "ann")), own))
     assert re.search(r"│ liar +│ 127.0.0.1:9 +│ wrong chunks", shown)

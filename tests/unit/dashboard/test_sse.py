@@ -63,7 +63,7 @@ def test_comes_the_view_whole_and_then_what_changed(monkeypatch: pytest.MonkeyPa
     run(scenario, monkeypatch)
 
 
-def test_costs_it_nothing_while_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_it_nothing_while_no_browser_watches(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(feed_: EventStream, source: Source) -> None:
         assert source.made == 0
         events = feed_.watch()

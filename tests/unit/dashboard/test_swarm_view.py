@@ -128,7 +128,7 @@ def test_are_two_too_few_to_call_one_slow() -> None:
     assert not seen["members"][B]["slow"]
 
 
-def test_is_a_liar_named_whom_this_node_does_not_know() -> None:
+def test_is_a_liar_named_that_this_node_does_not_know() -> None:
     wrong = Rejected(DIGEST, LIAR, 3, True)
     seen = view(ALL, told(A, rejected=(wrong,), peers=(KnownPeer(LIAR, "liar", "127.0.0.1:9"),)))
     assert seen["members"][LIAR]["name"] == "liar"
@@ -169,7 +169,7 @@ def test_are_the_dead_shown_for_a_while() -> None:
     assert A not in view(dead, now=11 + GONE_SHOWN_S, viewer=viewer)["members"]
 
 
-def test_is_nobody_at_an_address_silent() -> None:
+def test_is_an_address_without_a_node_silent() -> None:
     seen = SwarmView().view(ALL, told(ME), {B: MemberAnswer(failure="refused", silent=True)}, 0)
     assert seen["members"][B]["state"] == "silent"
 

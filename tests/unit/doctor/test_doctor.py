@@ -160,7 +160,7 @@ def test_what_is_said_without_a_key() -> None:
     assert "this machine only" in seen("key", facts(key=KeyFacts(), loopback=True))[0].what
 
 
-def test_is_a_port_that_somebody_else_has_bad() -> None:
+def test_is_a_port_of_another_program_bad() -> None:
     assert (
         bad("port", facts(port=PortFacts("10.0.0.1:1", error="10.0.0.1:7000 is taken; choose another"))).todo
         == "choose another"
@@ -172,7 +172,7 @@ def test_is_a_port_that_somebody_else_has_bad() -> None:
     )
 
 
-def test_is_silent_multicast_bad_only_where_nobody_is_named() -> None:
+def test_is_silent_multicast_bad_only_where_no_peer_is_named() -> None:
     deaf, none = MdnsFacts(started=True), MdnsFacts(started=False)
     assert "5353" in bad("mdns", facts(mdns=deaf)).todo
     assert "--peer" in bad("mdns", facts(mdns=none)).todo
@@ -267,7 +267,7 @@ def test_who_holds_the_model() -> None:
     assert [f.level for f in seen("model", heard)] == ["ok", "note"]
 
 
-def test_does_it_say_whom_trusted_keeps_out() -> None:
+def test_does_it_name_the_holders_that_trusted_keeps_out() -> None:
     stranger = dataclasses.replace(holding(held("a")), introduces=False)
     kept_out = facts(trusted=("10.1.0.0/16",), model_id="org/m", dialed=(stranger,))
     found = bad("model", kept_out)

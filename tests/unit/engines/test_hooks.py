@@ -236,7 +236,7 @@ def test_does_a_module_that_vllm_lacks_cost_its_feature(
 
 
 @pytest.mark.parametrize("method", ["update_weights", "sleep"])
-def test_does_a_change_that_nobody_would_tell_of_keep_tensors_from_being_served(
+def test_does_an_untold_change_keep_tensors_from_being_served(
     method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = VLLM()

@@ -106,7 +106,7 @@ def test_does_an_id_of_the_hub_start_without_the_swarm(tmp_path: Path) -> None:
     assert prepare(["vllm", "serve", MODEL], settings(tmp_path)).command[2] == MODEL
 
 
-def test_is_a_directory_with_nothing_that_nobody_serves_an_error(tmp_path: Path) -> None:
+def test_is_an_empty_directory_without_seeds_an_error(tmp_path: Path) -> None:
     with pytest.raises(ManifestNotFound, match="nothing#metadata"):
         prepare(["vllm", "serve", str(tmp_path / "nothing")], settings(tmp_path))
 

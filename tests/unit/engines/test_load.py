@@ -436,7 +436,7 @@ def test_is_a_download_not_served_as_the_content_of_peers(
     assert b.node.opened._shares.announcements() == ()
 
 
-def test_is_it_disk_when_there_is_nobody(start: Callable[..., RankLoader], model: Path) -> None:
+def test_is_it_disk_when_there_is_no_peer(start: Callable[..., RankLoader], model: Path) -> None:
     a = start("a", model)
     assert a.load({"disk": lambda: None}) == "disk"
     assert (a.files.local, a.files.content) == ("whole", None)

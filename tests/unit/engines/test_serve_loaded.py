@@ -80,7 +80,7 @@ def test_are_tensors_that_came_back_as_others_not_served_again(caplog: pytest.Lo
     assert not stand.settled()
 
 
-def test_are_tensors_not_served_that_nobody_hashed_before_their_memory_went(
+def test_are_tensors_not_served_that_were_not_hashed_before_their_memory_went(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     stand = Stand()

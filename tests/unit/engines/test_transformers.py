@@ -201,7 +201,7 @@ def test_is_an_expert_that_the_files_lack_refused(path: Path, node: Start) -> No
         ({"architectures": ["Nobody"], "model_type": "siglip_vision_model"}, "names Nobody, which transformers"),
     ],
 )
-def test_is_a_config_that_nobody_can_build_refused(
+def test_is_a_config_that_builds_no_model_refused(
     path: Path, node: Start, changed: dict[str, object], told: str
 ) -> None:
     file = path / "config.json"

@@ -352,7 +352,7 @@ def test_a_tombstone_is_not_taken_from_others() -> None:
     assert me.state_of(CAT) is None
 
 
-def test_a_comparison_makes_a_suspect_of_whom_others_think_dead() -> None:
+def test_a_comparison_makes_a_suspect_of_a_member_that_others_think_dead() -> None:
     me = Member(ANN, BEN)
     me.get(Sync(1, record(ANN), packets.ID_FIRST, packets.ID_LAST, (Status(BEN, 0, State.DEAD, 0),)))
     assert me.state_of(BEN) is State.SUSPECT
@@ -416,7 +416,7 @@ def test_two_nodes_on_one_host_are_two() -> None:
 
 
 @pytest.mark.parametrize("leap_s", [3600.0, -3600.0, 86_400.0 * 365])
-def test_a_leap_of_the_clock_blames_nobody(leap_s: float) -> None:
+def test_a_leap_of_the_clock_blames_no_member(leap_s: float) -> None:
     me = Member(ANN, BEN, CAT)
     me.hear(Status(BEN, 0, State.SUSPECT, 0))
     me.wait(T.probe_interval_s)
@@ -504,7 +504,7 @@ def test_profiles_are_told_the_more_rarely_the_more_members_there_are() -> None:
 # Comparing
 
 
-def test_a_newcomer_asks_whom_it_was_told_of_until_it_gets_an_answer() -> None:
+def test_a_newcomer_asks_the_members_it_was_told_of_until_one_answers() -> None:
     me = Member()
     assert [address for address, _ in sent(me.do(ContactFound(AT_2)), Sync)] == ["at-2"]
     assert [address for address, _ in sent(me.wait(T.probe_interval_s), Sync)] == ["at-2"]

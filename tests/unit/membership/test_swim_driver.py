@@ -70,7 +70,7 @@ class Members:
             await self._happened.wait()
 
 
-def test_does_a_profile_reach_everybody_through_one_contact() -> None:
+def test_does_a_profile_reach_all_members_through_one_contact() -> None:
     async def main() -> None:
         members = Members()
         one = await members.add("one", profile=PROFILE)
@@ -103,7 +103,7 @@ def test_is_a_death_noticed_and_a_goodbye_believed() -> None:
 
 
 @pytest.mark.parametrize("skew_s", [3600.0, -3600.0])
-def test_does_a_clock_that_jumps_blame_nobody(skew_s: float) -> None:
+def test_does_a_clock_that_jumps_blame_no_member(skew_s: float) -> None:
     async def main() -> None:
         members = Members()
         all_ = [await members.add(f"m{number}", *(["m0"] if number else [])) for number in range(4)]

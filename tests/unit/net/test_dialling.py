@@ -69,7 +69,7 @@ def test_the_next_address_is_tried_when_one_has_failed_and_not_after_one_that_an
     run(scenario)
 
 
-def test_a_silent_address_keeps_nobody_waiting() -> None:
+def test_a_silent_address_keeps_no_other_waiting() -> None:
     async def scenario() -> None:
         tries = Attempts()
         attempts = [tries.hangs("a"), tries.hangs("b"), tries.succeeds("c")]

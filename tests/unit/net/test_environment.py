@@ -190,7 +190,7 @@ def test_an_upload_limit_changes_while_a_node_runs() -> None:
     assert environment.reload(Settings(mdns=False)) == ["no upload limit"]
 
 
-def test_is_nobody_beyond_loopback_dialled() -> None:
+def test_is_no_address_beyond_loopback_dialled() -> None:
     async def scenario() -> None:
         here = HostEnvironment(Settings(mdns=False))
         await here.open(NODE, hang_up, ignore, unheard)

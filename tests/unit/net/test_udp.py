@@ -133,7 +133,7 @@ def test_are_other_machines_neither_told_nor_heard() -> None:
     run(scenario)
 
 
-def test_does_nobody_at_the_other_end_raise_nothing() -> None:
+def test_does_an_empty_port_raise_nothing() -> None:
     async def scenario() -> None:
         one, other, gone = End(), End(), End()
         gone.socket.close()

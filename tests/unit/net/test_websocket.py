@@ -224,7 +224,7 @@ def test_is_a_peer_that_does_not_read_noticed(monkeypatch: pytest.MonkeyPatch) -
     run(scenario)
 
 
-def test_does_dialling_nobody_fail() -> None:
+def test_does_dialling_an_empty_port_fail() -> None:
     async def scenario() -> None:
         async with opened() as end:
             free = await Listener.open("127.0.0.1", 0)
@@ -235,7 +235,7 @@ def test_does_dialling_nobody_fail() -> None:
     run(scenario)
 
 
-def test_does_dialling_somebody_silent_end() -> None:
+def test_does_dialling_a_silent_peer_end() -> None:
     async def scenario() -> None:
         async with opened() as end:
             silent = await Listener.open("127.0.0.1", 0)
@@ -258,7 +258,7 @@ def test_does_dialling_nonsense_fail(address: str) -> None:
     run(scenario)
 
 
-def test_can_nobody_be_dialled_before_it_is_open() -> None:
+def test_can_no_peer_be_dialled_before_it_is_open() -> None:
     async def scenario() -> None:
         links = HttpLinks()
         with pytest.raises(PeerUnreachable, match="not open"):
@@ -316,7 +316,7 @@ def test_have_both_ends_of_a_link_proven_who_they_are() -> None:
     run(scenario)
 
 
-def test_has_nobody_proven_anything_without_a_key() -> None:
+def test_is_nothing_proven_without_a_key() -> None:
     async def scenario() -> None:
         async with linked() as (one, other):
             assert one.member is other.member is None

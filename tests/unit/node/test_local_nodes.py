@@ -64,7 +64,7 @@ def test_is_a_note_that_is_being_written_passed_over(tmp_path: Path) -> None:
         assert addresses(tmp_path) == ["127.0.0.1:1"]
 
 
-def test_does_a_note_that_somebody_removed_matter(tmp_path: Path) -> None:
+def test_does_a_removed_note_matter(tmp_path: Path) -> None:
     with note(tmp_path, "127.0.0.1:1"):
         (tmp_path / "running" / f"{process()}-1").unlink()
 

@@ -232,7 +232,7 @@ def test_is_a_model_found_that_is_served_later() -> None:
     run(scenario)
 
 
-def test_does_a_model_of_this_node_need_nobody() -> None:
+def test_does_a_model_of_this_node_need_no_peer() -> None:
     async def scenario() -> None:
         async with Street().node("alone") as node:
             node.serve(MODEL, source := Zeros(), origin=ORIGIN)
@@ -246,7 +246,7 @@ def test_does_a_model_of_this_node_need_nobody() -> None:
 
 
 @pytest.mark.parametrize("knows", [[], ["nowhere"], ["seed"]])
-def test_does_a_model_that_nobody_serves_say_who_was_asked(knows: list[str]) -> None:
+def test_does_a_model_without_seeds_say_which_nodes_were_asked(knows: list[str]) -> None:
     async def scenario() -> None:
         street = Street()
         async with street.node("seed") as seed, street.node("newcomer", knows=knows) as newcomer:

@@ -148,7 +148,7 @@ def test_an_answer_that_drips_has_a_deadline(server: Answering, dripping: str) -
     assert not any(thread.is_alive() for thread in asking)
 
 
-def test_does_nobody_answer(nobody: str) -> None:
+def test_does_no_node_answer(nobody: str) -> None:
     with pytest.raises(PeerUnreachable, match="is a node running there"):
         status_client.ask(nobody)
     with pytest.raises(SettingsError):

@@ -193,7 +193,7 @@ def test_the_own_addresses_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert knows.tell(shared((ME_1,))) == [dial(ME_1)]
 
 
-def test_a_claimed_address_keeps_nobody_from_dialling_what_was_given_by_hand() -> None:
+def test_a_claimed_address_keeps_no_node_from_dialling_what_was_given_by_hand() -> None:
     knows = Knows()
     knows.tell(found(SEED_1, True))
     knows.tell(DialFailed(SEED_1))
@@ -203,7 +203,7 @@ def test_a_claimed_address_keeps_nobody_from_dialling_what_was_given_by_hand() -
     assert knows.tell(up(2, BIG, SEED_1, dialled=None), at=0.5) == [welcome(2, ()), dial(SEED_1)]
 
 
-def test_a_claimed_address_that_nobody_gave_by_hand_is_not_dialled() -> None:
+def test_a_claimed_address_that_was_not_given_by_hand_is_not_dialled() -> None:
     knows = Knows()
     knows.tell(up(1, BIG, B_1, dialled=None))
     assert knows.tell(shared((B_1,)), at=60.0) == []
@@ -308,7 +308,7 @@ def linked(
     return actions
 
 
-def test_in_a_small_swarm_everybody_that_gossip_names_is_dialled() -> None:
+def test_in_a_small_swarm_every_member_that_gossip_names_is_dialled() -> None:
     knows = Knows()
     for number in range(selection.LINKS_WANTED):
         assert knows.tell(updated(record(number))) == []
@@ -316,7 +316,7 @@ def test_in_a_small_swarm_everybody_that_gossip_names_is_dialled() -> None:
     assert knows.tell(connections.Tick(), at=60.0) == []
 
 
-def test_in_a_large_swarm_nobody_is_dialled_who_wants_nothing() -> None:
+def test_in_a_large_swarm_no_member_that_wants_nothing_is_dialled() -> None:
     knows = Knows()
     large(knows)
     assert knows.tell(connections.Tick(), at=60.0) == []
@@ -345,7 +345,7 @@ def test_who_wants_something_dials_a_few_that_hold_it_and_a_seed_among_them(seed
     assert knows.tell(connections.Tick(), at=1.0) == []
 
 
-def test_who_fetches_is_full_to_members_but_not_to_strangers_whom_gossip_may_not_reach() -> None:
+def test_a_newcomer_is_full_to_members_but_not_to_strangers_that_gossip_may_not_reach() -> None:
     knows = Knows()
     large(knows)
     knows.tell(WANT)
@@ -392,7 +392,7 @@ def test_links_of_no_use_give_way() -> None:
     assert len(dialled(actions)) == selection.LINKS_FIRST + 1, "the seed"
 
 
-def test_links_that_nobody_can_use_end_after_a_while() -> None:
+def test_links_of_no_use_to_either_end_close_after_a_while() -> None:
     knows = Knows()
     large(knows, seeds=40)
     chosen = dialled(knows.tell(WANT))
@@ -421,7 +421,7 @@ def test_the_dead_are_dropped_and_not_dialled() -> None:
     assert dialled(knows.tell(connections.Tick())) == [1]
 
 
-def test_where_datagrams_do_not_get_through_everybody_is_dialled() -> None:
+def test_where_datagrams_do_not_get_through_every_member_is_dialled() -> None:
     knows = Knows()
     knows.tell(up(99, BIG, B_1, dialled=None))
     told = shared(tuple(Address(f"m{number}:1") for number in range(40)))
@@ -429,7 +429,7 @@ def test_where_datagrams_do_not_get_through_everybody_is_dialled() -> None:
     assert len(dialled(knows.tell(connections.Tick(), at=connections.GOSSIP_LATE_S))) == 40 - selection.LINKS_MOST
 
 
-def test_somebody_who_holds_more_than_it_could_say_is_asked_for_what_nobody_is_known_to_hold() -> None:
+def test_a_member_that_holds_more_than_it_could_say_is_asked_for_what_no_other_is_known_to_hold() -> None:
     knows = Knows()
     large(knows, holding=0)
     full = record(5)

@@ -174,7 +174,7 @@ def test_are_parts_that_do_not_fit_the_peers_fault(parts: list[ManifestPart]) ->
     run(scenario)
 
 
-def test_are_answers_nobody_asked_for_ignored() -> None:
+def test_are_answers_without_a_question_ignored() -> None:
     async def scenario() -> None:
         peer, manifest_requests = FakePeer(), ManifestRequests(nothing)
         manifest_requests.on_manifest_part(peer, ManifestPart(DIGEST, 2, 0, b"no"))

@@ -79,7 +79,7 @@ def test_is_the_connection_tls_1_3_and_never_resumed() -> None:
     assert {server.verify_mode, client.verify_mode} == {ssl.CERT_REQUIRED}
 
 
-def test_does_nobody_trust_the_authorities_of_the_system() -> None:
+def test_does_no_node_trust_the_authorities_of_the_system() -> None:
     for context in (member(ONE, TWO).server, member(ONE, TWO).client):
         names = {ca["subject"][0][0][1] for ca in context.get_ca_certs()}
         assert names == {f"swarm cluster {ONE}", f"swarm cluster {TWO}"}
@@ -182,7 +182,7 @@ def test_may_a_leaf_not_sign_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 @pytest.mark.parametrize("node", ["", "a" * 15, "A" * 16, "a" * 17])
-def test_does_a_certificate_without_a_node_id_name_nobody(node: str) -> None:
+def test_does_a_certificate_without_a_node_id_name_no_node(node: str) -> None:
     assert meet(member(ONE).server, member(ONE, node=node).client) == (None, ANN)
 
 

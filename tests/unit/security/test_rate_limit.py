@@ -22,7 +22,7 @@ def test_is_a_burst_allowed_once_and_again_when_the_allowance_is_back() -> None:
     assert made.charge("a", 10.0)
 
 
-def test_is_who_floods_muted_once_for_each_time_and_nobody_else() -> None:
+def test_is_a_flooder_muted_once_for_each_time_and_no_other() -> None:
     made = floods()
     assert [made.charge("a", 0.0) for _ in range(1000)].count(True) == 1
     assert not made.charge("b", 0.0)
@@ -32,14 +32,14 @@ def test_is_who_floods_muted_once_for_each_time_and_nobody_else() -> None:
     assert not made.charge("a", MUTE_S)
 
 
-def test_does_nobody_make_it_remember_more() -> None:
+def test_does_no_sender_make_it_remember_more() -> None:
     made = floods()
     for n in range(2 * SENDERS_MAX):
         made.charge(str(n), 0.0)
     assert repr(made) == f"<RateLimiter {SENDERS_MAX} senders, 10 a second each>"
 
 
-def test_does_a_clock_that_is_set_back_mute_nobody() -> None:
+def test_does_a_clock_that_is_set_back_mute_no_sender() -> None:
     made = floods()
     assert not any(made.charge("a", n / 10) for n in range(10))
     assert not any(made.charge("a", n / 10 - 3600.0) for n in range(1000))

@@ -83,7 +83,7 @@ def test_do_flows_share_an_end_fairly(common: str, net: Net) -> None:
     assert max(net.ended.values()) == pytest.approx(20 * SIZE / RATE, rel=0.05)
 
 
-def test_does_a_busy_receiver_hold_up_nobody_else(net: Net) -> None:
+def test_does_a_busy_receiver_hold_up_no_other(net: Net) -> None:
     source, slow = host(), host(rate=RATE / 100)
     net.send("slow", source, slow, chunks=5)
     net.send("fast", source, host(), chunks=5)

@@ -93,7 +93,7 @@ def test_do_claims_pass_on_with_the_name_of_their_reader() -> None:
     assert list(fetch.claims.runs(range(CHUNKS))) == expected
 
 
-def test_is_nobody_banned_for_right_claims() -> None:
+def test_is_no_peer_banned_for_right_claims() -> None:
     fetch = Fetch()
     assert fetch.takes(A, run(A, *range(8))) == []
     assert fetch.takes(B, run(C, *range(8, 16))) == []

@@ -448,7 +448,7 @@ def test_a_gift_of_what_is_here_already_does_no_harm() -> None:
     assert fetch.machine._requested.sum() == 0
 
 
-def test_a_grant_of_a_transfer_that_nobody_waits_for_changes_nothing() -> None:
+def test_a_grant_of_a_transfer_that_is_not_awaited_changes_nothing() -> None:
     fetch = Fetch(3)
     fetch.joined("seed", superseeds=True)
     fetch.later(0.0)

@@ -199,7 +199,7 @@ def test_does_a_fetch_fail_whose_gpu_cannot_be_used(monkeypatch: pytest.MonkeyPa
     run(scenario, superseeds=False)
 
 
-def test_is_a_grant_of_what_somebody_else_was_asked_for_ignored() -> None:
+def test_is_a_grant_of_what_another_peer_was_asked_for_ignored() -> None:
     async def scenario(fetch: Fetch) -> None:
         request = await fetch.asked()
         before = repr(fetch.fetching.machine)
@@ -214,7 +214,7 @@ def test_is_a_grant_of_what_somebody_else_was_asked_for_ignored() -> None:
     run(scenario, superseeds=True)
 
 
-def test_does_nobody_wait_for_the_gifts_of_a_peer_that_left() -> None:
+def test_does_no_fetch_wait_for_what_a_peer_that_left_would_have_pushed() -> None:
     """Such a wait used to last as long as the fetch."""
 
     async def scenario(fetch: Fetch) -> None:

@@ -183,7 +183,7 @@ def test_plan_never_asks_for_what_it_should_not(seen: DownloadView, seed: int) -
 
 @given(seen=views(), seed=st.integers(0, 1000))
 @settings(max_examples=200)
-def test_plan_leaves_nobody_idle_who_could_help(seen: DownloadView, seed: int) -> None:
+def test_plan_leaves_no_peer_idle_that_could_help(seen: DownloadView, seed: int) -> None:
     asked = plan(seen, random.Random(seed))
     taken = {chunk for ask in asked for chunk in ask.chunks}
     free = seen.missing & (seen.requested == 0)

@@ -195,7 +195,7 @@ def test_does_a_newcomer_that_leaves_make_its_chunks_ungiven() -> None:
     assert sorted(seed.drained("b")) == sorted(of_a)
 
 
-def test_does_a_burst_after_everybody_left_find_a_seed_as_good_as_new() -> None:
+def test_does_a_burst_after_all_have_left_find_a_seed_as_good_as_new() -> None:
     seed = Seed("a")
     seed.has("a", *seed.drained("a"))
     assert repr(seed.superseed) == "<Superseed 12/12 given | 1 newcomers>"
@@ -295,7 +295,7 @@ def test_does_check_see_a_count_that_is_off() -> None:
 
 @given(seed=st.integers(0, 2**32), seeds=st.integers(1, 3))
 @settings(max_examples=100)
-def test_whatever_happens_counts_add_up_and_nobody_is_given_what_it_has(seed: int, seeds: int) -> None:
+def test_whatever_happens_counts_add_up_and_no_peer_is_given_what_it_has(seed: int, seeds: int) -> None:
     dice = random.Random(seed)
     giver = Seed(seeds=seeds)
     holds: dict[str, set[int]] = {}

@@ -78,7 +78,7 @@ def test_who_comes_late_is_not_served_alone_until_it_has_caught_up(sources: int)
     assert "new" in granted
 
 
-def test_nobody_gets_a_second_slot_while_somebody_waits_for_a_first() -> None:
+def test_no_peer_gets_a_second_slot_while_another_waits_for_a_first() -> None:
     """Else the slots of a seed fill with slow newcomers, and its link is idle."""
     machine = Upload(slots=3)
     told(machine, Requested(SLOW, 0, 1), Requested(SLOW, 1, 1), Requested(NodeId("quick"), 0, 1000))
@@ -118,7 +118,7 @@ def test_transfers_that_are_cut_short_are_charged_and_say_nothing_of_the_usual_r
     assert [action.peer for action in told(machine, *ends)] == ["stays", "stays", "quits"], "200 bytes after 150"
 
 
-def test_does_nobody_wait_for_ever_for_who_always_quits() -> None:
+def test_does_no_peer_wait_for_ever_for_one_that_always_quits() -> None:
     machine = Upload(slots=1)
     told(machine, *(Requested(QUITS, number, 100) for number in range(3)), Requested(STAYS, 0, 100))
     assert told(machine, Ended(QUITS, 0, 1.0, whole=False)) == [Grant(STAYS, 0, 0)]
