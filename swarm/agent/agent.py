@@ -26,10 +26,11 @@ from swarm.agent.control import PROGRESS_EVERY_S
 from swarm.agent.local_models import LocalModels
 from swarm.agent.revisions import Revisions
 from swarm.api import find_on, is_commit, part_of
+from swarm.api.fetching import DIGEST_DIGITS
 from swarm.checkpoint import hf_cache
 from swarm.content.manifest import Digest, ModelId
 from swarm.content.selection import Selection
-from swarm.errors import AgentError, FetchTimeout, SettingsError, SwarmError
+from swarm.errors import AgentError, FetchTimeout, SettingsError, SwarmError, Unpinnable
 from swarm.node.cold_start import Found
 from swarm.node.node import Node
 from swarm.observe.fetch_record import FetchRecords
@@ -211,6 +212,8 @@ class Agent:
             self.node, model_id, revision=revision, digest=pull.digest, settings=self.settings,
             find_timeout_s=min(limits, default=math.inf if self.settings.wait else None),
         )  # fmt: skip
+        if pull.digest is not None and len(pull.digest) == DIGEST_DIGITS and not found.manifest.has_blake3:
+            raise Unpinnable(model_id, found.manifest.digest)
         return found, {}, ""
 
     async def _until(

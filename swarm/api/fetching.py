@@ -116,7 +116,8 @@ async def fetch_on(
         dtype=dtype,
         revision=revision,
         abandon_s=abandon_s,
-        blake3=pinned or commit is not None,
+        # What was found before is kept for callers that pin, and for others.
+        blake3=pinned or commit is not None or (found is not None and found.manifest.has_blake3),
     )
     proof = _Pin(node, commit, settings, find_timeout_s=find_timeout_s) if commit else None
     async with contextlib.AsyncExitStack() as open_:

@@ -13,13 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forgery import forging_source
 from hub import Hub, Model, read_files
 
 import swarm
-from swarm.api import HUB_CACHE, open_source, serve_source
+from swarm.api import HUB_CACHE, fetch_on, find_on, open_source, serve_source
 from swarm.cli.demo import write_made_up
 from swarm.content.manifest import ModelId
 from swarm.protocol.messages import Origin
+from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.transfer import commit_proof
 
@@ -289,3 +291,24 @@ def test_does_the_hub_decide_between_two_members_that_serve_one_commit(
         with swarm.fetch(MODEL, revision=commit, settings=both, out=tmp_path / "out") as weights:
             assert same(weights, model)
             assert weights.fetched.proven is True
+
+
+def test_is_a_forger_refused_by_the_fetch_of_an_artifact_that_was_found_before(tmp_path: Path) -> None:
+    """As the agent of a machine fetches, for callers that pin a digest and for others."""
+    evil = forging_source(torch.randint(0, 256, (8 << 20,), dtype=torch.uint8))
+    seed = Settings(name="seed", mdns=False, cache=tmp_path / "seed", origin="none", upload_limit=1e12)
+
+    async def fetch(settings: Settings) -> None:
+        node = await runtime().acquire(settings)
+        try:
+            how: dict[str, Any] = {"digest": evil.manifest.digest, "revision": None, "settings": settings}
+            found = await find_on(node, MODEL, find_timeout_s=10, **how)
+            how["digest"] = None
+            await fetch_on(node, MODEL, out=None, into=None, timeout_s=60, found=found, **how)
+        finally:
+            await runtime().release(settings)
+
+    with serve_source(MODEL, evil, None, settings=seed) as served:
+        newcomer = dataclasses.replace(seed, name="newcomer", peers=(served.address,), stall_timeout_s=2)
+        with pytest.raises(swarm.Stalled, match="wrong chunk"):
+            runtime().run(fetch(newcomer))
