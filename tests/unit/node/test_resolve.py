@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,10 +192,18 @@ async def until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+@contextlib.asynccontextmanager
+async def newcomer_of(*names: str) -> AsyncIterator[list[Node]]:
+    """Open nodes with these names, and last a newcomer that knows them all."""
+    street = Street()
+    async with contextlib.AsyncExitStack() as stack:
+        nodes = [*map(street.node, names), street.node("newcomer", knows=names)]
+        yield [await stack.enter_async_context(node) for node in nodes]
+
+
 def test_is_a_served_model_found_with_its_origin() -> None:
     async def scenario() -> None:
-        street = Street()
-        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+        async with newcomer_of("seed") as (seed, newcomer):
             seed.serve(MODEL, source := Zeros(), origin=ORIGIN)
             manifest, origin = await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
             assert (manifest, origin) == (source.manifest, ORIGIN)
@@ -204,8 +213,7 @@ def test_is_a_served_model_found_with_its_origin() -> None:
 
 def test_does_the_journal_say_how_it_went() -> None:
     async def scenario() -> None:
-        street = Street()
-        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+        async with newcomer_of("seed") as (seed, newcomer):
             seed.serve(MODEL, source := Zeros())
             await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S)
             with pytest.raises(ManifestNotFound):
@@ -222,8 +230,7 @@ def test_does_the_journal_say_how_it_went() -> None:
 
 def test_is_a_model_found_that_is_served_later() -> None:
     async def scenario() -> None:
-        street = Street()
-        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+        async with newcomer_of("seed") as (seed, newcomer):
             finding = asyncio.create_task(resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S))
             await until(lambda: bool(newcomer.peers))
             seed.serve(MODEL, source := Zeros())
@@ -306,12 +313,7 @@ def test_is_the_search_short_where_no_node_is_found_and_endless_if_it_waits(monk
 
 def test_do_two_contents_of_one_name_name_who_holds_them() -> None:
     async def scenario() -> None:
-        street = Street()
-        async with (
-            street.node("one") as one,
-            street.node("two") as two,
-            street.node("newcomer", knows=["one", "two"]) as newcomer,
-        ):
+        async with newcomer_of("one", "two") as (one, two, newcomer):
             one.serve(MODEL, first := Zeros(4))
             two.serve(MODEL, second := Zeros(8))
             await until(lambda: len(newcomer.holders(MODEL)) == 2)
@@ -394,12 +396,7 @@ def test_is_a_signature_for_another_id_or_revision_none(publisher: Publisher, mo
 @pytest.mark.parametrize("commit", [ORIGIN.commit, "ab" * 20])
 def test_is_a_promise_the_same_content_as_a_manifest_of_its_commit(commit: str) -> None:
     async def scenario() -> None:
-        street = Street()
-        async with (
-            street.node("seed") as seed,
-            street.node("reader") as reader,
-            street.node("newcomer", knows=["seed", "reader"]) as newcomer,
-        ):
+        async with newcomer_of("seed", "reader") as (seed, reader, newcomer):
             seed.serve(MODEL, served := Zeros(4), origin=ORIGIN)
             reader.serve(MODEL, Promised(), origin=Origin(commit, {}))
             await until(lambda: len(newcomer.holders(MODEL)) == 2)
@@ -429,8 +426,7 @@ def test_is_a_conflict_with_this_node_told_as_such() -> None:
 
 def test_is_a_pinned_digest_found_under_another_name_only() -> None:
     async def scenario() -> None:
-        street = Street()
-        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+        async with newcomer_of("seed") as (seed, newcomer):
             seed.serve(ModelId("another/name"), source := Zeros(4))
             seed.serve(MODEL, Zeros(8))
             pinned = source.manifest.digest
@@ -443,12 +439,7 @@ def test_is_a_pinned_digest_found_under_another_name_only() -> None:
 
 def test_is_a_manifest_that_is_not_the_announced_one_asked_elsewhere() -> None:
     async def scenario() -> None:
-        street = Street()
-        async with (
-            street.node("liar") as liar,
-            street.node("seed") as seed,
-            street.node("newcomer", knows=["liar", "seed"]) as newcomer,
-        ):
+        async with newcomer_of("liar", "seed") as (liar, seed, newcomer):
             for node in (liar, seed):
                 node.serve(MODEL, source := Zeros())
             other = Zeros(8).manifest
@@ -462,8 +453,7 @@ def test_is_a_manifest_that_is_not_the_announced_one_asked_elsewhere() -> None:
 @pytest.mark.parametrize("answer", ["another manifest", "nothing"])
 def test_is_every_failure_told_once(answer: str) -> None:
     async def scenario() -> None:
-        street = Street()
-        async with street.node("liar") as liar, street.node("newcomer", knows=["liar"]) as newcomer:
+        async with newcomer_of("liar") as (liar, newcomer):
             liar.serve(MODEL, Zeros(4))
             other = Zeros(8).manifest
             liar.manifest_requests._lookup = lambda digest: (other, None) if answer == "another manifest" else None
@@ -503,8 +493,7 @@ def test_does_a_peer_that_never_answers_end_in_time(monkeypatch: pytest.MonkeyPa
     async def never(*_: object) -> None: ...
 
     async def scenario() -> None:
-        street = Street()
-        async with street.node("silent") as silent, street.node("newcomer", knows=["silent"]) as newcomer:
+        async with newcomer_of("silent") as (silent, newcomer):
             monkeypatch.setattr(silent.manifest_requests, "send_manifests", never)
             silent.serve(MODEL, Zeros())
             with pytest.raises(ManifestNotFound, match="did not send its manifest"):
@@ -515,8 +504,7 @@ def test_does_a_peer_that_never_answers_end_in_time(monkeypatch: pytest.MonkeyPa
 
 def test_do_two_fetches_of_one_artifact_on_one_node_both_end() -> None:
     async def scenario() -> None:
-        street = Street()
-        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+        async with newcomer_of("seed") as (seed, newcomer):
             seed.serve(MODEL, source := Zeros())
 
             async def fetch() -> int:
@@ -551,12 +539,7 @@ def test_may_trusted_machines_alone_introduce_a_model() -> None:
 @pytest.mark.parametrize("revision", ["main", "feature/x", "ef" * 20, "efefefe"])
 def test_is_a_revision_found_by_name_and_by_commit_among_two(revision: str) -> None:
     async def scenario() -> None:
-        street = Street()
-        async with (
-            street.node("one") as one,
-            street.node("two") as two,
-            street.node("newcomer", knows=["one", "two"]) as newcomer,
-        ):
+        async with newcomer_of("one", "two") as (one, two, newcomer):
             first = Origin("ef" * 20, {}, ("main", "feature/x"))
             one.serve(MODEL, wanted := Zeros(4), origin=first)
             two.serve(MODEL, Zeros(8), origin=Origin("", {}, ("v2",)))
@@ -574,8 +557,7 @@ def test_does_a_revision_that_is_not_served_name_the_others(revision: str, monke
     monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.1)
 
     async def scenario() -> None:
-        street = Street()
-        async with street.node("seed") as seed, street.node("newcomer", knows=["seed"]) as newcomer:
+        async with newcomer_of("seed") as (seed, newcomer):
             seed.serve(MODEL, Zeros(), origin=Origin("ef" * 20, {}, ("main",)))
             with pytest.raises(RevisionNotFound, match=r"not its revision '\w+'; there is main = efef.*@main$"):
                 await resolve(newcomer, MODEL, digest=None, find_timeout_s=DEADLINE_S, revision=revision)
@@ -598,12 +580,7 @@ def test_is_a_content_without_a_revision_never_a_revision(monkeypatch: pytest.Mo
 
 def test_do_first_digits_choose_a_digest_that_is_announced() -> None:
     async def scenario() -> None:
-        street = Street()
-        async with (
-            street.node("one") as one,
-            street.node("two") as two,
-            street.node("newcomer", knows=["one", "two"]) as newcomer,
-        ):
+        async with newcomer_of("one", "two") as (one, two, newcomer):
             one.serve(MODEL, first := Zeros(4))
             two.serve(MODEL, Zeros(8))
             found = await full_digest(newcomer, MODEL, first.manifest.digest[:6], find_timeout_s=DEADLINE_S)
@@ -645,12 +622,7 @@ def test_does_a_holder_that_does_not_answer_say_nothing_about_its_revision(monke
     monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.3)
 
     async def scenario() -> None:
-        street = Street()
-        async with (
-            street.node("dumb") as dumb,
-            street.node("other") as other,
-            street.node("newcomer", knows=["dumb", "other"]) as newcomer,
-        ):
+        async with newcomer_of("dumb", "other") as (dumb, other, newcomer):
             wanted = Origin("", {}, ("v1",))
             dumb.serve(MODEL, first := Zeros(4), origin=wanted)
             other.serve(MODEL, Zeros(8), origin=Origin("", {}, ("v2",)))
