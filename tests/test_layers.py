@@ -49,6 +49,7 @@ ROWS: dict[str, set[str]] = {
         "security.model_signature",
         "security.tls_handshake", "store", "store.cuda",
         "store.clone", "store.directory", "store.directory_source", "store.disk", "store.joined", "store.lease",
+        "store.partial_directory",
         "store.memory", "store.part",
         "store.casting", "store.process_memory", "store.staging", "store.targets", "store.tensor_layout",
         "store.torch_types",

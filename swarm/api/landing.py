@@ -32,11 +32,12 @@ from swarm.protocol.messages import Origin
 from swarm.settings import Settings
 from swarm.store import Store
 from swarm.store.casting import casts
-from swarm.store.directory import Claimed, DirectoryStore, discard
+from swarm.store.directory import DirectoryStore
 from swarm.store.disk import store_errors
 from swarm.store.memory import PromisedSource
 from swarm.store.memory_store import MemoryStore
 from swarm.store.part import narrowed
+from swarm.store.partial_directory import Claimed, discard
 from swarm.store.tensors import CastStore, GpuStore, IntoStore
 from swarm.transfer.commit_proof import PinnedCommit
 from swarm.transfer.origin_driver import on_daemon

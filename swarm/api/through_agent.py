@@ -32,8 +32,8 @@ from swarm.protocol.agent_messages import Pull, Pulled, PulledFile, PullProgress
 from swarm.protocol.messages import Address
 from swarm.settings import Settings
 from swarm.store.clone import clone
-from swarm.store.directory import PARTIAL
 from swarm.store.disk import Stamp, remove_if_empty, store_errors
+from swarm.store.partial_directory import PARTIAL
 from swarm.transfer.commit_proof import warn_unproven
 
 TRANSPORT = "agent"

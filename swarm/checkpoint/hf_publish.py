@@ -40,8 +40,8 @@ from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.content.selection import Part
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
-from swarm.store.directory import PARTIAL
 from swarm.store.disk import Stamp, open_locked, replacing, store_errors
+from swarm.store.partial_directory import PARTIAL
 
 # Of file systems without symbolic links (exFAT, some SMB and FUSE mounts).
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}

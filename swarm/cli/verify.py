@@ -12,8 +12,8 @@ from swarm.content.manifest import Digest
 from swarm.errors import LINE_CHARS_MAX, SettingsError, StoreError, clean
 from swarm.observe.units import size_text
 from swarm.settings import Settings
-from swarm.store.directory import PARTIAL
 from swarm.store.disk import store_errors
+from swarm.store.partial_directory import PARTIAL
 
 PROBLEMS_FOUND = 1
 

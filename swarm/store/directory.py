@@ -1,8 +1,6 @@
 """A directory as a store: `DirectoryStore` fetches into it. `directory_source` serves files where they lie.
 
-    out/.swarm/<digest[:16]>/.swarm     lock file with the id of the fetching process; no artifact has this path
-    out/.swarm/<digest[:16]>/<path>     an unfinished file, at its full size from the start
-    out/.swarm/<digest[:16]>.chunks     digests of the chunks of a promise, a line for each chunk that was written
+    out/.swarm/<digest[:16]>/<path>     an unfinished file (`partial_directory`)
     out/<path>                          a verified file
 
 - **Nothing is overwritten.** A file under a final name is only read. A complete file counts as fetched, any other is a
@@ -31,7 +29,6 @@ import contextlib
 import os
 import stat
 import threading
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -42,32 +39,22 @@ from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.content.selection import Part
 from swarm.errors import LocalProtocolError, SourceChanged, StoreConflict, StoreError
 from swarm.store import FileSpan, IsRight
-from swarm.store.directory_source import SCRATCH_BYTES, demand_right, read_spans
+from swarm.store.directory_source import demand_right, lent_scratch, read_spans
 from swarm.store.disk import (
     ConfinedDirectory,
     OpenFiles,
     Stamp,
     Writeback,
-    lock_file,
     next_data,
     remove_if_empty,
     reserve_descriptors,
     store_errors,
 )
 from swarm.store.lease import SoleUse
+from swarm.store.partial_directory import PartialDirectory
 
-PARTIAL = ".swarm"
-RECORD_BYTES_MAX = 256 << 20
-SCRATCHES_KEPT = 16  # as many as a session has threads that receive
-CLAIM_ATTEMPTS = 10  # an attempt fails only if another fetch ends in the same moment
 CLOSE_TIMEOUT_S = 60.0
 PROVING_THREADS = 4
-
-_scratches: deque[bytearray] = deque(maxlen=SCRATCHES_KEPT)
-
-
-class Claimed(StoreConflict):
-    """Another fetch writes this artifact there: it can be waited for."""
 
 
 @dataclass(slots=True)
@@ -98,7 +85,6 @@ class DirectoryStore:
         self.manifest = manifest
         self._entries = {n: f for n, f in enumerate(manifest.files) if part is None or n in part.files}
         self._fsync = fsync
-        self._name = manifest.digest[:16]
         self._wrote = False
         self._closed = False
         self._users = 0  # threads that use descriptors
@@ -110,17 +96,16 @@ class DirectoryStore:
         self._open_files = OpenFiles(self._open)
         self._sole_use = SoleUse(self._open_files)
         self._writeback = Writeback(self._sync)
-        self._record_fd: int | None = None
         reserve_descriptors(len(self._entries))
         self._need_bytes = 0  # to be allocated
         # Outermost: it names the free bytes, after the undo.
         with store_errors(self.out, need_bytes=lambda: self._need_bytes), ExitStack() as held, ExitStack() as undo:
             self._final = self._open_out(held, undo)
-            self._partials, self._partial, fresh = self._claim(held, undo)
+            self._partial = PartialDirectory.claim(self._final, manifest.digest[:16], held=held, undo=undo)
             existing = self._existing()  # after the lock: its last holder may have added files
             self._files = self._prepare(existing, undo)
             self._held, self._undo = held.pop_all(), undo.pop_all()
-            if not fresh:
+            if not self._partial.fresh:
                 self._undo.pop_all()  # data of an earlier fetch stays even if this fetch fails
 
     def present(self) -> Iterator[Chunk]:
@@ -155,7 +140,7 @@ class DirectoryStore:
         """
         file = self._file(chunk)
         self._refuse_final(file)
-        with _scratch() as scratch:
+        with lent_scratch() as scratch:
             for position in range(0, chunk.size, len(scratch)):
                 view = scratch[: chunk.size - position]
                 yield view
@@ -168,19 +153,13 @@ class DirectoryStore:
             if self._closed:
                 return
             with store_errors(self.out, need_bytes=lambda: len(line)):
-                if self._record_fd is None:
-                    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
-                    self._record_fd = self._partials.open_file(self._record_name, flags)
-                os.write(self._record_fd, line)
+                self._partial.record(line)
 
     def recorded(self) -> dict[int, tuple[bytes, str]]:
         """As RecordingStore; a line that was cut off is left out."""
         found: dict[int, tuple[bytes, str]] = {}
         with store_errors(self.out):
-            if self._partials.lstat(self._record_name) is None:
-                return found
-            with os.fdopen(self._partials.open_file(self._record_name, os.O_RDONLY), "rb") as file:
-                lines = file.read(RECORD_BYTES_MAX).split(b"\n")[:-1]
+            lines = list(self._partial.recorded())
         for line in lines:
             with contextlib.suppress(ValueError):
                 chunk, digest, reader = line.decode().split(" ")
@@ -190,10 +169,6 @@ class DirectoryStore:
     def final(self, file: int) -> bool:
         """As RecordingStore."""
         return file in self._files and self._files[file].final
-
-    @property
-    def _record_name(self) -> str:
-        return f"{self._name}.chunks"
 
     def moved(self, to: Path) -> None:
         """The caller has moved the sealed files: they are at the same paths in `to`, maybe as links."""
@@ -244,7 +219,10 @@ class DirectoryStore:
             if self._fsync:
                 self._flush_names()
             self._undo.pop_all()
-            self._remove_partial()
+            # Not if an earlier fetch left unfinished files of another part there.
+            self._partial.remove_unless(
+                f.path for number, f in enumerate(self.manifest.files) if number not in self._files
+            )
 
     def close(self) -> None:
         """Closes the files. Written data stays for the next fetch; without any, the partial directory is removed.
@@ -257,8 +235,7 @@ class DirectoryStore:
             self._closed = True
             if not self._state.wait_for(lambda: self._users == 0, timeout=CLOSE_TIMEOUT_S):
                 raise StoreError(f"{self.out}: a write still hangs after {CLOSE_TIMEOUT_S:g} s; its files stay open")
-            if self._record_fd is not None:
-                os.close(self._record_fd)
+            self._partial.close()
         self._writeback.close()
         self._sole_use.close()
         self._open_files.close()
@@ -295,27 +272,9 @@ class DirectoryStore:
             existing.add(entry.path)
         return existing
 
-    def _claim(self, held: ExitStack, undo: ExitStack) -> tuple[ConfinedDirectory, ConfinedDirectory, bool]:
-        """Opens and locks the partial directory. Returns `.swarm`, the partial directory, and whether it is new."""
-        for _ in range(CLAIM_ATTEMPTS):
-            # FileNotFoundError: another fetch ended and removed the directory.
-            with ExitStack() as attempt, contextlib.suppress(FileNotFoundError):
-                if self._final.make(PARTIAL):
-                    undo.callback(self._final.remove_if_empty, PARTIAL)
-                partials = attempt.enter_context(contextlib.closing(self._final.enter(PARTIAL)))
-                fresh = partials.make(self._name)
-                partial = attempt.enter_context(contextlib.closing(partials.enter(self._name)))
-                lock = partial.open_file(PARTIAL, os.O_RDWR | os.O_CREAT)
-                attempt.callback(os.close, lock)
-                _lock(lock, partial.path)
-                held.push(attempt.pop_all())
-                if fresh:
-                    undo.callback(partials.remove_tree, self._name)
-                return partials, partial, fresh
-        raise StoreConflict(self.out / PARTIAL / self._name, "other fetches keep removing it")
-
     def _prepare(self, existing: set[str], undo: ExitStack) -> dict[int, _File]:
-        self._need_bytes = self._check_room(existing)
+        missing = [entry for entry in self._entries.values() if entry.path not in existing]
+        self._need_bytes = self._partial.demand_room(missing)
         files = {}
         for number, entry in self._entries.items():
             if entry.path in existing:
@@ -324,7 +283,7 @@ class DirectoryStore:
                 os.close(fd)
                 files[number] = _File(entry, stamp.inode, self.out / entry.path, stamp)
             else:
-                files[number] = _File(entry, self._allocate(entry, undo), self.out / entry.path)
+                files[number] = _File(entry, self._partial.allocate(entry, undo), self.out / entry.path)
         return files
 
     def _open(self, number: int) -> int:
@@ -346,67 +305,12 @@ class DirectoryStore:
             return os.open(self._moved_to / file.entry.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not file.final:
             with contextlib.suppress(FileNotFoundError):  # just got its final name
-                return self._partial.open_file(file.entry.path, os.O_RDWR)
+                return self._partial.files.open_file(file.entry.path, os.O_RDWR)
         return self._final.open_file(file.entry.path, os.O_RDONLY)
 
     def _sync(self, number: int) -> None:
         with self._open_files.lend(number) as fd:
             os.fdatasync(fd)
-
-    def _check_room(self, existing: set[str]) -> int:
-        """Bytes that remain to be allocated. Raises StoreFull if fewer are free, or too few inodes."""
-        need_bytes = need_inodes = 0
-        parents: set[str] = set()
-        for entry in self._entries.values():
-            if entry.path not in existing:
-                status = self._partial.lstat(entry.path)
-                taken = status.st_blocks * 512 if status else 0  # unit of st_blocks on every disk
-                need_bytes += max(0, entry.size - taken)
-                need_inodes += status is None
-                parents |= {str(parent) for parent in PurePosixPath(entry.path).parents[:-1]}
-        need_inodes += sum(place.lstat(parent) is None for parent in parents for place in (self._partial, self._final))
-        self._final.demand_room(need_bytes, need_inodes)
-        return need_bytes
-
-    def _allocate(self, entry: FileEntry, undo: ExitStack) -> int:
-        """Gives a partial file its size; returns its inode."""
-        known = self._partial.lstat(entry.path)
-        fd = self._partial.open_file(entry.path, os.O_RDWR | os.O_CREAT, make_parents=True)
-        try:
-            return self._allocate_open(entry, fd, undo, new=known is None)
-        finally:
-            os.close(fd)
-
-    def _allocate_open(self, entry: FileEntry, fd: int, undo: ExitStack, *, new: bool) -> int:
-        status = os.fstat(fd)
-        if status.st_nlink != 1:
-            raise StoreConflict(
-                self._partial.path / entry.path, "has a second name, which a write would reach; remove it"
-            )
-        if new:
-            undo.callback(self._partial.unlink, entry.path)
-        elif status.st_size < entry.size:
-            undo.callback(self._truncate, entry.path, status.st_size)
-        elif status.st_size > entry.size:
-            os.ftruncate(fd, entry.size)
-        if entry.size:
-            os.posix_fallocate(fd, 0, entry.size)
-        return status.st_ino
-
-    def _truncate(self, path: str, size: int) -> None:
-        fd = self._partial.open_file(path, os.O_RDWR)
-        try:
-            os.ftruncate(fd, size)
-        finally:
-            os.close(fd)
-
-    def _remove_partial(self) -> None:
-        """Removes the partial directory, unless an earlier fetch left unfinished files of another part there."""
-        others = [file for number, file in enumerate(self.manifest.files) if number not in self._files]
-        if not any(self._partial.lstat(file.path) for file in others):
-            self._partials.remove_tree(self._name)
-            self._partials.unlink(self._record_name)
-            self._final.remove_if_empty(PARTIAL)
 
     def _file(self, chunk: Chunk) -> _File:
         if self._closed:
@@ -447,9 +351,9 @@ class DirectoryStore:
         with self._open_files.lend(number) as fd:
             if self._sole_use.exposed(number, fd):
                 self._prove(number, fd, is_right)
-            self._demand_same(file, fd, self._partial)
+            self._demand_same(file, fd, self._partial.files)
             try:
-                self._partial.move(file.entry.path, self._final)
+                self._partial.files.move(file.entry.path, self._final)
             except FileExistsError as error:
                 raise _appeared(file) from error
             self._demand_same(file, fd, self._final)  # exchanged since the first look
@@ -513,40 +417,6 @@ class DirectoryStore:
     def __repr__(self) -> str:
         final = sum(file.final for file in self._files.values())
         return f"<DirectoryStore {self.out} {final} of {len(self._files)} files final, {self.manifest.size} bytes>"
-
-
-def discard(out: Path, manifest: Manifest) -> None:
-    """Removes what fetches of an artifact left unfinished in a directory. Raises StoreError."""
-    with store_errors(out), contextlib.suppress(FileNotFoundError), ExitStack() as held:
-        final = held.enter_context(contextlib.closing(ConfinedDirectory.open(out)))
-        partials = held.enter_context(contextlib.closing(final.enter(PARTIAL)))
-        partials.remove_tree(manifest.digest[:16])
-        final.remove_if_empty(PARTIAL)
-
-
-def _lock(fd: int, directory: Path) -> None:
-    """Locks a partial directory by its lock file and writes this process's id there. Raises StoreConflict."""
-    try:
-        lock_file(fd, directory / PARTIAL, timeout_s=0)
-    except BlockingIOError as error:
-        pid = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
-        raise Claimed(directory, f"another fetch (process {pid}) is writing there; wait for it or stop it") from error
-    with contextlib.suppress(OSError):  # for messages only: a full disk must not prevent a resume
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[memoryview]:
-    """SCRATCH_BYTES that were used before, if there are any: the kernel would clear new pages for each chunk."""
-    try:
-        scratch = _scratches.pop()
-    except IndexError:
-        scratch = bytearray(SCRATCH_BYTES)
-    try:
-        yield memoryview(scratch)
-    finally:
-        _scratches.append(scratch)
 
 
 def _appeared(file: _File) -> StoreConflict:

@@ -7,8 +7,10 @@ Must not know: hash functions, peers, transports, how files got there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +20,9 @@ from swarm.store import FileSpan, IsRight
 from swarm.store.disk import OpenFiles, Stamp, reserve_descriptors
 
 SCRATCH_BYTES = 2 << 20  # buffer of a chunk that is read or written: fits a core's cache
+SCRATCHES_KEPT = 16  # as many as a session has threads that receive
+
+_scratches: deque[bytearray] = deque(maxlen=SCRATCHES_KEPT)
 
 
 class DirectorySource:
@@ -112,3 +117,16 @@ def read_spans(spans: Iterator[FileSpan], size: int, subject: object) -> Iterato
             if filled != len(view):
                 raise SourceChanged(str(subject), f"it ends before byte {span.offset + position + len(view)}")
             yield view
+
+
+@contextlib.contextmanager
+def lent_scratch() -> Iterator[memoryview]:
+    """SCRATCH_BYTES that were used before, if there are any: the kernel would clear new pages for each chunk."""
+    try:
+        scratch = _scratches.pop()
+    except IndexError:
+        scratch = bytearray(SCRATCH_BYTES)
+    try:
+        yield memoryview(scratch)
+    finally:
+        _scratches.append(scratch)

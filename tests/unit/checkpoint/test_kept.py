@@ -12,7 +12,7 @@ from swarm.checkpoint import hf_cache, kept, manifest_builder
 from swarm.checkpoint.hf_publish import CacheEntry
 from swarm.content.manifest import Manifest
 from swarm.protocol.messages import Origin
-from swarm.store.directory import PARTIAL
+from swarm.store.partial_directory import PARTIAL
 
 from .test_hf_cache import tree
 from .test_hub_names import COMMIT, FILES, MODEL, hub_name, lay_out

@@ -25,7 +25,7 @@ from swarm.cli.main import main
 from swarm.node import status_client
 from swarm.security import cluster_key
 from swarm.settings import Settings
-from swarm.store.directory import PARTIAL
+from swarm.store.partial_directory import PARTIAL
 
 COMMANDS = ["serve", "fetch", "status", "storage", "verify", "ls", "rm", "keygen", "demo", "simulate"]
 DEADLINE_S = 60.0
