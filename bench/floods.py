@@ -518,12 +518,12 @@ def serving(root: Path, options: argparse.Namespace) -> Iterator[tuple[Node, str
         node.close()
 
 
-def fetches(root: Path, address: str, key: Path | None) -> float | None:
-    """Seconds in which a newcomer gets the model; None if it does not."""
+def fetches(root: Path, address: str, digest: str, key: Path | None) -> float | None:
+    """Seconds in which a newcomer gets the model; None if it does not. Nodes of other benches may serve its id too."""
     began = time.monotonic()
     out = root / f"out-{secrets.token_hex(4)}"
     command = _swarm(
-        ["swarm", "fetch", MODEL, "--peer", address, "--out", str(out), "--no-seed", "--no-mdns", "--json"]
+        ["swarm", "fetch", MODEL, "--peer", address, "--digest", digest, "--out", str(out), "--no-seed", "--no-mdns"]
     )
     environment = _environment(root, key)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -536,7 +536,7 @@ def run(root: Path, name: str, options: argparse.Namespace, keyring: Keyring | N
     """One flood against a node of its own."""
     by, flood = FLOODS[name]
     with serving(root, options) as (node, address, digest):
-        fetches(root, address, options.key)
+        fetches(root, address, digest, options.key)
         before = node.memory_mb
         node.peak_mb = before
         attack = Attack(address, digest, keyring, options.scale)
@@ -547,7 +547,7 @@ def run(root: Path, name: str, options: argparse.Namespace, keyring: Keyring | N
             time.sleep(0.2)
         alive = node.process.poll() is None
         peak = node.peak_mb
-        served_s = fetches(root, address, options.key) if alive else None
+        served_s = fetches(root, address, digest, options.key) if alive else None
     return Row(name.replace("_", " "), by, sent, before, peak, after, served_s)
 
 
