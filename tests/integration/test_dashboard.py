@@ -161,6 +161,7 @@ def test_shows_the_page_what_happens_while_a_fetch_runs(page: Any, stage: Stage)
     assert re.search(rf"replica-{KILLED} is (lost|dead)", page.inner_text("#warnings"))
     page.wait_for_selector(f"{killed}.is-dead")  # once gossip gives it up
     wait_until(lambda: f"replica-{KILLED} is dead" in page.inner_text("#announcement"), "the death to be announced")
+    assert re.search(rf"\d replica-{KILLED} is (lost|dead)", " ".join(page.inner_text("#log").split()))
 
 
 def test_shows_the_page_the_way_of_a_chunk_in_the_dark(page: Any, stage: Stage) -> None:

@@ -19,6 +19,15 @@ function made(name, attributes, text = "") {
   return element;
 }
 
+// What `changes` compares, copied: patches change a view in its place.
+function remembered({ members, warnings }) {
+  const kept = ({ name, state, banned_by, fetches }) => {
+    const running = Object.entries(fetches).map(([digest, fetch]) => [digest, { running: fetch.running }]);
+    return { name, state, banned_by: { ...banned_by }, fetches: Object.fromEntries(running) };
+  };
+  return { members: Object.fromEntries(Object.entries(members).map(([id, member]) => [id, kept(member)])), warnings: { ...warnings } };
+}
+
 // The differences of two views, as sentences with the member that they are about.
 export function changes(old, now) {
   const found = [];
@@ -52,8 +61,8 @@ export function changes(old, now) {
 
 export function follow(view, chosen) {
   const at = Date.now();
-  if (before && before !== view) for (const event of changes(before, view)) tell(at, event, chosen);
-  before = view;
+  if (before) for (const event of changes(before, view)) tell(at, event, chosen);
+  before = remembered(view);
   if (samples.length && at - samples.at(-1).at < EVERY_MS) return;
   samples.push({ at, rate: moving(view) });
   while (at - samples[0].at > KEPT_S * 1000) samples.shift();
