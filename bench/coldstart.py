@@ -160,7 +160,8 @@ def _run(options: argparse.Namespace, system: str, newcomers: int, model: Path, 
     ):
         hub_host = network.host()
         each = hosts.rate_bits_per_s(options.each) / 8 if options.each else None
-        hub = _hub(hub_host, model, total=origin, each=each, ending=ending)
+        # aria2 asks a redirected address for further ranges.
+        hub = _hub(hub_host, model, total=origin, each=each, signed=system != "aria2", ending=ending)
         endpoint = hub.stdout.readline().strip() if hub.stdout else ""
         machines = [network.host() for _ in range(newcomers)]
         addresses = [f"{machine.address}:{PORT}" for machine in machines]
@@ -197,10 +198,10 @@ def _finish(workers: list[Worker], *, in_turn: bool) -> Iterator[str]:
 
 
 def _hub(
-    host: hosts.Host, model: Path, *, total: float, each: float | None, ending: contextlib.ExitStack
+    host: hosts.Host, model: Path, *, total: float, each: float | None, signed: bool, ending: contextlib.ExitStack
 ) -> subprocess.Popen[str]:
     argv = [sys.executable, str(ROOT / "tests" / "hub.py"), str(model), "--model", MODEL, "--host", host.address]
-    argv += ["--total", str(total), *(["--each", str(each)] if each else [])]
+    argv += ["--total", str(total), *(["--each", str(each)] if each else []), *([] if signed else ["--unsigned"])]
     hub = subprocess.Popen(host.inside(argv), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     ending.callback(hub.wait)
     ending.callback(hub.kill)

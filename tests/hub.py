@@ -463,9 +463,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--total", type=float, default=None, help="bytes per second of all connections together")
     parser.add_argument("--each", type=float, default=None, help="bytes per second of each connection")
+    parser.add_argument("--unsigned", action="store_true", help="addresses of the store are good for any range")
     options = parser.parse_args()
     how = {name: getattr(options, name) for name in ("host", "port", "total", "each")}
-    with hub_of(options.directory, options.model, **how) as hub:
+    with hub_of(options.directory, options.model, signed=not options.unsigned, **how) as hub:
         print(hub.endpoint, flush=True)
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
