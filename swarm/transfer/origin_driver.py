@@ -229,7 +229,10 @@ class OriginDriver:
             found = self._reads.next(number, now, missing=missing, elsewhere=elsewhere, urgent=urgent)
         elif urgent and not number:
             found = self._reads.next(number, now, missing=missing & False, elsewhere=elsewhere, urgent=urgent)
-        if found is None and not number and not self._reads.limited:
+        # One stream at a time, the first idle one: the others may be those that stand still.
+        stands_in = all(lower in self._reads.own for lower in range(number))
+        stands_in &= not any(own.late for own in self._reads.own.values())
+        if found is None and stands_in and not self._reads.limited:
             found = self._reads.late(number, now - self._progress_at, missing)
         return found
 
