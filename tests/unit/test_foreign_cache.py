@@ -84,11 +84,11 @@ def test_is_a_record_that_a_commit_is_proven_not_followed(tmp_path: Path) -> Non
     assert not proven.known(tmp_path, "https://hub/org/model", "c" * 40, Digest("d" * 64))
 
 
-FOREIGN: list[Callable[[Path], None]] = [
+FOREIGN = [
     lambda path: path.chmod(0o777 if path.is_dir() else 0o666),
     lambda path: path.chmod(0o775 if path.is_dir() else 0o664),
     pytest.param(lambda path: os.chown(path, OTHER, OTHER), marks=needs_root),
-]  # type: ignore[list-item]
+]
 
 
 @pytest.mark.parametrize("give", FOREIGN, ids=["all may write", "a group may write", "another owner"])
