@@ -95,7 +95,7 @@ class Revisions:
         self._known: dict[tuple[str, str, str], tuple[float, Revision]] = {}  # oldest first
         self._asking: dict[tuple[str, str, str], asyncio.Task[Revision]] = {}
         self._missing: dict[tuple[str, str, str], tuple[float, SwarmError]] = {}
-        self._down_until = 0.0
+        self._down: tuple[float, OriginUnreachable] | None = None  # until when it rests, and what it said
 
     async def get(self, model_id: ModelId, asked: str, token: str | None) -> Revision:
         """The revision. Raises OriginError, ManifestNotFound and its kinds, ManifestConflict."""
@@ -140,7 +140,9 @@ class Revisions:
         failure: OriginError | None = None
         if self._settings.origin == "hf" and "/" in model_id and not self._settings.signed_by:
             reader = HubOrigin(environment_of(token, os.environ, own=self.own_address))
-            if self._node.now() >= self._down_until:
+            if self._down and self._node.now() < self._down[0]:
+                failure = self._down[1]  # not 'there is no such model': the origin might have it
+            else:
                 try:
                     async with asyncio.timeout(ORIGIN_ANSWER_S):
                         listing = await on_daemon(lambda: reader.listing(model_id, asked))
@@ -150,7 +152,13 @@ class Revisions:
                 except OriginError as error:
                     failure = error
                 if isinstance(failure, OriginUnreachable):
-                    self._down_until = self._node.now() + ORIGIN_REST_S
+                    self._down = self._node.now() + ORIGIN_REST_S, failure
+                    log.log(
+                        logging.INFO if failure.lasting else logging.WARNING,
+                        "%s; peers alone are asked for the next %g s",
+                        failure,
+                        ORIGIN_REST_S,
+                    )
         if isinstance(failure, OriginDenied):
             raise failure  # peers may have it: who the hub denies it to gets it from no peer either
         if (here := self._here(model_id, asked)) and not isinstance(failure, OriginNotFound):
@@ -162,7 +170,7 @@ class Revisions:
                 return here
             if failure is None:
                 raise
-            raise failure from None
+            raise failure.with_traceback(None) from None
 
     async def _with_peers(self, model_id: ModelId, asked: str) -> Revision:
         revision = None if asked == "main" else asked
