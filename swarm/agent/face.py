@@ -34,6 +34,7 @@ from swarm.agent.hub_files import HubFiles
 from swarm.agent.revisions import HubFile, Revision
 from swarm.content.manifest import ModelId
 from swarm.errors import (
+    LINE_CHARS_MAX,
     ManifestNotFound,
     OriginDenied,
     OriginNotFound,
@@ -42,6 +43,7 @@ from swarm.errors import (
     SourceChanged,
     StoreFull,
     SwarmError,
+    clean,
 )
 from swarm.net.http_server import HttpServer
 from swarm.net.listener import Listener
@@ -118,12 +120,28 @@ class Face:
             revision = await self._agent.revisions.get(ModelId(asked.model_id), asked.revision, _token(request))
             response = await self._answer_of(request, asked, revision)
         except web.HTTPException as error:
-            self.answered[error.status] += 1
+            self._count(request, error)
             raise
         except SwarmError as error:
             response = _failure(error)
-        self.answered[response.status] += 1
+        self._count(request, response)
         return response
+
+    def _count(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Counts an answer; a refusal leaves a line in the log. Programs try many names: 404 is no warning."""
+        self.answered[response.status] += 1
+        if response.status >= 400:
+            why = response.headers.get("X-Error-Message") or getattr(response, "text", None) or response.reason
+            level = logging.WARNING if response.status >= 500 else logging.INFO
+            asked = clean(request.rel_url.raw_path)
+            log.log(
+                level,
+                "%s %s: answered %d, %s",
+                request.method,
+                asked,
+                response.status,
+                clean(why.strip(), chars_max=LINE_CHARS_MAX),
+            )
 
     async def _answer_of(self, request: web.Request, asked: HubRequest, revision: Revision) -> web.StreamResponse:
         match asked.kind:
@@ -170,7 +188,9 @@ class Face:
             await response.prepare(request)
             return response
         if self._streams >= STREAMS_MAX:
-            return web.Response(status=503, text="too many files at once\n", headers={"Retry-After": "2"})
+            response = _error(503, None, f"{STREAMS_MAX} files are being sent or waited for; try again")
+            response.headers["Retry-After"] = "2"
+            return response
         self._streams += 1
         self._server.stays(request)
         try:
@@ -217,7 +237,7 @@ class Face:
                     found.stamp.check_open(found.place, fd.fileno())
                 if end > first:
                     await self._piece(transport, fd, end - 1, end)
-            except (SourceChanged, TimeoutError) as error:
+            except (SourceChanged, TimeoutError, EOFError) as error:
                 log.warning("%s: sending it ends: %s", found.place, error or "its client does not read")
                 transport.abort()
                 raise ConnectionResetError from error
@@ -225,8 +245,10 @@ class Face:
 
     async def _piece(self, transport: asyncio.WriteTransport, file: Any, start: int, end: int) -> None:
         async with asyncio.timeout(PIECE_TIMEOUT_S):
-            await asyncio.get_running_loop().sendfile(transport, file, start, end - start)
-        self.sent_bytes += end - start
+            sent = await asyncio.get_running_loop().sendfile(transport, file, start, end - start)
+        self.sent_bytes += sent
+        if sent != end - start:
+            raise EOFError("it became shorter")  # else the next answer would fill the gap
 
     def _demand_local_name(self, request: web.Request) -> None:
         """Raises HTTPForbidden for a name that may be one of DNS rebinding, or a request that a web page made."""
@@ -262,7 +284,8 @@ async def _paths(request: web.Request) -> list[str]:
             raise web.HTTPBadRequest(text="paths-info takes a JSON object\n") from None
     else:
         said = (await request.post()).getall("paths", [])
-    return [path for path in ([said] if isinstance(said, str) else said) if isinstance(path, str)]
+    listed = said if isinstance(said, list) else [said]
+    return [path for path in listed if isinstance(path, str)]
 
 
 def _token(request: web.Request) -> str | None:
@@ -295,7 +318,8 @@ def _failure(error: SwarmError) -> web.Response:
 
 
 def _error(status: int, code: str | None, why: str) -> web.Response:
-    said = why.encode("ascii", "replace").decode()
+    # One short line: a header holds no line break, and clients refuse long ones.
+    said = clean(why, chars_max=LINE_CHARS_MAX).encode("ascii", "replace").decode()
     headers = {"X-Error-Message": said, **({"X-Error-Code": code} if code else {})}
     return web.json_response({"error": why}, status=status, headers=headers)
 

@@ -109,10 +109,11 @@ def tree(revision: Revision, path: str, *, recursive: bool, start: int) -> tuple
 def paths_info(revision: Revision, paths: Iterable[str]) -> list[dict[str, Any]]:
     """`/api/models/{id}/paths-info/{revision}`: files and directories among these paths."""
     found = []
+    directories = {entry["path"] for entry in _directories(revision.files, "", recursive=True)}
     for path in dict.fromkeys(paths):
         if file := revision.files.get(path):
             found.append(_leaf(file))
-        elif any(name.startswith(f"{path.strip('/')}/") for name in revision.files):
+        elif path.strip("/") in directories:
             found.append(_directory(path.strip("/")))
     return found
 
