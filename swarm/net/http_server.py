@@ -20,6 +20,7 @@ from aiohttp.http import HttpProcessingError
 from swarm.net.link import CLOSE_TIMEOUT_S
 from swarm.net.reclaim import Reclaimer
 
+GRACE_S = 0.5  # for a request that came while the loop stood still
 REQUEST_TIMEOUT_S = 5.0  # from the handshake to the end of a request's header
 VISITORS_MAX = 64  # connections that are no links: a page and its parts take six; each may take 1 MB
 LINE_BYTES_MAX, HEADERS_MAX = 4096, 48  # of a request: browsers send about twenty headers
@@ -76,8 +77,12 @@ class HttpServer:
         asked = self._asked.setdefault(transport, asyncio.Event())
         self._visit(transport)
         try:
-            async with asyncio.timeout(REQUEST_TIMEOUT_S):
-                await asked.wait()
+            try:
+                async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                    await asked.wait()
+            except TimeoutError:
+                async with asyncio.timeout(GRACE_S):
+                    await asked.wait()
         except BaseException as error:
             if isinstance(transport, asyncio.WriteTransport):
                 transport.abort()

@@ -119,7 +119,9 @@ class Listener:
         try:
             async with asyncio.timeout(DECIDE_TIMEOUT_S):
                 first = await _peek(sock)
-        except OSError:  # TimeoutError included: silent, or gone
+        except TimeoutError:  # silent, unless the loop stood still for so long
+            first = _look(sock)
+        except OSError:
             sock.close()
             return
         except BaseException:
@@ -158,8 +160,13 @@ async def _peek(sock: socket.socket) -> bytes:
         await ready
     finally:
         loop.remove_reader(sock.fileno())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-    with contextlib.suppress(BlockingIOError):
+    return _look(sock)
+
+
+def _look(sock: socket.socket) -> bytes:
+    """Up to ROUTE_BYTES that are there; they stay in the socket."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
         return sock.recv(ROUTE_BYTES, socket.MSG_PEEK)
     return b""
 

@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
@@ -247,5 +248,19 @@ def test_does_close_end_handlers_and_free_the_port() -> None:
         assert await read_all(busy) == b""
         again = await Listener.open(*listener.address)
         await again.close()
+
+    run(scenario)
+
+
+def test_is_a_stranger_kept_that_spoke_while_the_loop_stood_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "DECIDE_TIMEOUT_S", 0.1)
+
+    async def scenario() -> None:
+        async with listening() as listener:
+            with await dial(listener) as sock:
+                await until(lambda: bool(listener._strangers))
+                sock.send(b"SWRM")
+                time.sleep(0.3)  # noqa: ASYNC251 - the loop stands still
+                assert await read_all(sock) == b"bulk:SWRM"
 
     run(scenario)
