@@ -257,6 +257,8 @@ def test_what_does_an_error_exit_with(
         (["serve", "empty"], 3, "holds no file to serve"),
         (["serve", "empty", "--listen", "0.0.0.0"], 2, "--insecure"),
         (["serve", "empty", "--listen", "a:b:c"], 2, "is not HOST:PORT"),
+        (["serve", "empty", "--origin", "none"], 2, "origin: 'none' is a value for a fetch"),
+        (["serve", "empty", "--origin", "hf"], 2, "leave --origin out"),
         (["fetch", "x", "--upload-limit", "fast"], 2, "is not a rate"),
         (["fetch", "x", "--timeout", "0"], 2, "above zero"),
         (["fetch", "x", "--peer", "a:b:c"], 2, "is not HOST:PORT"),
