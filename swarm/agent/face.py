@@ -131,17 +131,11 @@ class Face:
         """Counts an answer; a refusal leaves a line in the log. Programs try many names: 404 is no warning."""
         self.answered[response.status] += 1
         if response.status >= 400:
-            why = response.headers.get("X-Error-Message") or getattr(response, "text", None) or response.reason
+            said = response.headers.get("X-Error-Message") or getattr(response, "text", None) or response.reason
+            why = clean(said.strip(), chars_max=LINE_CHARS_MAX)
             level = logging.WARNING if response.status >= 500 else logging.INFO
             asked = clean(request.rel_url.raw_path)
-            log.log(
-                level,
-                "%s %s: answered %d, %s",
-                request.method,
-                asked,
-                response.status,
-                clean(why.strip(), chars_max=LINE_CHARS_MAX),
-            )
+            log.log(level, "%s %s: answered %d, %s", request.method, asked, response.status, why)
 
     async def _answer_of(self, request: web.Request, asked: HubRequest, revision: Revision) -> web.StreamResponse:
         match asked.kind:

@@ -153,12 +153,8 @@ class Revisions:
                     failure = error
                 if isinstance(failure, OriginUnreachable):
                     self._down = self._node.now() + ORIGIN_REST_S, failure
-                    log.log(
-                        logging.INFO if failure.lasting else logging.WARNING,
-                        "%s; peers alone are asked for the next %g s",
-                        failure,
-                        ORIGIN_REST_S,
-                    )
+                    level = logging.INFO if failure.lasting else logging.WARNING
+                    log.log(level, "%s; peers alone are asked for the next %g s", failure, ORIGIN_REST_S)
         if isinstance(failure, OriginDenied):
             raise failure  # peers may have it: who the hub denies it to gets it from no peer either
         if (here := self._here(model_id, asked)) and not isinstance(failure, OriginNotFound):
