@@ -122,7 +122,7 @@ class XetStorage:
                 return None
             said = json.loads(response.read(TOKEN_BYTES_MAX))
             token = _Token(str(said["casUrl"]), str(said["accessToken"]), int(said["exp"]))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             self.broke(f"no token: {error!r}")
             return None
         finally:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from swarm.content.promise import Listing
 from swarm.errors import OriginUnreachable
 from swarm.origin import OriginStream
 from swarm.origin.hf import HubOrigin
-from swarm.origin.xet import PIECE_FIRST_BYTES, RANGE_BYTES_MIN
+from swarm.origin.xet import PIECE_FIRST_BYTES, RANGE_BYTES_MIN, XetStorage
 
 hf_xet: Any = pytest.importorskip("hf_xet", reason="hf_xet is not installed")
 
@@ -128,3 +129,10 @@ def test_does_closing_end_a_read_of_a_silent_storage(hub: Hub) -> None:
             drained(stream, len(DATA))
         assert time.monotonic() - began_s < 10
         closing.join(10)
+
+
+@pytest.mark.parametrize("exp", ["Infinity", "1e999", "NaN", '"soon"', "null"])
+def test_is_a_token_that_expires_at_no_time_no_token(exp: str) -> None:
+    body = f'{{"casUrl": "https://cas", "accessToken": "x", "exp": {exp}}}'.encode()
+    answer: Any = SimpleNamespace(status=200, read=lambda _: body, close=lambda: None)
+    assert XetStorage("https://hub", lambda *_, **__: answer)._token("https://hub/token") is None
