@@ -42,8 +42,8 @@ async def serve_origin(options: argparse.Namespace, settings: Settings, *, serve
     from swarm.runtime import new_node
 
     if options.source in CHOICES["origin"]:
-        why = f"{options.source!r} is a value for a fetch; a seed of a directory reads no origin: leave --origin out"
-        raise SettingsError("origin", f"{why}, or name a model or an address as in --origin hf://org/model")
+        text = f"{options.source!r} is a value for a fetch; a seed of a directory reads no origin: leave --origin out"
+        raise SettingsError("origin", f"{text}, or name a model or an address as in --origin hf://org/model")
     address = options.source if registry.parse(options.source) else f"hf://{options.source}"
     where = registry.parse(hf_cache.with_revision(address)[0])
     if where is None or (where.scheme == "hf" and not hf_cache.is_model_id(where.model)):

@@ -37,7 +37,7 @@ def test_is_no_model_called_missing_while_the_origin_rests(
 
     monkeypatch.setattr(module, "HubOrigin", DeadOrigin)
     monkeypatch.setattr(module, "find_on", nowhere)
-    monkeypatch.setattr(module.hf_cache, "snapshot", lambda *_, **__: None)
+    monkeypatch.setattr("swarm.checkpoint.hf_cache.snapshot", lambda *_, **__: None)
     monkeypatch.setattr(DeadOrigin, "asked", 0)
     node: Any = SimpleNamespace(now=lambda: 0.0, holders=lambda _: ())
 
