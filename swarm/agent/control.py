@@ -68,6 +68,7 @@ class Control:
 
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if len(self._tasks) >= CONNECTIONS_MAX:
+                log.warning("%d programs ask the agent already; another one is refused", CONNECTIONS_MAX)
                 writer.close()
                 return
             task = asyncio.create_task(serve(reader, writer), name="swarm-control")

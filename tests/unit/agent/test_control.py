@@ -147,7 +147,9 @@ def test_does_nonsense_end_its_own_connection_alone(said: bytes, cache: Path, mo
     run(scenario)
 
 
-def test_are_connections_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_are_connections_bounded(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(control, "CONNECTIONS_MAX", 2)
 
     async def scenario() -> None:
@@ -157,6 +159,7 @@ def test_are_connections_bounded(cache: Path, monkeypatch: pytest.MonkeyPatch) -
             assert await held.enter_async_context(agent(cache)) is None
 
     run(scenario)
+    assert "2 programs ask the agent already" in caplog.text
 
 
 def test_does_an_agent_that_falls_silent_end_the_wait(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
