@@ -296,9 +296,12 @@ class Agent:
             place = hf_cache.snapshot(name, root=self.cache.root, revision=revision)
             found = [each for each in found if each.place == place]
         if not found:
-            known = ", ".join(sorted({each.model_id for each in snapshots(self.cache.root)})[:20]) or "nothing"
+            known = ", ".join(sorted({each.model_id for each in snapshots(self.cache.root)})[:20]) or "no model"
             wanted = key_of(name, revision) if revision else name
-            raise AgentError(f"{wanted} is not in {self.cache.root}; there is {known}", exit_code=3)
+            raise AgentError(
+                f"{wanted} is not in {self.cache.root}, which has {known}; `swarm pull {wanted}` fetches it",
+                exit_code=3,
+            )
         return found
 
     async def _look(self) -> None:

@@ -27,6 +27,7 @@ METAVARS = {
     "advertise": "ADDRESS[:PORT]",
     "key_file": "PATH",
     "listen": "HOST[:PORT]",
+    "metrics_listen": "HOST:PORT",
     "origin_limit": "RATE",
     "signed_by": "KEY",
     "upload_limit": "RATE",
@@ -164,8 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--revision", metavar="R", help="revision of the cached model, or a label for a directory")
     _add_settings(serve, without={"timeout_s", "wait", "origin"})
 
-    fetch = command(commands.fetch, "fetch a model from peers", traced)
-    fetch.add_argument("model_id", metavar="MODEL_ID")
+    fetch = command(commands.fetch, "fetch a model from peers, or from its origin where none has it", traced)
+    fetch.add_argument(
+        "model_id",
+        metavar="MODEL_ID",
+        help="model id, also MODEL_ID@REVISION, or an address: https://HOST/DIR/, file:///DIR",
+    )
     fetch.add_argument("--out", type=Path, metavar="DIR", help="directory to fill; by default the Hugging Face cache")
     fetch.add_argument("--digest", metavar="D", help="accept only the artifact with this digest")
     fetch.add_argument("--revision", metavar="R", help="branch, tag, label or commit; also MODEL_ID@R")
@@ -321,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
         "words", nargs=argparse.REMAINDER, metavar="-- WORDS", help="print what may stand for the last of these words"
     )
     topics = command(show_help, "show the help of a command, or this help", name="help")
-    topics.add_argument("topic", nargs="?", choices=[*_commands(parser), "help"], metavar="COMMAND")
+    topics.add_argument("topic", nargs="?", choices=[*_commands(parser)], metavar="COMMAND")
     topics.add_argument("--man", action="store_true", help="print the manual page, for `man -l`")
     return parser
 

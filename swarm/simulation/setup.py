@@ -156,7 +156,10 @@ class Burst:
             if rate is not None and not 1 <= rate < math.inf:
                 raise SettingsError(name, f"{rate}; at least 1 is needed")
         if not (0 if origin else 1) <= self.seeds < math.inf:
-            raise SettingsError("seeds", f"{self.seeds}; at least 1 is needed, or none and an --origin-rate")
+            raise SettingsError(
+                "seeds",
+                f"{self.seeds}; at least 1 is needed, or 0 with an origin, for example --origin-rate 1Gbit/s",
+            )
         if (each or self.seeds_at) and not origin:
             raise SettingsError("origin-each" if each else "seeds-at", "there is no origin; name its --origin-rate")
         if (killed_at is not None or self.seeds_at) and not self.seeds:

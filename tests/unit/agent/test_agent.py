@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from swarm.agent.agent import Agent
+from swarm.errors import AgentError
 from swarm.settings import Settings
 
 
@@ -27,3 +28,11 @@ def test_is_the_limit_of_the_cache_read_again(agent: Agent) -> None:
     assert agent.reload(Settings(hub_limit_gb=0.5)) == ["limit of the cache 500 MB"]
     assert agent.reload(Settings()) == ["no limit of the cache"]
     assert agent.cache.policy.limit_bytes == math.inf
+
+
+def test_a_model_that_the_cache_lacks_is_refused_with_the_command_that_fetches_it(agent: Agent) -> None:
+    with pytest.raises(
+        AgentError, match=r"org/model is not in .*, which has no model; `swarm pull org/model`"
+    ) as refused:
+        agent._chosen("org/model", None)
+    assert refused.value.exit_code == 3

@@ -147,6 +147,14 @@ def test_help_of_a_command_is_that_of_its_flag(capsys: pytest.CaptureFixture[str
         main(["fetch", "--help"])
     assert told == capsys.readouterr().out
     assert "--key-file" in told
+    assert "--metrics-listen HOST:PORT" in told
+    assert "file:///DIR" in told, "what stands for MODEL_ID is explained"
+
+
+def test_an_unknown_topic_lists_each_command_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["help", "bogus"])
+    assert capsys.readouterr().err.count("'help'") == 1
 
 
 def test_help_is_a_command_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def test_does_the_command_of_a_setup_replay_it(burst: Burst) -> None:
     [
         ("--newcomers 0", "newcomers: 0; at least 1"),
         ("--newcomers many", "newcomers: 'many' is not a whole number"),
-        ("--seeds 0", "seeds: 0; at least 1"),
+        ("--seeds 0", "seeds: 0; at least 1 is needed, or 0 with an origin, for example --origin-rate 1Gbit/s"),
         ("--chunks 7", "chunks: 7 for 16000000000 bytes: it takes at least 239"),
         ("--chunks 32 --model 9B", "chunks: 32 for 9 bytes"),
         ("--model big", "model: 'big' is not a size such as 16GB"),
