@@ -17,10 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
-from swarm.content.bitfield import Bitfield
-from swarm.content.manifest import Chunk, Manifest
+if TYPE_CHECKING:  # `swarm status` reads files by `store.disk`, and starts without numpy
+    from swarm.content.bitfield import Bitfield
+    from swarm.content.manifest import Chunk, Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class DeviceView:
 View: TypeAlias = memoryview | DeviceView
 Span: TypeAlias = FileSpan | memoryview
 AnySpan: TypeAlias = Span | DeviceView
-IsRight: TypeAlias = Callable[[Chunk], bool]  # reads a chunk from the store and hashes it, on any thread
+IsRight: TypeAlias = Callable[["Chunk"], bool]  # reads a chunk from the store and hashes it, on any thread
 
 
 class Source(Protocol):

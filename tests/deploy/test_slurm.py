@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("dnslib", reason="needs dnslib (pip install -e '.[deploy]')")
 from played.cluster import hosts
 from played.pod import inside
 
