@@ -91,7 +91,10 @@ class Service:
         if model := environment.pop("MODEL", ""):
             lines.append(f"bind {model} model ro")
         programs = [Path(sys.prefix), Path(sys.base_prefix), ROOT]
-        lines += [f"open - {each}" for each in {folder for program in programs for folder in program.parents}]
+        shown = [each for each in programs if each.is_relative_to("/tmp")]  # which the unit's own /tmp hides
+        lines += [f"bind {each} {each.relative_to('/')} ro" for each in sorted(shown)]
+        folders = {folder for program in programs for folder in program.parents}
+        lines += [f"open - {each}" for each in folders if not any(map(each.is_relative_to, shown))]
         (root / "mounts").write_text("\n".join([*lines, "readonly - -", ""]))
         values = {**variables(root, arguments), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment}
         del values["SWARM_PEERS"]
