@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from played import confine
-from played.pod import DEVICES, RUNTIME
+from played.pod import DEVICES, RUNTIME, program_lines
 
 from swarm.cli.main import _parser
 from swarm.settings import Settings
@@ -90,11 +90,7 @@ class Service:
         lines += [f"bind {root}/credentials run/credentials ro"]
         if model := environment.pop("MODEL", ""):
             lines.append(f"bind {model} model ro")
-        programs = [Path(sys.prefix), Path(sys.base_prefix), ROOT]
-        shown = [each for each in programs if each.is_relative_to("/tmp")]  # which the unit's own /tmp hides
-        lines += [f"bind {each} {each.relative_to('/')} ro" for each in sorted(shown)]
-        folders = {folder for program in programs for folder in program.parents}
-        lines += [f"open - {each}" for each in folders if not any(map(each.is_relative_to, shown))]
+        lines += program_lines(own_tmp=True)
         (root / "mounts").write_text("\n".join([*lines, "readonly - -", ""]))
         values = {**variables(root, arguments), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **environment}
         del values["SWARM_PEERS"]

@@ -57,6 +57,17 @@ exec chroot . "$@" < /dev/null
 """
 
 
+def program_lines(*, own_tmp: bool) -> list[str]:
+    """Lines for RUNTIME: Python and this tree are readable for all, as in an image, also below a /tmp of its own."""
+    programs = [Path(sys.prefix), Path(sys.base_prefix), ROOT]
+    hidden = sorted(each for each in programs if own_tmp and each.is_relative_to("/tmp"))
+    folders = {folder for program in programs for folder in program.parents}
+    return [
+        *(f"bind {each} {each.relative_to('/')} ro" for each in hidden),
+        *(f"open - {each}" for each in sorted(folders) if not any(map(each.is_relative_to, hidden))),
+    ]
+
+
 def inside(namespace: str, call: Callable[[], T]) -> T:
     """What a call returns on a thread in a network namespace; sockets that it makes stay there."""
     answer: list[T] = []
@@ -394,8 +405,6 @@ class Pod:
         volumes = {each["name"]: each for each in self.spec.get("volumes", [])}
         mounted = {each["mountPath"]: each for each in spec.get("volumeMounts", [])}
         lines += [f"bind {each} {each}" for each in {sys.prefix, sys.base_prefix, str(ROOT)} if os.path.ismount(each)]
-        programs = [Path(sys.prefix), Path(sys.base_prefix), ROOT]  # readable for all, as in an image
-        lines += [f"open - {each}" for each in {folder for program in programs for folder in program.parents}]
         lines.append(f"file {directory}/resolv.conf etc/resolv.conf")
         if "/dev/shm" not in mounted:
             lines.append(f"tmpfs shm dev/shm size={SHM_BYTES},mode=1777")
@@ -406,6 +415,7 @@ class Pod:
             else:
                 option = "ro" if mount.get("readOnly") or "secret" in volumes[mount["name"]] else "rw"
                 lines.append(f"bind {self.volume(mount['name'])} {target} {option}")
+        lines += program_lines(own_tmp="/tmp" in mounted)
         if security.get("readOnlyRootFilesystem"):
             lines.append("readonly - -")
         return lines
