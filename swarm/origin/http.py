@@ -35,6 +35,7 @@ REDIRECTS_MAX = 8
 SKIP_BYTES = 1 << 20
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
+_CLOSED = (ValueError, AttributeError)  # raised by a read whose response another thread closes meanwhile
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -56,14 +57,14 @@ class Response:
         """Fills the start of a view; 0 at the end of the body. Raises OriginUnreachable."""
         try:
             return self._answer.readinto(view)
-        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: closed by another thread
+        except (OSError, http.client.HTTPException, *_CLOSED) as error:
             raise OriginUnreachable(self._host, _broken(error)) from error
 
     def read(self, most: int) -> bytes:
         """The whole body. Raises OriginUnreachable for more than `most` bytes."""
         try:
             data = self._answer.read(most + 1)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, *_CLOSED) as error:
             raise OriginUnreachable(self._host, _broken(error)) from error
         if len(data) > most:
             raise OriginUnreachable(self._host, f"answers with more than {most} bytes")

@@ -249,6 +249,7 @@ class OriginDriver:
         try:
             done = self._running[transfer] = on_daemon(lambda: self._fill(transfer, reading, urgent=urgent))
             done.add_done_callback(lambda _: self._running.pop(transfer))
+            done.add_done_callback(lambda ended: ended.exception())  # told to the loop, were this task cancelled
             await asyncio.wait([done])  # not cancelled with this task: `end` waits for it
             done.result()
         except OriginError as failure:

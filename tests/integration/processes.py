@@ -6,13 +6,15 @@ deadline; when a test ends, so has everything that it started.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +30,25 @@ DEADLINE_S = 30.0
 LOOK_EVERY_S = 0.01
 MODEL = "org/model"
 QUICK = {"SWARM_FIND_TIMEOUT_S": "2", "SWARM_IDLE_TIMEOUT_S": "1", "SWARM_STALL_TIMEOUT_S": "3"}
+
+
+def free_ports() -> Iterator[int]:
+    """Ports for nodes that must know each other's before they start.
+
+    They lie below those that the kernel gives out by itself, and are others in each process of a test run.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 20000 + worker % 8 * 1500
+    for port in itertools.cycle(range(first, first + 1500)):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        yield port
+
+
+PORTS = free_ports()
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from swarm.cli.demo import write_made_up
 from swarm.errors import ManifestNotFound
 from swarm.settings import Settings
 
-from .processes import MODEL, Machine, Process, contents, wait_until
+from .processes import MODEL, PORTS, Machine, Process, contents, wait_until
 
 pytestmark = pytest.mark.integration
 
 SIZE = 24_000_000
-PORTS = iter(range(21000 + os.getpid() % 4000 * 8, 65000))
 
 
 @pytest.fixture

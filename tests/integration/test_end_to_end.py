@@ -27,7 +27,7 @@ pytestmark = pytest.mark.integration
 
 REPORT_KEYS = {
     "model_id", "digest", "bytes", "seconds", "rate_bytes_per_s", "sources", "rejected_chunks", "resumed_bytes", "out",
-    "transports",
+    "transports", "proven", "unproven",
 }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +11,9 @@ from hub import Hub, Model, read_files
 
 from swarm.cli.demo import write_made_up
 
-from .processes import MODEL, QUICK, Machine, contents
+from .processes import MODEL, PORTS, QUICK, Machine, contents
 
 pytestmark = pytest.mark.integration
-
-PORTS = iter(range(24000 + os.getpid() % 3000 * 8, 65000))
 
 
 @pytest.fixture

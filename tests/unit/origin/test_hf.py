@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import random
 import socket
 from collections.abc import Iterator
@@ -245,3 +246,19 @@ def test_is_an_answer_of_another_shape_an_error(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(http.Response, "read", lambda *_: answer)
     with pytest.raises(OriginError):
         origin(hub).listing(ID, None)
+
+
+def test_is_a_response_that_another_thread_closes_a_broken_one(hub: Hub) -> None:
+    response = http.request(f"{hub.endpoint}/{ID}/resolve/main/model.safetensors")
+
+    class Closing(io.RawIOBase):
+        """The body, closed under the read that waits in it."""
+
+        def readinto(self, _: object) -> int:
+            response.close()
+            return 0
+
+    response._answer.fp.close()
+    response._answer.fp = Closing()  # type: ignore[assignment]
+    with pytest.raises(OriginUnreachable, match="the connection failed"):
+        response.readinto(memoryview(bytearray(1000)))
