@@ -140,6 +140,7 @@ def test_does_verify_find_one_flipped_byte(machine: Machine, model: Path, out: P
     assert ended.code == 1
     assert ended.out.startswith("b.safetensors: 1 of ")
     assert "by the manifest of its last serving: right" in machine.run("verify", model).out
+    seed.kill()  # it would serve the new bytes, and keep their manifest
     (model / "b.safetensors").write_bytes(data)
     assert machine.run("verify", model).code == 1
 
