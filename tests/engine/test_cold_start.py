@@ -28,5 +28,5 @@ def test_do_two_engines_without_anything_split_one_download(engine: Callable[...
         replicas = [engine(name, Path(MODEL_ID), nothing=True, environment=online) for name in ("a", "b")]
         tokens = [replica.tokens for replica in replicas]  # they find each other by multicast DNS
         assert tokens[0] == tokens[1]
-        assert hub.copies(MODEL_ID) < 1.5, "two processes begin some time after one another; simulations ask for 1.05"
-        assert "origin" in "".join(replica.said for replica in replicas)
+        # Two processes begin some time after one another; simulations ask for 1.05.
+        assert 0.9 < hub.copies(MODEL_ID) < 1.5
