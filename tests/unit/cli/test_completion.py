@@ -18,7 +18,7 @@ def answer(*words: str) -> list[str]:
 
 def test_are_all_commands_offered_with_their_help() -> None:
     lines = completion.answer(_commands(_parser()), [""], IDS)
-    assert "fetch\tFetch a model from peers." in lines
+    assert "fetch\tFetch a model from peers, or from its origin where none has it." in lines
     assert set(answer("")) == set(_commands(_parser()))
     assert answer("ver") == ["verify"]
 

@@ -36,5 +36,5 @@ def test_does_the_formatter_accept_it(page: str) -> None:
     ran = subprocess.run(command, input=page, capture_output=True, text=True, check=True, timeout=60)
     assert ran.stderr == ""
     shown = re.sub(".\b", "", ran.stdout)
-    assert re.search(r"swarm fetch MODEL_ID\n +Fetch a model from peers\.", shown)
+    assert re.search(r"swarm fetch MODEL_ID\n +Fetch a model from peers,", shown)
     assert re.search(r"\n +--out DIR\n +Directory to fill", shown)
