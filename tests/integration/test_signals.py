@@ -178,7 +178,8 @@ def test_a_verification_stops(tmp_path: Path, large: Path, number: signal.Signal
     remember(tmp_path / "cache", large, manifest)
     with start(tmp_path, "verify", str(large)) as process:
         deadline = time.monotonic() + START_S
-        while len(os.listdir(f"/proc/{process.pid}/task")) == 1 and time.monotonic() < deadline:
+        while len(os.listdir(f"/proc/{process.pid}/task")) == 1:
+            assert time.monotonic() < deadline, "it does not hash"
             time.sleep(0.05)
         assert stopped(process, number) == 130
 

@@ -74,7 +74,7 @@ def server() -> Iterator[Answering]:
 
 
 @pytest.fixture
-def nobody() -> str:
+def silent() -> str:
     with HTTPServer(("127.0.0.1", 0), _Handler) as closed:
         return f"127.0.0.1:{closed.server_port}"
 
@@ -148,19 +148,19 @@ def test_an_answer_that_drips_has_a_deadline(server: Answering, dripping: str) -
     assert not any(thread.is_alive() for thread in asking)
 
 
-def test_does_no_node_answer(nobody: str) -> None:
+def test_does_no_node_answer(silent: str) -> None:
     with pytest.raises(PeerUnreachable, match="is a node running there"):
-        status_client.ask(nobody)
+        status_client.ask(silent)
     with pytest.raises(SettingsError):
         status_client.ask("nonsense")
 
 
-def test_is_the_youngest_that_answers_asked(server: Answering, nobody: str) -> None:
-    assert status_client.ask_any([server.address, nobody]) == (server.address, REPORT)
+def test_is_the_youngest_that_answers_asked(server: Answering, silent: str) -> None:
+    assert status_client.ask_any([server.address, silent]) == (server.address, REPORT)
     with pytest.raises(PeerUnreachable, match="name one with --peer"):
         status_client.ask_any([])
-    with pytest.raises(PeerUnreachable, match=nobody):
-        status_client.ask_any([nobody])
+    with pytest.raises(PeerUnreachable, match=silent):
+        status_client.ask_any([silent])
 
 
 @pytest.mark.parametrize(
