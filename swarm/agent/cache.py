@@ -243,7 +243,7 @@ class Cache:
             return _decoder.decode(read_own(self._place, bytes_max=FILE_BYTES_MAX)).models
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.warning("%s is ignored, pins are lost: %s", self._place, error)
             return {}
 

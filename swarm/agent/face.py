@@ -276,7 +276,7 @@ async def _paths(request: web.Request) -> list[str]:
     if request.content_type == "application/json":
         try:
             said = _strings.decode(data).get("paths", [])
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (ValueError, RecursionError):
             raise web.HTTPBadRequest(text="paths-info takes a JSON object\n") from None
     else:
         said = (await request.post()).getall("paths", [])

@@ -118,7 +118,7 @@ class _Record:
             return cls(place, _decoder.decode(read_own(place, bytes_max=digest_cache.RECORD_BYTES_MAX)).checked)
         except FileNotFoundError:
             return cls(place, {})
-        except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.warning("%s is ignored: %s", place, error)
             return cls(place, {})
 

@@ -148,7 +148,7 @@ def _read(file: Path) -> tuple[Manifest, _Record] | None:
         return decode(record.manifest.encode(), digest=record.digest), record
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, msgspec.DecodeError, RecursionError, ManifestError) as error:
+    except (OSError, ValueError, RecursionError, ManifestError) as error:
         log.warning("%s is ignored: %s", file, error)
         return None
 

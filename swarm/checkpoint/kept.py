@@ -191,7 +191,7 @@ def _read(place: Path) -> Kept | None:
         return _decoder.decode(read_own(place, bytes_max=RECORD_BYTES_MAX))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, msgspec.DecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         log.warning("%s is ignored: %s", place, error)
         return None
 

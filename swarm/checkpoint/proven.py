@@ -51,7 +51,7 @@ def known(cache: Path, origin: str, commit: str, digest: Digest) -> bool:
     record = _Record(origin, commit, digest)
     try:
         return _decoder.decode(read_own(_place(cache, record), bytes_max=RECORD_BYTES_MAX)) == record
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

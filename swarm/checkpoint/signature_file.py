@@ -59,5 +59,5 @@ def _read(place: Path) -> dict[Digest, list[Signature]]:
         with place.open("rb") as file:
             data = file.read(FILE_BYTES_MAX + 1)
         return _decoder.decode(data).signatures if len(data) <= FILE_BYTES_MAX else {}
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return {}

@@ -287,7 +287,7 @@ def decode(data: bytes, *, digest: Digest) -> Manifest:
         raise ManifestInvalid("manifest", f"its bytes do not match the digest {digest[:16]}…: a peer altered it")
     try:
         manifest = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestInvalid("manifest", str(error)) from error
     if manifest.encoded != data:
         raise ManifestInvalid("manifest", "not in canonical form")

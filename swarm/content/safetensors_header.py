@@ -132,7 +132,7 @@ def _parse_quickly(header: bytes, start: int) -> tuple[list[Tensor], dict[str, s
         raw = table.pop("__metadata__", None)
         metadata = {} if raw is None else json.loads(bytes(raw), object_pairs_hook=_unique)
         entries = _entries_decoder.decode(b"[" + b",".join(table.values()) + b"]")
-    except (msgspec.DecodeError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     colons = 4 * len(entries) + (0 if raw is None else 1 + bytes(raw).count(b":"))
     if header.count(b":") != colons:

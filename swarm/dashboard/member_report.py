@@ -134,7 +134,7 @@ def decode(data: bytes) -> MemberReport:
     """The report in an answer. Raises ValueError with the reason if it is none."""
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 

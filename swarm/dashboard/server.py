@@ -257,7 +257,7 @@ class Dashboard:
 def _decoded(decoder: msgspec.json.Decoder[T], data: bytes | None) -> T | None:
     try:
         return decoder.decode(data or b"")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return None
 
 

@@ -106,7 +106,7 @@ class CacheStart:
         """Whether an engine with this key has started here, and the compilers' directories have what it left there."""
         try:
             left = _record.decode(read_regular(self._record, bytes_max=RECORD_BYTES_MAX))
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError, RecursionError):
             return False
         now = self._counts()
         return any(left.values()) and all(now.get(name, 0) >= count for name, count in left.items())

@@ -153,7 +153,7 @@ def read(directory: Path) -> CheckpointDescription:
         data = place.read_bytes()
     try:
         found = _decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestInvalid(str(place), str(error)) from error
     for path, header in found.headers.items():
         if why := unsafe_path(path):

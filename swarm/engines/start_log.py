@@ -83,7 +83,7 @@ def recall(cache: Path) -> list[tuple[float, EngineStart]]:
     for mtime_ns, path in _newest_first(cache / FOLDER):
         try:
             found.append((mtime_ns / 1e9, _decoder.decode(read_regular(path, bytes_max=FILE_BYTES_MAX))))
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             log.warning("%s is ignored: %s", path, error)
     return found
 

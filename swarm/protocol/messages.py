@@ -429,11 +429,12 @@ def decode(frame: bytes) -> AnyMessage:
     _check_size(frame)
     try:
         return _decoder.decode(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        hello = None
+        with contextlib.suppress(ValueError, RecursionError):
             hello = _version_decoder.decode(frame)
-            if hello.protocol != PROTOCOL:
-                raise OtherProtocol(hello.protocol, hello.software) from error
+        if hello is not None and hello.protocol != PROTOCOL:
+            raise OtherProtocol(hello.protocol, hello.software) from error
         raise ValueError(str(error)) from error
 
 
@@ -444,7 +445,7 @@ def unpack(frame: bytes) -> Sequence[AnyMessage]:
     _check_size(frame)
     try:
         found = _decoder.decode_lines(frame)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(str(error)) from error
     if not 0 < len(found) <= FRAME_MESSAGES_MAX:
         raise ValueError(f"{len(found)} messages in a frame; 1 to {FRAME_MESSAGES_MAX} are allowed")

@@ -226,7 +226,7 @@ def decode(datagram: bytes) -> Packet:
         raise ValueError("not gossip, or another version of it")
     try:
         return _decoder.decode(memoryview(datagram)[len(_MAGIC) :])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(str(error)) from error
 
 

@@ -103,7 +103,7 @@ def signed_files(bundle: bytes, key: ec.EllipticCurvePublicKey) -> dict[str, str
         raise ManifestInvalid(FILE_NAME, "is not signed with this key") from None
     try:
         resources = _statements.decode(payload).predicate.resources
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ManifestInvalid(FILE_NAME, f"says nothing of files: {error}") from error
     return {resource.name: resource.digest for resource in resources}
 

@@ -91,6 +91,7 @@ def test_is_another_statement_under_the_signature_refused() -> None:
         changed(payload="\u1000"),
         changed(signatures=[]),
     ],
+    ids=["empty", "no_envelope", "nested", "kind", "no_base64", "beyond_ascii", "unsigned"],
 )
 def test_what_is_no_signature(bundle: bytes) -> None:
     with pytest.raises(ManifestInvalid, match=r"model.sig: is not a signature of OpenSSF Model Signing"):
