@@ -30,7 +30,7 @@ from swarm.api.fetching import DIGEST_DIGITS
 from swarm.checkpoint import hf_cache
 from swarm.content.manifest import Digest, ModelId
 from swarm.content.selection import Selection
-from swarm.errors import AgentError, FetchTimeout, SettingsError, SwarmError, Unpinnable
+from swarm.errors import AgentError, FetchTimeout, SettingsError, SourceChanged, Stalled, SwarmError, Unpinnable
 from swarm.node.cold_start import Found
 from swarm.node.node import Node
 from swarm.observe.fetch_record import FetchRecords
@@ -152,6 +152,16 @@ class Agent:
     # Pulls
 
     async def _pull(self, pull: Pull) -> AsyncGenerator[Answer]:
+        """Pulls, and once more where files changed under it: they are fetched from elsewhere then."""
+        try:
+            async for line in self._pull_once(pull):
+                yield line
+        except SourceChanged as error:
+            log.warning("%s: %s; it is pulled again", pull.model_id, error)
+            async for line in self._pull_once(pull):
+                yield line
+
+    async def _pull_once(self, pull: Pull) -> AsyncGenerator[Answer]:
         yield PullProgress(0, 0, 0.0)
         model_id, revision = hf_cache.with_revision(pull.model_id, pull.revision)
         if not hf_cache.is_model_id(model_id.removeprefix("hf://")):
@@ -181,7 +191,11 @@ class Agent:
             getting = asyncio.ensure_future(artifact.ensure(paths))
             async for line in self._until(getting, pull, deadline, artifact, size):
                 yield line
-            await getting
+            try:
+                await getting
+            except (SourceChanged, Stalled):
+                self._found.pop(key, None)  # its holders are gone: it is looked for again
+                raise
             last = None if here else artifact.last
             files = []
             for path in paths:

@@ -55,7 +55,6 @@ STREAMS_MAX = 512  # files that are being sent or waited for
 KEEP_S = 3.0
 IDLE_S = 60.0  # clients keep their connections for further files
 ATTEMPTS = 3
-AGAIN_S = 1.5  # within two of them the node has noticed that a file which it serves has changed
 PIECE_BYTES = 8 << 20
 PIECE_TIMEOUT_S = 120.0  # a client that takes less than 70 kB/s is let go
 PATHS_BYTES_MAX = 1 << 20
@@ -197,7 +196,6 @@ class Face:
                 except SourceChanged:  # evicted, or changed, before it was opened: it comes again
                     if response.prepared or attempt == ATTEMPTS - 1:
                         raise
-                    await asyncio.sleep(AGAIN_S)
                 else:
                     break
         finally:

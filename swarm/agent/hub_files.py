@@ -29,7 +29,7 @@ from swarm.checkpoint.files import CheckpointFile
 from swarm.checkpoint.hf_publish import CacheEntry
 from swarm.content.manifest import Digest
 from swarm.content.promise import ListedFile
-from swarm.errors import OriginChanged, OriginNotFound, SourceChanged
+from swarm.errors import OriginChanged, OriginNotFound, SourceChanged, Stalled
 from swarm.origin import OriginReader
 from swarm.store.disk import Stamp, store_errors
 from swarm.transfer.origin_driver import on_daemon
@@ -76,13 +76,17 @@ class HubFiles:
         if is_hub_name(file.name) and (cached := await asyncio.to_thread(self._cached, revision, file, place)):
             return cached
         found = await self._revisions.artifact_of(revision)
-        if any(entry.path == file.path for entry in found.manifest.files):
-            artifact = self._agent.artifact(revision.model_id, found, revision.asked, names=revision.names)
+        if all(entry.path != file.path for entry in found.manifest.files):
+            return await self._beside(revision, file)
+        artifact = self._agent.artifact(revision.model_id, found, revision.asked, names=revision.names)
+        try:
             await artifact.ensure([file.path])
-            if made := artifact.files.get(file.path):
-                return made
-            raise SourceChanged(place, "it was evicted at once")
-        return await self._beside(revision, file)
+        except (SourceChanged, Stalled):
+            revision.found = None  # its holders are gone, this node may have been the only one: looked for again
+            raise
+        if made := artifact.files.get(file.path):
+            return made
+        raise SourceChanged(place, "it was evicted at once")
 
     def _cached(self, revision: Revision, file: HubFile, place: Path) -> VerifiedFile | None:
         """The file of the snapshot, if its content has the hub's name: hashed once, and remembered on the disk."""

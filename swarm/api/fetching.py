@@ -26,7 +26,7 @@ from swarm.api.landing import Deadline, FetchTarget
 from swarm.checkpoint import hf_cache, proven
 from swarm.content.manifest import Digest, ModelId
 from swarm.content.selection import Selection
-from swarm.errors import FetchTimeout, NotOfCommit, SettingsError
+from swarm.errors import FetchTimeout, NotOfCommit, SettingsError, SourceChanged
 from swarm.node.cold_start import Found, Lister, OriginModel, find, of_listing
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
@@ -125,19 +125,33 @@ async def fetch_on(
             open_.callback(proof.end)
         if pull and (done := await through_agent.files(open_, node, pull, out=out, settings=settings)):
             return done[0], None, done[1]
-        try:
-            async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
-                if found is None:
-                    lister = proof.lister if proof else None
-                    found = await find_on(
+
+        async def look() -> Found:
+            try:
+                async with asyncio.timeout(None if timeout_s is None else timeout_s + RESOLVE_GRACE_S):
+                    return await find_on(
                         node, model_id, revision=revision, digest=digest, settings=settings,
-                        find_timeout_s=find_timeout_s, lister=lister,
+                        find_timeout_s=find_timeout_s, lister=proof.lister if proof else None,
                     )  # fmt: skip
-        except TimeoutError:
-            raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
-        if proof is None:
-            return await target.land(found, None, resolved)
-        return await proof.land(target, found, resolved, whole=selection is None, instead=None if digest else at)
+            except TimeoutError:
+                raise FetchTimeout(model_id, timeout_s=timeout_s or 0.0, fraction=0.0) from None
+
+        async def land(found: Found) -> Landed:
+            if proof is None:
+                return await target.land(found, None, resolved)
+            return await proof.land(target, found, resolved, whole=selection is None, instead=None if digest else at)
+
+        if found is not None:
+            return await land(found)
+        found = await look()
+        try:
+            return await land(found)
+        except SourceChanged as error:
+            if found.manifest.digest in node.holdings():
+                raise
+            # The own copy was the only one, and is withdrawn: the origin may have it.
+            log.warning("%s; it is looked for elsewhere", error)
+            return await land(await look())
 
 
 async def find_on(

@@ -1,7 +1,8 @@
 """Fetches of a node: resume, copy or download, seal.
 
-Owns the running downloads by transfer id. Each fetch is a `DownloadDriver`; a complete copy in this node is copied
-instead. Must not know: links, gossip, how a store keeps its bytes.
+Owns the running downloads by transfer id. Each fetch is a `DownloadDriver`; what this node has already is copied
+instead. If that has changed on the disk, it is withdrawn at once, and the rest comes from peers or the origin; without
+either, the fetch fails, for its caller to look again. Must not know: links, gossip, how a store keeps its bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import partial
 
 from swarm.content.bitfield import Bitfield, runs
 from swarm.content.manifest import Chunk, Digest, Digests, Manifest, ModelId
-from swarm.errors import FetchTimeout, Unpinnable
+from swarm.errors import FetchTimeout, StoreError, Unpinnable
 from swarm.hashing.cpu import chunk_digests
 from swarm.journal import FetchEnded, FetchStarted
 from swarm.peers.host import Host
@@ -33,7 +34,7 @@ from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.origin_driver import OriginSource
 from swarm.transfer.promise_driver import PromiseDriver
 from swarm.transfer.shares import Share, Shares
-from swarm.transfer.verify import copy, is_right
+from swarm.transfer.verify import SourceFailed, copy, is_right
 
 RESUME_JOBS = 4
 _NODE = re.compile("[0-9a-f]{16}")
@@ -65,7 +66,10 @@ class Fetched:
 
 
 class Fetches:
-    """All fetches of a node. `seeking(digest)`: links to holders of the artifact are wanted in its block."""
+    """All fetches of a node. `seeking(digest)`: links to holders of the artifact are wanted in its block.
+
+    `held_elsewhere(digest)`: whether another node is known to hold some of it.
+    """
 
     def __init__(
         self,
@@ -73,6 +77,7 @@ class Fetches:
         host: Host,
         shares: Shares,
         seeking: Callable[[Digest], AbstractContextManager[None]],
+        held_elsewhere: Callable[[Digest], bool],
         idle_timeout_s: float,
         stall_timeout_s: float,
         rng: random.Random,
@@ -80,6 +85,7 @@ class Fetches:
         self._host = host
         self._shares = shares
         self._seeking = seeking
+        self._held_elsewhere = held_elsewhere
         self._idle_timeout_s = idle_timeout_s
         self._stall_timeout_s = stall_timeout_s
         self._rng = rng
@@ -125,12 +131,9 @@ class Fetches:
                 kept = tuple(runs(list(held)))
                 started = FetchStarted(model_id, manifest.digest, size, resumed, held.length, kept)
                 self._host.record("node", started)
-                # No await between the last `settled` and `_download`: another fetch of the digest may wait here too.
-                while own := await self._shares.settled(manifest.digest):
-                    if not own.held.common(needed.minus(held)):
-                        break
-                    copied = await self._copy(own, store, held, needed, blake3=blake3)
-                    sources[self._host.name] = sources.get(self._host.name, 0) + copied
+                own, copied = await self._copy_own(share, store, held, needed, source, blake3=blake3)
+                if copied:
+                    sources[self._host.name] = copied
                 if not held.covers(needed) or not _proven(share, needed):
                     if own and served is not None:
                         undo, share, joined = own.lend(needed), own, own.wanted
@@ -194,17 +197,55 @@ class Fetches:
         if download := self._transfers.get(refusal.transfer):
             download.refused(peer, refusal.transfer, reason=refusal.reason, retry_s=refusal.retry_s)
 
-    async def _copy(self, own: Share, store: Store, held: Bitfield, needed: Bitfield, *, blake3: bool) -> int:
-        own.users += 1  # the share stays open until the copy is complete
+    async def _copy_own(
+        self,
+        share: Share,
+        store: Store,
+        held: Bitfield,
+        needed: Bitfield,
+        source: OriginSource | None,
+        *,
+        blake3: bool,
+    ) -> tuple[Share | None, int]:
+        """Copies what this node has; returns its share, if there is one still, and the bytes. Nothing is awaited after
+        the last `settled`: another fetch of the digest may wait here too. Raises what the share raised where no other
+        node, nor an origin, has the rest."""
+        digest, before = store.manifest.digest, held.union(held)
+        while (own := await self._shares.settled(digest)) and own.held.common(needed.minus(held)):
+            failure = await self._copy(own, store, held, needed, blake3=blake3)
+            if failure:
+                if self._shares.shares.get(digest) is own:
+                    self._shares.lose(digest, failure)
+                if source is None and not self._held_elsewhere(digest):
+                    raise failure
+                share.claims = self._claimed_again(share.claims, held)
+        return own, sum(store.manifest.chunks[index].size for index in held.minus(before))
+
+    async def _copy(
+        self, own: Share, store: Store, held: Bitfield, needed: Bitfield, *, blake3: bool
+    ) -> StoreError | None:
+        """Copies chunks of an own share; returns its failure."""
         lacking = needed.minus(held)
-        try:
-            chunks = lacking.minus(lacking.minus(own.held))
-            claims = own.claims
-            digests = (lambda chunk: claims.claim(chunk).digests) if claims else None
+        chunks = lacking.minus(lacking.minus(own.held))
+        claims = own.claims
+        digests = (lambda chunk: claims.claim(chunk).digests) if claims else None
+        with self._shares.in_use(own):  # it stays open until the copy is complete
             work = partial(copy, own.source, store, held, chunks=chunks, blake3=blake3, digests=digests)
-            return await asyncio.to_thread(work)
-        finally:
-            self._shares.release(own.manifest.digest)
+            try:
+                await asyncio.to_thread(work)
+            except SourceFailed as error:
+                return error.error
+        return None
+
+    def _claimed_again(self, claims: Claims | None, held: Bitfield) -> Claims | None:
+        """The claims of the held chunks alone, none of whose files is proven: others have to be read again."""
+        if claims is None:
+            return None
+        made = Claims(claims.manifest, node=self._host.id, rng=self._rng)
+        for index in held:
+            claim = claims.claim(index)
+            made.read(index, claim.digests, reader=claim.reader)
+        return made
 
     def _claims(self, manifest: Manifest) -> Claims | None:
         """The claims of a promise, those of an earlier fetch if there is one."""

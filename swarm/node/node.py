@@ -115,6 +115,7 @@ class Node:
             host=self,
             shares=self._shares,
             seeking=self.seeking,
+            held_elsewhere=lambda digest: bool(self.holders_of(digest)),
             idle_timeout_s=idle_timeout_s,
             stall_timeout_s=stall_timeout_s,
             rng=rng,

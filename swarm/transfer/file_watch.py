@@ -36,4 +36,4 @@ async def watch_files(shares: Shares) -> None:
                 await asyncio.to_thread(source.demand_unchanged, partial(_is_right, share, source))
             except StoreError as error:
                 if shares.shares.get(digest) is share:  # a source that was closed meanwhile cannot be read
-                    shares.lose(digest, str(error))
+                    shares.lose(digest, error)

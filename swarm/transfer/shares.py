@@ -9,9 +9,10 @@ Must not know: links, datagrams, how a fetch or an upload runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from swarm.content.bitfield import Bitfield, runs
 from swarm.content.commit import PART
 from swarm.content.manifest import Chunk, Digest, Digests, Manifest, ModelId
 from swarm.content.selection import part_id
-from swarm.errors import RemoteProtocolError, SettingsError, SwarmError
+from swarm.errors import RemoteProtocolError, SettingsError, StoreError, SwarmError
 from swarm.journal import ArtifactsAnnounced, Withdrawn
 from swarm.peers.host import Host
 from swarm.peers.peer import Peer
@@ -238,30 +239,47 @@ class Shares:
         """Removes a user of a share. A share without users is withdrawn."""
         self.lost.pop(digest, None)
         if share := self.shares.get(digest):
-            share.users -= 1
-            if share.users == 0:
-                self.withdraw(digest, "not served any more")
+            self._leave(share)
 
-    def withdraw(self, digest: Digest, why: str) -> asyncio.Task[Any] | None:
-        """Removes a share, and ends its fetch and its uploads. The task ends when its sources are closed."""
+    @contextlib.contextmanager
+    def in_use(self, share: Share) -> Iterator[None]:
+        """In the block the share has one user more, and stays unless it is lost."""
+        share.users += 1
+        try:
+            yield
+        finally:
+            self._leave(share)
+
+    def _leave(self, share: Share) -> None:
+        share.users -= 1
+        digest = share.manifest.digest
+        if share.users == 0 and self.shares.get(digest) is share:
+            self.withdraw(digest, "not served any more")
+
+    def withdraw(self, digest: Digest, why: str, *, failure: SwarmError | None = None) -> asyncio.Task[Any] | None:
+        """Removes a share, and ends its fetch, with `failure`, and its uploads.
+
+        The task ends when its sources are closed.
+        """
         share = self.shares.pop(digest, None)
         if share is None:
             return None
         if share.download:
-            share.download.fail(SwarmError(f"{share.model_id} was withdrawn: {why}"))
+            share.download.fail(failure or SwarmError(f"{share.model_id} was withdrawn: {why}"))
         for peer in self._host.peers.values():
             peer.interests.discard(digest)
         self.announce()
         self._withdrawn.append(share)
         return self._host.spawn(self._close_share(share), f"close {share.model_id}")
 
-    def lose(self, digest: Digest, why: str) -> None:
-        """Withdraws a share whose source has changed or cannot be read."""
+    def lose(self, digest: Digest, failure: StoreError) -> None:
+        """Withdraws a share whose source has changed or cannot be read; its fetch fails with this failure."""
         if share := self.shares.get(digest):
+            why = str(failure)
             lost = self.lost[digest] = Withdrawn(share.model_id, digest, why)
             log.error("%s: %s", share.model_id, why)
             self._host.record("node", lost)
-            self.withdraw(digest, why)
+            self.withdraw(digest, why, failure=failure)
             for future in self._waiting.pop(digest, ()):
                 if not future.done():
                     future.set_result(lost)

@@ -43,8 +43,9 @@ class _Sending:
 class UploadDriver:
     """The uploads of a node.
 
-    `rank(digest)` returns this node's rank among the seeds of an artifact, and their number. `withdraw(digest, why)` is
-    called when a source has changed. `only_here(share)`: the chunks that peers want and no other node is known to hold.
+    `rank(digest)` returns this node's rank among the seeds of an artifact, and their number. `withdraw(digest,
+    failure)` is called when a source has changed. `only_here(share)`: the chunks that peers want and no other node is
+    known to hold.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class UploadDriver:
         transports: Sequence[Transport],
         shares: Mapping[Digest, Share],
         rank: Callable[[Digest], tuple[int, int]],
-        withdraw: Callable[[Digest, str], object],
+        withdraw: Callable[[Digest, StoreError], object],
         only_here: Callable[[Share], frozenset[int]],
         slots: int,
         idle_timeout_s: float,
@@ -175,7 +176,7 @@ class UploadDriver:
             log.debug("transfer %d to %s: %s", number, peer.name, error)
         except StoreError as error:
             self._refuse(peer, number, "source_changed", REFUSED_RETRY_S)
-            self._withdraw(request.digest, str(error))
+            self._withdraw(request.digest, error)
         finally:
             if share.superseed and not sent:
                 share.superseed.failed(peer.node, indices)

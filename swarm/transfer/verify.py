@@ -302,6 +302,14 @@ class _DeviceBatches:
                 stream.synchronize()
 
 
+class SourceFailed(StoreError):
+    """The source of a copy, not its target, has failed: `error` says how."""
+
+    def __init__(self, error: StoreError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def is_right(
     source: Store | WatchedSource, chunk: Chunk, *, blake3: bool = False, known: Digests | None = None
 ) -> bool:
@@ -323,8 +331,8 @@ def copy(
 
     `digests`: those of the chunks of a promise.
 
-    Blocks. Skips the chunks in `held` and adds the others to it. Raises StoreError, and SourceChanged for a chunk of
-    the source with the wrong digest.
+    Blocks. Skips the chunks in `held` and adds the others to it. Raises StoreError, and SourceFailed where the source
+    cannot be read or a chunk of it has the wrong digest.
     """
 
     def judge(_: int, chunk: Chunk, found: Digests) -> bool:
@@ -335,12 +343,20 @@ def copy(
     for index in chunks.minus(held):
         chunk = store.manifest.chunks[index]
         views = verifier.views(0, [chunk.index], landed.extend)
-        _pour(source.spans(chunk), views)
+        _pour(_spans(source, chunk), views)
         if not landed[-1].correct:
-            raise SourceChanged(store.manifest.files[chunk.file].path, "its bytes do not have the right digest")
+            path = store.manifest.files[chunk.file].path
+            raise SourceFailed(SourceChanged(path, "its bytes do not have the right digest"))
         held.add(chunk.index)
         copied += chunk.size
     return copied
+
+
+def _spans(source: Source, chunk: Chunk) -> Iterator[Span]:
+    try:
+        yield from source.spans(chunk)
+    except StoreError as error:
+        raise SourceFailed(error) from error
 
 
 def _pour(spans: Iterator[Span], views: Iterator[memoryview]) -> None:
@@ -353,11 +369,20 @@ def _pour(spans: Iterator[Span], views: Iterator[memoryview]) -> None:
                 raise LocalProtocolError("a source gives more bytes than its chunk has")
             step = min(view.nbytes, size - done)
             if isinstance(span, FileSpan):
-                step = os.preadv(span.fd, [view[:step]], span.offset + done)
-                if not step:
-                    raise SourceChanged(f"file {span.fd}", "it became shorter")
+                step = _read(span, view[:step], done)
             else:
                 view[:step] = span[done : done + step]
             view, done = view[step:], done + step
     if view.nbytes or next(views, nothing).nbytes:  # `next` also reports the chunk
         raise LocalProtocolError("a source gives less bytes than its chunk has")
+
+
+def _read(span: FileSpan, view: memoryview, done: int) -> int:
+    where = f"file {span.fd}"
+    try:
+        count = os.preadv(span.fd, [view], span.offset + done)
+    except OSError as error:
+        raise SourceFailed(StoreError(f"{where}: cannot be read at {span.offset + done}: {error.strerror}")) from error
+    if not count:
+        raise SourceFailed(SourceChanged(where, "it became shorter"))
+    return count

@@ -242,3 +242,25 @@ def test_is_an_agent_ready_when_what_it_holds_is_there(machine: Machine, hub: Hu
     wait_until(ready, "the agent to be ready")
     (row,) = json.loads(agent.swarm("ls", "--json"))["agent"]["models"]
     assert (row["model_id"], row["pinned"]) == (MODEL, True)
+
+
+def test_is_a_model_fetched_again_of_which_only_a_changed_copy_was_there(
+    machine: Machine, hub: Hub, files: Mapping[str, bytes], tmp_path: Path
+) -> None:
+    """Another program downloaded it, the agent serves it, and no peer has it: the hub's bytes come at once."""
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", DOWNLOAD, MODEL, ""],
+        env={**machine.environment, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=DEADLINE_S,
+    )
+    agent = AgentMachine(machine, hub)
+    agent.process.wait_for(f"{MODEL}@")
+    blob = agent.hub_cache / f"models--{MODEL.replace('/', '--')}" / "blobs" / sha256(files["a.safetensors"])
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 1
+    blob.write_bytes(data)
+    agent.swarm("pull", MODEL)
+    assert sha256(blob.read_bytes()) == blob.name
+    assert read_files(agent.download(tmp_path / "home")) == files

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
+from swarm.errors import SourceChanged
 from swarm.hashing.cpu import chunk_digests
 from swarm.store import FileSpan, IsRight, Source, Span
 
@@ -71,6 +72,25 @@ class BytesStore:
 
     def close(self) -> None:
         """See Source. The bytes stay, to be compared."""
+
+
+class Changed:
+    """A source whose bytes from chunk `first` on another program has changed: reading them fails, as files do."""
+
+    def __init__(self, source: Source, *, first: int) -> None:
+        self.manifest = source.manifest
+        self._source = source
+        self._first = first
+
+    def spans(self, chunk: Chunk) -> Iterator[Span]:
+        """See Source."""
+        if chunk.index >= self._first:
+            raise SourceChanged("model.bin", "it was written to")
+        yield from self._source.spans(chunk)
+
+    def close(self) -> None:
+        """See Source."""
+        self._source.close()
 
 
 class Liar:

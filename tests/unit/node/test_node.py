@@ -10,12 +10,12 @@ from typing import Any, get_args
 
 import pytest
 from sim import clock
-from sim.content import BytesStore, Content
+from sim.content import BytesStore, Changed, Content
 from sim.network import Fabric
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import ModelId
-from swarm.errors import FetchTimeout, LocalProtocolError, SettingsError, Stalled, SwarmError
+from swarm.errors import FetchTimeout, LocalProtocolError, SettingsError, SourceChanged, Stalled, SwarmError
 from swarm.journal import FetchEnded, FetchStarted
 from swarm.node.node import Node
 from swarm.protocol import messages
@@ -100,6 +100,35 @@ def test_do_two_fetches_of_one_content_transfer_it_once() -> None:
         }
         for store in stores:
             assert [bytes(file) for file in store.files] == list(CONTENT.files)
+
+    play(scenario)
+
+
+def test_does_a_fetch_go_on_with_peers_when_the_own_copy_has_changed() -> None:
+    """It is withdrawn at once, and nobody gets it from here any more."""
+
+    async def scenario(swarm: Swarm) -> None:
+        seed, node = await swarm.node("seed"), await swarm.node("node")
+        seed.serve(MODEL, whole())
+        node.serve(MODEL, Changed(whole(), first=5))
+        await swarm.until(lambda: node.holders_of(CONTENT.manifest.digest))
+        store = BytesStore(CONTENT.manifest)
+        fetched = await node.fetch(MODEL, store)
+        assert [bytes(file) for file in store.files] == list(CONTENT.files)
+        assert fetched.sources == {"node": bytes_of(part(*range(5))), "seed": bytes_of(part(*range(5, 16)))}
+        assert node.holdings()[CONTENT.manifest.digest].complete, "what was fetched is served"
+
+    play(scenario)
+
+
+def test_does_a_fetch_fail_at_once_that_only_a_changed_copy_could_feed() -> None:
+    async def scenario(swarm: Swarm) -> None:
+        node = await swarm.node("node")
+        node.serve(MODEL, Changed(whole(), first=5))
+        with pytest.raises(SourceChanged, match="it was written to"):
+            await node.fetch(MODEL, BytesStore(CONTENT.manifest))
+        assert node.holdings() == {}
+        assert [lost.digest for lost in node.lost] == [CONTENT.manifest.digest]
 
     play(scenario)
 

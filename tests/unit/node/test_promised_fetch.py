@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 import pytest
+from sim.content import Changed
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Manifest
@@ -83,6 +84,27 @@ def source_of(origin: MemoryOrigin, *, weak: bool = False) -> OriginSource:
 
 def contents(store: MemoryStore) -> dict[str, bytes]:
     return {path: bytes(view) for path, view in store.files().items()}
+
+
+def test_is_the_origin_read_again_when_the_own_copy_has_changed() -> None:
+    """The file of which a part is gone is proven anew: a wrong byte that the origin sends then is found."""
+
+    async def scenario() -> None:
+        origin = MemoryOrigin(DATA)
+        manifest = promise(listing_of(DATA))
+        async with Street().node("one") as one:
+            await one.fetch(MODEL, MemoryStore(manifest), source=source_of(origin))
+            share = one._shares.shares[manifest.digest]
+            share.source = Changed(share.source, first=5)
+            read, origin.wrong_reads = origin.read_bytes, {origin.reads}
+            store = MemoryStore(manifest)
+            fetched = await one.fetch(MODEL, store, source=source_of(origin))
+            assert contents(store) == DATA
+            assert fetched.sources["one"] == sum(chunk.size for chunk in manifest.chunks[:5])
+            assert origin.read_bytes - read > 0
+            assert one.holdings()[manifest.digest].complete
+
+    run(scenario)
 
 
 def lie(node: Node, manifest: Manifest, data: dict[str, bytes], *, every: int) -> None:

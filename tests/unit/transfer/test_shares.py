@@ -481,18 +481,18 @@ def test_a_lost_share_is_withdrawn_recorded_and_told_until_it_is_served_again() 
         node.shares.serve(MODEL, lost := Source(), None)
         waiting = asyncio.create_task(node.shares.until_lost(DIGEST))
         await asyncio.sleep(0)
-        node.shares.lose(DIGEST, "its file changed")
+        node.shares.lose(DIGEST, StoreError("its file changed"))
         expected = Withdrawn(MODEL, DIGEST, "its file changed")
         assert await waiting == await node.shares.until_lost(DIGEST) == expected
         assert node.shares.lost == {DIGEST: expected}
         assert node.shares.announcements() == ()
         await asyncio.gather(*node.tasks)
         assert lost.closed
-        node.shares.lose(DIGEST, "again")  # nothing is served
+        node.shares.lose(DIGEST, StoreError("again"))  # nothing is served
         assert node.shares.lost == {DIGEST: expected}
         node.shares.serve(MODEL, Source(), None)
         assert not node.shares.lost
-        node.shares.lose(DIGEST, "its file changed")
+        node.shares.lose(DIGEST, StoreError("its file changed"))
         node.shares.release(DIGEST)
         assert not node.shares.lost
 

@@ -98,7 +98,7 @@ class Node:
             transports=[cast(Any, self.wire)],
             shares=self.shares,
             rank=lambda _: (0, 1),
-            withdraw=lambda digest, why: self.withdrawn.append((digest, why)),
+            withdraw=lambda digest, failure: self.withdrawn.append((digest, str(failure))),
             only_here=lambda share: self.only_here,
             slots=slots,
             idle_timeout_s=1.0,

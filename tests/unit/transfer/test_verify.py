@@ -12,11 +12,11 @@ from forgery import forged
 
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Chunk, ChunkEntry, FileEntry, HashScheme, Manifest
-from swarm.errors import LocalProtocolError, SourceChanged, StoreFull
+from swarm.errors import LocalProtocolError, StoreFull
 from swarm.hashing.cpu import chunk_digests
 from swarm.store import FileSpan, Span
 from swarm.store.memory_store import MemoryStore
-from swarm.transfer.verify import LandedChunk, Verifier, copy
+from swarm.transfer.verify import LandedChunk, SourceFailed, Verifier, copy
 
 DATA = bytes(range(30))
 SCHEME = HashScheme(leaf_bytes=1024)
@@ -218,14 +218,14 @@ def test_are_files_copied(tmp_path: Path, store: MemoryStore) -> None:
 def test_is_a_file_that_became_shorter_refused(tmp_path: Path, store: MemoryStore) -> None:
     (tmp_path / "data").write_bytes(DATA[:15])
     held = Bitfield(3)
-    with (tmp_path / "data").open("rb") as file, pytest.raises(SourceChanged, match="shorter"):
+    with (tmp_path / "data").open("rb") as file, pytest.raises(SourceFailed, match="shorter"):
         copy(Holder(FileSpan(file.fileno(), 0, 30)), store, held, chunks=ALL)
     assert list(held) == [0]
 
 
 def test_is_a_source_with_other_bytes_refused(store: MemoryStore) -> None:
     held = Bitfield(3)
-    with pytest.raises(SourceChanged, match="digest"):
+    with pytest.raises(SourceFailed, match="digest"):
         copy(Holder(memoryview(DATA[:10] + os.urandom(20))), store, held, chunks=ALL)
     assert list(held) == [0]
 
