@@ -34,7 +34,7 @@ from typing import Any
 
 from swarm.content.manifest import CHUNKS_MAX, ChunkEntry, Digest, FileEntry, HashScheme, Manifest, ModelId
 from swarm.errors import SwarmError
-from swarm.net.environment import TLS_RECORD
+from swarm.net.host_environment import TLS_RECORD
 from swarm.net.link import Link
 from swarm.net.listener import Listener
 from swarm.net.websocket import HttpLinks

@@ -23,7 +23,7 @@ from swarm.checkpoint.hf_cache import cache_root
 from swarm.dashboard.disk_room import DiskRoom
 from swarm.dashboard.server import Dashboard
 from swarm.membership import config
-from swarm.net.environment import HostEnvironment, machine_label
+from swarm.net.host_environment import HostEnvironment, machine_label
 from swarm.net.http_pages import HEALTH, METRICS, READY, Asset, HealthPage
 from swarm.net.pausing_loop import PausingLoop
 from swarm.node.node import Node

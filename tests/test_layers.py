@@ -39,7 +39,7 @@ ROWS: dict[str, set[str]] = {
         "checkpoint.signed_files",
         "checkpoint.weight_files", "checkpoint.weight_index",
         "hashing", "hashing.cpu", "hashing.cuda",
-        "hashing.kernels", "net", "net.cards", "net.dialling", "net.discovery", "net.http_pages",
+        "hashing.kernels", "net", "net.cards", "net.dialling", "net.discovery", "net.environment", "net.http_pages",
         "net.http_server", "net.link",
         "net.listener", "net.pausing_loop", "net.probe_listener", "net.reclaim", "net.udp", "net.websocket",
         "origin", "origin.files", "origin.hf", "origin.http", "origin.objects", "origin.registry",
@@ -66,7 +66,7 @@ ROWS: dict[str, set[str]] = {
         "checkpoint.manifest_builder",
         "checkpoint.promised", "membership", "node.cold_start", "transfer.origin_driver", "transfer.promise_driver",
         "transfer.proof", "transfer.commit_proof",
-        "membership.swim_driver", "net.environment", "node",
+        "membership.swim_driver", "net.host_environment", "net.peer_names", "net.port_pair", "node",
         "node.commit_parts", "node.fetch", "node.holders", "node.node", "node.promised_seed", "node.resolve", "peers",
         "peers.connections_driver", "peers.host", "peers.manifest_requests", "peers.peer", "transfer",
         "transfer.download_driver", "transfer.file_watch", "transfer.shares",
@@ -267,7 +267,8 @@ INSIDE = {
 WORLDLY = {"asyncio", "socket", "threading", "time", "os", "subprocess", "concurrent", "secrets", "http", "select"}
 TIME_OF_DAY = {
     "agent.cache", "cli.agent",
-    "checkpoint.blob_check", "checkpoint.digest_cache", "engines.cache_gc", "net.environment", "observe.opentelemetry",
+    "checkpoint.blob_check", "checkpoint.digest_cache", "engines.cache_gc", "net.host_environment",
+    "observe.opentelemetry",
     "origin.xet", "security.certificates",
 }  # fmt: skip
 ALLOWED_ANYWAY = {("settings", "os")}  # the environment is one of its sources

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import secrets
 import shutil
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -31,9 +32,8 @@ from swarm.engines import start_log
 from swarm.engines.layout import Fingerprint, is_loaded
 from swarm.errors import ManifestError, PeerError, PeerTimeout, SettingsError, SwarmError
 from swarm.journal import Unreached
-from swarm.net import cards, discovery
+from swarm.net import cards, discovery, peer_names
 from swarm.net.addresses import multicast_hosts
-from swarm.net.environment import new_id
 from swarm.node import local_nodes, status_client
 from swarm.node.node import Node
 from swarm.node.resolve import may_introduce, networks
@@ -108,9 +108,9 @@ def _disks(settings: Settings) -> tuple[DiskSpace, ...]:
 
 async def _resolve(peers: Sequence[str]) -> dict[str, tuple[str, ...] | str]:
     found: dict[str, tuple[str, ...] | str] = {}
-    for name in discovery.static(peers):
+    for name in peer_names.static(peers):
         try:
-            found[name] = tuple(await discovery.resolve(name))
+            found[name] = tuple(await peer_names.resolve(name))
         except PeerError as error:
             found[name] = str(error)
     return found
@@ -164,7 +164,7 @@ async def _announced(settings: Settings, node: Node) -> AsyncIterator[tuple[bool
         return
     mdns, browser = discovery.Mdns(), discovery.Mdns()
     host, port = split_address("listen", node.address)
-    await mdns.start(node_id=new_id(), hosts=(host,), port=port, found=found.update)
+    await mdns.start(node_id=secrets.token_hex(8), hosts=(host,), port=port, found=found.update)
     if is_loopback(host) and settings.reaches_out and (beyond := multicast_hosts(cards.read())):
         await browser.start(node_id=node.id, hosts=beyond, port=0, found=found.update)
     try:

@@ -1,10 +1,8 @@
-"""Discovery: addresses of nodes for the first contact.
+"""Discovery by mDNS (RFC 6762): addresses of nodes for the first contact, without any setup.
 
-Three sources, since none works everywhere: addresses in the settings, names that DNS resolves to many addresses (a
-Kubernetes headless service), and mDNS (RFC 6762), which needs no setup but rarely crosses subnets or pods.
-
-A killed node stays listed by mDNS for more than an hour and by DNS for as long as its record lives, so an address found
-here is only a hint: links and gossip decide which nodes are alive, and the handshake identifies the node.
+It rarely crosses subnets or pods: there the settings name nodes (`peer_names`). A killed node stays listed for more
+than an hour, so an address found here is only a hint: links and gossip decide which nodes are alive, and the handshake
+identifies the node.
 
 mDNS is readable by every host of the network, so it carries no models. A node on loopback is announced on loopback; a
 node that listens on several cards is announced with all its addresses on each of them.
@@ -24,16 +22,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
-import threading
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from swarm.errors import PeerTimeout, PeerUnreachable
 from swarm.net import cards
 from swarm.net.addresses import multicast_hosts
 from swarm.protocol.messages import ADDRESSES_OWN_MAX, PROTOCOL, Address
-from swarm.settings import DEFAULT_PORT, is_literal, is_loopback, join_address, split_address
+from swarm.settings import is_loopback, join_address
 
 if TYPE_CHECKING:
     from zeroconf import ServiceInfo, ServiceStateChange, Zeroconf
@@ -55,77 +50,6 @@ _LOOKUP_TIMEOUT_MS = 3000
 _TOGETHER_S = 0.2  # within which answers to one question arrive
 
 log = logging.getLogger("swarm")
-
-
-def static(peers: Sequence[str]) -> list[Address]:
-    """The listed addresses in canonical form, without duplicates. Raises SettingsError for invalid addresses."""
-    split = (split_address("peer", peer, default_port=DEFAULT_PORT, least_port=1) for peer in peers)
-    return list(dict.fromkeys(Address(join_address(*each)) for each in split))
-
-
-class Name:
-    """A peer of the settings whose name is looked up again and again: the DNS of a cluster changes its answers.
-
-    One question at a time, on a thread of its own that is left behind at a timeout: a silent resolver blocks the caller
-    for a minute, and the threads of asyncio's executor hash and write files.
-    """
-
-    def __init__(self, address: Address) -> None:
-        """Raises SettingsError for a malformed address."""
-        self.address = address
-        self._host, self._port = split_address("peer", address)
-        self._asked: asyncio.Future[list[Address]] | None = None
-
-    async def resolve(self, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
-        """The addresses of the name, each with the port; of a literal itself. Raises PeerUnreachable, PeerTimeout."""
-        if is_literal(self._host):
-            return [Address(join_address(self._host, self._port))]
-        asked = self._asked = self._asked or self._ask()
-        try:
-            async with asyncio.timeout(timeout_s):
-                known = await asyncio.shield(asked)
-        except TimeoutError as error:  # the next call waits for the same answer
-            raise PeerTimeout(self.address, f"its name was not resolved within {timeout_s:g} s") from error
-        except OSError as error:
-            self._asked = None
-            what = f"this name is not known ({error.strerror or error}); check it, or name an address"
-            raise PeerUnreachable(self.address, what) from error
-        self._asked = None
-        return known
-
-    def _ask(self) -> asyncio.Future[list[Address]]:
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[list[Address]] = loop.create_future()
-        answer.add_done_callback(lambda done: done.cancelled() or done.exception())  # also if no call waits any more
-
-        def tell(known: list[Address], error: OSError | None) -> None:
-            if answer.done():
-                return
-            if error:
-                answer.set_exception(error)
-            else:
-                answer.set_result(known)
-
-        def ask() -> None:
-            known: list[Address] = []
-            failed: OSError | None = None
-            try:
-                infos = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-                known = list(dict.fromkeys(Address(join_address(str(at[0]), self._port)) for *_, at in infos))
-            except OSError as error:
-                failed = error
-            except UnicodeError as error:
-                failed = OSError(f"no name of DNS: {error}")
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(tell, known, failed)
-
-        threading.Thread(target=ask, name=f"swarm-dns {self._host}", daemon=True).start()
-        return answer
-
-
-async def resolve(address: Address, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
-    """As `Name.resolve`, once. Raises SettingsError for a malformed address."""
-    return await Name(address).resolve(timeout_s=timeout_s)
 
 
 class Mdns:

@@ -16,14 +16,17 @@ import json
 import ssl
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from aiohttp import web
 
-from swarm.errors import LocalProtocolError
+from swarm.errors import LocalProtocolError, SettingsError
+from swarm.security import cluster_key
 from swarm.settings import is_literal, is_loopback, join_address
 
 PROBES = HEALTH, READY, METRICS = "/healthz", "/readyz", "/metrics"
+TOKEN_CHARS_MIN = 16  # of the bearer token: 64 bits in hexadecimal
 WATCHERS_MAX = 16  # streams at once; each takes a socket
 ANSWERS_MAX = 8  # pages being made or written at once; the status of thousands of members takes megabytes
 WRITE_TIMEOUT_S = 10.0  # for a browser that does not read; it reconnects by itself
@@ -61,6 +64,19 @@ class Bearer:
         kind, _, given = request.headers.get("Authorization", "").partition(" ")
         right = hmac.compare_digest(given.strip().encode("utf-8", "surrogateescape"), self._token.encode())
         return self.known and right and kind.lower() == "bearer"
+
+
+def read_token(path: Path | None) -> str:
+    """The token of `metrics_token_file`; empty without a path. Raises SettingsError."""
+    if path is None:
+        return ""
+    data = cluster_key.read_private(path, setting="metrics_token_file", make=f"openssl rand -hex 32 > {path}")
+    token = data.decode("ascii", "replace").strip()
+    if not (token.isascii() and token.isprintable() and " " not in token and len(token) >= TOKEN_CHARS_MIN):
+        raise SettingsError(
+            "metrics_token_file", f"{path} holds no token: one line of {TOKEN_CHARS_MIN} or more ASCII characters"
+        )
+    return token
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from swarm.errors import PeerTimeout, PeerUnreachable, RemoteProtocolError
-from swarm.net.environment import DIAL_TIMEOUT_S, Found
+from swarm.net.environment import Found
+from swarm.net.host_environment import DIAL_TIMEOUT_S
 from swarm.net.link import Link
 from swarm.net.udp import Hear
 from swarm.net.websocket import HEARTBEAT_S

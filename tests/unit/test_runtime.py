@@ -18,7 +18,7 @@ import pytest
 
 from swarm import __version__
 from swarm.errors import SettingsError
-from swarm.net.environment import HostEnvironment
+from swarm.net.host_environment import HostEnvironment
 from swarm.node.node import Node
 from swarm.runtime import Runtime, new_node, runtime
 from swarm.settings import Settings

@@ -12,11 +12,12 @@ import pytest
 
 from swarm.errors import SettingsError
 from swarm.net import http_pages
-from swarm.net.environment import HostEnvironment
+from swarm.net.host_environment import HostEnvironment
 from swarm.net.http_pages import Asset, Bearer, HealthPage, Page
 from swarm.net.listener import Listener
 from swarm.net.probe_listener import ProbeListener
 from swarm.net.websocket import HttpLinks
+from swarm.protocol.messages import NodeId
 from swarm.settings import Settings
 
 TOKEN = "0123456789abcdef"
@@ -136,9 +137,7 @@ def test_is_a_taken_address_an_error_unless_another_node_may_have_it(
 
 
 async def opened(environment: HostEnvironment) -> None:
-    from swarm.net.environment import new_id
-
-    await environment.open(new_id(), lambda link: link.close(), lambda *_: None, lambda *_: None)
+    await environment.open(NodeId("0" * 16), lambda link: link.close(), lambda *_: None, lambda *_: None)
 
 
 @pytest.mark.parametrize(

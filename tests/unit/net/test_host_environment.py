@@ -6,7 +6,6 @@ import asyncio
 import errno
 import http.client
 import socket
-import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from typing import Any
 import pytest
 
 from swarm.errors import NotAdmitted, PeerUnreachable, SettingsError
-from swarm.net import discovery, environment
+from swarm.net import port_pair
 from swarm.net.addresses import WILDCARDS
-from swarm.net.environment import HostEnvironment, machine_label, new_id
+from swarm.net.host_environment import HostEnvironment, machine_label
 from swarm.net.link import Link
 from swarm.net.udp import Datagrams
 from swarm.protocol.messages import Address, Bye, NodeId
@@ -235,93 +234,6 @@ def test_is_a_wrong_peer_told_before_anything_is_opened() -> None:
         HostEnvironment(Settings(mdns=False, peers=("nowhere:",)))
 
 
-@pytest.mark.parametrize("soon_for_s", [0.0, 1000.0])
-def test_is_a_name_asked_sooner_at_the_start(soon_for_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "RESOLVE_SOON_FOR_S", soon_for_s)
-    asked: list[str] = []
-    waits: list[float] = []
-    sleep = asyncio.sleep
-
-    async def resolve(name: discovery.Name) -> list[str]:
-        asked.append(name.address)
-        return []
-
-    async def wait(delay_s: float) -> None:
-        if "follow" in sys._getframe(1).f_code.co_name:
-            waits.append(delay_s)
-            delay_s = 0 if len(waits) < 3 else 1000
-        await sleep(delay_s)
-
-    monkeypatch.setattr(discovery.Name, "resolve", resolve)
-    monkeypatch.setattr(asyncio, "sleep", wait)
-
-    async def scenario() -> None:
-        here = HostEnvironment(Settings(mdns=False, peers=("replicas.example:1",)))
-        try:
-            await here.open(NODE, hang_up, ignore, unheard)
-            while len(waits) < 3:
-                await sleep(0)
-        finally:
-            await here.close()
-
-    run(scenario)
-    assert asked == ["replicas.example:1"] * 3
-    expected = environment.RESOLVE_SOON_S if soon_for_s else environment.RESOLVE_EVERY_S
-    assert waits == [expected] * 3
-
-
-def test_does_a_silent_resolver_of_a_name_hold_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    silent = asyncio.Event()
-
-    async def resolve(name: discovery.Name) -> list[str]:
-        if name.address == "silent.example:1":
-            await silent.wait()
-        return ["127.0.0.7:1"]
-
-    monkeypatch.setattr(discovery.Name, "resolve", resolve)
-
-    async def scenario() -> None:
-        found: asyncio.Queue[tuple[str, ...]] = asyncio.Queue()
-        here = HostEnvironment(Settings(mdns=False, peers=("silent.example:1", "answers.example:1")))
-        try:
-            await here.open(NODE, hang_up, lambda known, lasting: found.put_nowait(known), unheard)
-            assert await found.get() == ("127.0.0.7:1",)
-        finally:
-            await here.close()
-
-    run(scenario)
-
-
-def test_does_a_name_that_is_unknown_today_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "RESOLVE_SOON_S", 0.01)
-    known: dict[str, list[str]] = {"127.0.0.9:1": ["127.0.0.9:1"]}
-
-    async def resolve(name: discovery.Name) -> list[str]:
-        if name.address not in known:
-            raise PeerUnreachable(name.address, "no such name")
-        return known[name.address]
-
-    monkeypatch.setattr(discovery.Name, "resolve", resolve)
-
-    async def scenario() -> None:
-        found: asyncio.Queue[tuple[tuple[str, ...], bool]] = asyncio.Queue()
-        here = HostEnvironment(Settings(mdns=False, peers=("later.example:1", "127.0.0.9:1")))
-        try:
-            await here.open(NODE, hang_up, lambda known, lasting: found.put_nowait((known, lasting)), unheard)
-            assert await found.get() == (("127.0.0.9:1",), True)
-            assert here.unresolved == ["later.example:1: no such name"]
-            known["later.example:1"] = ["127.0.0.7:1", "127.0.0.8:1"]
-            seen = set[tuple[tuple[str, ...], bool]]()
-            while len(seen) < 3:
-                seen.add(await found.get())
-            assert seen == {(("127.0.0.9:1",), True), (("127.0.0.7:1",), False), (("127.0.0.8:1",), False)}
-            assert here.unresolved == []
-        finally:
-            await here.close()
-
-    run(scenario)
-
-
 @pytest.mark.parametrize("wildcard", ["0.0.0.0", "[::]"])
 def test_is_a_wildcard_never_told(wildcard: str) -> None:
     async def scenario() -> None:
@@ -336,11 +248,6 @@ def test_is_a_wildcard_never_told(wildcard: str) -> None:
             await here.close()
 
     run(scenario)
-
-
-def test_are_ids_fresh() -> None:
-    assert len({new_id() for _ in range(100)}) == 100
-    assert len(new_id()) == 16
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:0"])
@@ -374,7 +281,7 @@ def test_is_a_port_whose_twin_is_taken_not_chosen(monkeypatch: pytest.MonkeyPatc
                 raise OSError(errno.EADDRINUSE, "in use")
             super().__init__(host, port, *args, **flags)
 
-    monkeypatch.setattr(environment, "Datagrams", Twin)
+    monkeypatch.setattr(port_pair, "Datagrams", Twin)
 
     async def scenario() -> None:
         here = HostEnvironment(Settings(mdns=False))
