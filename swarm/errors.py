@@ -341,6 +341,10 @@ class OriginUnreachable(OriginError):
     """No connection, or it broke or fell silent; or the origin is busy."""
 
 
+class OriginUnusable(OriginError):
+    """The origin answers, and not with what was asked for."""
+
+
 class OriginDenied(OriginError):
     """The origin demands a token, or does not accept the given one."""
 

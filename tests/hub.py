@@ -54,7 +54,8 @@ class Model:
 
     files: dict[str, bytes]
     lfs_bytes: int = 1024
-    gated: bool = False
+    gated: Literal["", "files", "all"] = ""  # without the token; the hub lists them to all, since October 2024
+    private: bool = False  # without the token, the hub says that there is no such model
     xet: bool = False  # names large files for xet too, and serves them by that name at /xet/NAME
     xet_names: dict[str, str] = field(default_factory=dict)  # of files in a real storage, by path
     names: dict[str, str] = field(default_factory=lambda: {"main": ""})
@@ -258,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._failed(asked):
             return
         model_id, kind, revision = (unquote(part) for part in match.groups()) if match else ("", "", "")
-        model = self._model(model_id, revision)
+        model = self._model(model_id, revision, lists=True)
         if model is None:
             return
         entries = [model.entry(path) for path in sorted(model.files)]
@@ -273,7 +274,9 @@ class _Handler(BaseHTTPRequestHandler):
                 if "lfs" in entry:
                     sibling["lfs"] = {"sha256": entry["lfs"]["oid"], "size": entry["size"], "pointerSize": 134}
             siblings.append(sibling)
-        self._json({"id": model_id, "modelId": model_id, "sha": model.commit, "siblings": siblings})
+        gated = "manual" if model.gated else False
+        said = {"id": model_id, "modelId": model_id, "sha": model.commit, "gated": gated, "siblings": siblings}
+        self._json(said)
 
     def _page(self, entries: list[dict[str, Any]], each: int = 50) -> None:
         query = parse_qs(urlsplit(self.path).query)
@@ -346,12 +349,12 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.hub.models[model_id].files[path]
         self._body(asked, data, {"ETag": f'"{sha256(data)}"'})
 
-    def _model(self, model_id: str, revision: str) -> Model | None:
+    def _model(self, model_id: str, revision: str, *, lists: bool = False) -> Model | None:
         model = self.hub.models.get(model_id)
         allowed = self.hub.token is None or self.headers.get("Authorization") == f"Bearer {self.hub.token}"
-        if model is None:
+        if model is None or (model.private and not allowed):
             self._error(404 if allowed else 401, "RepoNotFound")
-        elif model.gated and not allowed:
+        elif not allowed and model.gated and not (lists and model.gated == "files"):
             self._error(401, "GatedRepo")
         elif revision not in (model.commit, *model.names):
             self._error(404, "RevisionNotFound")

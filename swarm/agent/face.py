@@ -35,6 +35,7 @@ from swarm.agent.revisions import HubFile, Revision
 from swarm.content.manifest import ModelId
 from swarm.errors import (
     LINE_CHARS_MAX,
+    AgentError,
     ManifestNotFound,
     OriginDenied,
     OriginNotFound,
@@ -169,6 +170,7 @@ class Face:
 
     async def _file(self, request: web.Request, revision: Revision, file: HubFile) -> web.StreamResponse:
         headers = file_headers(revision, file)
+        await self._agent.revisions.demand_access(revision)
         span = byte_range(request.headers.get("Range"), file.size)
         if span is None:
             return web.Response(status=416, headers={**headers, "Content-Range": f"bytes */{file.size}"})
@@ -186,21 +188,26 @@ class Face:
             response.headers["Retry-After"] = "2"
             return response
         self._streams += 1
-        self._server.stays(request)
         try:
-            for attempt in range(ATTEMPTS):
-                try:
-                    found = await self._waited(request, revision, file)
-                    with self._agent.cache.in_use(key_of(revision.model_id, revision.commit)):
-                        await self._send(request, response, found, first, end)
-                except SourceChanged:  # evicted, or changed, before it was opened: it comes again
-                    if response.prepared or attempt == ATTEMPTS - 1:
-                        raise
-                else:
-                    break
+            with self._server.busy(request):
+                await self._sent(request, response, revision, file, first, end)
         finally:
             self._streams -= 1
         return response
+
+    async def _sent(
+        self, request: web.Request, response: web.StreamResponse, revision: Revision, file: HubFile, *span: int
+    ) -> None:
+        for attempt in range(ATTEMPTS):
+            try:
+                found = await self._waited(request, revision, file)
+                with self._agent.cache.in_use(key_of(revision.model_id, revision.commit)):
+                    await self._send(request, response, found, *span)
+            except SourceChanged:  # evicted, or changed, before it was opened: it comes again
+                if response.prepared or attempt == ATTEMPTS - 1:
+                    raise
+            else:
+                return
 
     async def _waited(self, request: web.Request, revision: Revision, file: HubFile) -> VerifiedFile:
         """The verified file; the client is kept waiting as HTTP does."""
@@ -305,6 +312,10 @@ def _failure(error: SwarmError) -> web.Response:
             return _error(404, "RevisionNotFound", str(error))
         case ManifestNotFound() | OriginNotFound():
             return _error(404, "RepoNotFound", str(error))
+        case AgentError():
+            response = _error(HTTPStatus.SERVICE_UNAVAILABLE, None, str(error))
+            response.headers["Retry-After"] = "2"
+            return response
         case StoreFull():
             return _error(HTTPStatus.INSUFFICIENT_STORAGE, None, str(error))
         case _:

@@ -7,6 +7,10 @@
 A branch is thus as new as at the hub, although the bytes come from peers. The token of a program goes to the origin
 with the listing and the reads that it causes, and nowhere else; answers are shared by programs with the same token.
 
+The origin also says who may read. It calls a private model missing: what peers have as one of its commits is looked
+for there under that commit. It lists gated models to all: `demand_access` asks for a file. An answer that is odd or
+late does not make the origin unreachable: a program could bring that about, and read what it is denied.
+
 Must not know: HTTP, how files are fetched.
 """
 
@@ -19,7 +23,7 @@ import os
 import re
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from swarm.api import find_on, is_commit
@@ -28,11 +32,13 @@ from swarm.checkpoint.blob_check import is_hub_name
 from swarm.content.manifest import ModelId
 from swarm.content.promise import ListedFile, Listing, etags
 from swarm.errors import (
+    AgentError,
     ManifestNotFound,
     OriginDenied,
     OriginError,
     OriginNotFound,
     OriginUnreachable,
+    OriginUnusable,
     RevisionNotFound,
     SwarmError,
 )
@@ -48,6 +54,10 @@ ORIGIN_ANSWER_S, ORIGIN_REST_S = 6.0, 30.0  # programs wait 10 s for an answer; 
 FIND_S, FIND_UNHEARD_S = 6.0, 1.0  # for a model that a peer is known to serve, and else: this node knows its peers
 MISSING_S = 5.0  # what exists nowhere is not looked for again
 KNOWN_MAX = 2000
+FILES_KNOWN_MAX = 400_000  # of all that are known, at 0.5 KB
+LOOKS_MAX = 64  # at the origin at once; each has a thread, until the origin has answered
+
+T = TypeVar("T")
 
 log = logging.getLogger("swarm")
 
@@ -78,6 +88,13 @@ class Revision:
     reader: OriginReader | None = None
     beside: dict[str, bytes] = field(default_factory=dict)  # small files that are no part of the artifact
     found: Found | None = None
+    is_readable: bool = False  # the origin has given a file of it to the token
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
+
+    @property
+    def of_origin(self) -> bool:
+        """Whether its commit is one of the origin."""
+        return self.found is None or (self.found.origin is not None and bool(self.found.origin.commit))
 
     @property
     def names(self) -> dict[str, str]:
@@ -96,6 +113,7 @@ class Revisions:
         self._asking: dict[tuple[str, str, str], asyncio.Task[Revision]] = {}
         self._missing: dict[tuple[str, str, str], tuple[float, SwarmError]] = {}
         self._down: tuple[float, OriginUnreachable] | None = None  # until when it rests, and what it said
+        self._looks = 0  # threads that ask the origin
 
     async def get(self, model_id: ModelId, asked: str, token: str | None) -> Revision:
         """The revision. Raises OriginError, ManifestNotFound and its kinds, ManifestConflict."""
@@ -105,6 +123,15 @@ class Revisions:
         if (missing := self._missing.get(key)) and self._node.now() < missing[0]:
             raise missing[1].with_traceback(None)
         return await self._shared(key, lambda: self._look(model_id, asked, token))
+
+    async def demand_access(self, revision: Revision) -> None:
+        """Raises OriginError if the origin does not give the files to the program that asked for the revision."""
+        reader, listing = revision.reader, revision.listing
+        if isinstance(reader, HubOrigin) and listing and listing.gated:
+            async with revision.asking:
+                if not revision.is_readable:
+                    await self._ask(reader, lambda: reader.demand_access(listing))
+                    revision.is_readable = True
 
     async def artifact_of(self, revision: Revision) -> Found:
         """The artifact of a revision, whose files the agent can fetch. Raises as `get`."""
@@ -133,40 +160,61 @@ class Revisions:
         for each in (key, (model_id, task.result().commit, token)):  # programs go on with the commit
             self._known.pop(each, None)
             self._known[each] = self._node.now() + KNOWN_S, task.result()
-        while len(self._known) > KNOWN_MAX:
-            del self._known[next(iter(self._known))]
+        files = sum(len(known.files) for _, known in self._known.values())
+        while len(self._known) > 2 and (len(self._known) > KNOWN_MAX or files > FILES_KNOWN_MAX):
+            files -= len(self._known.pop(next(iter(self._known)))[1].files)
 
-    async def _look(self, model_id: ModelId, asked: str, token: str | None) -> Revision:
+    async def _look(self, model_id: ModelId, asked: str, token: str | None, *, of_peers: bool = False) -> Revision:
+        """`of_peers`: it is a commit that peers have told."""
         failure: OriginError | None = None
         if self._settings.origin == "hf" and "/" in model_id and not self._settings.signed_by:
             reader = HubOrigin(environment_of(token, os.environ, own=self.own_address))
-            if self._down and self._node.now() < self._down[0]:
-                failure = self._down[1]  # not 'there is no such model': the origin might have it
-            else:
-                try:
-                    async with asyncio.timeout(ORIGIN_ANSWER_S):
-                        listing = await on_daemon(lambda: reader.listing(model_id, asked))
-                    return self._same(_listed(model_id, asked, listing, reader))
-                except TimeoutError:
-                    failure = OriginUnreachable(reader.address, "does not answer")
-                except OriginError as error:
-                    failure = error
-                if isinstance(failure, OriginUnreachable):
-                    self._down = self._node.now() + ORIGIN_REST_S, failure
-                    level = logging.INFO if failure.lasting else logging.WARNING
-                    log.log(level, "%s; peers alone are asked for the next %g s", failure, ORIGIN_REST_S)
-        if isinstance(failure, OriginDenied):
-            raise failure  # peers may have it: who the hub denies it to gets it from no peer either
-        if (here := self._here(model_id, asked)) and not isinstance(failure, OriginNotFound):
+            try:
+                listing = await self._ask(reader, lambda: reader.listing(model_id, asked))
+                return self._same(_listed(model_id, asked, listing, reader))
+            except OriginDenied:
+                raise  # peers may have it: who the hub denies it to gets it from no peer either
+            except OriginError as error:
+                failure = error
+        answered = isinstance(failure, OriginNotFound | OriginUnusable)
+        if failure and answered and of_peers:
+            raise failure
+        here = self._here(model_id, asked)
+        if here and not answered:
             return here
         try:
-            return await self._with_peers(model_id, asked)
+            found = await self._with_peers(model_id, asked)
         except ManifestNotFound:
-            if here:
-                return here
             if failure is None:
                 raise
-            raise failure.with_traceback(None) from None
+            if here is None:
+                raise failure.with_traceback(None) from None
+            found = here
+        if answered and found.of_origin:
+            return await self._look(model_id, found.commit, token, of_peers=True)
+        return found
+
+    async def _ask(self, reader: HubOrigin, work: Callable[[], T]) -> T:
+        """What the origin answers, on a thread. Raises OriginError, and AgentError where too much is asked at once."""
+        if self._down and self._node.now() < self._down[0]:
+            raise self._down[1].with_traceback(None)  # not 'there is no such model': the origin might have it
+        if self._looks >= LOOKS_MAX:
+            raise AgentError(f"{LOOKS_MAX} questions to {reader.address} are not answered yet; try again")
+        self._looks += 1
+        asking = on_daemon(work)
+        asking.add_done_callback(self._asked)
+        if not (await asyncio.wait([asking], timeout=ORIGIN_ANSWER_S))[0]:
+            raise OriginUnreachable(reader.address, "does not answer")
+        return asking.result()
+
+    def _asked(self, asking: asyncio.Future[Any]) -> None:
+        """The origin has answered, maybe after the program that asked was told that it does not."""
+        self._looks -= 1
+        failure = asking.exception()
+        if isinstance(failure, OriginUnreachable) and not (self._down and self._node.now() < self._down[0]):
+            self._down = self._node.now() + ORIGIN_REST_S, failure
+            level = logging.INFO if failure.lasting else logging.WARNING
+            log.log(level, "%s; peers alone are asked for the next %g s", failure, ORIGIN_REST_S)
 
     async def _with_peers(self, model_id: ModelId, asked: str) -> Revision:
         revision = None if asked == "main" else asked

@@ -51,13 +51,15 @@ class Listing:
     """The files of one revision of a model at an origin.
 
     `source` is the address of the model there, without revision; `commit` is 40 hexadecimal digits, or '' where the
-    origin has none. `revisions`: branch or tag that was asked for.
+    origin has none. `revisions`: branch or tag that was asked for. `gated`: the origin lists the files to all that ask,
+    and gives them to some.
     """
 
     source: str
     commit: str
     files: tuple[ListedFile, ...]
     revisions: tuple[str, ...] = ()
+    gated: bool = False
 
 
 def promise(listing: Listing) -> Manifest:

@@ -1,7 +1,7 @@
 """An HTTP server over aiohttp, on sockets that a listener accepted.
 
 A connection without a request within REQUEST_TIMEOUT_S is closed. Beyond `visitors_max` connections the oldest is
-closed, except those that `stays` has taken out of the count. `lines` bounds the header of a request.
+closed, except those that `stays` and `busy` have taken out of the count. `lines` bounds the header of a request.
 
 Must not know: TLS handshakes, pages, links.
 """
@@ -9,10 +9,11 @@ Must not know: TLS handshakes, pages, links.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from aiohttp import web
 from aiohttp.http import HttpProcessingError
@@ -98,6 +99,16 @@ class HttpServer:
         """The connection of this request is a link or a stream from now on, which have limits of their own."""
         if request.transport:
             self._visitors.pop(request.transport, None)
+
+    @contextlib.contextmanager
+    def busy(self, request: web.Request) -> Iterator[None]:
+        """In the block, the connection of this request is not counted; afterwards it is a visitor again."""
+        self.stays(request)
+        try:
+            yield
+        finally:
+            if request.transport and not request.transport.is_closing():
+                self._visit(request.transport)
 
     async def close(self) -> None:
         """Stops serving."""

@@ -24,7 +24,14 @@ from urllib.parse import quote, urljoin, urlsplit
 
 from swarm.content.manifest import FILES_MAX
 from swarm.content.promise import GIT_SHA1, SHA256, ListedFile, Listing
-from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginNotFound, OriginUnreachable
+from swarm.errors import (
+    OriginChanged,
+    OriginDenied,
+    OriginError,
+    OriginNotFound,
+    OriginUnreachable,
+    OriginUnusable,
+)
 from swarm.origin import OriginStream, http, xet
 
 ENDPOINT = "https://huggingface.co"
@@ -57,16 +64,25 @@ class HubOrigin:
         )
         commit = answer.get("sha") if isinstance(answer, dict) else None
         if not isinstance(commit, str) or not _COMMIT.fullmatch(commit):
-            raise OriginUnreachable(self._name, f"{model}: names no commit for {asked}")
+            raise OriginUnusable(self._name, f"{model}: names no commit for {asked}")
         siblings = answer.get("siblings")
         files = [_sibling(entry) for entry in siblings] if isinstance(siblings, list) else [None]
         if None in files:
             files = [_leaf(entry) for entry in self._tree(model, commit) if _is_file(entry)]
         if None in files:
-            raise OriginUnreachable(self._name, f"{model}: lists a file without size or hash")
+            raise OriginUnusable(self._name, f"{model}: lists a file without size or hash")
         listed = tuple(sorted((file for file in files if file), key=lambda file: file.path))
         names = (asked,) if asked != commit else ()
-        return Listing(f"{self.address}/{model}", commit, listed, names)
+        return Listing(f"{self.address}/{model}", commit, listed, names, bool(answer.get("gated")))
+
+    def demand_access(self, listing: Listing) -> None:
+        """Raises OriginDenied if the token does not open the files of a listing, as each OriginError."""
+        if listing.gated and listing.files:
+            path = listing.files[0].path
+            url = f"{listing.source}/resolve/{listing.commit}/{quote(path)}"
+            response = self._ask(url, method="HEAD", follow=False)
+            self._check(response, listing, listing.files[0])
+            response.close()
 
     def read(self, listing: Listing, file: ListedFile, offset: int, size: int) -> OriginStream:
         """As `OriginReader`."""
@@ -100,19 +116,19 @@ class HubOrigin:
             response = self._get(path or "", model, commit)
             entries = self._decoded(response, model)
             if not isinstance(entries, list):
-                raise OriginUnreachable(self._name, f"{model}: its files are no list")
+                raise OriginUnusable(self._name, f"{model}: its files are no list")
             count += len(entries)
             if count > FILES_MAX * 2:
-                raise OriginUnreachable(self._name, f"{model}: lists more than {FILES_MAX} files")
+                raise OriginUnusable(self._name, f"{model}: lists more than {FILES_MAX} files")
             yield from entries
             following = re.search(r'<([^>]+)>;\s*rel="next"', response.headers.get("Link") or "")
             if following is None:
                 return
             target = urljoin(f"{self.address}/", following[1])
             if urlsplit(target).netloc != urlsplit(self.address).netloc:
-                raise OriginUnreachable(self._name, f"{model}: its next page is on another host")
+                raise OriginUnusable(self._name, f"{model}: its next page is on another host")
             path = target
-        raise OriginUnreachable(self._name, f"{model}: lists more than {PAGES_MAX} pages")
+        raise OriginUnusable(self._name, f"{model}: lists more than {PAGES_MAX} pages")
 
     def _json(self, path: str, model: str, revision: str) -> Any:
         return self._decoded(self._get(path, model, revision), model)
@@ -127,7 +143,7 @@ class HubOrigin:
         try:
             return json.loads(response.read(ANSWER_BYTES_MAX))
         except (ValueError, RecursionError) as error:
-            raise OriginUnreachable(self._name, f"{model}: its answer is not JSON") from error
+            raise OriginUnusable(self._name, f"{model}: its answer is not JSON") from error
         finally:
             response.close()
 

@@ -21,16 +21,25 @@ import os
 import re
 import socket
 import ssl
+import time
 import urllib.request
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from swarm import __version__
-from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginNotFound, OriginUnreachable
+from swarm.errors import (
+    OriginChanged,
+    OriginDenied,
+    OriginError,
+    OriginNotFound,
+    OriginUnreachable,
+    OriginUnusable,
+)
 
 CONNECT_TIMEOUT_S = 10.0
 SILENCE_S = 15.0
+WHOLE_S = 60.0  # for an answer that is read as a whole: lists of files, tokens
 REDIRECTS_MAX = 8
 SKIP_BYTES = 1 << 20
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -61,14 +70,20 @@ class Response:
             raise OriginUnreachable(self._host, _broken(error)) from error
 
     def read(self, most: int) -> bytes:
-        """The whole body. Raises OriginUnreachable for more than `most` bytes."""
+        """The whole body. Raises OriginUnusable for more than `most` bytes, OriginUnreachable after WHOLE_S."""
+        data, until = bytearray(), time.monotonic() + WHOLE_S
         try:
-            data = self._answer.read(most + 1)
+            while len(data) <= most and (part := self._answer.read1(most + 1 - len(data))):
+                data += part
+                if time.monotonic() > until:  # SILENCE_S is for each part: bytes that drip never end
+                    raise OriginUnreachable(self._host, f"has not ended its answer after {WHOLE_S:g} s")
         except (OSError, http.client.HTTPException, *_CLOSED) as error:
             raise OriginUnreachable(self._host, _broken(error)) from error
         if len(data) > most:
-            raise OriginUnreachable(self._host, f"answers with more than {most} bytes")
-        return data
+            raise OriginUnusable(self._host, f"answers with more than {most} bytes")
+        if self._answer.length:
+            raise OriginUnreachable(self._host, "ended its answer too early")
+        return bytes(data)
 
     def close(self) -> None:
         """Closes the connection, also under a `readinto` of another thread."""
@@ -155,7 +170,7 @@ def demand(response: Response, what: str) -> None:
         raise OriginNotFound(host, why)
     if response.status in (412, 416):
         raise OriginChanged(host, f"{why}: it is not the file that was listed")
-    raise OriginUnreachable(host, why)
+    raise (OriginUnusable if response.status < 500 else OriginUnreachable)(host, why)
 
 
 def ranged(response: Response, what: str, *, offset: int, size: int, total: int) -> RangeStream:

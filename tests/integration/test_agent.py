@@ -118,7 +118,7 @@ def test_do_bytes_of_peers_reach_programs_without_a_hub(machine: Machine, model:
 def test_goes_the_token_of_a_program_to_the_hub_alone_and_opens_what_it_opens_there(
     machine: Machine, files: Mapping[str, bytes], tmp_path: Path
 ) -> None:
-    with Hub({MODEL: Model(dict(files), gated=True)}, token="hf_secret") as hub:
+    with Hub({MODEL: Model(dict(files), gated="all")}, token="hf_secret") as hub:
         agent = AgentMachine(machine, hub)
         assert read_files(agent.download(tmp_path / "allowed", token="hf_secret")) == files
         refused = agent.client(tmp_path / "refused", model=MODEL, token="")

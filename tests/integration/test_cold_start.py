@@ -187,7 +187,7 @@ def test_are_bytes_that_stay_wrong_never_given_a_name(replicas: Callable[[int], 
 
 def test_is_a_gated_model_one_line(replicas: Callable[[int], Replicas], hub: Hub) -> None:
     hub.token = "hf_secret"
-    hub.models[MODEL].gated = True
+    hub.models[MODEL].gated = "all"
     alone = replicas(1)
     assert "is gated" in alone.start(0, "--no-seed").end().error(3)
     assert alone.report(alone.start(0, "--no-seed", environment={"HF_TOKEN": "hf_secret"}))

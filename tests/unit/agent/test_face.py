@@ -18,7 +18,15 @@ from swarm.agent.artifact import VerifiedFile
 from swarm.agent.face import Face
 from swarm.agent.revisions import HubFile, Revision
 from swarm.content.manifest import ModelId
-from swarm.errors import ManifestNotFound, OriginDenied, OriginNotFound, OriginUnreachable, SourceChanged, StoreFull
+from swarm.errors import (
+    AgentError,
+    ManifestNotFound,
+    OriginDenied,
+    OriginNotFound,
+    OriginUnreachable,
+    SourceChanged,
+    StoreFull,
+)
 from swarm.settings import Settings
 from swarm.store.disk import Stamp
 
@@ -37,6 +45,7 @@ class FakeAgent:
         self.own_address = ""
         self.tokens: list[str | None] = []
         self.failure: Exception | None = None
+        self.denied: Exception | None = None
         self.leases = 0
 
     async def get(self, model_id: ModelId, asked: str, token: str | None) -> Revision:
@@ -45,6 +54,10 @@ class FakeAgent:
             raise self.failure
         files = {"a.bin": HubFile("a.bin", len(DATA), "a" * 64), "empty": HubFile("empty", 0, "b" * 40)}
         return Revision(model_id, COMMIT, asked, files)
+
+    async def demand_access(self, revision: Revision) -> None:
+        if self.denied:
+            raise self.denied
 
     @contextlib.contextmanager
     def in_use(self, key: str) -> Iterator[None]:
@@ -229,5 +242,49 @@ def test_which_error_does_the_client_get(failure: Exception, status: int, code: 
             assert (answered, headers.get("X-Error-Code")) == (status, code)
             assert headers["X-Error-Message"]
             assert face.answered == {status: 1}
+
+    run(scenario)
+
+
+def test_is_a_file_denied_that_the_hub_lists_to_all(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path) as (face, agent, _):
+            agent.denied = OriginDenied("hub", "org/m is gated")
+            for method in ("GET", "HEAD"):
+                status, body, headers = await ask(face, FILE, method=method)
+                assert (status, headers["X-Error-Code"]) == (401, "GatedRepo")
+                assert DATA not in body
+            assert (await ask(face, "/api/models/org/m/tree/main"))[0] == 200
+            agent.denied = AgentError("too much is asked")
+            status, _, headers = await ask(face, FILE)
+            assert (status, headers["Retry-After"]) == (503, "2")
+
+    run(scenario)
+
+
+def test_are_connections_bounded_that_have_got_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection counts again once its file is sent."""
+    monkeypatch.setattr(module, "CONNECTIONS_MAX", 4)
+    request = f"GET {FILE} HTTP/1.1\r\nHost: 127.0.0.1\r\nRange: bytes=0-9\r\n\r\n".encode()
+
+    async def scenario() -> None:
+        async with opened(tmp_path) as (face, _, _), contextlib.AsyncExitStack() as open_:
+            host, _, port = face.address.rpartition(":")
+            readers = []
+            for _ in range(12):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                open_.callback(writer.close)
+                writer.write(request)
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 206")
+                assert await reader.readexactly(10) == DATA[:10]
+                readers.append(reader)
+            for reader in readers[:8]:
+                assert await _end(reader) == b""
+
+    async def _end(reader: asyncio.StreamReader) -> bytes:
+        try:
+            return await reader.read()
+        except ConnectionError:
+            return b""
 
     run(scenario)

@@ -94,7 +94,7 @@ def test_is_a_server_that_ignores_ranges_read_all_the_same(hub: Hub) -> None:
 
 def test_does_the_token_stay_with_the_endpoint(hub: Hub, tmp_path: Path) -> None:
     hub.token = "hf_secret"
-    hub.models[ID].gated = True
+    hub.models[ID].gated = "all"
     (tmp_path / "token").write_text("hf_secret\n")
     for environment in (
         {"HF_TOKEN": " hf_secret\r\n"},
@@ -117,7 +117,7 @@ def test_is_the_token_file_left_alone_where_the_user_says_so(hub: Hub, tmp_path:
 @pytest.mark.parametrize("token", [None, "other"])
 def test_does_a_gated_model_say_what_to_do(hub: Hub, token: str | None) -> None:
     hub.token = "hf_secret"
-    hub.models[ID].gated = True
+    hub.models[ID].gated = "all"
     with pytest.raises(OriginDenied, match="gated: accept its terms") as raised:
         origin(hub, **({"HF_TOKEN": token} if token else {})).listing(ID, None)
     assert ("set HF_TOKEN" in str(raised.value)) == (token is None)
