@@ -28,7 +28,7 @@ from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.settings import Settings
 from swarm.store.directory import DirectoryStore
-from swarm.store.disk import Stamp
+from swarm.store.stamp import Stamp
 
 BATCH_BYTES = 256 << 20  # large enough for the parts of a fetch that take a fixed time, about 0.1 s
 TAKE_S = 2.0  # from the fetch until the programs that wait for it read it

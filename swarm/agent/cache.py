@@ -29,7 +29,7 @@ from swarm.errors import StoreFull, SwarmError
 from swarm.observe.prometheus import Figure
 from swarm.observe.units import size_text
 from swarm.protocol.agent_messages import FOLDER, MODELS_MAX
-from swarm.store.disk import read_own, replacing
+from swarm.store.own_files import read_own, replacing
 
 SAVE_EVERY_S = 30.0
 FILE_BYTES_MAX = 16 << 20

@@ -22,7 +22,8 @@ from swarm.errors import SettingsError, SwarmError
 from swarm.node.agent_client import at, peer_uid
 from swarm.protocol import agent_messages as messages
 from swarm.protocol.agent_messages import Answer, Failed, Greeting, Pulled, PullProgress, Request
-from swarm.store.disk import open_locked, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.file_lock import open_locked
 
 CONNECTIONS_MAX = 64
 REQUEST_TIMEOUT_S = 5.0

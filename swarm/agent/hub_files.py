@@ -31,7 +31,8 @@ from swarm.content.manifest import Digest
 from swarm.content.promise import ListedFile
 from swarm.errors import OriginChanged, OriginNotFound, SourceChanged, Stalled
 from swarm.origin import OriginReader
-from swarm.store.disk import Stamp, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.stamp import Stamp
 from swarm.transfer.origin_driver import on_daemon
 
 READ_BYTES = 1 << 20

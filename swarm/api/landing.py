@@ -33,7 +33,7 @@ from swarm.settings import Settings
 from swarm.store import Store
 from swarm.store.casting import casts
 from swarm.store.directory import DirectoryStore
-from swarm.store.disk import store_errors
+from swarm.store.file_errors import store_errors
 from swarm.store.memory import PromisedSource
 from swarm.store.memory_store import MemoryStore
 from swarm.store.part import narrowed

@@ -23,7 +23,7 @@ from swarm.runtime import runtime
 from swarm.security import signatures
 from swarm.settings import Settings
 from swarm.store import Source
-from swarm.store.disk import store_errors
+from swarm.store.file_errors import store_errors
 
 if TYPE_CHECKING:
     import torch

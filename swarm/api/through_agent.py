@@ -32,8 +32,10 @@ from swarm.protocol.agent_messages import Pull, Pulled, PulledFile, PullProgress
 from swarm.protocol.messages import Address
 from swarm.settings import Settings
 from swarm.store.clone import clone
-from swarm.store.disk import Stamp, remove_if_empty, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.own_files import remove_if_empty
 from swarm.store.partial_directory import PARTIAL
+from swarm.store.stamp import Stamp
 from swarm.transfer.commit_proof import warn_unproven
 
 TRANSPORT = "agent"

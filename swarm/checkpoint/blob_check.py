@@ -25,7 +25,8 @@ import msgspec
 
 from swarm.checkpoint import digest_cache
 from swarm.checkpoint.files import CheckpointFile
-from swarm.store.disk import Stamp, read_own, replacing
+from swarm.store.own_files import read_own, replacing
+from swarm.store.stamp import Stamp
 
 READ_BYTES = 1 << 20
 HASH_THREADS_MAX = 8  # sha256 runs at 1.6 GB/s a thread; more threads would outrun the disk

@@ -31,8 +31,9 @@ from swarm.checkpoint import (
 from swarm.checkpoint.files import CheckpointFile, bystander, walk
 from swarm.content.manifest import Manifest
 from swarm.errors import CheckpointIncomplete, ManifestInvalid
-from swarm.store.disk import Stamp, store_errors
+from swarm.store.file_errors import store_errors
 from swarm.store.part import narrowed
+from swarm.store.stamp import Stamp
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from swarm.errors import CheckpointIncomplete, ManifestInvalid, SourceChanged
 from swarm.protocol.messages import Origin
 from swarm.store import FileSpan, IsRight
 from swarm.store.directory_source import DirectorySource
-from swarm.store.disk import Stamp, store_errors
+from swarm.store.file_errors import store_errors
 from swarm.store.part import PartSource, narrowed
+from swarm.store.stamp import Stamp
 
 log = logging.getLogger("swarm")
 

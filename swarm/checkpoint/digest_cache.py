@@ -28,7 +28,9 @@ import msgspec
 from swarm.checkpoint.files import CheckpointFile
 from swarm.content.manifest import MANIFEST_BYTES_MAX, Digest, FileEntry, HashScheme, Manifest, decode
 from swarm.errors import ManifestError
-from swarm.store.disk import Stamp, read_own, replacing, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.own_files import read_own, replacing
+from swarm.store.stamp import Stamp
 
 RECORD_BYTES_MAX = 4 * MANIFEST_BYTES_MAX  # a manifest as a JSON string, and the stamps
 RACY_NS = 2_000_000_000  # resolution of FAT, the coarsest in use

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from swarm.content.manifest import FILES_MAX, PATH_BYTES_MAX, unsafe_path
 from swarm.errors import ManifestInvalid
-from swarm.store.disk import Stamp
+from swarm.store.stamp import Stamp
 
 SINGLE = (".safetensors", ".gguf")  # a file that is a model by itself
 NOT_SERVED = {

@@ -40,8 +40,11 @@ from swarm.content.manifest import FileEntry, Manifest, unsafe_path
 from swarm.content.selection import Part
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
-from swarm.store.disk import Stamp, open_locked, replacing, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.file_lock import open_locked
+from swarm.store.own_files import replacing
 from swarm.store.partial_directory import PARTIAL
+from swarm.store.stamp import Stamp
 
 # Of file systems without symbolic links (exFAT, some SMB and FUSE mounts).
 _NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}

@@ -23,7 +23,8 @@ import msgspec
 
 from swarm.checkpoint import hf_cache
 from swarm.content.manifest import Digest, ModelId, unsafe_path
-from swarm.store.disk import open_locked, read_own, remove_if_empty, replacing
+from swarm.store.file_lock import open_locked
+from swarm.store.own_files import read_own, remove_if_empty, replacing
 from swarm.store.partial_directory import PARTIAL
 
 RECORD_BYTES_MAX = 64 << 20

@@ -48,7 +48,8 @@ from swarm.hashing.cpu import chunk_digests as digests_on_cpu
 from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
 from swarm.store.directory_source import DirectorySource
-from swarm.store.disk import Stamp, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.stamp import Stamp
 from swarm.store.tensor_source import VIRTUAL_PATH, TensorSource
 
 if TYPE_CHECKING:

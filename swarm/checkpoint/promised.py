@@ -16,7 +16,7 @@ from swarm.checkpoint.files import CheckpointFile
 from swarm.content import promise, safetensors_header
 from swarm.content.manifest import Digests, Manifest
 from swarm.store import Store
-from swarm.store.disk import Stamp
+from swarm.store.stamp import Stamp
 
 
 def described(store: Store, digests: Sequence[Digests], files: Collection[int]) -> Manifest:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from swarm.content.manifest import Digest
-from swarm.store.disk import read_own, replacing
+from swarm.store.own_files import read_own, replacing
 
 RECORD_BYTES_MAX = 4096
 

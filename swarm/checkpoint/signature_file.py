@@ -14,7 +14,8 @@ import msgspec
 
 from swarm.content.manifest import Digest
 from swarm.protocol.messages import SIGNATURES_MAX, Signature
-from swarm.store.disk import replacing, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.own_files import replacing
 
 FILE_NAME = "swarm-signatures.json"
 FILE_BYTES_MAX = 1 << 20

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from swarm.checkpoint.files import bystander, walk
-from swarm.store.disk import store_errors
+from swarm.store.file_errors import store_errors
 
 
 def problems(path: Path, signed: Mapping[str, str], *, signature: str) -> list[str]:

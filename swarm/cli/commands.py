@@ -415,7 +415,7 @@ def rm(options: argparse.Namespace) -> int:
 def _verify_signed(directory: Path, key: Path) -> int:
     from swarm.checkpoint import signed_files
     from swarm.security import model_signature
-    from swarm.store.disk import store_errors
+    from swarm.store.file_errors import store_errors
 
     with store_errors(key):
         signer = model_signature.public_key(key.read_bytes())

@@ -21,7 +21,7 @@ from swarm.errors import LINE_CHARS_MAX, PeerUnreachable, SettingsError, StoreEr
 from swarm.observe.units import size_text
 from swarm.protocol.messages import SHORT_COMMIT_MIN
 from swarm.settings import Settings
-from swarm.store.disk import store_errors
+from swarm.store.file_errors import store_errors
 
 SCHEMA = 1
 REVISIONS_SHOWN = 3

@@ -30,7 +30,7 @@ from swarm.observe.units import size_text
 from swarm.simulation.crowd import Crowd, Observer
 from swarm.simulation.report import BurstReport, quantile
 from swarm.simulation.setup import Burst
-from swarm.store.disk import replacing
+from swarm.store.own_files import replacing
 
 PARTS = {"1/4": 0.25, "1/2": 0.5, "3/4": 0.75, "9/10": 0.9, "all": 1.0}
 NOT_ALL_FINISHED = 1

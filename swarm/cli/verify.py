@@ -12,7 +12,7 @@ from swarm.content.manifest import Digest
 from swarm.errors import LINE_CHARS_MAX, SettingsError, StoreError, clean
 from swarm.observe.units import size_text
 from swarm.settings import Settings
-from swarm.store.disk import store_errors
+from swarm.store.file_errors import store_errors
 from swarm.store.partial_directory import PARTIAL
 
 PROBLEMS_FOUND = 1

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from swarm.content.manifest import Manifest
 from swarm.node import local_nodes
+from swarm.store.confined_directory import ConfinedDirectory
 from swarm.store.directory_source import DirectorySource
-from swarm.store.disk import ConfinedDirectory, store_errors
+from swarm.store.file_errors import store_errors
 
 COPY_BYTES_MAX = 2 << 30  # of the newest files: a cache directory may hold the output of years
 PASSING = (".lock", ".tmp", ".pid")  # suffixes of files that only the writing process can use

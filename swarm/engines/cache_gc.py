@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from swarm.store.disk import open_locked
+from swarm.store.file_lock import open_locked
 
 FOLDERS = ("checkpoints", "metadata", "models", "compiled")  # of the cache directory; each entry is evicted as a whole
 USE = ".use-"

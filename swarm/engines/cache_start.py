@@ -27,7 +27,7 @@ from swarm.engines.compile_caches import InstalledCache
 from swarm.errors import SettingsError
 from swarm.runtime import runtime
 from swarm.settings import Settings
-from swarm.store.disk import read_regular, replacing
+from swarm.store.own_files import read_regular, replacing
 
 WAIT_S = 10.0  # for a cache that arrives; less than compiling takes
 HERE = "compiled-here"  # below the cache directory: records of what engines have compiled on this machine

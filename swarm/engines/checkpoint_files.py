@@ -35,7 +35,10 @@ from swarm.errors import ManifestInvalid, NotOfCommit, SettingsError, StoreConfl
 from swarm.protocol.messages import REVISIONS_MAX, Origin
 from swarm.runtime import runtime
 from swarm.store.directory_source import DirectorySource
-from swarm.store.disk import Stamp, demand_own, open_locked, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.file_lock import open_locked
+from swarm.store.own_files import demand_own
+from swarm.store.stamp import Stamp
 
 LOCK_TIMEOUT_S = 3600.0  # while another rank of this host fetches or hashes the same files
 

@@ -54,7 +54,7 @@ from swarm.observe.units import size_text
 from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.store.directory import DirectoryStore
-from swarm.store.disk import store_errors
+from swarm.store.file_errors import store_errors
 
 CONTENT = "sha256"  # the field that binds a manifest to the bytes of its files
 CACHE_BYTES_MAX = 16 << 30  # far above real caches; keeps a member from filling the disk

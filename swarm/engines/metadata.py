@@ -30,7 +30,8 @@ from swarm.content import safetensors_header
 from swarm.content.manifest import FILE_BYTES_MAX, Digest, FileEntry, Manifest, unsafe_path
 from swarm.engines import cache_gc
 from swarm.errors import ManifestInvalid, SourceChanged
-from swarm.store.disk import demand_own, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.own_files import demand_own
 
 DESCRIPTION = "swarm_checkpoint.json"
 NAME = "swarm_model_id.txt"  # holds the model id of a directory that `lay_out` made

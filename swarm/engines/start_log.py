@@ -18,7 +18,7 @@ from typing import Annotated
 
 import msgspec
 
-from swarm.store.disk import read_regular, replacing
+from swarm.store.own_files import read_regular, replacing
 
 FOLDER = "starts"
 KEPT = 64

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from swarm.errors import SettingsError
 from swarm.settings import split_address
-from swarm.store.disk import read_regular, replacing
+from swarm.store.own_files import read_regular, replacing
 
 ELSEWHERE_MAX = 32  # notes of other spaces that are tried, the youngest; a killed container leaves its notes
 CONNECT_TIMEOUT_S = 0.5

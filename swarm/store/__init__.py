@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
-if TYPE_CHECKING:  # `swarm status` reads files by `store.disk`, and starts without numpy
+if TYPE_CHECKING:  # `swarm status` reads files by `store.own_files`, and starts without numpy
     from swarm.content.bitfield import Bitfield
     from swarm.content.manifest import Chunk, Manifest
 

@@ -15,7 +15,8 @@ import os
 from pathlib import Path
 
 from swarm.errors import StoreConflict
-from swarm.store.disk import Stamp, store_errors
+from swarm.store.file_errors import store_errors
+from swarm.store.stamp import Stamp
 
 FICLONE = 0x40049409  # <linux/fs.h>
 COPY_BYTES = 64 << 20

@@ -12,7 +12,7 @@
 - **Verified bytes stay verified.** A staged file is leased (`lease`): as long as no other program opens it, it holds
   the hashed bytes. `seal` hashes every other file again, just before it gets its final name. An entry in the place of
   the open file gets none.
-- **Files stay open as long as the process may have them open** (`disk.OpenFiles`). A lent descriptor stays open: closed
+- **Files stay open as long as the process may have them open** (`open_files`). A lent descriptor stays open: closed
   too early, its number may already name another file. The soft limit of open files is raised if needed; a file above
   the hard limit is opened again when it is needed, and must be the same file.
 - **Power loss.** With `fsync` (the default) the data of each file is on the disk before it gets its final name, and the
@@ -39,19 +39,15 @@ from swarm.content.manifest import Chunk, FileEntry, Manifest
 from swarm.content.selection import Part
 from swarm.errors import LocalProtocolError, SourceChanged, StoreConflict, StoreError
 from swarm.store import FileSpan, IsRight
+from swarm.store.confined_directory import ConfinedDirectory
 from swarm.store.directory_source import demand_right, lent_scratch, read_spans
-from swarm.store.disk import (
-    ConfinedDirectory,
-    OpenFiles,
-    Stamp,
-    Writeback,
-    next_data,
-    remove_if_empty,
-    reserve_descriptors,
-    store_errors,
-)
+from swarm.store.file_errors import store_errors
 from swarm.store.lease import SoleUse
-from swarm.store.partial_directory import PartialDirectory
+from swarm.store.open_files import OpenFiles, reserve_descriptors
+from swarm.store.own_files import remove_if_empty
+from swarm.store.partial_directory import PartialDirectory, next_data
+from swarm.store.stamp import Stamp
+from swarm.store.writeback import Writeback
 
 CLOSE_TIMEOUT_S = 60.0
 PROVING_THREADS = 4

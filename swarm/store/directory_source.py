@@ -17,7 +17,8 @@ from pathlib import Path
 from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import SourceChanged, StoreError
 from swarm.store import FileSpan, IsRight
-from swarm.store.disk import OpenFiles, Stamp, reserve_descriptors
+from swarm.store.open_files import OpenFiles, reserve_descriptors
+from swarm.store.stamp import Stamp
 
 SCRATCH_BYTES = 2 << 20  # buffer of a chunk that is read or written: fits a core's cache
 SCRATCHES_KEPT = 16  # as many as a session has threads that receive

@@ -19,7 +19,7 @@ import fcntl
 import signal
 import threading
 
-from swarm.store.disk import OpenFiles
+from swarm.store.open_files import OpenFiles
 
 LOOK_EVERY_S = 0.1  # a program that opens a leased file waits so long at most
 

@@ -10,6 +10,8 @@ Must not know: chunks, what is in the files, when they are complete.
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -17,7 +19,9 @@ from pathlib import Path, PurePosixPath
 
 from swarm.content.manifest import FileEntry, Manifest
 from swarm.errors import StoreConflict
-from swarm.store.disk import ConfinedDirectory, lock_file, store_errors
+from swarm.store.confined_directory import ConfinedDirectory
+from swarm.store.file_errors import store_errors
+from swarm.store.file_lock import lock_file
 
 PARTIAL = ".swarm"
 RECORD_BYTES_MAX = 256 << 20
@@ -156,3 +160,11 @@ def _lock(fd: int, directory: Path) -> None:
     with contextlib.suppress(OSError):  # for messages only: a full disk must not prevent a resume
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
+
+
+def next_data(fd: int, offset: int) -> float:
+    """Offset of the next written byte (SEEK_DATA): inf if only a hole follows, `offset` without support for holes."""
+    try:
+        return os.lseek(fd, offset, os.SEEK_DATA)
+    except OSError as error:
+        return math.inf if error.errno == errno.ENXIO else offset

@@ -27,7 +27,7 @@ from swarm.origin import http
 from swarm.origin.hf import HubOrigin
 from swarm.protocol.messages import Signature
 from swarm.security import model_signature
-from swarm.store.disk import Stamp
+from swarm.store.stamp import Stamp
 
 from .target import Target
 

@@ -17,7 +17,8 @@ from swarm.errors import StoreError
 from swarm.node import local_nodes
 from swarm.security import cluster_key
 from swarm.settings import Settings
-from swarm.store.disk import demand_own, open_locked, read_own, read_regular
+from swarm.store.file_lock import open_locked
+from swarm.store.own_files import demand_own, read_own, read_regular
 
 OTHER = 12345
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")

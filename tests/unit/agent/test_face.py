@@ -28,7 +28,7 @@ from swarm.errors import (
     StoreFull,
 )
 from swarm.settings import Settings
-from swarm.store.disk import Stamp
+from swarm.store.stamp import Stamp
 
 DATA = bytes(range(256)) * 4096
 COMMIT = "c" * 40

@@ -9,7 +9,7 @@ import pytest
 
 from swarm.checkpoint import files
 from swarm.errors import ManifestInvalid
-from swarm.store.disk import Stamp
+from swarm.store.stamp import Stamp
 
 
 def fill(root: Path, contents: dict[str, bytes]) -> Path:

@@ -19,7 +19,7 @@ from swarm.checkpoint.hf_publish import CacheEntry
 from swarm.content.manifest import ChunkEntry, FileEntry, HashScheme, Manifest
 from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
-from swarm.store.disk import Stamp
+from swarm.store.stamp import Stamp
 
 MODEL = "org/model"
 COMMIT = "c0ffee" + "0" * 34

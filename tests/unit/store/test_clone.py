@@ -12,7 +12,7 @@ import pytest
 from swarm.errors import SourceChanged, StoreConflict, StoreError
 from swarm.store import clone as module
 from swarm.store.clone import clone
-from swarm.store.disk import Stamp
+from swarm.store.stamp import Stamp
 
 DATA = bytes(range(256)) * 1000
 

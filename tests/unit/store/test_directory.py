@@ -19,7 +19,7 @@ from swarm.hashing.cpu import chunk_digests
 from swarm.store import IsRight
 from swarm.store.directory import DirectoryStore
 from swarm.store.directory_source import DirectorySource
-from swarm.store.disk import reserve_descriptors
+from swarm.store.open_files import reserve_descriptors
 from swarm.testing.stores import is_right
 
 CHUNK = 8192
@@ -681,7 +681,7 @@ def test_is_the_limit_of_open_files_raised_when_needed() -> None:
 
 
 def test_a_store_works_with_fewer_open_files_than_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swarm.store.disk.resource.getrlimit", lambda _: (4, 4))
+    monkeypatch.setattr("swarm.store.open_files.resource.getrlimit", lambda _: (4, 4))
     with closing(DirectoryStore(tmp_path / "out", MANIFEST)) as store:
         land(store, *MANIFEST.chunks)
         assert list(store.present()) == list(MANIFEST.chunks)

@@ -17,8 +17,8 @@ import pytest
 from swarm.content.manifest import Chunk, Manifest
 from swarm.errors import StoreError
 from swarm.store.directory import DirectoryStore
-from swarm.store.disk import OpenFiles
 from swarm.store.lease import SoleUse
+from swarm.store.open_files import OpenFiles
 from swarm.testing.stores import content, describe, is_right, land
 
 CONTENTS = {"a.bin": bytes(range(256)) * 512, "b.bin": b"b" * 40_000, "empty": b"", "sub/c.json": b"{}"}
