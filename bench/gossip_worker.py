@@ -16,7 +16,7 @@ from typing import Any
 
 from swarm.journal import Entry
 from swarm.membership.config import SwimConfig, lan, local, wan
-from swarm.membership.swim import MemberChanged
+from swarm.membership.swim_events import MemberChanged
 from swarm.net.host_environment import HostEnvironment, machine_label
 from swarm.node.node import Node
 from swarm.protocol.messages import Address

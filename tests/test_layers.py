@@ -30,7 +30,7 @@ ROWS: dict[str, set[str]] = {
         "agent.eviction",
         "transfer.claims", "transfer.download", "transfer.download_events", "transfer.offers", "transfer.origin_reads",
         "transfer.upload", "transfer.superseed",
-        "peers.connections", "membership.swim",
+        "peers.connections", "membership.swim", "membership.swim_events",
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
     "world": {

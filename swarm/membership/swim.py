@@ -30,14 +30,25 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias
 
 from swarm.errors import LocalProtocolError
 from swarm.journal import Paused
 from swarm.membership.config import SwimConfig
 from swarm.membership.member_table import MemberTable, RumourQueue, SyncWalk, refute
 from swarm.membership.probes import Probe, Prober
+from swarm.membership.swim_events import (
+    Action,
+    AddressesChanged,
+    Conflict,
+    ContactFound,
+    Event,
+    Leave,
+    MemberChanged,
+    PacketReceived,
+    ProfileChanged,
+    Send,
+    Tick,
+)
 from swarm.protocol import packets
 from swarm.protocol.messages import Address, NodeId
 from swarm.protocol.packets import (
@@ -60,76 +71,6 @@ REPLIES_MAX = 8  # datagrams in an answer: the smallest receive buffers hold the
 SAMPLED = 2  # members drawn for one that gets rumours: so that those that were heard are usually enough
 LEAVE_FANOUT = 8  # members that get the goodbye directly; some of 8 datagrams arrive
 CONFLICTS_MAX = 3  # records of an earlier process with this id end after one or two; those of a live node do not
-
-
-@dataclass(frozen=True)
-class ContactFound:
-    """Discovery found an address. It gets a Sync, now and whenever no member is known there."""
-
-    address: Address
-
-
-@dataclass(frozen=True)
-class PacketReceived:
-    """A datagram arrived from this address."""
-
-    source: Address
-    packet: Packet
-
-
-@dataclass(frozen=True)
-class ProfileChanged:
-    """The profile of this node is another one. It is announced after `between_profiles_s`, at once if it leaves."""
-
-    profile: Profile
-
-
-@dataclass(frozen=True)
-class AddressesChanged:
-    """This node has other addresses."""
-
-    addresses: tuple[Address, ...]
-
-
-@dataclass(frozen=True)
-class Leave:
-    """This node closes. It announces that, and sends no packet afterwards."""
-
-
-@dataclass(frozen=True)
-class Tick:
-    """`wait_s` has passed."""
-
-
-@dataclass(frozen=True)
-class Send:
-    """Send this packet as a datagram."""
-
-    address: Address
-    packet: Packet
-
-
-@dataclass(frozen=True)
-class MemberChanged:
-    """A member is new, or in another state, or has another profile."""
-
-    record: Record
-
-    @property
-    def weight_bytes(self) -> int:
-        """Approximate memory, for the journal."""
-        return 1024 + 512 * len(self.record.profile.artifacts)
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """A live node at this address uses the id of this node."""
-
-    address: Address
-
-
-Event: TypeAlias = Paused | ContactFound | PacketReceived | ProfileChanged | AddressesChanged | Leave | Tick
-Action: TypeAlias = Send | MemberChanged | Conflict
 
 
 class Swim:

@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 from swarm.journal import Paused
 from swarm.membership.config import SwimConfig
-from swarm.membership.swim import (
+from swarm.membership.swim import Swim
+from swarm.membership.swim_events import (
     AddressesChanged,
     Conflict,
     ContactFound,
@@ -23,7 +24,6 @@ from swarm.membership.swim import (
     PacketReceived,
     ProfileChanged,
     Send,
-    Swim,
     Tick,
 )
 from swarm.net.environment import Environment

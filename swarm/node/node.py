@@ -30,8 +30,9 @@ from swarm.errors import LocalProtocolError, SwarmError
 from swarm.journal import Journal, Opened, Paused, Withdrawn
 from swarm.membership import config
 from swarm.membership.config import SwimConfig
-from swarm.membership.swim import MemberChanged, Swim
+from swarm.membership.swim import Swim
 from swarm.membership.swim_driver import SwimDriver
+from swarm.membership.swim_events import MemberChanged
 from swarm.net.environment import Environment
 from swarm.node import holders
 from swarm.node.fetch import Fetched, Fetches

@@ -12,7 +12,7 @@ from typing import Any
 
 from swarm.content.manifest import Digest
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Journal, Left, Opened, Received, Sent
-from swarm.membership.swim import MemberChanged
+from swarm.membership.swim_events import MemberChanged
 from swarm.observe import budget
 from swarm.observe.fetch_record import FetchRecords
 from swarm.observe.rate import Rate

@@ -34,7 +34,7 @@ from swarm.journal import (
     Sent,
     weight,
 )
-from swarm.membership.swim import MemberChanged
+from swarm.membership.swim_events import MemberChanged
 from swarm.observe.fetch_record import TRANSFER_EVENTS
 from swarm.transfer.download_events import PeerHas, PeerJoined, PeerLeft
 

@@ -30,7 +30,8 @@ from swarm.dashboard.replay_server import ReplayServer
 from swarm.dashboard.swarm_view import SwarmView
 from swarm.errors import ManifestInvalid, SettingsError, StoreError, TransportError
 from swarm.membership import config
-from swarm.membership.swim import PacketReceived, Swim
+from swarm.membership.swim import Swim
+from swarm.membership.swim_events import PacketReceived
 from swarm.observe import trace
 from swarm.observe.fetch_record import FetchRecords
 from swarm.protocol import messages, packets

@@ -30,7 +30,8 @@ from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import ModelId
 from swarm.errors import LocalProtocolError, SwarmError
 from swarm.journal import ArtifactsAnnounced, Entry, Joined, Left
-from swarm.membership.swim import MemberChanged, Swim
+from swarm.membership.swim import Swim
+from swarm.membership.swim_events import MemberChanged
 from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.peers.connections import Connections

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from swarm.errors import LocalProtocolError
 from swarm.membership.config import SwimConfig
-from swarm.membership.swim import (
+from swarm.membership.swim import Swim
+from swarm.membership.swim_events import (
     Conflict,
     ContactFound,
     Event,
@@ -25,7 +26,6 @@ from swarm.membership.swim import (
     PacketReceived,
     ProfileChanged,
     Send,
-    Swim,
     Tick,
 )
 from swarm.protocol import packets

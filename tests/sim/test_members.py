@@ -12,7 +12,7 @@ from swarm.content.manifest import ModelId
 from swarm.errors import ManifestConflict
 from swarm.journal import Left
 from swarm.membership.config import lan
-from swarm.membership.swim import MemberChanged
+from swarm.membership.swim_events import MemberChanged
 from swarm.node import resolve
 from swarm.node.node import Node
 from swarm.peers import selection

@@ -18,7 +18,7 @@ from swarm.dashboard.recording import Recording
 from swarm.dashboard.replay_server import ReplayServer
 from swarm.errors import StoreError
 from swarm.journal import ArtifactsAnnounced, Entry, FetchEnded, FetchStarted, Joined, Opened, Received, Sent
-from swarm.membership.swim import MemberChanged
+from swarm.membership.swim_events import MemberChanged
 from swarm.observe.trace import event
 from swarm.protocol.messages import Address, Announcement, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State

@@ -17,8 +17,10 @@ from swarm.errors import LocalProtocolError
 from swarm.journal import Paused
 from swarm.membership import config, swim
 from swarm.membership.member_table import MemberTable, RumourQueue, SyncWalk, refute
-from swarm.membership.swim import (
+from swarm.membership.swim import Swim
+from swarm.membership.swim_events import (
     Action,
+    AddressesChanged,
     Conflict,
     ContactFound,
     Event,
@@ -27,7 +29,6 @@ from swarm.membership.swim import (
     PacketReceived,
     ProfileChanged,
     Send,
-    Swim,
     Tick,
 )
 from swarm.protocol import messages, packets
@@ -693,6 +694,6 @@ def test_a_member_whose_addresses_are_of_no_use_counts_once_it_was_heard() -> No
 
 def test_new_addresses_of_this_node_are_told() -> None:
     me = Member(ANN)
-    me.do(swim.AddressesChanged((NEAR,)))
+    me.do(AddressesChanged((NEAR,)))
     (said,) = {r for r in told(me.wait(1.0), ME) if isinstance(r, Record)}
     assert (said.addresses, said.version) == ((NEAR,), 1)

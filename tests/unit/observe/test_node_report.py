@@ -23,7 +23,7 @@ from swarm.journal import (
     Received,
     Sent,
 )
-from swarm.membership.swim import MemberChanged
+from swarm.membership.swim_events import MemberChanged
 from swarm.node import status_client
 from swarm.observe import budget, node_report
 from swarm.observe.node_report import NodeReport, distinct_names
