@@ -36,7 +36,7 @@ from swarm.net import cards, discovery, peer_names
 from swarm.net.addresses import multicast_hosts
 from swarm.node import local_nodes, status_client
 from swarm.node.node import Node
-from swarm.node.resolve import may_introduce, networks
+from swarm.node.trust import may_introduce, networks
 from swarm.runtime import new_node
 from swarm.security import cluster_key
 from swarm.security.certificates import visitor

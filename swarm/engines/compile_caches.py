@@ -48,8 +48,10 @@ from swarm.engines import cache_files, cache_gc
 from swarm.engines.layout import Fingerprint, short_digest
 from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, SwarmError
 from swarm.node import local_nodes
+from swarm.node.agreement import FIND_TIMEOUT_S
 from swarm.node.node import Node
-from swarm.node.resolve import FIND_TIMEOUT_S, introduced, networks, resolve
+from swarm.node.resolve import resolve
+from swarm.node.trust import introduced, networks
 from swarm.observe.units import size_text
 from swarm.runtime import runtime
 from swarm.settings import Settings

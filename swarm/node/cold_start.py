@@ -23,8 +23,9 @@ from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.content.promise import Listing, etags, promise
 from swarm.errors import ManifestNotFound, OriginDenied, OriginError, OriginNotFound, SwarmError
 from swarm.journal import OriginListed, OriginNode, Resolved
+from swarm.node.agreement import FIND_TIMEOUT_S
 from swarm.node.node import Node
-from swarm.node.resolve import FIND_TIMEOUT_S, resolve
+from swarm.node.resolve import resolve
 from swarm.origin import OriginReader
 from swarm.protocol.messages import Origin
 from swarm.transfer.origin_driver import OriginSource, on_daemon, origin_node

@@ -26,8 +26,9 @@ from swarm.content.commit import lacking, part_name, whole
 from swarm.content.manifest import Digest, Manifest, ModelId, decode
 from swarm.errors import ManifestError, PeerError, SourceChanged
 from swarm.node.holders import Announced
+from swarm.node.manifest_answers import LINK_S, MANIFEST_TIMEOUT_S, ORIGIN_TIMEOUT_S
 from swarm.node.node import Node
-from swarm.node.resolve import LINK_S, MANIFEST_TIMEOUT_S, ORIGIN_TIMEOUT_S, may_introduce, networks
+from swarm.node.trust import may_introduce, networks
 from swarm.peers.peer import Peer
 from swarm.protocol.messages import REVISIONS_MAX, Origin, Signature
 from swarm.store import Source

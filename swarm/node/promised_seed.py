@@ -22,8 +22,8 @@ from swarm.content.promise import ETAG
 from swarm.errors import ManifestError, PeerError, StoreError
 from swarm.hashing.cpu import chunk_digests
 from swarm.node.holders import Announced
+from swarm.node.manifest_answers import LINK_S, MANIFEST_TIMEOUT_S, ORIGIN_TIMEOUT_S
 from swarm.node.node import Node
-from swarm.node.resolve import LINK_S, MANIFEST_TIMEOUT_S, ORIGIN_TIMEOUT_S
 from swarm.protocol.messages import Origin
 from swarm.store import Source, WatchedSource
 from swarm.transfer.claims import Claims

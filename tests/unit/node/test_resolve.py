@@ -9,8 +9,6 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -32,7 +30,7 @@ from swarm.journal import Resolved
 from swarm.net.environment import Found
 from swarm.net.link import Link
 from swarm.net.udp import Hear
-from swarm.node import resolve as resolving
+from swarm.node import agreement, manifest_answers
 from swarm.node.node import Node
 from swarm.node.resolve import full_digest, resolve
 from swarm.peers.peer import Peer
@@ -296,7 +294,7 @@ def test_does_a_wrong_key_not_hide_a_node_that_has_the_model() -> None:
 
 
 def test_is_the_search_short_where_no_node_is_found_and_endless_if_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolving, "NOTHING_FOUND_S", 0.05)
+    monkeypatch.setattr(agreement, "NOTHING_FOUND_S", 0.05)
 
     async def scenario() -> None:
         street = Street()
@@ -373,7 +371,7 @@ def test_is_what_a_publisher_signed_chosen_whoever_carries_it(publisher: Publish
 
 
 def test_is_a_signature_for_another_id_or_revision_none(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.1)
+    monkeypatch.setattr(agreement, "OTHER_REVISION_S", 0.1)
 
     async def scenario() -> None:
         street = Street()
@@ -488,7 +486,7 @@ def test_does_a_peer_that_leaves_midway_leave_the_others(monkeypatch: pytest.Mon
 
 
 def test_does_a_peer_that_never_answers_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolving, "MANIFEST_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(manifest_answers, "MANIFEST_TIMEOUT_S", 0.05)
 
     async def never(*_: object) -> None: ...
 
@@ -554,7 +552,7 @@ def test_is_a_revision_found_by_name_and_by_commit_among_two(revision: str) -> N
 
 @pytest.mark.parametrize("revision", ["v3", "efefef", "efefefe0", "e", "MAIN"])
 def test_does_a_revision_that_is_not_served_name_the_others(revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.1)
+    monkeypatch.setattr(agreement, "OTHER_REVISION_S", 0.1)
 
     async def scenario() -> None:
         async with newcomer_of("seed") as (seed, newcomer):
@@ -567,7 +565,7 @@ def test_does_a_revision_that_is_not_served_name_the_others(revision: str, monke
 
 
 def test_is_a_content_without_a_revision_never_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.1)
+    monkeypatch.setattr(agreement, "OTHER_REVISION_S", 0.1)
 
     async def scenario() -> None:
         async with Street().node("alone") as node:
@@ -597,29 +595,10 @@ def test_do_first_digits_choose_a_digest_that_is_announced() -> None:
     run(scenario)
 
 
-def test_are_manifests_of_ever_new_digests_not_all_kept() -> None:
-    async def scenario() -> None:
-        async def never(*_: object, **__: object) -> None:
-            await asyncio.Event().wait()
-
-        requests = SimpleNamespace(manifest=never, origin=never)
-        asked = [resolving._Answers(cast(Node, SimpleNamespace(manifest_requests=requests)))]
-        with asked[0] as answers:
-            peer = cast(Peer, SimpleNamespace(node=NodeId("a" * 16)))
-            tasks = [answers.ask(peer, Digest(f"{number:064x}")) for number in range(20)]
-            await asyncio.sleep(0)
-            assert len(answers._asked) == resolving.ASKED_AHEAD_MAX
-            assert answers.ask(peer, Digest(f"{19:064x}")) is tasks[19]
-        await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(task.cancelled() for task in tasks)
-
-    asyncio.run(asyncio.wait_for(scenario(), 10))
-
-
 def test_does_a_holder_that_does_not_answer_say_nothing_about_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed node is linked until its heartbeat is missed. Another holder of the same content is asked as well."""
-    monkeypatch.setattr(resolving, "ORIGIN_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(resolving, "OTHER_REVISION_S", 0.3)
+    monkeypatch.setattr(manifest_answers, "ORIGIN_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(agreement, "OTHER_REVISION_S", 0.3)
 
     async def scenario() -> None:
         async with newcomer_of("dumb", "other") as (dumb, other, newcomer):
