@@ -2,8 +2,8 @@
 
 Owns the queue of the files that are wanted. Fetches run one after the other, each of one batch: the files that were
 asked for meanwhile, in order, up to BATCH_BYTES. The first one brings the small files of the model with it, which
-programs ask for one by one. A file counts when it has its final name in the Hugging Face cache: it is whole and
-verified then, and its stamp says so as long as nothing changes it.
+programs ask for one by one; they come before large files. A file counts when it has its final name in the Hugging Face
+cache: it is whole and verified then, and its stamp says so as long as nothing changes it.
 
 Must not know: HTTP, how a revision is found.
 """
@@ -163,10 +163,14 @@ class Artifact:
                 break
             batch.append(path)
             size += self._entries[path].size
-        if self._companions:
-            self._companions = False
-            batch += self._small(beside=batch)
-        return batch
+        if not self._companions:
+            return batch
+        self._companions = False
+        small = self._small(beside=batch)
+        large = {path for path in batch if self._entries[path].size > SMALL_BYTES}
+        if size <= COMPANIONS_BYTES or len(large) == len(batch) + len(small):
+            return batch + small
+        return [path for path in batch if path not in large] + small  # programs need them before the weights
 
     def _small(self, *, beside: Collection[str]) -> list[str]:
         chosen, left = [], COMPANIONS_BYTES

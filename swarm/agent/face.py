@@ -29,7 +29,17 @@ from aiohttp import web
 from swarm.agent.agent import Agent
 from swarm.agent.artifact import VerifiedFile
 from swarm.agent.cache import key_of
-from swarm.agent.hub_api import HubRequest, byte_range, file_headers, gguf, model_info, parse, paths_info, tree
+from swarm.agent.hub_api import (
+    HubRequest,
+    byte_range,
+    file_headers,
+    gguf,
+    model_info,
+    parse,
+    paths_info,
+    refs,
+    tree,
+)
 from swarm.agent.hub_files import HubFiles
 from swarm.agent.revisions import HubFile, Revision
 from swarm.content.manifest import ModelId
@@ -147,6 +157,8 @@ class Face:
                 return await self._file(request, revision, file)
             case "model":
                 return _json(model_info(revision, blobs=_is_true(request.query.get("blobs"))))
+            case "refs":
+                return _json(refs(revision))
             case "tree":
                 return self._tree(request, asked, revision)
             case "paths":

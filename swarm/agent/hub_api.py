@@ -2,9 +2,10 @@
 
     /{id}/resolve/{revision}/{path}                     a file
     /api/models/{id}[/revision/{revision}]              commit and files
+    /api/models/{id}/refs                               the branch main and its commit, as llama.cpp asks
     /api/models/{id}/tree/{revision}[/{path}]           files and directories with sizes and names, in pages
     /api/models/{id}/paths-info/{revision}              the same for named paths
-    /v2/{id}/manifests/{tag}                            the GGUF file of a quantization, as llama.cpp asks
+    /v2/{id}/manifests/{tag}                            the GGUF file of a quantization, as older llama.cpp asks
 
 Pure: the answers are functions of a revision. Names of fields are those that huggingface_hub reads.
 """
@@ -18,15 +19,17 @@ from typing import Any, Literal, TypeAlias
 from urllib.parse import quote, unquote
 
 from swarm.agent.revisions import HubFile, Revision, is_revision
+from swarm.checkpoint.blob_check import is_hub_name
 from swarm.checkpoint.hf_cache import is_model_id
 from swarm.content.manifest import unsafe_path
 
 PAGE = 1000  # entries of a page of `tree`, as at the hub
 POINTER_BYTES = 134  # of a git-lfs pointer; nothing reads it
-Kind: TypeAlias = Literal["file", "model", "tree", "paths", "gguf"]
+Kind: TypeAlias = Literal["file", "model", "refs", "tree", "paths", "gguf"]
 
 _RESOLVE = re.compile(r"/([^/]+(?:/[^/]+)?)/resolve/([^/]+)/(.+)")
 _MODEL = re.compile(r"/api/models/([^/]+(?:/[^/]+)?)")
+_REFS = re.compile(r"/api/models/([^/]+(?:/[^/]+)?)/refs")
 _OF_MODEL = re.compile(r"/api/models/([^/]+(?:/[^/]+)?)/(revision|tree|paths-info)/([^/]+)(?:/(.+))?")
 _GGUF = re.compile(r"/v2/([^/]+(?:/[^/]+)?)/manifests/([^/]+)")
 _QUANTIZATIONS = ("Q4_K_M", "Q4_0", "Q8_0")  # what llama.cpp takes where none is named
@@ -51,6 +54,8 @@ def parse(raw_path: str) -> HubRequest | None:
         kinds: dict[str, Kind] = {"revision": "model", "tree": "tree", "paths-info": "paths"}
         model_id, kind, revision, path = (unquote(part or "") for part in match.groups())
         found = HubRequest(kinds[kind], model_id, revision, path)
+    elif match := _REFS.fullmatch(raw_path):
+        found = HubRequest("refs", unquote(match[1]))
     elif match := _MODEL.fullmatch(raw_path):
         found = HubRequest("model", unquote(match[1]))
     elif match := _GGUF.fullmatch(raw_path):
@@ -93,6 +98,12 @@ def model_info(revision: Revision, *, blobs: bool) -> dict[str, Any]:
         "createdAt": "1970-01-01T00:00:00.000Z",
         "siblings": [_sibling(file, blobs=blobs) for _, file in sorted(revision.files.items())],
     }
+
+
+def refs(revision: Revision) -> dict[str, Any]:
+    """`/api/models/{id}/refs`, of the revision `main`."""
+    main = {"name": "main", "ref": "refs/heads/main", "targetCommit": revision.commit}
+    return {"branches": [main], "converts": [], "tags": []}
 
 
 def tree(revision: Revision, path: str, *, recursive: bool, start: int) -> tuple[list[dict[str, Any]], int | None]:
@@ -155,8 +166,11 @@ def _leaf(file: HubFile) -> dict[str, Any]:
 
 
 def _git(file: HubFile) -> str:
-    """The name of the file in git; of a large file that is its pointer's, which is not known here."""
-    return file.name[:40] if file.large else file.name
+    """The name of the file in git; of a large file that is its pointer's, which is not known here.
+
+    Empty for a file without a name of the hub: llama.cpp leaves out files whose name is no hash.
+    """
+    return file.name[:40] if is_hub_name(file.name) else ""
 
 
 def _directories(files: Mapping[str, HubFile], prefix: str, *, recursive: bool) -> list[dict[str, Any]]:

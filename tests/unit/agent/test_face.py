@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -52,8 +53,8 @@ class FakeAgent:
         self.tokens.append(token)
         if self.failure:
             raise self.failure
-        files = {"a.bin": HubFile("a.bin", len(DATA), "a" * 64), "empty": HubFile("empty", 0, "b" * 40)}
-        return Revision(model_id, COMMIT, asked, files)
+        listed = (("a.bin", len(DATA), "a" * 64), ("empty", 0, "b" * 40), ("own", 1, f"swarm-{'c' * 40}"))
+        return Revision(model_id, COMMIT, asked, {path: HubFile(path, size, name) for path, size, name in listed})
 
     async def demand_access(self, revision: Revision) -> None:
         if self.denied:
@@ -135,6 +136,30 @@ def test_how_does_a_file_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             assert set(agent.tokens[1:]) == {None}
             assert agent.leases == 0
             assert face.sent_bytes == len(DATA) + 199001
+
+    run(scenario)
+
+
+def test_does_llama_cpp_get_what_it_asks(tmp_path: Path) -> None:
+    """The requests of `llama-cli -hf org/m:Q8_0`, in their order, as the build of 2026-11 made them."""
+    said = {"User-Agent": "llama-cpp/b1", "Accept": "application/json"}
+
+    async def scenario() -> None:
+        async with opened(tmp_path) as (face, _, _):
+            status, body, _ = await ask(face, "/api/models/org/m/refs", **said)
+            assert (status, json.loads(body)["branches"]) == (
+                200,
+                [{"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}],
+            )
+            status, body, _ = await ask(face, f"/api/models/org/m/tree/{COMMIT}?recursive=true", **said)
+            listed = {each["path"]: each for each in json.loads(body) if each["type"] == "file"}
+            assert (listed["a.bin"]["lfs"]["oid"], listed["empty"]["oid"]) == ("a" * 64, "b" * 40)
+            assert listed["own"]["oid"] == "", "a name that is no hash makes it leave the file out"
+            file = f"/org/m/resolve/{COMMIT}/a.bin"
+            status, _, headers = await ask(face, file, method="HEAD", **said)
+            assert (status, headers["Content-Length"], headers["Accept-Ranges"]) == (200, str(len(DATA)), "bytes")
+            assert (await ask(face, file, **said))[:2] == (200, DATA)
+            assert (await ask(face, file, Range="bytes=1000-", **said))[:2] == (206, DATA[1000:])
 
     run(scenario)
 

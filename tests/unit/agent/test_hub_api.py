@@ -38,6 +38,8 @@ REVISION = Revision(ModelId("org/model"), "c" * 40, "main", FILES)
         ("/org/m/resolve/refs%2Fpr%2F1/a%20b", HubRequest("file", "org/m", "refs/pr/1", "a b")),
         ("/api/models/org/m", HubRequest("model", "org/m")),
         ("/api/models/gpt2", HubRequest("model", "gpt2")),
+        ("/api/models/gpt2/refs", HubRequest("refs", "gpt2")),
+        ("/api/models/org/m/refs", HubRequest("refs", "org/m")),
         ("/api/models/org/m/revision/v1", HubRequest("model", "org/m", "v1")),
         ("/api/models/org/m/tree/main", HubRequest("tree", "org/m", "main")),
         ("/api/models/org/m/tree/main/a/b", HubRequest("tree", "org/m", "main", "a/b")),
