@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from swarm import __version__
 from swarm.cli import commands, completion, manual, signals, stdio
@@ -23,6 +24,15 @@ from swarm.settings import NEAR, Settings
 from swarm.simulation.setup import Burst, flag_of
 
 OUTPUT_LOST = 1
+USAGE = 2  # exit code of a wrong command line
+GROUPS = {
+    "get models": ("fetch", "pull", "run", "storage"),
+    "serve models": ("serve", "agent"),
+    "look at a swarm": ("status", "ls", "verify", "doctor", "replay"),
+    "keep and sign": ("pin", "rm", "keygen", "sign"),
+    "try out": ("demo", "simulate"),
+    "shell": ("completion", "help"),
+}
 METAVARS = {
     "advertise": "ADDRESS[:PORT]",
     "key_file": "PATH",
@@ -42,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stdio.guarded() as output:
         arguments = sys.argv[1:] if argv is None else list(argv)
         parser = _parser()
-        _refuse_unknown_flag(parser, arguments)
+        _refuse_unknown(parser, arguments)
         options, unknown = parser.parse_known_args(arguments)
         if unknown:  # argparse would show the usage of `swarm` instead of the command's
             options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -77,9 +87,24 @@ def _run(options: argparse.Namespace) -> int:
         return signals.INTERRUPTED
 
 
-def _refuse_unknown_flag(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
-    """Exits with a line that names the first unknown flag of a command: argparse names missing arguments first."""
-    command = _commands(parser).get(arguments[0]) if arguments else None
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line on one line, and where its help is."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {clean(message, chars_max=LINE_CHARS_MAX)}\nsee `{self.prog} --help`", file=sys.stderr)
+        sys.exit(USAGE)
+
+
+def _refuse_unknown(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Exits with a line that names an unknown command, or the first unknown flag of a command.
+
+    argparse lists all commands, and names missing arguments first.
+    """
+    names = _commands(parser)
+    for word in arguments[: 2 if arguments[:1] == ["help"] else 1]:
+        if not word.startswith("-") and word not in names:
+            parser.error(f"no command {word!r}{_meant(word, names)}")
+    command = names.get(arguments[0]) if arguments else None
     if command is None or arguments[0] == "run":  # the rest of `run` belongs to the engine
         return
     flags = [flag for action in command._actions for flag in action.option_strings]
@@ -88,14 +113,28 @@ def _refuse_unknown_flag(parser: argparse.ArgumentParser, arguments: Sequence[st
         if flag == "--":
             return
         if flag.startswith("--") and not any(known.startswith(flag) for known in flags):
-            near = difflib.get_close_matches(flag, flags, 1, NEAR)
-            command.error(f"unrecognized arguments: {flag}{f'; did you mean {near[0]}?' if near else ''}")
+            command.error(f"unrecognized arguments: {flag}{_meant(flag, flags)}")
+
+
+def _meant(word: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1, NEAR)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parser of each command, by name."""
+    """The parser of each command by name, in the order of `GROUPS`."""
     found = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
-    return dict(found.choices)
+    return {name: found.choices[name] for name in itertools.chain(*GROUPS.values()) if name in found.choices}
+
+
+def _listed(abouts: Mapping[str, str]) -> str:
+    """The commands by groups, each with its help."""
+    width = max(map(len, abouts)) + 2
+    groups = (
+        "\n".join([f"{title}:", *(f"  {name:{width}}{abouts[name]}" for name in names)])
+        for title, names in GROUPS.items()
+    )
+    return "\n\n".join([*groups, "`swarm help COMMAND` shows the help of a command."])
 
 
 class _Lines(logging.Formatter):
@@ -126,23 +165,29 @@ class _JsonLines(logging.Formatter):
         return json.dumps(fields)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("swarm", description="Peer-to-peer distribution of model weights.")
+def _parser() -> _Parser:
+    parser = _Parser(
+        "swarm",
+        usage="%(prog)s [-h] [--version] COMMAND ...",
+        description="Peer-to-peer distribution of model weights.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"swarm {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("-v", "--verbose", action="store_true", help="log in detail")
     common.add_argument("-q", "--quiet", action="store_true", help="log warnings only, and show no progress")
     common.add_argument("--log-json", action="store_true", help="log JSON objects, one a line")
-    traced = argparse.ArgumentParser(add_help=False)
+    traced = _Parser(add_help=False)
     traced.add_argument("--trace", type=Path, metavar="FILE", help="write the journal of the node as JSON lines")
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, prog="swarm", metavar="COMMAND", help=argparse.SUPPRESS)
+    abouts: dict[str, str] = {}
 
     def command(
-        run: Callable[[argparse.Namespace], int | None], about: str, *parents: argparse.ArgumentParser, name: str = ""
+        run: Callable[[argparse.Namespace], int | None], about: str, *parents: _Parser, name: str = ""
     ) -> argparse.ArgumentParser:
-        made = subparsers.add_parser(
-            name or run.__name__, parents=[common, *parents], help=about, description=_sentence(about)
-        )
+        name = name or run.__name__
+        abouts[name] = about
+        made = subparsers.add_parser(name, parents=[common, *parents], description=_sentence(about))
         made.set_defaults(run=run, parser=made)
         return made
 
@@ -217,9 +262,11 @@ def _parser() -> argparse.ArgumentParser:
 
     pull = command(commands.pull, "have the agent of this machine fetch a model")
     pull.add_argument("model_id", metavar="MODEL_ID", help="model id, also MODEL_ID@REVISION")
-    pull.add_argument("--revision", metavar="R", help="branch, tag, label or commit")
+    pull.add_argument("--revision", metavar="R", help="branch, tag, label or commit; also MODEL_ID@R")
     pull.add_argument("--digest", metavar="D", help="accept only the artifact with this digest")
-    pull.add_argument("--include", action="append", metavar="PATTERN", help="fetch only files that match")
+    pull.add_argument(
+        "--include", action="append", metavar="PATTERN", help="fetch only files that match, for example '*.json'"
+    )
     pull.add_argument("--exclude", action="append", metavar="PATTERN", help="fetch no files that match")
     pull.add_argument("--pin", action="store_true", help="keep it whatever else comes")
     pull.add_argument("--timeout", type=float, metavar="SECONDS", help="maximum seconds; unset: unlimited")
@@ -252,7 +299,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(doctor, without={"timeout_s", "upload_limit", "wait"})
 
     verify = command(commands.verify, "hash a directory or a cached model again")
-    verify.add_argument("what", metavar="DIR|MODEL_ID", help="directory, or model of the Hugging Face cache")
+    verify.add_argument("what", metavar="PATH|MODEL_ID", help="model directory, or model of the Hugging Face cache")
     verify.add_argument(
         "--model-signature",
         type=Path,
@@ -311,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def show_help(options: argparse.Namespace) -> None:
         if options.man:
-            print(manual.page(parser, _commands(parser), version=__version__), end="")
+            print(manual.page(parser, _commands(parser), GROUPS, version=__version__), end="")
         else:
             (_commands(parser)[options.topic] if options.topic else parser).print_help()
 
@@ -328,6 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     topics = command(show_help, "show the help of a command, or this help", name="help")
     topics.add_argument("topic", nargs="?", choices=[*_commands(parser)], metavar="COMMAND")
     topics.add_argument("--man", action="store_true", help="print the manual page, for `man -l`")
+    parser.epilog = _listed(abouts)
     return parser
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from swarm import errors
 
@@ -15,19 +15,31 @@ SHARED = 3  # commands
 EXIT_CODES = {0: "success", 1: "a problem was found, or output was lost", 130: "interrupted"}
 
 
-def page(parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser], *, version: str) -> str:
-    """The source of swarm(1)."""
-    return "\n".join([*_lines(parser, commands, version), ""])
+def page(
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, argparse.ArgumentParser],
+    groups: Mapping[str, Sequence[str]],
+    *,
+    version: str,
+) -> str:
+    """The source of swarm(1). `groups`: the names of commands, by the heading under which they come."""
+    return "\n".join([*_lines(parser, commands, groups, version), ""])
 
 
 def _lines(
-    parser: argparse.ArgumentParser, commands: Mapping[str, argparse.ArgumentParser], version: str
+    parser: argparse.ArgumentParser,
+    commands: Mapping[str, argparse.ArgumentParser],
+    groups: Mapping[str, Sequence[str]],
+    version: str,
 ) -> Iterator[str]:
     yield f'.TH SWARM 1 "" "swarm {version}" "User Commands"'
     yield from (".SH NAME", f"swarm \\- {_text((parser.description or '').rstrip('.').lower())}")
-    yield from (".SH SYNOPSIS", ".B swarm", "\\fICOMMAND\\fR [\\fIargument\\fR ...]", ".SH COMMANDS")
+    yield from (".SH SYNOPSIS", ".B swarm", "\\fICOMMAND\\fR [\\fIargument\\fR ...]")
     shared: dict[str, argparse.Action] = {}
-    for command in commands.values():
+    titles = {names[0]: title for title, names in groups.items()}
+    for name, command in commands.items():
+        if name in titles:
+            yield f".SH {_text(titles[name].upper())}"
         yield f".SS {_text(_usage(command))}"
         yield _text(_sentence(command.description or ""))
         for action in command._actions:

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 
 from swarm import errors
-from swarm.cli.main import _commands, _parser, main
+from swarm.cli.main import GROUPS, _commands, _parser, main
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def test_is_every_command_and_flag_described(page: str) -> None:
         for action in command._actions:
             for flag in action.option_strings:
                 assert f"\\fB{flag}\\fR" in text, flag
+    assert all(f"\n.SH {title.upper()}\n" in text for title in GROUPS)
     assert text.count("\\fB--log-json\\fR") == 1, "flags of all commands are described once"
     codes = {error.exit_code for error in vars(errors).values() if hasattr(error, "exit_code")}
     assert codes < {int(code) for code in re.findall(r"^\.B (\d+)$", text, re.MULTILINE)}
