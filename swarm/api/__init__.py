@@ -11,7 +11,7 @@ bring      fetches for programs that read the Hugging Face cache by themselves
 
 from __future__ import annotations
 
-from swarm.api.bring import BRING_FIND_S, bring, fetch_of_commit, linger_on, manifest_of
+from swarm.api.bring import BRING_FIND_S, bring, fetch_of_commit, manifest_of
 from swarm.api.calls import fetch, fetch_async, serve
 from swarm.api.fetching import CommitOf, fetch_on, find_on, is_commit, is_proven
 from swarm.api.handles import HUB_CACHE, Served, Weights
@@ -21,6 +21,6 @@ from swarm.observe.progress import Progress
 
 __all__ = [
     "BRING_FIND_S", "HUB_CACHE", "CommitOf", "Progress", "Served", "Weights", "bring", "fetch", "fetch_async",
-    "fetch_of_commit", "fetch_on", "find_on", "is_commit", "is_proven", "linger_on", "manifest_of", "open_source",
+    "fetch_of_commit", "fetch_on", "find_on", "is_commit", "is_proven", "manifest_of", "open_source",
     "part_of", "serve", "serve_source", "sign",
 ]  # fmt: skip

@@ -15,7 +15,6 @@ from swarm.api.landing import TURN_S
 from swarm.api.want import Want
 from swarm.content.manifest import Digest, Manifest, ModelId
 from swarm.errors import StoreError
-from swarm.node.node import Node
 from swarm.node.resolve import resolve
 from swarm.runtime import runtime
 from swarm.settings import Settings
@@ -66,13 +65,8 @@ def manifest_of(model_id: str, digest: Digest, *, settings: Settings) -> Manifes
 async def _linger(settings: Settings, digest: Digest) -> None:
     node = await runtime().acquire(settings)
     try:
-        await linger_on(node, digest)
+        deadline = node.now() + LINGER_S
+        while node.feeds(digest) and node.now() < deadline:
+            await node.changed(TURN_S)
     finally:
         await runtime().release(settings)
-
-
-async def linger_on(node: Node, digest: Digest) -> None:
-    """Serves an artifact for up to `LINGER_S`, while other nodes still fetch it: they started at the same time."""
-    deadline = node.now() + LINGER_S
-    while node.feeds(digest) and node.now() < deadline:
-        await node.changed(TURN_S)

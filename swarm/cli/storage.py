@@ -4,8 +4,9 @@ KServe runs the command of a ClusterStorageContainer as an init container and ap
 Exit code 0 means that all directories are complete; the last line of the log is the reason otherwise, and KServe shows
 it. Variables and forms of sources are those of KServe's own initializer.
 
-The process ends, so a node of the same machine or a replica that is still starting takes over as a source: until the
-replicas that fetch the same model have it, this one waits for up to `api.LINGER_S`.
+The process ends so that the server can start, and replicas that fetch the same model at that time lose a source. So it
+drains: it ends as soon as no chunk that others lack is only here, for example when an agent has all, and after
+`DRAIN_S` at the latest.
 
 Must not know: how models are found and read.
 """
@@ -19,7 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from swarm.api import fetch_on, linger_on
+from swarm.api import fetch_on
 from swarm.cli.progress import progress
 from swarm.content.selection import Selection
 from swarm.errors import SettingsError, clean
@@ -28,6 +29,7 @@ from swarm.observe.units import size_text
 from swarm.runtime import new_node
 from swarm.settings import Settings
 
+DRAIN_S = 10.0
 ALLOW, IGNORE = "STORAGE_ALLOW_PATTERNS", "STORAGE_IGNORE_PATTERNS"
 _HUB = re.compile(r"((?:hf://)?[^/:@]+/[^/:@]+)(?:[:@](.+))?")
 
@@ -76,7 +78,6 @@ async def storage(
         await open_.enter_async_context(node)
         open_.enter_context(local_nodes.note(settings.cache, node.local_address))
         await open_.enter_async_context(progress(status.fetches, node.now, quiet=quiet))
-        fetched = []
         for source, directory in wanted:
             log.info("%s -> %s: looking for peers, then for its origin", clean(source), directory)
             done, _, _ = await fetch_on(
@@ -89,7 +90,6 @@ async def storage(
                 settings=settings,
                 selection=selection,
             )
-            fetched.append(done)
             came = ", ".join(f"{clean(name)} {size_text(size)}" for name, size in done.sources.items())
             log.info(
                 "%s -> %s: complete, %s in %.2f s, verified%s",
@@ -99,6 +99,5 @@ async def storage(
                 done.seconds,
                 f", from {came}" if came else "",
             )
-        for done in fetched:
-            await linger_on(node, done.digest)
+        await node.drain(DRAIN_S)
     return 0

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from .dns import DOMAIN, ClusterDns
 from .manifests import ROOT, Object
-from .pod import LOOK_EVERY_S, Place, Pod, inside
+from .pod import LOOK_EVERY_S, Place, Pod, inside, package_of_image
 
 sys.path.insert(0, str(ROOT / "bench"))
 import hosts
@@ -57,6 +57,7 @@ class Cluster:
     def __enter__(self) -> Cluster:
         with contextlib.ExitStack() as opening:
             opening.enter_context(self._network)
+            self._package = package_of_image(self._root)
             self.system = self._network.host()  # kubelets, the DNS server, and what a test adds
             self.dns = inside(self.system.namespace, lambda: ClusterDns(self.system.address, self._addresses))
             opening.callback(self.dns.close)
@@ -167,7 +168,7 @@ class Cluster:
         root.mkdir(parents=True)
         search = f"search {NAMESPACE}.svc.{DOMAIN} svc.{DOMAIN} {DOMAIN}"
         resolv_conf = f"nameserver {self.system.address}\n{search}\noptions ndots:5 timeout:1 attempts:2\n"
-        place = Place(host.namespace, host.address, machine, self.system.namespace, root, resolv_conf)
+        place = Place(host.namespace, host.address, machine, self.system.namespace, root, self._package, resolv_conf)
         secrets = {
             each["metadata"]["name"]: _secret(each) for (kind, _), each in self._objects.items() if kind == "Secret"
         }

@@ -6,6 +6,7 @@ this machine's, read-only where the manifest says so, with the pod's volumes and
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import ctypes
 import http.client
@@ -68,6 +69,14 @@ def program_lines(*, own_tmp: bool) -> list[str]:
     ]
 
 
+def package_of_image(directory: Path) -> Path:
+    """A copy of the package with bytecode, which an image has and a tree may lack: user ids of pods can write none."""
+    package = directory / "swarm"
+    shutil.copytree(ROOT / "swarm", package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert compileall.compile_dir(package, stripdir=str(directory), prependdir=str(ROOT), quiet=1)
+    return package
+
+
 def inside(namespace: str, call: Callable[[], T]) -> T:
     """What a call returns on a thread in a network namespace; sockets that it makes stay there."""
     answer: list[T] = []
@@ -105,13 +114,14 @@ def size_of(quantity: str) -> int:
 
 @dataclass
 class Place:
-    """Where a pod runs: its network namespace, address and machine, and where probes and its files are."""
+    """Where a pod runs: its network namespace, address and machine, and where probes, files and `swarm` come from."""
 
     namespace: str
     address: str
     machine: str
     probes_from: str
     root: Path
+    package: Path
     resolv_conf: str
 
 
@@ -416,6 +426,7 @@ class Pod:
                 option = "ro" if mount.get("readOnly") or "secret" in volumes[mount["name"]] else "rw"
                 lines.append(f"bind {self.volume(mount['name'])} {target} {option}")
         lines += program_lines(own_tmp="/tmp" in mounted)
+        lines.append(f"bind {self.place.package} {ROOT}/swarm ro")
         if security.get("readOnlyRootFilesystem"):
             lines.append("readonly - -")
         return lines

@@ -114,8 +114,8 @@ livenessProbe:
 {{- define "swarm.serverProbes" -}}
 startupProbe:
   httpGet: {path: {{ . }}, port: http}
-  periodSeconds: 2
-  failureThreshold: 900
+  periodSeconds: 1
+  failureThreshold: 1800
 readinessProbe:
   httpGet: {path: {{ . }}, port: http}
   periodSeconds: 2
