@@ -100,7 +100,10 @@ ROWS: dict[str, set[str]] = {
         "observe.units", "runtime", "simulation", "simulation.crowd", "simulation.origin", "simulation.plot",
         "simulation.report", "simulation.setup", "simulation.wire",
     },
-    "testing": {"testing", "testing.origins", "testing.require", "testing.stores", "testing.transports"},
+    "testing": {
+        "testing", "testing.origins", "testing.require", "testing.stores", "testing.transport_pairs",
+        "testing.transports",
+    },
 }  # fmt: skip
 PURE = ["words", "nouns", "policy", "machines"]
 

@@ -15,6 +15,7 @@ package.
 
 from swarm.testing.origins import check_origin
 from swarm.testing.stores import check_store
-from swarm.testing.transports import CHECKS, Pair, check_transport, pairs_of, run_check
+from swarm.testing.transport_pairs import Pair, pairs_of
+from swarm.testing.transports import CHECKS, check_transport, run_check
 
 __all__ = ["CHECKS", "Pair", "check_origin", "check_store", "check_transport", "pairs_of", "run_check"]

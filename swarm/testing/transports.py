@@ -7,49 +7,48 @@ check, so that a test runner can name it:
     def test_does_it_keep_the_contract(check):
         run_check(check, pairs_of(MyTransport))
 
-An implementer provides a factory, as `swarm.transport.registry` calls it, or a function that opens a `Pair`.
+Must not know: how a transport moves bytes, how a pair is opened (`testing.transport_pairs`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import os
-import random
 import re
 import secrets
-import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeAlias
 
-from swarm.errors import LocalProtocolError, StoreError, SwarmError, TransportError
-from swarm.net.listener import Listener
+from swarm.errors import LocalProtocolError, StoreError, TransportError
 from swarm.store import FileSpan, Span
 from swarm.testing.require import require
-from swarm.transport import AdoptingTransport, Inbound, Outbound, Transfer, Transport
-from swarm.transport.pace import Unlimited
-from swarm.transport.registry import Factory, TransportConfig
+from swarm.testing.transport_pairs import (
+    DEADLINE_S,
+    MIB,
+    HalfSource,
+    MakePair,
+    Pair,
+    Views,
+    connect,
+    happened,
+    move,
+    outcome,
+    random_bytes,
+    require_error,
+    require_kinds,
+    require_soon,
+    require_usable,
+    require_usable_or_dead,
+    send,
+    session,
+    start,
+    transfer,
+)
 
-DEADLINE_S = 30.0  # of a check; most take milliseconds
-MIB = 1 << 20
 BIG = 24 * MIB
-
-
-@dataclass
-class Pair:
-    """Two open transports of the same scheme. `asker` can reach `holder`."""
-
-    holder: Transport
-    asker: Transport
-
-
-MakePair: TypeAlias = Callable[[], AbstractAsyncContextManager[Pair]]
-"""Opens a pair and closes its transports at the end. An asker can reach the holders of other pairs too."""
 
 Check: TypeAlias = Callable[[MakePair], Awaitable[None]]
 
@@ -70,70 +69,6 @@ def run_check(check: Check, make_pair: MakePair) -> None:
     asyncio.run(within_deadline())
 
 
-def pairs_of(factory: Factory) -> MakePair:
-    """Pairs of a factory's transports on loopback, each with a listener that hands connections to `adopt`."""
-
-    @contextlib.asynccontextmanager
-    async def make_pair() -> AsyncIterator[Pair]:
-        async with contextlib.AsyncExitStack() as stack:
-            yield Pair(*[await stack.enter_async_context(_opened(factory)) for _ in range(2)])
-
-    return make_pair
-
-
-@contextlib.asynccontextmanager
-async def _opened(factory: Factory) -> AsyncIterator[Transport]:
-    listener = await Listener.open("127.0.0.1", 0)
-    here = listener.address
-    try:
-        transport = factory(TransportConfig(here, here, Unlimited(), congestion=None, identity=None, encrypted=False))
-        if transport is None:
-            raise AssertionError("the factory returns None: the transport cannot be used on this machine")
-        routes = {transport.opening: transport.adopt} if isinstance(transport, AdoptingTransport) else {}
-        listener.serve(routes, _hang_up)
-        try:
-            yield transport
-        finally:
-            await transport.close()
-    finally:
-        await listener.close()
-
-
-async def _hang_up(sock: socket.socket) -> None:
-    sock.close()
-
-
-@contextlib.asynccontextmanager
-async def session(make_pair: MakePair) -> AsyncIterator[tuple[Outbound, Inbound, Pair]]:
-    """Both ends of a session between the transports of a new pair."""
-    async with make_pair() as pair:
-        outbound, inbound = await connect(pair)
-        yield outbound, inbound, pair
-
-
-async def connect(pair: Pair, token: str | None = None) -> tuple[Outbound, Inbound]:
-    """Opens a session of a pair with a token, by default a new token."""
-    token = token or secrets.token_hex(16)
-    pair.holder.admit(token)
-    require(pair.asker.reach(pair.holder.address), "`reach` says False for an address that `connect` can reach")
-    inbound = await pair.asker.connect(pair.holder.address, token, timeout_s=5)
-    return await pair.holder.accept(token, timeout_s=5), inbound
-
-
-def transfer(number: int, size: int, idle_timeout_s: float = 10) -> Transfer:
-    """A transfer with a long idle timeout."""
-    return Transfer(number, size, idle_timeout_s)
-
-
-async def outcome(work: Awaitable[object]) -> BaseException | None:
-    """The error that `work` ends with, or None."""
-    try:
-        await work
-    except (SwarmError, OSError, asyncio.CancelledError) as error:
-        return error
-    return None
-
-
 async def check_scheme(make_pair: MakePair) -> None:
     """The scheme, equal at both ends, is 1 to 16 of a-z and _; `reason` is a text."""
     async with make_pair() as pair:
@@ -147,16 +82,16 @@ async def check_sizes_arrive(make_pair: MakePair) -> None:
     """Transfers of 0 bytes to 24 MiB arrive whole, and exactly."""
     async with session(make_pair) as (outbound, inbound, _):
         for number, size in enumerate((0, 1, 2, MIB - 1, MIB, MIB + 1, BIG)):
-            await _move(outbound, inbound, number, _bytes(size, size))
+            await move(outbound, inbound, number, random_bytes(size, size))
 
 
 async def check_file_spans_arrive_in_odd_views(make_pair: MakePair) -> None:
     """Spans of files and of memory, also empty spans, fill views that are cut at other places."""
-    data = _bytes(5 * MIB + 12345)
+    data = random_bytes(5 * MIB + 12345)
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        views = _Views([1, 0, 7, 3 * MIB, 65_537, len(data) - 1 - 7 - 3 * MIB - 65_537, 0])
+        views = Views([1, 0, 7, 3 * MIB, 65_537, len(data) - 1 - 7 - 3 * MIB - 65_537, 0])
         spans: list[Span] = [
             FileSpan(file.fileno(), 0, 11),
             memoryview(data)[11 : MIB + 3],
@@ -173,22 +108,22 @@ async def check_several_transfers_in_any_order(make_pair: MakePair) -> None:
     """Transfers that are posted at once arrive, in whichever order the holder sends them."""
     async with session(make_pair) as (outbound, inbound, _):
         for numbers in (range(8), range(15, 7, -1)):
-            contents = {number: _bytes(MIB // 2 + number, number) for number in numbers}
-            views = {number: _Views([100, len(data) - 100]) for number, data in contents.items()}
+            contents = {number: random_bytes(MIB // 2 + number, number) for number in numbers}
+            views = {number: Views([100, len(data) - 100]) for number, data in contents.items()}
             async with asyncio.TaskGroup() as tasks:
                 for number in sorted(numbers):
                     tasks.create_task(inbound.receive(transfer(number, len(contents[number])), views[number]))
                 for number in numbers:
-                    tasks.create_task(_send(outbound, transfer(number, len(contents[number])), contents[number]))
+                    tasks.create_task(send(outbound, transfer(number, len(contents[number])), contents[number]))
             for number, data in contents.items():
                 views[number].require_filled(data)
 
 
 async def check_receive_posted_late(make_pair: MakePair) -> None:
     """A `send` waits for its `receive`."""
-    data = _bytes(2 * MIB)
+    data = random_bytes(2 * MIB)
     async with session(make_pair) as (outbound, inbound, _):
-        agreed, views, begun = transfer(1, len(data)), _Views([len(data)]), threading.Event()
+        agreed, views, begun = transfer(1, len(data)), Views([len(data)]), threading.Event()
 
         def spans() -> Iterator[Span]:
             begun.set()
@@ -205,101 +140,101 @@ async def check_receive_posted_late(make_pair: MakePair) -> None:
 async def check_cancel_before_first_byte(make_pair: MakePair) -> None:
     """A `receive` that is cancelled before its `send` never touches its views; the holder may not know, and sends."""
     async with session(make_pair) as (outbound, inbound, _):
-        data = _bytes(MIB)
-        views = _Views([len(data)])
+        data = random_bytes(MIB)
+        views = Views([len(data)])
         receiving = asyncio.create_task(inbound.receive(transfer(1, len(data)), views))
         await asyncio.sleep(0)
         receiving.cancel()
-        await _require_error(receiving, asyncio.CancelledError)
+        await require_error(receiving, asyncio.CancelledError)
         require(views.advanced == 0, "a cancelled receive had advanced its views")
-        await outcome(_send(outbound, transfer(1, len(data)), data))
+        await outcome(send(outbound, transfer(1, len(data)), data))
         require(views.advanced == 0, "a cancelled receive advances its views")
-        await _require_usable_or_dead(outbound, inbound)
+        await require_usable_or_dead(outbound, inbound)
 
 
 async def check_cancelled_receive_leaves_views_alone(make_pair: MakePair) -> None:
     """Once a cancelled `receive` has returned, its views are closed and their memory is not written to."""
     async with session(make_pair) as (outbound, inbound, _):
-        data = _bytes(4 * MIB)
-        source, views = _HalfSource(data), _Views([4096] * 1024)
-        receiving, sending = _start(outbound, inbound, transfer(1, len(data)), source.lend(), views)
-        await _happened(source.half_sent)
-        await _happened(views.first)
+        data = random_bytes(4 * MIB)
+        source, views = HalfSource(data), Views([4096] * 1024)
+        receiving, sending = start(outbound, inbound, transfer(1, len(data)), source.lend(), views)
+        await happened(source.half_sent)
+        await happened(views.first)
         receiving.cancel()
-        await _require_error(receiving, asyncio.CancelledError)
+        await require_error(receiving, asyncio.CancelledError)
         require(views.closed, "the views of a cancelled receive are not closed")
         before, advanced = bytes(views.buffer), views.advanced
         source.released.set()
         await outcome(sending)
-        await _require_usable_or_dead(outbound, inbound)
+        await require_usable_or_dead(outbound, inbound)
         require((bytes(views.buffer), views.advanced) == (before, advanced), "a cancelled receive writes to its views")
 
 
 async def check_cancelled_send_fails_the_receive(make_pair: MakePair) -> None:
     """A `send` that is cancelled aborts the transfer on both ends, in its middle and before its first byte."""
     async with session(make_pair) as (outbound, inbound, _):
-        data = _bytes(4 * MIB)
-        source, views = _HalfSource(data), _Views([len(data)])
-        receiving, sending = _start(outbound, inbound, transfer(1, len(data)), source.lend(), views)
-        second, queued = _start(outbound, inbound, transfer(2, 1), iter([memoryview(b"x")]), _Views([1]))
-        await _happened(source.half_sent)
+        data = random_bytes(4 * MIB)
+        source, views = HalfSource(data), Views([len(data)])
+        receiving, sending = start(outbound, inbound, transfer(1, len(data)), source.lend(), views)
+        second, queued = start(outbound, inbound, transfer(2, 1), iter([memoryview(b"x")]), Views([1]))
+        await happened(source.half_sent)
         queued.cancel()
         sending.cancel()
         await asyncio.sleep(0)  # they hear of it before the source goes on, or there is nothing left to cancel
         source.released.set()
         ends = await outcome(queued), await outcome(second)
         if ends[1] is not None:  # None: transfers travel side by side, and it had arrived when it was cancelled
-            _require_kinds(ends, asyncio.CancelledError, TransportError)
-        _require_kinds((await outcome(sending), await outcome(receiving)), asyncio.CancelledError, TransportError)
+            require_kinds(ends, asyncio.CancelledError, TransportError)
+        require_kinds((await outcome(sending), await outcome(receiving)), asyncio.CancelledError, TransportError)
         require(views.closed, "the views of an aborted transfer are not closed")
-        await _require_usable_or_dead(outbound, inbound)
+        await require_usable_or_dead(outbound, inbound)
 
 
 async def check_silence_times_out(make_pair: MakePair) -> None:
     """A `receive` fails when nothing arrives for its idle timeout in the middle of a transfer."""
     async with session(make_pair) as (outbound, inbound, _):
-        source, views = _HalfSource(_bytes(2 * MIB)), _Views([2 * MIB])
+        source, views = HalfSource(random_bytes(2 * MIB)), Views([2 * MIB])
         agreed = transfer(1, 2 * MIB, idle_timeout_s=0.5)
-        receiving, sending = _start(outbound, inbound, agreed, source.lend(), views)
+        receiving, sending = start(outbound, inbound, agreed, source.lend(), views)
         try:
-            await _require_error(receiving, TransportError)
+            await require_error(receiving, TransportError)
             require(source.half_sent.is_set(), "the idle timeout ran before the first byte")
             require(views.closed, "the views of a failed receive are not closed")
         finally:
             source.released.set()
         await outcome(sending)
-        await _require_usable_or_dead(outbound, inbound)
+        await require_usable_or_dead(outbound, inbound)
 
 
 async def check_holder_gone(make_pair: MakePair) -> None:
     """When the holder closes, all transfers of both ends fail, and the session is dead."""
     async with session(make_pair) as (outbound, inbound, pair):
-        source, views = _HalfSource(_bytes(2 * MIB)), _Views([MIB, MIB])
-        receiving, sending = _start(outbound, inbound, transfer(1, 2 * MIB), source.lend(), views)
-        queued = asyncio.create_task(inbound.receive(transfer(2, 1), _Views([1])))
-        await _happened(source.half_sent)
+        source, views = HalfSource(random_bytes(2 * MIB)), Views([MIB, MIB])
+        receiving, sending = start(outbound, inbound, transfer(1, 2 * MIB), source.lend(), views)
+        queued = asyncio.create_task(inbound.receive(transfer(2, 1), Views([1])))
+        await happened(source.half_sent)
         closing = asyncio.create_task(pair.holder.close())
-        await _require_error(receiving, TransportError)
-        await _require_error(queued, TransportError)
+        await require_error(receiving, TransportError)
+        await require_error(queued, TransportError)
         require(views.closed, "the views of a failed receive are not closed")
         require(not inbound.alive, "a session is alive after its holder closed")
         source.released.set()
-        await _require_error(sending, TransportError)
+        await require_error(sending, TransportError)
         await closing
-        await _require_error(inbound.receive(transfer(3, 1), _Views([1])), TransportError)
+        await require_error(inbound.receive(transfer(3, 1), Views([1])), TransportError)
 
 
 async def check_asker_gone(make_pair: MakePair) -> None:
     """When the asker closes the session, transfers of both ends fail."""
     async with session(make_pair) as (outbound, inbound, _):
-        source, views = _HalfSource(_bytes(BIG)), _Views([BIG])
-        receiving, sending = _start(outbound, inbound, transfer(1, BIG), source.lend(), views)
-        await _happened(source.half_sent)
+        source, views = HalfSource(random_bytes(BIG)), Views([BIG])
+        receiving, sending = start(outbound, inbound, transfer(1, BIG), source.lend(), views)
+        await happened(source.half_sent)
         await inbound.close()
-        await _require_error(receiving, TransportError)
+        await require_error(receiving, TransportError)
         require(not inbound.alive, "a session is alive after its asker closed it")
         source.released.set()
-        await _require_error(sending, TransportError)
+        await require_error(sending, TransportError)
 
 
 async def check_error_out_of_spans(make_pair: MakePair) -> None:
@@ -312,12 +247,12 @@ async def check_error_out_of_spans(make_pair: MakePair) -> None:
 
     async with session(make_pair) as (outbound, inbound, _):
         for number, size in enumerate((2 * MIB, MIB)):  # in the middle, and by the check after the last byte
-            views = _Views([size])
-            receiving, sending = _start(outbound, inbound, transfer(number, size), spans(), views)
+            views = Views([size])
+            receiving, sending = start(outbound, inbound, transfer(number, size), spans(), views)
             require(await outcome(sending) is error, "an error out of spans does not come out of `send`")
-            await _require_error(receiving, TransportError)
+            await require_error(receiving, TransportError)
             require(views.closed, "the views of an aborted transfer are not closed")
-            await _require_usable(outbound, inbound)
+            await require_usable(outbound, inbound)
 
 
 async def check_error_out_of_views(make_pair: MakePair) -> None:
@@ -332,11 +267,11 @@ async def check_error_out_of_views(make_pair: MakePair) -> None:
     async with session(make_pair) as (outbound, inbound, _):
         for number in range(4):  # before the first view, in the middle, and after the last
             agreed = transfer(number, 3 * MIB)
-            sending = asyncio.create_task(_send(outbound, agreed, bytes(3 * MIB)))
+            sending = asyncio.create_task(send(outbound, agreed, bytes(3 * MIB)))
             failed = await outcome(inbound.receive(agreed, views(number)))
             require(failed is error, "an error out of views does not come out of `receive`")
             await outcome(sending)
-            await _require_usable(outbound, inbound)
+            await require_usable(outbound, inbound)
 
 
 async def check_wrong_sizes(make_pair: MakePair) -> None:
@@ -344,20 +279,20 @@ async def check_wrong_sizes(make_pair: MakePair) -> None:
     async with session(make_pair) as (outbound, inbound, _):
         for number, length in enumerate((0, 99, 101, 3 * MIB)):
             spans: Iterator[Span] = iter([memoryview(bytes(length))])
-            receiving, sending = _start(outbound, inbound, transfer(number, 100), spans, _Views([100]))
-            await _require_error(sending, LocalProtocolError)
-            await _require_error(receiving, TransportError)
+            receiving, sending = start(outbound, inbound, transfer(number, 100), spans, Views([100]))
+            await require_error(sending, LocalProtocolError)
+            await require_error(receiving, TransportError)
         for number, expected in enumerate((99, 101, 3 * MIB), 10):
-            views = _Views([expected])
+            views = Views([expected])
             receiving = asyncio.create_task(inbound.receive(transfer(number, expected), views))
-            await outcome(_send(outbound, transfer(number, 100), bytes(100)))
-            await _require_error(receiving, TransportError)
+            await outcome(send(outbound, transfer(number, 100), bytes(100)))
+            await require_error(receiving, TransportError)
             require(views.closed, "the views of a failed receive are not closed")
         for number, room in enumerate((0, 99, 101), 20):
-            receiving = asyncio.create_task(inbound.receive(transfer(number, 100), _Views([room])))
-            await outcome(_send(outbound, transfer(number, 100), bytes(100)))
-            await _require_error(receiving, LocalProtocolError)
-        await _require_usable(outbound, inbound)
+            receiving = asyncio.create_task(inbound.receive(transfer(number, 100), Views([room])))
+            await outcome(send(outbound, transfer(number, 100), bytes(100)))
+            await require_error(receiving, LocalProtocolError)
+        await require_usable(outbound, inbound)
 
 
 async def check_two_sources_at_once(make_pair: MakePair) -> None:
@@ -367,7 +302,7 @@ async def check_two_sources_at_once(make_pair: MakePair) -> None:
         async with asyncio.TaskGroup() as tasks:
             for seed, (outbound, inbound) in enumerate(both):
                 for number in range(3):
-                    tasks.create_task(_move(outbound, inbound, number, _bytes(8 * MIB, seed)))
+                    tasks.create_task(move(outbound, inbound, number, random_bytes(8 * MIB, seed)))
 
 
 async def check_unknown_token_is_refused(make_pair: MakePair) -> None:
@@ -376,9 +311,9 @@ async def check_unknown_token_is_refused(make_pair: MakePair) -> None:
         pair.holder.admit(secrets.token_hex(16))
         stranger = secrets.token_hex(16)
         error = await outcome(pair.asker.connect(pair.holder.address, stranger, timeout_s=5))
-        _require_kinds([error], TransportError)
+        require_kinds([error], TransportError)
         require("token" in str(error), f"the error of a refused token does not say so: {error}")
-        await _require_error(pair.holder.accept(stranger, timeout_s=5), TransportError)
+        await require_error(pair.holder.accept(stranger, timeout_s=5), TransportError)
         require(not pair.asker.reach("no address at all"), "`reach` says True for what is no address")
 
 
@@ -387,10 +322,10 @@ async def check_accept_waits_no_longer_than_told(make_pair: MakePair) -> None:
     async with make_pair() as pair:
         token = secrets.token_hex(16)
         pair.holder.admit(token)
-        await _require_error(pair.holder.accept(token, timeout_s=0.01), TransportError)
+        await require_error(pair.holder.accept(token, timeout_s=0.01), TransportError)
         accepting = asyncio.create_task(pair.holder.accept(token, timeout_s=10))
         inbound = await pair.asker.connect(pair.holder.address, token, timeout_s=5)
-        await _move(await accepting, inbound, 1, b"hello")
+        await move(await accepting, inbound, 1, b"hello")
 
 
 async def check_latest_session_counts(make_pair: MakePair) -> None:
@@ -403,9 +338,9 @@ async def check_latest_session_counts(make_pair: MakePair) -> None:
             inbound = await pair.asker.connect(pair.holder.address, token, timeout_s=5)
             for number in itertools.count():  # the holder may hear of the new session a moment after its asker does
                 outbound = await pair.holder.accept(token, timeout_s=5)
-                data, views = _bytes(1000), _Views([1000])
+                data, views = random_bytes(1000), Views([1000])
                 agreed = transfer(number, 1000, idle_timeout_s=1)
-                receiving, sending = _start(outbound, inbound, agreed, iter([memoryview(data)]), views)
+                receiving, sending = start(outbound, inbound, agreed, iter([memoryview(data)]), views)
                 failed = await outcome(sending)
                 done, _ = await asyncio.wait({receiving}, timeout=0.2)
                 if done and not failed:
@@ -421,22 +356,22 @@ async def check_revoke(make_pair: MakePair) -> None:
         token = secrets.token_hex(16)
         outbound, inbound = await connect(pair, token)
         kept_outbound, kept_inbound = await connect(pair)
-        receiving = asyncio.create_task(inbound.receive(transfer(1, 1), _Views([1])))
+        receiving = asyncio.create_task(inbound.receive(transfer(1, 1), Views([1])))
         await asyncio.sleep(0)
         await pair.holder.revoke(token)
-        await _require_error(receiving, TransportError)
+        await require_error(receiving, TransportError)
         require(not inbound.alive, "a session is alive after its token was revoked")
-        await _require_error(outbound.send(transfer(2, 0), iter([])), TransportError)
-        await _require_error(pair.asker.connect(pair.holder.address, token, timeout_s=5), TransportError)
-        await _require_usable(kept_outbound, kept_inbound)
+        await require_error(outbound.send(transfer(2, 0), iter([])), TransportError)
+        await require_error(pair.asker.connect(pair.holder.address, token, timeout_s=5), TransportError)
+        await require_usable(kept_outbound, kept_inbound)
 
 
 async def check_memory_can_be_freed_at_once(make_pair: MakePair) -> None:
     """When `receive` returns, nothing refers to its views: the memory may be freed."""
     async with session(make_pair) as (outbound, inbound, _):
-        views = _Views([MIB, MIB])
+        views = Views([MIB, MIB])
         agreed = transfer(1, 2 * MIB)
-        sending = asyncio.create_task(_send(outbound, agreed, bytes(2 * MIB)))
+        sending = asyncio.create_task(send(outbound, agreed, bytes(2 * MIB)))
         await inbound.receive(agreed, views)
         views.buffer.clear()  # BufferError while a view of it exists
         await sending
@@ -446,122 +381,19 @@ async def check_no_thread_outlives_close(make_pair: MakePair) -> None:
     """The threads of a transport end within 5 s of `close`."""
     before = set(threading.enumerate())
     async with session(make_pair) as (outbound, inbound, _):
-        await _move(outbound, inbound, 1, b"x" * MIB)
+        await move(outbound, inbound, 1, b"x" * MIB)
     await asyncio.get_running_loop().shutdown_default_executor()
-    await _require_soon(lambda: set(threading.enumerate()) <= before, "a thread is left after `close`")
+    await require_soon(lambda: set(threading.enumerate()) <= before, "a thread is left after `close`")
 
 
 async def check_no_descriptor_outlives_close(make_pair: MakePair) -> None:
     """The sockets and files of a transport are closed within 5 s of `close`."""
     before = len(os.listdir("/proc/self/fd"))
     async with session(make_pair) as (outbound, inbound, _):
-        await _move(outbound, inbound, 1, b"x" * MIB)
-    await _require_soon(lambda: len(os.listdir("/proc/self/fd")) <= before, "a socket is left open after `close`")
+        await move(outbound, inbound, 1, b"x" * MIB)
+    await require_soon(lambda: len(os.listdir("/proc/self/fd")) <= before, "a socket is left open after `close`")
 
 
 CHECKS: tuple[Check, ...] = tuple(
     check for name, check in list(globals().items()) if name.startswith("check_") and name != "check_transport"
 )
-
-
-class _Views(Iterator[memoryview]):
-    """Lends `sizes` bytes of a buffer, view by view, and records its use."""
-
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.buffer = bytearray(sum(sizes))
-        self.advanced = 0
-        self.finished = False
-        self.closed = False
-        self.first = threading.Event()
-        self._views = self._lend(sizes)
-
-    def __next__(self) -> memoryview:
-        return next(self._views)
-
-    def close(self) -> None:
-        self.closed = True
-        self._views.close()
-
-    def require_filled(self, data: bytes) -> None:
-        require(self.buffer == data, "other bytes arrive than were sent")
-        require(self.finished, "`receive` returns before the views were advanced after the last one")
-
-    def _lend(self, sizes: Sequence[int]) -> Generator[memoryview, None, None]:
-        offset = 0
-        for size in sizes:
-            self.advanced += 1
-            self.first.set()
-            yield memoryview(self.buffer)[offset : offset + size]
-            offset += size
-        self.finished = True
-
-
-class _HalfSource:
-    """Lends half of the bytes, waits until it is released, and lends the rest."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self.half_sent = threading.Event()
-        self.released = threading.Event()
-
-    def lend(self) -> Iterator[Span]:
-        half = len(self._data) // 2
-        yield memoryview(self._data)[:half]
-        self.half_sent.set()
-        if not self.released.wait(DEADLINE_S):
-            raise StoreError("never released")
-        yield memoryview(self._data)[half:]
-
-
-def _bytes(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)  # noqa: S311 - contents, not secrets
-
-
-async def _send(outbound: Outbound, agreed: Transfer, data: bytes) -> None:
-    await outbound.send(agreed, iter([memoryview(data)]))
-
-
-def _start(
-    outbound: Outbound, inbound: Inbound, agreed: Transfer, spans: Iterator[Span], views: Iterator[memoryview]
-) -> tuple[asyncio.Task[None], asyncio.Task[None]]:
-    return asyncio.create_task(inbound.receive(agreed, views)), asyncio.create_task(outbound.send(agreed, spans))
-
-
-async def _move(outbound: Outbound, inbound: Inbound, number: int, data: bytes) -> None:
-    views = _Views([len(data)])
-    agreed = transfer(number, len(data))
-    await asyncio.gather(inbound.receive(agreed, views), _send(outbound, agreed, data))
-    views.require_filled(data)
-
-
-async def _happened(event: threading.Event) -> None:
-    while not event.is_set():  # noqa: ASYNC110 - set on a thread; the check has a deadline
-        await asyncio.sleep(0.005)
-
-
-async def _require_soon(holds: Callable[[], bool], promise: str) -> None:
-    deadline = asyncio.get_running_loop().time() + 5
-    while not holds():
-        require(asyncio.get_running_loop().time() < deadline, promise)
-        await asyncio.sleep(0.01)
-
-
-async def _require_usable(outbound: Outbound, inbound: Inbound) -> None:
-    require(inbound.alive, "the session is dead after an error that it should survive")
-    await _move(outbound, inbound, 1000, _bytes(3 * MIB + 5, 9))
-
-
-async def _require_usable_or_dead(outbound: Outbound, inbound: Inbound) -> None:
-    try:
-        await _move(outbound, inbound, 1001, _bytes(3 * MIB + 5, 9))
-    except TransportError:
-        require(not inbound.alive, "a session that fails says that it is alive")
-
-
-async def _require_error(work: Awaitable[object], kind: type[BaseException]) -> None:
-    _require_kinds([await outcome(work)], kind)
-
-
-def _require_kinds(errors: Sequence[BaseException | None], *kinds: type[BaseException]) -> None:
-    for error, kind in zip(errors, kinds, strict=True):
-        require(isinstance(error, kind), f"{kind.__name__} is expected, not {error!r}")

@@ -14,7 +14,8 @@ import torch
 from swarm.errors import TransportError
 from swarm.net.listener import Listener
 from swarm.store import View
-from swarm.testing.transports import CHECKS, Check, Pair, outcome, run_check, session, transfer
+from swarm.testing.transport_pairs import Pair, outcome, session, transfer
+from swarm.testing.transports import CHECKS, Check, run_check
 from swarm.transport import cuda_ipc
 from swarm.transport.cuda_ipc import CudaIpcOutbound, CudaIpcTransport
 from swarm.transport.tcp_outbound import Sending

@@ -17,7 +17,8 @@ from swarm.security import cluster_key
 from swarm.security.certificates import Identity
 from swarm.security.cluster_key import Keyring
 from swarm.security.record_seal import CANNOT
-from swarm.testing.transports import CHECKS, Check, MakePair, Pair, run_check
+from swarm.testing.transport_pairs import MakePair, Pair
+from swarm.testing.transports import CHECKS, Check, run_check
 from swarm.transport import Inbound, tcp
 from swarm.transport.inproc import InprocTransport
 from swarm.transport.pace import TokenBucket

@@ -24,7 +24,8 @@ from swarm.net.listener import Listener
 from swarm.store import DeviceView, View, cuda, staging, tensor_source, tensors
 from swarm.store.tensor_source import TensorSource, flat_bytes
 from swarm.store.tensors import IntoStore
-from swarm.testing.transports import CHECKS, Check, MakePair, Pair, run_check, session, transfer
+from swarm.testing.transport_pairs import MakePair, Pair, session, transfer
+from swarm.testing.transports import CHECKS, Check, run_check
 from swarm.transfer.verify import LandedChunk, Verifier
 from swarm.transport import Inbound, Outbound, paired
 from swarm.transport.byte_stream import ByteStream, PlainStream
