@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from swarm.content.manifest import Digest, ModelId
 from swarm.peers.peer import Peer
 from swarm.protocol.messages import Address, Announcement, NodeId
-from swarm.protocol.packets import Holding, Record
+from swarm.protocol.packets import Holding, Record, State
+from swarm.transfer.download import DISTANCE_MAX
+from swarm.transfer.download_events import Mates
 
 ARTIFACTS_SHOWN = 3
 MEMBERS_SHOWN = 16  # members without a link, in error messages
@@ -65,6 +67,38 @@ def fetches(member: Record, digest: Digest, peers: Mapping[NodeId, Peer], *, par
 
 def _fetches(artifact: Announcement | Holding, part: str) -> bool:
     return not artifact.fetched and (artifact.wanted.part if artifact.wanted else "") == part
+
+
+def promises(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> set[Digest]:
+    """The digests that are promises, as other nodes announce."""
+    linked = ((a.digest, a.tier) for peer in peers.values() for a in peer.artifacts.values())
+    gossiped = ((held.digest, held.tier) for member in members for held in member.profile.artifacts)
+    return {digest for digest, tier in (*linked, *gossiped) if tier == "promised"}
+
+
+def complete_without_leaving(peers: Mapping[NodeId, Peer], members: Iterable[Record], digest: Digest) -> bool:
+    """Whether a node that stays holds all of an artifact."""
+    linked = (peer.artifacts.get(digest) for peer in peers.values() if not peer.leaving)
+    staying = (
+        member
+        for member in members
+        if member.node not in peers and member.state is State.ALIVE and not member.profile.leaving
+    )
+    gossiped = (held for member in staying for held in member.profile.artifacts if held.digest == digest)
+    return any(held.chunks == held.chunks_total for held in (*linked, *gossiped) if held)
+
+
+def mates(fetching: Iterable[Record], place: tuple[str, str]) -> Mates:
+    """Those of the fetching members that are near `place`, the labels of host and rack."""
+    _, rack = place
+    near: tuple[set[NodeId], set[NodeId]] = (set(), set())
+    for member in fetching:
+        distance = member.profile.distance(*place)
+        if distance < DISTANCE_MAX:
+            for names in near[distance:]:
+                names.add(member.node)
+    # Without labels all nodes have the same rack, "", which says nothing of their distance.
+    return Mates(frozenset(near[0]), frozenset(near[1] if rack else ()))
 
 
 def described(peers: Mapping[NodeId, Peer], members: Iterable[Record]) -> list[str]:

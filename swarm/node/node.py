@@ -44,12 +44,11 @@ from swarm.peers.manifest_requests import ManifestRequests
 from swarm.peers.peer import Peer
 from swarm.protocol import messages, packets
 from swarm.protocol.messages import Address, AnyMessage, Endpoint, Hello, NodeId, Origin
-from swarm.protocol.packets import Profile, Record, State
+from swarm.protocol.packets import Profile, Record
 from swarm.store import Source, Store
 from swarm.transfer.claims import Claims
 from swarm.transfer.commit_proof import PinnedCommit
-from swarm.transfer.download import DISTANCE_MAX, Download
-from swarm.transfer.download_events import Mates
+from swarm.transfer.download import Download
 from swarm.transfer.file_watch import watch_files
 from swarm.transfer.origin_driver import OriginSource
 from swarm.transfer.shares import Share, Shares
@@ -333,9 +332,7 @@ class Node:
 
     def promises(self) -> set[Digest]:
         """The digests that are promises, as other nodes announce."""
-        linked = ((a.digest, a.tier) for peer in self.peers.values() for a in peer.artifacts.values())
-        gossiped = ((held.digest, held.tier) for member in self.members() for held in member.profile.artifacts)
-        return {digest for digest, tier in (*linked, *gossiped) if tier == "promised"}
+        return holders.promises(self.peers, self.members())
 
     def feeds(self, digest: Digest) -> bool:
         """Whether another node still fetches an artifact that this node holds."""
@@ -559,31 +556,17 @@ class Node:
 
     def _complete_elsewhere(self, digest: Digest) -> bool:
         """Whether a node that stays holds all of an artifact."""
-        linked = (peer.artifacts.get(digest) for peer in self.peers.values() if not peer.leaving)
-        staying = (
-            member
-            for member in self.members()
-            if member.node not in self.peers and member.state is State.ALIVE and not member.profile.leaving
-        )
-        gossiped = (held for member in staying for held in member.profile.artifacts if held.digest == digest)
-        return any(held.chunks == held.chunks_total for held in (*linked, *gossiped) if held)
+        return holders.complete_without_leaving(self.peers, self.members(), digest)
 
     def _update_mates(self) -> None:
         """Passes each download the nodes nearby that fetch its artifact: together they import each chunk once."""
         members = self.members()
         for download in self._shares.downloads():
-            near: tuple[set[NodeId], set[NodeId]] = (set(), set())
             digest, part = download.digest, download.part
             fetching = [member for member in members if holders.fetches(member, digest, self.peers, part=part)]
-            for member in fetching:
-                distance = member.profile.distance(self._host, self._rack)
-                if distance < DISTANCE_MAX:
-                    for names in near[distance:]:
-                        names.add(member.node)
             if download.promise:
                 download.promise.met(frozenset(member.node for member in fetching))
-            # Without labels all nodes have the same rack, "", which says nothing of their distance.
-            download.met(Mates(frozenset(near[0]), frozenset(near[1] if self._rack else ())))
+            download.met(holders.mates(fetching, self.place))
 
     async def _tick(self) -> None:
         while True:
