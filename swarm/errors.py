@@ -341,6 +341,10 @@ class OriginUnreachable(OriginError):
     """No connection, or it broke or fell silent; or the origin is busy."""
 
 
+class OriginBusy(OriginUnreachable):
+    """The origin answers that it cannot answer: its fault, or too many requests."""
+
+
 class OriginUnusable(OriginError):
     """The origin answers, and not with what was asked for."""
 

@@ -48,7 +48,7 @@ EXIT_CODES = {
     "StoreConflict": 5, "SourceChanged": 5, "PeerError": 6, "PeerUnreachable": 6, "PeerTimeout": 6, "NotAdmitted": 6,
     "NotSwarm": 6,
     "RemoteProtocolError": 6, "VersionSkew": 6, "TransportError": 1, "AgentError": 1,
-    "OriginError": 7, "OriginUnreachable": 7, "OriginUnusable": 7,
+    "OriginBusy": 7, "OriginError": 7, "OriginUnreachable": 7, "OriginUnusable": 7,
     "OriginDenied": 7, "OriginNotFound": 7, "OriginChanged": 7,
     "LocalProtocolError": 70,
 }  # fmt: skip

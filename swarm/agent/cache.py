@@ -79,6 +79,11 @@ def snapshots(root: Path) -> list[CachedModel]:
     return found
 
 
+def pinned(cache_dir: Path) -> frozenset[str]:
+    """The keys of the models that are pinned, as the last agent of this cache directory left them."""
+    return frozenset(key for key, use in _read(cache_dir / FOLDER / "models.json").items() if use.pinned)
+
+
 class Cache:
     """What is kept, within `limit_bytes`. All methods run on one loop."""
 
@@ -98,7 +103,7 @@ class Cache:
         self._withdraw = withdraw
         self._now = now
         self._place = cache_dir / FOLDER / "models.json"
-        self._uses = dict(self._read())
+        self._uses = _read(self._place)
         self._saved_at = now()
         self.turn = asyncio.Lock()  # for who waits for room: the first in line gets it
 
@@ -238,17 +243,18 @@ class Cache:
     def _key(each: kept.Kept) -> str:
         return key_of(each.model_id, each.commit)
 
-    def _read(self) -> dict[str, _Use]:
-        try:
-            return _decoder.decode(read_own(self._place, bytes_max=FILE_BYTES_MAX)).models
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            log.warning("%s is ignored, pins are lost: %s", self._place, error)
-            return {}
-
     def __repr__(self) -> str:
         return f"<Cache {self.root} {self.policy!r}>"
+
+
+def _read(place: Path) -> dict[str, _Use]:
+    try:
+        return _decoder.decode(read_own(place, bytes_max=FILE_BYTES_MAX)).models
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s is ignored, pins are lost: %s", place, error)
+        return {}
 
 
 def _written_at(each: kept.Kept) -> float:

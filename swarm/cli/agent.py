@@ -99,6 +99,13 @@ def remove(model_id: str, revision: str | None, settings: Settings) -> int | Non
     return None if answer is None else _say(answer)
 
 
+def pinned(settings: Settings) -> frozenset[str]:
+    """The models that stay in the agent's cache, as ID@COMMIT, also while no agent runs."""
+    from swarm.agent.cache import pinned
+
+    return pinned(settings.cache)
+
+
 def models(settings: Settings) -> Models | None:
     """What the agent keeps; None where none runs. Raises AgentError."""
     answer = ask_if_there(List(), settings)

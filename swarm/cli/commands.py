@@ -409,7 +409,8 @@ def rm(options: argparse.Namespace) -> int:
     """Removes what swarm keeps of a model; 1 if the user declines."""
     from swarm.cli.kept import remove
 
-    return remove(options.model_id, revision=options.revision, yes=options.yes, settings=Settings.load())
+    how = {"yes": options.yes, "force": options.force}
+    return remove(options.model_id, revision=options.revision, **how, settings=Settings.load())
 
 
 def _verify_signed(directory: Path, key: Path) -> int:

@@ -74,8 +74,10 @@ def show(found: Mapping[str, Any], model_id: str | None = None) -> None:
             print(f"{row['digest'][:12]} {clean(row['path'], chars_max=stdio.PATH_CHARS_MAX)}")
 
 
-def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) -> int:
-    """Removes what swarm keeps of a model; asks first, unless `yes`. Returns 1 if the answer is no.
+def remove(what: str, *, revision: str | None, yes: bool, force: bool, settings: Settings) -> int:
+    """Removes what swarm keeps of a model; asks first, unless `yes`, and then needs `force` for what is pinned.
+
+    Returns 1 if the answer is no.
 
     Raises SettingsError if nothing is kept of it, or nothing can be asked; StoreError.
     """
@@ -93,13 +95,14 @@ def remove(what: str, *, revision: str | None, yes: bool, settings: Settings) ->
         raise SettingsError(
             "model_id", f"swarm wrote nothing of {what!r} into the cache here; it keeps {known}; files of others stay"
         )
+    pinned = agent.pinned(settings)
     for found in chosen:
-        print(
-            clean(
-                f"{found.model_id}@{found.commit[:12]}: {size_text(found.size)} in {found.snapshot}",
-                chars_max=LINE_CHARS_MAX,
-            )
-        )
+        stays = ", pinned" if f"{found.model_id}@{found.commit}" in pinned else ""
+        what = f"{found.model_id}@{found.commit[:12]}: {size_text(found.size)}{stays} in {found.snapshot}"
+        print(clean(what, chars_max=LINE_CHARS_MAX))
+        if stays and yes and not force:
+            why = f"{found.model_id} is pinned; `swarm pin {found.model_id} --remove` ends that, or say --force"
+            raise SettingsError("model_id", why)
     for place, size in staged.items():
         print(clean(f"{model_id}: {size_text(size)} of an unfinished fetch in {place}", chars_max=LINE_CHARS_MAX))
     if not yes and not _confirmed():

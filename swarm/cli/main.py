@@ -324,6 +324,7 @@ def _parser() -> _Parser:
     rm.add_argument("model_id", metavar="MODEL_ID", help="model id, also MODEL_ID@REVISION, or the digits of a digest")
     rm.add_argument("--revision", metavar="R", help="only this revision")
     rm.add_argument("--yes", action="store_true", help="do not ask")
+    rm.add_argument("--force", action="store_true", help="with --yes: also a model that is pinned")
 
     keygen = command(commands.keygen, "make a cluster key, which admits nodes to a swarm")
     keygen.add_argument(

@@ -34,9 +34,10 @@ from swarm.errors import ManifestError, PeerError, PeerTimeout, SettingsError, S
 from swarm.journal import Unreached
 from swarm.net import cards, discovery, peer_names
 from swarm.net.addresses import multicast_hosts
-from swarm.node import local_nodes, status_client
+from swarm.node import agent_client, agent_reach, local_nodes, status_client
 from swarm.node.node import Node
 from swarm.node.trust import may_introduce, networks
+from swarm.protocol.messages import Address
 from swarm.runtime import new_node
 from swarm.security import cluster_key
 from swarm.security.certificates import visitor
@@ -72,9 +73,10 @@ async def examine(settings: Settings, model_id: str | None, *, wait_s: float = W
     async with _opened(settings, here) as (node, port), _announced(settings, node) as (multicast, heard):
         own: set[str] = {node.address, node.local_address, *node.addresses}
         with node.seeking(None):
-            await _settle(node, given, heard if multicast else own, wait_s=wait_s)
+            agent = await _agent(settings, node)
+            await _settle(node, given | agent, heard if multicast else own, wait_s=wait_s)
             mdns = MdnsFacts(multicast, not own.isdisjoint(heard), frozenset(heard - own))
-            ways = {"given": given, "mdns": set(mdns.found), "here": {local.address for local in here}}
+            ways = {"given": given, "mdns": set(mdns.found), "here": {local.address for local in here}, "agent": agent}
             return dataclasses.replace(
                 facts,
                 port=dataclasses.replace(port, reached=await _reaches(node.local_address)),
@@ -85,6 +87,15 @@ async def examine(settings: Settings, model_id: str | None, *, wait_s: float = W
                 local_nodes=here,
                 layouts=await _layouts(node, model_id),
             )
+
+
+async def _agent(settings: Settings, node: Node) -> set[str]:
+    """The address of the agent's node, if programs with these settings fetch through it; `node` meets it as they do."""
+    async with agent_client.agent(settings.cache) as found:
+        if found is None or not settings.agent or agent_reach.objection(settings, found.greeting):
+            return set()
+        node.meet(Address(found.greeting.node))
+        return {found.greeting.node}
 
 
 def _key(settings: Settings) -> tuple[KeyFacts, Keyring | None]:

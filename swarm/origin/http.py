@@ -29,6 +29,7 @@ from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 
 from swarm import __version__
 from swarm.errors import (
+    OriginBusy,
     OriginChanged,
     OriginDenied,
     OriginError,
@@ -163,14 +164,14 @@ def demand(response: Response, what: str) -> None:
     host = urlsplit(response.url).netloc
     why = f"{what}: {response.status} {http.client.responses.get(response.status, '')}".strip()
     if response.status in _BUSY:
-        raise OriginUnreachable(host, why, retry_s=retry_after_s(response.headers))
+        raise OriginBusy(host, why, retry_s=retry_after_s(response.headers))
     if response.status in (401, 403, 407):
         raise OriginDenied(host, why)
     if response.status in (404, 410, 451):
         raise OriginNotFound(host, why)
     if response.status in (412, 416):
         raise OriginChanged(host, f"{why}: it is not the file that was listed")
-    raise (OriginUnusable if response.status < 500 else OriginUnreachable)(host, why)
+    raise (OriginUnusable if response.status < 500 else OriginBusy)(host, why)
 
 
 def ranged(response: Response, what: str, *, offset: int, size: int, total: int) -> RangeStream:

@@ -171,6 +171,8 @@ def test_is_the_limit_kept_and_what_is_pinned_stays(machine: Machine, tmp_path: 
     with Hub(models) as hub:
         agent = AgentMachine(machine, hub, "--hub-limit-gb", "0.0025")
         agent.swarm("pull", "org/m0", "--pin")
+        refused = machine.start("rm", "org/m0", "--yes", environment=agent.environment).end()
+        assert (refused.code, "org/m0 is pinned" in refused.err) == (2, True)
         for name in ("org/m1", "org/m2", "org/m3"):
             agent.swarm("pull", name)
         said = json.loads(agent.swarm("ls", "--json"))["agent"]
@@ -226,6 +228,8 @@ def test_serves_the_agent_what_other_programs_downloaded(machine: Machine, tmp_p
     peer = machine.fetch(tmp_path / "out", peers=[agent.process.address], environment={"SWARM_AGENT": "0"})
     assert peer.end().code == 0
     assert contents(tmp_path / "out") == contents(folder / "snapshots" / commit)
+    examined = machine.start("doctor", "org/model", environment=agent.environment).end()
+    assert "holds 100% of org/model" in examined.out, "by the agent, which every program here asks"
 
 
 def test_is_an_agent_ready_when_what_it_holds_is_there(machine: Machine, hub: Hub) -> None:

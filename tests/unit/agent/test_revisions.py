@@ -14,7 +14,15 @@ from swarm.agent import revisions as module
 from swarm.agent.revisions import Revisions
 from swarm.content.manifest import ModelId
 from swarm.content.promise import ListedFile, Listing
-from swarm.errors import AgentError, ManifestNotFound, OriginNotFound, OriginUnreachable, OriginUnusable, SwarmError
+from swarm.errors import (
+    AgentError,
+    ManifestNotFound,
+    OriginBusy,
+    OriginNotFound,
+    OriginUnreachable,
+    OriginUnusable,
+    SwarmError,
+)
 from swarm.node.cold_start import Found
 from swarm.protocol.messages import Origin
 from swarm.settings import Settings
@@ -151,6 +159,31 @@ def test_does_a_slow_answer_for_a_model_leave_the_others_to_the_origin(
     monkeypatch.setattr(hub, "answer", staticmethod(answer))
     assert told(made(), "org/slow", "org/m") == [OriginUnreachable, COMMIT]
     ended.set()
+
+
+@pytest.mark.parametrize(
+    ("failure", "other"),
+    [
+        (OriginBusy("hub", "org/m: 500"), COMMIT),
+        (OriginBusy("hub", "org/m: 429", retry_s=5.0), OriginBusy),
+        (OriginUnreachable("hub", "no connection"), OriginUnreachable),
+    ],
+)
+def test_rests_the_origin_for_the_model_alone_that_it_cannot_list(
+    failure: OriginUnreachable, other: object, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nowhere(*_: object, **__: object) -> None:
+        raise ManifestNotFound("org/m", tried=[], waited_s=1.0)
+
+    def answer(model: str, _revision: str | None) -> Listing:
+        if model == "org/m":
+            raise failure
+        return listing(model)
+
+    monkeypatch.setattr(module, "find_on", nowhere)
+    monkeypatch.setattr(hub, "answer", staticmethod(answer))
+    assert told(made(), "org/m", "org/m", "org/other") == [type(failure), type(failure), other]
+    assert hub.asked.count(("org/m", "main")) == 1
 
 
 def test_how_many_ask_the_origin_at_once(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
