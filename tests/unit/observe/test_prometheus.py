@@ -104,9 +104,41 @@ def test_are_the_names_of_dashboard_and_alerts_those_that_there_are(tmp_path: Pa
     assert named <= there
 
 
+def test_fits_the_board_any_scrape_interval_and_any_data_source() -> None:
+    board = json.loads((MONITORING / "grafana.json").read_text())
+    variables = {each["name"] for each in board["templating"]["list"]}
+    cells: Counter[tuple[int, int]] = Counter()
+    for panel in board["panels"]:
+        at = panel["gridPos"]
+        cells.update((x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"]))
+        assert panel["datasource"]["uid"] == "${datasource}"
+        for target in panel["targets"]:
+            assert set(re.findall(r"\[([^\]]*)\]", target["expr"])) <= {"$__rate_interval"}, target["expr"]
+            assert set(re.findall(r"\$(\w+)", target["expr"])) - {"__rate_interval"} <= variables
+    assert set(cells.values()) == {1}, "panels do not overlap"
+    assert max(x for x, _ in cells) == 23
+    ids = [panel["id"] for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
 @pytest.mark.parametrize("arguments", [["rules", str(MONITORING / "alerts.yml")], ["metrics"]], ids=lambda a: a[0])
 def test_does_promtool_find_nothing(arguments: list[str]) -> None:
     said = metrics(FetchEnded(DIGEST, None)).exposition() if arguments == ["metrics"] else b""
     found = subprocess.run(["promtool", "check", *arguments], input=said, capture_output=True, timeout=30, check=False)
     assert (found.returncode, found.stderr.replace(b"Checking", b"")) == (0, b"") or b"SUCCESS" in found.stdout
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is not installed")
+def test_are_the_queries_of_the_board_promql(tmp_path: Path) -> None:
+    board = json.loads((MONITORING / "grafana.json").read_text())
+    queries = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
+    rules = [
+        {"record": f"query:{number}", "expr": query.replace("$__rate_interval", "4m").replace("$instance", ".*")}
+        for number, query in enumerate(queries)
+    ]
+    file = tmp_path / "rules.yml"
+    file.write_text(json.dumps({"groups": [{"name": "board", "rules": rules}]}))  # JSON is YAML
+    found = subprocess.run(["promtool", "check", "rules", str(file)], capture_output=True, timeout=30, check=False)
+    assert found.returncode == 0, found.stderr
+    assert f"{len(queries)} rules found".encode() in found.stdout
