@@ -187,7 +187,7 @@ class Artifact:
         more = await self._make_room(batch)
         try:
             fetched, store, snapshot = await fetch_on(
-                self._node, self.model_id, out=HUB_CACHE, into=None, digest=None, timeout_s=None,
+                self._node, self.model_id, out=HUB_CACHE,
                 settings=self._settings, revision=self._revision, selection=selection, found=self.found,
             )  # fmt: skip
         finally:

@@ -173,7 +173,6 @@ def fetch(options: argparse.Namespace) -> int:
                         options.model_id,
                         revision=options.revision,
                         out=options.out or HUB_CACHE,
-                        into=None,
                         digest=options.digest or os.environ.get("SWARM_DIGEST") or None,
                         timeout_s=settings.timeout_s,
                         settings=settings,

@@ -75,9 +75,6 @@ async def serve_origin(options: argparse.Namespace, settings: Settings, *, serve
                         address,
                         revision=options.revision,
                         out=out,
-                        into=None,
-                        digest=None,
-                        timeout_s=None,
                         settings=settings,
                         served_as=ModelId(name),
                     )

@@ -84,8 +84,6 @@ async def storage(
                 node,
                 source,
                 out=directory,
-                into=None,
-                digest=None,
                 timeout_s=settings.timeout_s,
                 settings=settings,
                 selection=selection,

@@ -156,7 +156,7 @@ class CheckpointFiles:
         settings = self._node.settings
         try:
             fetched, _, _ = await fetch_on(
-                await self._node.open(), self._node.model_id, out=place, into=None, digest=content,
+                await self._node.open(), self._node.model_id, out=place, digest=content,
                 timeout_s=settings.timeout_s, settings=settings, abandon_s=abandon_s, commit=self._pin.commit_of(),
             )  # fmt: skip
         except NotOfCommit:

@@ -182,7 +182,7 @@ class RankLoader:
         find_timeout_s = min(self.settings.find_timeout_s or BRING_FIND_S, BRING_FIND_S)
         quick = dataclasses.replace(self.settings, find_timeout_s=find_timeout_s)
         fetched, _, place = await fetch_on(
-            await self.node.open(), self.model_id, out=HUB_CACHE, into=None, digest=None,
+            await self.node.open(), self.model_id, out=HUB_CACHE,
             timeout_s=quick.timeout_s, settings=quick, revision=self.files.revision,
         )  # fmt: skip
         self.node.log_fetch(fetched)

@@ -178,7 +178,7 @@ async def _fetch(folder: Path, given: Mapping[str, object]) -> str:
         settings = Settings(**given)  # type: ignore[arg-type]
         node, _ = new_node(settings)
         async with node:
-            await fetch_on(node, MODEL, out=out, into=None, digest=None, timeout_s=None, settings=settings)
+            await fetch_on(node, MODEL, out=out, settings=settings)
         assert (out / "data.bin").read_bytes() == (folder / "model" / "data.bin").read_bytes()
     except SwarmError as error:
         return str(error)

@@ -304,7 +304,7 @@ def test_is_a_forger_refused_by_the_fetch_of_an_artifact_that_was_found_before(t
             how: dict[str, Any] = {"digest": evil.manifest.digest, "revision": None, "settings": settings}
             found = await find_on(node, MODEL, find_timeout_s=10, **how)
             how["digest"] = None
-            await fetch_on(node, MODEL, out=None, into=None, timeout_s=60, found=found, **how)
+            await fetch_on(node, MODEL, timeout_s=60, found=found, **how)
         finally:
             await runtime().release(settings)
 
