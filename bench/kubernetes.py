@@ -5,7 +5,8 @@
 Both apply deploy/kubernetes/overlays/server: an init container fills a directory, a server reads all of it and answers
 its probe. With swarm that container is `swarm storage`, and an agent on each machine keeps a copy; without, it is
 `hf download` of huggingface_hub, and there are no agents. The hub is tests/hub.py: `--hub` MB/s for all together. Each
-pod has a link of `--link`. Ready is what the kubelet sees: probes come every 2 s.
+pod has a link of `--link`. Ready is what the kubelet sees: start-up probes come every second. Then the replicas are
+deleted and applied again, as after a restart of all: agents, where there are any, have the model.
 
 Needs root, kubectl (.ci/kubectl), and the extras `deploy` and `test`. Prints one JSON object.
 """
@@ -68,20 +69,30 @@ def measured(options: argparse.Namespace, files: dict[str, bytes], root: Path, *
         served = {MODEL: Model(files)}
         with inside(cluster.system.namespace, lambda: Hub(served, host=address, total=options.hub * 1e6)) as hub:
             cluster.environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1"}
-            began = time.monotonic()
-            cluster.apply(objects(overlay, options.replicas, swarm=swarm))
-            applied_s = time.monotonic() - began
-            wanted = options.replicas
-            cluster.wait(lambda: len(cluster.ready(SERVER)) == wanted, f"{wanted} replicas", deadline_s=DEADLINE_S)
-            ready_s = sorted(pod.ready_at - began for pod in cluster.of(SERVER) if pod.ready_at)
-            return {
-                "swarm": swarm,
-                "ready_s": [round(each, 1) for each in ready_s],
-                "pods_made_s": round(applied_s, 1),
-                "restarts": sum(pod.restarts for pod in cluster.pods),
-                "copies_of_the_hub": round(hub.sent_bytes / size, 2),
-                "agents_ready": len(cluster.ready(AGENT)),
-            }
+            found = objects(overlay, options.replicas, swarm=swarm)
+            first = applied(cluster, found, hub, size)
+            cluster.wait(lambda: len(cluster.ready(AGENT)) == len(cluster.of(AGENT)), "agents", deadline_s=DEADLINE_S)
+            cluster.drop("Deployment", SERVER)
+            cluster.wait(lambda: not cluster.of(SERVER), "replicas to end", deadline_s=DEADLINE_S)
+            again = applied(cluster, found, hub, size)
+            restarts = sum(pod.restarts for pod in cluster.pods)
+            return {"swarm": swarm, "from nothing": first, "again": again, "restarts": restarts}
+
+
+def applied(cluster: Cluster, found: list[manifests.Object], hub: Hub, size: int) -> dict[str, Any]:
+    """Seconds until each replica is ready, and the copies of the model that the hub sent meanwhile."""
+    began, sent = time.monotonic(), hub.sent_bytes
+    cluster.apply(found)
+    applied_s = time.monotonic() - began
+    (wanted,) = (each["spec"]["replicas"] for each in found if each["kind"] == "Deployment")
+    cluster.wait(lambda: len(cluster.ready(SERVER)) == wanted, f"{wanted} replicas", deadline_s=DEADLINE_S)
+    ready_s = sorted(pod.ready_at - began for pod in cluster.of(SERVER) if pod.ready_at)
+    return {
+        "ready_s": [round(each, 1) for each in ready_s],
+        "pods_made_s": round(applied_s, 1),
+        "copies_of_the_hub": round((hub.sent_bytes - sent) / size, 2),
+        "load": round(os.getloadavg()[0], 1),
+    }
 
 
 def main() -> None:

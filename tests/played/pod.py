@@ -41,6 +41,7 @@ d=$1; hostname "$2"; shift 2
 mount -t overlay overlay -o "lowerdir=/,upperdir=$d/upper,workdir=$d/work" "$d/root"
 cd "$d/root"
 mount -t proc proc proc
+mount --rbind /sys sys
 mount -t tmpfs -o mode=755 tmpfs dev
 mkdir dev/shm
 while read -r kind source target option; do
