@@ -11,11 +11,24 @@ from a folder to another folder of its circle. Imports inside functions count, t
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 PACKAGE = "swarm"
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file, parsed once for all rules that read it."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of that tree, as `ast.walk` yields them."""
+    return tuple(ast.walk(tree_of(path)))
 
 
 def modules(root: Path) -> dict[str, Path]:
@@ -57,7 +70,7 @@ def within(names: set[str], known: Mapping[str, Path]) -> set[str]:
 def graph(root: Path) -> dict[str, set[str]]:
     """Each module with the modules that it imports. The package itself is left out: it loads its names on first use."""
     known = modules(root)
-    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in known.items()}
+    trees = {name: tree_of(path) for name, path in known.items()}
     return {name: within(imported(statements(tree)), known) - {name, ""} for name, tree in trees.items() if name}
 
 
@@ -97,7 +110,7 @@ def folders(arrows: Mapping[str, set[str]]) -> dict[str, set[str]]:
 def rows(tree: Path) -> dict[str, int]:
     """The row of each module, counted from the top, by the ROWS table of a tree's own tests; {} without that table."""
     path = tree / "tests" / "test_layers.py"
-    body = ast.parse(path.read_text(encoding="utf-8")).body if path.exists() else []
+    body = tree_of(path).body if path.exists() else []
     for node in body:
         if isinstance(node, ast.AnnAssign) and node.value and ast.unparse(node.target) == "ROWS":
             table = ast.literal_eval(node.value)

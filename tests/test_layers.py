@@ -7,9 +7,11 @@ no circle. Imports inside functions count, those for type checkers alone do not.
 from __future__ import annotations
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
+import imports
 import pytest
 from imports import imported, modules, statements
 
@@ -286,13 +288,23 @@ FOLDER_OF = {module: module.partition(".")[0] for module in MODULES}
 
 
 def tree_of(module: str) -> ast.Module:
-    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    return imports.tree_of(MODULES[module])
+
+
+def nodes_of(module: str) -> tuple[ast.AST, ...]:
+    return imports.nodes_of(MODULES[module])
+
+
+@functools.cache
+def imports_of(module: str) -> set[str]:
+    """Dotted names of all imports of a module."""
+    return imported(statements(tree_of(module)))
 
 
 def own_imports(module: str) -> set[str]:
     """Modules of the package that a module imports."""
     found = set()
-    for name in imported(statements(tree_of(module))):
+    for name in imports_of(module):
         package, _, rest = name.partition(".")
         if package != "swarm" or (rest == "__version__" and module in VERSION_ONLY):
             continue
@@ -357,7 +369,7 @@ def test_are_there_no_circles() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_does_each_third_party_package_live_in_one_room(module: str) -> None:
-    outside = packages(imported(statements(tree_of(module)))) - sys.stdlib_module_names - {"swarm"}
+    outside = packages(imports_of(module)) - sys.stdlib_module_names - {"swarm"}
     assert outside <= {package for package, homes in HOMES.items() if module in homes}
 
 
@@ -366,17 +378,17 @@ def test_are_heavy_packages_imported_when_they_are_needed_only(package: str) -> 
     for module in HOMES[package] - INSIDE:
         top = (node for node in tree_of(module).body if isinstance(node, ast.Import | ast.ImportFrom))
         assert package not in packages(imported(iter(top)))
-        assert package in packages(imported(statements(tree_of(module))))
+        assert package in packages(imports_of(module))
 
 
 @pytest.mark.parametrize("module", [module for row in PURE for module in sorted(ROWS[row])])
 def test_is_the_core_pure(module: str) -> None:
     tree = tree_of(module)
-    worldly = packages(imported(statements(tree))) & WORLDLY
+    worldly = packages(imports_of(module)) & WORLDLY
     assert worldly <= {package for owner, package in ALLOWED_ANYWAY if owner == module}
     assert randomness(tree) <= {"Random"}  # a type for the generator that is passed in
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Call) and randomness(node.func)]
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.Await | ast.AsyncFunctionDef)]
+    assert not [node for node in nodes_of(module) if isinstance(node, ast.Call) and randomness(node.func)]
+    assert not [node for node in nodes_of(module) if isinstance(node, ast.Await | ast.AsyncFunctionDef)]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -384,13 +396,13 @@ def test_does_nothing_depend_on_global_randomness_or_on_the_time_of_day(module: 
     tree = tree_of(module)
     assert randomness(tree) <= {"Random", "SystemRandom"}
     if ROW_OF[module] not in ("world", "drivers", "faces"):
-        assert "time" not in packages(imported(statements(tree)))
+        assert "time" not in packages(imports_of(module))
     # manifest_builder and cache_gc compare times of files with the clock that made them; certificates, seals and spans
     # carry the time of day, as tokens of xet do
     if module not in TIME_OF_DAY:
         assert not {"time", "time_ns"} & used(tree, "time")
     if module.startswith("simulation"):
-        assert not {"time", "secrets"} & packages(imported(statements(tree)))
+        assert not {"time", "secrets"} & packages(imports_of(module))
 
 
 def used(tree: ast.AST, name: str) -> set[str]:
@@ -412,24 +424,23 @@ def test_does_a_module_say_what_it_is_for(module: str) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_does_an_assert_do_no_work(module: str) -> None:
-    asserts = [node for node in ast.walk(tree_of(module)) if isinstance(node, ast.Assert)]
+    asserts = [node for node in nodes_of(module) if isinstance(node, ast.Assert)]
     assert not [call for node in asserts for call in ast.walk(node) if isinstance(call, ast.Call | ast.NamedExpr)]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_is_there_no_pickle_and_no_drawer_for_everything(module: str) -> None:
-    assert not {"pickle", "marshal", "shelve", "dill"} & packages(imported(statements(tree_of(module))))
+    assert not {"pickle", "marshal", "shelve", "dill"} & packages(imports_of(module))
     assert module.rpartition(".")[2] not in {"utils", "util", "helpers", "common", "misc"}
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_is_every_decoder_made_with_its_module(module: str) -> None:
     """A decoder made on first use crashes a second thread: msgspec's types are half made meanwhile."""
-    tree = tree_of(module)
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    calls = [node for node in nodes_of(module) if isinstance(node, ast.Call)]
     decoding = [call for call in calls if ast.unparse(call.func) in ("msgspec.json.decode", "msgspec.msgpack.decode")]
     types = {ast.unparse(word.value) for call in decoding for word in call.keywords if word.arg == "type"}
     assert types <= {"dict[str, Any]"}
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    late = [call for function in functions for call in ast.walk(function) if call in calls]
-    assert not [call for call in late if ast.unparse(call.func).endswith(("json.Decoder", "msgpack.Decoder"))]
+    made = {call for call in calls if ast.unparse(call.func).endswith(("json.Decoder", "msgpack.Decoder"))}
+    functions = [node for node in nodes_of(module) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    assert not [call for function in functions for call in ast.walk(function) if call in made]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import io
 import re
 import sys
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from imports import nodes_of
 
 ROOT = Path(__file__).parent.parent
 VAGUE = re.compile(
@@ -51,19 +53,22 @@ def prose_of(path: Path) -> str:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     found = [token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT]
     described = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found += [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, described)]
+    found += [ast.get_docstring(node) or "" for node in nodes_of(path) if isinstance(node, described)]
     return "\n".join(found)
 
 
 def counts(paths: Iterable[Path]) -> list[Count]:
     """A count for each Python file at or below `paths`, worst first."""
     files = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*.py")))
-    found = []
-    for file in files:
-        text = prose_of(file)
-        words, vague, forbidden = (len(re.findall(kind, text)) for kind in (r"[A-Za-z']+", VAGUE, FORBIDDEN))
-        found.append(Count(file, words, vague, forbidden))
-    return sorted(found, key=lambda count: (-count.part, count.path))
+    return sorted(map(count_of, files), key=lambda count: (-count.part, count.path))
+
+
+@functools.cache
+def count_of(file: Path) -> Count:
+    """The count of one Python file."""
+    text = prose_of(file)
+    words, vague, forbidden = (len(re.findall(kind, text)) for kind in (r"[A-Za-z']+", VAGUE, FORBIDDEN))
+    return Count(file, words, vague, forbidden)
 
 
 def help_texts() -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.metadata
 import inspect
 import re
@@ -12,9 +13,13 @@ from pathlib import Path
 from typing import TypeGuard
 
 import pytest
+from imports import nodes_of, tree_of
 
 import swarm
 from swarm import errors
+
+PACKAGE = Path(swarm.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 NAMES = {
     "CheckpointIncomplete",
@@ -148,31 +153,34 @@ def is_public_class(node: ast.AST) -> TypeGuard[ast.ClassDef]:
 
 def test_has_everything_public_a_docstring() -> None:
     missing = []
-    for path in sorted(Path(swarm.__file__).parent.rglob("*.py")):
-        classes = (node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if is_public_class(node))
+    for path in SOURCES:
+        classes = filter(is_public_class, nodes_of(path))
         missing += [f"{path.name}: {node.name}" for node in classes if not ast.get_docstring(node)]
     assert missing == []
 
 
-def test_do_no_two_public_classes_share_a_name() -> None:
+@functools.cache
+def homes_of_classes() -> dict[str, list[str]]:
+    """By name of a public class, the modules that define it."""
     homes: dict[str, list[str]] = {}
-    for path in sorted(Path(swarm.__file__).parent.rglob("*.py")):
-        for node in filter(is_public_class, ast.parse(path.read_text(encoding="utf-8")).body):
-            homes.setdefault(node.name, []).append(path.stem)
-    assert {name for name, modules in homes.items() if len(modules) > 1} == set(TWINS)
+    for path in SOURCES:
+        module = path.relative_to(PACKAGE.parent).with_suffix("").as_posix().replace("/", ".")
+        for node in filter(is_public_class, tree_of(path).body):
+            homes.setdefault(node.name, []).append(module)
+    return homes
+
+
+def test_do_no_two_public_classes_share_a_name() -> None:
+    assert {name for name, modules in homes_of_classes().items() if len(modules) > 1} == set(TWINS)
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_is_a_class_with_a_twin_named_with_its_module(name: str) -> None:
     """No module imports the bare name from two modules."""
-    homes = [
-        path.relative_to(Path(swarm.__file__).parent.parent).with_suffix("").as_posix().replace("/", ".")
-        for path in Path(swarm.__file__).parent.rglob("*.py")
-        if any(is_public_class(n) and n.name == name for n in ast.parse(path.read_text(encoding="utf-8")).body)
-    ]
+    homes = homes_of_classes()[name]
     assert len(homes) > 1
-    for path in Path(swarm.__file__).parent.rglob("*.py"):
-        imports = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.ImportFrom)]
+    for path in SOURCES:
+        imports = [node for node in nodes_of(path) if isinstance(node, ast.ImportFrom)]
         bare = {n.module for n in imports if n.module in homes and any(alias.name == name for alias in n.names)}
         assert len(bare) <= 1, path
 
