@@ -168,7 +168,9 @@ class Runtime:
 
     async def release(self, settings: Settings) -> None:
         """Undoes an `acquire`; on the loop only."""
-        shared = self._nodes[settings]
+        shared = self._nodes.get(settings)
+        if shared is None:
+            return  # `_close_all` closed it
         shared.users -= 1
         if shared.users == 0:
             del self._nodes[settings]

@@ -128,7 +128,7 @@ class Node:
         self._draining = False
         self.broken: list[str] = []  # its loops that failed: only a restart helps
         self._loops: list[asyncio.Task[Any]] = []
-        self._closing = False
+        self._closing = self._closed = False
         self._paused_s = 0.0  # that the machines know of
 
     async def open(self) -> None:
@@ -183,6 +183,8 @@ class Node:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._closed = True
+        self._changed.set()
         await self._environment.close()
         self._shares.close()
 
@@ -365,11 +367,16 @@ class Node:
         return {digest: share.held for digest, share in self._shares.shares.items()}
 
     async def changed(self, timeout_s: float) -> None:
-        """Waits until a peer joins, leaves or announces artifacts, or an address fails, for at most `timeout_s`."""
+        """Waits until a peer joins, leaves or announces artifacts, or an address fails, for at most `timeout_s`.
+
+        Raises SwarmError once the node is closed: a search for a holder ends with its node.
+        """
         self._changed.clear()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(0 if self._closed else timeout_s):
                 await self._changed.wait()
+        if self._closed:
+            raise SwarmError("the node was closed")
 
     @property
     def refused(self) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -150,6 +151,15 @@ def test_does_an_error_come_out_unchanged() -> None:
     assert caught.value is wrong
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell that starts a command in the background lets it ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_does_ctrl_c_wait_until_the_work_has_cleaned_up() -> None:
     began, cleaned = threading.Event(), threading.Event()
 

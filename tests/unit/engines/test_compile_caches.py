@@ -19,8 +19,9 @@ from swarm.api import serve_source
 from swarm.checkpoint import manifest_builder
 from swarm.content.manifest import Manifest
 from swarm.engines import cache_files, compile_caches
+from swarm.engines.cache_start import CacheStart
 from swarm.engines.layout import Fingerprint
-from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, StoreConflict
+from swarm.errors import ManifestInvalid, ManifestNotFound, SettingsError, StoreConflict, SwarmError
 from swarm.node import local_nodes
 from swarm.runtime import runtime
 from swarm.security import cluster_key
@@ -67,6 +68,17 @@ def write(root: Path, files: dict[str, bytes]) -> dict[str, Path]:
 
 def read(root: Path) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_ends_a_search_with_the_nodes_of_the_process(tmp_path: Path, node: Start) -> None:
+    """An engine that never comes to `join` searches on its thread's loop for minutes otherwise."""
+    start = CacheStart(FIELDS, node("seeker"), places=places(tmp_path / "here"))
+    start.begin()
+    assert start._work
+    assert runtime().run(runtime().acquire(node("seeker")))
+    runtime()._close_all()
+    with pytest.raises(SwarmError, match="the node was closed"):
+        start._work.result(10)
 
 
 @pytest.fixture

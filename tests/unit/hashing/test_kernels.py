@@ -96,6 +96,7 @@ def nvcc_release() -> str:
     return said.partition("release ")[2].partition(",")[0]
 
 
+@pytest.mark.integration  # the compiler runs for seconds
 @pytest.mark.skipif(nvcc_release() != kernels.NVCC_RELEASE, reason=f"nvcc is not of release {kernels.NVCC_RELEASE}")
 @pytest.mark.parametrize("source", kernels.SOURCES)
 def test_is_the_shipped_image_compiled_from_the_source(tmp_path: Path, source: str) -> None:
