@@ -2,8 +2,11 @@
 
 Only whole files leave, whose content was verified: hashed as it came, or compared with the name that the hub lists. The
 file must have the stamp of then before and after each piece that is sent, and the last byte is held back until the rest
-is proven so. While a file is fetched its program gets `100 Continue` every KEEP_S, which HTTP clients skip: they would
-take silence for a dead server after 10 s.
+is proven so. Until then, and until the hub has answered, a program gets `100 Continue` every KEEP_S, which HTTP clients
+skip: they would take silence for a dead server after 10 s.
+
+No byte of a file leaves while the rest is on its way. Only the whole file can be compared with its name at the hub, and
+a client that has got wrong bytes goes on behind them, by a Range, after its connection was cut.
 
 Loopback by default. A request needs a Host that is an address, localhost or the configured name, so that no web page
 reaches the face by DNS rebinding; one that a browser sends for a web page is refused. `hub_api` has the paths.
@@ -19,9 +22,9 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -70,6 +73,8 @@ PIECE_BYTES = 8 << 20
 PIECE_TIMEOUT_S = 120.0  # a client that takes less than 70 kB/s is let go
 PATHS_BYTES_MAX = 1 << 20
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+T = TypeVar("T")
 
 log = logging.getLogger("swarm")
 _strings = msgspec.json.Decoder(dict[str, Any])
@@ -128,7 +133,8 @@ class Face:
                 raise web.HTTPNotFound(text="the agent answers for models of the hub alone\n")
             if request.method not in allowed:
                 raise web.HTTPMethodNotAllowed(request.method, allowed)
-            revision = await self._agent.revisions.get(ModelId(asked.model_id), asked.revision, _token(request))
+            finding = self._agent.revisions.get(ModelId(asked.model_id), asked.revision, _token(request))
+            revision = await _waited(request, finding)
             response = await self._answer_of(request, asked, revision)
         except web.HTTPException as error:
             self._count(request, error)
@@ -182,7 +188,7 @@ class Face:
 
     async def _file(self, request: web.Request, revision: Revision, file: HubFile) -> web.StreamResponse:
         headers = file_headers(revision, file)
-        await self._agent.revisions.demand_access(revision)
+        await _waited(request, self._agent.revisions.demand_access(revision))
         span = byte_range(request.headers.get("Range"), file.size)
         if span is None:
             return web.Response(status=416, headers={**headers, "Content-Range": f"bytes */{file.size}"})
@@ -212,7 +218,7 @@ class Face:
     ) -> None:
         for attempt in range(ATTEMPTS):
             try:
-                found = await self._waited(request, revision, file)
+                found = await _waited(request, self._files.get(revision, file))
                 with self._agent.cache.in_use(key_of(revision.model_id, revision.commit)):
                     await self._send(request, response, found, *span)
             except SourceChanged:  # evicted, or changed, before it was opened: it comes again
@@ -220,20 +226,6 @@ class Face:
                     raise
             else:
                 return
-
-    async def _waited(self, request: web.Request, revision: Revision, file: HubFile) -> VerifiedFile:
-        """The verified file; the client is kept waiting as HTTP does."""
-        getting = asyncio.ensure_future(self._files.get(revision, file))
-        try:
-            while not (await asyncio.wait([getting], timeout=KEEP_S))[0]:
-                transport = request.transport
-                if transport is None or transport.is_closing():
-                    raise ConnectionResetError
-                if request.version >= (1, 1) and isinstance(transport, asyncio.WriteTransport):
-                    transport.write(CONTINUE)
-            return await getting
-        finally:
-            getting.cancel()
 
     async def _send(
         self, request: web.Request, response: web.StreamResponse, found: VerifiedFile, first: int, end: int
@@ -273,6 +265,21 @@ class Face:
             raise web.HTTPForbidden(text="name the agent by its address, as in http://127.0.0.1:7080\n")
         if "Origin" in request.headers or request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise web.HTTPForbidden(text="not for web pages\n")
+
+
+async def _waited(request: web.Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns; the client is kept waiting as HTTP does."""
+    task = asyncio.ensure_future(work)
+    try:
+        while not (await asyncio.wait([task], timeout=KEEP_S))[0]:
+            transport = request.transport
+            if transport is None or transport.is_closing():
+                raise ConnectionResetError
+            if request.version >= (1, 1) and isinstance(transport, asyncio.WriteTransport):
+                transport.write(CONTINUE)
+        return await task
+    finally:
+        task.cancel()
 
 
 @contextlib.contextmanager

@@ -211,6 +211,30 @@ def test_is_a_program_kept_waiting_as_http_does(tmp_path: Path, monkeypatch: pyt
     run(scenario)
 
 
+def test_is_a_program_kept_waiting_for_a_slow_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEEP_S", 0.02)
+    ready = asyncio.Event()
+
+    async def scenario() -> None:
+        async with opened(tmp_path) as (face, agent, _):
+            get = agent.get
+
+            async def later(*asked: Any) -> Revision:
+                await ready.wait()
+                return await get(*asked)
+
+            monkeypatch.setattr(agent, "get", later)
+            reader, writer = await asyncio.open_connection(*face.address.split(":"))
+            writer.write(b"GET /api/models/org/m HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+            for _ in range(3):
+                assert await reader.readuntil(b"\r\n\r\n") == module.CONTINUE
+            ready.set()
+            assert (await reader.read()).startswith(b"HTTP/1.1 200")
+            writer.close()
+
+    run(scenario)
+
+
 def test_comes_a_file_again_that_was_evicted_at_once(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with opened(tmp_path) as (face, agent, files):
