@@ -325,7 +325,7 @@ def _remember(
 
 
 def _vouched(commit: PinnedCommit, origin: Origin | None) -> Origin:
-    """The origin of proven files: what the listing says in place of what a member says."""
+    """The provenance of proven files: what the listing says in place of what a member says."""
     listing = commit.lister.listing
     listed = {file.path: file.content for file in listing.files} if listing else {}
     origin = origin or Origin(commit.commit, {})

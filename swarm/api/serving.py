@@ -58,7 +58,7 @@ def open_source(
     settings: Settings,
     revision: str | None = None,
 ) -> tuple[ModelId, Source, Origin | None]:
-    """Model id, source and origin of the argument of `serve`, hashed. Raises as `serve` does."""
+    """Model id, source and provenance of the argument of `serve`, hashed. Raises as `serve` does."""
     with contextlib.nullcontext() if isinstance(what, Mapping) else store_errors(Path(what)):
         return _open_source(what, model_id=model_id, settings=settings, revision=revision)
 
@@ -118,7 +118,7 @@ def _sayable(model_id: str) -> ModelId:
 
 
 def _labelled(origin: Origin | None, revision: str | None) -> Origin | None:
-    """The origin with a revision that the user gives it."""
+    """The provenance with a revision that the user gives it."""
     if revision is None or (origin and origin.is_revision(revision)):
         return origin
     if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f@]{1,256}", revision):

@@ -108,7 +108,7 @@ def fetched(path: Path, manifest: Manifest, stamps: Mapping[str, Stamp]) -> Comm
 def downloaded(
     path: Path, *, cache_dir: Path, grid: Mapping[str, Any]
 ) -> tuple[CommitSource, list[SkippedPath], Origin] | None:
-    """A source of a directory that huggingface_hub filled with `local_dir`, and its origin (`local_origin`); else None.
+    """A source of a directory huggingface_hub filled with `local_dir`, and its provenance (`local_origin`); else None.
 
     Raises as `snapshot` does.
     """
@@ -117,7 +117,7 @@ def downloaded(
 
 
 def local_origin(path: Path, *, cache_dir: Path) -> Origin | None:
-    """The origin of a directory that huggingface_hub filled with `local_dir`.
+    """The provenance of a directory that huggingface_hub filled with `local_dir`.
 
     None for other directories, and if its files are not as they came, or not of one commit. Blocks while they are
     hashed. Raises ManifestInvalid, SourceChanged and StoreError.

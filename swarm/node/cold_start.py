@@ -45,7 +45,7 @@ log = logging.getLogger("swarm")
 
 @dataclass(frozen=True)
 class Found:
-    """A manifest, the commit that it is of, and the origin if chunks may be read there."""
+    """A manifest, its provenance, and the origin if chunks may be read there."""
 
     manifest: Manifest
     origin: Origin | None

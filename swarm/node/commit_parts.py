@@ -127,7 +127,7 @@ class _CommitParts:
         return not self._trusted or (peer is not None and may_introduce(peer, self._trusted))
 
     async def _ask(self, announced: Announced) -> None:
-        """Gets the manifest and the origin of an artifact, once."""
+        """Gets the manifest and the provenance of an artifact, once."""
         digest = announced.digest
         if digest in self._known or len(self._known) >= KNOWN_MAX:
             return
@@ -229,7 +229,7 @@ def _signatures(target: Manifest, known: Mapping[Digest, tuple[Manifest, Origin]
 
 
 def _merged(origins: Sequence[Origin]) -> Origin:
-    """One origin of several of the same commit; the last counts where they differ."""
+    """One provenance of several of the same commit; the last counts where they differ."""
     etags = {path: etag for origin in origins for path, etag in origin.etags.items()}
     revisions = dict.fromkeys(name for origin in reversed(origins) for name in origin.revisions)
     beside = next((origin.beside for origin in reversed(origins) if origin.beside), {})

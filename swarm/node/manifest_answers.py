@@ -1,4 +1,4 @@
-"""Manifests and origins of digests, as linked holders send them, and the waits for them.
+"""Manifests and provenances of digests, as linked holders send them, and the waits for them.
 
 Must not know: which of several digests is right.
 """
@@ -25,7 +25,7 @@ ASKED_AHEAD_MAX = 4  # manifests; a peer that announces ever new digests would f
 
 
 class Answers:
-    """Manifests and origins from peers, requested ahead: on a busy link a request takes longer than the agreement."""
+    """Manifests and provenances from peers, requested ahead: on a busy link they take longer than the agreement."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -75,7 +75,7 @@ def _give_up(task: asyncio.Task[tuple[Manifest, Origin | None]]) -> None:
 
 
 async def origins_of(node: Node, holders: Mapping[Digest, list[Holder]]) -> dict[Digest, Origin | None]:
-    """Origins of digests from linked holders. Links are opened for digests without one.
+    """Provenances of digests from linked holders. Links are opened for digests without one.
 
     A digest whose holders do not answer is left out: a killed node says nothing about its revision.
     """
@@ -95,7 +95,7 @@ async def origins_of(node: Node, holders: Mapping[Digest, list[Holder]]) -> dict
 
 
 async def _first_origin(node: Node, peers: Sequence[Peer], digest: Digest) -> list[Origin | None]:
-    """The first origin that one of the peers knows, or None if they know none; empty if none of them answers."""
+    """The first provenance that one of the peers knows, or None if they know none; empty if none of them answers."""
     requests = node.manifest_requests
     asked = [asyncio.create_task(requests.answered_origin(peer, digest, timeout_s=ORIGIN_TIMEOUT_S)) for peer in peers]
     told: list[Origin | None] = []

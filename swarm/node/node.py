@@ -353,7 +353,7 @@ class Node:
         return self._swim.members()
 
     def described(self, digest: Digest) -> tuple[Manifest, Origin | None] | None:
-        """Manifest and origin of an artifact that this node shares."""
+        """Manifest and provenance of an artifact that this node shares."""
         share = self._shares.shares.get(digest)
         return (share.manifest, share.origin) if share else None
 

@@ -29,7 +29,7 @@ async def resolve(
     trusted: Sequence[str] = (),
     revision: str | None = None,
 ) -> tuple[Manifest, Origin | None]:
-    """Manifest and origin of a model id.
+    """Manifest and provenance of a model id.
 
     `find_timeout_s`: seconds to look for a holder, maybe infinite; None: FIND_TIMEOUT_S, or NOTHING_FOUND_S if no node
     is found that might be one. If every address that the user named refuses this node, it ends at once.

@@ -45,7 +45,7 @@ class Signed:
         await asyncio.gather(*(self._ask(d, nodes) for d, nodes in holders.items() if d not in self.found))
 
     def sealed(self, answer: tuple[Manifest, Origin | None]) -> tuple[Manifest, Origin | None]:
-        """The answer with these signatures in its origin: who sent it may have withheld them."""
+        """The answer with these signatures in its provenance: who sent it may have withheld them."""
         manifest, origin = answer
         return manifest, (origin or Origin("", {})).signed(self.found[manifest.digest])
 

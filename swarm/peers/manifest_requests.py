@@ -1,4 +1,4 @@
-"""Requests for manifests and origins: those of this node to its peers, and the answers to theirs.
+"""Requests for manifests and provenances: those of this node to its peers, and the answers to theirs.
 
 A manifest arrives in parts. A request has a deadline and fails when its peer leaves. Answers are bounded here, each and
 all together; callers check their content. The parts of an answer are posted one at a time, as the peer reads them: a
@@ -24,7 +24,7 @@ ARRIVING_BYTES_MAX = 2 * MANIFEST_BYTES_MAX  # parts of all manifests that are o
 
 
 class ManifestRequests:
-    """The open requests of a node. `lookup` returns the manifest and the origin that this node has of a digest."""
+    """The open requests of a node. `lookup` returns the manifest and the provenance that this node has of a digest."""
 
     def __init__(self, lookup: Callable[[Digest], tuple[Manifest, Origin | None] | None]) -> None:
         self._lookup = lookup
@@ -46,14 +46,14 @@ class ManifestRequests:
             raise PeerTimeout(peer.name, f"did not send its manifest within {timeout_s:g} s") from None
 
     async def origin(self, peer: Peer, digest: Digest, *, timeout_s: float) -> Origin | None:
-        """The origin of a checkpoint as a peer sends it; None when the peer does not know it or does not answer."""
+        """The provenance of a checkpoint as a peer sends it; None when the peer does not know it or does not answer."""
         try:
             return await self.answered_origin(peer, digest, timeout_s=timeout_s)
         except PeerError:
             return None
 
     async def answered_origin(self, peer: Peer, digest: Digest, *, timeout_s: float) -> Origin | None:
-        """The origin of a checkpoint as a peer sends it; None when the peer knows none. Raises PeerError."""
+        """The provenance of a checkpoint as a peer sends it; None when the peer knows none. Raises PeerError."""
         if peer.why_gone:
             raise PeerError(peer.name, peer.why_gone)
         key = peer.node, digest
@@ -117,7 +117,7 @@ class ManifestRequests:
                 request.fail("sends one manifest too many at once")
 
     def on_origin_reply(self, peer: Peer, reply: messages.OriginReply) -> None:
-        """Ends the request for this origin."""
+        """Ends the request for this provenance."""
         if request := self._origins.get((peer.node, reply.digest)):
             request.succeed(reply.origin)
 

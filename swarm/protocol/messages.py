@@ -183,7 +183,7 @@ class Signature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Where a checkpoint is from: its Hugging Face commit, the etag of each file by path, signatures of publishers.
+    """The provenance of a checkpoint: its Hugging Face commit, the etag of each file by path, signatures of publishers.
 
     `revisions`: branches, tags and labels that name it at its source. `commit` is empty for a labelled directory.
     `beside`: small files of the commit that are no part of the artifact (README, licence), by path.
@@ -231,13 +231,13 @@ class ManifestPart(Message, frozen=True):
 
 
 class OriginRequest(Message, frozen=True):
-    """Requests the origin of a checkpoint."""
+    """Requests the provenance of a checkpoint."""
 
     digest: Digest
 
 
 class OriginReply(Message, frozen=True):
-    """The origin of a checkpoint, None if unknown. Unproven: the receiver compares its files with the etags."""
+    """The provenance of a checkpoint, None if unknown. Unproven: the receiver compares its files with the etags."""
 
     digest: Digest
     origin: Origin | None
