@@ -20,7 +20,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator
 from http import HTTPStatus
@@ -63,6 +62,7 @@ from swarm.net.http_server import HttpServer
 from swarm.net.listener import Listener
 from swarm.observe.prometheus import Figure
 from swarm.settings import is_literal, is_loopback, join_address, split_address
+from swarm.store.own_files import open_regular
 
 CONNECTIONS_MAX = 1024
 STREAMS_MAX = 512  # files that are being sent or waited for
@@ -286,11 +286,11 @@ async def _waited(request: web.Request, work: Coroutine[Any, Any, T]) -> T:
 def _opened(found: VerifiedFile) -> Iterator[Any]:
     """The verified file, open. Raises SourceChanged if another one has its place."""
     try:
-        fd = os.open(found.place, os.O_RDONLY | os.O_CLOEXEC)
+        file = open_regular(found.place, buffering=0)
     except OSError as error:
         raise SourceChanged(found.place, error.strerror or "it cannot be opened") from error
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        found.stamp.check_open(found.place, fd)
+    with file:
+        found.stamp.check_open(found.place, file.fileno())
         yield file
 
 

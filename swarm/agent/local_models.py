@@ -11,7 +11,6 @@ Must not know: HTTP, limits of the cache.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Collection
@@ -50,9 +49,14 @@ class LocalModels:
         while True:
             for each in await asyncio.to_thread(self._scan):
                 began = time.monotonic()
-                with contextlib.suppress(SwarmError):
+                try:
                     if await self.serve(each):
                         await asyncio.sleep(min(REST_MAX_S, time.monotonic() - began))
+                except SwarmError:
+                    pass  # it is refused
+                except Exception as error:  # of files that nothing was prepared for: the others are served
+                    self.refused[each.key] = _changed_at(each), f"a bug in swarm: {error!r}"
+                    log.exception("%s is not served to peers", each.key)
             await asyncio.sleep(SCAN_EVERY_S)
 
     async def serve(self, each: CachedModel) -> bool:

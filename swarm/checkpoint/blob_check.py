@@ -25,7 +25,7 @@ import msgspec
 
 from swarm.checkpoint import digest_cache
 from swarm.checkpoint.files import CheckpointFile
-from swarm.store.own_files import read_own, replacing
+from swarm.store.own_files import open_regular, read_own, replacing
 from swarm.store.stamp import Stamp
 
 READ_BYTES = 1 << 20
@@ -47,7 +47,7 @@ def content_name(path: Path, *, like: str, size: int) -> str:
 
     Raises OSError.
     """
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path, buffering=0) as file:
         return _name(file.fileno(), like=like, size=size)
 
 
@@ -75,7 +75,7 @@ def damaged(
 
 
 def _has_name(file: CheckpointFile, name: str) -> bool:
-    with file.real.open("rb", buffering=0) as stream:
+    with open_regular(file.real, buffering=0) as stream:
         found = _name(stream.fileno(), like=name, size=file.stamp.size)
         file.stamp.check_open(file.real, stream.fileno())
     return found == name

@@ -29,9 +29,19 @@ from swarm.checkpoint.blob_check import content_name, is_hub_name
 from swarm.checkpoint.files import of_commit
 from swarm.content.manifest import unsafe_path
 from swarm.errors import SettingsError
-from swarm.protocol.messages import BESIDE_BYTES_MAX, BESIDE_MAX, REVISIONS_MAX, SHORT_COMMIT_MIN, Origin
+from swarm.protocol.messages import (
+    BESIDE_BYTES_MAX,
+    BESIDE_MAX,
+    REVISION_CHARS_MAX,
+    REVISIONS_MAX,
+    SHORT_COMMIT_MIN,
+    Origin,
+)
+from swarm.store.own_files import open_regular, read_regular
 
 MODEL_ID_CHARS_MAX = 96  # of organisation and of name; the hub's limit
+
+REF_BYTES_MAX = 256  # a commit takes 40
 
 INCOMING = ".swarm-incoming"  # in the folder of a model: incomplete fetches
 
@@ -87,7 +97,7 @@ def snapshot(model_id: str, *, root: Path | None = None, revision: str = "main")
     commit = revision
     if not _COMMIT.fullmatch(revision):
         try:
-            commit = (folder / "refs" / revision).read_text()
+            commit = _ref(folder / "refs" / revision)
         except (OSError, UnicodeDecodeError):
             commits = [known for known in revisions(model_id, root=root) if known.startswith(revision)]
             if len(revision) < SHORT_COMMIT_MIN or len(commits) != 1:
@@ -109,7 +119,7 @@ def revisions(model_id: str, *, root: Path | None = None) -> dict[str, list[str]
         name = ref.relative_to(folder / "refs").as_posix()
         with contextlib.suppress(OSError, UnicodeDecodeError):
             # A fetch of a short commit leaves a ref of that name, as huggingface_hub does: it is no branch.
-            if ref.is_file() and not (commit := ref.read_text()).startswith(name):
+            if ref.is_file() and is_revision(name) and not (commit := _ref(ref)).startswith(name):
                 found.get(commit, []).append(name)
     return found
 
@@ -155,7 +165,7 @@ def hub_names(snapshot_dir: Path) -> dict[str, str]:
         blob = Path(os.readlink(path)) if path.is_symlink() else path
         in_cache = blob.parent.name == "blobs" and model_id_of(path.parent) is not None
         return {path.name: blob.name} if in_cache and is_hub_name(blob.name) else {}
-    names = {name: blob for name, blob in _links(path) if is_hub_name(blob)}
+    names = {name: blob for name, blob in _links(path) if is_hub_name(blob) and not unsafe_path(name)}
     for name, listed in (hub_tree.read(path.parent.parent, path.name) or {}).items():
         with contextlib.suppress(OSError):
             if name not in names and not unsafe_path(name) and (path / name).stat().st_size == listed.size:
@@ -181,7 +191,8 @@ def beside(path: Path, names: Mapping[str, str]) -> dict[str, bytes]:
             break
         with contextlib.suppress(OSError):
             if name not in names or content_name(path / name, like=names[name], size=size) == names[name]:
-                found[name] = (path / name).read_bytes()
+                with open_regular(path / name) as read:
+                    found[name] = read.read(size)
                 left_bytes -= size
     return found
 
@@ -189,6 +200,16 @@ def beside(path: Path, names: Mapping[str, str]) -> dict[str, bytes]:
 def model_folder(model_id: str, *, root: Path | None = None) -> Path:
     """The folder of a model in the cache. Raises SettingsError without a home directory."""
     return (cache_root() if root is None else root) / f"models--{model_id.replace('/', '--')}"
+
+
+def is_revision(text: str) -> bool:
+    """Whether a text may name a revision in messages: others would not be read there."""
+    return 0 < len(text) <= REVISION_CHARS_MAX and text.isprintable()
+
+
+def _ref(place: Path) -> str:
+    """The commit of a name. Raises OSError for no file with a commit, and UnicodeDecodeError."""
+    return read_regular(place, bytes_max=REF_BYTES_MAX).decode()
 
 
 def _links(directory: Path) -> Iterator[tuple[str, str]]:

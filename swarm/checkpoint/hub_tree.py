@@ -17,6 +17,7 @@ from pathlib import Path
 
 from swarm.checkpoint.blob_check import is_hub_name
 from swarm.content.manifest import FILES_MAX
+from swarm.store.own_files import read_regular
 
 LISTING_BYTES_MAX = 64 << 20  # FILES_MAX files at some 300 bytes are half of it
 _FORMAT = 1
@@ -41,9 +42,7 @@ def read(folder: Path, commit: str) -> dict[str, Listed] | None:
     """The listing of a commit by path; None without one, or with one of another format."""
     file = place(folder, commit)
     try:
-        if file.stat().st_size > LISTING_BYTES_MAX:
-            raise ValueError(f"more than {LISTING_BYTES_MAX} bytes")
-        data = json.loads(file.read_bytes())
+        data = json.loads(read_regular(file, bytes_max=LISTING_BYTES_MAX))
         if data["format_version"] != _FORMAT:
             return None
         found = {path: _listed(entry) for path, entry in data["files"].items()}

@@ -24,7 +24,7 @@ import msgspec
 from swarm.checkpoint import hf_cache
 from swarm.content.manifest import Digest, ModelId, unsafe_path
 from swarm.store.file_lock import open_locked
-from swarm.store.own_files import read_own, remove_if_empty, replacing
+from swarm.store.own_files import read_own, read_regular, remove_if_empty, replacing
 from swarm.store.partial_directory import PARTIAL
 
 RECORD_BYTES_MAX = 64 << 20
@@ -174,7 +174,7 @@ def _forget_refs(folder: Path, commit: str) -> None:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if ref.is_dir():
                 remove_if_empty(ref)
-            elif ref.read_text() == commit:
+            elif read_regular(ref, bytes_max=hf_cache.REF_BYTES_MAX).decode() == commit:
                 ref.unlink()
     remove_if_empty(folder / "refs")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from swarm.checkpoint import blob_check
 from swarm.checkpoint.files import CheckpointFile
+from swarm.store.own_files import read_regular
 
 NOTES = ".cache/huggingface/download"
 NOTE_BYTES_MAX = 4096
@@ -61,8 +62,7 @@ def _notes(path: Path) -> dict[str, tuple[str, str]]:
     found = {}
     for file in (path / NOTES).rglob("*.metadata"):
         with contextlib.suppress(OSError, ValueError):
-            if file.stat().st_size <= NOTE_BYTES_MAX:
-                noted, name, *_ = file.read_text(encoding="utf-8").splitlines()
-                if blob_check.is_hub_name(name) and _COMMIT.fullmatch(noted):
-                    found[file.relative_to(path / NOTES).as_posix().removesuffix(".metadata")] = (noted, name)
+            noted, name, *_ = read_regular(file, bytes_max=NOTE_BYTES_MAX).decode().splitlines()
+            if blob_check.is_hub_name(name) and _COMMIT.fullmatch(noted):
+                found[file.relative_to(path / NOTES).as_posix().removesuffix(".metadata")] = (noted, name)
     return found

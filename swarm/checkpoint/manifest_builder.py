@@ -49,6 +49,7 @@ from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
 from swarm.store.directory_source import DirectorySource
 from swarm.store.file_errors import store_errors
+from swarm.store.own_files import open_regular
 from swarm.store.stamp import Stamp
 from swarm.store.tensor_source import VIRTUAL_PATH, TensorSource
 
@@ -331,7 +332,7 @@ def _plan(file: CheckpointFile, grid: _Grid, plain: set[str]) -> tuple[str, list
     weight_files.refuse_broken(file)
     if not file.path.endswith(".safetensors") or file.path in plain:
         return "", cut([file.stamp.size], grid.chunk_bytes)
-    with file.real.open("rb") as stream:
+    with open_regular(file.real) as stream:
         header, tensors = safetensors_header.read(stream, subject=file.path, file_bytes=file.stamp.size)
     return header.decode(), cut(units(file.stamp.size, tensors), grid.chunk_bytes)
 

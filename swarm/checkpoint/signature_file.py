@@ -15,7 +15,7 @@ import msgspec
 from swarm.content.manifest import Digest
 from swarm.protocol.messages import SIGNATURES_MAX, Signature
 from swarm.store.file_errors import store_errors
-from swarm.store.own_files import replacing
+from swarm.store.own_files import open_regular, replacing
 
 FILE_NAME = "swarm-signatures.json"
 FILE_BYTES_MAX = 1 << 20
@@ -57,7 +57,7 @@ def add(model: Path, digest: Digest, found: Iterable[Signature]) -> Path | None:
 
 def _read(place: Path) -> dict[Digest, list[Signature]]:
     try:
-        with place.open("rb") as file:
+        with open_regular(place) as file:
             data = file.read(FILE_BYTES_MAX + 1)
         return _decoder.decode(data).signatures if len(data) <= FILE_BYTES_MAX else {}
     except (OSError, ValueError, RecursionError):

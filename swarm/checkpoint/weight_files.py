@@ -20,10 +20,12 @@ from typing import BinaryIO
 
 from swarm.checkpoint.files import CheckpointFile
 from swarm.errors import ManifestInvalid
+from swarm.store.own_files import open_regular
 
 POINTER_BYTES_MAX = 1024  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
 PAGE_BYTES = 256  # of the beginning
 GGUF_HEADER_BYTES_MAX = 256 << 20  # a vocabulary of a million tokens takes 30 MB
+ARRAYS_DEEP_MAX = 8  # of arrays in arrays; models have arrays of numbers and of texts
 
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 _OTHER_WEIGHTS = (".ckpt", ".h5", ".msgpack", ".onnx", ".tflite", ".npz", ".ot", ".nemo", ".pdparams", ".mlmodel")
@@ -47,7 +49,7 @@ def refuse_broken(file: CheckpointFile) -> None:
         return
     if not file.stamp.size:
         raise ManifestInvalid(file.path, f"is empty; {_DEMAND}")
-    with file.real.open("rb") as stream:
+    with open_regular(file.real) as stream:
         if stream.read(PAGE_BYTES).lstrip().lower().startswith(_PAGES):
             raise ManifestInvalid(file.path, "is a web page in place of weights; download the file again")
         stream.seek(0)
@@ -70,7 +72,7 @@ def refuse_pointer(file: CheckpointFile) -> None:
     """Raises ManifestInvalid for a git-lfs pointer, which stands in a clone without git-lfs in place of a file."""
     if not len(_POINTER) <= file.stamp.size < POINTER_BYTES_MAX:
         return
-    with file.real.open("rb") as stream:
+    with open_regular(file.real) as stream:
         text = stream.read(POINTER_BYTES_MAX)
     if text.startswith(_POINTER):
         size = re.search(rb"^size (\d+)\r?$", text, re.MULTILINE)
@@ -131,16 +133,16 @@ class _Gguf:
         else:
             self._skip_value(kind)
 
-    def _skip_value(self, kind: int) -> None:
+    def _skip_value(self, kind: int, *, depth: int = 0) -> None:
         if kind == _STRING:
             self._skip(self._unpack("<Q")[0])
-        elif kind == _ARRAY:
+        elif kind == _ARRAY and depth < ARRAYS_DEEP_MAX:
             kind, count = self._unpack("<IQ")
             if kind in _VALUE_BYTES:
                 self._skip(count * _VALUE_BYTES[kind])
             else:
                 for _ in range(count):
-                    self._skip_value(kind)
+                    self._skip_value(kind, depth=depth + 1)
         elif kind in _VALUE_BYTES:
             self._skip(_VALUE_BYTES[kind])
         else:

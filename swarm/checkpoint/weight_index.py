@@ -20,6 +20,7 @@ from pathlib import PurePosixPath
 from swarm.checkpoint.files import CheckpointFile
 from swarm.checkpoint.weight_files import WEIGHTS, is_weights, refuse_pointer
 from swarm.errors import CheckpointIncomplete, ManifestInvalid
+from swarm.store.own_files import read_regular
 
 INDEX_BYTES_MAX = 100 << 20  # an index of 100,000 tensors is about 10 MB
 CONFIG_BYTES_MAX = 10 << 20
@@ -164,7 +165,7 @@ def _kind(config: CheckpointFile, field: str) -> str:
     if config.stamp.size > CONFIG_BYTES_MAX:
         return ""
     try:
-        table = json.loads(config.real.read_bytes())
+        table = json.loads(read_regular(config.real, bytes_max=CONFIG_BYTES_MAX))
     except (ValueError, RecursionError):
         return ""  # not the JSON of a loader
     value = table.get(field) if isinstance(table, dict) else None
@@ -182,7 +183,7 @@ def _read(index: CheckpointFile) -> dict[str, str]:
         raise ManifestInvalid(index.path, f"{index.stamp.size} bytes; an index has at most {INDEX_BYTES_MAX}")
     refuse_pointer(index)
     try:
-        table = json.loads(index.real.read_bytes())
+        table = json.loads(read_regular(index.real, bytes_max=INDEX_BYTES_MAX))
     except (ValueError, RecursionError) as error:
         raise ManifestInvalid(index.path, f"is not JSON ({error})") from error
     shards = table.get("weight_map") if isinstance(table, dict) else None

@@ -416,12 +416,13 @@ def _verify_signed(directory: Path, key: Path) -> int:
     from swarm.checkpoint import signed_files
     from swarm.security import model_signature
     from swarm.store.file_errors import store_errors
+    from swarm.store.own_files import open_regular
 
     with store_errors(key):
         signer = model_signature.public_key(key.read_bytes())
     place = directory / model_signature.FILE_NAME
-    with store_errors(place):
-        signed = model_signature.signed_files(place.read_bytes(), signer)
+    with store_errors(place), open_regular(place) as file:
+        signed = model_signature.signed_files(file.read(model_signature.BUNDLE_BYTES_MAX + 1), signer)
     found = signed_files.problems(directory, signed, signature=model_signature.FILE_NAME)
     for problem in found:
         print(clean(problem))

@@ -54,7 +54,7 @@ class _FileStream:
         self._root = root
         self._at, self._end = offset, offset + size
         try:
-            self._fd: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd: int | None = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError as error:
             raise OriginChanged(str(path), "is gone since it was listed") from error
         except OSError as error:

@@ -162,9 +162,10 @@ class ManifestRequest(Message, frozen=True):
 
 SHORT_COMMIT_MIN = 7  # git's least
 REVISIONS_MAX = 256
+REVISION_CHARS_MAX = 256
 BESIDE_MAX, BESIDE_BYTES_MAX = 64, 256 << 10  # a README takes 5 to 50 KB; some 350 KB in base64, of a frame of 1 MiB
 Beside = Annotated[bytes, msgspec.Meta(max_length=BESIDE_BYTES_MAX)]
-Revision = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
+Revision = Annotated[str, msgspec.Meta(min_length=1, max_length=REVISION_CHARS_MAX, pattern=PRINTABLE)]
 
 
 SIGNATURES_MAX = 16

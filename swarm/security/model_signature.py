@@ -84,6 +84,8 @@ def public_key(pem: bytes) -> ec.EllipticCurvePublicKey:
 
 def signed_files(bundle: bytes, key: ec.EllipticCurvePublicKey) -> dict[str, str]:
     """sha256 of each file by path, as the signer says. Raises ManifestInvalid unless the signature is this key's."""
+    if len(bundle) > BUNDLE_BYTES_MAX:
+        raise ManifestInvalid(FILE_NAME, f"has more than {BUNDLE_BYTES_MAX} bytes")
     try:
         found = _bundles.decode(bundle)
         envelope, material = found.dsse_envelope, found.verification_material

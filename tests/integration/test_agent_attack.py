@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,3 +39,33 @@ def test_gets_a_program_without_a_token_a_model_that_the_hub_denies_it(
             status, body = get(agent, f"/{MODEL}/resolve/{revision}/config.json")
             assert (status, body) in ((401, None), (404, None)), revision
         hub.fault = lambda asked: "nonsense" if "org%2Fodd" in asked.path or "org/odd" in asked.path else ""
+
+
+def test_does_the_agent_go_on_beside_pipes_and_endless_files_in_the_cache(machine: Machine) -> None:
+    """Other users may write to a cache that they share."""
+    environment = {**machine.environment}
+    root = Path(environment["HF_HOME"]) / "hub"
+    for number, name in enumerate(("pipe", "endless", "listing", "whole")):
+        folder = root / f"models--org--{name}"
+        snapshot = folder / "snapshots" / (str(number) * 40)
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "trees").mkdir()
+        (snapshot / "model.bin").write_bytes(b"x" * 1000)
+        (folder / "refs" / "main").write_text(snapshot.name)
+    os.unlink(root / "models--org--pipe" / "refs" / "main")
+    os.mkfifo(root / "models--org--pipe" / "refs" / "main")
+    os.unlink(root / "models--org--endless" / "refs" / "main")
+    os.symlink("/dev/zero", root / "models--org--endless" / "refs" / "main")
+    os.symlink("/dev/zero", root / "models--org--listing" / "trees" / f"{'2' * 40}.json")
+    (root / "models--org--whole" / "snapshots" / ("3" * 40) / "model.bin").unlink()
+    blob = root / "models--org--whole" / "blobs" / hashlib.sha256(b"whole").hexdigest()
+    blob.parent.mkdir()
+    blob.write_bytes(b"whole")
+    (root / "models--org--whole" / "snapshots" / ("3" * 40) / "model.bin").symlink_to(f"../../blobs/{blob.name}")
+    agent = AgentMachine(machine, None)
+    for name in ("pipe", "endless", "listing"):
+        get(agent, f"/org/{name}/resolve/main/model.bin")
+        with contextlib.suppress(Exception):
+            agent.swarm("pull", f"org/{name}")
+    assert get(agent, "/org/whole/resolve/main/model.bin") == (200, b"whole")
