@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,12 @@ class Machine:
         self.endpoint = found[1]
         self.kept = root / "hf" / "hub"
 
+    def warm(self, model: str) -> None:
+        """Has the hub hash a model: a real one knows the names of its files."""
+        url = f"{self.environment['HF_ENDPOINT']}/api/models/{model}/revision/main?blobs=true"
+        with urllib.request.urlopen(url, timeout=600) as answer:
+            answer.read()
+
     def memory(self) -> int:
         """Anonymous memory of the agent."""
         status = Path(f"/proc/{self.agent.pid}/status").read_text()
@@ -243,6 +250,7 @@ def direct(options: argparse.Namespace) -> dict[str, object]:
         for way in ("direct", "face") if turn % 2 else ("face", "direct"):
             with tempfile.TemporaryDirectory(dir=options.dir) as folder:
                 machine = Machine(Path(folder), 1, sizes)
+                machine.warm("org/m0")
                 home = {"HF_HOME": f"{folder}/client", "SWARM_CACHE": f"{folder}/client-cache"}
                 command = [sys.executable, "-c", CLIENT, "org/m0"]
                 environment = {**machine.environment, **home, "HF_ENDPOINT": machine.endpoint}

@@ -117,6 +117,8 @@ class Agent:
             self._artifacts[digest] = Artifact(
                 self.node, model_id, found, revision=revision, settings=self.settings, cache=self.cache
             )
+        elif found.source:  # its token has just opened the model; an older one may have expired
+            self._artifacts[digest].found = found
         self._artifacts[digest].bind(names or {})
         return self._artifacts[digest]
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from swarm.agent.agent import Agent
+from swarm.content.manifest import ModelId
 from swarm.errors import AgentError
+from swarm.node.cold_start import Found
 from swarm.settings import Settings
 
 
@@ -28,6 +30,15 @@ def test_is_the_limit_of_the_cache_read_again(agent: Agent) -> None:
     assert agent.reload(Settings(hub_limit_gb=0.5)) == ["limit of the cache 500 MB"]
     assert agent.reload(Settings()) == ["no limit of the cache"]
     assert agent.cache.policy.limit_bytes == math.inf
+
+
+def test_is_an_artifact_read_with_the_token_that_opened_it_last(agent: Agent) -> None:
+    manifest: Any = SimpleNamespace(digest="d" * 64, files=())
+    sources: list[Any] = [object(), object(), None]
+    with_token = [Found(manifest, None, source) for source in sources]
+    for found, read_with in zip(with_token, (0, 1, 1), strict=True):
+        artifact = agent.artifact(ModelId("org/m"), found, "main")
+        assert artifact.found is with_token[read_with]
 
 
 def test_a_model_that_the_cache_lacks_is_refused_with_the_command_that_fetches_it(agent: Agent) -> None:
