@@ -114,7 +114,7 @@ class Revisions:
         self._asking: dict[tuple[str, str, str], asyncio.Task[Revision]] = {}
         self._missing: dict[tuple[str, str, str], tuple[float, SwarmError]] = {}
         self._down: tuple[float, OriginUnreachable] | None = None  # until when it rests, and what it said
-        self._resting: dict[ModelId, tuple[float, OriginUnreachable]] = {}  # the same of models; oldest first
+        self._resting: dict[tuple[ModelId, str], tuple[float, OriginUnreachable]] = {}  # of revisions; oldest first
         self._looks = 0  # threads that ask the origin
 
     async def get(self, model_id: ModelId, asked: str, token: str | None) -> Revision:
@@ -132,7 +132,7 @@ class Revisions:
         if isinstance(reader, HubOrigin) and listing and listing.gated:
             async with revision.asking:
                 if not revision.is_readable:
-                    await self._ask(reader, revision.model_id, lambda: reader.demand_access(listing))
+                    await self._ask(reader, (revision.model_id, "files"), lambda: reader.demand_access(listing))
                     revision.is_readable = True
 
     async def artifact_of(self, revision: Revision) -> Found:
@@ -172,7 +172,7 @@ class Revisions:
         if self._settings.origin == "hf" and "/" in model_id and not self._settings.signed_by:
             reader = HubOrigin(environment_of(token, os.environ, own=self.own_address))
             try:
-                listing = await self._ask(reader, model_id, lambda: reader.listing(model_id, asked))
+                listing = await self._ask(reader, (model_id, asked), lambda: reader.listing(model_id, asked))
                 return self._same(_listed(model_id, asked, listing, reader))
             except OriginDenied:
                 raise  # peers may have it: who the hub denies it to gets it from no peer either
@@ -196,24 +196,25 @@ class Revisions:
             return await self._look(model_id, found.commit, token, of_peers=True)
         return found
 
-    async def _ask(self, reader: HubOrigin, model_id: ModelId, work: Callable[[], T]) -> T:
+    async def _ask(self, reader: HubOrigin, what: tuple[ModelId, str], work: Callable[[], T]) -> T:
         """What the origin answers, on a thread. Raises OriginError, and AgentError where too much is asked at once."""
-        for rest in (self._down, self._resting.get(model_id)):
+        for rest in (self._down, self._resting.get(what)):
             if rest and self._node.now() < rest[0]:
                 raise rest[1].with_traceback(None)  # not 'there is no such model': the origin might have it
         if self._looks >= LOOKS_MAX:
             raise AgentError(f"{LOOKS_MAX} questions to {reader.address} are not answered yet; try again")
         self._looks += 1
         asking = on_daemon(work)
-        asking.add_done_callback(lambda done: self._asked(done, model_id))
+        asking.add_done_callback(lambda done: self._asked(done, what))
         if not (await asyncio.wait([asking], timeout=ORIGIN_ANSWER_S))[0]:
             raise OriginUnreachable(reader.address, "does not answer")
         return asking.result()
 
-    def _asked(self, asking: asyncio.Future[Any], model_id: ModelId) -> None:
+    def _asked(self, asking: asyncio.Future[Any], what: tuple[ModelId, str]) -> None:
         """The origin has answered, maybe after the program that asked was told that it does not.
 
-        It rests as a whole where no connection holds, or it names a time to come again; else for this model alone.
+        It rests as a whole where no connection holds, or it names a time to come again; else for this question alone: a
+        program may know one that it cannot answer, and would read other revisions that it is denied.
         """
         self._looks -= 1
         failure = asking.exception()
@@ -221,11 +222,11 @@ class Revisions:
             return
         until = self._node.now() + ORIGIN_REST_S
         if isinstance(failure, OriginBusy) and not failure.retry_s:
-            self._resting.pop(model_id, None)
-            self._resting[model_id] = until, failure
+            self._resting.pop(what, None)
+            self._resting[what] = until, failure
             while len(self._resting) > KNOWN_MAX:
                 del self._resting[next(iter(self._resting))]
-            log.warning("%s; peers alone are asked for %s for the next %g s", failure, model_id, ORIGIN_REST_S)
+            log.warning("%s; peers alone are asked for %s@%s for the next %g s", failure, *what, ORIGIN_REST_S)
             return
         self._down = until, failure
         level = logging.INFO if failure.lasting else logging.WARNING

@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 import pytest
 
 from swarm.agent import revisions as module
-from swarm.agent.revisions import Revisions
+from swarm.agent.revisions import Revision, Revisions
 from swarm.content.manifest import ModelId
 from swarm.content.promise import ListedFile, Listing
 from swarm.errors import (
     AgentError,
     ManifestNotFound,
     OriginBusy,
+    OriginDenied,
     OriginNotFound,
     OriginUnreachable,
     OriginUnusable,
@@ -184,6 +185,24 @@ def test_rests_the_origin_for_the_model_alone_that_it_cannot_list(
     monkeypatch.setattr(hub, "answer", staticmethod(answer))
     assert told(made(), "org/m", "org/m", "org/other") == [type(failure), type(failure), other]
     assert hub.asked.count(("org/m", "main")) == 1
+
+
+def test_opens_an_error_of_the_hub_for_one_revision_no_other(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program without a token knows a question that the hub cannot answer; the cache has a private model."""
+    here = made()
+    monkeypatch.setattr(here, "_here", lambda model_id, asked: Revision(model_id, COMMIT, asked, {}))
+
+    def answer(model: str, revision: str | None) -> Listing:
+        raise OriginBusy("hub", "500") if revision == "odd" else OriginDenied("hub", "private")
+
+    monkeypatch.setattr(hub, "answer", staticmethod(answer))
+
+    async def scenario() -> None:
+        await here.get(ModelId("org/m"), "odd", None)
+        with pytest.raises(OriginDenied):
+            await here.get(ModelId("org/m"), "main", None)
+
+    asyncio.run(scenario())
 
 
 def test_how_many_ask_the_origin_at_once(hub: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
