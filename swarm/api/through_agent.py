@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from swarm.protocol.agent_messages import Pull, Pulled, PulledFile, PullProgress
 from swarm.protocol.messages import Address
 from swarm.settings import Settings
 from swarm.store.clone import clone
+from swarm.store.confined_directory import ConfinedDirectory
 from swarm.store.file_errors import store_errors
-from swarm.store.own_files import remove_if_empty
 from swarm.store.partial_directory import PARTIAL
 from swarm.store.stamp import Stamp
 from swarm.transfer.commit_proof import warn_unproven
@@ -157,19 +158,25 @@ def _demand_files(place: Path, files: Sequence[PulledFile]) -> None:
 
 def _clone_all(pulled: Pulled, place: Path, out: Path, settings: Settings) -> None:
     with store_errors(out):
-        partial = out / PARTIAL
-        partial.mkdir(parents=True, exist_ok=True)
-        draft = partial / f"clone-{os.getpid()}"
-        try:
-            for file in pulled.files:
-                clone(place / file.path, _stamp(file), out / file.path, draft=draft, fsync=settings.fsync)
-        except FileNotFoundError as error:
-            raise SourceChanged(place, "it is not visible here") from error
-        finally:
-            draft.unlink(missing_ok=True)
-            remove_if_empty(partial)
+        out.mkdir(parents=True, exist_ok=True)
+        with contextlib.closing(ConfinedDirectory.open(out)) as into:
+            staged = f"clone-{secrets.token_hex(8)}"
+            try:
+                for file in pulled.files:
+                    at = place / file.path
+                    clone(at, _stamp(file), into, file.path, staged=f"{PARTIAL}/{staged}", fsync=settings.fsync)
+            except FileNotFoundError as error:
+                raise SourceChanged(place, "it is not visible here") from error
+            finally:
+                _remove_staged(into, staged)
         if manifest := digest_cache.recall(settings.cache, place):
             digest_cache.remember(settings.cache, out, manifest)
+
+
+def _remove_staged(into: ConfinedDirectory, name: str) -> None:
+    with contextlib.suppress(OSError, StoreError), contextlib.closing(into.enter(PARTIAL)) as partial:
+        partial.remove_tree(name)
+    into.remove_if_empty(PARTIAL)
 
 
 def _stamp(file: PulledFile) -> Stamp:

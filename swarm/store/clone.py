@@ -1,6 +1,7 @@
 """Second copies of verified files: the blocks are shared where the file system can (reflink), copied elsewhere.
 
-A hard link would be cheaper and is not made: a program that edits the one would change the other.
+A hard link would be cheaper and is not made: a program that edits the one would change the other. The directory may be
+shared with other users: no link in it is followed, nothing there is overwritten.
 
 Must not know: manifests, where files come from.
 """
@@ -15,7 +16,9 @@ import os
 from pathlib import Path
 
 from swarm.errors import StoreConflict
+from swarm.store.confined_directory import ConfinedDirectory
 from swarm.store.file_errors import store_errors
+from swarm.store.own_files import open_regular
 from swarm.store.stamp import Stamp
 
 FICLONE = 0x40049409  # <linux/fs.h>
@@ -23,29 +26,34 @@ COPY_BYTES = 64 << 20
 _CANNOT = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
 
 
-def clone(source: Path, stamp: Stamp, target: Path, *, draft: Path, fsync: bool) -> None:
-    """Makes `target` a file with the bytes that `source` has while it has this stamp; `draft` is on the same disk.
+def clone(source: Path, stamp: Stamp, into: ConfinedDirectory, path: str, *, staged: str, fsync: bool) -> None:
+    """Makes `path` in `into` a file with the bytes that `source` has while it has this stamp.
 
-    A target with the same bytes stays. Raises SourceChanged if the source is another one, StoreConflict if the target
-    has other content, StoreFull and StoreError.
+    `staged`: a directory there for unfinished files. A file with the same bytes stays. Raises SourceChanged if the
+    source is another one, StoreConflict if another file or a link has its place, StoreFull and StoreError; and
+    OSError if the source cannot be opened.
     """
-    with store_errors(target, need_bytes=lambda: stamp.size), source.open("rb", buffering=0) as reading:
+    where = into.path / path
+    with open_regular(source, buffering=0) as reading, store_errors(where, need_bytes=lambda: stamp.size):
         stamp.check_open(source, reading.fileno())
-        if os.path.lexists(target):
-            same = target.is_file() and not target.is_symlink() and filecmp.cmp(source, target, shallow=False)
+        if into.lstat(path) is not None:
+            there = into.open_file(path, os.O_RDONLY)
+            try:
+                same = filecmp.cmp(source, f"/proc/self/fd/{there}", shallow=False)
+            finally:
+                os.close(there)
             stamp.check_open(source, reading.fileno())
             if not same:
-                raise StoreConflict(target, "exists with other content; move it away or fetch to another directory")
+                raise StoreConflict(where, "exists with other content; move it away or fetch to another directory")
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb", buffering=0) as writing:
-            if not _reflink(reading.fileno(), writing.fileno()):
-                _copy(reading.fileno(), writing.fileno(), stamp.size)
-            if fsync:
-                os.fsync(writing.fileno())
-        stamp.check_open(source, reading.fileno())
-        os.link(draft, target)  # unlike a rename, never over a file
-        draft.unlink()
+        with contextlib.closing(into.enter(staged, make=True)) as drafts:
+            with open(drafts.open_file(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, make_parents=True), "wb") as writing:
+                if not _reflink(reading.fileno(), writing.fileno()):
+                    _copy(reading.fileno(), writing.fileno(), stamp.size)
+                if fsync:
+                    os.fsync(writing.fileno())
+            stamp.check_open(source, reading.fileno())
+            drafts.move(path, into)
 
 
 def _reflink(source: int, target: int) -> bool:

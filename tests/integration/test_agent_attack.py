@@ -69,3 +69,17 @@ def test_does_the_agent_go_on_beside_pipes_and_endless_files_in_the_cache(machin
         with contextlib.suppress(Exception):
             agent.swarm("pull", f"org/{name}")
     assert get(agent, "/org/whole/resolve/main/model.bin") == (200, b"whole")
+
+
+def test_writes_a_fetch_through_the_agent_through_no_link(machine: Machine, tmp_path: Path) -> None:
+    """The output directory is one that other users may write to."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for place in (out, elsewhere):
+        place.mkdir()
+    (out / "sub").symlink_to(elsewhere)
+    with Hub({MODEL: Model({"sub/model.bin": b"x" * 5000, "config.json": b"{}"})}) as hub:
+        agent = AgentMachine(machine, hub)
+        ended = machine.start("fetch", MODEL, "--out", out, "--no-seed", environment=agent.environment).end()
+    assert "is a link or no directory" in ended.error(5)
+    assert not list(elsewhere.iterdir())
+    assert {path.name for path in out.iterdir()} <= {"sub", "config.json"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -12,6 +13,7 @@ import pytest
 from swarm.errors import SourceChanged, StoreConflict, StoreError
 from swarm.store import clone as module
 from swarm.store.clone import clone
+from swarm.store.confined_directory import ConfinedDirectory
 from swarm.store.stamp import Stamp
 
 DATA = bytes(range(256)) * 1000
@@ -25,7 +27,10 @@ def source(tmp_path: Path) -> Path:
 
 
 def copy(source: Path, target: Path, stamp: Stamp | None = None) -> None:
-    clone(source, stamp or Stamp.at(source), target, draft=source.with_name("draft"), fsync=False)
+    """`target` is a path below the directory of the source."""
+    with contextlib.closing(ConfinedDirectory.open(source.parent)) as into:
+        path = str(target.relative_to(source.parent))
+        clone(source, stamp or Stamp.at(source), into, path, staged=".swarm/drafts", fsync=False)
 
 
 @pytest.mark.parametrize("kind", ["as it can", "no copy_file_range", "reflink"])
@@ -46,7 +51,7 @@ def test_are_the_bytes_the_same(kind: str, source: Path, tmp_path: Path, monkeyp
     copy(source, target)
     assert target.read_bytes() == DATA
     assert target.stat().st_ino != source.stat().st_ino, "an edit of the one leaves the other alone"
-    assert not source.with_name("draft").exists()
+    assert not list(source.parent.glob(".swarm/drafts/**/target"))
     copy(source, target)  # what is there already stays
 
 
@@ -80,6 +85,32 @@ def test_is_nothing_overwritten(source: Path, tmp_path: Path) -> None:
     with pytest.raises(StoreConflict):
         copy(source, tmp_path / "link")
     assert (tmp_path / "target").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("place", ["deep", ".swarm", ".swarm/drafts"])
+def test_is_no_link_in_a_directory_of_several_users_followed(place: str, source: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "target").write_bytes(b"mine")
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).symlink_to(elsewhere)
+    with pytest.raises(StoreConflict, match="move it away"):
+        copy(source, tmp_path / "deep" / "target")
+    with pytest.raises(StoreConflict, match="move it away"):
+        copy(source, tmp_path / "deep" / "new")
+    assert {path.name: path.read_bytes() for path in elsewhere.iterdir()} == {"target": b"mine"}
+
+
+def test_is_a_draft_that_lies_there_already_left_alone(source: Path, tmp_path: Path) -> None:
+    """A link to a file of the user, under the name of the draft."""
+    (tmp_path / "victim").write_bytes(b"mine")
+    (tmp_path / ".swarm" / "drafts").mkdir(parents=True)
+    for make in (os.link, os.symlink):
+        make(tmp_path / "victim", tmp_path / ".swarm" / "drafts" / "target")
+        with pytest.raises(StoreConflict):
+            copy(source, tmp_path / "target")
+        (tmp_path / ".swarm" / "drafts" / "target").unlink()
+    assert (tmp_path / "victim").read_bytes() == b"mine"
 
 
 def test_is_a_failing_disk_an_error_of_the_store(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
