@@ -58,6 +58,7 @@ from swarm.errors import (
     SwarmError,
     clean,
 )
+from swarm.net.http_pages import of_web_page
 from swarm.net.http_server import HttpServer
 from swarm.net.listener import Listener
 from swarm.observe.prometheus import Figure
@@ -263,7 +264,7 @@ class Face:
             asked = ""
         if not (is_literal(asked) or is_loopback(asked) or asked == self._name):
             raise web.HTTPForbidden(text="name the agent by its address, as in http://127.0.0.1:7080\n")
-        if "Origin" in request.headers or request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+        if "Origin" in request.headers or of_web_page(request):
             raise web.HTTPForbidden(text="not for web pages\n")
 
 

@@ -2,8 +2,9 @@
 
 Pages are for members of the cluster and for programs of this machine; `PROBES` also for programs elsewhere that have
 the bearer token. A page is JSON, an asset (bytes known in advance) or a stream of server-sent events. No page reads a
-file named by its path, and web pages of other origins can neither read nor frame them. Must not know: the contents of
-pages, links, TLS.
+file named by its path, and web pages of other origins can neither ask for them nor read or frame them.
+
+Must not know: the contents of pages, links, TLS.
 """
 
 from __future__ import annotations
@@ -129,6 +130,8 @@ class Pages:
         async def answer(path: str, page: Page, request: web.Request) -> web.StreamResponse:
             arrived(request)
             self._demand_access(path, request)
+            if not self._open_to_all and of_web_page(request) and not (isinstance(page, Asset) and _opens(request)):
+                raise web.HTTPForbidden(text="not for web pages of others\n")
             if isinstance(page, EventPage):
                 return await self._stream(request, page.events(**request.match_info))
             if isinstance(page, HealthPage):  # probes do not wait
@@ -218,6 +221,20 @@ async def _written(request: web.Request, response: web.Response) -> web.Response
 def ssl_of(request: web.Request) -> ssl.SSLObject | None:
     """The TLS connection of a request; None for plain HTTP."""
     return request.transport.get_extra_info("ssl_object") if request.transport else None
+
+
+def of_web_page(request: web.Request) -> bool:
+    """Whether a browser sends the request for a web page of another origin. Its script could not read the answer, but
+    hold streams open, and have this node ask others."""
+    if "Sec-Fetch-Site" in request.headers:
+        return request.headers["Sec-Fetch-Site"] not in ("none", "same-origin")
+    return request.headers.get("Origin", f"http://{request.host}") != f"http://{request.host}"
+
+
+def _opens(request: web.Request) -> bool:
+    """Whether a user follows a link to a page."""
+    headers = request.headers
+    return (headers.get("Sec-Fetch-Mode"), headers.get("Sec-Fetch-Dest")) == ("navigate", "document")
 
 
 def _refusal(request: web.Request) -> str:

@@ -44,7 +44,8 @@ class End:
         self.address = "{}:{}".format(*listener.address)
         self.problems: list[str] = []
         health = http_pages.HealthPage(lambda: self.problems)
-        self.links = HttpLinks({"/page": lambda: {"answer": 42}, "/healthz": health})
+        asset = http_pages.Asset("text/html", lambda: b"")
+        self.links = HttpLinks({"/page": lambda: {"answer": 42}, "/asset": asset, "/healthz": health})
         self.accepted: asyncio.Queue[Link] = asyncio.Queue()
         self._over = asyncio.Event()
         self._listener = listener
@@ -385,6 +386,34 @@ def test_is_a_page_for_this_machine_and_not_for_web_pages(keyed: bool, name: str
         ):
             assert answer.status == status
             assert ("answer" in await answer.text()) == (status == 200)
+
+    run(scenario)
+
+
+OPENED = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "page", "asset"),
+    [
+        ({"Sec-Fetch-Site": "none"}, 200, 200),
+        ({"Sec-Fetch-Site": "same-origin"}, 200, 200),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, 403, 403),
+        ({"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"}, 403, 403),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "iframe"}, 403, 403),
+        ({"Sec-Fetch-Site": "cross-site", **OPENED}, 403, 200),
+        ({"Origin": "http://evil.example"}, 403, 403),
+        ({"Origin": "null"}, 403, 403),
+    ],
+)
+def test_are_pages_kept_from_web_pages_of_others(headers: dict[str, str], page: int, asset: int) -> None:
+    """They could not read an answer, but hold all streams, and have the node ask others."""
+
+    async def scenario() -> None:
+        async with opened() as end, aiohttp.ClientSession() as session:
+            for path, status in (("/page", page), ("/asset", asset)):
+                async with session.get(f"http://{end.address}{path}", headers=headers) as answer:
+                    assert answer.status == status
 
     run(scenario)
 
