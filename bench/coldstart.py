@@ -48,7 +48,10 @@ TMPFS = Path("/dev/shm")
 
 @dataclass(frozen=True)
 class ColdStart:
-    """A run. `last_s`: the last node's time; `ratio`: that over the bound."""
+    """A run. `last_s`: the last node's time; `ratio`: that over the bound.
+
+    `reads`: (time, path, first byte, bytes) of each request for a file.
+    """
 
     system: str
     newcomers: int
@@ -58,6 +61,7 @@ class ColdStart:
     requests: int
     listings: int
     verified: bool
+    reads: list[tuple[float, str, int, int]]
 
 
 class Worker:
@@ -179,9 +183,9 @@ def _run(options: argparse.Namespace, system: str, newcomers: int, model: Path, 
         wanted = {path.name: path.read_bytes() for path in model.iterdir()}
         verified = all(_right(Path(path), wanted) for path in paths)
     bound_s = max(size / origin, size / link)
-    return ColdStart(
-        system, newcomers, last_s, last_s / bound_s, counts["copies"], counts["resolve"], counts["api"], verified
-    )
+    ratio, reads = last_s / bound_s, counts["reads"]
+    requests, listings = counts["resolve"], counts["api"]
+    return ColdStart(system, newcomers, last_s, ratio, counts["copies"], requests, listings, verified, reads)
 
 
 def _finish(workers: list[Worker], *, in_turn: bool) -> Iterator[str]:

@@ -78,14 +78,16 @@ class Model:
 
 
 _known: dict[tuple[str, int], tuple[bytes, str]] = {}  # by kind and identity, with the bytes, which keeps that unique
+_hashing = threading.RLock()  # several requests that need a hash at the same time wait for a single one
 
 
 def _once(kind: str, data: bytes, make: Callable[[bytes], str]) -> str:
     """A hash, made once for each object: a hub does not hash its models for each request."""
     key = kind, id(data)
-    if key not in _known:
-        _known[key] = data, make(data)
-    return _known[key][1]
+    with _hashing:
+        if key not in _known:
+            _known[key] = data, make(data)
+        return _known[key][1]
 
 
 def sha256(data: bytes) -> str:
@@ -470,15 +472,16 @@ def main() -> None:
     options = parser.parse_args()
     how = {name: getattr(options, name) for name in ("host", "port", "total", "each")}
     with hub_of(options.directory, options.model, signed=not options.unsigned, **how) as hub:
+        for model in hub.models.values():  # hashed now, not while the first clients wait
+            _ = model.commit, [model.entry(path) for path in model.files]
         print(hub.endpoint, flush=True)
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
                 input()
                 counts = {where: len(hub.asked(where)) for where in ("api", "resolve", "store")}
-                print(
-                    json.dumps({**counts, "sent_bytes": hub.sent_bytes, "copies": hub.copies(options.model)}),
-                    flush=True,
-                )
+                sent = {"sent_bytes": hub.sent_bytes, "copies": hub.copies(options.model)}
+                reads = [[round(asked.at, 3), asked.path, asked.first, asked.size] for asked in hub.asked("resolve")]
+                print(json.dumps({**counts, **sent, "reads": reads}), flush=True)
                 hub.requests.clear()
                 hub.sent_bytes = 0
 

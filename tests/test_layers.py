@@ -31,7 +31,7 @@ ROWS: dict[str, set[str]] = {
     "machines": {
         "agent.eviction",
         "transfer.claims", "transfer.download", "transfer.download_events", "transfer.offers", "transfer.origin_reads",
-        "transfer.upload", "transfer.superseed",
+        "transfer.origin_rate", "transfer.upload", "transfer.superseed",
         "peers.connections", "membership.swim", "membership.swim_events",
         "membership.member_table", "membership.probes", "security.datagram_seal", "security.rate_limit",
     },
@@ -216,6 +216,7 @@ HOMES: dict[str, set[str]] = {
     "numpy": {
         "content.bitfield",
         "security.record_seal",
+        "transfer.origin_rate",
         "transfer.origin_reads",
         "transfer.scheduler",
         "transfer.superseed",

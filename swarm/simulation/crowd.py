@@ -579,7 +579,7 @@ class Crowd:
             self._connect(member, connections.Tick())
             self._download(member, download_events.Tick(dict(member.received_bytes)))
             if self._origin:
-                self._origin.look(member.name)
+                self._origin.tick(member.name)
             self._clock.after(TICK_S, self._tick, member)
 
     def _come_due(self, member: _Member) -> None:

@@ -105,6 +105,13 @@ class SimulatedOrigin:
         if reader := self._readers.get(node):
             reader.progress_at = self._clock.now
 
+    def tick(self, node: NodeId) -> None:
+        """Time has passed."""
+        if reader := self._readers.get(node):
+            machine = reader.download
+            reader.reads.watch(self._clock.now, missing=machine.missing, elsewhere=machine.elsewhere)
+            self.look(node)
+
     def end(self, node: NodeId) -> None:
         """A newcomer is done, or dead."""
         if reader := self._readers.pop(node, None):

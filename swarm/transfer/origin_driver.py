@@ -178,8 +178,10 @@ class OriginDriver:
             await asyncio.wait([running])
 
     def tick(self) -> None:
-        """Ends a fetch that only the origin could serve, after its lasting failure."""
-        alone = not self._download.machine.elsewhere.any()
+        """Watches all reads. Ends a fetch that only the origin could serve, after its lasting failure."""
+        machine = self._download.machine
+        self._reads.watch(self._host.now(), missing=machine.missing, elsewhere=machine.elsewhere)
+        alone = not machine.elsewhere.any()
         if self._over and alone and self._host.now() - self._progress_at > ALONE_S:
             self._download.fail(self._over)
 

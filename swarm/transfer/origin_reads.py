@@ -11,6 +11,8 @@ All nodes that fetch a promised artifact read different parts of it, and take th
   part is left to its reader if that reads it and will end soon, or has no link to this node: nothing is known of it.
 - When no gap is left, the tail is stolen: an idle node takes the end of the range that would last longest, as much as
   lets both end together at their rates so far. The owner of a range that is overlapped from within stops there.
+- Nothing is stolen while all reads together are about as fast as they have ever been: then the origin is the
+  bottleneck, the streams that are left get the rate of those that have ended, and another request gains nothing.
 - Streams that are idle at the same time choose in the order of their nodes, so that they choose different chunks.
 - A chunk that a peer holds is not read: a member's copy beats the origin. A stream stops at such a chunk, so what lies
   behind it in its range is a gap.
@@ -23,8 +25,10 @@ Must not know: sockets, clocks, files, claims.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -34,14 +38,17 @@ import numpy.typing as npt
 from swarm.content.manifest import Manifest
 from swarm.errors import LocalProtocolError
 from swarm.protocol.messages import NodeId
+from swarm.transfer.origin_rate import OriginRate
 
 Mask = npt.NDArray[np.bool_]
 
 RUN_BYTES = 64 << 20
 # A rest that arrives sooner is not worth another request, nor are few bytes of it, unless it lasts long.
 STEAL_AFTER_S, STOLEN_BYTES_MIN, LONG_S = 1.0, 1 << 20, 5.0
-# Without a chunk, before chunks are read that other nodes read or hold; and between nodes in the order of their ranks.
-LATE_S, LATE_NEXT_S = 3.0, 1.0
+STEAL_PART = 0.05  # of the time so far: a rest that takes less is not worth another request either
+# Without a chunk, before chunks are read that other nodes read or hold, with the time that a chunk takes at this rate
+# added; and between nodes in the order of their ranks.
+LATE_S, LATE_BYTES_PER_S, LATE_NEXT_S = 3.0, 1e6, 1.0
 STREAMS_MAX = 8  # of all readers together while they are few; from 8 readers on each has one
 STREAM_BYTES_MIN = 8 << 20  # fewer bytes are not divided over another stream
 PART_CHUNKS = 8
@@ -81,12 +88,14 @@ class OriginReads:
         self._others: dict[NodeId, _Reader] = {}
         self._members: frozenset[NodeId] = frozenset()  # that fetch the artifact, as gossip tells
         self._readers: list[NodeId] = []  # by rank; empty when a node has come or gone since
+        self._edges: list[int] = []  # where the parts of all their streams begin, and the end
         self._parts: list[int] = []  # where their parts begin, and the end
         self._unheard: Mask = np.zeros(0, dtype=np.bool_)  # in the parts of readers without a link
         self._ends: dict[int, int] = {}  # by stream: where its last read ended
         self._rate = 0.0  # bytes per second of the last read
         total = len(manifest.chunks)
         self._sizes = np.fromiter((chunk.size for chunk in manifest.chunks), dtype=np.int64, count=total)
+        self._all = OriginRate(self._sizes)
         self._starts = np.concatenate(([0], np.cumsum(self._sizes)))  # in bytes
         self._file_of = np.fromiter((chunk.file for chunk in manifest.chunks), dtype=np.int64, count=total)
 
@@ -99,8 +108,9 @@ class OriginReads:
         for first, count in ranges:
             end = min(first + count, len(self._manifest.chunks))
             if first < end:
-                before = known.ranges.get(end) if known else None
-                begun = (before.first, before.since) if before and before.first <= first else (first, now)
+                before = (span for span in known.ranges.values() if span.at <= first < span.end) if known else iter(())
+                goes_on = next(before, None)
+                begun = (goes_on.first, goes_on.since) if goes_on else (first, now)
                 reader.ranges[end] = ReadRange(first, end, *begun)
                 self._yield_to(node, first, end)
 
@@ -118,6 +128,11 @@ class OriginReads:
     def knows(self, node: NodeId) -> bool:
         """Whether a node has told what it reads."""
         return node in self._others
+
+    def watch(self, now: float, *, missing: Mask, elsewhere: Mask) -> None:
+        """Notes what all nodes have read since the last call; a few times a second."""
+        wanted = missing & ~elsewhere
+        self._all.watch(now, wanted=wanted, busy=self._busy(wanted))
 
     @property
     def ranks(self) -> list[NodeId]:
@@ -142,7 +157,8 @@ class OriginReads:
             total, chunks = int(self._starts[-1]), len(self._sizes)
             most = max(1, total // max(STREAM_BYTES_MIN, PART_CHUNKS * self._manifest.chunk_bytes))
             readers = self._readers = self.ranks[: min(most, self._readers_max or most)]
-            self._parts = [self._chunk_at(total * rank // len(readers)) for rank in range(len(readers))] + [chunks]
+            self._edges = self._divide(len(readers) * self._streams_of(len(readers)))
+            self._parts = self._edges[:: self._streams_of(len(readers))]
             if self.limited:
                 for reading in self.own.values():
                     reading.end = min(reading.end, reading.at + 1)
@@ -151,6 +167,25 @@ class OriginReads:
                 if node != self._node and node not in self._others:
                     self._unheard[self._parts[rank] : self._parts[rank + 1]] = True
         return self._readers
+
+    def _divide(self, parts: int) -> list[int]:
+        """The chunks at which `parts` parts of about equal size begin, and the end.
+
+        An edge near the end of a file is moved there, and those in between are spread: fewer ranges are cut by files.
+        """
+        total = int(self._starts[-1])
+        ends = self._starts[[*np.flatnonzero(np.diff(self._file_of)) + 1, len(self._sizes)]]
+        fixed = {0: 0, parts: total}
+        for edge in range(1, parts):
+            place = total * edge // parts
+            nearest = int(ends[np.abs(ends - place).argmin()])
+            if abs(nearest - place) <= total / parts / 4 and nearest < total:
+                fixed[edge] = nearest
+        edges = [0]
+        for (first, begin), (last, end) in itertools.pairwise(sorted(fixed.items())):
+            width = (end - begin) / (last - first)
+            edges += [self._chunk_at(round(begin + width * (edge - first))) for edge in range(first + 1, last + 1)]
+        return [*edges[:-1], len(self._sizes)]
 
     def _streams_of(self, readers: int) -> int:
         part = int(self._starts[-1]) // readers
@@ -235,11 +270,15 @@ class OriginReads:
         gaps.sort(key=lambda gap: self._bytes(*gap), reverse=True)
         if own := [gap for gap in gaps if self._part_of(gap[0]) == self._node]:
             return self._run(*own[0])
-        order = self._order(stream)
+        order, streams = self._turn(stream, wanted, now)
         first, end = gaps[order % len(gaps)]
-        from_below = first and busy[first - 1] and self._file_of[first - 1] == self._file_of[first]
-        before = order // len(gaps) + bool(from_below)  # streams that begin earlier in this gap
-        return self._run(self._at(first, end, before / (before + 1)) if before else first, end)
+        before, beside = order // len(gaps), -(-(streams - order % len(gaps)) // len(gaps))
+        beside = min(beside, self._helpers_max(first, end))
+        if before >= beside:
+            return None
+        from_below = self._comes_from_below(first, wanted, now)
+        part = (before + bool(from_below)) / (beside + bool(from_below))
+        return self._run(self._at(first, end, part) if part else first, end)
 
     def _left_to_others(self, wanted: Mask, now: float) -> Mask:
         """The chunks in the parts of other readers that are not to be taken over now."""
@@ -256,31 +295,56 @@ class OriginReads:
     @property
     def _patience_s(self) -> float:
         """What a rest may last before others help. Helpers without links among them would choose the same chunks."""
-        return LONG_S if self._unheard.any() else STEAL_AFTER_S
+        return max(STEAL_PART * self._all.lasts_s, LONG_S if self._unheard.any() else STEAL_AFTER_S)
 
     def _rate_of(self, taken: ReadRange, wanted: Mask, now: float) -> float:
-        """Bytes per second of a range so far; 0 while it is too new to tell."""
-        lasted_s = now - taken.since
-        return self._bytes(taken.first, self._rest(taken, wanted)[0]) / lasted_s if lasted_s > STEAL_AFTER_S else 0.0
+        """Bytes per second of a range so far, at most: with the chunk on its way. 0 while it is too new to tell."""
+        lasted_s, at = now - taken.since, self._rest(taken, wanted)[0]
+        if lasted_s <= (STEAL_AFTER_S if at > taken.first else LATE_S):
+            return 0.0
+        on_its_way = int(self._sizes[min(at, len(self._sizes) - 1)])
+        return (self._bytes(taken.first, at) + on_its_way) / lasted_s
 
     def _part_of(self, chunk: int) -> NodeId:
         """The reader of a chunk, until others take it over."""
         return self._readers[int(np.searchsorted(self._parts, chunk, "right")) - 1]
 
-    def _order(self, stream: int) -> int:
-        """How many idle streams choose before this one."""
+    def _comes_from_below(self, gap: int, wanted: Mask, now: float) -> bool:
+        """Whether a stream of another node soon reads on where a gap begins."""
+        spans = (span for reader in self._others.values() for span in reader.ranges.values())
+        return any(span.end == gap and self._ends_soon(span, wanted, now) for span in spans)
+
+    def _turn(self, stream: int, wanted: Mask, now: float) -> tuple[int, int]:
+        """The number of idle streams that choose before this one, and of all that choose now, with this one."""
         each = self._streams_of(len(self._readers))
-        lower = (self._others[node] for node in self._readers if node < self._node and node in self._others)
-        idle = sum(max(0, each - len(reader.ranges)) for reader in lower)
-        return idle + sum(number not in self.own for number in range(stream))
+        before = sum(number not in self.own for number in range(stream))
+        streams = before + 1 + sum(number not in self.own for number in range(stream + 1, each))
+        for node in self._readers:
+            if reader := self._others.get(node):
+                busy = sum(not self._ends_soon(taken, wanted, now) for taken in reader.ranges.values())
+                idle = max(0, each - busy)
+                streams += idle
+                before += idle if node < self._node else 0
+        return before, streams
+
+    def _ends_soon(self, taken: ReadRange, wanted: Mask, now: float) -> bool:
+        """Whether a stream of another node chooses its next range at about this time."""
+        rest = self._bytes(*self._rest(taken, wanted))
+        return rest <= STEAL_AFTER_S * (self._rate_of(taken, wanted, now) or self._rate)
+
+    def _helpers_max(self, first: int, end: int) -> int:
+        """The streams that may divide a range among them."""
+        least = min(max(LONG_S * self._rate, STOLEN_BYTES_MIN), STREAM_BYTES_MIN)
+        return max(1, min(end - first, int(self._bytes(first, end) / least)))
 
     def _first_place(self, stream: int) -> int:
         """The chunk where a stream begins: the streams of all readers divide the bytes evenly."""
         readers = self._readers
         streams = self._streams_of(len(readers))
-        alone = len(readers) == 1 or self._node not in readers
-        place = _anywhere(self._node) if alone else readers.index(self._node)
-        part = (place * streams + min(stream, streams - 1)) / (len(readers) * streams) % 1.0
+        stream = min(stream, streams - 1)
+        if len(readers) > 1 and self._node in readers:
+            return self._edges[readers.index(self._node) * streams + stream]
+        part = (_anywhere(self._node) + stream / streams) % 1.0
         return self._chunk_at(int(part * self._starts[-1]))
 
     def _chunk_at(self, place: int) -> int:
@@ -291,22 +355,28 @@ class OriginReads:
         """The end of the range that would last longest, at its rate so far."""
         rests = []
         own = [id(taken) for taken in self.own.values()]
-        for taken in self._taken():
+        taken_all = self._taken()
+        starts = sorted(taken.at for taken in taken_all)
+        for taken in () if self._all.full else taken_all:
             first, end = self._rest(taken, wanted)
-            if end - first > 1 and (lasted_s := now - taken.since) > STEAL_AFTER_S:
-                done = max(1, self._bytes(taken.first, first))
-                lasts_s = self._bytes(first, end) / done * lasted_s
+            later = bisect.bisect_right(starts, first)  # a range that begins within this one has taken its end
+            end = min(end, starts[later]) if later < len(starts) else end
+            if end - first > 1 and (rate := self._rate_of(taken, wanted, now)):
+                lasts_s = self._bytes(first, end) / rate
                 # Streams of one node mostly share a bottleneck, which another stream would not widen.
                 if lasts_s > (LONG_S if id(taken) in own else self._patience_s):
-                    rests.append((lasts_s, first, end, done / lasted_s))
+                    rests.append((lasts_s, first, end, rate))
         if not rests:
             return None
         rests.sort(reverse=True)
-        order = self._order(stream)
+        order, streams = self._turn(stream, wanted, now)
         lasts_s, first, end, rate = rests[order % len(rests)]
-        helpers = order // len(rests)  # that take over some of this range at the same time
-        part = (rate + helpers * self._rate) / (rate + (helpers + 1) * (self._rate or rate))
-        middle = self._at(first, end, part)
+        before, helpers = order // len(rests), -(-(streams - order % len(rests)) // len(rests))
+        helpers = min(helpers, self._helpers_max(first, end))
+        if before >= helpers:
+            return None
+        own_rate = self._rate or rate
+        middle = self._at(first, end, (rate + before * own_rate) / (rate + helpers * own_rate))
         if lasts_s < LONG_S and self._bytes(middle, end) < STOLEN_BYTES_MIN:
             return None
         for reading in self.own.values():
@@ -322,7 +392,8 @@ class OriginReads:
         rank = self.ranks.index(self._node)
         self._of_ranks()
         gaps = self._gaps(missing)
-        if not gaps or waited_s < LATE_S + LATE_NEXT_S * rank:
+        chunk_s = self._manifest.chunk_bytes / LATE_BYTES_PER_S
+        if not gaps or waited_s < LATE_S + chunk_s + LATE_NEXT_S * rank:
             return None
         first, end = gaps[rank % len(gaps)]
         found = self.own[stream] = dataclasses.replace(self._run(first, end), late=True)

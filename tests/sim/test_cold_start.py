@@ -20,6 +20,20 @@ def test_is_one_copy_read_in_few_requests(nodes: int, seed: int) -> None:
     assert run.ended_s <= 1.15 * run.size / run.total
 
 
+CUT_BY_LAYERS = [int(size * MIB) for size in (133.9, 123.6, 132.4, 123.6)] + [60]  # as published models are
+
+
+@pytest.mark.parametrize("uneven", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8])
+def test_are_requests_few_where_streams_share_a_bottleneck_unevenly(nodes: int, uneven: float) -> None:
+    run = play(random.Random(nodes), nodes=nodes, sizes=CUT_BY_LAYERS, total=12.5e6)
+    run.uneven, run.delay_s = uneven, 0.1
+    run.run()
+    assert run.requests <= 1.2 * (run.size / (64 * MIB) + len(CUT_BY_LAYERS))
+    assert run.copies <= 1.02
+    assert run.ended_s <= 1.05 * run.size / run.total
+
+
 @pytest.mark.parametrize("nodes", [2, 4, 8])
 def test_do_readers_add_up_where_each_connection_is_limited(nodes: int) -> None:
     run = play(random.Random(nodes), nodes=nodes, total=1e12, each=10e6).run()
@@ -74,7 +88,8 @@ def test_do_latecomers_take_their_part() -> None:
 def test_is_everything_read_whoever_dies_or_dawdles(seed: int) -> None:
     dice = random.Random(seed)
     nodes = dice.choice([2, 3, 5, 8])
-    run = play(dice, nodes=nodes, size=dice.choice([20, 200, 600]) * MIB, files=dice.choice([1, 3, 40]))
+    size, files = dice.choice([20, 200, 600]) * MIB, dice.choice([1, 3, 40])
+    run = play(dice, nodes=nodes, sizes=[size // files] * files)
     run.delay_s = dice.choice([0.05, 0.2])
     for reader in run.readers[1:]:  # the first one lives and reads
         what = dice.random()
