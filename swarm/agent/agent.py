@@ -154,12 +154,14 @@ class Agent:
     # Pulls
 
     async def _pull(self, pull: Pull) -> AsyncGenerator[Answer]:
-        """Pulls, and once more where files changed under it: they are fetched from elsewhere then."""
+        """Pulls, and once more where files changed under it or its holders left: they come from elsewhere then."""
         try:
             async for line in self._pull_once(pull):
                 yield line
-        except SourceChanged as error:
-            log.warning("%s: %s; it is pulled again", pull.model_id, error)
+        except (SourceChanged, Stalled) as error:
+            if isinstance(error, Stalled) and self.settings.origin == "none":
+                raise
+            log.warning("%s: %s; it is looked for again", pull.model_id, error)
             async for line in self._pull_once(pull):
                 yield line
 

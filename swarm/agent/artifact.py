@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import glob
 import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from swarm.store.stamp import Stamp
 BATCH_BYTES = 256 << 20  # large enough for the parts of a fetch that take a fixed time, about 0.1 s
 TAKE_S = 2.0  # from the fetch until the programs that wait for it read it
 ROOM_WAIT_S, ROOM_LOOK_S = 60.0, 0.1
+ABANDON_S = 5.0  # without a holder, where the origin may have it: then it is looked for again
 SMALL_BYTES, COMPANIONS_BYTES = 4 << 20, 32 << 20
 
 log = logging.getLogger("swarm")
@@ -185,10 +187,12 @@ class Artifact:
         whole = len(batch) == len(self._entries)
         selection = None if whole else Selection(include=tuple(map(glob.escape, batch)))
         more = await self._make_room(batch)
+        elsewhere = self.found.source is None and self._settings.origin != "none"
         try:
             fetched, store, snapshot = await fetch_on(
                 self._node, self.model_id, out=HUB_CACHE,
                 settings=self._settings, revision=self._revision, selection=selection, found=self.found,
+                abandon_s=ABANDON_S if elsewhere else math.inf,
             )  # fmt: skip
         finally:
             self._cache.arrived(self.key, more)

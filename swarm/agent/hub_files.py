@@ -76,15 +76,20 @@ class HubFiles:
         place = self._snapshot(revision) / file.path
         if is_hub_name(file.name) and (cached := await asyncio.to_thread(self._cached, revision, file, place)):
             return cached
+        try:
+            return await self._of_artifact(revision, file, place)
+        except (SourceChanged, Stalled):
+            self._revisions.give_up(revision)  # this node may have been the only holder
+            if self._agent.settings.origin == "none":
+                raise
+        return await self._of_artifact(revision, file, place)
+
+    async def _of_artifact(self, revision: Revision, file: HubFile, place: Path) -> VerifiedFile:
         found = await self._revisions.artifact_of(revision)
         if all(entry.path != file.path for entry in found.manifest.files):
             return await self._beside(revision, file)
         artifact = self._agent.artifact(revision.model_id, found, revision.asked, names=revision.names)
-        try:
-            await artifact.ensure([file.path])
-        except (SourceChanged, Stalled):
-            revision.found = None  # its holders are gone, this node may have been the only one: looked for again
-            raise
+        await artifact.ensure([file.path])
         if made := artifact.files.get(file.path):
             return made
         raise SourceChanged(place, "it was evicted at once")

@@ -137,9 +137,20 @@ class Revisions:
 
     async def artifact_of(self, revision: Revision) -> Found:
         """The artifact of a revision, whose files the agent can fetch. Raises as `get`."""
-        if revision.found is None:
+        if revision.found is None or not self._is_held(revision.found):
             revision.found = await self._find(revision)
         return revision.found
+
+    def give_up(self, revision: Revision) -> None:
+        """The holders of its artifact have failed: it is what the origin lists, or is looked for again."""
+        at = self._at(revision)
+        revision.found = of_listing(revision.listing, at) if revision.listing and at else None
+
+    def _is_held(self, found: Found) -> bool:
+        """Whether an artifact can still be had: its last holder may have gone, or this node have evicted it."""
+        digest = found.manifest.digest
+        held = self._node.holdings().get(digest)
+        return found.source is not None or (held is not None and held.complete) or bool(self._node.holders_of(digest))
 
     async def _shared(self, key: tuple[str, str, str], look: Callable[[], Coroutine[Any, Any, Revision]]) -> Revision:
         """One look for all that ask for the same."""
@@ -273,23 +284,30 @@ class Revisions:
 
     async def _find(self, revision: Revision) -> Found:
         """With peers first; what the origin lists binds them: their files must have its names."""
-        if revision.listing is None or revision.reader is None:
+        at = self._at(revision)
+        if revision.listing is None or at is None:
             settings = replace(self._settings, origin="none")
             return await find_on(
                 self._node, revision.model_id, revision=revision.commit, digest=None, settings=settings,
                 find_timeout_s=FIND_S,
             )  # fmt: skip
-        limits = self._settings.origin_limit, self._settings.origin_readers
-        known = _Known(revision.reader, revision.listing)
-        at = OriginModel(known, revision.model_id, revision.commit, *limits)
         found = await find(
             self._node, revision.model_id, at, digest=None, find_timeout_s=self._settings.find_timeout_s,
             trusted=self._settings.trusted, revision=revision.commit,
         )  # fmt: skip
+        if found.source is None and (found.manifest.promised or not self._is_held(found)):
+            # A promise of peers, or of this node itself, ends with the fetch behind it.
+            return of_listing(revision.listing, at)
         if wrong := _differs(found, revision):
             log.warning("%s: peers serve another %s than the hub lists; it is read there", revision.model_id, wrong)
             return of_listing(revision.listing, at)
         return found
+
+    def _at(self, revision: Revision) -> OriginModel | None:
+        if revision.listing is None or revision.reader is None:
+            return None
+        limits = self._settings.origin_limit, self._settings.origin_readers
+        return OriginModel(_Known(revision.reader, revision.listing), revision.model_id, revision.commit, *limits)
 
 
 class _Known:

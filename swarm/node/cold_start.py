@@ -100,7 +100,9 @@ async def find(
             elapsed_s = node.now() - began
             if peers.done() and not peers.exception():
                 manifest, origin = peers.result()
-                if not manifest.promised or (lister.listing is None and elapsed_s > PROMISE_OF_PEERS_S):
+                waited = lister.listing is None and elapsed_s > PROMISE_OF_PEERS_S
+                # The promise of this node alone is no more than what it asks the origin for.
+                if not manifest.promised or (waited and node.holders_of(manifest.digest)):
                     return Found(manifest, origin)
             if (failure := _failure(peers)) and node.refused and node.named_peers:
                 raise failure  # a wrong key is for the user to correct, not to be gone round

@@ -12,7 +12,7 @@ import pytest
 
 from swarm.agent import revisions as module
 from swarm.agent.revisions import Revision, Revisions
-from swarm.content.manifest import ModelId
+from swarm.content.manifest import FileEntry, ModelId
 from swarm.content.promise import ListedFile, Listing
 from swarm.errors import (
     AgentError,
@@ -79,6 +79,9 @@ class Hub:
     def __init__(self, _environment: object) -> None:
         pass
 
+    def read(self, *_: object) -> None:
+        pass
+
     def listing(self, model: str, revision: str | None) -> Listing:
         Hub.asked.append((model, revision))
         return Hub.answer(model, revision)
@@ -140,6 +143,35 @@ def test_is_a_commit_of_the_origin_denied_that_the_origin_does_not_list(
     monkeypatch.setattr(hub, "answer", staticmethod(answer))
     assert told(made(), "org/m", "org/other") == [type(failure) if commit else "d" * 40, COMMIT]
     assert hub.asked == [("org/m", "main"), *([("org/m", COMMIT)] if commit else []), ("org/other", "main")]
+
+
+@pytest.mark.parametrize(
+    ("promised", "held", "of_the_origin"),
+    [(True, True, True), (True, False, True), (False, True, False), (False, False, True)],
+)
+def test_is_an_artifact_without_a_holder_read_at_the_origin(
+    promised: bool, held: bool, of_the_origin: bool, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Peers, or this node itself, told of it, and have evicted it since; a promise of theirs ends with its fetch."""
+    files = (FileEntry("0", 1, "sha256:" + "a" * 64, ()),)
+    manifest: Any = SimpleNamespace(promised=promised, files=files, digest="d" * 64)
+
+    async def of_peers(*_: object, **__: object) -> Found:
+        return Found(manifest, Origin(COMMIT, {}))
+
+    monkeypatch.setattr(module, "find", of_peers)
+    node: Any = SimpleNamespace(now=lambda: 0.0, holdings=dict, holders_of=lambda _: [object()] if held else [])
+
+    async def scenario() -> None:
+        revisions = Revisions(node, Settings())
+        revision = await revisions.get(ModelId("org/m"), "main", None)
+        for _ in range(2):
+            found = await revisions.artifact_of(revision)
+            assert (found.source is not None) == of_the_origin
+        revisions.give_up(revision)
+        assert (await revisions.artifact_of(revision)).source, "the holders have failed"
+
+    asyncio.run(scenario())
 
 
 def test_does_a_slow_answer_for_a_model_leave_the_others_to_the_origin(
