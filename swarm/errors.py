@@ -216,13 +216,17 @@ class Stalled(FetchError):
 
 
 class FetchTimeout(FetchError):
-    """The caller's deadline passed. `fraction` of the chunks were verified by then."""
+    """The caller's deadline passed. `fraction` of the chunks were verified by then.
 
-    def __init__(self, model_id: str, *, timeout_s: float, fraction: float) -> None:
+    `why`: what the origin answered last, if that was a failure.
+    """
+
+    def __init__(self, model_id: str, *, timeout_s: float, fraction: float, why: str = "") -> None:
         super().__init__(
-            f"{model_id!r} was {fraction:.0%} complete after the {timeout_s:g} s allowed; "
+            f"{model_id!r} was {fraction:.0%} complete after the {timeout_s:g} s allowed{f' ({why})' if why else ''}; "
             "run the same fetch again to resume, or allow more time"
         )
+        self.why = why
         self.timeout_s = timeout_s
         self.fraction = fraction
 

@@ -226,7 +226,8 @@ class FetchTarget:
             )
         except FetchTimeout as error:
             timeout_s = self._left.timeout_s or error.timeout_s
-            raise FetchTimeout(self._left.model_id, timeout_s=timeout_s, fraction=error.fraction) from error
+            model_id, fraction = self._left.model_id, error.fraction
+            raise FetchTimeout(model_id, timeout_s=timeout_s, fraction=fraction, why=error.why) from error
 
     def _store(self, manifest: Manifest, part: Part | None) -> tuple[Store, Path | None]:
         dtype, device, out = self._dtype, self._device, self._out

@@ -161,7 +161,7 @@ class Fetches:
                 self._shares.withdraw(manifest.digest, "the fetch failed")
             await asyncio.to_thread(store.close)
             if isinstance(error, TimeoutError) and timeout_s is not None:
-                raise FetchTimeout(model_id, timeout_s=timeout_s, fraction=done) from None
+                raise FetchTimeout(model_id, timeout_s=timeout_s, fraction=done, why=share.failure) from None
             raise
         finally:
             share.settled.set()
@@ -301,7 +301,7 @@ class Fetches:
             with self._seeking(digest):
                 await download.run()
         finally:
-            share.download = None
+            share.download, share.failure = None, promise.failure if promise else ""
         return download
 
     def _announcer(self, share: Share, store: Store) -> Callable[[list[int]], None]:

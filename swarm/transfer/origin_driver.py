@@ -114,6 +114,7 @@ class OriginDriver:
         self._node = source.node
         self.able = True
         self.transfers: set[int] = set()  # of the reads that run
+        self.failure = ""  # of the last read, with the origin's name
         self._manifest = manifest
         self._held = held
         self._host = host
@@ -269,7 +270,7 @@ class OriginDriver:
             why, lasting = (str(error) if error else None), isinstance(error, OriginError) and error.lasting
             self._host.record("node", OriginRead(self._node, path, chunk.offset, size, seconds, why, lasting))
         if reading.at > first:
-            self._failures = 0
+            self._failures, self.failure = 0, ""
         if isinstance(error, OriginError):
             self._failed(error)
         elif not self.able and reading.at > first:
@@ -278,6 +279,7 @@ class OriginDriver:
 
     def _failed(self, error: OriginError) -> None:
         self._failures += 1
+        self.failure = str(error)
         pause_s = min(PAUSE_FIRST_S * 2.0 ** (self._failures - 1), PAUSE_LONGEST_S) * self._rng.uniform(0.75, 1.25)
         wait_s = min(error.retry_s, WAIT_MAX_S)
         self._paused_until = max(self._paused_until, self._host.now() + max(pause_s, wait_s))

@@ -99,6 +99,11 @@ class PromiseDriver:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    @property
+    def failure(self) -> str:
+        """Why the last read from the origin failed; empty after one that did not."""
+        return self._origin.failure if self._origin else ""
+
     def tick(self) -> None:
         """Ends a fetch for which the origin has been silent for too long."""
         if self._origin:

@@ -43,7 +43,7 @@ log = logging.getLogger("swarm")
 class Share:
     """An artifact whose `source` has the chunks in `held`. `download` is set while a fetch adds chunks.
 
-    `wanted`: the part that was fetched, or is; None for everything.
+    `wanted`: the part that was fetched, or is; None for everything. `failure`: of the origin, at the end of a fetch.
     """
 
     model_id: ModelId
@@ -57,6 +57,7 @@ class Share:
     spares: list[Source] = field(default_factory=list)  # further sources of the same content
     wanted: Bitfield | None = None
     claims: Claims | None = None  # of a promise
+    failure: str = ""
     sought: Bitfield | None = None  # the chunks that a fetch of a LossyStore asks for, beyond those that it will serve
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from sim.content import Changed
 from swarm.content.bitfield import Bitfield
 from swarm.content.manifest import Manifest
 from swarm.content.promise import ListedFile, Listing, promise
-from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginUnreachable, Stalled
+from swarm.errors import FetchTimeout, OriginChanged, OriginDenied, OriginError, OriginUnreachable, Stalled
 from swarm.hashing.cpu import chunk_digests
 from swarm.node import cold_start
 from swarm.node.node import Node
@@ -292,6 +292,16 @@ def test_does_an_unreachable_origin_stall_and_say_why() -> None:
             one._fetches._stall_timeout_s = 1.0
             with pytest.raises(Stalled, match="the connection failed"):
                 await one.fetch(MODEL, MemoryStore(promise(listing_of(DATA))), source=source_of(origin))
+
+    run(scenario)
+
+
+def test_does_a_deadline_tell_what_the_origin_answered_last() -> None:
+    async def scenario() -> None:
+        origin = MemoryOrigin(DATA, error=OriginUnreachable("memory", "503 Service Unavailable"))
+        async with Street().node("one") as one:
+            with pytest.raises(FetchTimeout, match=r"after the 1 s allowed \(memory: 503 Service Unavailable\); run"):
+                await one.fetch(MODEL, MemoryStore(promise(listing_of(DATA))), source=source_of(origin), timeout_s=1.0)
 
     run(scenario)
 
