@@ -37,7 +37,9 @@ OTHERS: dict[str, Any] = {
             "size": int, "restartPolicy": "RecreateGroupOnPodRestart", "leaderTemplate": dict, "workerTemplate": dict,
         },
     },
-    "ClusterStorageContainer": {"container": dict, "supportedUriFormats": list, "workloadType": "initContainer"},
+    "ClusterStorageContainer": {
+        "container": dict, "supportedUriFormats": [{"prefix": str, "regex": str}], "workloadType": "initContainer",
+    },
 }  # fmt: skip
 
 
@@ -115,7 +117,9 @@ def test_are_all_objects_right_by_strict_schemas(flags: tuple[str, ...]) -> None
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a value has the shape: a type, a value, or an object with no other fields than these."""
+    """Whether a value has the shape: a type, a value, a list of a shape, or an object with no other fields."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
     if isinstance(shape, dict):
         return isinstance(value, dict) and value.keys() <= shape.keys() and all(fits(value[k], shape[k]) for k in value)
     return isinstance(value, shape) if isinstance(shape, type) else bool(value == shape)
