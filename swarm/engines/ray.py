@@ -3,6 +3,7 @@
     ray.init(runtime_env=swarm_ray.runtime_env())        # Ray's workers get the settings of this process
     swarm_ray.fetch_everywhere("org/model")              # on all nodes, about one copy from the hub
     path = swarm_ray.fetch("org/model")                  # in a task or actor: on its node
+    os.environ.update(swarm_ray.engine_env())            # in an actor, before an engine: it finds the others' memory
 
 Ray starts workers with the environment of its own daemon on their node: neither the variables nor the working directory
 of the driver get there, so `runtime_env` carries the settings. Files do not travel: the cluster key lies at the same
@@ -26,6 +27,7 @@ from swarm.engines.launch import environment_of
 from swarm.errors import SwarmError
 from swarm.settings import DEFAULT_PORT, Settings, join_address
 
+ALL_LISTEN = "0.0.0.0"  # noqa: S104 - engines listen for other machines, once there is a key
 LOOPBACK_LISTEN = Settings.__dataclass_fields__["listen"].default
 
 log = logging.getLogger("swarm")
@@ -53,9 +55,26 @@ def node_settings(settings: Settings) -> Settings:
         log.warning("no key_file: this Ray node exchanges models with nodes of its own machine only")
         return dataclasses.replace(settings, name=name)
     listen = here if settings.listen == LOOPBACK_LISTEN else settings.listen
+    return dataclasses.replace(settings, name=name, listen=_bracketed(listen), peers=_peers(settings))
+
+
+def engine_env(settings: Settings | None = None) -> dict[str, str]:
+    """Variables of an engine in this cluster, on any of its nodes: it knows the Ray nodes, and listens for them.
+
+    Set before the engine starts, in its actor. Without them an engine finds others by multicast DNS alone.
+    """
+    settings = settings or Settings.load()
+    if settings.reaches_out:
+        listen = ALL_LISTEN if settings.listen == LOOPBACK_LISTEN else settings.listen
+        settings = dataclasses.replace(settings, listen=listen, peers=_peers(settings))
+    return dict(runtime_env(settings)["env_vars"])
+
+
+def _peers(settings: Settings) -> tuple[str, ...]:
+    import ray
+
     alive = [node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]]
-    peers = dict.fromkeys((*settings.peers, *(join_address(address, DEFAULT_PORT) for address in alive)))
-    return dataclasses.replace(settings, name=name, listen=_bracketed(listen), peers=tuple(peers))
+    return tuple(dict.fromkeys((*settings.peers, *(join_address(address, DEFAULT_PORT) for address in alive))))
 
 
 def fetch(model_id: str, *, revision: str | None = None, settings: Settings | None = None) -> Path:

@@ -23,7 +23,7 @@ from typing import Any
 
 from ray.llm._internal.common.callbacks.base import CallbackBase
 
-from swarm.engines.ray import fetch, runtime_env
+from swarm.engines.ray import engine_env, fetch
 from swarm.settings import Settings
 
 PREFIXES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # by which vLLM copies variables to its own Ray workers
@@ -36,7 +36,7 @@ class SwarmCallback(CallbackBase):
 
     async def on_before_node_init(self) -> None:
         """In the replica: the tasks that prepare nodes and the engine's processes get the settings."""
-        variables = runtime_env(Settings.load(self.kwargs))["env_vars"]
+        variables = engine_env(Settings.load(self.kwargs))
         variables[PREFIXES] = ",".join(filter(None, (os.environ.get(PREFIXES), "SWARM_")))
         given: dict[str, Any] = self.ctx.runtime_env or {}
         self.ctx.runtime_env = {**given, "env_vars": {**given.get("env_vars", {}), **variables}}

@@ -78,3 +78,15 @@ def test_stays_a_node_without_a_key_on_its_machine(
     assert settings.listen == Settings().listen
     assert settings.peers == ()
     assert "no key_file: this Ray node exchanges models with nodes of its own machine only" in caplog.text
+
+
+def test_knows_an_engine_the_other_nodes_of_ray_and_listens_for_them(
+    key_file: Path, cluster: list[dict[str, Any]]
+) -> None:
+    told = Settings.load(environment=swarm_ray.engine_env(Settings(key_file=key_file, peers=("seed:7000",))))
+    assert told.peers == ("seed:7000", "10.0.0.1:7000", "10.0.0.2:7000")
+    assert told.listen == "0.0.0.0", "the variables are those of every node"
+    own = Settings.load(environment=swarm_ray.engine_env(Settings(key_file=key_file, listen="eth0:7001")))
+    assert own.listen == "eth0:7001"
+    alone = Settings.load(environment=swarm_ray.engine_env(Settings()))
+    assert (alone.peers, alone.listen) == ((), Settings().listen)
