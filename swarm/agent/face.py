@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Coroutine, Iterable, Iterator
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import parse_qs
 
 import msgspec
 from aiohttp import web
@@ -59,7 +60,7 @@ from swarm.errors import (
     clean,
 )
 from swarm.net.http_pages import of_web_page
-from swarm.net.http_server import HttpServer
+from swarm.net.http_server import REQUEST_TIMEOUT_S, HttpServer
 from swarm.net.listener import Listener
 from swarm.observe.prometheus import Figure
 from swarm.settings import is_literal, is_loopback, join_address, split_address
@@ -73,6 +74,7 @@ ATTEMPTS = 3
 PIECE_BYTES = 8 << 20
 PIECE_TIMEOUT_S = 120.0  # a client that takes less than 70 kB/s is let go
 PATHS_BYTES_MAX = 1 << 20
+FIELDS_MAX = 10_000  # of a form: its paths, and few others
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 T = TypeVar("T")
@@ -250,6 +252,8 @@ class Face:
             await response.write_eof()
 
     async def _piece(self, transport: asyncio.WriteTransport, file: Any, start: int, end: int) -> None:
+        if transport.is_closing():  # sendfile would call it a RuntimeError
+            raise ConnectionResetError
         async with asyncio.timeout(PIECE_TIMEOUT_S):
             sent = await asyncio.get_running_loop().sendfile(transport, file, start, end - start)
         self.sent_bytes += sent
@@ -297,14 +301,18 @@ def _opened(found: VerifiedFile) -> Iterator[Any]:
 
 async def _paths(request: web.Request) -> list[str]:
     """The paths of `paths-info`, from a form or from JSON."""
-    data = await request.read()
-    if request.content_type == "application/json":
-        try:
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT_S):
+            data = await request.read()
+    except TimeoutError:
+        raise web.HTTPRequestTimeout(text="the body did not arrive\n") from None
+    try:
+        if request.content_type == "application/json":
             said = _strings.decode(data).get("paths", [])
-        except (ValueError, RecursionError):
-            raise web.HTTPBadRequest(text="paths-info takes a JSON object\n") from None
-    else:
-        said = (await request.post()).getall("paths", [])
+        else:
+            said = parse_qs(data.decode(), max_num_fields=FIELDS_MAX).get("paths", [])
+    except (ValueError, RecursionError):
+        raise web.HTTPBadRequest(text="paths-info takes a form, or a JSON object\n") from None
     listed = said if isinstance(said, list) else [said]
     return [path for path in listed if isinstance(path, str)]
 

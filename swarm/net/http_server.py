@@ -56,6 +56,7 @@ class HttpServer:
             max_line_size=LINE_BYTES_MAX,
             max_field_size=LINE_BYTES_MAX,
             max_headers=HEADERS_MAX,
+            auto_decompress=False,  # a body that nothing reads would be unpacked to be skipped
         )
         await self._runner.setup()
 
@@ -131,8 +132,9 @@ class HttpServer:
 
 
 def _is_ours(record: logging.LogRecord) -> bool:
-    """False for errors that strangers cause: invalid requests, and connections closed before the answer."""
-    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError | ConnectionError))
+    """False for errors that strangers cause: invalid requests and bodies, and connections closed before the answer."""
+    theirs = HttpProcessingError | ConnectionError | web.RequestPayloadError
+    return not (record.exc_info and isinstance(record.exc_info[1], theirs))
 
 
 _web_log.addFilter(_is_ours)

@@ -337,3 +337,49 @@ def test_are_connections_bounded_that_have_got_a_file(tmp_path: Path, monkeypatc
             return b""
 
     run(scenario)
+
+
+BODIES = [
+    ("application/json", b'{"paths": ["a.bin", 1]}', 200),
+    ("application/x-www-form-urlencoded", b"paths=a.bin&expand=true", 200),
+    ("application/x-www-form-urlencoded; charset=nonsense", b"paths=a.bin", 200),
+    ("application/json", b"[]", 400),
+    ("application/json", b"[" * 100_000, 400),
+    ("application/json", b'{"paths": ["\\ud800"]}', 400),
+    ("application/x-www-form-urlencoded", b"paths=\xff\xfe", 400),
+    ("application/x-www-form-urlencoded", b"a&" * 20_000, 400),
+    ("application/x-www-form-urlencoded", b"a=1&" * 20_000, 400),
+    ("multipart/form-data", b"abc", 200),
+    ("multipart/form-data; boundary=x", b"abc", 200),
+]
+
+
+@pytest.mark.parametrize(("kind", "body", "status"), BODIES)
+def test_is_each_body_answered(
+    kind: str, body: bytes, status: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def scenario() -> None:
+        async with opened(tmp_path) as (face, _, _), aiohttp.ClientSession() as session:
+            url = f"http://{face.address}/api/models/org/m/paths-info/main"
+            async with session.post(url, data=body, headers={"Content-Type": kind}) as answer:
+                assert answer.status == status
+                if b"a.bin" in body and "multipart" not in kind:
+                    assert [entry["path"] for entry in await answer.json()] == ["a.bin"]
+
+    run(scenario)
+    assert "Traceback" not in caplog.text
+
+
+def test_is_a_body_that_does_not_arrive_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REQUEST_TIMEOUT_S", 0.1)
+    head = b"POST /api/models/org/m/paths-info/main HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 30\r\n\r\n{"
+
+    async def scenario() -> None:
+        async with opened(tmp_path) as (face, _, _):
+            host, _, port = face.address.rpartition(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(head)
+            assert (await reader.readline()).startswith(b"HTTP/1.1 408")
+            writer.close()
+
+    run(scenario)
