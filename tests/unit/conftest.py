@@ -1,7 +1,8 @@
-"""What the unit tests of engines share."""
+"""What unit tests share: models of engines, and short waits."""
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -19,6 +20,19 @@ def write(path: Path, *files: tuple[str, str, tuple[int, ...]]) -> Path:
         write_made_up(path / file, [(tensor, shape)], rng=np.random.default_rng(number))
     (path / "config.json").write_text('{"tie_word_embeddings": true}')
     return path
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waits for nodes that may still be heard of are short: all nodes of the test are there before it asks."""
+    for module, waits in {
+        "swarm.node.agreement": {"NOTHING_FOUND_S": 0.3, "OTHER_REVISION_S": 0.3, "PARTS_S": 1.0},
+        "swarm.node.cold_start": {"ASK_AFTER_S": 0.05, "READ_AFTER_S": 0.1, "READ_LATEST_S": 0.5},
+        "swarm.transfer.origin_driver": {"ALONE_S": 0.3, "GATHER_S": 0.05, "PAUSE_FIRST_S": 0.1},
+        "swarm.api.bring": {"LINGER_S": 0.3},
+    }.items():
+        for name, seconds in waits.items():
+            monkeypatch.setattr(importlib.import_module(module), name, seconds)
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ from swarm.node.fetch import Fetched
 from swarm.runtime import runtime
 from swarm.store.directory import DirectoryStore
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 MODEL = ModelId("org/model")
 
 
@@ -62,7 +64,13 @@ def served(here: Settings, state: dict[str, torch.Tensor]) -> Iterator[swarm.Ser
 def beside(here: Settings, served: swarm.Served, *, name: str = "newcomer") -> Settings:
     """Settings of another node, which knows the seed's address."""
     return Settings(
-        name=name, mdns=False, cache=here.cache, peers=(served.address,), find_timeout_s=5, stall_timeout_s=5
+        name=name,
+        mdns=False,
+        cache=here.cache,
+        peers=(served.address,),
+        find_timeout_s=5,
+        stall_timeout_s=5,
+        origin="none",
     )
 
 

@@ -18,6 +18,8 @@ from swarm.cli.main import main
 from swarm.errors import SettingsError, StoreConflict
 from swarm.runtime import runtime
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 MODEL = "org/model"
 SHARDS = {
     "model-00001-of-00002.safetensors": {

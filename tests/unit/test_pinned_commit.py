@@ -25,6 +25,8 @@ from swarm.runtime import runtime
 from swarm.settings import Settings
 from swarm.transfer import commit_proof
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 MODEL = ModelId("org/model")
 Change = Callable[[Path], object]
 

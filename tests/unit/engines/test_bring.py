@@ -11,6 +11,8 @@ from hub import Hub, hub_of
 from swarm.engines.launch import prepare
 from swarm.settings import Settings
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 MODEL = "org/model"
 
 

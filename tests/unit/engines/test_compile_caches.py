@@ -26,6 +26,8 @@ from swarm.node import local_nodes
 from swarm.runtime import runtime
 from swarm.security import cluster_key
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 FIELDS = {"model": "org/model", "dtype": "bfloat16"}
 KEY = compile_caches.key(FIELDS)
 COMPILED = {

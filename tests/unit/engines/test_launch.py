@@ -20,6 +20,8 @@ from swarm.settings import Settings
 
 from .models import hashed
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 MODEL = "org/model"
 
 

@@ -28,6 +28,8 @@ from swarm.settings import Settings
 
 from .models import hashed
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 MODEL = "org/model"
 FIELDS = {"engine": "test", "tp": "0 of 1"}
 
@@ -63,6 +65,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
             peers=tuple(map(address, peers)),
             fsync=False,
             upload_limit=upload_limit,
+            origin="none",
         )
         options = LoadOptions(settings, model_id=MODEL, look_s=3.0 if peers else 0.1)
         options = dataclasses.replace(options, **more)  # type: ignore[arg-type]
@@ -192,6 +195,7 @@ def test_does_an_engine_with_files_wait_no_longer_than_it_was_told_for_peers(
             return
         waits.append(timeout_s)
         a.node.opened_at_s -= timeout_s
+        await real(self, 0.005)  # other loops of the node wait here too, for ever
 
     monkeypatch.setattr(Node, "changed", changed)
     assert a.load({"disk": lambda: None}) == "disk"

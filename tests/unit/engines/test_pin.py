@@ -39,6 +39,8 @@ from swarm.store import Source
 
 from .models import hashed
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 MODEL = ModelId("org/model")
 FIELDS = {"engine": "test", "tp": "0 of 1"}
 COMMIT = "c" * 40
@@ -187,7 +189,7 @@ def test_are_files_on_this_machine_hashed_before_they_are_loaded_under_a_digest(
 @pytest.mark.parametrize("pin", ["digest", "commit"])
 def test_are_forged_tensors_of_a_twin_refused(pin: str, members: Swarm, model: Path) -> None:
     """Other bytes under the right XXH3 digests."""
-    members.stall_timeout_s = 2.0
+    members.stall_timeout_s = 1.0
     right = hashed(model, members.root / "x")
     rank_fields = Fingerprint({**FIELDS, CONTENT: right.digest})
     evil = forging_source(torch.randint(0, 256, (8 << 20,), dtype=torch.uint8))

@@ -25,6 +25,8 @@ from swarm.transfer.shares import Share
 
 from .test_resolve import MODEL, Street, run, until
 
+pytestmark = pytest.mark.usefixtures("brief")
+
 DATA = {"a.bin": random.Random(1).randbytes(9 << 18), "b.bin": random.Random(2).randbytes(5 << 18), "c": b"", "d": b"x"}
 
 
