@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from swarm import __version__
+from swarm.cli.main import _parser
 from swarm.settings import DEFAULT_PORT
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,16 @@ def test_are_the_versions_those_of_the_package() -> None:
     assert f"\nappVersion: {__version__}\n" in chart
     images = re.findall(r"swarm-weights(?:-vllm)?:([0-9.]+)", (ROOT / "deploy/helm/values.yaml").read_text())
     assert set(images) == {__version__}
+
+
+def test_gets_the_container_of_the_page_a_key_that_its_user_can_read() -> None:
+    (line,) = re.findall(r"^ +podman run (.*)$", (ROOT / "docs/deploy.md").read_text(), re.MULTILINE)
+    words = shlex.split(line)
+    name, user, mode = words[words.index("--secret") + 1].split(",")
+    assert (f"{user.removeprefix('uid=')}:{user.removeprefix('uid=')}", mode) == (only("USER"), "mode=0400")
+    (image,) = (word for word in words if word.startswith("swarm-weights:"))
+    options = _parser().parse_args(words[words.index(image) + 1 :])
+    assert options.key_file == f"/run/secrets/{name}"
 
 
 def test_is_everything_copied_that_the_build_needs() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 
 import pytest
 from played import manifests
-from played.manifests import CHART, KUBERNETES, OVERLAYS, Object
+from played.manifests import CHART, DEPLOY, KUBERNETES, OVERLAYS, Object
 
 from swarm.cli.main import _parser
 from swarm.settings import Settings
@@ -187,3 +189,22 @@ def test_does_a_cluster_without_a_key_get_no_manifests(tmp_path: Path) -> None:
     shutil.copytree(KUBERNETES, copy, ignore=shutil.ignore_patterns("swarm.key"))
     with pytest.raises(AssertionError, match=r"swarm\.key"):
         manifests.kustomized(copy / "base")
+
+
+def test_are_the_commands_of_the_page_those_of_the_manifests(tmp_path: Path) -> None:
+    page = (DEPLOY.parent / "docs" / "deploy.md").read_text()
+    key = tmp_path / "swarm.key"
+    key.write_text("made up")
+    (install,) = re.findall(r"^ +helm install (\S+) (\S+) (.*)$", page, re.MULTILINE)
+    flags = [word.replace("swarm.key", str(key)) if "=" in word else word for word in shlex.split(install[2])]
+    flags = [word for word in flags if word != "--create-namespace"]
+    objects = manifests.parsed(manifests.run("helm", "template", install[0], DEPLOY.parent / install[1], *flags))
+    assert {named(each) for each in objects} >= {("Deployment", "swarm-vllm"), ("Secret", "swarm-key")}
+    applied = re.findall(r"kubectl apply -k (\S+)", page)
+    assert applied
+    assert all((DEPLOY.parent / each / "kustomization.yaml").exists() for each in applied)
+    asked = re.findall(r"kubectl -n swarm exec ds/(\S+) -- swarm (.*)", page)
+    assert asked
+    for workload, arguments in asked:
+        assert ("DaemonSet", workload) in {named(each) for each in objects}
+        assert _parser().parse_args(shlex.split(arguments)).run
