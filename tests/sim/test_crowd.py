@@ -24,7 +24,10 @@ EVERYTHING = replace(
     per_machine=2, racks=2,
 )  # fmt: skip
 
-each_seed = pytest.mark.parametrize("rng_seed", range(20))
+integration = pytest.mark.integration  # more of the same: a second each, or further seeds
+each_seed = pytest.mark.parametrize(
+    "rng_seed", [*range(8), *(pytest.param(number, marks=integration) for number in range(8, 20))]
+)
 
 
 def played(burst: Burst, observe: Observer | None = None, *, checked: bool = False) -> BurstReport:
@@ -185,9 +188,12 @@ COLD = Burst(
     newcomers=8, seeds=0, chunks=100, model_bytes=1_600_000_000, rate_bytes_per_s=GIGABIT, origin_bytes_per_s=GIGABIT
 )
 RUN_BYTES = 64 << 20
+LARGE = pytest.param(64, 8.0, marks=integration)
 
 
-@pytest.mark.parametrize(("newcomers", "links"), [(8, 0.25), (8, 1.0), (8, 8.0), (64, 8.0)])
+@pytest.mark.parametrize(
+    ("newcomers", "links"), [(8, 0.25), (8, 1.0), (8, 8.0), pytest.param(64, 8.0, marks=integration)]
+)
 def test_do_newcomers_without_a_seed_split_one_read(newcomers: int, links: float) -> None:
     report = played(replace(COLD, newcomers=newcomers, origin_bytes_per_s=links * GIGABIT))
     assert report.last_ratio <= (1.2 if newcomers == 8 else 1.4)  # 1 s of 12.8 s is for meeting; chunks are large

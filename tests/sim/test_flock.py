@@ -56,7 +56,7 @@ def test_is_a_quiet_flock_quiet() -> None:
     assert found.agreed()
 
 
-@pytest.mark.parametrize("members", [2, 3, 8, 32])
+@pytest.mark.parametrize("members", [2, 3, 8, pytest.param(32, marks=pytest.mark.integration)])
 def test_does_everyone_notice_a_death(members: int) -> None:
     found = flock(members)
     found.kill("m1")

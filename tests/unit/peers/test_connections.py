@@ -533,7 +533,7 @@ def test_members_are_shared_with_nodes_that_gossip_does_not_reach_alone() -> Non
 
 def test_told_addresses_do_not_make_a_scanner() -> None:
     knows, dialled_addresses = Knows(), 0
-    for second in range(100):
+    for second in range(30):
         for number in range(64):
             told = tuple(Address(f"10.{second}.{number}.{host}:22") for host in range(8))
             actions = knows.tell(AddressesShared((told,)), at=float(second))
@@ -542,7 +542,7 @@ def test_told_addresses_do_not_make_a_scanner() -> None:
             for action in dials:
                 actions = knows.tell(DialFailed(action.addresses[0]))
                 dialled_addresses += sum(len(a.addresses) for a in actions if isinstance(a, Dial))
-    most = connections.STRANGE_BURST + 100 * connections.STRANGE_PER_S
+    most = connections.STRANGE_BURST + 30 * connections.STRANGE_PER_S
     assert dialled_addresses <= most + 8 * connections.LINKS_MAX
 
 
