@@ -21,7 +21,7 @@ from pathlib import Path
 from swarm.errors import SettingsError, SwarmError
 from swarm.node.agent_client import at, peer_uid
 from swarm.protocol import agent_messages as messages
-from swarm.protocol.agent_messages import Answer, Failed, Greeting, Pulled, PullProgress, Request
+from swarm.protocol.agent_messages import Answer, Failed, Greeting, Pulled, Request
 from swarm.store.file_errors import store_errors
 from swarm.store.file_lock import open_locked
 
@@ -138,8 +138,3 @@ async def _say(writer: asyncio.StreamWriter, answer: Answer) -> None:
         writer.write(messages.encode(answer))
         async with asyncio.timeout(REQUEST_TIMEOUT_S):
             await writer.drain()
-
-
-def nothing_yet() -> PullProgress:
-    """The line that only says that the agent works on it."""
-    return PullProgress(0, 0, 0.0)

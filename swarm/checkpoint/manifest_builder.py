@@ -169,7 +169,7 @@ def tensors(
     return source
 
 
-def verify(directory: Path, manifest: Manifest, *, threads: int | None = None) -> list[str]:
+def verify(directory: Path, manifest: Manifest) -> list[str]:
     """The problems of a directory's files, a line for each file; empty if they match the manifest.
 
     Other files are ignored. A file that cannot be read is a problem, not an exception.
@@ -184,7 +184,7 @@ def verify(directory: Path, manifest: Manifest, *, threads: int | None = None) -
         else:
             jobs += _jobs(directory / file.path, [chunk.size for chunk in file.chunks])
     hash_job = partial(_hash_or_problem, scheme=manifest.scheme, blake3=manifest.has_blake3)
-    for job, hashed in _in_parallel(hash_job, jobs, threads=threads):
+    for job, hashed in _in_parallel(hash_job, jobs):
         path = job.path.relative_to(directory).as_posix()
         if isinstance(hashed, str):
             problems[path] = hashed
@@ -350,7 +350,7 @@ def _jobs(path: Path, sizes: Sequence[int], stamp: Stamp | None = None) -> Itera
             first, offset, size = position, offset + size, 0
 
 
-def _in_parallel(work: Callable[[J], T], jobs: Sequence[J], *, threads: int | None) -> Iterator[tuple[J, T]]:
+def _in_parallel(work: Callable[[J], T], jobs: Sequence[J], *, threads: int | None = None) -> Iterator[tuple[J, T]]:
     """Jobs with their results, in order. Raises the first failure and cancels jobs that have not begun."""
     pool = ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="swarm-hash")
     try:

@@ -105,7 +105,7 @@ class Mdns:
             log.warning("mDNS is unavailable (%s); nodes will not find each other: name one with --peer", error)
             await self.close()
 
-    async def close(self, *, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    async def close(self) -> None:
         """Says goodbye and closes the sockets."""
         tasks, self._tasks = self._tasks, set()
         for task in tasks:
@@ -114,12 +114,12 @@ class Mdns:
         browsers, self._browsers = self._browsers, []
         sockets, self._sockets = self._sockets, []
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 for browser in browsers:
                     await browser.async_cancel()
                 await asyncio.gather(*(each.async_close() for each in sockets))
         except TimeoutError:
-            log.warning("mDNS did not close within %g s; others may list this node for a while", timeout_s)
+            log.warning("mDNS did not close within %g s; others may list this node for a while", CLOSE_TIMEOUT_S)
 
     def _open(self, hosts: list[str], port: int) -> None:
         from zeroconf import DNSQuestionType, ServiceInfo

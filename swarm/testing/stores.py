@@ -61,18 +61,18 @@ def sample(seed: int) -> tuple[Manifest, dict[str, bytes]]:
     return describe({"config.json": rng.randbytes(300), "model.safetensors": data})
 
 
-def describe(contents: Mapping[str, bytes], *, chunk_bytes: int = CHUNK_BYTES) -> tuple[Manifest, dict[str, bytes]]:
+def describe(contents: Mapping[str, bytes]) -> tuple[Manifest, dict[str, bytes]]:
     """The manifest of files with these contents, and the contents."""
     scheme = HashScheme(leaf_bytes=4096)
     files = []
     for path, data in sorted(contents.items()):
         header = data[8 : 8 + int.from_bytes(data[:8], "little")] if path.endswith(".safetensors") else b""
         tensors = FileEntry(path, len(data), header.decode(), ()).tensors()
-        ends = list(itertools.accumulate(cut(units(len(data), tensors), chunk_bytes), initial=0))
+        ends = list(itertools.accumulate(cut(units(len(data), tensors), CHUNK_BYTES), initial=0))
         parts = [data[start:end] for start, end in itertools.pairwise(ends)]
         chunks = tuple(ChunkEntry(len(part), chunk_digests(scheme, [part]).xxh3.hex()) for part in parts)
         files.append(FileEntry(path, len(data), header.decode(), chunks))
-    manifest = Manifest(1, "checkpoint", "", scheme, chunk_bytes, tuple(files))
+    manifest = Manifest(1, "checkpoint", "", scheme, CHUNK_BYTES, tuple(files))
     manifest.check()
     return manifest, dict(contents)
 
