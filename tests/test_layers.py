@@ -23,7 +23,7 @@ ROOT = Path(swarm.__file__).parent
 ROWS: dict[str, set[str]] = {
     "words": {"errors", "settings"},
     "nouns": {
-        "content", "content.bitfield", "content.commit", "content.manifest", "content.promise",
+        "content", "content.bitfield", "content.bounded_json", "content.commit", "content.manifest", "content.promise",
         "content.safetensors_header", "content.selection", "journal", "membership.config",
         "protocol", "protocol.agent_messages", "protocol.messages", "protocol.packets",
     },

@@ -10,12 +10,12 @@ Must not know: snapshots, blobs.
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from swarm.checkpoint.blob_check import is_hub_name
+from swarm.content import bounded_json
 from swarm.content.manifest import FILES_MAX
 from swarm.store.own_files import read_regular
 
@@ -42,13 +42,13 @@ def read(folder: Path, commit: str) -> dict[str, Listed] | None:
     """The listing of a commit by path; None without one, or with one of another format."""
     file = place(folder, commit)
     try:
-        data = json.loads(read_regular(file, bytes_max=LISTING_BYTES_MAX))
+        data = bounded_json.loads(read_regular(file, bytes_max=LISTING_BYTES_MAX))
         if data["format_version"] != _FORMAT:
             return None
         found = {path: _listed(entry) for path, entry in data["files"].items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning("%s is ignored: %s", file, error)
         return None
     return found if len(found) <= FILES_MAX else None

@@ -11,7 +11,6 @@ Must not know: hashes, sources.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pathlib import PurePosixPath
 
 from swarm.checkpoint.files import CheckpointFile
 from swarm.checkpoint.weight_files import WEIGHTS, is_weights, refuse_pointer
+from swarm.content import bounded_json
 from swarm.errors import CheckpointIncomplete, ManifestInvalid
 from swarm.store.own_files import read_regular
 
@@ -165,8 +165,8 @@ def _kind(config: CheckpointFile, field: str) -> str:
     if config.stamp.size > CONFIG_BYTES_MAX:
         return ""
     try:
-        table = json.loads(read_regular(config.real, bytes_max=CONFIG_BYTES_MAX))
-    except (ValueError, RecursionError):
+        table = bounded_json.loads(read_regular(config.real, bytes_max=CONFIG_BYTES_MAX))
+    except ValueError:
         return ""  # not the JSON of a loader
     value = table.get(field) if isinstance(table, dict) else None
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
@@ -183,8 +183,8 @@ def _read(index: CheckpointFile) -> dict[str, str]:
         raise ManifestInvalid(index.path, f"{index.stamp.size} bytes; an index has at most {INDEX_BYTES_MAX}")
     refuse_pointer(index)
     try:
-        table = json.loads(read_regular(index.real, bytes_max=INDEX_BYTES_MAX))
-    except (ValueError, RecursionError) as error:
+        table = bounded_json.loads(read_regular(index.real, bytes_max=INDEX_BYTES_MAX))
+    except ValueError as error:
         raise ManifestInvalid(index.path, f"is not JSON ({error})") from error
     shards = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):

@@ -17,13 +17,13 @@ from typing import Annotated, Any, BinaryIO, NoReturn
 
 import msgspec
 
+from swarm.content import bounded_json
 from swarm.errors import ManifestInvalid
 
 LENGTH_BYTES = 8
 HEADER_BYTES_MAX = 100_000_000  # limit of the reference implementation
 RANK_MAX = 64  # limit of torch
 NATURAL_MAX = 1 << 60
-VALUES_MAX = 2 << 20  # in the JSON of a header, some 230,000 tensors; each takes 64 bytes and more while it is parsed
 
 # In bits: elements of the 4- and 6-bit types share bytes.
 DTYPE_BITS = {
@@ -94,8 +94,8 @@ def parse(header: bytes, *, subject: str, file_bytes: int) -> tuple[list[Tensor]
             broken(f"name given twice: {name!r}")
         return table
 
-    if sum(map(header.count, (b",", b"[", b"{"))) > VALUES_MAX:  # counted before they are made
-        broken(f"more than {VALUES_MAX} values")
+    if bounded_json.has_too_many_values(header):
+        broken(f"more than {bounded_json.VALUES_MAX} values")
     start = LENGTH_BYTES + len(header)
     quick = _parse_quickly(header, start)
     if quick is not None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-import json
 import os
 import secrets
 import shutil
@@ -26,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from swarm.checkpoint import manifest_builder
-from swarm.content import safetensors_header
+from swarm.content import bounded_json, safetensors_header
 from swarm.content.manifest import FILE_BYTES_MAX, Digest, FileEntry, Manifest, unsafe_path
 from swarm.engines import cache_gc
 from swarm.errors import ManifestInvalid, SourceChanged
@@ -181,7 +180,7 @@ def is_whole(directory: Path) -> bool:
 def _shards(index: Path) -> set[Path]:
     """The files that an index names. An unreadable index names itself, so that the directory is not whole."""
     try:
-        return {index.parent / str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+        return {index.parent / str(name) for name in bounded_json.loads(index.read_bytes())["weight_map"].values()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {index}
 

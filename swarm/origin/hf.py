@@ -14,7 +14,6 @@ Must not know: peers, what is done with the bytes. Does not import huggingface_h
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
 
+from swarm.content import bounded_json
 from swarm.content.manifest import FILES_MAX
 from swarm.content.promise import GIT_SHA1, SHA256, ListedFile, Listing
 from swarm.errors import (
@@ -141,9 +141,9 @@ class HubOrigin:
 
     def _decoded(self, response: http.Response, model: str) -> Any:
         try:
-            return json.loads(response.read(ANSWER_BYTES_MAX))
-        except (ValueError, RecursionError) as error:
-            raise OriginUnusable(self._name, f"{model}: its answer is not JSON") from error
+            return bounded_json.loads(response.read(ANSWER_BYTES_MAX))
+        except ValueError as error:
+            raise OriginUnusable(self._name, f"{model}: its answer is not JSON ({error})") from error
         finally:
             response.close()
 

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from swarm.content import safetensors_header
+from swarm.content import bounded_json, safetensors_header
 from swarm.content.manifest import FileEntry
 from swarm.content.promise import ListedFile, Listing
 from swarm.errors import ManifestInvalid, OriginUnreachable
@@ -53,9 +52,9 @@ def _weight_map(origin: OriginReader, listing: Listing, file: ListedFile) -> dic
     if file.size > INDEX_BYTES_MAX:
         raise ManifestInvalid(file.path, f"an index of {file.size} bytes")
     try:
-        table = json.loads(_read(origin, listing, file, 0, file.size))["weight_map"]
+        table = bounded_json.loads(_read(origin, listing, file, 0, file.size))["weight_map"]
         return {str(name): str(shard) for name, shard in table.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ManifestInvalid(file.path, "is no index of tensors") from error
 
 

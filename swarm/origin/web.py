@@ -10,12 +10,12 @@ Must not know: peers, how other origins work.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
+from swarm.content import bounded_json
 from swarm.content.manifest import FILES_MAX, unsafe_path
 from swarm.content.promise import ETAG, SHA256, ListedFile, Listing
 from swarm.errors import OriginChanged, OriginNotFound, OriginUnreachable
@@ -123,9 +123,9 @@ def sums(text: str) -> Iterable[tuple[str, str]]:
 
 def _shards(text: str, model: str) -> list[str]:
     try:
-        table = json.loads(text)
+        table = bounded_json.loads(text.encode())
         names = sorted({str(name) for name in table["weight_map"].values()})
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise OriginNotFound(urlsplit(model).netloc, f"{model}{INDEX} is no index of shards") from error
     if len(names) > FILES_MAX:
         raise OriginNotFound(urlsplit(model).netloc, f"{model}{INDEX} names more than {FILES_MAX} files")

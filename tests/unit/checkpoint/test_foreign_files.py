@@ -14,6 +14,7 @@ from swarm.checkpoint import blob_check, hf_cache, hub_tree, kept, local_downloa
 from swarm.checkpoint.files import CheckpointFile
 from swarm.checkpoint.weight_files import refuse_broken
 from swarm.content.manifest import Digest
+from swarm.errors import ManifestInvalid
 from swarm.protocol.messages import Origin
 from swarm.store.own_files import open_regular
 from swarm.store.stamp import Stamp
@@ -134,9 +135,24 @@ def test_do_arrays_in_arrays_of_a_gguf_file_end(depth: int, tmp_path: Path) -> N
     refuse_broken(CheckpointFile("model.gguf", place, Stamp.at(place)))
 
 
-def test_does_a_deep_index_end(tmp_path: Path) -> None:
+MANY = 3 << 20
+HEAVY = {
+    "deep": '{"weight_map": ' + "[" * 100_000 + "]" * 100_000 + "}",
+    "lists": '{"weight_map": {}, "x": [' + "[]," * MANY + "[]]}",
+    "names": '{"weight_map": {' + '"":"",' * MANY + '"":""}}',
+}
+
+
+@pytest.mark.parametrize("kind", list(HEAVY))
+def test_is_an_index_refused_that_takes_many_times_its_size(kind: str, tmp_path: Path) -> None:
     place = tmp_path / "model.safetensors.index.json"
-    place.write_text('{"weight_map": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    place.write_text(HEAVY[kind])
     file = CheckpointFile(place.name, place, Stamp.at(place))
-    with pytest.raises(Exception, match="is not JSON"):
+    with pytest.raises(ManifestInvalid, match="is not JSON"):
         weight_index.indexes([file])
+
+
+@pytest.mark.parametrize("kind", list(HEAVY))
+def test_is_a_listing_ignored_that_takes_many_times_its_size(kind: str, folder: Path) -> None:
+    hub_tree.place(folder, COMMIT).write_text(HEAVY[kind])
+    assert hub_tree.read(folder, COMMIT) is None

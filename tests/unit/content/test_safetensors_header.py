@@ -13,12 +13,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from swarm.content import safetensors_header
+from swarm.content.bounded_json import VALUES_MAX
 from swarm.content.safetensors_header import (
     DTYPE_BITS,
     HEADER_BYTES_MAX,
     LENGTH_BYTES,
     RANK_MAX,
-    VALUES_MAX,
     Tensor,
     compose,
     header_bytes,
