@@ -103,23 +103,29 @@ function ground(view, ids, { rx, ry, r, turn }) {
   const pace = (angle) => Math.hypot(rx * Math.sin(angle), ry * Math.cos(angle)) || 1; // pixels for a radian, there
   const roomy = (angle) => pace(angle) * turn > 44;
   const before = new Map(); // id -> how far before it on the ring the last name ends
-  const names = (kind, text, first, angle) => {
+  const discs = [...places.values()];
+  const clear = (p) => taken.every((q) => Math.abs(p.x - q.x) > 64 || Math.abs(p.y - q.y) > 15) && discs.every((q) => Math.abs(p.x - q.x) > q.r + 26 || Math.abs(p.y - q.y) > q.r + 7);
+  // Before its first member where there is room, else further inside the ring, at its first or its middle member.
+  const names = (kind, text, first, angle, middle) => {
     const label = add(layers.labels, "text", `band-name ${kind}`);
     label.textContent = text;
     const reach = (text.length * 3.6 * rx * Math.abs(Math.sin(angle)) + 8 * ry * Math.abs(Math.cos(angle))) / pace(angle);
     const distance = (before.get(first) ?? r + 3) + reach;
-    before.set(first, distance + reach);
-    const place = roomy(angle) ? at(angle - distance / pace(angle)) : at(angle, r + 40);
+    const outside = roomy(angle) ? [at(angle - distance / pace(angle))] : [];
+    const inside = [angle, middle].flatMap((where) => [40, 56, 72].map((by) => at(where, r + by)));
+    const place = [...outside, ...inside].find(clear) ?? inside[0];
     set(label, { x: place.x, y: place.y + 4 });
     taken.push(place);
-    return roomy(angle) ? distance + reach : 0;
+    if (place !== outside[0]) return 0;
+    before.set(first, distance + reach);
+    return distance + reach;
   };
   const band = (kind, found, name, beyond) => {
     for (const run of found) {
       if (!run.label) continue;
       const [first, last] = [places.get(run.ids[0]).angle, places.get(run.ids.at(-1)).angle];
       const named = found.length <= 16 && (kind === "rack" || roomy(first));
-      const reach = named ? names(kind, name(run.label), run.ids[0], first) : 0;
+      const reach = named ? names(kind, name(run.label), run.ids[0], first, (first + last) / 2) : 0;
       const from = first - Math.max(0, reach + 3 - r - beyond) / pace(first);
       const steps = Math.max(2, Math.ceil((last - from) / 0.05));
       const points = Array.from({ length: steps + 1 }, (_, n) => at(from + ((last - from) * n) / steps));
@@ -128,8 +134,8 @@ function ground(view, ids, { rx, ry, r, turn }) {
     }
   };
   const hosts = runs((m) => (m.host ? `${m.rack ?? ""}\u0000${m.host}` : ""));
-  if (hosts.length > 1) band("host", hosts, (label) => shortened(label.split("\u0000").pop(), 10), 8);
-  band("rack", runs((m) => m.rack ?? ""), (label) => `${label.startsWith("rack") ? "" : "rack "}${shortened(label, 10)}`, 18);
+  if (hosts.length > 1) band("host", hosts, (label) => words.shortened(label.split("\u0000").pop(), 10), 8);
+  band("rack", runs((m) => m.rack ?? ""), (label) => `${label.startsWith("rack") ? "" : "rack "}${words.shortened(label, 10)}`, 18);
 }
 
 function node(id, chosen) {
@@ -194,7 +200,7 @@ export function note(member, digest, short = false) {
     case "origin": return short ? words.bytes(member.origin.bytes) : `${words.bytes(member.origin.bytes)} read · ${words.asked(member.origin)}`;
     case "wanted": return `has its part: ${words.percent(words.fraction(member, digest))} of all`;
     case "part": return `has ${words.percent(words.fraction(member, digest))}`;
-    case "other": return short ? "other content" : words.running(member) ? `fetches ${words.running(member).model_id}` : "has other content";
+    case "other": return short ? "other content" : words.running(member) ? `fetches ${words.shortened(words.running(member).model_id, 18)}` : "has other content";
     case "idle": return "holds nothing";
     default: return member.up_bytes_per_s && short ? words.rate(member.up_bytes_per_s) : member.up_bytes_per_s ? `has all · sends ${words.rate(member.up_bytes_per_s)}` : "has all";
   }
@@ -226,7 +232,7 @@ function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
   const side = Math.abs(Math.cos(angle)) < 0.25 ? "middle" : Math.cos(angle) > 0 ? "start" : "end";
   const away = r + (condition === "wrong" ? 14 : 9);
   const tx = side === "middle" ? 0 : Math.sign(Math.cos(angle)) * away;
-  const name = shown ? shortened(member.name, narrow ? 11 : 26) : "";
+  const name = shown ? words.shortened(member.name, narrow ? 11 : 26) : "";
   const said = shown ? note(member, digest, narrow || crowd) : "";
   const width = 7.4 * Math.max(name.length, said.length);
   made.shown = shown;
@@ -251,13 +257,13 @@ function inwards(x, side, width) {
 function apart({ x, y, tx, side, width }, up) {
   if (!width) return up;
   const left = leftOf(x + tx, side, width);
-  const free = (at) => named.every((box) => box.left >= left + width || box.left + box.width <= left || Math.abs(box.top - (y + at)) >= 32);
+  const free = (at) =>
+    named.every((box) => box.left >= left + width || box.left + box.width <= left || Math.abs(box.top - (y + at)) >= 32) &&
+    taken.every((place) => place.x - 26 >= left + width || place.x + 26 <= left || place.y + 8 <= y + at - 12 || place.y - 7 >= y + at + 20);
   const found = [0, 1, -1, 2, -2, 3, -3, 4, -4].map((step) => up + 11 * step).find(free) ?? up;
   named.push({ left, width, top: y + found });
   return found;
 }
-
-const shortened = (name, most) => (name.length > most ? `${name.slice(0, most - 1)}…` : name);
 
 function curve(from, to) {
   // Bent towards the centre; the two directions of a link are kept apart.

@@ -65,7 +65,7 @@ export function draw(found) {
   const most = Math.max(1, ...found.lanes.flatMap((lane) => lane.buckets));
   found.lanes.forEach((lane, n) => {
     const base = TOP + n * LANE + LANE - 6;
-    add(svg, "text", `lane-name${lane.banned ? " is-wrong" : ""}`, { x: left - 8, y: base - 6, "text-anchor": "end" }, lane.name.length > left / 8 ? `${lane.name.slice(0, Math.floor(left / 8) - 1)}…` : lane.name);
+    add(svg, "text", `lane-name${lane.banned ? " is-wrong" : ""}`, { x: left - 8, y: base - 6, "text-anchor": "end" }, words.shortened(lane.name, Math.floor((left - 10) / 8.4)));
     add(svg, "line", "lane-base", { x1: left, x2: left + inner, y1: base, y2: base });
     let d = "";
     lane.buckets.forEach((size, k) => {

@@ -51,6 +51,8 @@ export function condition(member, digest) {
   return holds.every((hold) => hold.fraction >= 1 || hold.wanted >= 1) ? "wanted" : "part"; // may be fetching without a report
 }
 
+export const shortened = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+
 export const STATES = {
   dead: "dead", left: "left", wrong: "wrong chunks", silent: "lost: no answer", slow: "slow", fetching: "fetching",
   unknown: "reported by others", origin: "origin", seed: "seed", wanted: "has what it wants", part: "has a part", other: "other content", idle: "holds nothing",
