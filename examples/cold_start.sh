@@ -9,15 +9,26 @@
 set -euo pipefail
 model=${1:?which model of the hub?}
 place=$(mktemp -d)
-trap 'kill $(jobs -p) 2>/dev/null; rm -rf "$place"' EXIT
-for number in 1 2 3 4 5 6 7 8; do
+trap 'kill $(jobs -p) 2>/dev/null || true; rm -rf "$place"' EXIT
+replicas=(1 2 3 4 5 6 7 8)
+pids=(none)
+for number in "${replicas[@]}"; do
+  peers=()
+  for other in "${replicas[@]}"; do [ "$other" = "$number" ] || peers+=(--peer "127.0.0.1:$((7000 + other))"); done
   HF_HUB_CACHE="$place/hub$number" SWARM_CACHE="$place/cache$number" \
-    swarm fetch "$model" --json --listen "127.0.0.1:$((7000 + number))" \
-    $(for other in 1 2 3 4 5 6 7 8; do [ "$other" = "$number" ] || echo --peer "127.0.0.1:$((7000 + other))"; done) \
-    > "$place/$number.json" &
+    swarm fetch "$model" --json --listen "127.0.0.1:$((7000 + number))" "${peers[@]}" \
+    > "$place/$number.json" 2> "$place/$number.log" &
+  pids+=($!)
 done
-for number in 1 2 3 4 5 6 7 8; do
-  until [ -s "$place/$number.json" ]; do sleep 0.2; done
+for number in "${replicas[@]}"; do
+  until [ -s "$place/$number.json" ]; do
+    if ! kill -0 "${pids[$number]}" 2>/dev/null; then
+      echo "replica $number failed:" >&2
+      cat "$place/$number.log" >&2
+      exit 1
+    fi
+    sleep 0.2
+  done
   python3 -c "
 import json, sys
 report = json.load(open(sys.argv[1]))
