@@ -407,12 +407,15 @@ class Connections:
     def _update_member(self, record: Record, addresses: tuple[Address, ...], now: float) -> list[Action]:
         if record.node == self._node:
             return []
+        moved = record.state >= State.DEAD
         if member := self._members.pop(record.node, None):
-            self._seeds.subtract(digest for digest, candidate in member.holds.items() if candidate.whole)
-            for digest in member.holds:
-                if not self._seeds[digest]:
-                    del self._seeds[digest]  # or members with ever new artifacts would fill the memory
-            for address in member.addresses:
+            for digest, candidate in member.holds.items():
+                if candidate.whole:
+                    self._seeds[digest] -= 1
+                    if not self._seeds[digest]:
+                        del self._seeds[digest]  # or members with ever new artifacts would fill the memory
+            moved |= member.addresses != addresses
+            for address in member.addresses if moved else ():
                 if self._member_at.get(address) == record.node:
                     del self._member_at[address]
         if record.state < State.DEAD:
@@ -423,9 +426,12 @@ class Connections:
                 held.digest: Candidate(record.node, held.chunks == held.chunks_total, distance, load)
                 for held in profile.artifacts
             }
-            self._seeds.update(digest for digest, candidate in holds.items() if candidate.whole)
+            for digest, candidate in holds.items():
+                if candidate.whole:
+                    self._seeds[digest] += 1
             self._members[record.node] = _Member(addresses, distance, load, holds, more=profile.omitted > 0)
-            self._member_at.update(dict.fromkeys(addresses, record.node))
+            for address in addresses:
+                self._member_at[address] = record.node
             return []
         why = "gossip says that it left" if record.state is State.LEFT else "gossip says that it is dead"
         drops = self._drop([link for link in self._links.values() if link.node == record.node], why, now)

@@ -3,7 +3,7 @@
 Each member runs the machines of a node: `Connections`, `Download`, `Upload`, `Superseed` and `OriginReads`. The crowd
 carries out their actions: it opens links, delivers messages after a delay and moves chunks over a `Wire`. Nothing
 stands for sockets, tasks, stores, hashes and claims: a random generator decides which chunks are corrupt. Gossip tells
-every member of joins and deaths at once, and of loads every second. `tests/sim` runs whole nodes with their drivers;
+every member of joins and deaths at once, and of loads every second (less often with more than `GOSSIP_MEMBERS`). `tests/sim` runs whole nodes with their drivers;
 the crowd shows how a burst of a thousand scales.
 
 A run is a function of its `Burst`. An observer sees every event and action, except gossip.
@@ -48,6 +48,7 @@ UPLOAD_SLOTS = 8
 IDLE_TIMEOUT_S, DIAL_TIMEOUT_S = 5.0, 5.0
 BURST_S = 0.002  # the newcomers of a burst ask within this time
 GOSSIP_EVERY_S = ANNOUNCE_EVERY_S = 1.0
+GOSSIP_MEMBERS = 256  # of more members, loads are told less often: all of them hear of each
 BUS_FASTER = 8  # members of a machine reach each other at this multiple of its link's rate
 LIMIT_BOUNDS, LIMIT_S = 50, 60.0  # a run ends after this many lower bounds, plus a time for timeouts
 LIES_PART = 0.5  # part of a liar's chunks that is corrupt
@@ -139,6 +140,7 @@ class Crowd:
         self._banned: dict[str, list[str]] = {}
         self._lost_chunks = 0  # without a living holder
         self._mates_due = False
+        self._gossip_every_s = GOSSIP_EVERY_S * max(1.0, burst.newcomers / GOSSIP_MEMBERS)
         self._origin = (
             SimulatedOrigin(burst, self._manifest, self._clock, self._wire) if burst.origin_bytes_per_s else None
         )
@@ -159,7 +161,7 @@ class Crowd:
                 self._clock.at(at_s + self._rng.uniform(0.1, 0.9) * burst.copy_s, self._kill, name)
         if burst.kill_seed_at is not None:
             self._clock.at(burst.kill_seed_at * burst.copy_s, self._kill, self._seeds[0])
-        self._clock.after(GOSSIP_EVERY_S, self._gossip_loads)
+        self._clock.after(self._gossip_every_s, self._gossip_loads)
         limit_s = limit_s or LIMIT_BOUNDS * burst.bound_s + burst.noticed_s + LIMIT_S
         try:
             self._clock.run(lambda: not self._awaited or bool(self._lost_chunks), limit_s=limit_s)
@@ -295,16 +297,20 @@ class Crowd:
     def _gossip(self, member: _Member, state: State = State.ALIVE) -> None:
         updated = connections.MemberUpdated(member.record(state), (Address(member.name),))
         for other in self._members.values():
-            if other is not member:
+            if other is member or not other.nic.alive:
+                continue
+            if state < State.DEAD and not self._checked:
+                other.connections.handle(updated, self._clock.now)  # of all calls by far the most: nothing follows
+            else:
                 self._connect(other, updated)
 
     def _gossip_loads(self) -> None:
         for member in self._members.values():
             profile = self._profile(member)
-            if member.nic.alive and profile != member.profile:
+            if member.nic.alive and _shown(profile) != _shown(member.profile):
                 member.profile = profile
                 self._gossip(member)
-        self._clock.after(GOSSIP_EVERY_S, self._gossip_loads)
+        self._clock.after(self._gossip_every_s, self._gossip_loads)
 
     def _schedule_mates(self) -> None:
         if (self.burst.per_machine > 1 or self._racks or self._origin) and not self._mates_due:
@@ -593,3 +599,8 @@ class Crowd:
     def _check(self, machine: _Machine) -> None:
         if self._checked:
             machine.check()
+
+
+def _shown(profile: Profile) -> tuple[int, tuple[bool, ...]]:
+    """What `Connections` sees of a profile that changes: load, and which holdings are whole."""
+    return profile.uploads, tuple(held.chunks == held.chunks_total for held in profile.artifacts)

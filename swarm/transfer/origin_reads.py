@@ -131,8 +131,10 @@ class OriginReads:
 
     def watch(self, now: float, *, missing: Mask, elsewhere: Mask) -> None:
         """Notes what all nodes have read since the last call; a few times a second."""
-        wanted = missing & ~elsewhere
-        self._all.watch(now, wanted=wanted, busy=self._busy(wanted))
+        busy = np.zeros(len(missing), dtype=np.bool_)
+        for taken in self._taken():
+            busy[taken.at : taken.end] = True
+        self._all.watch(now, wanted=missing & ~elsewhere, busy=busy)
 
     @property
     def ranks(self) -> list[NodeId]:
@@ -389,11 +391,13 @@ class OriginReads:
 
         Nodes come to it one after another, and to different chunks.
         """
+        late_s = LATE_S + self._manifest.chunk_bytes / LATE_BYTES_PER_S
+        if waited_s < late_s:
+            return None
         rank = self.ranks.index(self._node)
         self._of_ranks()
         gaps = self._gaps(missing)
-        chunk_s = self._manifest.chunk_bytes / LATE_BYTES_PER_S
-        if not gaps or waited_s < LATE_S + chunk_s + LATE_NEXT_S * rank:
+        if not gaps or waited_s < late_s + LATE_NEXT_S * rank:
             return None
         first, end = gaps[rank % len(gaps)]
         found = self.own[stream] = dataclasses.replace(self._run(first, end), late=True)
