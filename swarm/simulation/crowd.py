@@ -3,8 +3,8 @@
 Each member runs the machines of a node: `Connections`, `Download`, `Upload`, `Superseed` and `OriginReads`. The crowd
 carries out their actions: it opens links, delivers messages after a delay and moves chunks over a `Wire`. Nothing
 stands for sockets, tasks, stores, hashes and claims: a random generator decides which chunks are corrupt. Gossip tells
-every member of joins and deaths at once, and of loads every second (less often with more than `GOSSIP_MEMBERS`). `tests/sim` runs whole nodes with their drivers;
-the crowd shows how a burst of a thousand scales.
+every member of joins and deaths at once, and of loads every second (less often with more than `GOSSIP_MEMBERS`).
+`tests/sim` runs whole nodes with their drivers; the crowd shows how a burst of a thousand scales.
 
 A run is a function of its `Burst`. An observer sees every event and action, except gossip.
 
