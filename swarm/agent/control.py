@@ -24,6 +24,7 @@ from swarm.protocol import agent_messages as messages
 from swarm.protocol.agent_messages import Answer, Failed, Greeting, Pulled, Request
 from swarm.store.file_errors import store_errors
 from swarm.store.file_lock import open_locked
+from swarm.store.own_files import close_to_others, demand_own
 
 CONNECTIONS_MAX = 64
 REQUEST_TIMEOUT_S = 5.0
@@ -47,10 +48,14 @@ class Control:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def claim(self) -> None:
-        """Makes this process the agent of the cache directory. Raises SettingsError while another one is."""
+        """Makes this process the agent of the cache directory. Raises SettingsError while another one is, and
+        StoreError if another user may write there."""
         folder = self._cache / messages.FOLDER
         with store_errors(folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with contextlib.suppress(OSError):  # else it is not the user's own, or a link
+                close_to_others(folder)
+            demand_own(folder)
             try:
                 self._lock = open_locked(folder / "lock", timeout_s=0)
             except BlockingIOError:
@@ -62,8 +67,8 @@ class Control:
         with store_errors(self._cache), at(self._cache) as path:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+            os.fchmod(sock.fileno(), 0o600)  # before it has a name: that could be another file's by then
             sock.bind(path)
-            os.chmod(path, 0o600)
         sock.listen(BACKLOG)
         line = messages.encode(greeting)
 

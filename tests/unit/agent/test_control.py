@@ -13,13 +13,14 @@ import pytest
 
 from swarm.agent import control
 from swarm.agent.control import Control
-from swarm.errors import AgentError, SettingsError, StoreFull
+from swarm.errors import AgentError, SettingsError, StoreError, StoreFull
 from swarm.node import agent_client
 from swarm.node.agent_client import agent
 from swarm.node.agent_reach import greeting, objection
 from swarm.protocol import agent_messages as messages
 from swarm.protocol.agent_messages import Answer, Done, List, Pin, Pull, PullProgress, Remove, Request
 from swarm.settings import Settings
+from swarm.store import own_files
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -126,6 +127,30 @@ def test_is_the_socket_for_its_user_alone(cache: Path, monkeypatch: pytest.Monke
                 assert found is None, "the program does not believe it"
 
     run(scenario)
+
+
+def test_is_a_directory_of_another_user_no_place_for_the_socket(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = cache / messages.FOLDER
+    folder.mkdir(mode=0o2770)  # as a volume of a pod has it
+    Control(cache, answers).claim()
+    assert stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    monkeypatch.setattr(control, "close_to_others", lambda _: None)  # only its owner can
+    os.chown(folder, 23456, -1) if os.getuid() == 0 else monkeypatch.setattr(own_files, "_is_foreign", lambda _: True)
+    with pytest.raises(StoreError, match="another user can change it"):
+        Control(cache, answers).claim()
+
+
+def test_is_a_link_no_place_for_the_socket(cache: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    (cache / messages.FOLDER).symlink_to(elsewhere)
+    with pytest.raises(StoreError, match="another user can change it"):
+        Control(cache, answers).claim()
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o755
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.parametrize("said", [b"nonsense\n", b'{"type":"list"', b'{"type":"greeting"}\n', b"[" * 5000 + b"\n", b""])
