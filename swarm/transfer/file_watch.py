@@ -34,6 +34,8 @@ async def watch_files(shares: Shares) -> None:
                 continue
             try:
                 await asyncio.to_thread(source.demand_unchanged, partial(_is_right, share, source))
-            except StoreError as error:
-                if shares.shares.get(digest) is share:  # a source that was closed meanwhile cannot be read
-                    shares.lose(digest, error)
+            except (StoreError, OSError) as error:
+                # A source that was closed meanwhile cannot be read, nor its descriptors.
+                if shares.shares.get(digest) is share and share.source is source:
+                    failure = error if isinstance(error, StoreError) else StoreError(f"its files: {error.strerror}")
+                    shares.lose(digest, failure)

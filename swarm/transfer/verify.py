@@ -357,6 +357,8 @@ def _spans(source: Source, chunk: Chunk) -> Iterator[Span]:
         yield from source.spans(chunk)
     except StoreError as error:
         raise SourceFailed(error) from error
+    except OSError as error:  # it was closed meanwhile
+        raise SourceFailed(StoreError(f"its files: {error.strerror}")) from error
 
 
 def _pour(spans: Iterator[Span], views: Iterator[memoryview]) -> None:
