@@ -4,7 +4,8 @@ One connection a request, with http.client on the caller's thread: a range of 64
 fills the final memory without a copy. Proxies (`HTTPS_PROXY`, `NO_PROXY`) and certificates (`REQUESTS_CA_BUNDLE`,
 `SSL_CERT_FILE`) are taken from the environment, as other clients of hubs do.
 
-`Authorization` is sent to the host of the first request only. A redirect from https to http is refused.
+`Authorization` is sent to the host of the first request only. A redirect from https to http is refused, and so is one
+from elsewhere to this machine or to the services of its cloud.
 
 Must not know: which service it is, what is in the body.
 """
@@ -16,6 +17,7 @@ import contextlib
 import email.utils
 import functools
 import http.client
+import ipaddress
 import math
 import os
 import re
@@ -46,6 +48,8 @@ SKIP_BYTES = 1 << 20
 _REDIRECTS = (301, 302, 303, 307, 308)
 _BUSY = (408, 425, 429, 500, 502, 503, 504)
 _CLOSED = (ValueError, AttributeError)  # raised by a read whose response another thread closes meanwhile
+_BROKEN = (OSError, http.client.HTTPException, UnicodeError)
+_OF_CLOUDS = ("fd00:ec2::254", "100.100.100.200", "168.63.129.16")  # of AWS, Alibaba, Azure; others are link-local
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -135,13 +139,26 @@ def request(
     follow: bool = True,
 ) -> Response:
     """Sends a request and follows its redirects. Raises OriginUnreachable; any other status is the caller's."""
-    first = _host_of(urlsplit(url))
+    origin, first = url, _host_of(urlsplit(url))
     sent = {"User-Agent": f"swarm/{__version__}", "Accept-Encoding": "identity", **(headers or {})}
     hops: list[Mapping[str, str]] = []
+    inner = False  # whether the origin itself is so near
     for _ in range(REDIRECTS_MAX):
         parts = urlsplit(url)
         secret = {"Authorization": authorization} if authorization and _host_of(parts) == first else {}
-        response = _once(url, parts, method, {**sent, **secret}, hops)
+        try:
+            connection, target = _connected(parts)
+        except _BROKEN as error:
+            raise OriginUnreachable(parts.netloc, _broken(error)) from error
+        except ValueError as error:  # a port that is no number
+            raise OriginUnreachable(parts.netloc, str(error)) from error
+        if not hops:
+            inner = _is_inner(connection, parts)
+        elif not inner and _is_inner(connection, parts):
+            connection.close()
+            why = f"redirects to {parts.netloc}, an address of this machine or its cloud"
+            raise OriginUnusable(urlsplit(origin).netloc, why, lasting=True)
+        response = _sent(connection, target, url, method, {**sent, **secret}, hops)
         where = response.headers.get("Location")
         if response.status not in _REDIRECTS or where is None or not follow:
             return response
@@ -215,22 +232,47 @@ def retry_after_s(headers: Mapping[str, str]) -> float:
     return float(match[1]) if match else 0.0
 
 
-def _once(
-    url: str, parts: SplitResult, method: str, headers: Mapping[str, str], hops: list[Mapping[str, str]]
-) -> Response:
+def _connected(parts: SplitResult) -> tuple[http.client.HTTPConnection, str]:
+    """An open connection, and the target of its request line."""
+    connection, target = _connection(parts)
     try:
-        connection, target = _connection(parts)
-    except (ValueError, OSError) as error:  # a port that is no number; certificates that cannot be read
-        raise OriginUnreachable(parts.netloc, str(error)) from error
+        connection.connect()
+    except BaseException:
+        connection.close()
+        raise
+    return connection, target
+
+
+def _sent(
+    connection: http.client.HTTPConnection,
+    target: str,
+    url: str,
+    method: str,
+    headers: Mapping[str, str],
+    hops: list[Mapping[str, str]],
+) -> Response:
     try:
         connection.request(method, target, headers=dict(headers))
         sock = connection.sock
         if sock is not None:
             sock.settimeout(SILENCE_S)
         return Response(url, connection.getresponse(), sock, hops)
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
+    except _BROKEN as error:
         connection.close()
-        raise OriginUnreachable(parts.netloc, _broken(error)) from error
+        raise OriginUnreachable(urlsplit(url).netloc, _broken(error)) from error
+
+
+def _is_inner(connection: http.client.HTTPConnection, parts: SplitResult) -> bool:
+    """Whether a connection leads to this machine, or to a service of its cloud; through a proxy, whether its URL says
+    so: an origin elsewhere must not have their answers read, which this node would serve on."""
+    host = parts.hostname or ""
+    try:
+        at = connection.sock.getpeername()[0] if connection.host == host else host
+        address = ipaddress.ip_address(at.partition("%")[0])
+    except (OSError, ValueError):
+        return host == "localhost"
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_link_local or address.is_unspecified or str(address) in _OF_CLOUDS
 
 
 def _connection(parts: SplitResult) -> tuple[http.client.HTTPConnection, str]:
