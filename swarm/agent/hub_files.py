@@ -15,6 +15,8 @@ import contextlib
 import hashlib
 import logging
 import os
+import secrets
+import shutil
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,10 @@ from swarm.checkpoint.files import CheckpointFile
 from swarm.checkpoint.hf_publish import CacheEntry
 from swarm.content.manifest import Digest
 from swarm.content.promise import ListedFile
-from swarm.errors import OriginChanged, OriginNotFound, SourceChanged, Stalled
+from swarm.errors import OriginChanged, OriginNotFound, SourceChanged, Stalled, StoreFull
 from swarm.origin import OriginReader
 from swarm.store.file_errors import store_errors
+from swarm.store.own_files import write_new
 from swarm.store.stamp import Stamp
 from swarm.transfer.origin_driver import on_daemon
 
@@ -115,12 +118,12 @@ class HubFiles:
         origin = revision.found.origin if revision.found else None
         data = origin.beside.get(file.path) if origin else None
         entry = CacheEntry(revision.model_id, root=self._agent.cache.root)
-        draft = entry.draft(f"{os.getpid()}-{file.name}")
+        draft = entry.draft(f"{secrets.token_hex(8)}-{file.name}")
         key = key_of(revision.model_id, revision.commit)
         self._agent.cache.room(key, file.size)
         try:
             if data is not None and git_name(data) == file.name:
-                await asyncio.to_thread(draft.write_bytes, data)
+                await asyncio.to_thread(write_new, draft, data)
             elif revision.listing and revision.reader:
                 listed = next(each for each in revision.listing.files if each.path == file.path)
                 reader, listing = revision.reader, revision.listing
@@ -154,7 +157,10 @@ def _read(reader: OriginReader, listing: Any, file: ListedFile, draft: Path, nam
     sha256 = hashlib.sha256()
     git = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
     state = sha256 if len(name) == 64 else git
-    with store_errors(draft), draft.open("wb") as out:
+    free_bytes = shutil.disk_usage(draft.parent).free
+    if file.size > free_bytes:
+        raise StoreFull(draft.parent, need_bytes=file.size, free_bytes=free_bytes)
+    with store_errors(draft), draft.open("xb") as out:
         if file.size:
             with contextlib.closing(reader.read(listing, file, 0, file.size)) as stream:
                 buffer = memoryview(bytearray(min(READ_BYTES, file.size)))

@@ -25,6 +25,7 @@ import errno
 import filecmp
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,7 @@ from swarm.errors import SettingsError, StoreConflict, StoreError
 from swarm.protocol.messages import Origin
 from swarm.store.file_errors import store_errors
 from swarm.store.file_lock import open_locked
-from swarm.store.own_files import replacing
+from swarm.store.own_files import replacing, write_new
 from swarm.store.partial_directory import PARTIAL
 from swarm.store.stamp import Stamp
 
@@ -327,8 +328,8 @@ class CacheEntry:
                 continue
             name = listed[path].name if listed is not None else git_name(data)
             with contextlib.suppress(OSError):  # something else lies in its place
-                draft = self._incoming / f"beside-{name}"
-                draft.write_bytes(data)
+                draft = self._incoming / f"beside-{secrets.token_hex(8)}"
+                write_new(draft, data)
                 if content_name(draft, like=name, size=len(data)) == name and _lacks(target / path, name):
                     self._place(draft, target / path, self._blob(name), None)
                 draft.unlink(missing_ok=True)

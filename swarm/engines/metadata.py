@@ -26,11 +26,11 @@ import msgspec
 
 from swarm.checkpoint import manifest_builder
 from swarm.content import bounded_json, safetensors_header
-from swarm.content.manifest import FILE_BYTES_MAX, Digest, FileEntry, Manifest, unsafe_path
+from swarm.content.manifest import FILE_BYTES_MAX, MANIFEST_BYTES_MAX, Digest, FileEntry, Manifest, unsafe_path
 from swarm.engines import cache_gc
 from swarm.errors import ManifestInvalid, SourceChanged
 from swarm.store.file_errors import store_errors
-from swarm.store.own_files import demand_own
+from swarm.store.own_files import demand_own, open_regular
 
 DESCRIPTION = "swarm_checkpoint.json"
 NAME = "swarm_model_id.txt"  # holds the model id of a directory that `lay_out` made
@@ -150,7 +150,10 @@ def read(directory: Path) -> CheckpointDescription:
     with store_errors(place):
         if not place.is_file():
             raise ManifestInvalid(str(directory), f"has no {DESCRIPTION}")
-        data = place.read_bytes()
+        with open_regular(place) as file:
+            data = file.read(MANIFEST_BYTES_MAX + 1)
+    if len(data) > MANIFEST_BYTES_MAX:  # it has the headers of a manifest, and less beside them
+        raise ManifestInvalid(str(place), f"has more than {MANIFEST_BYTES_MAX} bytes")
     try:
         found = _decoder.decode(data)
     except (ValueError, RecursionError) as error:

@@ -62,6 +62,12 @@ def open_regular(path: Path, *, buffering: int = -1) -> BinaryIO:
     return open(fd, "rb", buffering=buffering)
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Makes a file. Raises FileExistsError for whatever lies there, and OSError."""
+    with path.open("xb") as file:
+        file.write(data)
+
+
 def demand_own(path: Path) -> None:
     """Raises StoreError for an entry that another user, unless that is root, owns or may write, and for a link."""
     with store_errors(path):

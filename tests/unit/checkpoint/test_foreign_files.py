@@ -10,13 +10,22 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from swarm.checkpoint import blob_check, hf_cache, hub_tree, kept, local_download, signature_file, weight_index
+from swarm.checkpoint import (
+    blob_check,
+    hf_cache,
+    hf_publish,
+    hub_tree,
+    kept,
+    local_download,
+    signature_file,
+    weight_index,
+)
 from swarm.checkpoint.files import CheckpointFile
 from swarm.checkpoint.weight_files import refuse_broken
 from swarm.content.manifest import Digest
 from swarm.errors import ManifestInvalid
 from swarm.protocol.messages import Origin
-from swarm.store.own_files import open_regular
+from swarm.store.own_files import open_regular, write_new
 from swarm.store.stamp import Stamp
 
 COMMIT = "c" * 40
@@ -156,3 +165,20 @@ def test_is_an_index_refused_that_takes_many_times_its_size(kind: str, tmp_path:
 def test_is_a_listing_ignored_that_takes_many_times_its_size(kind: str, folder: Path) -> None:
     hub_tree.place(folder, COMMIT).write_text(HEAVY[kind])
     assert hub_tree.read(folder, COMMIT) is None
+
+
+def test_is_a_draft_of_a_file_beside_a_model_written_through_no_link(tmp_path: Path) -> None:
+    """Another user can put links where drafts are made, if the cache is shared."""
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    name = blob_check.git_name(b"read me")
+    entry = hf_publish.CacheEntry("org/m", root=tmp_path)
+    (entry.folder / ".swarm-incoming").mkdir(parents=True)
+    (entry.folder / ".swarm-incoming" / f"beside-{name}").symlink_to(victim)
+    target = entry.folder / "snapshots" / COMMIT
+    target.mkdir(parents=True)
+    entry._place_beside(Origin(COMMIT, {}, beside={"README.md": b"read me"}), target)
+    assert victim.read_bytes() == b"mine"
+    assert (target / "README.md").read_bytes() == b"read me"
+    with pytest.raises(FileExistsError):
+        write_new(entry.folder / ".swarm-incoming" / f"beside-{name}", b"")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import msgspec
@@ -116,6 +117,20 @@ def test_is_a_description_that_cannot_be_true_refused(said: object, tmp_path: Pa
 def test_is_a_description_read_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / metadata.DESCRIPTION).write_text(json.dumps(GOOD))
     assert msgspec.to_builtins(metadata.read(tmp_path)) == GOOD
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless", "large"])
+def test_is_a_description_within_its_bound(kind: str, tmp_path: Path) -> None:
+    place = tmp_path / metadata.DESCRIPTION
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "endless":
+        place.symlink_to("/dev/zero")
+    else:
+        with place.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(ManifestInvalid, match=r"has no|has more than"):
+        metadata.read(tmp_path)
 
 
 def test_is_a_directory_without_one_an_error(tmp_path: Path) -> None:
