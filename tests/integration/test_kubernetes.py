@@ -116,6 +116,10 @@ def test_do_replicas_fill_themselves_roll_over_and_survive_a_lost_machine(cluste
         assert hub.sent_bytes < 3 * SIZE, "six nodes, and a busy machine"
         for pod in cluster.ready(AGENT):
             assert runs_confined(pod)
+        agent = cluster.ready(AGENT)[0]
+        shown = agent.execute("agent", sys.executable, "-m", "swarm", "status")
+        assert shown.startswith(f"{agent.name} at {agent.place.address}"), shown
+        assert MODEL in shown
         hub.models[MODEL] = Model(second, names={"v2": "", "main": ""})
         cluster.apply(revised(manifests.kustomized(overlay), "v2", 3))
 
