@@ -18,3 +18,11 @@ DISTURBANCES: dict[str, dict[str, Any]] = {
     "four racks behind 4:1": {"racks": 4},
     "eight newcomers a machine": {"per_machine": 8},
 }
+
+# Of a burst without a seed: newcomers that lie about what they read, die while they read, and are held back.
+COLD_DISTURBANCES: dict[str, dict[str, Any]] = {
+    "one claims wrong digests": {"false_claims": 1},
+    "two claim wrong digests, 30 % die": {"false_claims": 2, "kill_newcomers": 0.3, "noticed_s": 0.3},
+    "wrong digests, wrong bytes, late and slow": {"false_claims": 1, "liars": 1, "late": 0.3, "slow": 0.2},
+    "two may read, and 30 % die": {"origin_readers": 2, "kill_newcomers": 0.3, "noticed_s": 0.3},
+}

@@ -2,7 +2,8 @@
 
 Prints each question's median and worst ratio (the last newcomer over its lower bound) with the seed of the worst, and
 the command that replays each failure: a newcomer that did not finish, a rule that a machine broke, an honest newcomer
-that was banned. Every run is a function of its burst, so the machine does not matter. Exits 1 after a failure.
+that was banned, a newcomer that ended with a lie. Every run is a function of its burst, so the machine does not matter.
+Exits 1 after a failure.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import sys
 from dataclasses import replace
 
-from disturbances import DISTURBANCES
+from disturbances import COLD_DISTURBANCES, DISTURBANCES
 
 from swarm.cli.simulate import Outcome, failure, play_each
 from swarm.simulation.report import BurstReport
@@ -26,6 +27,8 @@ def wrong(outcome: Outcome) -> str | None:
     if line := failure(outcome):
         return line
     assert isinstance(outcome, BurstReport)
+    if outcome.believed_lies:
+        return f"{outcome.believed_lies} newcomers ended with a lie; replay it with: {outcome.burst.command}"
     honest = outcome.banned_by.keys() - outcome.liars
     return (
         f"{', '.join(sorted(honest))} banned though honest; replay it with: {outcome.burst.command}" if honest else None
@@ -38,11 +41,14 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first rng seed")
     parser.add_argument("--newcomers", type=int, default=8)
     parser.add_argument("--chunks", type=int, default=20)
+    parser.add_argument("--cold", action="store_true", help="only the questions without a seed")
     given = parser.parse_args()
     base = Burst(newcomers=given.newcomers, chunks=given.chunks, model_bytes=given.chunks * CHUNK_BYTES)
+    cold = replace(base, seeds=0, chunks=32, model_bytes=32 * CHUNK_BYTES, origin_bytes_per_s=base.rate_bytes_per_s)
     failures = 0
-    for words, changes in DISTURBANCES.items():
-        question = replace(base, **changes)
+    asked = [(words, replace(base, **changes)) for words, changes in DISTURBANCES.items() if not given.cold]
+    asked += [(f"without a seed: {words}", replace(cold, **changes)) for words, changes in COLD_DISTURBANCES.items()]
+    for words, question in asked:
         if question.racks > 2 or question.per_machine > 4:  # as many as so few newcomers fill
             question = replace(question, racks=min(question.racks, 2), per_machine=min(question.per_machine, 4))
         bursts = [replace(question, rng_seed=given.first + number) for number in range(given.runs)]
@@ -53,10 +59,10 @@ def main() -> int:
         if reports:
             worst = max(reports, key=lambda report: report.last_ratio)
             median = statistics.median(report.last_ratio for report in reports)
-            seeds = max(report.seed_models for report in reports)
+            seeds = max(report.seed_models + report.origin_models for report in reports)
             print(
                 f"{words}: median {median:.2f}, worst {worst.last_ratio:.2f} (rng seed {worst.burst.rng_seed}), seeds "
-                f"sent at most {seeds:.2f} models, {len(lines)} of {len(outcomes)} failed",
+                f"or origin sent at most {seeds:.2f} models, {len(lines)} of {len(outcomes)} failed",
                 flush=True,
             )
         for line in lines:

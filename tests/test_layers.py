@@ -99,8 +99,8 @@ ROWS: dict[str, set[str]] = {
         "observe",
         "observe.budget", "observe.fetch_record", "observe.node_report", "observe.progress", "observe.opentelemetry",
         "observe.origin_record", "observe.prometheus", "observe.rate", "observe.trace",
-        "observe.units", "runtime", "simulation", "simulation.crowd", "simulation.origin", "simulation.plot",
-        "simulation.report", "simulation.setup", "simulation.wire",
+        "observe.units", "runtime", "simulation", "simulation.claims", "simulation.crowd", "simulation.origin",
+        "simulation.plot", "simulation.report", "simulation.setup", "simulation.wire",
     },
     "testing": {
         "testing", "testing.origins", "testing.require", "testing.stores", "testing.transport_pairs",

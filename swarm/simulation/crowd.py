@@ -17,7 +17,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -31,11 +31,13 @@ from swarm.peers.connections import Connections
 from swarm.protocol import messages
 from swarm.protocol.messages import Address, Announcement, Message, NodeId
 from swarm.protocol.packets import Holding, Profile, Record, State
+from swarm.simulation.claims import false_digests, promised, true_digests
 from swarm.simulation.origin import SimulatedOrigin
 from swarm.simulation.report import BurstReport
 from swarm.simulation.setup import SLOWER, Burst
 from swarm.simulation.wire import ChunkFlow, Clock, Domain, Nic, Trunk, Wire
 from swarm.transfer import download_events, upload
+from swarm.transfer.claims import BanClaimant, Claims, claim_messages, claimed_runs
 from swarm.transfer.download import Download
 from swarm.transfer.superseed import Superseed
 from swarm.transfer.upload import Upload
@@ -83,6 +85,7 @@ class _Member:
     profile: Profile  # as gossip tells it
     superseed: Superseed | None = None
     download: Download | None = None
+    claims: Claims | None = None
     ended_at: float | None = None
     due_at: float = math.inf  # of the next `_come_due`
     control_bytes: int = 0
@@ -122,6 +125,8 @@ class Crowd:
         entries = (ChunkEntry(burst.chunk_bytes, "0" * 32),) * burst.chunks
         files = (FileEntry("model", burst.copy_bytes, "", entries),)
         self._manifest = Manifest(1, "checkpoint", "", HashScheme(), burst.chunk_bytes, files)
+        if burst.false_claims:
+            self._manifest = promised(burst)
         self._members: dict[NodeId, _Member] = {}
         self._machines: dict[int, Domain] = {}
         self._racks = [
@@ -135,6 +140,7 @@ class Crowd:
             for part in (burst.slow, burst.late, burst.kill_newcomers)
         )
         self._liars = frozenset(self._names[: burst.liars])
+        self._false = frozenset(self._names[burst.liars :][: burst.false_claims])
         self._awaited = set(self._names) - self._doomed
         self._link_numbers = itertools.count()
         self._banned: dict[str, list[str]] = {}
@@ -175,7 +181,8 @@ class Crowd:
         """Raises LocalProtocolError when a member's machine breaks an invariant."""
         for member in self._members.values():
             reads = self._origin.reads_of(member.name) if self._origin else None
-            for machine in (member.connections, member.upload, member.download, member.superseed, reads):
+            machines = member.connections, member.upload, member.download, member.superseed, member.claims, reads
+            for machine in machines:
                 if machine:
                     machine.check()
 
@@ -199,7 +206,12 @@ class Crowd:
             },
             killed=self._doomed,
             slow=self._slow,
-            liars=self._liars,
+            liars=self._liars | self._false,
+            believed_lies=sum(
+                any(m.claims.claim(chunk).digests != true_digests(chunk) for chunk in m.held)
+                for m in newcomers
+                if m.claims and m.ended_at is not None and m.name not in self._false
+            ),
             lost_chunks=self._lost_chunks,
             seed_bytes=sum(members[name].nic.sent_bytes for name in self._seeds if name in members),
             origin_bytes=self._origin.sent_bytes if self._origin else 0.0,
@@ -260,6 +272,8 @@ class Crowd:
             transfer_ids=itertools.count(),
             rng=member.rng,
         )
+        if burst.false_claims:
+            member.claims = Claims(self._manifest, node=name, rng=member.rng)
         if self._origin:
             self._origin.begin(
                 name,
@@ -267,6 +281,7 @@ class Crowd:
                 member.download,
                 tell=lambda: self._tell_reading(member),
                 landed=partial(self._read, member),
+                urgent=member.claims.must_read if member.claims else (),
             )
         self._note(member, Asked())
         self._connect(member, connections.Wanted(frozenset({DIGEST})))
@@ -415,14 +430,17 @@ class Crowd:
                 holds = {held.digest: held.chunks == held.chunks_total for held in artifacts}
                 self._connect(member, connections.HoldingsAnnounced(member.links[peer.name], holds))
             case messages.Interest(bits=bits):
+                self._send_claims(list(member.held), member, peer)
                 self._send(messages.Holdings(DIGEST, member.held.pack()), member, peer)
                 if member.superseed:
                     member.superseed.joined(peer.name, Bitfield.unpack(bits, member.held.length))
             case messages.Holdings(_, bits):
                 holds_chunks = Bitfield.unpack(bits, member.held.length)
+                if member.claims:
+                    holds_chunks = Bitfield(holds_chunks.length, member.claims.offered(peer.name, holds_chunks))
                 superseeds, distance = peer.superseed is not None, member.distance(peer)
                 self._download(member, download_events.PeerJoined(peer.name, holds_chunks, superseeds, distance))
-            case messages.Have() | messages.OriginReading():
+            case messages.Have() | messages.OriginReading() | messages.ChunkClaims():
                 self._heard(member, peer, message)
             case messages.Request():
                 self._requested(member, peer, message)
@@ -436,10 +454,17 @@ class Crowd:
                 member.requests.pop((peer.name, number), None)
                 self._upload(member, upload.Cancelled(peer.name, number))
 
-    def _heard(self, member: _Member, peer: _Member, message: messages.Have | messages.OriginReading) -> None:
-        """A peer has chunks, or reads some."""
-        if isinstance(message, messages.Have):
+    def _heard(
+        self, member: _Member, peer: _Member, message: messages.Have | messages.OriginReading | messages.ChunkClaims
+    ) -> None:
+        """A peer has chunks, claims their digests, or reads some."""
+        if isinstance(message, messages.ChunkClaims):
+            if member.claims:
+                self._ban(member, member.claims.told(peer.name, claimed_runs(message, member.held.length))[1])
+        elif isinstance(message, messages.Have):
             chunks = tuple(index for first, count in message.runs for index in range(first, first + count))
+            if member.claims:
+                chunks = tuple(member.claims.offered(peer.name, chunks))
             if member.superseed:
                 member.superseed.has(peer.name, chunks)
             self._download(member, download_events.PeerHas(peer.name, chunks))
@@ -457,7 +482,9 @@ class Crowd:
     # Uploads
 
     def _requested(self, member: _Member, peer: _Member, request: messages.Request) -> None:
-        if all(chunk in member.held for chunk in request.chunks) and (request.chunks or member.superseed):
+        again = member.claims.must_read if member.claims else ()
+        held = all(chunk in member.held and chunk not in again for chunk in request.chunks)
+        if held and (request.chunks or member.superseed):
             member.requests[peer.name, request.transfer] = request
             size = (len(request.chunks) or request.count) * self.burst.chunk_bytes
             asked = upload.Requested(peer.name, request.transfer, size, request.sources, request.pace_bytes_per_s)
@@ -516,10 +543,17 @@ class Crowd:
     def _landed(self, member: _Member, source: _Member, number: int, chunk: int) -> None:
         if number in member.receiving:
             member.received_bytes[source.name] += self.burst.chunk_bytes
-            if self._rng.random() < (LIES_PART if source.name in self._liars else self.burst.corrupt):
+            corrupt = self._rng.random() < (LIES_PART if source.name in self._liars else self.burst.corrupt)
+            if member.claims and source.claims and not corrupt:
+                sent = source.claims.claim(chunk).digests
+                corrupt = sent != member.claims.expected(source.name, chunk)  # read again since it was claimed
+                if not corrupt and chunk not in member.claims:
+                    member.claims.landed(chunk, sent, source.name)
+            if corrupt:
                 self._download(member, download_events.ChunkCorrupt(source.name, number, chunk))
             else:
                 self._download(member, download_events.ChunksVerified(source.name, number, (chunk,)))
+                self._prove(member)
 
     def _ended(self, member: _Member, source: _Member, number: int) -> None:
         if sent := source.sending.pop((member.name, number), None):
@@ -539,9 +573,37 @@ class Crowd:
 
     def _read(self, member: _Member, transfer: int, chunk: int, goes_on: bool) -> None:
         """A chunk from the origin."""
+        if member.claims:
+            digests = true_digests(chunk)
+            member.claims.read(chunk, digests if member.name not in self._false else false_digests(chunk, member.name))
         self._download(member, download_events.ChunksVerified(ORIGIN, transfer, (chunk,)))
         if not goes_on:
             self._download(member, download_events.OriginReadEnded())
+        self._prove(member)
+
+    # Claims
+
+    def _send_claims(self, chunks: Sequence[int], member: _Member, *others: _Member) -> None:
+        for message in claim_messages(member.claims, sorted(chunks)) if member.claims else ():
+            self._send(message, member, *others)
+
+    def _prove(self, member: _Member) -> None:
+        """A complete model counts if its content is right; else some of it is read again. A liar believes itself."""
+        claims = member.claims
+        if not claims or not member.fetches or claims.proven or claims.must_read or not member.held.complete:
+            return
+        chunks = range(member.held.length)
+        if member.name in self._false:
+            self._download(member, download_events.Proven())
+        elif all(claims.claim(chunk).digests == true_digests(chunk) for chunk in chunks):
+            self._ban(member, claims.proved(0))
+            self._download(member, download_events.Proven())
+        elif claims.disproved(0) and self._origin:
+            self._origin.look(member.name)
+
+    def _ban(self, member: _Member, bans: Sequence[BanClaimant]) -> None:
+        for ban in bans:
+            self._download(member, download_events.ClaimDisproved(ban.peer, ban.why))
 
     def _download(self, member: _Member, event: download_events.Event) -> None:
         machine = member.download
@@ -563,6 +625,7 @@ class Crowd:
                     member.receiving.pop(number, None)
                     self._send(messages.Cancel(number), member, self._members[name])
                 case download_events.Announce(chunks):
+                    self._send_claims(chunks, member, *self._linked(member))
                     self._send(messages.Have(DIGEST, tuple(runs(sorted(chunks)))), member, *self._linked(member))
                 case download_events.Ban(name):
                     self._banned.setdefault(member.name, []).append(name)

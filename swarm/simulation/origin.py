@@ -9,7 +9,8 @@ Must not know: how the machine decides, links between members.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from swarm.content.manifest import Manifest
@@ -35,6 +36,7 @@ class _Reader:
     reads: OriginReads
     tell: Callable[[], None]
     landed: Callable[[int, int, bool], None]
+    urgent: Collection[int]
     reads_from_s: float
     progress_at: float
     flows: dict[int, ChunkFlow] = field(default_factory=dict)  # by stream
@@ -50,9 +52,10 @@ class SimulatedOrigin:
         self._clock = clock
         self._wire = wire
         self._nics: list[Nic] = []
-        rate, each = burst.origin_bytes_per_s or 0.0, burst.origin_each_bytes_per_s
-        self._trunk = Domain(Trunk(rate), Trunk(rate)) if each else None
-        self._shared = None if each else self._nic(rate)
+        rate = burst.origin_bytes_per_s or 0.0
+        limited = burst.origin_each_bytes_per_s or burst.origin_limit_bytes_per_s
+        self._trunk = Domain(Trunk(rate), Trunk(rate)) if limited else None
+        self._shared = None if limited else self._nic(rate)
         self._readers: dict[NodeId, _Reader] = {}
         self._transfers = itertools.count(FIRST_TRANSFER)
 
@@ -69,11 +72,12 @@ class SimulatedOrigin:
         *,
         tell: Callable[[], None],
         landed: Callable[[int, int, bool], None],
+        urgent: Collection[int] = (),
     ) -> None:
-        """A newcomer may read; it begins when it had time to meet others."""
-        reads, now = OriginReads(self._manifest, node=node), self._clock.now
+        """A newcomer may read; it begins when it had time to meet others. `urgent`: held chunks to read again."""
+        reads, now = OriginReads(self._manifest, node=node, readers_max=self._burst.origin_readers), self._clock.now
         begins_s = now + READ_AFTER_S + GATHER_S
-        self._readers[node] = _Reader(nic, download, reads, tell, landed, begins_s, begins_s)
+        self._readers[node] = _Reader(nic, download, reads, tell, landed, urgent, begins_s, begins_s)
         self._clock.at(begins_s, self.look, node)
 
     def reads_of(self, node: NodeId) -> OriginReads | None:
@@ -137,9 +141,11 @@ class SimulatedOrigin:
 
     def _next(self, reader: _Reader, stream: int) -> ReadRange | None:
         now, machine, found = self._clock.now, reader.download, None
-        if stream < reader.reads.streams:
-            found = reader.reads.next(stream, now, missing=machine.missing, elsewhere=machine.elsewhere)
-        if found is None and not stream:
+        if stream < reader.reads.streams or (reader.urgent and not stream):
+            missing, urgent = machine.missing, reader.urgent
+            missing = missing if stream < reader.reads.streams else missing & False
+            found = reader.reads.next(stream, now, missing=missing, elsewhere=machine.elsewhere, urgent=urgent)
+        if found is None and not stream and not reader.reads.limited:
             found = reader.reads.late(stream, now - reader.progress_at, machine.missing)
         return found
 
@@ -153,7 +159,7 @@ class SimulatedOrigin:
         self.requests += 1
         transfer, first = next(self._transfers), found.at
         flow = ChunkFlow(
-            self._shared or self._nic(self._burst.origin_each_bytes_per_s or 0.0),
+            self._shared or self._nic(self._rate_of(reader)),
             reader.nic,
             [chunk.size for chunk in self._manifest.chunks[first : found.end]],
             landed=lambda place: self._landed(node, stream, transfer, first + place),
@@ -171,6 +177,8 @@ class SimulatedOrigin:
             self._close(node, stream)
 
     def _is_due(self, reader: _Reader, found: ReadRange) -> bool:
+        if found.at < found.end and found.at in reader.urgent:
+            return True
         if found.at >= found.end or found.at in reader.download.held:
             return False
         return found.late or not reader.download.elsewhere[found.at]
@@ -181,6 +189,11 @@ class SimulatedOrigin:
             self._wire.cancel(flow)
         reader.reads.ended(stream, self._clock.now)
         self.look(node, ended=stream)
+
+    def _rate_of(self, reader: _Reader) -> float:
+        """Of a stream, where streams or readers are limited."""
+        limit = (self._burst.origin_limit_bytes_per_s or math.inf) / max(1, reader.reads.streams)
+        return min(self._burst.origin_each_bytes_per_s or math.inf, limit)
 
     def _nic(self, rate: float) -> Nic:
         nic = Nic(rate, rate, (None, self._trunk))

@@ -24,6 +24,7 @@ class BurstReport:
     killed: frozenset[str]
     slow: frozenset[str]
     liars: frozenset[str]
+    believed_lies: int  # honest newcomers that ended with a chunk that is not the origin's
     lost_chunks: int  # without a living holder at the end
     seed_bytes: float
     origin_bytes: float

@@ -110,6 +110,11 @@ class Burst:
     origin_each_bytes_per_s: float | None = _flag(
         None, "RATE", "rate of each stream from the origin, at most", read=parse_rate, name="origin-each"
     )
+    origin_limit_bytes_per_s: float | None = _flag(
+        None, "RATE", "rate at which a newcomer reads from the origin, at most", read=parse_rate, name="origin-limit"
+    )
+    origin_readers: int | None = _flag(None, "N", "newcomers that read from the origin at once, at most", read=_count)
+    false_claims: int = _flag(0, "N", "newcomers that claim wrong digests of what they read", read=_count)
     seeds_at: float = _flag(0.0, "PART", "part of the time after which the seeds appear", read=_part)
     rng_seed: int = _flag(0, "n", "seed of the random generator: the same seed gives the same run", read=_count)
     kill_newcomers: float = _flag(0.0, "PART", "part of the newcomers that dies, at random times", read=_part)
@@ -152,7 +157,8 @@ class Burst:
 
     def _check_sources(self) -> None:
         origin, each, killed_at = self.origin_bytes_per_s, self.origin_each_bytes_per_s, self.kill_seed_at
-        for name, rate in {"origin-rate": origin, "origin-each": each}.items():
+        limit, readers = self.origin_limit_bytes_per_s, self.origin_readers
+        for name, rate in {"origin-rate": origin, "origin-each": each, "origin-limit": limit}.items():
             if rate is not None and not 1 <= rate < math.inf:
                 raise SettingsError(name, f"{rate}; at least 1 is needed")
         if not (0 if origin else 1) <= self.seeds < math.inf:
@@ -160,8 +166,16 @@ class Burst:
                 "seeds",
                 f"{self.seeds}; at least 1 is needed, or 0 with an origin, for example --origin-rate 1Gbit/s",
             )
-        if (each or self.seeds_at) and not origin:
-            raise SettingsError("origin-each" if each else "seeds-at", "there is no origin; name its --origin-rate")
+        given = {"origin-each": each, "origin-limit": limit, "origin-readers": readers, "seeds-at": self.seeds_at}
+        for name, value in {**given, "false-claims": self.false_claims}.items():
+            if value and not origin:
+                raise SettingsError(name, "there is no origin; name its --origin-rate")
+        if readers is not None and readers < 1:
+            raise SettingsError("origin-readers", f"{readers}; at least 1 is needed")
+        if self.false_claims and self.seeds:
+            raise SettingsError("false-claims", "seeds know the digests; claims are of a burst with --seeds 0")
+        if not 0 <= self.false_claims < max(2, self.newcomers):
+            raise SettingsError("false-claims", f"{self.false_claims} of {self.newcomers} newcomers")
         if (killed_at is not None or self.seeds_at) and not self.seeds:
             raise SettingsError("seeds-at" if self.seeds_at else "kill-seed-at", "there are no seeds")
         if killed_at is not None and killed_at < self.seeds_at:
@@ -216,9 +230,15 @@ class Burst:
         first = self.seeds if not self.seeds_at else 0
         rounds = math.ceil(math.log2(self.machines / max(1.0, first + origin / self.rate_bytes_per_s)))
         whole_s = (self.chunks - 1 + max(1, rounds)) / self.chunks * self.copy_s
-        out_s = 0.0 if self.seeds else self.copy_bytes / origin
+        readers = min(self.newcomers, self.origin_readers or self.newcomers)
+        out_s = 0.0 if self.seeds else self.copy_bytes / min(origin, readers * self._reads_at_most)
         in_s = self.copy_bytes / self.rack_bytes_per_s if self.racks > 1 and self.seeds < self.racks else 0.0
         return max(whole_s, out_s, in_s)
+
+    @property
+    def _reads_at_most(self) -> float:
+        """Rate at which a newcomer reads from the origin, at most."""
+        return min(self.rate_bytes_per_s, self.origin_limit_bytes_per_s or math.inf)
 
     @property
     def rack_bytes_per_s(self) -> float:

@@ -27,6 +27,7 @@ from typing import NamedTuple, TypeVar
 from swarm.content.manifest import Digests, Manifest
 from swarm.content.promise import ETAG
 from swarm.errors import LocalProtocolError
+from swarm.protocol import messages
 from swarm.protocol.messages import NodeId
 from swarm.transfer.offers import Claim, Offers
 
@@ -246,6 +247,36 @@ class Claims:
             f"<Claims {self.manifest.digest[:8]} {len(self._held)} held, {len(self.proven)} of "
             f"{len(self.manifest.files)} files proven, {len(self.must_read)} to read again>"
         )
+
+
+def claim_messages(claims: Claims, chunks: Iterable[int]) -> list[messages.ChunkClaims]:
+    """The messages with the claims of these held chunks, ascending."""
+    found: list[messages.ClaimedRun] = []
+    most = messages.CLAIMS_BYTES_MAX // CLAIM_BYTES
+    for run in claims.runs(chunks):
+        for start in range(0, len(run.digests), most):
+            part = b"".join(digests.xxh3 + digests.blake3 for digests in run.digests[start : start + most])
+            found.append(messages.ClaimedRun(run.first + start, run.reader, part))
+    groups: list[list[messages.ClaimedRun]] = []
+    size = 0
+    for claimed in found:
+        size += len(claimed.digests)
+        if not groups or size > messages.CLAIMS_BYTES_MAX or len(groups[-1]) == messages.CLAIMED_RUNS_MAX:
+            groups.append([])
+            size = len(claimed.digests)
+        groups[-1].append(claimed)
+    return [messages.ChunkClaims(claims.manifest.digest, tuple(group)) for group in groups]
+
+
+def claimed_runs(message: messages.ChunkClaims, chunks: int) -> list[ClaimRun]:
+    """The claims of a message for an artifact of so many chunks. Raises ValueError for others."""
+    found = []
+    for run in message.runs:
+        if len(run.digests) % CLAIM_BYTES or run.first + len(run.digests) // CLAIM_BYTES > chunks:
+            raise ValueError("claims digests of chunks that do not exist")
+        parts = (run.digests[at : at + CLAIM_BYTES] for at in range(0, len(run.digests), CLAIM_BYTES))
+        found.append(ClaimRun(run.first, run.reader, tuple(Digests(p[:XXH3_BYTES], p[XXH3_BYTES:]) for p in parts)))
+    return found
 
 
 def _keep(culprits: dict[NodeId, T], node: NodeId, value: T) -> None:

@@ -319,6 +319,11 @@ class Download:
 
     def _verified(self, event: ChunksVerified) -> list[Action]:
         fresh = tuple(chunk for chunk in event.chunks if chunk not in self.held)
+        if self.manifest.promised and len(fresh) < len(event.chunks):
+            # Read again from the origin: its claim may be another now, and peers would take the new bytes for wrong.
+            self._fresh += [chunk for chunk in event.chunks if chunk in self.held and chunk not in self._fresh]
+            if not fresh:
+                return self._announce(at_once=True)
         if not fresh:
             return []
         self._progress_at, self._starved = self._now, False

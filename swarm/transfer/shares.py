@@ -30,7 +30,7 @@ from swarm.protocol.packets import Holding
 from swarm.store import Source
 from swarm.store.joined import JoinedSource
 from swarm.transfer import download_events as events
-from swarm.transfer.claims import CLAIM_BYTES, XXH3_BYTES, ClaimRun, Claims
+from swarm.transfer.claims import Claims, claim_messages, claimed_runs
 from swarm.transfer.download_driver import DownloadDriver
 from swarm.transfer.superseed import Superseed
 
@@ -394,7 +394,7 @@ class Shares:
         only to seeds, which must not take a chunk for lost that this node cannot serve.
         """
         share = self.shares.get(digest)
-        claims = _claims(share, sorted(chunks)) if share else []
+        claims = claim_messages(share.claims, sorted(chunks)) if share and share.claims else []
         verified = runs(sorted(chunks))
         for peer in self._host.peers.values() if claims else ():
             if digest in peer.interests or digest in peer.own_interests:
@@ -447,7 +447,7 @@ class Shares:
         """
         if share := self.shares.get(message.digest):
             peer.interests.add(message.digest)
-            for claim in _claims(share, list(share.held)):
+            for claim in claim_messages(share.claims, list(share.held)) if share.claims else ():
                 peer.post(claim)
             peer.post(messages.Holdings(message.digest, share.held.pack()))
             if share.download and share.download.promise:
@@ -486,12 +486,10 @@ class Shares:
         share = self.shares.get(message.digest)
         if share is None or share.claims is None:
             return
-        found = []
-        for run in message.runs:
-            if len(run.digests) % CLAIM_BYTES or run.first + len(run.digests) // CLAIM_BYTES > share.held.length:
-                raise RemoteProtocolError(peer.name, "claims digests of chunks that do not exist")
-            parts = (run.digests[at : at + CLAIM_BYTES] for at in range(0, len(run.digests), CLAIM_BYTES))
-            found.append(ClaimRun(run.first, run.reader, tuple(Digests(p[:XXH3_BYTES], p[XXH3_BYTES:]) for p in parts)))
+        try:
+            found = claimed_runs(message, share.held.length)
+        except ValueError as error:
+            raise RemoteProtocolError(peer.name, str(error)) from None
         if share.download and share.download.promise:
             share.download.promise.told(peer.node, found)
 
@@ -513,27 +511,6 @@ class Shares:
 
     def __repr__(self) -> str:
         return f"<Shares {len(self.shares)} artifacts, {len(self.downloads())} arriving>"
-
-
-def _claims(share: Share, chunks: Sequence[int]) -> list[messages.ChunkClaims]:
-    """The messages with the claims of these held chunks of a promise."""
-    if share.claims is None:
-        return []
-    found: list[messages.ClaimedRun] = []
-    most = messages.CLAIMS_BYTES_MAX // CLAIM_BYTES
-    for run in share.claims.runs(chunks):
-        for start in range(0, len(run.digests), most):
-            part = b"".join(digests.xxh3 + digests.blake3 for digests in run.digests[start : start + most])
-            found.append(messages.ClaimedRun(run.first + start, run.reader, part))
-    groups: list[list[messages.ClaimedRun]] = []
-    size = 0
-    for claimed in found:
-        size += len(claimed.digests)
-        if not groups or size > messages.CLAIMS_BYTES_MAX or len(groups[-1]) == messages.CLAIMED_RUNS_MAX:
-            groups.append([])
-            size = len(claimed.digests)
-        groups[-1].append(claimed)
-    return [messages.ChunkClaims(share.manifest.digest, tuple(group)) for group in groups]
 
 
 def _unpacked(peer: Peer, bits: bytes, share: Share) -> Bitfield:

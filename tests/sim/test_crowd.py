@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from swarm.errors import LocalProtocolError
-from swarm.simulation.crowd import Asked, Crowd, Died, Observer
+from swarm.simulation.crowd import ORIGIN, Asked, Crowd, Died, Observer
 from swarm.simulation.report import BurstReport
 from swarm.simulation.setup import SLOWER, Burst
 from swarm.transfer import download, download_events
@@ -221,6 +222,53 @@ def test_does_every_newcomer_end_without_a_seed_whatever_happens(rng_seed: int) 
     )
     report = played(burst, checked=True)
     assert report.origin_models <= 3.0  # the dead, the slow and the corrupt have read in vain
+
+
+# Newcomers that lie about what they read, die while they read, and are held back; bench/disturbances.py has the same.
+COLD_DISTURBANCES: dict[str, dict[str, Any]] = {
+    "one lies": {"false_claims": 1},
+    "two lie, some die": {"false_claims": 2, "kill_newcomers": 0.3, "noticed_s": 0.3},
+    "two lie in two ways, some are late or slow": {"false_claims": 1, "liars": 1, "late": 0.3, "slow": 0.2},
+    "two may read, some die": {"origin_readers": 2, "kill_newcomers": 0.3, "noticed_s": 0.3},
+}
+DICED = replace(COLD, newcomers=6, chunks=32, model_bytes=800_000_000)
+
+
+@pytest.mark.parametrize("rng_seed", range(12))
+@pytest.mark.parametrize("changes", list(COLD_DISTURBANCES.values()), ids=list(COLD_DISTURBANCES))
+def test_does_no_honest_newcomer_end_with_a_lie(changes: dict[str, Any], rng_seed: int) -> None:
+    report = played(replace(DICED, **changes, rng_seed=rng_seed), checked=True)
+    assert report.believed_lies == 0
+    assert set(report.banned_by) <= report.liars
+    assert report.origin_models <= 1.6 + 2 * bool(report.burst.false_claims)  # each reads again what liars had read
+
+
+@each_seed
+def test_is_a_newcomer_that_claims_wrong_digests_banned_by_all_others(rng_seed: int) -> None:
+    report = played(replace(DICED, false_claims=1, rng_seed=rng_seed))
+    (liar,) = report.liars
+    assert report.believed_lies == 0
+    assert report.banned_by == {liar: DICED.newcomers - 1}
+
+
+def test_do_few_newcomers_read_where_few_may() -> None:
+    readers: set[str] = set()
+
+    def observe(_: float, node: str, what: object) -> None:
+        if isinstance(what, download_events.ChunksVerified) and what.peer == ORIGIN:
+            readers.add(node)
+
+    report = played(replace(COLD, origin_readers=2), observe)
+    assert len(readers) == 2
+    assert report.origin_models <= 1.05
+    assert report.last_ratio <= 1.45
+
+
+def test_is_the_limit_of_a_newcomer_kept_and_used() -> None:
+    report = played(replace(COLD, origin_bytes_per_s=100 * GIGABIT, origin_limit_bytes_per_s=GIGABIT / 16))
+    assert report.burst.bound_s == pytest.approx(2 * COLD.copy_s)
+    assert 1.0 <= report.last_ratio <= 1.15
+    assert report.origin_models <= 1.05
 
 
 @pytest.mark.parametrize(("newcomers", "links", "copies"), [(2, 8.0, 1.0), (2, 0.25, 4.0), (8, 1.0, 1.02)])

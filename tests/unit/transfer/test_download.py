@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sim.content import Content
 
 from swarm.content.bitfield import Bitfield
+from swarm.content.promise import ListedFile, Listing, promise
 from swarm.errors import LocalProtocolError
 from swarm.journal import Paused
 from swarm.protocol.messages import NodeId
@@ -291,6 +292,19 @@ def test_do_peers_hear_of_the_chunks_of_a_range_before_its_end() -> None:
     assert not any(isinstance(a, Announce) for a in fetch.tell(ChunksVerified(A, 0, (2,))))
     assert fetch.tell(OriginReadEnded()) == [Announce((2,))]
     assert fetch.tell(OriginReadEnded()) == []
+
+
+def test_is_a_chunk_of_a_promise_that_is_read_again_told_to_peers_again() -> None:
+    """Its digests may be others now: a peer that still expects the first ones would count the bytes as wrong."""
+    content = "sha256:" + "a" * 64
+    manifest = promise(Listing("o", "", (ListedFile("f", 3 << 18, content),)))
+    machine = Download(
+        manifest, Bitfield(3), node=B, now=0.0, idle_timeout_s=IDLE_S, stall_timeout_s=STALL_S,
+        transfer_ids=itertools.count(), rng=random.Random(0),
+    )  # fmt: skip
+    assert machine.handle(ChunksVerified(A, 0, (0,)), 1.0) == [Announce((0,))]
+    assert machine.handle(ChunksVerified(A, 1, (0,)), 1.2) == [Announce((0,))]
+    assert machine.sources == {A: 1 << 18}, "it counts once"
 
 
 @pytest.mark.parametrize("how", ["complete", "stalled", "stopped"])
