@@ -97,6 +97,12 @@ def of_commit(path: str) -> bool:
     return any(pattern.fullmatch(parts[-1]) for pattern, _ in _BYSTANDERS[:_OF_COMMITS])
 
 
+def real_inside(root: Path, path: str) -> Path | None:
+    """Where a file of a directory really is; None if that is neither in the directory nor in the blobs of its cache."""
+    base, real = Path(os.path.realpath(root)), Path(os.path.realpath(root / path))
+    return real if any(real.is_relative_to(place) for place in (base, *_blobs(base))) else None
+
+
 def walk(path: Path, *, dangling: list[str] | None = None) -> tuple[list[CheckpointFile], list[SkippedPath]]:
     """The files of a directory, sorted by path, or a single file of weights.
 

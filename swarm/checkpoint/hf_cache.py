@@ -26,9 +26,9 @@ from pathlib import Path
 
 from swarm.checkpoint import hub_tree
 from swarm.checkpoint.blob_check import content_name, is_hub_name
-from swarm.checkpoint.files import of_commit
+from swarm.checkpoint.files import of_commit, real_inside
 from swarm.content.manifest import unsafe_path
-from swarm.errors import SettingsError
+from swarm.errors import SettingsError, SourceChanged
 from swarm.protocol.messages import (
     BESIDE_BYTES_MAX,
     BESIDE_MAX,
@@ -37,7 +37,7 @@ from swarm.protocol.messages import (
     SHORT_COMMIT_MIN,
     Origin,
 )
-from swarm.store.own_files import open_regular, read_regular
+from swarm.store.own_files import demand_there, open_regular, read_regular
 
 MODEL_ID_CHARS_MAX = 96  # of organisation and of name; the hub's limit
 
@@ -176,22 +176,24 @@ def hub_names(snapshot_dir: Path) -> dict[str, str]:
 def beside(path: Path, names: Mapping[str, str]) -> dict[str, bytes]:
     """The small bystanders of a snapshot or a download that belong to its commit, the smallest first.
 
-    `names`: the hub's names of its files. A file with another content than its name says is left out.
+    `names`: the hub's names of its files. A file with another content than its name says is left out, and so is a link
+    to a file elsewhere: it may be of the user, and not for others.
     """
     found: dict[str, bytes] = {}
     sized = []
     for file in path.rglob("*"):
         name = file.relative_to(path).as_posix()
         with contextlib.suppress(OSError):
-            if of_commit(name) and not unsafe_path(name) and file.is_file():
-                sized.append((file.stat().st_size, name))
+            if of_commit(name) and not unsafe_path(name) and (real := real_inside(path, name)) and real.is_file():
+                sized.append((real.stat().st_size, name, real))
     left_bytes = BESIDE_BYTES_MAX
-    for size, name in sorted(sized)[:BESIDE_MAX]:
+    for size, name, real in sorted(sized)[:BESIDE_MAX]:
         if size > left_bytes:
             break
-        with contextlib.suppress(OSError):
-            if name not in names or content_name(path / name, like=names[name], size=size) == names[name]:
-                with open_regular(path / name) as read:
+        with contextlib.suppress(OSError, SourceChanged):
+            if name not in names or content_name(real, like=names[name], size=size) == names[name]:
+                with open_regular(real) as read:
+                    demand_there(real, read.fileno())
                     found[name] = read.read(size)
                 left_bytes -= size
     return found

@@ -49,7 +49,7 @@ from swarm.hashing.cuda import GPU_LEAF_BYTES, chunk_digests
 from swarm.store import DeviceView
 from swarm.store.directory_source import DirectorySource
 from swarm.store.file_errors import store_errors
-from swarm.store.own_files import open_regular
+from swarm.store.own_files import demand_there, open_regular
 from swarm.store.stamp import Stamp
 from swarm.store.tensor_source import VIRTUAL_PATH, TensorSource
 
@@ -368,6 +368,7 @@ def _hash(job: _Job, *, scheme: HashScheme, blake3: bool) -> list[Digests]:
     try:
         if job.stamp is not None:
             job.stamp.check_open(job.path, fd)
+            demand_there(job.path, fd)
         # The disk reads this run and the next, which another thread begins soon, while this one is hashed.
         os.posix_fadvise(fd, job.offset, 2 * sum(job.sizes), os.POSIX_FADV_WILLNEED)
         scratch = memoryview(bytearray(min(SCRATCH_BYTES, max(job.sizes))))

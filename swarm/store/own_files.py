@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from swarm.errors import StoreError
+from swarm.errors import SourceChanged, StoreError
 from swarm.store.file_errors import store_errors
 
 
@@ -60,6 +60,15 @@ def open_regular(path: Path, *, buffering: int = -1) -> BinaryIO:
         os.close(fd)
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     return open(fd, "rb", buffering=buffering)
+
+
+def demand_there(path: Path, fd: int) -> None:
+    """Raises SourceChanged unless an open file lies at `path`, whose links were resolved: who may write to a directory
+    on the way could have exchanged it for a link since."""
+    with contextlib.suppress(OSError):  # without /proc
+        there = os.readlink(f"/proc/self/fd/{fd}")
+        if there != str(path):
+            raise SourceChanged(path, f"it is {there} now")
 
 
 def write_new(path: Path, data: bytes) -> None:

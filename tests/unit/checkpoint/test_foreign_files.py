@@ -6,6 +6,7 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -17,13 +18,14 @@ from swarm.checkpoint import (
     hub_tree,
     kept,
     local_download,
+    manifest_builder,
     signature_file,
     weight_index,
 )
 from swarm.checkpoint.files import CheckpointFile
 from swarm.checkpoint.weight_files import refuse_broken
 from swarm.content.manifest import Digest
-from swarm.errors import ManifestInvalid
+from swarm.errors import ManifestInvalid, SourceChanged
 from swarm.protocol.messages import Origin
 from swarm.store.own_files import open_regular, write_new
 from swarm.store.stamp import Stamp
@@ -182,3 +184,42 @@ def test_is_a_draft_of_a_file_beside_a_model_written_through_no_link(tmp_path: P
     assert (target / "README.md").read_bytes() == b"read me"
     with pytest.raises(FileExistsError):
         write_new(entry.folder / ".swarm-incoming" / f"beside-{name}", b"")
+
+
+def test_is_a_link_to_a_file_of_the_user_not_told_beside_a_model(folder: Path, tmp_path: Path) -> None:
+    """It has the size of a licence, and the name of one."""
+    (tmp_path / "id_rsa").write_bytes(b"a private key")
+    snapshot = folder / "snapshots" / COMMIT
+    (snapshot / "README.md").symlink_to(tmp_path / "id_rsa")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "LICENSE").write_bytes(b"a private file")
+    (snapshot / "docs").symlink_to(tmp_path / "home")
+    (folder / "blobs" / "readme").write_bytes(b"a blob")
+    (snapshot / "NOTICE").symlink_to("../../blobs/readme")
+    (snapshot / "LICENSE").write_bytes(b"mine")
+    said = hf_cache.named_origin(snapshot)
+    beside = said.beside if said else hf_cache.beside(snapshot, {})
+    assert beside == {"NOTICE": b"a blob", "LICENSE": b"mine"}
+
+
+def test_is_a_directory_that_is_exchanged_for_a_link_while_it_is_listed_not_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user does so again and again, until it is between two looks."""
+    home, root = tmp_path / "home", tmp_path / "model"
+    (root / "sub").mkdir(parents=True)
+    home.mkdir()
+    (home / "a.bin").write_bytes(b"a private file")
+    for place in (root, root / "sub"):
+        (place / "a.bin").write_bytes(b"weights")
+    scan = os.scandir
+
+    def scandir(path: str) -> Any:
+        if path == str(root / "sub") and not (root / "sub").is_symlink():
+            (root / "sub").rename(tmp_path / "aside")
+            (root / "sub").symlink_to(home)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(SourceChanged, match=f"it is {home}/a.bin now"):
+        manifest_builder.checkpoint(root, cache_dir=tmp_path / "cache")
