@@ -5,38 +5,36 @@
     with swarm.serve("dir", model_id="org/model"): ...   # or a state_dict
     model = swarm.transformers.load("org/model")         # a model of the transformers library
 
-Importing this imports neither torch nor anything that opens a socket: the names below load on first use.
+Importing this imports nothing: the names below load on first use.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-from swarm.errors import (
-    CheckpointIncomplete,
-    FetchError,
-    FetchTimeout,
-    ManifestConflict,
-    ManifestError,
-    ManifestInvalid,
-    ManifestNotFound,
-    OriginError,
-    RevisionNotFound,
-    SettingsError,
-    SourceChanged,
-    Stalled,
-    StoreConflict,
-    StoreError,
-    StoreFull,
-    SwarmError,
-    Unpinnable,
-    Unsigned,
-)
-from swarm.settings import Settings
-
+TYPE_CHECKING = False  # `typing` would be imported for it
 if TYPE_CHECKING:
     from swarm.api import HUB_CACHE, Progress, Served, Weights, fetch, fetch_async, serve
     from swarm.engines import transformers
+    from swarm.errors import (
+        CheckpointIncomplete,
+        FetchError,
+        FetchTimeout,
+        ManifestConflict,
+        ManifestError,
+        ManifestInvalid,
+        ManifestNotFound,
+        OriginError,
+        RevisionNotFound,
+        SettingsError,
+        SourceChanged,
+        Stalled,
+        StoreConflict,
+        StoreError,
+        StoreFull,
+        SwarmError,
+        Unpinnable,
+        Unsigned,
+    )
+    from swarm.settings import Settings
 
 __version__ = "0.1.0"
 
@@ -72,16 +70,18 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    if name not in __all__ and name not in ("api", "errors", "settings"):
+        raise AttributeError(f"module 'swarm' has no attribute {name!r}")
+    from importlib import import_module
+
+    if name in ("api", "errors", "settings"):
+        return import_module(f"swarm.{name}")
     if name == "transformers":
-        from swarm.engines import transformers
-
-        return transformers
-    if name in __all__:
-        from swarm import api
-
-        return getattr(api, name)
-    raise AttributeError(f"module 'swarm' has no attribute {name!r}")
+        return import_module("swarm.engines.transformers")
+    if name == "Settings":
+        return import_module("swarm.settings").Settings
+    return getattr(import_module("swarm.errors"), name, None) or getattr(import_module("swarm.api"), name)
 
 
 def __dir__() -> list[str]:

@@ -378,7 +378,7 @@ def _known(name: str, where: str = "setting") -> str:
 
 def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         if required:
             raise SettingsError("config", f"{path} does not exist") from None

@@ -32,6 +32,7 @@ from swarm.node.fetch import Fetched
 from swarm.node.node import Node
 from swarm.node.resolve import full_digest, resolve
 from swarm.origin import registry
+from swarm.protocol.messages import unsayable
 from swarm.settings import Settings
 from swarm.store import Store
 from swarm.transfer.commit_proof import PinnedCommit, warn_unproven
@@ -246,6 +247,8 @@ def is_commit(revision: str | None) -> bool:
 
 def origin_of(model_id: str, revision: str | None, settings: Settings) -> tuple[ModelId, OriginModel | None]:
     """The id of a model in the swarm, and where it is read if no peer has it. Raises SettingsError."""
+    if why := unsayable(model_id):
+        raise SettingsError("model_id", why)
     address = registry.parse(model_id)
     if address is None:
         plain = hf_cache.is_model_id(model_id) and "/" in model_id

@@ -144,7 +144,12 @@ def _locate(what: str | Path, revision: str | None) -> Path:
                 f"the Hugging Face cache has {what!r}, but not revision {revision or 'main'!r}; there is {shown}; "
                 f"choose one: swarm serve {what}@{names[0] if names else commit}",
             )
-        raise SettingsError("path", f"{what!r} is neither a path here nor a model in the local Hugging Face cache")
+        advice = f", or read it from the hub: swarm serve --origin {what}" if "/" in what else ""
+        raise SettingsError(
+            "path",
+            f"{what!r} is neither a path here nor a model in the local Hugging Face cache, {hf_cache.cache_root()}; "
+            f"name a directory{advice}",
+        )
     if registry.parse(str(what)):
         raise SettingsError("path", f"{what} is the address of an origin; say swarm serve --origin {what}")
     raise SettingsError("path", f"{path} does not exist")

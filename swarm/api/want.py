@@ -40,12 +40,16 @@ class Want:
     commit: CommitOf | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model_id, str):
+            raise SettingsError("model_id", f"{self.model_id!r} is no text such as 'org/model'")
         if not _DEVICE.fullmatch(self.device):
             raise SettingsError("device", f"{self.device!r} is not 'cpu', 'cuda' or 'cuda:NUMBER'")
         if self.device != "cpu" and (self.out is not None or self.into is not None):
             raise SettingsError("device", "cannot be combined with out or into, which say where to already")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise SettingsError("timeout_s", f"{self.timeout_s:g} is not above zero")
+        if self.out == "":
+            raise SettingsError("out", "is empty; say '.' for the working directory")
         if self.out is not None and self.into is not None:
             raise SettingsError("out", "cannot be combined with into: a fetch lands in one place")
         if self.out is None and importlib.util.find_spec("torch") is None:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -273,6 +274,10 @@ def run(options: argparse.Namespace) -> int:
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     if not command:
         raise SettingsError("command", "is missing; for example: swarm run -- vllm serve org/model")
+    if shutil.which(command[0]) is None:  # a search for peers before that would be in vain
+        raise SettingsError(
+            "command", f"{command[0]} is not a program on PATH; install it, or activate the environment that has it"
+        )
     launch = prepare(command, settings_of(options), model_id=options.model_id)
     log.info("becomes: %s", shlex.join(launch.command))
     sys.stdout.flush()

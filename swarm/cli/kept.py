@@ -55,7 +55,8 @@ def show(found: Mapping[str, Any], model_id: str | None = None) -> None:
     """Prints the tables of `swarm ls`."""
     console = Console(markup=False, highlight=False)
     if found["swarm"] is None:
-        console.print("no node of this user runs on this machine; name one with --peer HOST to see the swarm")
+        what = "no node of this user runs on this machine; name one with --peer HOST to see the swarm"
+        console.print(what, soft_wrap=True)
     elif not found["swarm"]:
         console.print(f"no member serves {model_id or 'a model'}")
     else:
@@ -93,7 +94,9 @@ def remove(what: str, *, revision: str | None, yes: bool, force: bool, settings:
     if not chosen and not staged:
         known = ", ".join(sorted({f"{found.model_id}@{found.commit[:12]}" for found in everything})) or "nothing"
         raise SettingsError(
-            "model_id", f"swarm wrote nothing of {what!r} into the cache here; it keeps {known}; files of others stay"
+            "model_id",
+            f"nothing in {hf_cache.cache_root()} is a fetch of {what!r} by swarm; fetched by swarm: {known}; files "
+            "that other programs wrote stay",
         )
     pinned = agent.pinned(settings)
     for found in chosen:

@@ -137,6 +137,13 @@ def _listed(abouts: Mapping[str, str]) -> str:
     return "\n\n".join([*groups, "`swarm help COMMAND` shows the help of a command."])
 
 
+def _path(text: str) -> Path:
+    """A path of the command line; an empty one, of a shell variable without a value, is not the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; say . for the working directory")
+    return Path(text)
+
+
 class _Lines(logging.Formatter):
     """The message on one line, and a traceback on its own."""
 
@@ -178,7 +185,7 @@ def _parser() -> _Parser:
     common.add_argument("-q", "--quiet", action="store_true", help="log warnings only, and show no progress")
     common.add_argument("--log-json", action="store_true", help="log JSON objects, one a line")
     traced = _Parser(add_help=False)
-    traced.add_argument("--trace", type=Path, metavar="FILE", help="write the journal of the node as JSON lines")
+    traced.add_argument("--trace", type=_path, metavar="FILE", help="write the journal of the node as JSON lines")
     subparsers = parser.add_subparsers(required=True, prog="swarm", metavar="COMMAND", help=argparse.SUPPRESS)
     abouts: dict[str, str] = {}
 
@@ -216,7 +223,7 @@ def _parser() -> _Parser:
         metavar="MODEL_ID",
         help="model id, also MODEL_ID@REVISION, or an address: https://HOST/DIR/, file:///DIR",
     )
-    fetch.add_argument("--out", type=Path, metavar="DIR", help="directory to fill; by default the Hugging Face cache")
+    fetch.add_argument("--out", type=_path, metavar="DIR", help="directory to fill; by default the Hugging Face cache")
     fetch.add_argument("--digest", metavar="D", help="accept only the artifact with this digest")
     fetch.add_argument("--revision", metavar="R", help="branch, tag, label or commit; also MODEL_ID@R")
     fetch.add_argument(
@@ -286,7 +293,7 @@ def _parser() -> _Parser:
     status.add_argument("--watch", action="store_true", help="redraw every second, until q or Ctrl-C")
 
     replay = command(commands.replay, "show the phases and sources of a traced fetch")
-    replay.add_argument("trace", type=Path, metavar="FILE", help="file written by --trace")
+    replay.add_argument("trace", type=_path, metavar="FILE", help="file written by --trace")
     replay.add_argument("--json", action="store_true", help="print one JSON object")
     replay.add_argument("--web", action="store_true", help="serve the trace as a dashboard on this machine")
     replay.add_argument(
@@ -302,7 +309,7 @@ def _parser() -> _Parser:
     verify.add_argument("what", metavar="PATH|MODEL_ID", help="model directory, or model of the Hugging Face cache")
     verify.add_argument(
         "--model-signature",
-        type=Path,
+        type=_path,
         metavar="KEY",
         help="check model.sig (OpenSSF Model Signing) with this public key",
     )
@@ -328,20 +335,20 @@ def _parser() -> _Parser:
 
     keygen = command(commands.keygen, "make a cluster key, which admits nodes to a swarm")
     keygen.add_argument(
-        "path", nargs="?", type=Path, default=Path("swarm.key"), metavar="PATH", help="by default %(default)s"
+        "path", nargs="?", type=_path, default=Path("swarm.key"), metavar="PATH", help="by default %(default)s"
     )
 
     keygen.add_argument("--publisher", action="store_true", help="make a key for `swarm sign` instead")
 
     sign = command(commands.sign, "sign a model as its publisher")
     sign.add_argument("model", metavar="PATH|MODEL_ID", help="model directory, or model of the Hugging Face cache")
-    sign.add_argument("--key", type=Path, required=True, metavar="FILE", help="private key: `swarm keygen --publisher`")
+    sign.add_argument("--key", type=_path, required=True, metavar="FILE", help="key of `swarm keygen --publisher`")
     sign.add_argument("--model-id", metavar="ID", help="id that is signed; by default the one that serve would use")
     sign.add_argument("--revision", metavar="R", help="revision that is signed; by default the commit, if there is one")
 
     demo = command(commands.demo, "run one seed and three newcomers on this machine")
     demo.add_argument(
-        "path", nargs="?", type=Path, metavar="PATH", help="model directory; by default one with random weights"
+        "path", nargs="?", type=_path, metavar="PATH", help="model directory; by default one with random weights"
     )
 
     simulate = command(commands.simulate, "simulate a cold-start burst")
@@ -352,9 +359,9 @@ def _parser() -> _Parser:
         "--runs", type=int, default=1, metavar="R", help="number of runs, each with the next random seed"
     )
     simulate.add_argument("--json", action="store_true", help="print one JSON object")
-    simulate.add_argument("--trace", type=Path, metavar="FILE", help="write every event and action as JSON lines")
+    simulate.add_argument("--trace", type=_path, metavar="FILE", help="write every event and action as JSON lines")
     simulate.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the progress of every newcomer; needs matplotlib"
+        "--plot", type=_path, metavar="FILE", help="draw the progress of every newcomer; needs matplotlib"
     )
 
     def show_help(options: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def _verify(what: str, *, revision: str | None, digest: str | None, settings: Se
             raise StoreError(f"{path}: fetched as {whole}, which is not the digest asked for")
         problems = manifest_builder.verify(path, fetched)
         files = f"a part, {len(fetched.files)} of {part_of.files} files" if part_of else f"{len(fetched.files)} files"
-        said = f"{files}, {fetched.size} bytes, as fetched ({whole[:16]})"
+        said = f"{files}, {size_text(fetched.size)}, as fetched ({whole[:16]})"
     else:
         checked = check.model(path, cache_dir=settings.cache)
         problems = list(checked.problems)

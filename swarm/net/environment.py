@@ -48,6 +48,10 @@ class Environment(Protocol):
     def unresolved(self) -> Sequence[str]:
         """A line for each of their names that is not known just now."""
 
+    @property
+    def resolving(self) -> bool:
+        """Whether one of their names is still looked up for the first time."""
+
     async def open(
         self,
         node: NodeId,

@@ -192,6 +192,11 @@ class HostEnvironment:
         return self._names.unresolved
 
     @property
+    def resolving(self) -> bool:
+        """As Environment."""
+        return self._names.resolving
+
+    @property
     def local(self) -> Address:
         """As Environment."""
         return addresses.local(self._hosts, self._port)

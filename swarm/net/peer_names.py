@@ -32,7 +32,11 @@ class PeerNames:
 
     def __init__(self, peers: Sequence[str]) -> None:
         self._peers = static(peers)
-        self._unknown: dict[Address, PeerError] = {}
+        # A resolver that asks a dead server first answers after 5 s.
+        self._unanswered = {peer for peer in self._peers if not is_literal(split_address("peer", peer)[0])}
+        self._unknown: dict[Address, PeerError] = {
+            peer: PeerTimeout(peer, "its name is still being looked up") for peer in self._unanswered
+        }
 
     def __bool__(self) -> bool:
         return bool(self._peers)
@@ -41,6 +45,11 @@ class PeerNames:
     def unresolved(self) -> list[str]:
         """A line for each name that is not known just now."""
         return sorted(map(str, self._unknown.values()))
+
+    @property
+    def resolving(self) -> bool:
+        """Whether a name is still looked up for the first time."""
+        return bool(self._unanswered)
 
     async def follow(self, found: Found) -> None:
         """Reports the addresses of the names, as often as they may have changed, until it is cancelled."""
@@ -56,11 +65,14 @@ class PeerNames:
                 known = await name.resolve()
             except PeerError as error:
                 self._unknown[peer] = error
+                if not isinstance(error, PeerTimeout):
+                    self._unanswered.discard(peer)
                 if not warned:  # it may exist once its first replica runs
                     log.warning("%s; asking again every %g s", error, RESOLVE_EVERY_S)
                 warned = True
             else:
                 self._unknown.pop(peer, None)
+                self._unanswered.discard(peer)
                 for address in known:
                     found((address,), address == peer)
             await asyncio.sleep(RESOLVE_SOON_S if clock() < soon_until_s else RESOLVE_EVERY_S)

@@ -121,7 +121,8 @@ async def find(
             if (error := lister.error) and peers.done():
                 return _without(peers, model_id, error, waited_s=elapsed_s)
             if isinstance(error, OriginDenied) and not heard and not node.searching and elapsed_s > ANSWER_SOON_S:
-                raise ManifestNotFound(model_id, tried=[*node.tried(), str(error)], waited_s=elapsed_s)
+                tried = [*node.tried(), str(error)]
+                raise ManifestNotFound(model_id, tried=tried, waited_s=elapsed_s, advice=_advice(error))
             await asyncio.wait([peers, *lister.tasks], timeout=POLL_S)
             await asyncio.sleep(0 if not peers.done() else POLL_S)
     finally:
@@ -152,8 +153,17 @@ def _without(
         manifest, origin = peers.result()
         return Found(manifest, origin)
     if isinstance(failure, ManifestNotFound) and type(failure) is ManifestNotFound:
-        raise ManifestNotFound(model_id, tried=[*failure.tried, str(error)], waited_s=waited_s) from failure
+        tried = [*failure.tried, str(error)]
+        raise ManifestNotFound(model_id, tried=tried, waited_s=waited_s, advice=_advice(error)) from failure
     raise failure
+
+
+def _advice(error: OriginError) -> str:
+    """What to do about a model that neither peers nor its origin have; the line of a denial says it."""
+    if isinstance(error, OriginDenied):
+        return ""
+    first = "check the id" if isinstance(error, OriginNotFound) else f"check the way to {error.origin}"
+    return f"{first}, start `swarm serve` on a machine that has the model, or name a peer with --peer"
 
 
 class Lister:
@@ -191,8 +201,8 @@ class Lister:
 
     async def _list(self) -> None:
         pause_s = PAUSE_FIRST_S
-        name = self._at.reader.address
         node = self._at.node
+        name = node.name
         while self.listing is None and self.error is None:
             left_s = self._deadline - self._node.now()
             if left_s <= 0:

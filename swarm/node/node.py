@@ -385,8 +385,8 @@ class Node:
 
     @property
     def alone(self) -> bool:
-        """Whether no address of another node is known."""
-        return self._connections.machine.alone and not self.members()
+        """Whether no address of another node is known, nor will be once names are looked up."""
+        return self._connections.machine.alone and not self.members() and not self._environment.resolving
 
     @property
     def addresses(self) -> tuple[Address, ...]:

@@ -29,6 +29,7 @@ from swarm.origin.web import WebOrigin
 
 GROUP = "swarm.origins"
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]{0,15})://(.+)")
+_HUB_PAGE = re.compile(r"(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/tree/([^/?#]+))?/?")  # of a model
 
 Factory: TypeAlias = Callable[[], OriginReader]
 """Called on a thread. Raises SettingsError where the origin cannot be used."""
@@ -52,11 +53,16 @@ class OriginAddress:
 
 
 def parse(text: str) -> OriginAddress | None:
-    """The address in a text such as `s3://bucket/model`; None for a plain model id."""
+    """The address in a text such as `s3://bucket/model`; None for a plain model id.
+
+    Raises SettingsError for the page of a model at the hub, which is no directory of a web server.
+    """
     match = _ADDRESS.fullmatch(text)
     if match is None:
         return None
     scheme, rest = match[1], match[2]
+    if scheme.startswith("http") and (page := _HUB_PAGE.fullmatch(rest)):
+        raise SettingsError("model_id", f"{text} is a page of the hub; say {'@'.join(filter(None, page.groups()))}")
     if scheme == "hf":
         return OriginAddress(scheme, rest.strip("/"), rest.strip("/"))
     return OriginAddress(scheme, text, text.rstrip("/"))

@@ -48,12 +48,14 @@ def read_key(path: Path) -> Ed25519PrivateKey:
         with path.open("rb") as file:
             pem = file.read(KEY_FILE_BYTES_MAX)
         key = serialization.load_pem_private_key(pem, password=None)
+    except FileNotFoundError:
+        raise SettingsError("key", f"{path} does not exist; make one with: swarm keygen {path} --publisher") from None
     except OSError as error:
         raise SettingsError("key", f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise SettingsError("key", f"{path} is not a private key in PEM without a password: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise SettingsError("key", f"{path} is not an Ed25519 key; `swarm keygen --publisher PATH` makes one")
+        raise SettingsError("key", f"{path} is not an Ed25519 key; `swarm keygen PATH --publisher` makes one")
     return key
 
 

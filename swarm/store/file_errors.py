@@ -29,9 +29,10 @@ def store_errors(where: Path, *, need_bytes: Callable[[], int] = lambda: 0) -> I
             raise StoreConflict(where, f"is in the way ({error.strerror}); move it away") from error
         name = error.filename
         subject = name if isinstance(name, str) and os.path.isabs(name) else where
-        raise StoreError(
-            f"{subject}: {error.strerror or error}; mend that or use another directory, then run again"
-        ) from error
+        advice = "mend that or use another directory"
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            advice = "allow more open files (`ulimit -n`)"
+        raise StoreError(f"{subject}: {error.strerror or error}; {advice}, then run again") from error
 
 
 def _full(where: Path, need_bytes: int, *, quota: bool) -> StoreFull:

@@ -112,7 +112,11 @@ os.register_at_fork(after_in_child=_new_lock)
 def reserve_descriptors(count: int) -> None:
     """Raises the soft limit of open files (RLIMIT_NOFILE), up to the hard limit, to allow `count` more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = len(os.listdir("/proc/self/fd")) + count + DESCRIPTORS_SPARE
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError:  # no descriptor is left for the listing itself
+        used = soft
+    wanted = used + count + DESCRIPTORS_SPARE
     allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < allowed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))

@@ -331,6 +331,7 @@ class SimulatedEnvironment:
         self.confined = False
         self.names_peers = bool(known)
         self.unresolved: Sequence[str] = ()
+        self.resolving = False
         self.listening = False
         self._fabric = fabric
         self._host = host

@@ -168,6 +168,7 @@ def test_can_every_field_be_in_the_file(elsewhere: Path, name: str) -> None:
         ("upload_limit = 1000", "upload_limit", 1000),
         ("mdns = false", "mdns", False),
         ("timeout_s = 3", "timeout_s", 3),
+        ("\ufefftimeout_s = 3", "timeout_s", 3),  # a byte order mark, as editors of Windows write it
     ],
 )
 def test_are_values_of_toml_taken(elsewhere: Path, line: str, name: str, value: object) -> None:

@@ -104,7 +104,7 @@ def test_has_every_command_help(command: str, capsys: pytest.CaptureFixture[str]
     "arguments",
     [
         [], ["fly"], ["serve"], ["fetch"], ["verify"], ["fetch", "x", "--no-such-flag"],
-        ["serve", "x", "--timeout", "2.5"],
+        ["serve", "x", "--timeout", "2.5"], ["fetch", "x", "--out", ""],
     ],
 )  # fmt: skip
 def test_is_a_wrong_command_line_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,6 +265,11 @@ def test_what_does_an_error_exit_with(
     ("arguments", "code", "says"),
     [
         (["serve", "missing"], 2, "neither a path here nor a model in the local Hugging Face cache"),
+        (["serve", "org/missing"], 2, "or read it from the hub: swarm serve --origin org/missing"),
+        (["fetch", ""], 2, "model_id: '' cannot be announced"),
+        (["fetch", "https://huggingface.co/org/m/tree/v2"], 2, "is a page of the hub; say org/m@v2"),
+        (["run", "--", "no-such-engine", "org/m"], 2, "no-such-engine is not a program on PATH"),
+        (["sign", "empty", "--key", "none.pem"], 2, "make one with: swarm keygen none.pem --publisher"),
         (["serve", "./missing"], 2, "does not exist"),
         (["serve", "empty"], 3, "holds no file to serve"),
         (["serve", "empty", "--listen", "0.0.0.0"], 2, "--insecure"),
@@ -282,7 +287,7 @@ def test_what_does_an_error_exit_with(
         (["verify", "empty"], 3, "holds no file to serve"),
         (["verify", "empty", "--digest", "abc"], 2, "'abc' is neither a digest nor the first 6"),
         (["verify", "org/model"], 5, "org/model: does not exist; name a directory"),
-        (["rm", "org/model", "--yes"], 2, "swarm wrote nothing of 'org/model' into the cache here; it keeps nothing"),
+        (["rm", "org/model", "--yes"], 2, "is a fetch of 'org/model' by swarm; fetched by swarm: nothing; files"),
         (["ls", "--peer", "nowhere.invalid"], 6, "nowhere.invalid:7000: "),
         (["verify", "missing"], 5, "missing: does not exist; name a directory that `swarm fetch --out DIR` filled"),
         (["verify", "unfinished"], 5, "unfinished: a fetch into it is unfinished; run that fetch again"),
@@ -322,7 +327,7 @@ def test_is_a_directory_verified(
     source.close()
     remember(tmp_path / "cache", model, manifest)
     assert main(["verify", "model"]) == 0
-    assert f"1 files, 1000 bytes, as fetched ({manifest.digest[:16]})" in printed(capsys)[0]
+    assert f"1 files, 1 kB, as fetched ({manifest.digest[:16]})" in printed(capsys)[0]
     (model / "config.json").write_bytes(b"[]" * 500)
     assert main(["verify", "model"]) == 1
     assert "config.json: 1 of 1 chunks differ" in printed(capsys)[0]
@@ -422,3 +427,19 @@ def test_are_paths_on_one_line_however_narrow_the_terminal(
     row = {"model_id": "org/model", "revisions": ["main"], "digest": "ab" * 32, "bytes": 10**6, "path": path}
     kept.show({"swarm": [], "here": [row]})
     assert f"abababababab {path}" in printed(capsys)[0].splitlines()
+
+
+def test_does_ctrl_c_while_the_command_is_imported_leave_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'swarm.cli.main': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+    )
+    root = Path(swarm.__file__).parents[1]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{root}"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "swarm", "ls"], env=environment, capture_output=True, timeout=60, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")

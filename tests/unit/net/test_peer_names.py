@@ -174,6 +174,31 @@ def test_does_a_silent_resolver_of_a_name_hold_up_no_other(monkeypatch: pytest.M
     asyncio.run(scenario())
 
 
+def test_is_a_name_without_an_answer_yet_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, asked = asyncio.Event(), asyncio.Event()
+
+    async def resolve(name: Name) -> list[str]:
+        asked.set()
+        await answered.wait()
+        raise PeerUnreachable(name.address, "no such name")
+
+    monkeypatch.setattr(Name, "resolve", resolve)
+
+    async def scenario() -> None:
+        names = PeerNames(["slow.example:1"])
+        async with following(names, lambda known, lasting: None):
+            await asked.wait()
+            assert names.resolving
+            assert names.unresolved == ["slow.example:1: its name is still being looked up"]
+            answered.set()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not names.resolving
+            assert names.unresolved == ["slow.example:1: no such name"]
+
+    asyncio.run(scenario())
+
+
 def test_does_a_name_that_is_unknown_today_stop_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer_names, "RESOLVE_SOON_S", 0.01)
     known: dict[str, list[str]] = {"127.0.0.9:1": ["127.0.0.9:1"]}

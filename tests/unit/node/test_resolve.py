@@ -104,6 +104,7 @@ class QueueWorld:
         self.confined = False
         self.names_peers = bool(known)
         self.unresolved: Sequence[str] = ()
+        self.resolving = False
         self._street = street
         self._address = address
         self._known = known

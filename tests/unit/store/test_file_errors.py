@@ -17,3 +17,8 @@ def test_does_each_failure_have_its_error(tmp_path: Path) -> None:
         with pytest.raises(kind) as caught, store_errors(tmp_path):
             raise OSError(number, os.strerror(number))
         assert str(tmp_path) in str(caught.value)
+
+
+def test_does_a_process_without_descriptors_learn_how_to_get_more(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="ulimit -n"), store_errors(tmp_path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
