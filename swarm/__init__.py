@@ -71,17 +71,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in __all__ and name not in ("api", "errors", "settings"):
-        raise AttributeError(f"module 'swarm' has no attribute {name!r}")
-    from importlib import import_module
-
-    if name in ("api", "errors", "settings"):
-        return import_module(f"swarm.{name}")
     if name == "transformers":
-        return import_module("swarm.engines.transformers")
+        from swarm.engines import transformers
+
+        return transformers
     if name == "Settings":
-        return import_module("swarm.settings").Settings
-    return getattr(import_module("swarm.errors"), name, None) or getattr(import_module("swarm.api"), name)
+        from swarm.settings import Settings
+
+        return Settings
+    if name in __all__:
+        import swarm.errors as errors
+
+        if hasattr(errors, name):
+            return getattr(errors, name)
+        from swarm import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'swarm' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
