@@ -176,6 +176,7 @@ class Machine:
             "HOME": str(root / "home"),
             "XDG_CACHE_HOME": str(root / "home" / ".cache"),
             "HF_HOME": str(root / "home" / "huggingface"),
+            "HF_ENDPOINT": "http://127.0.0.1:9",  # no test asks the real hub
             "SWARM_CACHE": str(self.cache),
             "PYTHONWARNINGS": "error",
         }
