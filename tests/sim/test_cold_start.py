@@ -84,7 +84,9 @@ def test_do_latecomers_take_their_part() -> None:
     assert sum(bool(reader.held.any()) for reader in run.readers) == 8
 
 
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize(
+    "seed", [*range(30), *(pytest.param(number, marks=pytest.mark.integration) for number in range(30, 100))]
+)
 def test_is_everything_read_whoever_dies_or_dawdles(seed: int) -> None:
     dice = random.Random(seed)
     nodes = dice.choice([2, 3, 5, 8])
