@@ -31,6 +31,7 @@ from swarm.errors import (
     OriginNotFound,
     OriginUnreachable,
     OriginUnusable,
+    SettingsError,
 )
 from swarm.origin import OriginStream, http, xet
 
@@ -43,14 +44,17 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class HubOrigin:
-    """The hub that the environment names."""
+    """The hub that the environment names. Raises SettingsError for an HF_ENDPOINT that is no address."""
 
     scheme = "hf"
 
     def __init__(self, environment: Mapping[str, str] | None = None) -> None:
         self._environment = os.environ if environment is None else environment
         self.address = (self._environment.get("HF_ENDPOINT") or ENDPOINT).rstrip("/")
-        self._name = urlsplit(self.address).netloc or self.address
+        parts = urlsplit(self.address)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise SettingsError("HF_ENDPOINT", f"{self.address!r} is no address such as {ENDPOINT}")
+        self._name = parts.netloc
         self._xet = xet.XetStorage(self.address, self._ask) if xet.usable(self._environment) else None
 
     def listing(self, model: str, revision: str | None) -> Listing:

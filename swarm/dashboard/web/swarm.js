@@ -234,7 +234,7 @@ function drawNode(id, member, { digest, selected, crowd, dim, chosen }) {
   const tx = side === "middle" ? 0 : Math.sign(Math.cos(angle)) * away;
   const name = shown ? words.shortened(member.name, narrow ? 11 : 26) : "";
   const said = shown ? note(member, digest, narrow || crowd) : "";
-  const width = 7.4 * Math.max(name.length, said.length);
+  const width = Math.max(8.8 * name.length, 7.4 * said.length); // names are bold
   made.shown = shown;
   const into = inwards(x + tx, side, width);
   const beside = side === "middle" ? (Math.sin(angle) < 0 ? -away - 17 : away + 12) : into ? away + 12 : -3;

@@ -14,7 +14,7 @@ import pytest
 from hub import Asked, Fault, Hub, Model, git_sha1
 
 from swarm.content.promise import ListedFile, Listing
-from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginNotFound, OriginUnreachable
+from swarm.errors import OriginChanged, OriginDenied, OriginError, OriginNotFound, OriginUnreachable, SettingsError
 from swarm.origin import http
 from swarm.origin.hf import HubOrigin
 
@@ -262,3 +262,9 @@ def test_is_a_response_that_another_thread_closes_a_broken_one(hub: Hub) -> None
     response._answer.fp = Closing()  # type: ignore[assignment]
     with pytest.raises(OriginUnreachable, match="the connection failed"):
         response.readinto(memoryview(bytearray(1000)))
+
+
+@pytest.mark.parametrize("endpoint", ["foo", "huggingface.co", "https://", "ftp://hub.example"])
+def test_is_an_endpoint_that_is_no_address_named(endpoint: str) -> None:
+    with pytest.raises(SettingsError, match=r"HF_ENDPOINT: .* is no address such as "):
+        HubOrigin({"HF_ENDPOINT": endpoint})
