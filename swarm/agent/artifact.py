@@ -1,9 +1,9 @@
 """A revision of a model that the agent fetches file by file, as programs ask for them.
 
 Owns the queue of the files that are wanted. Fetches run one after the other, each of one batch: the files that were
-asked for meanwhile, in order, up to BATCH_BYTES. The first one brings the small files of the model with it, which
-programs ask for one by one; they come before large files. A file counts when it has its final name in the Hugging Face
-cache: it is whole and verified then, and its stamp says so as long as nothing changes it.
+asked for meanwhile, in order, up to BATCH_BYTES, or BATCH_FILES of any size. The first one brings the small files of
+the model with it, which programs ask for one by one; they come before large files. A file counts when it has its final
+name in the Hugging Face cache: it is whole and verified then, and its stamp says so as long as nothing changes it.
 
 Must not know: HTTP, how a revision is found.
 """
@@ -31,6 +31,8 @@ from swarm.settings import Settings
 from swarm.store.directory import DirectoryStore
 from swarm.store.stamp import Stamp
 
+# The content of a file is hashed in order, its last part after it has come: the next file comes meanwhile.
+BATCH_FILES = 4
 BATCH_BYTES = 256 << 20  # large enough for the parts of a fetch that take a fixed time, about 0.1 s
 TAKE_S = 2.0  # from the fetch until the programs that wait for it read it
 ROOM_WAIT_S, ROOM_LOOK_S = 60.0, 0.1
@@ -161,7 +163,7 @@ class Artifact:
         """The next files: those that were asked for first."""
         batch, size = list[str](), 0
         for path in self._queue:
-            if batch and size + self._entries[path].size > BATCH_BYTES:
+            if len(batch) >= BATCH_FILES and size + self._entries[path].size > BATCH_BYTES:
                 break
             batch.append(path)
             size += self._entries[path].size

@@ -33,11 +33,13 @@ def artifact(sizes: dict[str, int]) -> Artifact:
         (
             {"a.bin": 2000 * MB, "b.bin": 10 * MB, "config.json": 1000},
             ["config.json", "a.bin", "b.bin"],
-            [["config.json"], ["a.bin"], ["b.bin"]],
+            [["config.json"], ["a.bin", "b.bin"]],
         ),
         # A small model comes in one piece.
         ({"a.safetensors": 20 * MB, "config.json": 1000}, ["a.safetensors"], [["a.safetensors", "config.json"]]),
-        ({"a.bin": BATCH_BYTES, "b.bin": BATCH_BYTES}, ["a.bin", "b.bin"], [["a.bin"], ["b.bin"]]),
+        # Four large files are on their way together: one is still hashed while the next one comes.
+        (dict.fromkeys("abcdef", BATCH_BYTES), list("abcdef"), [list("abcd"), list("ef")]),
+        (dict.fromkeys("abcdefgh", BATCH_BYTES // 6), list("abcdefgh"), [list("abcdef"), list("gh")]),
     ],
 )
 def test_which_files_are_a_batch(sizes: dict[str, int], asked: list[str], batches: list[list[str]]) -> None:
