@@ -1,12 +1,15 @@
-"""What unit tests share: models of engines, and short waits."""
+"""What unit tests share: models of engines, short waits, and torch on one thread: more spin while tiny models run."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
 
 def write(path: Path, *files: tuple[str, str, tuple[int, ...]]) -> Path:
