@@ -220,6 +220,8 @@ def _refuse(error: OSError, host: str, port: int) -> NoReturn:
         why = f"port {port} on {host} is in use; choose another port, or 0 for any free port"
     elif error.errno == errno.EACCES:
         why = f"port {port} on {host} may not be opened by this user; ports from 1024 on may"
+    elif error.errno == errno.EADDRNOTAVAIL or isinstance(error, socket.gaierror):
+        why = f"{host} is no address, card or name of this machine; `ip addr` lists them, and 0.0.0.0 means all"
     else:
         why = f"cannot listen on {host} port {port} ({error.strerror or error})"
     raise SettingsError("listen", why) from error
