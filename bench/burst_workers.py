@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import loop_cost
 from workers import traced
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ Answer = dict[str, Any]
 
 MODEL_ID = "bench/model"
 SWARM_PORT, HTTP_PORT, TORRENT_PORT, STAR_PORT = 7000, 8080, 6881, 29500
+COUNT = "BENCH_COUNT"  # in the environment: newcomers of swarm count the events of their loops, which costs time
 LIE_EVERY = 10  # chunks, more or less
 DIGEST_BYTE_VALUES = 256
 
@@ -96,12 +98,17 @@ def swarm_newcomer(task: Task, *, watched: bool = False) -> None:
         fsync=False,
         cache=Path("cache").absolute(),
     )
+    counts = loop_cost.counting() if COUNT in os.environ else {}
     with contextlib.ExitStack() as open_:
         with going() as answer:
+            counts.clear()
+            loop_s, process_s = loop_cost.loop_s(), loop_cost.process_s()
             if watched:
                 open_.enter_context(traced(settings, Path("newcomer.trace")))
             weights = fetch(MODEL_ID, out=task.file.parent, timeout_s=task.deadline_s, settings=settings)
             done(answer)
+            answer |= {"loop_s": loop_cost.loop_s() - loop_s, "process_s": loop_cost.process_s() - process_s}
+            answer |= {"counts": dict(counts)} if counts else {}
             answer |= {"sources": weights.fetched.sources, "rejected_chunks": weights.fetched.rejected_chunks}
         stay()
 
