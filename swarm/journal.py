@@ -194,6 +194,7 @@ class Journal:
 
     def __init__(self) -> None:
         self._entries: deque[Entry] = deque()
+        self._weights: deque[int] = deque()  # of the entries
         self._bytes = 0
         self._subscribers: list[tuple[Callable[[Entry], None], frozenset[type]]] = []
         self._interested: dict[type, tuple[Callable[[Entry], None], ...]] = {}  # by kind of event
@@ -202,9 +203,11 @@ class Journal:
         """Appends an entry and calls the subscribers."""
         entry = Entry(at_s, subject, event)
         self._entries.append(entry)
-        self._bytes += weight(event)
+        self._weights.append(size := weight(event))
+        self._bytes += size
         while len(self._entries) > ENTRIES_KEPT or (self._bytes > BYTES_KEPT and len(self._entries) > 1):
-            self._bytes -= weight(self._entries.popleft().event)
+            self._entries.popleft()
+            self._bytes -= self._weights.popleft()
         kind = type(event)
         if (interested := self._interested.get(kind)) is None:
             asked = (subscriber for subscriber, kinds in self._subscribers if not kinds or kind in kinds)

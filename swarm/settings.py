@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import ipaddress
 import math
 import os
@@ -347,6 +348,7 @@ def is_literal(host: str) -> bool:
     return True
 
 
+@functools.lru_cache(4096)
 def is_loopback(host: str) -> bool:
     """Whether `host` is a loopback address, 'localhost' or the loopback card."""
     try:

@@ -246,8 +246,10 @@ class Swim:
 
     def _place(self, member: Record) -> Address | None:
         """Where to send more than a Ping: where the member is reached, else a random address of it."""
+        if heard := self._heard.get(member.node):
+            return heard
         usable = self._usable(member.addresses)
-        return self._heard.get(member.node) or (self._rng.choice(usable) if usable else None)
+        return self._rng.choice(usable) if usable else None
 
     def _sample(self, count: int) -> list[Record]:
         """Random living members, those first that were heard."""

@@ -182,6 +182,7 @@ def _by_family(addresses: Sequence[Address]) -> list[Address]:
     return [address for pair in pairs for address in pair if address is not None]
 
 
+@functools.lru_cache(4096)
 def _is_on_link(host: str, machine: Machine) -> bool:
     if not is_literal(host):
         return False
