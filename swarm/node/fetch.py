@@ -304,19 +304,19 @@ class Fetches:
             share.download, share.failure = None, promise.failure if promise else ""
         return download
 
-    def _announcer(self, share: Share, store: Store) -> Callable[[list[int]], None]:
+    def _announcer(self, share: Share, store: Store) -> Callable[[list[int], float], None]:
         """Tells peers of verified chunks, of those that the store does not keep only seeds."""
         digest = share.manifest.digest
         if not isinstance(store, LossyStore):  # asked once: `isinstance` of a protocol costs as much as hashing a chunk
             return partial(self._shares.send_have, digest)
         lossy = store
 
-        def announce(chunks: list[int]) -> None:
+        def announce(chunks: list[int], within_s: float) -> None:
             kept = [chunk for chunk in chunks if chunk in lossy.kept and share.source is lossy]
             for chunk in kept:
                 share.held.add(chunk)
-            self._shares.send_have(digest, kept)
-            self._shares.send_have(digest, [chunk for chunk in chunks if chunk not in kept], to_seeds=True)
+            self._shares.send_have(digest, kept, within_s)
+            self._shares.send_have(digest, [chunk for chunk in chunks if chunk not in kept], within_s, to_seeds=True)
 
         return announce
 

@@ -1,8 +1,9 @@
 """A linked node: its link with an outbox, the artifacts that it announced, and the session that reads its chunks.
 
-Messages wait in the outbox until they are written to the link. A peer that leaves too many unread is cut off; so is the
-peer with the fullest outbox when the outboxes of all peers together are too full (`Backlog`). A sender of much waits
-for `room`.
+Messages wait in the outbox until they are written to the link. Those that may wait share the frame of the next that may
+not: on slow links a packet costs both ends more than the messages in it. A peer that leaves too many unread is cut off;
+so is the peer with the fullest outbox when the outboxes of all peers together are too full (`Backlog`). A sender of
+much waits for `room`.
 
 A session is opened where the node is reached: at the address that was dialled, or that its link comes from, else at one
 that it tells. A node cannot direct the connections of this one to other places: an offer of a transport that has its
@@ -103,7 +104,8 @@ class Peer:
         self.leaving = False  # it drains: what it holds is not counted on
         self.why_gone: str | None = None  # why the link ends, known before it has ended
         self._outbox: deque[Message] = deque()  # until they are written to the link
-        self._posted = asyncio.Event()
+        self._posted = asyncio.Event()  # a message that may not wait, or no longer
+        self._waiting: asyncio.TimerHandle | None = None  # for those that may
         self._unsent_bytes = 0
         self._backlog = backlog or Backlog()
         self._room = asyncio.Event()
@@ -142,8 +144,8 @@ class Peer:
         """The rate to expect of that transport; 0 if there is no expectation."""
         return self._route[0].usual_bytes_per_s if self._route else 0.0
 
-    def post(self, message: Message) -> None:
-        """Queues a message. Messages of a turn of the event loop share a frame.
+    def post(self, message: Message, *, within_s: float = 0.0) -> None:
+        """Queues a message. Messages of a turn of the event loop share a frame; this one may wait for others.
 
         A peer that leaves too many unread is cut off. For a peer that has left this does nothing.
         """
@@ -156,8 +158,11 @@ class Peer:
             self.cut_off(f"left {self._unsent_bytes} bytes unread")
         else:
             self._outbox.append(message)
-            self._posted.set()
             self._count(size)
+            if within_s <= 0:
+                self._posted.set()
+            elif not self._posted.is_set():
+                self._wait(within_s)
 
     @property
     def unread_bytes(self) -> int:
@@ -185,6 +190,7 @@ class Peer:
     async def _send_all(self) -> None:
         while True:
             await self._posted.wait()
+            self._wait_no_more()
             batch = tuple(itertools.islice(self._outbox, FRAME_MESSAGES_MAX))
             await self.link.send(*batch)
             for message in batch[: len(self._outbox)]:  # none if the peer was cut off meanwhile
@@ -209,11 +215,25 @@ class Peer:
 
     def _empty(self) -> None:
         """Drops what will not be sent. A sender that waits for room learns that the peer has left."""
+        self._wait_no_more()
         self._outbox.clear()
         self._count(-self._unsent_bytes)
 
+    def _wait(self, within_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        if self._waiting is None or loop.time() + within_s < self._waiting.when():
+            self._wait_no_more()
+            self._waiting = loop.call_later(within_s, self._posted.set)
+
+    def _wait_no_more(self) -> None:
+        if self._waiting:
+            self._waiting.cancel()
+            self._waiting = None
+
     async def session(self) -> Inbound:
         """The open session to this peer. Raises TransportError."""
+        if self._session is not None and self._session.alive and not (self._closed or self._connecting.locked()):
+            return self._session
         async with self._connecting:
             self._check_open()
             if self._session is None or not self._session.alive:

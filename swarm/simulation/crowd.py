@@ -96,6 +96,7 @@ class _Member:
     sending: dict[tuple[NodeId, int], tuple[ChunkFlow, float]] = field(default_factory=dict)  # with its start
     receiving: dict[int, NodeId] = field(default_factory=dict)  # the source of each transfer
     received_bytes: Counter[NodeId] = field(default_factory=Counter)  # by source
+    outboxes: dict[NodeId, list[Message]] = field(default_factory=dict)  # messages that wait, by receiver
 
     @property
     def fetches(self) -> bool:
@@ -412,9 +413,20 @@ class Crowd:
 
     # Messages
 
-    def _send(self, message: Message, member: _Member, *others: _Member) -> None:
-        member.control_bytes += (len(messages.encode(message)) + FRAME_BYTES) * len(others)
+    def _send(self, message: Message, member: _Member, *others: _Member, within_s: float = 0.0) -> None:
+        """As `Peer.post`: a message that may wait shares the frame of the next that may not."""
         for other in others:
+            outbox = member.outboxes.setdefault(other.name, [])
+            outbox.append(message)
+            if within_s <= 0:
+                self._flush(member, other)
+            elif len(outbox) == 1:
+                self._clock.after(within_s, self._flush, member, other)
+
+    def _flush(self, member: _Member, other: _Member) -> None:
+        if outbox := member.outboxes.pop(other.name, []):
+            member.control_bytes += FRAME_BYTES + sum(len(messages.encode(message)) for message in outbox)
+        for message in outbox:
             self._clock.after(self.burst.delay_s, self._receive, other, member, message)
 
     def _linked(self, member: _Member) -> list[_Member]:
@@ -583,9 +595,9 @@ class Crowd:
 
     # Claims
 
-    def _send_claims(self, chunks: Sequence[int], member: _Member, *others: _Member) -> None:
+    def _send_claims(self, chunks: Sequence[int], member: _Member, *others: _Member, within_s: float = 0.0) -> None:
         for message in claim_messages(member.claims, sorted(chunks)) if member.claims else ():
-            self._send(message, member, *others)
+            self._send(message, member, *others, within_s=within_s)
 
     def _prove(self, member: _Member) -> None:
         """A complete model counts if its content is right; else some of it is read again. A liar believes itself."""
@@ -624,9 +636,10 @@ class Crowd:
                 case download_events.Cancel(name, number):
                     member.receiving.pop(number, None)
                     self._send(messages.Cancel(number), member, self._members[name])
-                case download_events.Announce(chunks):
-                    self._send_claims(chunks, member, *self._linked(member))
-                    self._send(messages.Have(DIGEST, tuple(runs(sorted(chunks)))), member, *self._linked(member))
+                case download_events.Announce(chunks, within_s):
+                    have = messages.Have(DIGEST, tuple(runs(sorted(chunks))))
+                    self._send_claims(chunks, member, *self._linked(member), within_s=within_s)
+                    self._send(have, member, *self._linked(member), within_s=within_s)
                 case download_events.Ban(name):
                     self._banned.setdefault(member.name, []).append(name)
                 case download_events.Complete():

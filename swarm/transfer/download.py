@@ -10,8 +10,8 @@
 - A transfer is cancelled when it is not granted within `GRANT_PATIENCE_S`, or when its peer then sends no byte for
   `idle_timeout_s`. A slow transfer goes on; the endgame requests a second copy.
 - A seed with nothing to give rests for the time that it names; every other failure doubles the rest of its peer.
-- The first verified chunk is announced at once, further chunks every `scheduler.announce_every_s`. The driver sends a
-  `Tick` at `due_at`.
+- The first verified chunk is announced at once, further chunks every `scheduler.announce_every_s`. An announcement may
+  wait for half as long, if they are at most `scheduler.ANNOUNCE_WAITS_S` apart. The driver sends a `Tick` at `due_at`.
 - The download is complete when the chunks of `wanted` are verified: all chunks, or those of a part. No other chunk is
   requested, or counts as missing.
 - After a pause of this process (`Paused`) every deadline starts again.
@@ -138,6 +138,7 @@ class Download:
         self.done = False
         self.due_at = math.inf  # the time of the next announcement, for which a `Tick` is needed
         self._announced_at = -math.inf
+        self._announce_within_s = 0.0
         self._fresh: list[int] = []  # verified and not announced
         self._node = node
         self._has_mates = False
@@ -341,6 +342,8 @@ class Download:
         if not self._fresh:
             every_s = scheduler.announce_every_s(self.manifest.chunk_bytes, self.rate_bytes_per_s)
             self.due_at = max(self._now, self._announced_at + every_s)
+            first = self._announced_at == -math.inf
+            self._announce_within_s = 0.0 if first or every_s > scheduler.ANNOUNCE_WAITS_S else every_s / 2
         self._fresh += fresh
         actions: list[Action] = []
         if not self._redundant and not any(self._requested[chunk] for chunk in fresh):
@@ -377,7 +380,7 @@ class Download:
             return []
         fresh, self._fresh = tuple(self._fresh), []
         self._announced_at, self.due_at = self._now, math.inf
-        return [Announce(fresh)]
+        return [Announce(fresh, 0.0 if at_once else self._announce_within_s)]
 
     def _cut_silent(self, received_bytes: Mapping[NodeId, int]) -> list[Action]:
         """Cancels transfers without a grant or a byte for too long.
@@ -401,10 +404,10 @@ class Download:
 
     def _ask(self) -> list[Action]:
         actions: list[Action] = []
-        for _ in range(max((peer.streams for peer in self._peers.values()), default=0)):
-            if not (peers := self._askable()):
-                break
+        asked = 0
+        while (peers := self._askable()) and asked < max(peer.streams for peer in self._peers.values()):
             actions += self._ask_each(peers)
+            asked += 1
         return actions
 
     def _ask_each(self, peers: dict[NodeId, _Peer]) -> list[Action]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import random
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from swarm.content.bitfield import Bitfield
@@ -41,7 +42,7 @@ from swarm.transfer.download import Download
 from swarm.transfer.promise_driver import PromiseDriver
 from swarm.transfer.verify import LandedChunk, Verifier
 from swarm.transport import Inbound, Transfer
-from swarm.transport.sink import Mailbox
+from swarm.transport.sink import Tray
 
 NAMES_MAX = 4096  # of peers that were asked
 
@@ -68,7 +69,8 @@ class _Receiving:
 
 
 class DownloadDriver:
-    """A fetch. `announce` is called with newly verified chunks, as often as the machine says.
+    """A fetch. `announce` is called with newly verified chunks, as often as the machine says, and with the seconds that
+    they may wait.
 
     `transfers` maps the open transfers of all fetches of the node to their drivers.
     """
@@ -88,7 +90,7 @@ class DownloadDriver:
         transfer_ids: Iterator[int],
         transfers: MutableMapping[int, DownloadDriver],
         rng: random.Random,
-        announce: Callable[[list[int]], None],
+        announce: Callable[[list[int], float], None],
         promise: PromiseDriver | None = None,
     ) -> None:
         self.machine = Download(
@@ -118,7 +120,7 @@ class DownloadDriver:
         else:
             self._verifier = Verifier(store.manifest, store, held, blake3=blake3)
         self._loop = asyncio.get_running_loop()
-        self._mailbox = Mailbox()
+        self._arrived: Tray[tuple[int, _Sender, LandedChunk]] = Tray(self._take)  # with the transfer
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._due: asyncio.TimerHandle | None = None
         self._preparing: asyncio.Future[None] | None = None
@@ -191,6 +193,7 @@ class DownloadDriver:
 
     def tick(self) -> None:
         """Passes the machine the time, and the bytes that each peer's session has received."""
+        self._arrived.collect()
         if self.promise:
             self.promise.tick()
         sessions = {r.peer.node: r.session for r in self._receiving.values() if r.session}
@@ -232,8 +235,8 @@ class DownloadDriver:
                     self._ask(self._host.peers[node], action)
                 case events.Cancel(node, number):
                     self._cancel(node, number)
-                case events.Announce(chunks):
-                    self._announce(list(chunks))
+                case events.Announce(chunks, within_s):
+                    self._announce(list(chunks), within_s)
                 case events.Ban(node, why):
                     peer = self._host.peers[node]
                     log.warning("banned %s (%s): %s", peer.name, peer.address, why)
@@ -277,16 +280,6 @@ class DownloadDriver:
         peer, ask, number = receiving.peer, receiving.ask, receiving.ask.transfer
 
         sender = _Sender(peer.node, peer.scheme)
-        landed: deque[LandedChunk] = deque()
-
-        def report(chunks: Sequence[LandedChunk]) -> None:
-            landed.extend(chunks)
-            self._mailbox.post(take)
-
-        def take() -> None:  # of a busy loop, the first call takes the chunks of several reports
-            if landed:
-                self._landed(sender, number, [landed.popleft() for _ in range(len(landed))])
-
         event: events.Event = events.TransferEnded(peer.node, number)
         try:
             session = await peer.session()
@@ -297,12 +290,20 @@ class DownloadDriver:
             chunks = await receiving.chunks
             size = sum(self._manifest.chunks[index].size for index in chunks)
             receiving.session = session
+
+            def report(landed: Sequence[LandedChunk]) -> None:
+                for arrival in landed:  # the end of the transfer follows its last chunk
+                    self._arrived.put((number, sender, arrival), followed=arrival.chunk.index == chunks[-1])
+
             views: Iterator[View] = (
                 self._verifier.device_views(number, chunks, report)
                 if session.on_device
                 else self._verifier.views(number, chunks, report)
             )
-            await session.receive(Transfer(number, size, self._idle_timeout_s), views)
+            try:
+                await session.receive(Transfer(number, size, self._idle_timeout_s), views)
+            finally:
+                self._arrived.collect()  # so the machine knows all chunks before the end of their transfer
             if session.streams > ask.streams:
                 self.handle(events.SessionGrew(peer.node, session.streams))
         except (TransportError, PeerError) as error:
@@ -310,7 +311,12 @@ class DownloadDriver:
         except StoreError as error:
             event = events.TransferBroke(peer.node, number, str(error))
             self.fail(error)
-        self.handle(event)  # its thread has posted all chunks to the mailbox before, so the machine knows them
+        self.handle(event)
+
+    def _take(self, arrived: Sequence[tuple[int, _Sender, LandedChunk]]) -> None:
+        for number, group in itertools.groupby(arrived, key=itemgetter(0)):
+            several = list(group)
+            self._landed(several[0][1], number, [arrival for _, _, arrival in several])
 
     async def _prepared(self) -> None:
         """Returns when the GPUs are ready to hash, which the first transfer over a GPU session starts."""

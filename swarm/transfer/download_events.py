@@ -222,9 +222,10 @@ class TransferFailed:
 
 @dataclass(frozen=True)
 class Announce:
-    """Send `have` messages for these chunks, verified since the last announcement."""
+    """Send `have` messages for these chunks, verified since the last announcement, within `within_s`."""
 
     chunks: tuple[int, ...]
+    within_s: float = 0.0
 
     @property
     def weight_bytes(self) -> int:

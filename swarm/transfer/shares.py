@@ -387,11 +387,11 @@ class Shares:
                 if share.download.promise:
                     peer.post(share.download.promise.own_reading())
 
-    def send_have(self, digest: Digest, chunks: list[int], *, to_seeds: bool = False) -> None:
+    def send_have(self, digest: Digest, chunks: list[int], within_s: float = 0.0, *, to_seeds: bool = False) -> None:
         """Sends `Have` for verified chunks to every peer with an interest in the artifact, either way.
 
         A seed to which this node showed interest counts the copies of each chunk, and sends the rarest. `to_seeds`:
-        only to seeds, which must not take a chunk for lost that this node cannot serve.
+        only to seeds, which must not take a chunk for lost that this node cannot serve. It may wait for `within_s`.
         """
         share = self.shares.get(digest)
         claims = claim_messages(share.claims, sorted(chunks)) if share and share.claims else []
@@ -399,13 +399,13 @@ class Shares:
         for peer in self._host.peers.values() if claims else ():
             if digest in peer.interests or digest in peer.own_interests:
                 for claim in claims:
-                    peer.post(claim)
+                    peer.post(claim, within_s=within_s)
         for start in range(0, len(verified), messages.RUNS_MAX):
             have = messages.Have(digest, tuple(verified[start : start + messages.RUNS_MAX]))
             for peer in self._host.peers.values():
                 seed = (announced := peer.artifacts.get(digest)) is not None and announced.superseeds
                 if (digest in peer.interests or digest in peer.own_interests) and (seed or not to_seeds):
-                    peer.post(have)
+                    peer.post(have, within_s=within_s)
 
     def send_reading(self, digest: Digest, message: messages.OriginReading) -> None:
         """Tells every peer with an interest in a promise what this node reads from its origin."""

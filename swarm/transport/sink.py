@@ -6,8 +6,8 @@ The I/O thread takes the lock for one piece at a time. To stop a landing, set `_
 thread checks `_stop_error` after it releases the lock. Exactly one of the two ends the landing, and neither blocks
 while bytes are in flight. An I/O thread pins the landing while a GPU fills borrowed views.
 
-`Mailbox` passes calls from threads to the loop, and an `Outcome` is awaited for the end of work on a thread: with small
-chunks, waking the loop and its turns are most of the cost of a transfer.
+`Mailbox` passes calls from threads to the loop, `Tray` items that may wait for others, and an `Outcome` is awaited for
+the end of work on a thread: with small chunks, waking the loop and its turns are most of the cost of a transfer.
 
 An ended landing lends no views; the transport drops the rest of its bytes. Must not know: sockets, frames.
 """
@@ -21,13 +21,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import overload
+from typing import Generic, TypeVar, overload
 
 from swarm.errors import LocalProtocolError, SourceChanged, TransportError
 from swarm.store import AnySpan, DeviceView, FileSpan, Span, View
 from swarm.transport import Transfer
 
 LOOK_EVERY_S = 50e-6  # period of polling a GPU, which wakes no thread
+TAKE_EVERY_S = 0.005  # by then the next announcement of chunks is seldom due
+
+T = TypeVar("T")
 
 _NO_VIEW: View = memoryview(b"")
 
@@ -108,6 +111,41 @@ class Mailbox:
         finally:
             if self._calls:  # a call raised: the rest is still to run
                 self._ring()
+
+
+class Tray(Generic[T]):
+    """Items from other threads to the loop, which passes them to `take` together. Made on the loop.
+
+    An item after a pause wakes the loop; while more follow, the loop looks every TAKE_EVERY_S by itself.
+    """
+
+    def __init__(self, take: Callable[[list[T]], object]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._take = take
+        self._items: deque[T] = deque()
+        self._awaited = False  # the loop is about to look
+        self._looked_at = 0.0
+
+    def put(self, item: T, *, followed: bool = False) -> None:
+        """Any thread. `followed`: `collect` is called soon. Dropped once the loop is closed."""
+        self._items.append(item)
+        if not (self._awaited or followed):  # read after the append: the item is either seen or rung for
+            self._awaited = True
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._look, False)
+
+    def collect(self) -> None:
+        """Takes what is there. On the loop."""
+        if self._items:
+            self._take([self._items.popleft() for _ in range(len(self._items))])
+
+    def _look(self, timed: bool) -> None:
+        now = self._loop.time()
+        self._awaited = bool(self._items) and (timed or now - self._looked_at < TAKE_EVERY_S)
+        self._looked_at = now
+        if self._awaited:
+            self._loop.call_later(TAKE_EVERY_S, self._look, True)
+        self.collect()
 
 
 class Outcome(asyncio.Future[None]):

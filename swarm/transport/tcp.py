@@ -50,7 +50,7 @@ ACCEPTED, UNKNOWN_TOKEN, WRONG_VERSION, FULL = b"\0", b"\1", b"\2", b"\3"
 PREAMBLE_TIMEOUT_S = 5.0  # one round trip is enough; a silent stranger must not keep a connection
 LOOPBACK_CONGESTION = "cubic"  # bbr, some systems' default, paces and costs a quarter or more of the rate on loopback
 CONNECTIONS_MAX = 128  # of all sessions of a node; beyond that none gets a connection beside its first
-THREADS_MAX = 64  # of two pools, for askers and holders: a full pool never waits for the other
+THREADS_MAX = CONNECTIONS_MAX  # of two pools, for askers and holders: a full pool never waits for the other
 
 # A vanished peer is noticed after 2 + 3 * 1 = 5 s, also by the asker, which never writes.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 2, 1, 3

@@ -20,7 +20,7 @@ from swarm.store import View
 from swarm.transport import Transfer
 from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import LOOK_EVERY_S, Landing, on_host
-from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER, POLL_S, Session
+from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER, LINGER_S, POLL_S, Session
 
 HEADER_TIMEOUT_S = 5.0  # for the rest of a header after its first byte
 UNPOSTED_WAIT_S = 5.0  # for a `receive` that is late since its loop is busy
@@ -102,9 +102,10 @@ class TcpInbound(Session):
     def _pump(self) -> None:
         self._quiet_s = 0.0
         try:
-            while self._lost is None and self._await_header():
-                self._take_frame()
-                self._advance()
+            while self._lost is None and self._quiet_s < LINGER_S:
+                if self._await_header():
+                    self._take_frame()
+                    self._advance()
         except TransportError as error:
             self._lose(str(error))
         except OSError as error:

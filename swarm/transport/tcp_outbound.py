@@ -21,7 +21,7 @@ from swarm.store import AnySpan, FileSpan, Span
 from swarm.transport import Pace, Transfer
 from swarm.transport.byte_stream import ByteStream
 from swarm.transport.sink import Mailbox, Outcome, close_iterator, on_host, pieces, span_bytes
-from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER, POLL_S, Session
+from swarm.transport.tcp_session import ABORT, DATA, END, FRAME_BYTES_MAX, HEADER, LINGER_S, POLL_S, Session
 
 CANCEL_GRACE_S = 1.0  # for the rest of a frame of a cancelled transfer; then the session ends
 
@@ -130,9 +130,9 @@ class TcpOutbound(Session):
             self._sending = None
 
     def _await_queue(self) -> None:
-        """Waits for a transfer to send, for at most POLL_S."""
+        """Waits for a transfer to send, for at most LINGER_S."""
         with self._lock:
-            self._lock.wait_for(lambda: self._queue or self._lost, POLL_S)
+            self._lock.wait_for(lambda: self._queue or self._lost, LINGER_S)
 
     def _send(self, sending: Sending) -> None:
         error: Exception | None = None

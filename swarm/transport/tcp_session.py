@@ -10,7 +10,7 @@ holder mean that the asker is gone.
 
 Sockets block, on pool threads: `recv_into` and `sendfile` release the GIL, while asyncio costs a quarter of the rate.
 Timeouts (`poll`, SO_SNDTIMEO) make a blocked thread check for a stop every POLL_S. A session holds a thread while bytes
-move and for POLL_S after that, because waking a thread is cheaper than starting a job; else the loop watches the
+move and for LINGER_S after that, because waking a thread is cheaper than starting a job; else the loop watches the
 socket. The loop closes the socket when no thread uses it, since its number may be reused a moment later.
 
 Other transports build on these sessions with frames of kinds of their own (`_take_payload`, `_send_piece`).
@@ -39,6 +39,7 @@ DATA, END, ABORT = 1, 2, 3
 FRAME_BYTES_MAX = 2 << 20  # a cancelled transfer stops within a frame, which costs a few turns of the GIL
 
 POLL_S = 0.25  # within which a blocked thread notices a stop
+LINGER_S = 1.0  # a peer on a slow link sends a chunk, or asks for one, every few tenths of a second
 CLOSE_TIMEOUT_S = 5.0  # for threads to leave a socket that was shut down
 
 

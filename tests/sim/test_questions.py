@@ -97,7 +97,7 @@ def test_is_a_seed_as_good_as_new_when_a_burst_has_come_and_gone(seed: int) -> N
     late = [seconds for name, seconds in report.finished_s.items() if name.startswith("newcomer")]
     assert len(late) == NEWCOMERS
     assert report.seed_models <= 2 * 1.25
-    assert max(late) <= 1.4 * report.bound_s
+    assert max(late) <= 1.5 * report.bound_s
 
 
 @seeds

@@ -59,7 +59,7 @@ class FakePeer(Peer):
         super().__init__(0, NoLink(), hello, token="ef" * 16, transports=())
         self.posted: list[Message] = []
 
-    def post(self, message: Message) -> None:
+    def post(self, message: Message, *, within_s: float = 0.0) -> None:
         self.posted.append(message)
 
 

@@ -90,6 +90,37 @@ def test_do_messages_posted_in_one_turn_travel_together() -> None:
     asyncio.run(asyncio.wait_for(scenario(), 10))
 
 
+def test_does_a_message_that_may_wait_travel_with_the_next_and_not_for_ever() -> None:
+    class Frames(FakeLink):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frames: asyncio.Queue[tuple[Message, ...]] = asyncio.Queue()
+
+        async def send(self, *several: Message) -> None:
+            self.frames.put_nowait(several)
+
+    async def scenario() -> None:
+        link = Frames()
+        peer = peer_at(link)
+        writing = asyncio.create_task(peer.write())
+        peer.post(Cancel(1), within_s=1e6)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert link.frames.empty()
+        peer.post(Cancel(2))
+        assert await link.frames.get() == (Cancel(1), Cancel(2))
+        peer.post(Cancel(3), within_s=0.001)
+        peer.post(Cancel(4), within_s=1e6)
+        assert await link.frames.get() == (Cancel(3), Cancel(4))
+        peer.post(Cancel(5), within_s=1e6)
+        peer.post(Cancel(6), within_s=0.001)
+        assert await link.frames.get() == (Cancel(5), Cancel(6))
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+    asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
 def test_is_a_peer_that_reads_nothing_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "OUTBOX_MAX", 2)
 

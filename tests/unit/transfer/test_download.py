@@ -103,7 +103,7 @@ def test_chunks_that_are_verified_together_are_announced_together() -> None:
     fetch = Fetch(4)
     fetch.tell(PeerJoined(A, Bitfield.full(4), usual_bytes_per_s=1e9))
     assert fetch.tell(ChunksVerified(A, 0, (1,)))[0] == Announce((1,))
-    assert fetch.tell(ChunksVerified(A, 0, (0, 1, 2)), at=1.0)[0] == Announce((0, 2))
+    assert fetch.tell(ChunksVerified(A, 0, (0, 1, 2)), at=1.0)[0] == Announce((0, 2), scheduler.ANNOUNCE_MIN_S / 2)
     assert fetch.machine.sources == {"a": sum(fetch.machine.manifest.chunks[chunk].size for chunk in range(3))}
 
 
@@ -282,7 +282,7 @@ def test_the_first_chunk_is_announced_at_once_and_what_follows_when_it_is_due() 
     due_at = fetch.machine.due_at
     assert due_at == 1.0 + scheduler.ANNOUNCE_MIN_S
     assert not any(isinstance(action, Announce) for action in fetch.tell(Tick(), at=due_at - 0.001))
-    assert fetch.tell(Tick(), at=due_at)[0] == Announce((2, 3))
+    assert fetch.tell(Tick(), at=due_at)[0] == Announce((2, 3), scheduler.ANNOUNCE_MIN_S / 2)
     assert fetch.machine.due_at == math.inf
 
 
@@ -603,7 +603,7 @@ def test_a_timer_that_fires_early_by_rounding_is_not_set_again() -> None:
     assert not [a for a in fetch.tell(ChunksVerified(A, second.transfer, second.chunks)) if isinstance(a, Announce)]
     assert math.isfinite(fetch.machine.due_at)
     early = math.nextafter(fetch.machine.due_at, 0.0)
-    assert Announce(second.chunks) in fetch.tell(Tick(), at=early)
+    assert second.chunks in [a.chunks for a in fetch.tell(Tick(), at=early) if isinstance(a, Announce)]
     assert fetch.machine.due_at == math.inf
 
 

@@ -45,7 +45,7 @@ class Source:
         self.receiving.append(transfer.size)
         await asyncio.Event().wait()
 
-    def post(self, message: messages.Message) -> None:
+    def post(self, message: messages.Message, *, within_s: float = 0.0) -> None:
         self.said.append(message)
 
     @property
@@ -81,7 +81,7 @@ class Fetch:
             transfer_ids=itertools.count(),
             transfers=self.transfers,
             rng=random.Random(0),
-            announce=self.told.append,
+            announce=lambda chunks, _: self.told.append(chunks),
         )
         self.fetching.handle(download_events.PeerJoined(self.source.node, Bitfield.full(CHUNKS), superseeds))
 

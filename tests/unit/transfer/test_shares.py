@@ -64,7 +64,7 @@ class FakePeer:
         self.own_interests: set[Digest] = set()
         self.leaving = False
 
-    def post(self, message: messages.Message) -> None:
+    def post(self, message: messages.Message, *, within_s: float = 0.0) -> None:
         self.said.append(message)
 
 

@@ -37,7 +37,7 @@ class Newcomer:
     def __init__(self) -> None:
         self.heard: list[messages.Message] = []
 
-    def post(self, message: messages.Message) -> None:
+    def post(self, message: messages.Message, *, within_s: float = 0.0) -> None:
         self.heard.append(message)
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from swarm.errors import StoreError, TransportError
 from swarm.store import View
-from swarm.transport import Transfer
-from swarm.transport.sink import Landing, Mailbox, Outcome
+from swarm.transport import Transfer, sink
+from swarm.transport.sink import Landing, Mailbox, Outcome, Tray
 
 
 def run(scenario: Callable[[], Awaitable[None]]) -> None:
@@ -47,6 +47,81 @@ def test_does_a_mailbox_keep_the_order_and_wake_the_loop_once(monkeypatch: pytes
             await asyncio.sleep(0)
             assert made == [0, 1, 2] * (turn + 1)
             assert len(woken) == turn + 1
+
+    run(scenario)
+
+
+def put_from_a_thread(tray: Tray[int], *items: int, followed: bool = False) -> None:
+    def put() -> None:
+        for item in items:
+            tray.put(item, followed=followed)
+
+    thread = threading.Thread(target=put)
+    thread.start()
+    thread.join()
+
+
+def test_are_items_that_follow_each_other_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        wake, woken, taken = loop.call_soon_threadsafe, list[object](), list[list[int]]()
+
+        def count(call: Callable[[bool], object], timed: bool) -> None:
+            woken.append(call)
+            wake(call, timed)
+
+        tray = Tray[int](taken.append)
+        monkeypatch.setattr(sink, "TAKE_EVERY_S", 1e9)
+        tray._looked_at = -1e10
+        tray.put(1)  # after a pause
+        await asyncio.sleep(0)
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+        put_from_a_thread(tray, 2, 3)
+        assert (taken, len(woken)) == ([[1]], 1)
+        await asyncio.sleep(0)
+        assert taken == [[1], [2, 3]]
+        put_from_a_thread(tray, 4, 5)
+        assert len(woken) == 1  # the loop looks by itself
+        tray.collect()
+        assert taken == [[1], [2, 3], [4, 5]]
+
+    run(scenario)
+
+
+def test_does_the_loop_stop_looking_when_nothing_comes_and_hear_of_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        came, taken = asyncio.Event(), list[int]()
+
+        def take(items: list[int]) -> None:
+            taken.extend(items)
+            came.set()
+
+        async def put(*items: int) -> None:
+            put_from_a_thread(tray, *items)
+            came.clear()
+            await came.wait()
+
+        tray = Tray[int](take)
+        await put(1, 2)
+        await put(3)
+        while tray._awaited:  # noqa: ASYNC110 - the loop's timer ends it
+            await asyncio.sleep(0.001)
+        await put(4)
+        assert taken == [1, 2, 3, 4]
+
+    run(scenario)
+
+
+def test_is_an_item_before_its_end_left_to_the_collector() -> None:
+    async def scenario() -> None:
+        taken = list[list[int]]()
+        tray = Tray[int](taken.append)
+        put_from_a_thread(tray, 1, followed=True)
+        await asyncio.sleep(0)
+        assert taken == []
+        tray.collect()
+        tray.collect()
+        assert taken == [[1]]
 
     run(scenario)
 
