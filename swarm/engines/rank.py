@@ -52,10 +52,14 @@ class Rank:
         return self.local == 0
 
     def settings(self, shared: Settings) -> Settings:
-        """The settings of this rank's node: each rank has its own port and name."""
+        """The settings of this rank's node: each rank has its own port and name.
+
+        Without a port in the settings the first rank that comes gets the known one, as every node does.
+        """
         host, port = split_address("listen", shared.listen, default_port=0)
         name = shared.name and f"{shared.name}-{self.label}"
-        return dataclasses.replace(shared, listen=join_address(host, port + self.local if port else 0), name=name)
+        listen = join_address(host, port + self.local) if port else shared.listen
+        return dataclasses.replace(shared, listen=listen, name=name)
 
 
 @dataclass(frozen=True)
