@@ -10,8 +10,9 @@ ones, then all chunks of the readers that were wrong, then all chunks of others,
 is disproved is banned. A relay is banned only when it has passed on wrong claims of `RELAYED_MAX` readers: it cannot
 know better before its own file is complete, and it may have made up the readers.
 
-A file that the origin lists by ETag has no content to compare. One chunk of each other reader and every
-`SAMPLE_EVERY`th chunk is read again; if all of them agree, the file counts.
+A file that the origin lists by ETag has no content to compare. One chunk of each other reader, every
+`SAMPLE_EVERY`th chunk, and all chunks of readers that were wrong elsewhere are read again; if all of them agree, the
+file counts. It counts no more when one of its readers turns out to be wrong later (`reopen`).
 
 Must not know: files, sockets, hash functions, how chunks are read again.
 """
@@ -156,7 +157,9 @@ class Claims:
     def proved(self, file: int) -> list[BanClaimant]:
         """All chunks of a file are held and its content is right."""
         self.proven.add(file)
-        self._doubts.pop(file, None)
+        if doubt := self._doubts.pop(file, None):
+            for reader in doubt.wrong - {self._node}:
+                _keep(self._distrusted, reader, None)
         bans: list[BanClaimant] = []
         for chunk in self._chunks(file):
             for peer, offer in self._offers.of(chunk):
@@ -196,10 +199,28 @@ class Claims:
         self._sampled.add(file)
         self._doubts[file] = _Doubt(stage=1)
         others = [chunk for chunk in self._chunks(file) if self._held[chunk].reader != self._node]
-        chosen = sorted({*self._one_of_each(others), *others[::SAMPLE_EVERY]})
+        chosen = sorted({*self._one_of_each(others), *others[::SAMPLE_EVERY], *self.suspect(file)})
         self._doubts[file].again.update(chosen)
         self.must_read.update(chosen)
         return chosen
+
+    def suspect(self, file: int) -> list[int]:
+        """The chunks of a complete file whose readers were wrong elsewhere."""
+        return [c for c in self._chunks(file) if (r := self._held[c].reader) in self.banned or r in self._distrusted]
+
+    def reopen(self) -> list[int]:
+        """Files count no more that no content has proven, and that have chunks of readers that were wrong elsewhere.
+
+        Returns these chunks, which are to be read again.
+        """
+        again: list[int] = []
+        for file in filter(self.is_weak, sorted(self.proven)):
+            if chunks := self.suspect(file):
+                self.proven.discard(file)
+                self._doubts[file] = _Doubt(stage=1, again=set(chunks))
+                again += chunks
+        self.must_read.update(again)
+        return again
 
     def is_weak(self, file: int) -> bool:
         """Whether the origin lists no hash of a file."""

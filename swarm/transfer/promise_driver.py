@@ -109,7 +109,8 @@ class PromiseDriver:
         if self._origin:
             self._origin.tick()
         if self.claims.must_read and self._host.now() - self._again_at > self._stall_timeout_s:
-            self._download.fail(self._wrong(min(self.claims.must_read), "could not be read again"))
+            file = self._manifest.chunks[min(self.claims.must_read)].file
+            self._download.fail(self._wrong(file, "could not be read again"))
 
     # Chunks
 
@@ -156,6 +157,8 @@ class PromiseDriver:
         """A peer claims digests of chunks that it holds."""
         _, bans = self.claims.told(peer, runs)
         self._ban(bans)
+        if bans and not self._is_done():
+            self._read_again(self.claims.reopen())
 
     def reading(self, peer: NodeId, message: messages.OriginReading) -> None:
         """A peer reads these chunks from the origin."""
@@ -219,28 +222,38 @@ class PromiseDriver:
     def _conclude(self, file: int) -> None:
         """All chunks of a file are hashed: it counts, or some are read again."""
         if self.claims.is_weak(file):
-            again = self.claims.sample(file) if self._origin else []
+            again = self.claims.sample(file) if self._origin else self.claims.suspect(file)
             right = not again
         else:
             right = self._prover.right(file)
             again = [] if right else self.claims.disproved(file)
         if right:
             self._ban(self.claims.proved(file))
+            self._read_again(self.claims.reopen())
             self._finish()
-        elif again and self._origin:
-            self._again_at = self._host.now()
-            self._prover.again(again[0])
-            self._look()
+        elif again:
+            self._read_again(again)
         else:
-            why = "does not have the content that the origin lists"
-            chunk = self._manifest.first_chunks[file]
-            self._download.fail(self._wrong(chunk, why + ("" if self._origin else ", and no origin is here to ask")))
+            self._download.fail(self._wrong(file, "does not have the content that the origin lists"))
+
+    def _read_again(self, chunks: Sequence[int]) -> None:
+        """Asks the origin for held chunks that are in doubt, ascending."""
+        if chunks and not self._origin:
+            file = self._manifest.chunks[chunks[0]].file
+            self._download.fail(self._wrong(file, "has wrong chunks of a peer, and no origin is here to ask"))
+        elif chunks:
+            self._again_at = self._host.now()
+            for chunk in reversed(chunks):
+                self._prover.again(chunk)
+            self._look()
+
+    def _is_done(self) -> bool:
+        return self._wanted <= self.claims.proven
 
     def _finish(self) -> None:
-        if self._wanted <= self.claims.proven:
+        if self._is_done():
             self._download.handle(events.Proven())
 
-    def _wrong(self, chunk: int, why: str) -> OriginChanged:
-        file = self._manifest.files[self._manifest.chunks[chunk].file] if self._manifest.chunks else None
+    def _wrong(self, file: int, why: str) -> OriginChanged:
         where = self._origin.source.name if self._origin else "peers"
-        return OriginChanged(where, f"{file.path if file else 'a file'} {why}; run the same fetch again")
+        return OriginChanged(where, f"{self._manifest.files[file].path} {why}; run the same fetch again")

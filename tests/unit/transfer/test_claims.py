@@ -16,10 +16,8 @@ OWN, A, B, C = (NodeId(letter * 16) for letter in "0abc")
 CHUNKS = 16  # of file 0; file 1 has two
 
 
-def manifest(content: str = "sha256:" + "a" * 64) -> Manifest:
-    return promise(
-        Listing("o", "", (ListedFile("a", CHUNKS << 18, content), ListedFile("b", 2 << 18, "sha256:" + "b" * 64)))
-    )
+def manifest(content: str, second: str) -> Manifest:
+    return promise(Listing("o", "", (ListedFile("a", CHUNKS << 18, content), ListedFile("b", 2 << 18, second))))
 
 
 def right(chunk: int) -> Digests:
@@ -38,8 +36,8 @@ def run(reader: NodeId, *chunks: int, lies: tuple[int, ...] = ()) -> list[ClaimR
 class Fetch:
     """Claims of one node; every step is checked."""
 
-    def __init__(self, content: str = "sha256:" + "a" * 64) -> None:
-        self.claims = Claims(manifest(content), node=OWN, rng=random.Random(0))
+    def __init__(self, content: str = "sha256:" + "a" * 64, second: str = "sha256:" + "b" * 64) -> None:
+        self.claims = Claims(manifest(content, second), node=OWN, rng=random.Random(0))
 
     def takes(self, peer: NodeId, runs: list[ClaimRun]) -> list[BanClaimant]:
         """A peer claims chunks, and sends them as it claims them."""
@@ -197,6 +195,44 @@ def test_is_a_liar_found_by_the_sample() -> None:
         fetch.reads(*again)
     assert fetch.is_right()
     assert [ban.peer for ban in fetch.claims.proved(0)] == [A]
+
+
+@pytest.mark.parametrize("relay", [A, B], ids=["reader", "relay"])
+@pytest.mark.parametrize("second", ['etag:"2"', "sha256:" + "b" * 64], ids=["sampled", "hashed"])
+def test_does_a_sampled_file_count_no_more_when_its_reader_lied_elsewhere(second: str, relay: NodeId) -> None:
+    fetch = Fetch('etag:"1"', second)
+    fetch.takes(relay, run(A, *range(8), lies=(3,)))
+    fetch.takes(C, run(C, *range(8, 16)))
+    while again := fetch.claims.sample(0):
+        fetch.reads(*(chunk for chunk in again if chunk != 3))
+        fetch.claims.must_read.discard(3)  # the sample has missed it
+    fetch.claims.proved(0)
+    assert fetch.claims.reopen() == []
+    fetch.takes(relay, run(A, 16, 17, lies=(16, 17)))
+    if fetch.claims.is_weak(1):
+        while again := fetch.claims.sample(1):
+            fetch.reads(*again)
+        fetch.claims.proved(1)
+    else:
+        fetch.settles(1)
+    assert 3 in fetch.claims.reopen()
+    assert fetch.claims.proven == {1}
+    fetch.reads(*fetch.claims.must_read)
+    while again := fetch.claims.sample(0):
+        fetch.reads(*again)
+    fetch.claims.proved(0)
+    assert fetch.is_right()
+    assert fetch.claims.reopen() == []
+    assert fetch.claims.proven == {0, 1}
+
+
+def test_are_chunks_of_a_known_liar_part_of_the_sample() -> None:
+    fetch = Fetch('etag:"1"')
+    fetch.takes(A, run(A, 16, 17, lies=(16,)))
+    fetch.takes(A, run(A, *range(8), lies=(3,)))
+    fetch.takes(B, run(B, *range(8, 16)))
+    fetch.settles(1)
+    assert set(range(8)) <= set(fetch.claims.sample(0))
 
 
 @pytest.mark.parametrize("seed", range(200))
