@@ -1,5 +1,7 @@
-"""Activity of a node as OpenTelemetry spans, if `opentelemetry-api` is installed; an SDK of the application exports
+"""Activity of a node as OpenTelemetry spans, once the application has imported `opentelemetry.trace`; its SDK exports
 them.
+
+Nothing is imported here: many engines bring the package, few use it, and its import would delay a cold process.
 
     swarm.resolve           from a model id to its manifest
     swarm.fetch             from there to the last file sealed
@@ -11,6 +13,7 @@ would be thousands. Counts come from the record of the fetch.
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Any
 
@@ -24,16 +27,17 @@ COUNTS = ("bytes", "chunks", "rejected_chunks", "failed_transfers")
 
 
 def follow(journal: Journal, fetches: FetchRecords) -> None:
-    """Makes spans of the entries that are recorded from now on. Does nothing without opentelemetry-api.
+    """Makes spans of the entries that are recorded from now on. `fetches` has to follow the journal already."""
+    spans: _Spans | None = None
 
-    `fetches` has to follow the journal already.
-    """
-    try:
-        from opentelemetry import trace
-    except ImportError:  # other packages share the name space `opentelemetry`
-        return
-    spans = _Spans(trace, fetches)
-    journal.subscribe(spans.apply, Resolved, FetchStarted, FetchEnded, Received, *TRANSFER_EVENTS)
+    def apply(entry: Entry) -> None:
+        nonlocal spans
+        if spans is None and hasattr(trace := sys.modules.get("opentelemetry.trace"), "get_tracer"):
+            spans = _Spans(trace, fetches)
+        if spans is not None:
+            spans.apply(entry)
+
+    journal.subscribe(apply, Resolved, FetchStarted, FetchEnded, Received, *TRANSFER_EVENTS)
 
 
 class _Spans:

@@ -134,14 +134,16 @@ def test_does_a_real_fetch_show_all_of_it_within_the_callers_span(
     assert fetch.start_time <= seed.start_time <= seed.end_time <= fetch.end_time
 
 
-def test_is_nothing_done_without_the_package(
+def test_do_spans_begin_when_the_application_imports_the_package(
     exported: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr(sys.modules["opentelemetry"], "trace")
-    monkeypatch.setitem(sys.modules, "opentelemetry.trace", None)  # as where another package of that name space is
-    journal = Journal()
-    opentelemetry.follow(journal, FetchRecords())
+    monkeypatch.delitem(sys.modules, "opentelemetry.trace")
+    journal = followed()
     journal.record(1.0, "node", FetchStarted(ORG_M, DIGEST, 30, 10))
+    assert "opentelemetry.trace" not in sys.modules
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", trace)
     journal.record(2.0, "node", FetchEnded(DIGEST, None))
-    assert journal._subscribers == []
     assert exported() == {}
+    journal.record(3.0, "node", FetchStarted(ORG_M, DIGEST, 30, 10))
+    journal.record(4.0, "node", FetchEnded(DIGEST, None))
+    assert list(exported()) == ["swarm.fetch"]
