@@ -34,8 +34,8 @@ import sys, time
 sys.path.insert(0, sys.argv[1])
 from hub import Hub, Model
 import agent
-sizes = [int(size) for size in sys.argv[3:]]
-with Hub({f"org/m{n}": Model(agent.files(n, sizes)) for n in range(int(sys.argv[2]))}) as hub:
+models, rate, sizes = int(sys.argv[2]), float(sys.argv[3]), [int(size) for size in sys.argv[4:]]
+with Hub({f"org/m{n}": Model(agent.files(n, sizes)) for n in range(models)}, total=rate or None) as hub:
     print(hub.endpoint, flush=True)
     sys.stdin.read()
 """
@@ -119,8 +119,8 @@ class Clients:
 class Machine:
     """A hub and an agent, in processes of their own."""
 
-    def __init__(self, root: Path, models: int, sizes: list[int], *flags: str) -> None:
-        words = [str(ROOT / "tests"), str(models), *map(str, sizes)]
+    def __init__(self, root: Path, models: int, sizes: list[int], *flags: str, hub_mb_per_s: float = 0.0) -> None:
+        words = [str(ROOT / "tests"), str(models), str(1e6 * hub_mb_per_s), *map(str, sizes)]
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"}
         self.hub = subprocess.Popen(
             [sys.executable, "-c", HUB, *words],
@@ -249,7 +249,7 @@ def direct(options: argparse.Namespace) -> dict[str, object]:
     for turn in range(options.turns):
         for way in ("direct", "face") if turn % 2 else ("face", "direct"):
             with tempfile.TemporaryDirectory(dir=options.dir) as folder:
-                machine = Machine(Path(folder), 1, sizes)
+                machine = Machine(Path(folder), 1, sizes, hub_mb_per_s=options.hub)
                 machine.warm("org/m0")
                 home = {"HF_HOME": f"{folder}/client", "SWARM_CACHE": f"{folder}/client-cache"}
                 command = [sys.executable, "-c", CLIENT, "org/m0"]
@@ -267,7 +267,7 @@ def direct(options: argparse.Namespace) -> dict[str, object]:
     ratio = statistics.median(one / other for one, other in zip(seconds["direct"], seconds["face"], strict=True))
     size = sum(sizes)
     return {
-        "bytes": size, "files": options.files, "seconds": seconds,
+        "bytes": size, "files": options.files, "hub_MB_per_s": options.hub, "seconds": seconds,
         "MB_per_s": {way: round(size / found / 1e6, 1) for way, found in best.items()},
         "face_of_direct": round(ratio, 2), "verdict": {f"face at least {FACE_LEAST:g} of direct": ratio >= FACE_LEAST},
     }  # fmt: skip
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--room", type=float, default=1 / 3, help="the limit, as a part of all models")
     parser.add_argument("--direct", action="store_true", help="compare with a direct fetch")
     parser.add_argument("--turns", type=int, default=3, help="of each way")
+    parser.add_argument("--hub", type=float, default=0.0, help="MB/s of the hub in a comparison; 0 for no limit")
     parser.add_argument("--dir", default=None, help="where caches are made")
     options = parser.parse_args()
     found = direct(options) if options.direct else many(options)
