@@ -96,7 +96,10 @@ def test_is_a_directory_filled_from_an_address_and_served_under_a_name(
         ((), "the following arguments are required"),
     ],
 )
-def test_is_a_command_that_cannot_be_meant_one_line(machine: Machine, arguments: tuple[str, ...], words: str) -> None:
+def test_is_a_command_that_cannot_be_meant_told_in_few_lines(
+    machine: Machine, arguments: tuple[str, ...], words: str
+) -> None:
     done = machine.run("serve", *arguments)
     assert done.code == 2
-    assert words in done.err.splitlines()[-1]
+    assert words in done.err
+    assert len(done.err.splitlines()) <= 2
