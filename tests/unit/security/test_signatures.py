@@ -59,7 +59,7 @@ def test_is_a_key_private_and_never_overwritten(key: Path) -> None:
 
 def test_what_is_no_key(tmp_path: Path) -> None:
     place = tmp_path / "k"
-    with pytest.raises(SettingsError, match="cannot be read: No such file"):
+    with pytest.raises(SettingsError, match="does not exist; make one with: swarm keygen"):
         signatures.read_key(place)
     place.write_text("swarm-key-1:q83v")
     with pytest.raises(SettingsError, match="is not a private key in PEM"):
