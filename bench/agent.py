@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import stat
 import statistics
 import subprocess
 import sys
@@ -159,7 +160,8 @@ class Machine:
         return len(os.listdir(f"/proc/{self.agent.pid}/fd"))
 
     def disk(self) -> int:
-        """Bytes of the hub's cache, unfinished files included."""
+        """Bytes of the hub's cache, of unfinished files those that are there: as the limit counts, without the rest of
+        a file's last block."""
         total = 0
         for folder, _, names in os.walk(self.kept):
             for name in names:
@@ -167,7 +169,8 @@ class Machine:
                     status = os.lstat(os.path.join(folder, name))
                 except FileNotFoundError:
                     continue
-                total += status.st_blocks * 512 if not os.path.islink(os.path.join(folder, name)) else 0
+                if stat.S_ISREG(status.st_mode):
+                    total += min(status.st_size, status.st_blocks * 512)
         return total
 
     def close(self) -> None:
