@@ -197,7 +197,6 @@ HOMES: dict[str, set[str]] = {
     "vllm": {"engines.vllm", "engines.vllm_loader"},
     "sglang": {"engines.sglang", "engines.sglang_loader"},
     "prometheus_client": {"observe.prometheus"},
-    "opentelemetry": {"observe.opentelemetry"},
     "rich": {
         "cli.agent",
         "cli.kept",
@@ -258,7 +257,6 @@ LAZY = {
     "hf_xet",
     "matplotlib",
     "obstore",
-    "opentelemetry",
     "prometheus_client",
     "ray",
     "sglang",
