@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,10 +59,7 @@ def source(start: Start, tmp_path: Path) -> str:
 
 
 def until_found(one: CacheStart) -> None:
-    deadline = time.monotonic() + 20
-    while not one._found.is_set():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    assert one._found.wait(20)
 
 
 def test_is_what_a_member_compiled_there_when_the_engine_compiles(start: Start, source: str, tmp_path: Path) -> None:
